@@ -1,0 +1,430 @@
+"""Endless, shuffled, resumable batches of clips, decoded in order by worker processes.
+
+What is delivered is a pure function of (index, spec, seed, batch number); how many ranks and workers share
+the decoding does not change it (see clips.py). Each group of clips is decoded once an epoch, in order; one
+that falls across the border of two lanes is opened by both.
+"""
+
+import hashlib
+import json
+import logging
+import signal
+from bisect import bisect_right
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from data_pipelines.clips import (
+    ClipSpec,
+    ClipTable,
+    EpochOrder,
+    Ints,
+    check_lanes,
+    epoch_order,
+    lanes_of_worker,
+    make_clip_table,
+)
+from data_pipelines.decoders import DecodeError, Frame, VideoReader, open_video, resolve_decoder
+from data_pipelines.errors import UserError
+from data_pipelines.index import VideoIndex
+
+log = logging.getLogger(__name__)
+
+ORDER_VERSION = 1  # to be raised with any change to the order in which clips come
+
+Batch = dict[str, Any]  # "video" [B, T, C, H, W], "clip_id" int64 [B], "labels" dict of tensors [B, ...]
+Clip = tuple[int, Sequence[Frame] | None]  # id and frames; None: its file does not decode
+Part = dict[str, Any]  # what one worker contributes to a batch
+
+
+@dataclass(frozen=True)
+class ClipSource:
+    """Where clips come from and what a frame looks like: all that decoding needs to know."""
+
+    index: VideoIndex
+    spec: ClipSpec
+    table: ClipTable
+    channels: int
+    size_px: int | None
+    decoder: str
+
+    @property
+    def clip_shape(self) -> tuple[int, int, int, int]:
+        """T, C, H, W"""
+        first = self.index.videos[0]
+        height, width = (self.size_px, self.size_px) if self.size_px else (first.height, first.width)
+        return self.spec.length, self.channels, height, width
+
+
+def make_source(index: VideoIndex, spec: ClipSpec, *, size_px: int | None, channels: int, decoder: str) -> ClipSource:
+    """Raises UserError: no such decoder, sizes differ with size_px=None, clips longer than every video."""
+    if size_px is None:
+        sizes = {(video.width, video.height): video.path for video in reversed(index.videos)}
+        if len(sizes) > 1:
+            (a, path_a), (b, path_b) = sorted(sizes.items(), key=lambda item: item[1])[:2]
+            raise UserError(
+                f"videos differ in size ('{path_a}' is {a[0]}x{a[1]}, '{path_b}' {b[0]}x{b[1]}): set size_px"
+            )
+    table = make_clip_table(
+        [video.num_frames for video in index.videos], [video.keyframes for video in index.videos], spec
+    )
+    return ClipSource(index, spec, table, channels, size_px, resolve_decoder(decoder))
+
+
+class ClipDecoder:
+    """Decodes clips that come in order of time within each group, opening each group's file once.
+
+    A clip is delivered if and only if decoding from the keyframe at or before it through its last frame
+    succeeds, so that what is delivered does not depend on which clips were decoded before it.
+    """
+
+    def __init__(self, source: ClipSource, failures: dict[int, str]) -> None:
+        self._source = source
+        self._failures = failures  # position of a video in the index -> why it failed
+        self._group = -1
+        self._reader: VideoReader | None = None
+        self._recent: dict[int, Frame] = {}  # frames that overlapping clips share
+        self._failed_frame = -1
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+        self._reader, self._recent = None, {}
+
+    def decode(self, video: int, group: int, start: int) -> list[Frame] | None:
+        """The frames of the clip of `video` that starts at frame `start`, or None if they do not decode."""
+        if group != self._group:
+            self.close()
+            self._group, self._failed_frame = group, -1
+        spec = self._source.spec
+        facts = self._source.index.videos[video]
+        if facts.keyframes[bisect_right(facts.keyframes, start) - 1] <= self._failed_frame:
+            return None  # it would meet the damage again
+        try:
+            if self._reader is None:
+                self._reader = open_video(
+                    self._source.index.root / facts.path,
+                    facts,
+                    channels=self._source.channels,
+                    size_px=self._source.size_px,
+                    decoder=self._source.decoder,
+                )
+            recent = {frame: array for frame, array in self._recent.items() if frame >= start}
+            for frame in range(start, start + spec.span, spec.grid):
+                if frame not in recent:
+                    recent[frame] = self._reader.read(frame)
+        except DecodeError as error:
+            self._failures.setdefault(video, str(error))
+            self._failed_frame = error.frame
+            self.close()
+            return None
+        self._recent = recent
+        return [recent[frame] for frame in range(start, start + spec.span, spec.frame_stride)]
+
+
+def lane_clips(
+    source: ClipSource, decoded: Ints, delivered: Ints, skip: int, failures: dict[int, str]
+) -> Iterator[Clip]:
+    """One lane's clips of one epoch in order of delivery, from number `skip` on.
+
+    Clips are decoded in order, no further than the one that is due, and wait in memory for their turn;
+    epoch_order bounds how many. Those delivered before `skip` are not decoded again.
+    """
+    wanted = np.ones(len(decoded), dtype=bool)
+    wanted[delivered[:skip]] = False
+    videos = source.table.videos_of(decoded)
+    groups = source.table.groups_of(decoded)
+    starts = source.table.starts_of(decoded)
+    decoder = ClipDecoder(source, failures)
+    waiting: dict[int, list[Frame] | None] = {}
+    next_position = 0
+    try:
+        for position in delivered[skip:].tolist():
+            while next_position <= position:
+                if wanted[next_position]:
+                    at = next_position
+                    waiting[at] = decoder.decode(int(videos[at]), int(groups[at]), int(starts[at]))
+                next_position += 1
+            yield int(decoded[position]), waiting.pop(position)
+    finally:
+        decoder.close()
+
+
+def stack_clips(source: ClipSource, clips: Sequence[Clip]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clips that decoded -> video uint8 [B, T, C, H, W] and clip ids int64 [B]."""
+    good = [(clip_id, frames) for clip_id, frames in clips if frames is not None]
+    video = np.empty((len(good), *source.clip_shape), dtype=np.uint8)
+    for row, (_, frames) in enumerate(good):
+        for t, frame in enumerate(frames):
+            video[row, t] = frame
+    clip_ids = torch.tensor([clip_id for clip_id, _ in good], dtype=torch.int64)
+    return torch.from_numpy(video), clip_ids
+
+
+class _Parts(IterableDataset[Part]):
+    """Runs make_parts(worker, num_workers) in each worker, or here when there are none."""
+
+    def __init__(self, make_parts: "PartsOfStream | PartsOfPass") -> None:
+        self._make_parts = make_parts
+
+    def __iter__(self) -> Iterator[Part]:
+        info = get_worker_info()
+        return self._make_parts(0, 1) if info is None else self._make_parts(info.id, info.num_workers)
+
+
+def _start_worker(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    torch.set_num_threads(1)
+
+
+def _as_is(part: Any) -> Any:
+    return part
+
+
+def _run_workers(make_parts: "PartsOfStream | PartsOfPass", num_workers: int) -> Generator[Part, None, None]:
+    """Parts of worker 0, 1, ..., num_workers - 1, 0, 1, ... Closing the iterator ends the workers."""
+    if num_workers == 0:
+        yield from make_parts(0, 1)
+        return
+    loader = DataLoader(
+        _Parts(make_parts),
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_as_is,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # its own, so that starting workers draws nothing from the global one
+    )
+    parts = iter(loader)
+    try:
+        while True:
+            try:
+                part = next(parts)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error) or "exited unexpectedly" not in str(error):
+                    raise
+                raise UserError(
+                    f"a decoding process died ({one_line_of(error)}): if memory ran out, lower num_workers="
+                    f"{num_workers} or pool_clips; else a video crashes the decoder"
+                ) from None
+            yield part
+    finally:
+        del parts
+
+
+def one_line_of(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+@dataclass(frozen=True)
+class PartsOfStream:
+    """What one worker of one rank contributes to each batch, from start_batch on, without end."""
+
+    source: ClipSource
+    order: "OrderSettings"
+    rank: int
+    world_size: int
+    start_batch: int
+
+    def __call__(self, worker: int, num_workers: int) -> Iterator[Part]:
+        lanes = lanes_of_worker(
+            num_lanes=self.order.num_lanes,
+            rank=self.rank,
+            world_size=self.world_size,
+            worker=worker,
+            num_workers=num_workers,
+        )
+        per_lane = self.order.batch_size // self.order.num_lanes
+        num_batches = self.source.table.num_clips // self.order.batch_size
+        epoch, first_batch = divmod(self.start_batch, num_batches)
+        failures: dict[int, str] = {}
+        while True:
+            order = self.order.of_epoch(self.source.table, epoch)
+            queues = [
+                lane_clips(self.source, order.decoded[lane], order.delivered[lane], first_batch * per_lane, failures)
+                for lane in lanes
+            ]
+            for _ in range(first_batch, num_batches):
+                clips: list[Clip] = []
+                clip_lanes: list[int] = []
+                for lane, queue in zip(lanes, queues, strict=True):
+                    clips.extend(islice(queue, per_lane))
+                    clip_lanes.extend([lane] * per_lane)
+                good = [lane for lane, clip in zip(clip_lanes, clips, strict=True) if clip[1] is not None]
+                video, clip_id = stack_clips(self.source, clips)
+                yield {"video": video, "clip_id": clip_id, "lane": good, "failures": dict(failures)}
+                failures.clear()
+            epoch, first_batch = epoch + 1, 0
+
+
+@dataclass(frozen=True)
+class PartsOfPass:
+    """Whole batches in order of clips: worker w decodes the batches w, w + num_workers, ..."""
+
+    source: ClipSource
+    batch_size: int
+    num_clips: int
+
+    def __call__(self, worker: int, num_workers: int) -> Iterator[Part]:
+        failures: dict[int, str] = {}
+        stride = self.batch_size * num_workers
+        for first in range(worker * self.batch_size, self.num_clips, stride):
+            ids = np.arange(first, min(first + self.batch_size, self.num_clips))
+            clips = list(lane_clips(self.source, ids, np.arange(len(ids)), 0, failures))
+            video, clip_id = stack_clips(self.source, clips)
+            yield {"video": video, "clip_id": clip_id, "failures": dict(failures)}
+            failures.clear()
+
+
+@dataclass(frozen=True)
+class OrderSettings:
+    """All that fixes the order of clips besides the index and the spec."""
+
+    seed: int
+    shuffle: bool
+    batch_size: int
+    num_lanes: int
+    pool_clips: int
+
+    def of_epoch(self, table: ClipTable, epoch: int) -> EpochOrder:
+        return epoch_order(table.first_clip_of_group, epoch=epoch, **asdict(self))
+
+
+class _Failures:
+    """Counts the videos that fail while streaming, names each once, stops the run when they are too many."""
+
+    def __init__(self, index: VideoIndex, max_bad_fraction: float) -> None:
+        self._index, self._max_bad_fraction = index, max_bad_fraction
+        self._failed: set[int] = set()
+
+    def add(self, failures: Mapping[int, str]) -> None:
+        for video, reason in failures.items():
+            if video in self._failed:
+                continue
+            self._failed.add(video)
+            path = self._index.videos[video].path
+            log.warning("video '%s' does not decode (%s): its clips are left out", path, reason)
+            if len(self._failed) > self._max_bad_fraction * len(self._index.videos):
+                raise UserError(
+                    f"{len(self._failed)} of {len(self._index.videos)} videos do not decode, more than "
+                    f"max_bad_fraction={self._max_bad_fraction:g} allows; the last is '{path}' ({reason})"
+                )
+
+
+def _with_labels(source: ClipSource, video: torch.Tensor, clip_id: torch.Tensor) -> Batch:
+    videos = torch.from_numpy(source.table.videos_of(clip_id.numpy()))
+    labels = {name: values[videos] for name, values in source.index.labels.items()}
+    return {"video": video, "clip_id": clip_id, "labels": labels}
+
+
+def _merge(parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The workers' parts of one batch -> video and clip ids in lane order."""
+    if len(parts) == 1:
+        return parts[0]["video"], parts[0]["clip_id"]
+    lanes = torch.tensor([lane for part in parts for lane in part["lane"]], dtype=torch.int64)
+    rows = torch.empty_like(lanes)
+    rows[torch.argsort(lanes, stable=True)] = torch.arange(len(lanes))
+    video = torch.empty((len(lanes), *parts[0]["video"].shape[1:]), dtype=torch.uint8)
+    clip_id = torch.empty_like(lanes)
+    for part, part_rows in zip(parts, rows.split([len(part["lane"]) for part in parts]), strict=True):
+        video[part_rows] = part["video"]
+        clip_id[part_rows] = part["clip_id"]
+    return video, clip_id
+
+
+class VideoStream:
+    """Shuffled batches of clips without end, the same for any number of ranks and workers.
+
+    batch_size is global: a rank gets batch_size / world_size clips of every batch. An epoch leaves out
+    num_clips % batch_size clips, others each time. A file that turns out not to decode has its clips dropped,
+    never replaced: its batches are smaller.
+
+    batches_per_epoch: batches in one pass over the clips.
+    fingerprint: hash of all that fixes the order of clips; where it is equal, start_batch means the same.
+
+    Raises UserError: sizes that do not divide each other, fewer clips than one batch, clips longer than every
+    video, videos of different sizes without size_px, a decoder that is not installed.
+    """
+
+    def __init__(
+        self,
+        index: VideoIndex,
+        spec: ClipSpec,
+        *,
+        size_px: int | None,
+        channels: int,
+        batch_size: int,
+        num_lanes: int,
+        pool_clips: int,
+        seed: int,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        decoder: str = "auto",
+        max_bad_fraction: float = 0.1,
+    ) -> None:
+        assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
+        self._source = make_source(index, spec, size_px=size_px, channels=channels, decoder=decoder)
+        num_clips = self._source.table.num_clips
+        check_lanes(num_clips, batch_size=batch_size, num_lanes=num_lanes, world_size=world_size)
+        self._order = OrderSettings(seed, shuffle, batch_size, num_lanes, pool_clips)
+        self._rank, self._world_size = rank, world_size
+        self._num_workers = min(num_workers, num_lanes // world_size)
+        self._failures = _Failures(index, max_bad_fraction)
+        self.batches_per_epoch = num_clips // batch_size
+        facts = [ORDER_VERSION, index.content_hash, asdict(spec), asdict(self._order)]
+        self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    def batches(self, start_batch: int = 0) -> Iterator[Batch]:
+        """Batches from number start_batch (counted from the beginning of the run) on, without end.
+
+        Each is {"video": uint8 [B, T, C, H, W], "clip_id": int64 [B], "labels": dict of tensors [B, ...]}.
+        Close the iterator to end the workers at once. Raises UserError when too many videos do not decode.
+        """
+        assert start_batch >= 0, f"start_batch={start_batch}"
+        make_parts = PartsOfStream(self._source, self._order, self._rank, self._world_size, start_batch)
+        parts = _run_workers(make_parts, self._num_workers)
+        try:
+            while True:
+                batch_parts = [next(parts) for _ in range(max(1, self._num_workers))]
+                for part in batch_parts:
+                    self._failures.add(part["failures"])
+                yield _with_labels(self._source, *_merge(batch_parts))
+        finally:
+            parts.close()
+
+
+def read_all(
+    index: VideoIndex,
+    spec: ClipSpec,
+    *,
+    size_px: int | None,
+    channels: int,
+    batch_size: int,
+    decoder: str = "auto",
+    num_workers: int = 0,
+    max_clips: int | None = None,
+    max_bad_fraction: float = 0.1,
+) -> Iterator[Batch]:
+    """Every clip (or the first max_clips) once, in order of clip ids; the last batch may be short.
+
+    Batches and errors as in VideoStream.batches.
+    """
+    source = make_source(index, spec, size_px=size_px, channels=channels, decoder=decoder)
+    num_clips = source.table.num_clips if max_clips is None else min(max_clips, source.table.num_clips)
+    failures = _Failures(index, max_bad_fraction)
+    num_workers = min(num_workers, -(-num_clips // batch_size))
+    parts = _run_workers(PartsOfPass(source, batch_size, num_clips), num_workers)
+    try:
+        for part in parts:
+            failures.add(part["failures"])
+            yield _with_labels(source, part["video"], part["clip_id"])
+    finally:
+        parts.close()

@@ -1,0 +1,17 @@
+"""Frames as the model wants them: float [B, T, C, H, W], cut into segments."""
+
+import torch
+
+
+def to_float(video: torch.Tensor) -> torch.Tensor:
+    """uint8 0..255 or floating point 0..1, any shape -> float32 in [0, 1], same shape and device."""
+    if video.dtype == torch.uint8:
+        return video.to(torch.float32).div_(255)
+    assert video.is_floating_point(), f"frames are uint8 or floating point, not {video.dtype}"
+    return video.to(torch.float32)
+
+
+def split_segments(video: torch.Tensor, num_segments: int) -> tuple[torch.Tensor, ...]:
+    """[B, T, C, H, W] -> consecutive segments in order of time, each [B, T / num_segments, C, H, W]."""
+    assert video.shape[1] % num_segments == 0, f"{video.shape[1]} frames are no {num_segments} equal segments"
+    return video.chunk(num_segments, dim=1)

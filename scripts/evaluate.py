@@ -1,0 +1,73 @@
+"""Score a trained run's forecasts and write metrics.json, forecasts.md and report.html into its folder.
+
+python scripts/evaluate.py --run runs/demo [--compare runs/demo_byol]
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipelines.errors import UserError
+from worldmodel import load
+from worldmodel.checkpoint import write_text
+from worldmodel.cli import report_errors
+from worldmodel.config import to_yaml
+from worldmodel.evaluation.forecast import evaluate_forecasts
+from worldmodel.evaluation.report import markdown_table, write_report
+from worldmodel.tracking import read_metrics, versions
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder of a trained run")
+    parser.add_argument("--checkpoint", choices=["latest", "best"], default="latest")
+    parser.add_argument("--compare", type=Path, help="an evaluated run without a latent, shown as a control")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    with report_errors():
+        evaluate(args.run, args.checkpoint, args.compare, torch.device(args.device))
+    return 0
+
+
+def evaluate(run: Path, which: str, compare: Path | None, device: torch.device) -> None:
+    trained = load(run, which="best" if which == "best" else "latest", device=device)
+    evaluation = evaluate_forecasts(trained.config, trained.model, trained.teacher, device)
+    metrics = {
+        "run": run.name,
+        "train": {"seconds": trained.state["train_seconds"], "steps": trained.state["step"]},
+        **evaluation.metrics,
+    }
+    if compare is not None:
+        metrics["forecasts"]["no_latent"] = compared_forecast(compare, metrics)
+    write_text(run / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    table = markdown_table(metrics)
+    write_text(run / "forecasts.md", table + "\n")
+    write_report(
+        run / "report.html",
+        title=run.name,
+        metrics=metrics,
+        config_yaml=to_yaml(trained.config),
+        history=read_metrics(run),
+        examples=evaluation.examples,
+        versions=versions(),
+    )
+    print(f"\n{table}\n\n{run / 'report.html'}\n{run / 'metrics.json'}")
+
+
+def compared_forecast(compare: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+    """The model's row of another evaluated run, if it answered the same queries."""
+    path = compare / "metrics.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: evaluate that run first")
+    other = json.loads(path.read_text(encoding="utf-8"))
+    if other["queries_sha256"] != metrics["queries_sha256"]:
+        raise UserError(f"{compare} was scored on other queries: evaluate both runs on the same data and settings")
+    return other["forecasts"]["model"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

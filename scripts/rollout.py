@@ -1,0 +1,75 @@
+"""Roll out sampled futures of a video, as embeddings.
+
+python scripts/rollout.py --run runs/demo --video FILE --num-samples 64 --horizon 4 --out futures.npz
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_pipelines.decoders import read_frames
+from data_pipelines.errors import UserError
+from data_pipelines.transforms import to_float
+from worldmodel import TrainedRun, load
+from worldmodel.cli import report_errors
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder of a trained run")
+    parser.add_argument("--video", type=Path, required=True, help="a video file")
+    parser.add_argument("--out", type=Path, required=True, help=".npz file to write")
+    parser.add_argument("--num-samples", type=int, default=64, help="futures to draw")
+    parser.add_argument("--horizon", type=int, default=1, help="segments to predict")
+    parser.add_argument("--start-frame", type=int, default=0, help="first frame of the context segment")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    with report_errors():
+        for name in ("num_samples", "horizon"):
+            if getattr(args, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+        trained = load(args.run, device=args.device)
+        context = read_context(trained, args.video, args.start_frame).to(args.device)
+        generator = torch.Generator(args.device).manual_seed(args.seed)
+        with torch.no_grad():
+            embedding = trained.model.encode(context)
+            futures = trained.model.rollout(context, args.horizon, args.num_samples, generator)[0]
+        save(args.out, embedding[0], futures)
+        spread = futures.std(dim=0).mean(dim=-1).tolist() if len(futures) > 1 else [0.0] * args.horizon
+        print(f"{args.out}: futures {list(futures.shape)} = [samples, horizon, embedding]")
+        print("standard deviation over samples, by step: " + " ".join(f"{value:.3f}" for value in spread))
+    return 0
+
+
+def read_context(trained: TrainedRun, video: Path, start_frame: int) -> torch.Tensor:
+    """The context segment: [1, num_frames, C, H, W] in [0, 1]."""
+    data = trained.config.data
+    span = (data.num_frames - 1) * data.frame_stride + 1
+    frames = read_frames(
+        video,
+        start_frame,
+        start_frame + span,
+        channels=data.channels,
+        size_px=data.size_px,
+        decoder=data.decoder,
+    )
+    chosen = [frame for number, frame in enumerate(frames) if number % data.frame_stride == 0]
+    return to_float(torch.from_numpy(np.stack(chosen)))[None]
+
+
+def save(out: Path, context: torch.Tensor, futures: torch.Tensor) -> None:
+    """context [D], futures [S, horizon, D]."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("wb") as file:
+            np.savez(file, context=context.cpu().numpy(), futures=futures.cpu().numpy())
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""A tiny written world and small configs that many tests share."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.sources.moving_mnist import write_world
+from worldmodel.config import Config, load_config
+
+REPO = Path(__file__).resolve().parents[1]
+
+TINY = (
+    "seed=3",
+    "data.batch_size=16",
+    "data.num_lanes=4",
+    "data.num_workers=0",
+    "model.width=0.125",
+    "model.hidden_dim=32",
+    "model.embedding_dim=16",
+    "train.steps=6",
+    "train.warmup_steps=2",
+    "train.precision=fp32",
+    "train.num_threads=1",
+    "train.log_every=1",
+    "train.eval_every=6",
+    "train.checkpoint_every=2",
+    "evaluation.queries=24",
+    "evaluation.num_samples=8",
+    "evaluation.law_samples=8",
+    "evaluation.fit_clips=64",
+    "evaluation.selection_clips=32",
+    "tracking.wandb=disabled",
+)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 training, 32 selection and 24 test videos of nine frames, with labels."""
+    root = tmp_path_factory.mktemp("world") / "moving_mnist"
+    write_world(root, {"train": 64, "selection": 32, "test": 24}, num_processes=1)
+    return root
+
+
+@pytest.fixture
+def tiny_overrides(world: Path, tmp_path: Path) -> list[str]:
+    """Overrides that make configs/demo.yaml a matter of seconds, on the tiny world, into tmp_path/run."""
+    return [*TINY, f"data.root={world}", f"run_dir={tmp_path / 'run'}"]
+
+
+@pytest.fixture
+def tiny_config(tiny_overrides: list[str]) -> Callable[..., Config]:
+    """A function from further overrides to the tiny config."""
+    return lambda *overrides: load_config(REPO / "configs" / "demo.yaml", [*tiny_overrides, *overrides])
+
+
+def run_script(name: str, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run scripts/NAME in a fresh process."""
+    return subprocess.run(
+        [sys.executable, str(REPO / "scripts" / name), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        cwd=REPO,
+        env=script_environment(),
+    )
+
+
+def script_environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}

@@ -1,0 +1,273 @@
+"""Both backends give the frames that were asked for: by painted numbers, levels and sizes."""
+
+import contextlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipelines.decoders import DecodeError, VideoReader, open_video, read_frames, resolve_decoder
+from data_pipelines.errors import UserError
+from data_pipelines.index import Video, index_file
+
+DECODERS = ["pyav", "decord"] if importlib.util.find_spec("decord") else ["pyav"]
+
+
+def _open(
+    path: Path, decoder: str = "pyav", channels: int = 1, size_px: int | None = None
+) -> tuple[VideoReader, Video]:
+    video = index_file(path.parent, path.name)
+    assert isinstance(video, Video), video
+    return open_video(path, video, channels=channels, size_px=size_px, decoder=decoder), video
+
+
+B_FRAMES = {"g": "12", "bf": "3", "sc_threshold": "0"}
+FILES: dict[str, dict[str, Any]] = {
+    "gops.mp4": {"options": B_FRAMES},
+    "no_b.mp4": {"options": {"g": "12", "bf": "0", "sc_threshold": "0"}},
+    "every2.mp4": {"options": {"g": "2", "bf": "1", "sc_threshold": "0"}},
+    "open_gop.mp4": {"options": B_FRAMES | {"x264-params": "open-gop=1"}},
+    "one_gop.mp4": {"options": {"g": "999"}},
+    "gops.mkv": {"options": B_FRAMES},
+    "gops.mov": {"options": B_FRAMES},
+    "fragments.mp4": {
+        "options": B_FRAMES,
+        "container_options": {"movflags": "frag_keyframe+empty_moov", "use_editlist": "0"},
+    },
+    "part4.avi": {"codec": "mpeg4", "options": {"g": "12", "b": "900000"}},
+    "part4.mp4": {"codec": "mpeg4", "options": {"g": "12", "b": "900000"}},
+    "vp8.webm": {"codec": "libvpx", "options": {"g": "12", "deadline": "realtime", "cpu-used": "8"}},
+    "motion_jpeg.mov": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
+}
+PYAV_ONLY: dict[str, dict[str, Any]] = {
+    "gops.ts": {"options": B_FRAMES},
+    "b_frames.avi": {"options": B_FRAMES},
+    "ten_bit.mp4": {"pix_fmt": "yuv420p10le", "options": B_FRAMES},
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("decoder", "name"),
+    [(decoder, name) for decoder in DECODERS for name in FILES] + [("pyav", name) for name in PYAV_ONLY],
+)
+def test_every_frame_in_order_and_after_jumps(
+    tmp_path: Path, write_video: Any, read_numbers: Any, decoder: str, name: str, channels: int
+) -> None:
+    path = write_video(tmp_path / name, video=5, num_frames=100, **(FILES | PYAV_ONLY)[name])
+    reader, video = _open(path, decoder, channels)
+    assert video.num_frames == 100
+    frames = [reader.read(i) for i in range(100)]
+    assert [read_numbers(frame) for frame in frames] == [(5, i) for i in range(100)]
+    assert frames[0].shape == (channels, 48, 64)
+    assert frames[0].dtype == np.uint8
+    for i in (99, 50, 12, 11, 13, 0, 73, 72, 71, 30, 36, 95, 3):
+        assert np.array_equal(reader.read(i), frames[i]), i
+    reader.close()
+
+
+def test_a_late_seek_is_noticed(tmp_path: Path, write_video: Any, read_numbers: Any) -> None:
+    """Seeking is only a hint: a reader that lands past the keyframe must not count from there."""
+    path = write_video(tmp_path / "v.mp4", num_frames=100, options=B_FRAMES)
+    reader: Any = _open(path)[0]
+
+    class LateContainer:
+        def __init__(self, container: Any) -> None:
+            self._container = container
+
+        def seek(self, pts: int, **arguments: Any) -> None:
+            self._container.seek(pts + 20_000, **arguments)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._container, name)
+
+    reader._container = LateContainer(reader._container)
+    assert read_numbers(reader.read(61)) == (0, 61)
+
+
+def _ramp(height: int = 64, width: int = 96) -> np.ndarray:
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    red, green = x * 255 / (width - 1), y * 255 / (height - 1)
+    blue = 127 + 90 * np.sin(x / 17) * np.cos(y / 13)
+    return np.stack([red, green, blue], axis=-1).astype(np.uint8)
+
+
+def test_levels_are_full_range_whatever_the_file_keeps(tmp_path: Path, write_video: Any) -> None:
+    """Gray levels come back as they went in, from TV range, full range, 10 bits and 4:4:4."""
+    image = np.repeat(np.arange(0, 256, 5, dtype=np.uint8), 2)[None].repeat(48, axis=0)[:, :96]
+    layouts = [("tv", "libx264", "yuv420p"), ("444", "libx264", "yuv444p"), ("10", "libx264", "yuv420p10le")]
+    layouts += [("pc", "libx264", "yuvj420p"), ("jpeg", "mjpeg", "yuvj420p"), ("gray", "ffv1", "gray")]
+    for name, codec, pix_fmt in layouts:
+        path = write_video(
+            tmp_path / f"{name}.mkv",
+            images=[image] * 3,
+            codec=codec,
+            pix_fmt=pix_fmt,
+            options={"crf": "1"} if codec == "libx264" else {"qmin": "1", "qmax": "2"},
+        )
+        for channels in (1, 3):
+            frame = _open(path, channels=channels)[0].read(1)
+            error = np.abs(frame.astype(int) - image).max()
+            assert error <= 4, (name, channels, error)
+
+
+@pytest.mark.skipif(len(DECODERS) < 2, reason="decord is not installed")
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("size_px", "image_size"),
+    [(None, (64, 96)), (None, (47, 63)), (None, (50, 48)), (32, (64, 96)), (24, (90, 50)), (70, (64, 64))],
+)
+def test_backends_agree(
+    tmp_path: Path,
+    write_video: Any,
+    channels: int,
+    size_px: int | None,
+    image_size: tuple[int, int],
+) -> None:
+    """Unresized RGB agrees (but for rounding); the rest within 1.5 levels in the mean and 6 everywhere.
+
+    Luma computed from RGB is about a level darker: FFmpeg's fast conversion to RGB rounds down. One frame
+    differs from the next by 3 levels in the mean.
+    """
+    images = [(_ramp(*image_size) * (0.5 + i * 0.025)).astype(np.uint8) + 30 for i in range(12)]
+    pix_fmt = "yuv444p" if image_size[0] % 2 else "yuv420p"
+    path = write_video(tmp_path / "v.mp4", images=images, pix_fmt=pix_fmt)
+    readers = [_open(path, decoder, channels, size_px)[0] for decoder in DECODERS]
+    for i in range(12):
+        a, b = (reader.read(i).astype(int) for reader in readers)
+        expected = (size_px, size_px) if size_px else image_size
+        assert a.shape == b.shape == (channels, *expected)
+        exact = channels == 3 and size_px is None
+        assert np.abs(a - b).mean() <= (0.1 if exact else 1.5)
+        assert np.abs(a - b).max() <= (2 if exact else 6)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("scale", [1, 2, 3])
+def test_resize_keeps_the_centre(tmp_path: Path, write_video: Any, decoder: str, channels: int, scale: int) -> None:
+    """A wide picture: left third black, centre square with a quarter white, right third black."""
+    image = np.full((32 * scale, 96 * scale), 16, np.uint8)
+    image[:, 32 * scale : 64 * scale] = 100
+    image[: 16 * scale, 32 * scale : 48 * scale] = 220
+    path = write_video(tmp_path / "v.mp4", images=[image] * 3, options={"crf": "5"})
+    frame = _open(path, decoder, channels, size_px=32)[0].read(2).astype(int)
+    assert frame.shape == (channels, 32, 32)
+    assert np.abs(frame[:, 2:14, 2:14] - 220).max() <= 4
+    assert np.abs(frame[:, 18:30, 2:30] - 100).max() <= 4
+    assert np.abs(frame[:, 2:14, 18:30] - 100).max() <= 4
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_growing_a_picture(tmp_path: Path, write_video: Any, decoder: str, read_numbers: Any) -> None:
+    path = write_video(tmp_path / "v.mp4", video=3, size=(48, 48))
+    frame = _open(path, decoder, size_px=96)[0].read(4)
+    assert frame.shape == (1, 96, 96)
+    assert read_numbers(frame[:, ::2, ::2]) == (3, 4)
+
+
+def test_a_gap_is_jumped_over(tmp_path: Path, write_video: Any, read_numbers: Any) -> None:
+    """Reading frame 0 and then frame 290 must not decode the 289 between."""
+    path = write_video(tmp_path / "v.mp4", num_frames=300, options=B_FRAMES)
+    reader: Any = _open(path)[0]
+    decoded = 0
+    advance = reader._advance
+
+    def count() -> Any:
+        nonlocal decoded
+        decoded += 1
+        return advance()
+
+    reader._advance = count
+    reader.read(0)
+    assert read_numbers(reader.read(290)) == (0, 290)
+    assert decoded < 30
+
+
+def test_damage_is_an_error_and_not_a_picture(tmp_path: Path, write_video: Any) -> None:
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 255, (64, 64), dtype=np.uint8) for _ in range(40)]
+    path = write_video(tmp_path / "v.mp4", images=images, options={"g": "10", "bf": "0"})
+    reader, video = _open(path)
+    good = [reader.read(i) for i in range(40)]
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 300] = bytes(300)
+    path.write_bytes(data)
+    reader = open_video(path, video, channels=1, size_px=None, decoder="pyav")
+    with pytest.raises(DecodeError) as caught:
+        for i in range(40):
+            assert np.array_equal(reader.read(i), good[i])
+    assert 15 <= caught.value.frame <= 25
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_fewer_frames_than_promised(tmp_path: Path, write_video: Any, decoder: str) -> None:
+    video = index_file(tmp_path, write_video(tmp_path / "v.mp4", num_frames=30).name)
+    assert isinstance(video, Video)
+    path = write_video(tmp_path / "v.mp4", num_frames=20)
+    with pytest.raises(DecodeError, match=r"20 (of 30 )?frames"):
+        open_video(path, video, channels=1, size_px=None, decoder=decoder).read(25)
+    with pytest.raises(DecodeError):
+        open_video(tmp_path / "gone.mp4", video, channels=1, size_px=None, decoder=decoder)
+
+
+def test_read_frames_of_a_single_file(tmp_path: Path, write_video: Any, read_numbers: Any) -> None:
+    path = write_video(tmp_path / "v.mp4", num_frames=30)
+    frames = list(read_frames(path, 7, 12, channels=1, size_px=None))
+    assert [read_numbers(frame)[1] for frame in frames] == [7, 8, 9, 10, 11]
+    with pytest.raises(UserError, match=r"\[7, 31\) of .* has 30 frames"):
+        list(read_frames(path, 7, 31, channels=1, size_px=None))
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        list(read_frames(tmp_path / "none.mp4", channels=1, size_px=None))
+
+
+def test_decoder_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_decoder("pyav") == resolve_decoder("auto") == "pyav"
+    with pytest.raises(UserError, match="'vhs' is unknown: use auto, pyav or decord"):
+        resolve_decoder("vhs")
+    installed = {"decord"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
+    assert resolve_decoder("auto") == "decord"
+    with pytest.raises(UserError, match="decoder='pyav' is not installed: pip install av"):
+        resolve_decoder("pyav")
+    installed.clear()
+    with pytest.raises(UserError, match="pip install decord"):
+        resolve_decoder("decord")
+
+
+def test_modules_import_without_any_decoder() -> None:
+    """A run that renders its own frames needs neither PyAV nor decord."""
+    import subprocess
+
+    code = (
+        "import sys; sys.modules['av'] = sys.modules['decord'] = None; "
+        "import data_pipelines.stream, data_pipelines.transforms"
+    )
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+def test_most_overwritten_bytes_are_noticed(tmp_path: Path, write_video: Any) -> None:
+    """H.264 has no checksums, so some damage passes; FFmpeg's default, to conceal it, lets 27 of these 100 pass."""
+    y, x = np.mgrid[:96, :96]
+    images = [(np.sin((x + 3 * k) / 9) * 60 + np.cos((y - 2 * k) / 7) * 60 + 127).astype(np.uint8) for k in range(40)]
+    path = write_video(tmp_path / "v.mp4", images=images, options={"g": "20", "crf": "23"})
+    reader, video = _open(path)
+    good = [reader.read(i).astype(int) for i in range(40)]
+    data, rng = path.read_bytes(), np.random.default_rng(1)
+    num_files, num_wrong = 100, 0
+    for _ in range(num_files):
+        at, length = int(rng.integers(100, len(data) - 1500)), int(rng.integers(1, 40))
+        path.write_bytes(data[:at] + rng.bytes(length) + data[at + length :])
+        wrong = False
+        with contextlib.suppress(DecodeError):
+            reader = open_video(path, video, channels=1, size_px=None, decoder="pyav")
+            for i in range(40):
+                wrong |= bool(np.abs(reader.read(i) - good[i]).max() > 12)
+        num_wrong += wrong
+    assert num_wrong <= 0.12 * num_files

@@ -1,0 +1,221 @@
+"""The index: facts about good files, reasons for bad ones, the cache, labels."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipelines import index as index_module
+from data_pipelines.errors import UserError
+from data_pipelines.index import INDEX_NAME, BadFile, Video, index_file, load_or_build_index
+
+
+def _index(root: Path, **arguments: Any) -> index_module.VideoIndex:
+    return load_or_build_index(root, **({"progress": False, "num_workers": 0} | arguments))
+
+
+def test_facts_of_a_video_with_b_frames(tmp_path: Path, write_video: Any) -> None:
+    options = {"g": "12", "bf": "3", "sc_threshold": "0"}
+    write_video(tmp_path / "v.mp4", num_frames=50, size=(47, 63), pix_fmt="yuv444p", options=options, fps=25)
+    video = index_file(tmp_path, "v.mp4")
+    assert isinstance(video, Video)
+    assert (video.num_frames, video.fps, video.height, video.width) == (50, 25, 47, 63)
+    assert video.duration_s == pytest.approx(2.0)
+    assert video.keyframes == (0, 12, 24, 36, 48)
+    assert len(video.keyframe_pts) == 5
+
+
+@pytest.mark.parametrize("name", ["v.mkv", "v.mov", "v.ts", "v.avi", "v.webm"])
+def test_containers(tmp_path: Path, write_video: Any, name: str) -> None:
+    codec = {"v.webm": "libvpx", "v.avi": "mpeg4"}.get(name, "libx264")
+    write_video(tmp_path / name, num_frames=30, codec=codec)
+    video = index_file(tmp_path, name)
+    assert isinstance(video, Video), video
+    assert (video.num_frames, video.height, video.width) == (30, 48, 64)
+    assert video.fps == pytest.approx(10)
+    assert video.keyframes[0] == 0
+
+
+def test_a_file_in_another_format_than_its_name_says(tmp_path: Path, write_video: Any) -> None:
+    write_video(tmp_path / "v.mkv", num_frames=20).rename(tmp_path / "v.mp4")
+    video = index_file(tmp_path, "v.mp4")
+    assert isinstance(video, Video)
+    assert video.num_frames == 20
+
+
+def _damage(root: Path, write_video: Any) -> dict[str, str]:
+    """Bad files, and a part of the reason that the index must give for each."""
+    good = write_video(root / "good.mp4", num_frames=60, container_options={"movflags": "faststart"})
+    data = good.read_bytes()
+    (root / "zero.mp4").write_bytes(b"")
+    (root / "text.mp4").write_text("this is no video\n" * 100)
+    (root / "cut.mp4").write_bytes(data[: len(data) * 3 // 4])
+    plain = write_video(root / "plain.mp4", num_frames=60).read_bytes()
+    (root / "headless.mp4").write_bytes(plain[: len(plain) // 2])
+    (root / "dangling.mp4").symlink_to(root / "nowhere.mp4")
+    _write_audio(root / "audio.mp4")
+    return {
+        "zero.mp4": "0 bytes",
+        "text.mp4": "Invalid data",
+        "cut.mp4": "truncated",
+        "headless.mp4": "Invalid data",
+        "dangling.mp4": "No such file",
+        "audio.mp4": "no video stream",
+    }
+
+
+def _write_audio(path: Path) -> None:
+    import av
+    import numpy as np
+
+    with av.open(str(path), "w") as out:
+        stream: Any = out.add_stream("aac", rate=16000)
+        stream.layout = "mono"
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        frame.pts = 0
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+
+
+def test_bad_files_are_listed_with_reasons_and_named_in_a_warning(
+    tmp_path: Path, write_video: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    reasons = _damage(tmp_path, write_video)
+    with caplog.at_level(logging.WARNING):
+        index = _index(tmp_path, max_bad_fraction=0.9)
+    assert [video.path for video in index.videos] == ["good.mp4", "plain.mp4"]
+    found = {entry.path: entry.reason for entry in index.bad}
+    assert found.keys() == reasons.keys()
+    for path, reason in reasons.items():
+        assert reason in found[path], path
+        assert path in caplog.text
+    assert "6 of 8 video files are bad" in caplog.text
+    with pytest.raises(UserError, match=r"6 of 8 .*max_bad_fraction=0.1.*'audio.mp4' \(no video stream\)"):
+        _index(tmp_path)
+
+
+def test_user_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="missing' is not a folder"):
+        _index(tmp_path / "missing")
+    with pytest.raises(UserError, match="holds no video files"):
+        _index(tmp_path)
+    (tmp_path / "bad.mp4").write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of 1 video files is readable; the first is 'bad.mp4'"):
+        _index(tmp_path, max_bad_fraction=1.0)
+
+
+def test_subfolders_are_walked_sorted_and_hidden_files_left_alone(tmp_path: Path, write_video: Any) -> None:
+    for name in ("b/2.mp4", "a.mp4", "b/10.MP4", ".hidden/x.mp4", "._a.mp4"):
+        write_video(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no video")
+    (tmp_path / "b" / "loop").symlink_to(tmp_path)
+    assert [video.path for video in _index(tmp_path).videos] == ["a.mp4", "b/10.MP4", "b/2.mp4"]
+
+
+def test_cache_is_reused_and_only_what_changed_is_read_again(
+    tmp_path: Path, write_video: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+        write_video(tmp_path / name)
+    read: list[str] = []
+
+    def spy(root: str, path: str) -> Video | BadFile:
+        read.append(path)
+        return index_file(root, path)
+
+    monkeypatch.setattr(index_module, "index_file", spy)
+    first = _index(tmp_path)
+    assert read == ["a.mp4", "b.mp4", "c.mp4"]
+    assert _index(tmp_path) == first
+    assert len(read) == 3
+    write_video(tmp_path / "b.mp4", num_frames=12)
+    write_video(tmp_path / "d.mp4")
+    (tmp_path / "a.mp4").unlink()
+    second = _index(tmp_path)
+    assert read[3:] == ["b.mp4", "d.mp4"]
+    assert [(video.path, video.num_frames) for video in second.videos] == [
+        ("b.mp4", 12),
+        ("c.mp4", 9),
+        ("d.mp4", 9),
+    ]
+    assert second.content_hash != first.content_hash
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_content_hash_does_not_depend_on_time_stamps(tmp_path: Path, write_video: Any) -> None:
+    write_video(tmp_path / "a.mp4")
+    before = _index(tmp_path).content_hash
+    os.utime(tmp_path / "a.mp4", (1, 1))
+    assert _index(tmp_path).content_hash == before
+
+
+@pytest.mark.parametrize("text", ['{"format": "worldmodel-video-index", "version": 0}\n', "garbage\n", "", None])
+def test_a_cache_of_another_version_or_a_broken_one_is_built_anew(
+    tmp_path: Path, write_video: Any, text: str | None
+) -> None:
+    write_video(tmp_path / "a.mp4")
+    first = _index(tmp_path)
+    cache = tmp_path / INDEX_NAME
+    cut_off = cache.read_text()[:-20]
+    cache.write_text(cut_off if text is None else text)
+    assert _index(tmp_path) == first
+    assert json.loads(cache.read_text().splitlines()[0]) == index_module.INDEX_HEADER
+
+
+def test_a_folder_that_cannot_be_written_is_cached_at_home(
+    tmp_path: Path, write_video: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, home = tmp_path / "data", tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setattr(Path, "home", lambda: home)
+    write_video(root / "a.mp4")
+    (root / INDEX_NAME).mkdir()  # stands in the way (a read-only folder does not stop a superuser)
+    first = _index(root)
+    assert len(list((home / ".cache" / "worldmodel").iterdir())) == 1
+    monkeypatch.setattr(index_module, "index_file", None)
+    assert _index(root) == first
+
+
+def test_processes_give_the_same_index(tmp_path: Path, write_video: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_video(tmp_path / "0.mp4").read_bytes()
+    for i in range(1, 12):
+        (tmp_path / f"{i}.mp4").write_bytes(data if i != 7 else b"")
+    serial = _index(tmp_path)
+    (tmp_path / INDEX_NAME).unlink()
+    monkeypatch.setattr(index_module, "FILES_PER_TASK", 2)
+    assert _index(tmp_path, num_workers=2) == serial
+    assert [entry.path for entry in serial.bad] == ["7.mp4"]
+
+
+def test_labels_are_the_numeric_fields_that_all_videos_have(tmp_path: Path, write_video: Any) -> None:
+    for name in ("a.mp4", "sub/b.mp4"):
+        write_video(tmp_path / name)
+    rows = [
+        {"file_name": "sub/b.mp4", "digit": 7, "v": [1, 2.5], "name": "x", "some": 1, "ragged": [1]},
+        {"file_name": "unused.mp4"},
+        {"file_name": "a.mp4", "digit": 3, "v": [0.5, 0.0], "name": "y", "ragged": [1, 2]},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labels = _index(tmp_path).labels
+    assert labels.keys() == {"digit", "v"}
+    assert torch.equal(labels["digit"], torch.tensor([3, 7]))
+    assert torch.equal(labels["v"], torch.tensor([[0.5, 0.0], [1.0, 2.5]]))
+
+
+def test_metadata_with_gaps_gives_no_labels_and_broken_metadata_an_error(
+    tmp_path: Path, write_video: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name)
+    metadata = tmp_path / "metadata.jsonl"
+    metadata.write_text('{"file_name": "a.mp4", "digit": 1}\n')
+    assert _index(tmp_path).labels == {}
+    assert "'b.mp4'" in caplog.text
+    metadata.write_text('{"file_name": "a.mp4", "digit": 1}\nnonsense\n')
+    with pytest.raises(UserError, match="line 2"):
+        _index(tmp_path)

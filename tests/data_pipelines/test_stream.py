@@ -1,0 +1,403 @@
+"""Every clip once, in the same order for any number of ranks and workers; resumable; bad files survived."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipelines import stream as stream_module
+from data_pipelines.clips import ClipSpec, make_clip_table
+from data_pipelines.errors import UserError
+from data_pipelines.index import VideoIndex, load_or_build_index
+from data_pipelines.stream import Batch, VideoStream, read_all
+
+SETTINGS: dict[str, Any] = {
+    "size_px": None,
+    "channels": 1,
+    "batch_size": 16,
+    "num_lanes": 8,
+    "pool_clips": 64,
+    "seed": 3,
+}
+SPEC = ClipSpec()
+
+
+@pytest.fixture(scope="module")
+def index(mixed_folder: Path) -> VideoIndex:
+    return load_or_build_index(mixed_folder, progress=False)
+
+
+def _stream(index: VideoIndex, spec: ClipSpec = SPEC, **changes: Any) -> VideoStream:
+    return VideoStream(index, spec, **(SETTINGS | changes))
+
+
+def _table(index: VideoIndex, spec: ClipSpec = SPEC) -> Any:
+    videos = index.videos
+    return make_clip_table([v.num_frames for v in videos], [v.keyframes for v in videos], spec)
+
+
+def _hash(batch: Batch) -> str:
+    digest = hashlib.sha256(batch["video"].numpy().tobytes())
+    digest.update(batch["clip_id"].numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _take(stream: VideoStream, count: int, start_batch: int = 0) -> list[Batch]:
+    batches = stream.batches(start_batch)
+    try:
+        return list(islice(batches, count))
+    finally:
+        batches.close()  # type: ignore[attr-defined]
+
+
+def _check_pixels(index: VideoIndex, spec: ClipSpec, batches: list[Batch], read_numbers: Any) -> None:
+    """Each clip shows the frames of the video that its id stands for, in order of time."""
+    table = _table(index, spec)
+    for batch in batches:
+        clips = batch["clip_id"].numpy()
+        for row, (video, start) in enumerate(zip(table.videos_of(clips), table.starts_of(clips), strict=True)):
+            shown = [read_numbers(frame) for frame in batch["video"][row]]
+            assert shown == [(video, start + i * spec.frame_stride) for i in range(spec.length)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_every_clip_once_an_epoch_with_the_right_pixels(index: VideoIndex, read_numbers: Any, num_workers: int) -> None:
+    stream = _stream(index, num_workers=num_workers)
+    num_clips = _table(index).num_clips
+    assert stream.batches_per_epoch == num_clips // 16
+    batches = _take(stream, 2 * stream.batches_per_epoch)
+    epochs = [batches[: stream.batches_per_epoch], batches[stream.batches_per_epoch :]]
+    for epoch in epochs:
+        delivered = torch.cat([batch["clip_id"] for batch in epoch]).tolist()
+        assert len(set(delivered)) == len(delivered) == num_clips - num_clips % 16
+    assert [_hash(batch) for batch in epochs[0]] != [_hash(batch) for batch in epochs[1]]
+    _check_pixels(index, SPEC, epochs[0][::2], read_numbers)
+    assert batches[0]["video"].shape == (16, 9, 1, 48, 64)
+    assert batches[0]["video"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ClipSpec(num_segments=3, num_frames=1, frame_stride=3, clip_step=2),
+        ClipSpec(num_segments=2, num_frames=1, frame_stride=1, clip_step=1),
+        ClipSpec(num_segments=2, num_frames=2, frame_stride=2, clip_step=60),
+    ],
+)
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+def test_overlapping_spread_and_sparse_clips(
+    index: VideoIndex, read_numbers: Any, spec: ClipSpec, decoder: str
+) -> None:
+    if decoder == "decord":
+        pytest.importorskip("decord")
+    stream = _stream(index, spec, batch_size=8, num_lanes=4, decoder=decoder)
+    _check_pixels(index, spec, _take(stream, min(25, stream.batches_per_epoch)), read_numbers)
+
+
+def test_resized_colour_clips_keep_their_layout(index: VideoIndex) -> None:
+    batch = _take(_stream(index, size_px=32, channels=3), 1)[0]
+    assert batch["video"].shape == (16, 9, 3, 32, 32)
+
+
+def _assemble(per_rank: list[Batch], num_lanes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ranks' parts of one batch -> the global batch, in lane order."""
+    world_size = len(per_rank)
+    rows = []
+    for lane in range(num_lanes):
+        batch, at = per_rank[lane % world_size], lane // world_size
+        per_lane = len(batch["clip_id"]) * world_size // num_lanes
+        rows.append((batch["video"][at * per_lane :][:per_lane], batch["clip_id"][at * per_lane :][:per_lane]))
+    return torch.cat([video for video, _ in rows]), torch.cat([clip_id for _, clip_id in rows])
+
+
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (4, 0), (4, 2)])
+def test_global_batches_do_not_depend_on_ranks_and_workers(
+    index: VideoIndex, world_size: int, num_workers: int
+) -> None:
+    start = _stream(index).batches_per_epoch - 3
+    whole = _take(_stream(index), 6, start)  # across the end of an epoch
+    per_rank = [
+        _take(_stream(index, rank=rank, world_size=world_size, num_workers=num_workers), 6, start)
+        for rank in range(world_size)
+    ]
+    for expected, *parts in zip(whole, *per_rank, strict=True):
+        video, clip_id = _assemble(parts, num_lanes=8)
+        assert torch.equal(clip_id, expected["clip_id"])
+        assert torch.equal(video, expected["video"])
+
+
+RESUME = """
+import hashlib, json, sys
+from itertools import islice
+from data_pipelines.clips import ClipSpec
+from data_pipelines.index import load_or_build_index
+from data_pipelines.stream import VideoStream
+
+root, settings, runs = json.loads(sys.argv[1])
+for num_workers, start_batch, count in runs:
+    index = load_or_build_index(root, progress=False)
+    stream = VideoStream(index, ClipSpec(), **settings, num_workers=num_workers)
+    for batch in islice(stream.batches(start_batch), count):
+        digest = hashlib.sha256(batch["video"].numpy().tobytes())
+        digest.update(batch["clip_id"].numpy().tobytes())
+        print(digest.hexdigest()[:16])
+"""
+
+
+def test_resume_in_a_fresh_process_continues_identically(index: VideoIndex) -> None:
+    stream = _stream(index)
+    total = 2 * stream.batches_per_epoch + 2
+    whole = [_hash(batch) for batch in _take(stream, total)]
+    assert len(set(whole)) == total
+    middle, late = stream.batches_per_epoch // 2, stream.batches_per_epoch + 1
+    runs = [(2, middle, total - middle), (0, late, total - late), (1, stream.batches_per_epoch, 3)]
+    command = [sys.executable, "-c", RESUME, json.dumps([str(index.root), SETTINGS, runs])]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120
+    )
+    continued = done.stdout.split()
+    expected = [whole[start : start + count] for _, start, count in runs]
+    assert continued == [digest for run in expected for digest in run]
+
+
+class _Opens:
+    """Counts how often each file is opened for decoding."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.counts: Counter[str] = Counter()
+        open_video = stream_module.open_video
+
+        def counting(path: Path, *arguments: Any, **more: Any) -> Any:
+            self.counts[Path(path).name] += 1
+            return open_video(path, *arguments, **more)
+
+        monkeypatch.setattr(stream_module, "open_video", counting)
+
+
+def test_each_group_is_decoded_once_an_epoch(index: VideoIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = _table(index)
+    opens = _Opens(monkeypatch)
+    stream = _stream(index)
+    batches = _take(stream, stream.batches_per_epoch)
+    delivered = torch.cat([batch["clip_id"] for batch in batches]).numpy()
+    groups = len(np.unique(table.groups_of(delivered)))
+    assert groups <= opens.counts.total() <= groups + 8 - 1  # one more where a group crosses two lanes
+    assert all(opens.counts[f"a{video:02d}.mp4"] <= 1 for video in range(30))
+
+
+def test_resume_decodes_only_what_is_still_to_come(index: VideoIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = _stream(index, pool_clips=8)
+    opens = _Opens(monkeypatch)
+    [batch] = _take(stream, 1, stream.batches_per_epoch - 1)
+    assert len(batch["clip_id"]) == 16
+    assert opens.counts.total() <= 16
+
+
+def test_the_pool_bounds_the_clips_in_memory(index: VideoIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = 0
+    decode = stream_module.ClipDecoder.decode
+
+    def counting(self: Any, *arguments: Any) -> Any:
+        nonlocal decoded
+        decoded += 1
+        return decode(self, *arguments)
+
+    monkeypatch.setattr(stream_module.ClipDecoder, "decode", counting)
+    stream = _stream(index, batch_size=4, num_lanes=2, pool_clips=32)
+    batches = stream.batches()
+    most = 0
+    for number in range(stream.batches_per_epoch):
+        next(batches)
+        most = max(most, decoded - 4 * (number + 1))
+    assert 8 < most <= 32
+
+
+def _labelled(index: VideoIndex) -> VideoIndex:
+    labels = {"video": torch.arange(len(index.videos)), "pair": torch.rand(len(index.videos), 2)}
+    return VideoIndex(index.root, index.videos, labels=labels)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_labels_follow_their_videos(index: VideoIndex, num_workers: int) -> None:
+    labelled = _labelled(index)
+    batch = _take(_stream(labelled, num_workers=num_workers), 1)[0]
+    videos = torch.from_numpy(_table(index).videos_of(batch["clip_id"].numpy()))
+    assert torch.equal(batch["labels"]["video"], videos)
+    assert torch.equal(batch["labels"]["pair"], labelled.labels["pair"][videos])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_read_all_is_ordered_and_complete(index: VideoIndex, read_numbers: Any, num_workers: int) -> None:
+    arguments: dict[str, Any] = {"size_px": None, "channels": 1, "batch_size": 20, "num_workers": num_workers}
+    batches = list(read_all(index, SPEC, **arguments))
+    num_clips = _table(index).num_clips
+    assert torch.cat([batch["clip_id"] for batch in batches]).tolist() == list(range(num_clips))
+    assert [len(batch["clip_id"]) for batch in batches[:-1]] == [20] * (num_clips // 20)
+    _check_pixels(index, SPEC, batches, read_numbers)
+    first = list(read_all(index, SPEC, **arguments, max_clips=25))
+    assert [len(batch["clip_id"]) for batch in first] == [20, 5]
+    assert torch.equal(first[1]["video"], batches[1]["video"][:5])
+
+
+@pytest.fixture
+def damaged(index: VideoIndex, tmp_path: Path) -> tuple[VideoIndex, set[str]]:
+    """Five files that were good when they were indexed: empty, cut, shorter, damaged inside and gone."""
+    root = tmp_path / "damaged"
+    shutil.copytree(index.root, root)
+    (root / "a01.mp4").write_bytes(b"")
+    data = (root / "a02.mp4").read_bytes()
+    (root / "a02.mp4").write_bytes(data[: len(data) // 2])
+    (root / "a03.mp4").unlink()
+    long = root / "long" / "32.mp4"
+    data = long.read_bytes()
+    long.write_bytes(data[: len(data) // 2] + bytes(200) + data[len(data) // 2 + 200 :])
+    return VideoIndex(root, index.videos), {"a01.mp4", "a02.mp4", "a03.mp4", "long/32.mp4"}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_files_that_fail_while_streaming_are_left_out_and_named_once(
+    index: VideoIndex,
+    damaged: tuple[VideoIndex, set[str]],
+    read_numbers: Any,
+    caplog: pytest.LogCaptureFixture,
+    num_workers: int,
+) -> None:
+    broken, names = damaged
+    good = _stream(index)
+    total = 2 * good.batches_per_epoch
+    whole = _take(good, total)
+    batches = _take(_stream(broken, num_workers=num_workers, max_bad_fraction=0.2), total)
+    lost: set[int] = set()
+    for expected, batch in zip(whole, batches, strict=True):
+        missing = set(expected["clip_id"].tolist()) - set(batch["clip_id"].tolist())
+        kept = torch.tensor([clip not in missing for clip in expected["clip_id"].tolist()])
+        assert torch.equal(expected["clip_id"][kept], batch["clip_id"])  # dropped, not replaced nor moved
+        assert torch.equal(expected["video"][kept], batch["video"])  # no frame that only looks right
+        lost |= missing
+    lost_videos = {broken.videos[video].path for video in _table(index).videos_of(np.array(sorted(lost)))}
+    assert lost_videos == names
+    for name in names:
+        assert sum(f"'{name}' does not decode" in record.message for record in caplog.records) == 1
+    # of the long file only what lies in the damaged keyframe intervals
+    of_long = _table(index).first_clip[32:34]
+    assert 1 <= sum(of_long[0] <= clip < of_long[1] for clip in lost) < (of_long[1] - of_long[0]) / 2
+
+
+def test_what_fails_does_not_depend_on_where_the_run_was_resumed(
+    damaged: tuple[VideoIndex, set[str]],
+) -> None:
+    stream = _stream(damaged[0], max_bad_fraction=0.2)
+    whole = [_hash(batch) for batch in _take(stream, stream.batches_per_epoch)]
+    for start in range(1, stream.batches_per_epoch, 2):
+        assert _hash(_take(stream, 1, start)[0]) == whole[start]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_too_many_failing_files_stop_the_run_with_one_line(
+    damaged: tuple[VideoIndex, set[str]], num_workers: int
+) -> None:
+    stream = _stream(damaged[0], num_workers=num_workers, max_bad_fraction=0.05)
+    with pytest.raises(UserError, match=r"2 of 34 videos do not decode.*max_bad_fraction=0.05") as caught:
+        _take(stream, stream.batches_per_epoch)
+    assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children()
+    with pytest.raises(UserError, match="do not decode"):
+        list(
+            read_all(
+                damaged[0],
+                SPEC,
+                size_px=None,
+                channels=1,
+                batch_size=8,
+                num_workers=num_workers,
+                max_bad_fraction=0,
+            )
+        )
+
+
+def _started(index: VideoIndex, num_workers: int) -> tuple[Iterator[Batch], list[Any]]:
+    batches = _stream(index, num_workers=num_workers).batches()
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == num_workers
+    return batches, workers
+
+
+def test_closing_the_iterator_ends_the_workers(index: VideoIndex) -> None:
+    batches, workers = _started(index, 2)
+    batches.close()  # type: ignore[attr-defined]
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_workers_are_no_more_than_the_lanes_of_the_rank(index: VideoIndex) -> None:
+    batches = _stream(index, num_workers=8, world_size=4, rank=1).batches()
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()  # type: ignore[attr-defined]
+
+
+def test_workers_leave_ctrl_c_to_the_main_process(index: VideoIndex) -> None:
+    batches, workers = _started(index, 1)
+    os.kill(workers[0].pid, signal.SIGINT)
+    assert len(list(islice(batches, 10))) == 10
+    batches.close()  # type: ignore[attr-defined]
+
+
+def test_a_killed_worker_is_one_clear_line(index: VideoIndex) -> None:
+    batches, workers = _started(index, 1)
+    os.kill(workers[0].pid, signal.SIGKILL)
+    with pytest.raises(UserError, match="a decoding process died") as caught:
+        list(islice(batches, 10))
+    assert "\n" not in str(caught.value)
+
+
+def test_fingerprint_covers_what_fixes_the_order_and_nothing_else(index: VideoIndex) -> None:
+    base = _stream(index).fingerprint
+    same: list[dict[str, Any]] = [
+        {"num_workers": 2},
+        {"rank": 1, "world_size": 2},
+        {"decoder": "pyav"},
+        {"size_px": 32},
+    ]
+    assert {_stream(index, **changes).fingerprint for changes in same} == {base}
+    other: list[dict[str, Any]] = [
+        {"seed": 4},
+        {"batch_size": 32},
+        {"num_lanes": 4},
+        {"pool_clips": 32},
+        {"shuffle": False},
+        {"spec": ClipSpec(clip_step=1)},
+        {"index": VideoIndex(index.root, index.videos[1:])},
+    ]
+    fingerprints = {_stream(**{"index": index, **changes}).fingerprint for changes in other}
+    assert len(fingerprints | {base}) == len(other) + 1
+
+
+def test_mistakes_are_named(index: VideoIndex, tmp_path: Path, write_video: Any) -> None:
+    with pytest.raises(UserError, match="batch_size=15 is not a multiple of num_lanes=8"):
+        _stream(index, batch_size=15)
+    with pytest.raises(UserError, match="num_lanes=8 is not a multiple of the 3 processes"):
+        _stream(index, world_size=3)
+    with pytest.raises(UserError, match="fewer than one batch: lower batch_size=1600"):
+        _stream(index, batch_size=1600)
+    with pytest.raises(UserError, match=r"clips span 303 frames.*longest video has 300"):
+        _stream(index, ClipSpec(num_frames=101))
+    with pytest.raises(UserError, match="decoder='vhs'"):
+        _stream(index, decoder="vhs")
+    write_video(tmp_path / "a.mp4")
+    write_video(tmp_path / "b.mp4", size=(32, 32))
+    with pytest.raises(UserError, match=r"'a.mp4' is 64x48, 'b.mp4' 32x32\): set size_px"):
+        _stream(load_or_build_index(tmp_path, progress=False), batch_size=1, num_lanes=1)

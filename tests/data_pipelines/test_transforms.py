@@ -1,0 +1,17 @@
+import torch
+
+from data_pipelines.transforms import split_segments, to_float
+
+
+def test_to_float_maps_bytes_onto_the_unit_interval_and_leaves_floats() -> None:
+    out = to_float(torch.tensor([0, 51, 255], dtype=torch.uint8))
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, torch.tensor([0.0, 0.2, 1.0]))
+    torch.testing.assert_close(to_float(torch.tensor([0.25], dtype=torch.float64)), torch.tensor([0.25]))
+
+
+def test_split_segments_keeps_the_order_of_time() -> None:
+    video = torch.arange(9).reshape(1, 9, 1, 1, 1).expand(2, 9, 1, 4, 4)
+    segments = split_segments(video, 3)
+    assert [segment.shape for segment in segments] == [(2, 3, 1, 4, 4)] * 3
+    assert [segment[0, :, 0, 0, 0].tolist() for segment in segments] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]

@@ -1,0 +1,87 @@
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.errors import UserError
+from tests.conftest import REPO
+from worldmodel.config import flatten, load_config, to_dict, to_yaml, validate
+
+CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(to_yaml(config))
+    assert load_config(copy) == config
+
+
+@pytest.mark.parametrize("name", ["demo", "paper"])
+def test_twins_differ_only_in_the_latent(name: str) -> None:
+    config = flatten(to_dict(load_config(REPO / "configs" / f"{name}.yaml")))
+    twin = flatten(to_dict(load_config(REPO / "configs" / f"{name}_byol.yaml")))
+    differing = {key for key in config if config[key] != twin[key]}
+    assert differing <= {"run_dir", "model.latent", "model.latent_dim", "objective.beta"}
+    assert twin["model.latent"] == "none"
+
+
+def test_overrides_replace_values_and_numbers_may_have_exponents(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("run_dir: here\ntrain:\n  lr: 1e-3\n")
+    config = load_config(path, ["train.steps=7", "objective.beta=5e-4", "data.clip_step=null", "data.decoder=pyav"])
+    assert (config.train.lr, config.train.steps, config.objective.beta) == (1e-3, 7, 5e-4)
+    assert config.data.clip_step is None and config.data.decoder == "pyav"
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.stepz=5", ["unknown key", "train.stepz", "steps", "warmup_steps"]),
+        ("nothing=5", ["unknown key", "nothing", "run_dir", "train"]),
+        ("train.steps=many", ["train.steps", "'many'", "integer"]),
+        ("train.steps=2.5", ["train.steps", "2.5"]),
+        ("train.steps=true", ["train.steps", "True"]),
+        ("train.steps=0", ["train.steps", "0", "greater than 0"]),
+        ("train.lr=fast", ["train.lr", "'fast'"]),
+        ("model.latent=gausian", ["model.latent", "'gausian'", "'gaussian'", "'none'"]),
+        ("data.decoder=ffmpeg", ["data.decoder", "'ffmpeg'", "'auto'", "'pyav'", "'decord'"]),
+        ("data.channels=2", ["data.channels", "2", "1", "3"]),
+        ("objective.ema_momentum=1.5", ["objective.ema_momentum", "1.5", "less than or equal to 1"]),
+        ("data=5", ["data", "5"]),
+        ("data.batch_size=100", ["data.batch_size=100", "data.num_lanes=32"]),
+        ("train.warmup_steps=1000000", ["train.warmup_steps=1000000", "train.steps"]),
+        ("train.steps", ["train.steps", "key=value"]),
+        ("run_dir.deeper=1", ["run_dir"]),
+    ],
+)
+def test_mistakes_name_the_key_the_value_and_what_is_allowed(override: str, told: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(REPO / "configs" / "demo.yaml", [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in told:
+        assert part in message
+
+
+def test_moving_mnist_has_fixed_frames() -> None:
+    with pytest.raises(UserError, match=r"data.size_px=64, not 32"):
+        load_config(REPO / "configs" / "paper.yaml", ["data.size_px=32"])
+
+
+def test_a_missing_key_and_a_missing_or_broken_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="missing key run_dir"):
+        validate({}, source="here")
+    with pytest.raises(UserError, match=r"cannot read config .*No such file"):
+        load_config(tmp_path / "no.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    with pytest.raises(UserError, match="no valid YAML"):
+        load_config(broken)
+
+
+def test_yaml_cannot_build_objects(tmp_path: Path) -> None:
+    path = tmp_path / "evil.yaml"
+    path.write_text("run_dir: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(UserError, match="no valid YAML"):
+        load_config(path)

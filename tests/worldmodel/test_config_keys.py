@@ -1,0 +1,74 @@
+"""No key of a shipped config is decoration: each is read by code that acts on it."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import REPO
+from worldmodel import config as config_module
+from worldmodel import load
+from worldmodel.config import Config, flatten
+from worldmodel.evaluation.forecast import evaluate_forecasts
+from worldmodel.train import train
+
+GROUPS = {
+    "DataConfig": "data.",
+    "ModelConfig": "model.",
+    "ObjectiveConfig": "objective.",
+    "TrainConfig": "train.",
+    "EvaluationConfig": "evaluation.",
+    "TrackingConfig": "tracking.",
+    "Config": "",
+}
+
+
+@contextmanager
+def recorded_reads() -> Iterator[set[str]]:
+    """The keys that are read by code of the two packages other than config.py itself, which reads all to copy them."""
+    reads: set[str] = set()
+    originals: dict[type, Any] = {}
+
+    def watch(cls: type, prefix: str) -> None:
+        original = originals[cls] = cls.__getattribute__
+
+        def spy(self: object, name: str) -> Any:
+            reader = sys._getframe(1).f_globals.get("__name__", "")
+            if reader.split(".")[0] in ("worldmodel", "data_pipelines") and reader != "worldmodel.config":
+                reads.add(prefix + name)
+            return original(self, name)  # type: ignore[call-arg, arg-type]
+
+        cls.__getattribute__ = spy  # type: ignore[method-assign, assignment]
+
+    for name, prefix in GROUPS.items():
+        watch(getattr(config_module, name), prefix)
+    try:
+        yield reads
+    finally:
+        for cls, original in originals.items():
+            cls.__getattribute__ = original  # type: ignore[method-assign]
+
+
+def train_and_evaluate(config: Config) -> None:
+    trained = load(train(config))
+    evaluate_forecasts(trained.config, trained.model, trained.teacher, torch.device("cpu"))
+
+
+def test_every_key_of_every_shipped_config_is_read(
+    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with recorded_reads() as reads:
+        train_and_evaluate(tiny_config())
+        fresh = tiny_config(
+            "data.source=moving_mnist", "objective.beta_warmup_steps=3", "objective.ema_schedule=cosine"
+        )
+        train_and_evaluate(Config(**{**vars(fresh), "run_dir": fresh.run_dir + "_fresh"}))
+    for path in (REPO / "configs").glob("*.yaml"):
+        unread = set(flatten(yaml.safe_load(path.read_text()))) - reads
+        assert not unread, f"{path.name} sets keys that nothing reads: {sorted(unread)}"
+    assert "model.width" in reads and "train.nonsense" not in reads

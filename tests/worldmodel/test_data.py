@@ -1,0 +1,64 @@
+from collections.abc import Callable
+
+import torch
+
+from data_pipelines.transforms import split_segments
+from worldmodel.config import Config
+from worldmodel.data import NUM_SEGMENTS, evaluation_batches, known_law, training_stream
+
+
+def test_both_sources_have_one_batch_layout(tiny_config: Callable[..., Config]) -> None:
+    cpu = torch.device("cpu")
+    layouts = []
+    for source in ("videos", "moving_mnist"):
+        stream = training_stream(tiny_config(f"data.source={source}"), rank=0, world_size=1, device=cpu)
+        batches = stream.batches()
+        batch = next(batches)
+        batches.close()
+        assert batch["video"].shape == (16, 9, 1, 64, 64)
+        assert batch["clip_id"].shape == (16,)
+        assert {name: values.shape for name, values in batch["labels"].items() if name == "velocity_after"}
+        layouts.append({name: values.shape for name, values in batch["labels"].items() if name != "seed"})
+    assert layouts[0] == layouts[1]
+
+
+def test_segments_of_a_video_come_in_order(tiny_config: Callable[..., Config]) -> None:
+    """The digit's centroid moves by v within x and by v' into x+ and on: the labels say which segment is which."""
+    batch = next(iter(evaluation_batches(tiny_config(), "selection", 32)))
+    x, target, later = split_segments(batch["video"].float() / 255, NUM_SEGMENTS)
+    labels = batch["labels"]
+    inside = (labels["centre"] + 2 * labels["velocity"] + 6 * labels["velocity_after"]).amax(dim=1) < 50
+
+    def centroid(frames: torch.Tensor) -> torch.Tensor:
+        weights = frames[:, 0]
+        return (weights.sum(dim=-2) * torch.arange(64)).sum(dim=-1) / weights.sum(dim=(-2, -1))
+
+    for segment, first, velocity in (
+        (x, 0, "velocity"),
+        (target, 1, "velocity_after"),
+        (later, 4, "velocity_after"),
+    ):
+        start = labels["centre"] if segment is x else labels["centre"] + 2 * labels["velocity"]
+        steps = torch.tensor([first, first + 1, first + 2])
+        expected = (start[:, None] + steps[:, None] * labels[velocity][:, None])[..., 0]
+        seen = torch.stack([centroid(segment[:, t]) for t in range(3)], dim=1)
+        assert inside.sum() > 10
+        offset = (seen - expected)[inside]  # a digit's centroid is off its centre, by the same in all frames
+        assert (offset - offset.mean(dim=1, keepdim=True)).abs().max() < 0.5
+        assert offset.abs().max() < 4
+
+
+def test_evaluation_gives_the_asked_number_of_clips_always_the_same(
+    tiny_config: Callable[..., Config],
+) -> None:
+    for source in ("videos", "moving_mnist"):
+        config = tiny_config(f"data.source={source}")
+        first, again = (list(evaluation_batches(config, "test", 20)) for _ in range(2))
+        assert sum(len(batch["video"]) for batch in first) == 20
+        assert all(torch.equal(a["video"], b["video"]) for a, b in zip(first, again, strict=True))
+
+
+def test_the_law_is_known_for_both_sources(tiny_config: Callable[..., Config]) -> None:
+    for source in ("videos", "moving_mnist"):
+        law = known_law(tiny_config(f"data.source={source}"))
+        assert law is not None and law.setting == "A" and len(law.sprites) == 250

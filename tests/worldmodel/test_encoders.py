@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from worldmodel.encoders import ENCODERS, Conv3dEncoder, Embedder, mlp, normalise
+
+
+def clip(batch: int = 3, frames: int = 3, channels: int = 1, size_px: int = 64) -> torch.Tensor:
+    return torch.rand(batch, frames, channels, size_px, size_px, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_published_sizes() -> None:
+    """768 features; 32-64-128-128-256 channels: the five kernels without bias and the norms' scales and shifts."""
+    encoder = Conv3dEncoder(in_channels=1, num_frames=3, width=1.0)
+    kernels = 9 * 1 * 32 + 9 * 32 * 64 + 3 * 64 * 128 + 3 * 128 * 128 + 9 * 128 * 256
+    assert encoder.num_features == 768
+    assert encoder(clip()).shape == (3, 768)
+    assert sum(p.numel() for p in encoder.parameters()) == kernels + 2 * (32 + 64 + 128 + 128 + 256)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize(("channels", "frames", "size_px"), [(1, 3, 64), (3, 2, 96), (3, 1, 64)])
+def test_any_number_of_frames_channels_and_pixels(name: str, channels: int, frames: int, size_px: int) -> None:
+    encoder = ENCODERS[name](channels, frames, 0.125)
+    assert encoder(clip(2, frames, channels, size_px)).shape == (2, encoder.num_features)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_features_tell_the_order_of_frames(name: str) -> None:
+    torch.manual_seed(0)
+    encoder = ENCODERS[name](1, 3, 0.125).eval()
+    video = clip()
+    assert not torch.allclose(encoder(video), encoder(video.flip(1)), atol=1e-4)
+
+
+def test_folding_the_norm_into_the_kernel_changes_nothing() -> None:
+    """Outside training the blocks fold their norms; the modules applied one by one are the reference."""
+    torch.manual_seed(0)
+    encoder = Conv3dEncoder(1, 3, 0.25)
+    for _ in range(3):
+        encoder(clip(8))  # running statistics away from their start
+    encoder.eval()
+    volume = clip().transpose(1, 2)
+    expected = volume
+    for block in encoder.layers:
+        expected = torch.relu(block.norm(block.conv(expected)))
+    folded = encoder(clip())
+    torch.testing.assert_close(folded, expected.mean(dim=(3, 4)).flatten(1), atol=1e-5, rtol=1e-4)
+
+
+def test_embeddings_have_one_length() -> None:
+    torch.manual_seed(0)
+    embedder = Embedder(Conv3dEncoder(1, 3, 0.125), hidden_dim=16, embedding_dim=8)
+    torch.testing.assert_close(embedder(clip()).norm(dim=-1), torch.full((3,), 8**0.5))
+    torch.testing.assert_close(normalise(5 * torch.ones(2, 8)), torch.ones(2, 8))
+
+
+def test_mlp_has_no_bias_before_a_norm() -> None:
+    with_norm, without = mlp([4, 5, 6], final_norm=True), mlp([4, 5, 6])
+    assert [m.bias is None for m in with_norm if isinstance(m, torch.nn.Linear)] == [True, True]
+    assert [m.bias is None for m in without if isinstance(m, torch.nn.Linear)] == [True, False]
+    assert isinstance(with_norm[-1], torch.nn.BatchNorm1d)

@@ -1,0 +1,222 @@
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_pipelines.errors import UserError
+from tests.conftest import REPO, run_script, script_environment
+from worldmodel.config import Config, ObjectiveConfig, TrainConfig
+from worldmodel.data import read_index
+from worldmodel.train import beta_at, learning_rate, parameter_groups, step_generator, train
+
+DEMO = ["--config", str(REPO / "configs" / "demo.yaml")]
+
+
+def rows(run: Path, split: str = "train") -> list[dict[str, float]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["split"] == split]
+
+
+def final_tensors(run: Path) -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints" / json.loads((run / "checkpoints" / "index.json").read_text())["latest"]
+    return {
+        f"{part}/{name}": tensor
+        for part in ("model", "teacher", "optimizer")
+        for name, tensor in load_file(folder / f"{part}.safetensors").items()
+    }
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    one, other = final_tensors(a), final_tensors(b)
+    assert one.keys() == other.keys()
+    differing = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not differing, f"{len(differing)} of {len(one)} tensors differ, such as {differing[0]}"
+
+
+def test_learning_rate_warms_up_and_falls_to_zero() -> None:
+    config = TrainConfig(lr=1.0, steps=110, warmup_steps=10)
+    assert [learning_rate(step, config) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert learning_rate(60, config) == pytest.approx(0.5)
+    assert learning_rate(109, config) < 0.001
+    assert learning_rate(110, config) == pytest.approx(0, abs=1e-12)
+
+
+def test_beta_warms_up() -> None:
+    config = ObjectiveConfig(beta=0.2, beta_warmup_steps=4)
+    assert [beta_at(step, config) for step in (0, 2, 4, 9)] == pytest.approx([0, 0.1, 0.2, 0.2])
+    assert beta_at(0, ObjectiveConfig(beta=0.2)) == 0.2
+
+
+def test_weight_decay_spares_one_dimensional_parameters() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    decayed, spared = parameter_groups(model, 0.1)
+    assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0
+    assert [p.ndim for p in decayed["params"]] == [2]
+    assert [p.ndim for p in spared["params"]] == [1, 1, 1]
+
+
+def test_the_random_numbers_of_a_step_depend_on_seed_step_and_rank() -> None:
+    draws = {
+        (seed, step, rank): torch.randn(4, generator=step_generator(seed, step, rank, torch.device("cpu")))
+        for seed in (0, 1)
+        for step in (0, 1)
+        for rank in (0, 1)
+    }
+    assert len({tuple(draw.tolist()) for draw in draws.values()}) == 8
+    again = torch.randn(4, generator=step_generator(1, 0, 1, torch.device("cpu")))
+    assert torch.equal(again, draws[1, 0, 1])
+
+
+def test_a_run_logs_evaluates_and_saves(tiny_config: Callable[..., Config]) -> None:
+    run = train(tiny_config())
+    logged = rows(run)
+    assert [row["step"] for row in logged] == [1, 2, 3, 4, 5, 6]
+    for row in logged:
+        assert row["loss"] == pytest.approx(row["prediction_loss"] + row["beta"] * row["kl_nats"], rel=1e-5)
+        assert 1 <= row["effective_rank"] <= 16 and row["embedding_std"] > 0 and row["alignment"] <= 1
+        assert 0 <= row["data_wait"] <= 1
+    (evaluation,) = rows(run, "selection")
+    assert evaluation["step"] == 6 and math.isfinite(evaluation["relative_energy_score"])
+    assert {path.name for path in (run / "checkpoints").glob("step_*")} == {"step_00000004", "step_00000006"}
+
+
+def test_training_lowers_the_loss(tiny_config: Callable[..., Config]) -> None:
+    longer = ("train.steps=60", "train.checkpoint_every=60", "train.eval_every=60")
+    run = train(tiny_config(*longer, "train.lr=3e-3", "objective.ema_momentum=0.9"))
+    losses = [row["loss"] for row in rows(run)]
+    assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.1
+
+
+def test_gradient_accumulation_averages_the_batches_of_a_step(tiny_config: Callable[..., Config]) -> None:
+    """Two passes over one batch have the gradient, and so the weights, of one pass; the source repeats each batch."""
+    from worldmodel import train as train_module
+
+    one_step = ("train.steps=1", "model.latent=none", "train.warmup_steps=0")
+    config = tiny_config(*one_step)
+    once = train(config)
+    original = train_module.training_stream
+
+    class Repeated:
+        def __init__(self, stream: object) -> None:
+            self.stream, self.fingerprint = stream, "repeated"
+
+        def batches(self, start: int) -> object:
+            return (batch for batch in self.stream.batches(start) for _ in range(2))  # type: ignore[attr-defined]
+
+    train_module.training_stream = lambda *a, **k: Repeated(original(*a, **k))  # type: ignore[assignment]
+    try:
+        twice = train(tiny_config(*one_step, "train.grad_accumulation=2", f"run_dir={config.run_dir}_twice"))
+    finally:
+        train_module.training_stream = original
+    a, b = final_tensors(once), final_tensors(twice)
+    for name in a:
+        if name.startswith("model/") and "running" not in name and "batches" not in name:
+            torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-4)
+
+
+def test_a_diverged_loss_stops_the_run_with_advice(tiny_config: Callable[..., Config]) -> None:
+    with pytest.raises(UserError, match=r"the loss is nan at step .*lower train.lr"):
+        train(tiny_config("train.lr=1e30", "train.steps=20", "train.clip_norm=0"))
+
+
+def test_a_killed_run_resumes_bit_for_bit(tiny_overrides: list[str], tmp_path: Path) -> None:
+    """SIGKILL at a random step, resumed in a fresh process, across the end of epochs (4 batches each)."""
+    steps = ["train.steps=18", "train.checkpoint_every=3", "train.eval_every=9", "data.num_workers=1"]
+    whole = [*DEMO, *tiny_overrides, *steps, f"run_dir={tmp_path / 'whole'}"]
+    assert run_script("train.py", *whole).returncode == 0
+    killed = [*DEMO, *tiny_overrides, *steps, f"run_dir={tmp_path / 'killed'}"]
+    kill_at = random.Random(7).randint(4, 15)
+    process = subprocess.Popen(
+        [sys.executable, str(REPO / "scripts" / "train.py"), *killed],
+        stderr=subprocess.DEVNULL,
+        cwd=REPO,
+        env=script_environment(),
+        start_new_session=True,
+    )
+    try:
+        wait_for_step(process, tmp_path / "killed", kill_at)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert len(rows(tmp_path / "killed")) < 18
+    resumed = run_script("train.py", *killed, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming" in resumed.stdout
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+    timing = ("clips_per_s", "data_wait")
+    without_timing = [
+        [{key: value for key, value in row.items() if key not in timing} for row in rows(tmp_path / name)]
+        for name in ("whole", "killed")
+    ]
+    assert without_timing[0] == without_timing[1]
+
+
+def wait_for_step(process: "subprocess.Popen[bytes]", run: Path, step: int) -> None:
+    while process.poll() is None:
+        if (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"training ended with exit code {process.returncode} before step {step}")
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_a_checkpoint_and_tell_by_the_exit_code(
+    tiny_overrides: list[str], tmp_path: Path, number: signal.Signals, exit_code: int
+) -> None:
+    overrides = [
+        *tiny_overrides,
+        "train.steps=100000",
+        "train.checkpoint_every=100000",
+        "train.eval_every=100000",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, str(REPO / "scripts" / "train.py"), *DEMO, *overrides, "data.num_workers=1"],
+        stderr=subprocess.PIPE,
+        cwd=REPO,
+        env=script_environment(),
+        text=True,
+    )
+    wait_for_step(process, tmp_path / "run", 3)  # type: ignore[arg-type]
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == exit_code, stderr
+    assert "Traceback" not in stderr and f"stopped by {number.name}; go on with --resume" in stderr
+    index = json.loads((tmp_path / "run" / "checkpoints" / "index.json").read_text())
+    assert index["latest"] is not None
+
+
+def test_two_processes_log_once_and_agree(tiny_overrides: list[str], tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    done = subprocess.run(
+        [*launch, str(REPO / "scripts" / "train.py"), *DEMO, *tiny_overrides],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        cwd=REPO,
+        env=script_environment(),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resuming_on_other_videos_is_refused(tiny_config: Callable[..., Config], world: Path) -> None:
+    train(tiny_config())
+    extra = world / "train" / "zz_extra.mp4"
+    extra.write_bytes((world / "train" / "000000.mp4").read_bytes())
+    read_index.cache_clear()
+    try:
+        with pytest.raises(UserError, match="have changed since its checkpoint"):
+            train(tiny_config(), resume=True)
+    finally:
+        extra.unlink()
+        read_index.cache_clear()

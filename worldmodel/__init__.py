@@ -1,0 +1,7 @@
+"""Video world models whose futures are many: joint-embedding prediction with a latent variable."""
+
+from worldmodel.model import TrainedRun, WorldModel, load
+
+__version__ = "0.1.0"
+
+__all__ = ["TrainedRun", "WorldModel", "__version__", "load"]

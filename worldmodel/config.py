@@ -1,0 +1,259 @@
+"""A run's configuration: frozen dataclasses, read from YAML, changed by dotted overrides, validated first of all.
+
+pydantic checks names, types and ranges; `load_config` turns its findings into one line that names the key, the value
+and what is allowed.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from data_pipelines.errors import UserError
+
+_KNOWN_KEYS = ConfigDict(extra="forbid")
+
+PositiveInt = Annotated[int, Field(strict=True, gt=0)]
+NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
+PositiveFloat = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
+
+
+@dataclass(frozen=True, config=_KNOWN_KEYS)
+class DataConfig:
+    """Where clips come from and how they are cut.
+
+    A clip is three consecutive segments of `num_frames` frames, `frame_stride` source frames apart: x, x+ and x++.
+    """
+
+    source: Literal["videos", "moving_mnist"] = "videos"
+    root: str = "data/videos"
+    """videos: a folder of video files; its subfolders train/, selection/ and test/ are the splits where they exist."""
+    size_px: Annotated[int, Field(strict=True, ge=8)] = 64
+    """Short side resized, centre cropped to a square of this size."""
+    channels: Literal[1, 3] = 3
+    """1 is luma, 3 is RGB."""
+    num_frames: PositiveInt = 3
+    frame_stride: PositiveInt = 1
+    clip_step: PositiveInt | None = None
+    """Source frames between the starts of successive clips of a video; none: clips do not overlap."""
+    batch_size: Annotated[int, Field(strict=True, ge=2)] = 128
+    """Clips in a global batch, over all processes."""
+    num_lanes: PositiveInt = 32
+    """Independent sequential readers; divides batch_size, and the number of processes divides it."""
+    pool_clips: PositiveInt = 1024
+    """Decoded clips that may wait in memory for shuffling, over all lanes."""
+    num_workers: NonNegativeInt = 1
+    """Decoding processes a training process."""
+    decoder: Literal["auto", "pyav", "decord"] = "auto"
+    max_bad_fraction: Fraction = 0.1
+    """Share of unreadable videos above which a run stops."""
+    mnist_dir: str | None = None
+    """moving_mnist: folder with MNIST's IDX files; none: scikit-learn's bundled digits."""
+    setting: Literal["A", "B"] = "A"
+    """moving_mnist: how the changed axis is drawn."""
+
+
+@dataclass(frozen=True, config=_KNOWN_KEYS)
+class ModelConfig:
+    """Sizes of the networks (AdaSSL, arXiv 2602.02381, appendix D.5)."""
+
+    encoder: Literal["conv3d", "resnet"] = "conv3d"
+    width: PositiveFloat = 1.0
+    """Multiplies the encoder's channels."""
+    embedding_dim: PositiveInt = 128
+    hidden_dim: PositiveInt = 1024
+    """Hidden units of projector, editor, prior and posterior."""
+    latent: Literal["gaussian", "none"] = "gaussian"
+    """gaussian: AdaSSL-V. none: one future for each past, plain BYOL."""
+    latent_dim: PositiveInt = 2
+
+
+@dataclass(frozen=True, config=_KNOWN_KEYS)
+class ObjectiveConfig:
+    """Negative cosine to an EMA target plus beta times KL(posterior || prior)."""
+
+    beta: NonNegativeFloat = 0.001
+    beta_warmup_steps: NonNegativeInt = 0
+    """Steps over which beta grows linearly from zero."""
+    ema_momentum: Fraction = 0.996
+    ema_schedule: Literal["constant", "cosine"] = "constant"
+    """cosine: the momentum rises to 1 over the run (BYOL)."""
+
+
+@dataclass(frozen=True, config=_KNOWN_KEYS)
+class TrainConfig:
+    steps: PositiveInt = 75_000
+    lr: PositiveFloat = 1e-4
+    warmup_steps: NonNegativeInt = 0
+    weight_decay: NonNegativeFloat = 1e-4
+    """For matrices and kernels only; one-dimensional parameters have none."""
+    clip_norm: NonNegativeFloat = 0.0
+    """Largest norm of the gradient; 0 leaves it as it is."""
+    grad_accumulation: PositiveInt = 1
+    """Batches whose gradients are averaged in one update; a step counts one update."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """bf16 and fp16 are mixed; auto is bf16 where the processor or GPU computes it natively, otherwise fp32."""
+    num_threads: PositiveInt | None = None
+    """CPU threads of a process for tensor work; none: the machine's cores, shared among its processes."""
+    log_every: PositiveInt = 50
+    eval_every: PositiveInt = 1000
+    checkpoint_every: PositiveInt = 1000
+    keep_checkpoints: PositiveInt = 2
+    """Latest checkpoints kept, besides the best."""
+
+
+@dataclass(frozen=True, config=_KNOWN_KEYS)
+class EvaluationConfig:
+    """The Energy Score protocol: numbers of clips, all of disjoint identities."""
+
+    queries: Annotated[int, Field(strict=True, ge=2)] = 1024
+    num_samples: Annotated[int, Field(strict=True, ge=2)] = 64
+    """Sampled futures a query."""
+    law_samples: Annotated[int, Field(strict=True, ge=2)] = 128
+    """Draws of the true law a query, where it is known."""
+    fit_clips: Annotated[int, Field(strict=True, ge=2)] = 8192
+    """Training clips that the readout is fitted on."""
+    selection_clips: Annotated[int, Field(strict=True, ge=2)] = 2048
+    """Clips that the readout's strength of regularisation is chosen on."""
+    seed: NonNegativeInt = 20_000
+    """Fixes the queries, the draws of the law and the sampled futures."""
+
+
+@dataclass(frozen=True, config=_KNOWN_KEYS)
+class TrackingConfig:
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "worldmodel"
+
+
+@dataclass(frozen=True, config=_KNOWN_KEYS)
+class Config:
+    run_dir: str
+    seed: NonNegativeInt = 0
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Safe YAML in which 1e-3 is a number, as YAML 1.2 has it; PyYAML's own rule wants 1.0e-3."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file, apply overrides such as "train.lr=1e-3", validate.
+
+    Raises:
+        UserError: no such file, broken YAML, an unknown key, a wrong type, a value out of range.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader)
+    except OSError as error:
+        raise UserError(f"cannot read config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"config {path} must hold keys and values, not {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return validate(tree, source=str(path))
+
+
+def validate(tree: Mapping[str, Any], source: str) -> Config:
+    """Turn nested dicts into a Config; `source` names them in errors."""
+    try:
+        config = TypeAdapter(Config).validate_python(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "; ".join(_explain(entry) for entry in error.errors())) from error
+    _check_together(config, source)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} must read key=value, such as train.steps=100")
+    try:
+        value = yaml.load(text, _YamlLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is no valid YAML") from error
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {parent} is a value, not a group of keys")
+    node[leaf] = value
+
+
+def _explain(entry: Any) -> str:
+    """One pydantic error as a phrase: key, value, what is allowed."""
+    location = [str(part) for part in entry["loc"]]
+    key = ".".join(location)
+    if entry["type"] == "unexpected_keyword_argument":
+        return f"unknown key {key}={entry['input']!r}; allowed here: {', '.join(_keys_at(location[:-1]))}"
+    if entry["type"] in ("missing", "missing_argument"):
+        return f"missing key {key}"
+    return f"{key}={entry['input']!r}: {entry['msg'][0].lower()}{entry['msg'][1:]}"
+
+
+def _keys_at(parents: list[str]) -> list[str]:
+    node: Any = Config
+    for parent in parents:
+        node = next(field.type for field in dataclasses.fields(node) if field.name == parent)
+    return [field.name for field in dataclasses.fields(node)]
+
+
+def _check_together(config: Config, source: str) -> None:
+    """Conditions between keys, which no single key's type can state."""
+    data = config.data
+    if data.batch_size % data.num_lanes:
+        raise UserError(
+            f"{source}: data.batch_size={data.batch_size} must be a multiple of data.num_lanes={data.num_lanes}"
+        )
+    if data.source == "moving_mnist":
+        fixed = {"size_px": 64, "channels": 1, "num_frames": 3, "frame_stride": 1}
+        for name, value in fixed.items():
+            if getattr(data, name) != value:
+                raise UserError(
+                    f"{source}: data.source=moving_mnist needs data.{name}={value}, not {getattr(data, name)}"
+                )
+    if config.train.warmup_steps >= config.train.steps:
+        raise UserError(
+            f"{source}: train.warmup_steps={config.train.warmup_steps} must be below train.steps={config.train.steps}"
+        )

@@ -1,0 +1,130 @@
+"""From a config to clips: the training stream, batches for evaluation, and the law where it is known.
+
+Three splits of disjoint identities: "train" fits, "selection" chooses, "test" reports.
+"""
+
+import logging
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipelines.clips import ClipSpec
+from data_pipelines.index import VideoIndex, load_or_build_index, split_index
+from data_pipelines.sources.moving_mnist import (
+    SPLITS,
+    MovingMnistLaw,
+    MovingMnistStream,
+    Split,
+    load_sprites,
+    read_law,
+)
+from data_pipelines.stream import VideoStream, read_all
+from worldmodel.config import Config, DataConfig
+
+logger = logging.getLogger(__name__)
+
+NUM_SEGMENTS = 3  # x, x+ and x++
+EVALUATION_BATCH = 128
+
+Batch = dict[str, Any]
+
+
+def training_stream(
+    config: Config, *, rank: int, world_size: int, device: torch.device
+) -> VideoStream | MovingMnistStream:
+    """The endless stream of training batches of one process.
+
+    Raises:
+        UserError: the data cannot be read, or the number of processes does not divide a batch.
+    """
+    data = config.data
+    if data.source == "moving_mnist":
+        return MovingMnistStream(
+            _sprites("train", data.mnist_dir),
+            setting=data.setting,
+            batch_size=data.batch_size,
+            seed=config.seed,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+        )
+    return VideoStream(
+        read_index(data.root, "train", data.max_bad_fraction),
+        clip_spec(data),
+        size_px=data.size_px,
+        channels=data.channels,
+        batch_size=data.batch_size,
+        num_lanes=data.num_lanes,
+        pool_clips=data.pool_clips,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        num_workers=data.num_workers,
+        decoder=data.decoder,
+        max_bad_fraction=data.max_bad_fraction,
+    )
+
+
+def evaluation_batches(config: Config, split: Split, num_clips: int) -> Iterator[Batch]:
+    """The first `num_clips` clips of a split, or all that there are, in a fixed order."""
+    data = config.data
+    if data.source == "moving_mnist":
+        batch_size = min(EVALUATION_BATCH, num_clips)
+        seed = config.evaluation.seed + SPLITS.index(split)
+        sprites = _sprites(split, data.mnist_dir)
+        stream = MovingMnistStream(sprites, setting=data.setting, batch_size=batch_size, seed=seed)
+        batches: Iterator[Batch] = islice(stream.batches(), -(-num_clips // batch_size))
+    else:
+        batches = read_all(
+            read_index(data.root, split, data.max_bad_fraction),
+            clip_spec(data),
+            size_px=data.size_px,
+            channels=data.channels,
+            batch_size=EVALUATION_BATCH,
+            decoder=data.decoder,
+            num_workers=data.num_workers,
+            max_clips=num_clips,
+        )
+    left = num_clips
+    for batch in batches:
+        yield _first_rows(batch, left)
+        left -= len(batch["video"])
+        if left <= 0:
+            return
+
+
+def known_law(config: Config) -> MovingMnistLaw | None:
+    """The true law behind the test clips, or None for videos from elsewhere."""
+    if config.data.source == "moving_mnist":
+        return MovingMnistLaw(config.data.setting, _sprites("test", config.data.mnist_dir))
+    return read_law(Path(config.data.root))
+
+
+def clip_spec(data: DataConfig) -> ClipSpec:
+    return ClipSpec(NUM_SEGMENTS, data.num_frames, data.frame_stride, data.clip_step)
+
+
+def _first_rows(batch: Batch, count: int) -> Batch:
+    return {
+        "video": batch["video"][:count],
+        "clip_id": batch["clip_id"][:count],
+        "labels": {name: values[:count] for name, values in batch["labels"].items()},
+    }
+
+
+@lru_cache(maxsize=4)
+def _sprites(split: Split, mnist_dir: str | None) -> Any:
+    return load_sprites(split, Path(mnist_dir) if mnist_dir else None)
+
+
+@lru_cache(maxsize=4)
+def read_index(root: str, split: Split, max_bad_fraction: float) -> VideoIndex:
+    """A split's videos: the folder of its name where all three folders exist, else a share of all videos."""
+    folders = {name: Path(root) / name for name in SPLITS}
+    if all(folder.is_dir() for folder in folders.values()):
+        return load_or_build_index(folders[split], max_bad_fraction=max_bad_fraction)
+    return split_index(load_or_build_index(Path(root), max_bad_fraction=max_bad_fraction), split)

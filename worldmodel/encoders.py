@@ -1,0 +1,173 @@
+"""Encoders: clip -> features -> embedding.
+
+Legend: B clips, T frames, C channels, H = W pixels, F features, D embedding dimensions.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class Conv3dEncoder(nn.Module):
+    """The video encoder of AdaSSL (arXiv 2602.02381, appendix D.5): five convolutions, each with BN and ReLU.
+
+    Channels 32, 64, 128, 128, 256 times `width`; kernels space, space, time, time, space; spatial strides 2, 2, 1, 1,
+    2; the number of frames is kept. The mean over height and width leaves F = channels * T features.
+    """
+
+    CHANNELS = (32, 64, 128, 128, 256)
+    KERNELS = ((1, 3, 3), (1, 3, 3), (3, 1, 1), (3, 1, 1), (1, 3, 3))
+    STRIDES = (2, 2, 1, 1, 2)
+
+    def __init__(self, in_channels: int, num_frames: int, width: float) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for base, kernel, stride in zip(self.CHANNELS, self.KERNELS, self.STRIDES, strict=True):
+            out_channels = _scaled(base, width)
+            layers.append(_ConvBlock(channels, out_channels, kernel, stride))
+            channels = out_channels
+        self.layers = nn.Sequential(*layers).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        self.num_features = channels * num_frames
+
+    def forward(self, video: Tensor) -> Tensor:
+        """video [B, T, C, H, W] in [0, 1] -> features [B, F]."""
+        volume = rearrange(video, "b t c h w -> b c t h w").contiguous(memory_format=torch.channels_last_3d)
+        return rearrange(self.layers(volume).mean(dim=(3, 4)), "b c t -> b (c t)")
+
+
+class _ConvBlock(nn.Module):
+    """Convolution, BN, ReLU: [B, C, T, H, W]. Outside training BN is an affine map, folded into the kernel."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], stride: int) -> None:
+        super().__init__()
+        self.stride = (1, stride, stride)
+        self.padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel, self.stride, self.padding, bias=False)
+        self.norm = nn.BatchNorm3d(out_channels)
+
+    def forward(self, volume: Tensor) -> Tensor:
+        if self.training:
+            return F.relu_(self.norm(self.conv(volume)))
+        norm = self.norm
+        assert norm.running_mean is not None and norm.running_var is not None
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        kernel = self.conv.weight * scale[:, None, None, None, None]
+        bias = norm.bias - norm.running_mean * scale
+        return F.relu_(F.conv3d(volume, kernel, bias, self.stride, self.padding))
+
+
+class ResNetEncoder(nn.Module):
+    """For larger frames (128 px and up): a residual network on each frame, then a convolution over time.
+
+    Four stages of two basic blocks (He et al., arXiv 1512.03385, table 1, ResNet-18) at channels 64, 128, 256, 512
+    times `width`, total stride 32. The mean over height and width leaves [B, C, T]; one convolution over time mixes
+    the frames; F = channels * T features.
+    """
+
+    CHANNELS = (64, 128, 256, 512)
+
+    def __init__(self, in_channels: int, num_frames: int, width: float) -> None:
+        super().__init__()
+        channels = _scaled(self.CHANNELS[0], width)
+        layers: list[nn.Module] = [
+            nn.Conv2d(in_channels, channels, 7, 2, 3, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, 2, 1),
+        ]
+        for stage, base in enumerate(self.CHANNELS):
+            out_channels = _scaled(base, width)
+            layers += [
+                _BasicBlock(channels, out_channels, stride=1 if stage == 0 else 2),
+                _BasicBlock(out_channels, out_channels, stride=1),
+            ]
+            channels = out_channels
+        self.frames = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.time = nn.Sequential(
+            nn.Conv1d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm1d(channels),
+            nn.ReLU(inplace=True),
+        )
+        self.num_features = channels * num_frames
+
+    def forward(self, video: Tensor) -> Tensor:
+        """video [B, T, C, H, W] in [0, 1] -> features [B, F]."""
+        images = rearrange(video, "b t c h w -> (b t) c h w").contiguous(memory_format=torch.channels_last)
+        pooled = self.frames(images).mean(dim=(2, 3))
+        return self.time(rearrange(pooled, "(b t) c -> b c t", b=len(video))).flatten(1)
+
+
+class _BasicBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
+        )
+        same = stride == 1 and in_channels == out_channels
+        self.shortcut: nn.Module = (
+            nn.Identity()
+            if same
+            else nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.relu(self.residual(images) + self.shortcut(images))
+
+
+ENCODERS: dict[str, type[Conv3dEncoder] | type[ResNetEncoder]] = {
+    "conv3d": Conv3dEncoder,
+    "resnet": ResNetEncoder,
+}
+
+
+def mlp(dims: Sequence[int], *, final_norm: bool = False) -> nn.Sequential:
+    """Linear layers with BN and ReLU between them: [B, dims[0]] -> [B, dims[-1]].
+
+    `final_norm` ends in BN instead of a bare Linear layer. A Linear layer before BN has no bias, which BN would cancel.
+    """
+    layers: list[nn.Module] = []
+    for index, (fan_in, fan_out) in enumerate(pairwise(dims)):
+        last = index == len(dims) - 2
+        layers.append(nn.Linear(fan_in, fan_out, bias=last and not final_norm))
+        if not last or final_norm:
+            layers.append(nn.BatchNorm1d(fan_out))
+        if not last:
+            layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
+
+
+class Embedder(nn.Module):
+    """Encoder and projector: clip -> embedding of length sqrt(D).
+
+    The cosine objective fixes an embedding only up to its length, so all embeddings (the encoder's, the teacher's
+    and the editor's) are brought to one length. That keeps coordinates of order 1 and lets a prediction be fed back.
+    """
+
+    def __init__(self, encoder: Conv3dEncoder | ResNetEncoder, hidden_dim: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projector = mlp([encoder.num_features, hidden_dim, hidden_dim, embedding_dim], final_norm=True)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """video [B, T, C, H, W] in [0, 1] -> embedding float32 [B, D]."""
+        return normalise(self.projector(self.encoder(video)))
+
+
+def normalise(embedding: Tensor) -> Tensor:
+    """[..., D] -> float32 [..., D] of Euclidean length sqrt(D)."""
+    return F.normalize(embedding.float(), dim=-1) * embedding.shape[-1] ** 0.5
+
+
+def _scaled(channels: int, width: float) -> int:
+    return max(1, round(channels * width))

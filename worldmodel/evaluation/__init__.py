@@ -1,0 +1,1 @@
+"""Judging a trained world model: forecasts scored as probability forecasts, and the report."""

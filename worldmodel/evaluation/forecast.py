@@ -1,0 +1,422 @@
+"""The Energy Score protocol: sampled futures of held-out clips, scored as a probability forecast beside controls.
+
+A ridge readout from embeddings of real target segments to the velocity in them is fitted on training identities and its
+regularisation chosen on selection identities, never on forecasts. Forecasts of test identities are then read through it
+and scored against fresh draws of the true law. Where no law is known, forecasts are scored in embedding space.
+
+Legend: N clips, Q queries, S sampled futures, M draws of the law, D embedding dimensions.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from data_pipelines.errors import UserError
+from data_pipelines.sources.moving_mnist import (
+    MovingMnistLaw,
+    Split,
+    centroid_velocity,
+    last_context_centre,
+)
+from data_pipelines.transforms import split_segments, to_float
+from worldmodel.config import Config
+from worldmodel.data import NUM_SEGMENTS, evaluation_batches, known_law
+from worldmodel.evaluation.report import ForecastExamples
+from worldmodel.model import WorldModel
+from worldmodel.scores import (
+    effective_rank,
+    energy_score,
+    interval_coverage,
+    interval_width,
+    r_squared,
+)
+from worldmodel.teacher import Teacher
+
+RIDGE_STRENGTHS = (1e-6, 1e-4, 1e-2, 1.0, 100.0)
+INTERVAL_LEVEL = 0.9
+ENCODE_BATCH = 512
+BANK_CLIPS = 512
+NUM_EXAMPLES = 6
+NUM_NEIGHBOURS = 4
+DEVELOPMENT_FIT_CLIPS = 2048
+DEVELOPMENT_QUERIES = 256
+
+
+@dataclass(frozen=True)
+class EmbeddedClips:
+    """Clips of one split after the encoders. All on the CPU.
+
+    context [N, D] is the student's embedding of x; seen, target, later [N, D] are the teacher's of x, x+ and x++.
+    frames holds the first clips' pixels, uint8 [<= N, T, C, H, W]. centroid_velocity [N, 2] px/frame is what the pixels
+    of x show, where the law is known.
+    """
+
+    context: Tensor
+    seen: Tensor
+    target: Tensor
+    later: Tensor
+    clip_id: Tensor
+    labels: dict[str, Tensor]
+    frames: Tensor
+    centroid_velocity: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.context)
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Ridge regression on standardised inputs: [..., D] -> [..., K]."""
+
+    centre: Tensor
+    scale: Tensor
+    weight: Tensor
+    bias: Tensor
+    strength: float
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return (inputs - self.centre) / self.scale @ self.weight + self.bias
+
+    def standardised_norm(self, inputs: Tensor) -> Tensor:
+        """Length of the standardised inputs, [..., D] -> [...]: how far they lie from the clips of the fit."""
+        return ((inputs - self.centre) / self.scale).norm(dim=-1)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """metrics is what metrics.json holds; examples is what the report draws."""
+
+    metrics: dict[str, Any]
+    examples: ForecastExamples
+
+
+def evaluate_forecasts(config: Config, student: WorldModel, teacher: Teacher, device: torch.device) -> Evaluation:
+    """Score a trained model on the test split, by the known law where there is one, and in embedding space always.
+
+    Raises:
+        UserError: a split has too few clips.
+    """
+    sizes = config.evaluation
+    law = known_law(config)
+    with _frozen(student, teacher):
+        queries = embed_clips(config, student, teacher, "test", sizes.queries, device, frames=NUM_EXAMPLES)
+        selection = embed_clips(config, student, teacher, "selection", sizes.selection_clips, device, frames=BANK_CLIPS)
+        generator = torch.Generator().manual_seed(sizes.seed)
+        samples = sample_futures(student, queries.context, sizes.num_samples, generator, device)
+        prior_mean = _prior_mean(student, queries.context, device)
+        embedding = embedding_scores(queries, samples, prior_mean, generator)
+        metrics: dict[str, Any] = {
+            "seed": config.seed,
+            "queries": len(queries),
+            "queries_sha256": _queries_hash(queries),
+            "num_samples": samples.shape[1],
+            "kl_nats": _mean_kl(student, queries, device),
+            "embedding": embedding,
+        }
+        examples = _examples(config, queries, selection, samples)
+        if law is None:
+            metrics |= {"space": "embedding", "forecasts": embedding["forecasts"]}
+            return Evaluation(metrics, examples)
+        fit = embed_clips(config, student, teacher, "train", sizes.fit_clips, device)
+        readout = choose_readout(
+            fit.target, fit.labels["velocity_after"], selection.target, selection.labels["velocity_after"]
+        )
+        draws = law.sample(queries.labels, sizes.law_samples, generator)
+        velocities = readout(samples)
+        forecasts = {
+            "model": velocities,
+            "prior_mean": readout(prior_mean)[:, None],
+            "persistence": readout(queries.seen)[:, None],
+            "encode_decode_oracle": _encode_decode(
+                law, queries, readout, teacher, sizes.num_samples, generator, device
+            ),
+            "simulator_oracle": law.sample(queries.labels, sizes.num_samples, generator),
+        }
+        if queries.centroid_velocity is not None:
+            forecasts["pixel_constant_velocity"] = queries.centroid_velocity[:, None]
+    oracle = float(energy_score(forecasts["simulator_oracle"], draws).mean())
+    limit = readout.standardised_norm(fit.target).quantile(0.99)
+    metrics |= {
+        "space": "velocity, px/frame",
+        "forecasts": {name: velocity_scores(values, draws, oracle) for name, values in forecasts.items()},
+        "beyond_fit_norm_99": float((readout.standardised_norm(samples) > limit).float().mean()),
+        "readout": {
+            "strength": readout.strength,
+            "velocity_after_r2": r_squared(readout(queries.target), queries.labels["velocity_after"]),
+        },
+        "probes": _probes(fit, selection, queries),
+    }
+    return Evaluation(metrics, _with_velocities(examples, queries, velocities, draws))
+
+
+def development_scores(config: Config, student: WorldModel, teacher: Teacher, device: torch.device) -> dict[str, float]:
+    """A quick score on selection identities, for choosing checkpoints and for learning curves.
+
+    relative_energy_score is the Energy Score over that of the true law, or, where no law is known, over that of
+    climatology (other clips' targets) in embedding space. Lower is better.
+    """
+    sizes = config.evaluation
+    law = known_law(config)
+    num_queries = min(DEVELOPMENT_QUERIES, sizes.selection_clips)
+    with _frozen(student, teacher):
+        queries = embed_clips(config, student, teacher, "selection", num_queries, device, progress=False)
+        generator = torch.Generator().manual_seed(sizes.seed)
+        samples = sample_futures(student, queries.context, sizes.num_samples, generator, device)
+        scores = {"effective_rank": effective_rank(queries.target)}
+        if (kl_nats := _mean_kl(student, queries, device)) is not None:
+            scores["kl_nats"] = kl_nats
+        if law is None:
+            forecasts = embedding_scores(queries, samples, samples.mean(dim=1), generator)["forecasts"]
+            score, reference = (forecasts[name]["energy_score"] for name in ("model", "climatology"))
+        else:
+            num_fit = min(DEVELOPMENT_FIT_CLIPS, sizes.fit_clips)
+            fit = embed_clips(config, student, teacher, "train", num_fit, device, progress=False)
+            readout = fit_ridge(fit.target, fit.labels["velocity_after"], strength=1.0)
+            draws = law.sample(queries.labels, sizes.law_samples, generator)
+            truth = law.sample(queries.labels, sizes.num_samples, generator)
+            score = float(energy_score(readout(samples), draws).mean())
+            reference = float(energy_score(truth, draws).mean())
+    return scores | {"energy_score": score, "relative_energy_score": score / max(reference, 1e-9)}
+
+
+# ----------------------------------------------------------------------------------------------------- forecasts
+
+
+def embed_clips(
+    config: Config,
+    student: WorldModel,
+    teacher: Teacher,
+    split: Split,
+    num_clips: int,
+    device: torch.device,
+    *,
+    frames: int = 0,
+    progress: bool = True,
+) -> EmbeddedClips:
+    """Encode the first clips of a split, keeping the pixels of the first `frames` of them."""
+    parts: dict[str, list[Tensor]] = {
+        name: [] for name in ("context", "seen", "target", "later", "clip_id", "frames", "centroid_velocity")
+    }
+    labels: dict[str, list[Tensor]] = {}
+    has_law = known_law(config) is not None
+    batches = tqdm(
+        evaluation_batches(config, split, num_clips),
+        desc=f"encoding {split}",
+        unit="batch",
+        disable=not progress,
+    )
+    kept = 0
+    for batch in batches:
+        video = to_float(batch["video"].to(device))
+        x, target, later = split_segments(video, NUM_SEGMENTS)
+        parts["context"].append(student.encode(x).cpu())
+        parts["seen"].append(teacher(x).cpu())
+        parts["target"].append(teacher(target).cpu())
+        parts["later"].append(teacher(later).cpu())
+        parts["clip_id"].append(batch["clip_id"])
+        if kept < frames:
+            parts["frames"].append((video[: frames - kept] * 255).round().byte().cpu())
+            kept += len(parts["frames"][-1])
+        if has_law:
+            parts["centroid_velocity"].append(centroid_velocity(x).cpu())
+        for name, values in batch["labels"].items():
+            labels.setdefault(name, []).append(values)
+    if sum(len(part) for part in parts["context"]) < 2:
+        raise UserError(
+            f"the {split} split of {config.data.root} has fewer than 2 clips: add videos or lower data.clip_step"
+        )
+    whole = {name: torch.cat(values) for name, values in parts.items() if values}
+    return EmbeddedClips(
+        context=whole["context"],
+        seen=whole["seen"],
+        target=whole["target"],
+        later=whole["later"],
+        clip_id=whole["clip_id"],
+        labels={name: torch.cat(values) for name, values in labels.items()},
+        frames=whole.get("frames", torch.empty(0)),
+        centroid_velocity=whole.get("centroid_velocity"),
+    )
+
+
+def sample_futures(
+    student: WorldModel, context: Tensor, num_samples: int, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """One-step futures: context [Q, D] -> [Q, S, D] on the CPU; S is 1 for a model without a latent."""
+    if student.latent is None:
+        num_samples = 1
+    on_device = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    chunks = [
+        student.rollout_embedding(chunk.to(device), 1, num_samples, on_device)[:, :, 0].cpu()
+        for chunk in context.split(ENCODE_BATCH)
+    ]
+    return torch.cat(chunks)
+
+
+def velocity_scores(forecast: Tensor, draws: Tensor, oracle: float) -> dict[str, Any]:
+    """Scores of velocities: forecast [Q, S, 2], draws of the law [Q, M, 2], oracle's Energy Score in px/frame."""
+    score = float(energy_score(forecast, draws).mean())
+    spread = forecast.shape[1] > 1
+    return {
+        "energy_score": score,
+        "ratio_to_oracle": score / oracle,
+        "coverage_90": interval_coverage(forecast, draws, INTERVAL_LEVEL).tolist() if spread else None,
+        "width_90": interval_width(forecast, INTERVAL_LEVEL).tolist() if spread else None,
+    }
+
+
+def embedding_scores(
+    queries: EmbeddedClips, samples: Tensor, prior_mean: Tensor, generator: torch.Generator
+) -> dict[str, Any]:
+    """Scores in embedding space against the one future that came: samples [Q, S, D], prior_mean [Q, D]."""
+    num_others = min(samples.shape[1] if samples.shape[1] > 1 else 64, len(queries) - 1)
+    shift = 1 + torch.randint(len(queries) - 1, (len(queries), num_others), generator=generator)
+    others = (torch.arange(len(queries))[:, None] + shift) % len(queries)
+    forecasts = {
+        "model": samples,
+        "prior_mean": prior_mean[:, None],
+        "persistence": queries.seen[:, None],
+        "climatology": queries.target[others],
+    }
+    observed = queries.target[:, None]
+    return {
+        "forecasts": {
+            name: {"energy_score": float(energy_score(values, observed).mean())} for name, values in forecasts.items()
+        },
+        "effective_rank": effective_rank(queries.target),
+        "std": float(queries.target.std(dim=0).mean()),
+    }
+
+
+def _prior_mean(student: WorldModel, context: Tensor, device: torch.device) -> Tensor:
+    return torch.cat([student.prior_mean_forecast(chunk.to(device)).cpu() for chunk in context.split(ENCODE_BATCH)])
+
+
+def _mean_kl(student: WorldModel, clips: EmbeddedClips, device: torch.device) -> float | None:
+    """Mean KL(posterior || prior) in nats, None without a latent."""
+    if student.latent is None:
+        return None
+    pairs = zip(clips.context.split(ENCODE_BATCH), clips.later.split(ENCODE_BATCH), strict=True)
+    return float(torch.cat([student.infer(x.to(device), later.to(device))[1].cpu() for x, later in pairs]).mean())
+
+
+def _encode_decode(
+    law: MovingMnistLaw,
+    queries: EmbeddedClips,
+    readout: Readout,
+    teacher: Teacher,
+    num_samples: int,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Tensor:
+    """True futures rendered, encoded and read: what a perfect forecaster in this embedding would score. [Q, S, 2]"""
+    futures = law.sample(queries.labels, num_samples, generator)
+    per_chunk = max(1, ENCODE_BATCH // num_samples)
+    read = []
+    for start in tqdm(range(0, len(queries), per_chunk), desc="encode-decode oracle", unit="batch"):
+        rows = slice(start, start + per_chunk)
+        labels = {name: values[rows] for name, values in queries.labels.items()}
+        embeddings = teacher(law.render_targets(labels, futures[rows]).to(device)).cpu()
+        read.append(readout(embeddings).unflatten(0, (-1, num_samples)))
+    return torch.cat(read)
+
+
+# ------------------------------------------------------------------------------------------------------- readout
+
+
+def fit_ridge(inputs: Tensor, outputs: Tensor, strength: float) -> Readout:
+    """Ridge in closed form, in float64: inputs [N, D], outputs [N, K]; standardised inputs, `strength` added to X'X."""
+    inputs, outputs = inputs.double(), outputs.double()
+    centre, scale = inputs.mean(dim=0), inputs.std(dim=0).clamp(min=1e-6)
+    bias = outputs.mean(dim=0)
+    x = (inputs - centre) / scale
+    gram = x.T @ x + strength * torch.eye(x.shape[1], dtype=x.dtype)
+    weight = torch.linalg.solve(gram, x.T @ (outputs - bias))
+    return Readout(centre.float(), scale.float(), weight.float(), bias.float(), strength)
+
+
+def choose_readout(
+    fit_inputs: Tensor, fit_outputs: Tensor, selection_inputs: Tensor, selection_outputs: Tensor
+) -> Readout:
+    """The ridge whose strength gives the least squared error on selection clips."""
+    readouts = [fit_ridge(fit_inputs, fit_outputs, strength) for strength in RIDGE_STRENGTHS]
+    return min(readouts, key=lambda readout: float((readout(selection_inputs) - selection_outputs).square().mean()))
+
+
+def _probes(fit: EmbeddedClips, selection: EmbeddedClips, queries: EmbeddedClips) -> dict[str, float]:
+    """Linear probes of the context's embedding: accuracy of the digit, R^2 of the velocity."""
+
+    def probe(outputs: Callable[[EmbeddedClips], Tensor]) -> Tensor:
+        readout = choose_readout(fit.context, outputs(fit), selection.context, outputs(selection))
+        return readout(queries.context)
+
+    velocity = probe(lambda clips: clips.labels["velocity"])
+    digit = probe(lambda clips: F.one_hot(clips.labels["digit"].long(), 10).float())
+    return {
+        "digit_accuracy": float((digit.argmax(dim=1) == queries.labels["digit"]).float().mean()),
+        "velocity_r2": r_squared(velocity, queries.labels["velocity"]),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ pictures
+
+
+def _examples(config: Config, queries: EmbeddedClips, bank: EmbeddedClips, samples: Tensor) -> ForecastExamples:
+    """Queries to draw, each with the real target segments of the bank nearest to its first sampled futures."""
+    count = len(queries.frames)
+    num_frames = config.data.num_frames
+    shown = samples[:count, :NUM_NEIGHBOURS]
+    bank_targets = bank.target[: len(bank.frames)]
+    nearest = torch.cdist(shown, bank_targets[None].expand(count, -1, -1)).argmin(dim=-1)
+    return ForecastExamples(
+        frames=queries.frames.numpy(),
+        num_frames=num_frames,
+        velocity_samples=None,
+        velocity_law=None,
+        velocity_true=None,
+        last_centre=None,
+        neighbours=bank.frames[nearest][:, :, num_frames : 2 * num_frames].numpy(),
+    )
+
+
+def _with_velocities(
+    examples: ForecastExamples, queries: EmbeddedClips, velocities: Tensor, draws: Tensor
+) -> ForecastExamples:
+    count = len(examples.frames)
+    return ForecastExamples(
+        frames=examples.frames,
+        num_frames=examples.num_frames,
+        velocity_samples=velocities[:count].numpy(),
+        velocity_law=draws[:count].numpy(),
+        velocity_true=queries.labels["velocity_after"][:count].numpy(),
+        last_centre=last_context_centre(queries.labels)[:count].numpy(),
+        neighbours=examples.neighbours,
+    )
+
+
+def _queries_hash(queries: EmbeddedClips) -> str:
+    """Two evaluations with the same hash scored the same clips."""
+    digest = hashlib.sha256(queries.clip_id.numpy().tobytes())
+    for name in sorted(queries.labels):
+        digest.update(queries.labels[name].numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _frozen(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; modes restored after."""
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)

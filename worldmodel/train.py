@@ -1,0 +1,377 @@
+"""The training loop on Hugging Face Accelerate.
+
+Everything random in a step is a function of (seed, step, rank): nothing but weights, optimiser and step number has to
+be saved for a resumed run to go on bit for bit.
+"""
+
+import logging
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from data_pipelines.errors import UserError
+from data_pipelines.transforms import split_segments, to_float
+from worldmodel.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    load_optimizer_tensors,
+    open_run,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from worldmodel.config import Config, ObjectiveConfig, TrainConfig
+from worldmodel.data import NUM_SEGMENTS, training_stream
+from worldmodel.evaluation.forecast import development_scores
+from worldmodel.model import WorldModel
+from worldmodel.scores import effective_rank
+from worldmodel.teacher import Teacher, ema_momentum
+from worldmodel.tracking import Tracker
+
+logger = logging.getLogger(__name__)
+
+COLLAPSE_RANK = 2.0
+
+
+class Interrupted(Exception):
+    """A signal ended the run after its checkpoint was written."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal.Signals(signal_number).name)
+        self.exit_code = 128 + signal_number
+
+
+def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Train to config.train.steps updates and return the run folder.
+
+    Raises:
+        UserError: anything the user can mend; see its message.
+        Interrupted: SIGINT or SIGTERM came; the checkpoint of the last finished step is saved.
+    """
+    accelerator = make_accelerator(config.train)
+    torch.set_num_threads(config.train.num_threads or fair_share_of_cores())
+    stream = training_stream(
+        config,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        device=accelerator.device,
+    )
+    with accelerator.main_process_first():
+        run = open_run(config, resume=resume or not accelerator.is_main_process, overwrite=overwrite)
+    trainer = Trainer(config, accelerator, run, stream.fingerprint)
+    if resume:
+        trainer.load()
+    with stop_signals() as stop, trainer.progress() as bar:
+        batches = stream.batches(trainer.step * config.train.grad_accumulation)
+        try:
+            while trainer.step < config.train.steps:
+                trainer.update(batches)
+                bar.update()
+                trainer.log_evaluate_save(bar)
+                if signal_number := trainer.agree(stop()):
+                    trainer.save()
+                    raise Interrupted(signal_number)
+            if trainer.saved_step != trainer.step:
+                trainer.save()
+        finally:
+            batches.close()
+            trainer.close()
+    return run
+
+
+class Trainer:
+    """What a run carries from step to step."""
+
+    def __init__(self, config: Config, accelerator: Accelerator, run: Path, stream_fingerprint: str) -> None:
+        self.config, self.accelerator, self.run = config, accelerator, run
+        self.stream_fingerprint = stream_fingerprint
+        set_seed(config.seed)
+        model = WorldModel(config.model, config.data)
+        # The teacher starts as the student and is no part of the wrapped module.
+        self.teacher = Teacher(model.embedder).to(accelerator.device)
+        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        optimizer = torch.optim.AdamW(parameter_groups(model, config.train.weight_decay), lr=config.train.lr)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.step = 0
+        self.saved_step = -1
+        self.best_score = math.inf
+        self.started_s = time.monotonic()
+        self.earlier_s = 0.0
+        self.sums = Sums()
+        self.tracker: Tracker | None = None
+
+    @property
+    def student(self) -> WorldModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    def update(self, batches: Iterator[dict[str, Any]]) -> None:
+        """One optimiser step on grad_accumulation batches."""
+        config, accelerator = self.config, self.accelerator
+        set_lr(self.optimizer, learning_rate(self.step, config.train))
+        generator = step_generator(config.seed, self.step, accelerator.process_index, accelerator.device)
+        for _ in range(config.train.grad_accumulation):
+            waited_s = time.monotonic()
+            batch = next(batches)
+            self.sums.data_wait_s += time.monotonic() - waited_s
+            video = to_float(batch["video"].to(accelerator.device, non_blocking=True))
+            x, target_clip, later_clip = split_segments(video, NUM_SEGMENTS)
+            with accelerator.accumulate(self.model):
+                with accelerator.autocast():
+                    target, later = self.teacher(torch.cat([target_clip, later_clip])).chunk(2)
+                losses = self.model(x, target, later, beta_at(self.step, config.objective), generator)
+                accelerator.backward(losses["loss"])
+                if accelerator.sync_gradients and config.train.clip_norm:
+                    accelerator.clip_grad_norm_(self.model.parameters(), config.train.clip_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            self.sums.add(losses, target, len(video))
+        momentum = ema_momentum(
+            self.step, config.train.steps, config.objective.ema_momentum, config.objective.ema_schedule
+        )
+        self.teacher.update(self.student.embedder, momentum)
+        self.step += 1
+
+    def log_evaluate_save(self, bar: tqdm) -> None:
+        """Whatever is due after this step."""
+        train_config = self.config.train
+        if self.step % train_config.log_every == 0 or self.step == train_config.steps:
+            self.log(bar)
+        is_best = False
+        if self.step % train_config.eval_every == 0 or self.step == train_config.steps:
+            is_best = self.evaluate()
+        if is_best or self.step % train_config.checkpoint_every == 0:
+            self.save(is_best)
+
+    def log(self, bar: tqdm) -> None:
+        values = self.sums.means(self.accelerator)
+        values |= {
+            "lr": learning_rate(self.step - 1, self.config.train),
+            "beta": beta_at(self.step - 1, self.config.objective),
+        }
+        self.sums = Sums()
+        if not math.isfinite(values["loss"]):
+            raise UserError(f"the loss is {values['loss']} at step {self.step}: lower train.lr or set train.clip_norm")
+        if values["effective_rank"] < COLLAPSE_RANK:
+            logger.warning(
+                "step %d: effective rank %.2f, embeddings have collapsed", self.step, values["effective_rank"]
+            )
+        if self.tracker:
+            self.tracker.log("train", self.step, values)
+        bar.set_postfix(loss=f"{values['loss']:.4f}", kl=f"{values.get('kl_nats', 0):.2f}")
+
+    def evaluate(self) -> bool:
+        """Score on selection identities; True where it is the best so far. Lower is better."""
+        is_best = torch.zeros((), device=self.accelerator.device)
+        if self.tracker:
+            scores = development_scores(self.config, self.student, self.teacher, self.accelerator.device)
+            self.tracker.log("selection", self.step, scores)
+            if scores["relative_energy_score"] < self.best_score:
+                self.best_score = scores["relative_energy_score"]
+                is_best += 1
+        return bool(self.accelerator.reduce(is_best).item())
+
+    def save(self, is_best: bool = False) -> None:
+        self.saved_step = self.step
+        if not self.accelerator.is_main_process:
+            return
+        scaler = self.accelerator.scaler
+        state = {
+            "step": self.step,
+            "train_seconds": self.train_seconds,
+            "stream": self.stream_fingerprint,
+            "best_score": self.best_score,
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        checkpoint = Checkpoint(
+            model=self.student.state_dict(),
+            teacher=self.teacher.state_dict(),
+            optimizer=optimizer_tensors(self.optimizer.optimizer, self.student),
+            state=state,
+        )
+        save_checkpoint(self.run, checkpoint, keep=self.config.train.keep_checkpoints, is_best=is_best)
+
+    def load(self) -> None:
+        """Go on from the latest checkpoint, or from the start where there is none yet."""
+        checkpoint = load_checkpoint(self.run)
+        if checkpoint is None:
+            return
+        state = checkpoint.state
+        if state["stream"] != self.stream_fingerprint:
+            raise UserError(
+                f"the videos of {self.run} have changed since its checkpoint (stream {state['stream']}, now "
+                f"{self.stream_fingerprint}): restore them, or start anew with --overwrite"
+            )
+        self.student.load_state_dict(checkpoint.model)
+        self.teacher.load_state_dict(checkpoint.teacher)
+        load_optimizer_tensors(self.optimizer.optimizer, self.student, checkpoint.optimizer)
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step = self.saved_step = state["step"]
+        self.best_score = state["best_score"]
+        self.earlier_s = state["train_seconds"]
+        self.accelerator.print(f"resuming {self.run} at step {self.step}")
+
+    @property
+    def train_seconds(self) -> float:
+        """Wall-clock seconds of training and its evaluations, earlier sessions counted in."""
+        return self.earlier_s + time.monotonic() - self.started_s
+
+    @contextmanager
+    def progress(self) -> Iterator[tqdm]:
+        if self.accelerator.is_main_process:
+            self.tracker = Tracker(self.run, self.config, self.step)
+        self.started_s = time.monotonic()
+        with tqdm(
+            total=self.config.train.steps,
+            initial=self.step,
+            desc=self.run.name,
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+        ) as bar:
+            yield bar
+
+    def agree(self, signal_number: int) -> int:
+        """A signal that any process caught, at the same step on all of them; 0 for none."""
+        if self.accelerator.num_processes == 1:
+            return signal_number
+        if self.step % self.config.train.log_every:
+            return 0
+        caught = torch.tensor([signal_number], device=self.accelerator.device)
+        return int(self.accelerator.gather(caught).max())
+
+    def close(self) -> None:
+        if self.tracker:
+            self.tracker.close()
+        self.accelerator.end_training()
+
+
+class Sums:
+    """Running sums between two rows of the log. They stay on the device: no step waits for a number."""
+
+    def __init__(self) -> None:
+        self.losses: dict[str, Tensor] = {}
+        self.target: Tensor | None = None
+        self.num_batches = 0
+        self.num_clips = 0
+        self.data_wait_s = 0.0
+        self.started_s = time.monotonic()
+
+    def add(self, losses: dict[str, Tensor], target: Tensor, num_clips: int) -> None:
+        for name, value in losses.items():
+            self.losses[name] = self.losses.get(name, torch.zeros_like(value)) + value.detach()
+        self.target = target
+        self.num_batches += 1
+        self.num_clips += num_clips
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over batches and processes, with the collapse diagnostics of the last batch's targets."""
+        assert self.target is not None
+        names = list(self.losses)
+        stacked = torch.stack([self.losses[name].float() for name in names]) / self.num_batches
+        values = dict(zip(names, accelerator.reduce(stacked, reduction="mean").tolist(), strict=True))
+        targets = accelerator.gather(self.target)
+        elapsed_s = time.monotonic() - self.started_s
+        return values | {
+            "alignment": -values["prediction_loss"],
+            "effective_rank": effective_rank(targets),
+            "embedding_std": float(targets.std(dim=0).mean()),
+            "clips_per_s": self.num_clips * accelerator.num_processes / elapsed_s,
+            "data_wait": self.data_wait_s / elapsed_s,
+        }
+
+
+# ----------------------------------------------------------------------------------------------------- schedules
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up to config.lr, then a cosine to zero at config.steps."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+    return config.lr * (math.cos(math.pi * progress) + 1) / 2
+
+
+def beta_at(step: int, config: ObjectiveConfig) -> float:
+    """beta with its linear warm-up from zero."""
+    if step >= config.beta_warmup_steps:
+        return config.beta
+    return config.beta * step / config.beta_warmup_steps
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices and kernels, none for biases and norms."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def step_generator(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
+    """The random numbers of one step on one process."""
+    mixed = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(mixed >> np.uint64(1)))
+
+
+# ----------------------------------------------------------------------------------------------------- machinery
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if computes_bf16(cpu) else "fp32"
+    return Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision,
+        gradient_accumulation_steps=config.grad_accumulation,
+        # Buffers are batch-norm statistics, which the forward pass does not read in training.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
+def computes_bf16(cpu: bool) -> bool:
+    """Whether the GPU, or the CPU where there is none or `cpu` asks for it, has bf16 arithmetic of its own."""
+    if torch.cuda.is_available() and not cpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def fair_share_of_cores() -> int:
+    """Cores for one of the training processes of this machine. (A launcher's OMP_NUM_THREADS=1 wastes the others.)"""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """Catch SIGINT and SIGTERM; yields a function that tells the number of the one that came, or 0."""
+    caught: list[int] = []
+
+    def remember(signal_number: int, _frame: Any) -> None:
+        if caught:
+            raise KeyboardInterrupt  # asked twice: do not wait for the step to finish
+        caught.append(signal_number)
+
+    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: caught[0] if caught else 0
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
