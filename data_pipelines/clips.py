@@ -72,11 +72,13 @@ class ClipSpec:
 class ClipTable:
     """All clips of an index, numbered video by video in order of time; the number is the clip's id.
 
+    first_frame: [videos], where each video's first clip starts.
     first_clip: [videos + 1], the id of each video's first clip, then the number of clips.
     first_clip_of_group: [groups + 1], likewise for the groups.
     """
 
     step: int
+    first_frame: Ints
     first_clip: Ints
     first_clip_of_group: Ints
 
@@ -90,18 +92,22 @@ class ClipTable:
 
     def starts_of(self, clips: Ints) -> Ints:
         """Clip ids -> their first frames, counted from the start of the video in order of presentation."""
-        return (clips - self.first_clip[self.videos_of(clips)]) * self.step
+        videos = self.videos_of(clips)
+        return self.first_frame[videos] + (clips - self.first_clip[videos]) * self.step
 
     def groups_of(self, clips: Ints) -> Ints:
         return np.searchsorted(self.first_clip_of_group, clips, side="right") - 1
 
 
-def make_clip_table(num_frames: Sequence[int], keyframes: Sequence[Sequence[int]], spec: ClipSpec) -> ClipTable:
-    """num_frames and keyframes (first one 0) of each video -> all its clips that fit, and their groups.
+def make_clip_table(
+    frame_ranges: Sequence[tuple[int, int]], keyframes: Sequence[Sequence[int]], spec: ClipSpec
+) -> ClipTable:
+    """The frames [start, stop) and the keyframes (first one 0) of each video -> all clips that fit, and their groups.
 
     Raises UserError when no video is as long as one clip.
     """
-    frames = np.asarray(num_frames, dtype=np.int64)
+    first_frame, stop_frame = np.asarray(frame_ranges, dtype=np.int64).reshape(-1, 2).T
+    frames = stop_frame - first_frame
     counts = np.maximum((frames - spec.span) // spec.step + 1, 0)
     if not counts.any():
         raise UserError(
@@ -112,10 +118,10 @@ def make_clip_table(num_frames: Sequence[int], keyframes: Sequence[Sequence[int]
     boundaries = [first_clip[:-1][counts > 0]]
     for video in np.flatnonzero((counts > 1) & (frames > GROUP_FRAMES)).tolist():
         starts = np.asarray(group_starts(keyframes[video]), dtype=np.int64)
-        clips = -(-starts // spec.step)  # the first clip that starts at or after the keyframe
-        boundaries.append(first_clip[video] + clips[clips < counts[video]])
+        clips = -((first_frame[video] - starts) // spec.step)  # the first clip that starts at or after the keyframe
+        boundaries.append(first_clip[video] + clips[(clips > 0) & (clips < counts[video])])
     first_clip_of_group = np.append(np.unique(np.concatenate(boundaries)), first_clip[-1])
-    return ClipTable(spec.step, first_clip, first_clip_of_group)
+    return ClipTable(spec.step, first_frame, first_clip, first_clip_of_group)
 
 
 def group_starts(keyframes: Sequence[int]) -> list[int]:

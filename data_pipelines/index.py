@@ -14,11 +14,11 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tqdm.auto import tqdm
@@ -37,6 +37,7 @@ VIDEO_EXTENSIONS = (
 INDEX_NAME = ".worldmodel_index.jsonl"
 INDEX_HEADER = {"format": "worldmodel-video-index", "version": 1}
 FILES_PER_TASK = 64
+MIN_VIDEOS_TO_DEAL = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +75,27 @@ class BadFile:
 
 @dataclass(frozen=True)
 class VideoIndex:
-    """What a folder holds. videos are sorted by path; labels (first dimension len(videos)) follow them."""
+    """What a folder holds. videos are sorted by path; labels (first dimension len(videos)) follow them.
+
+    share: the part of each video's length that clips may come from, as fractions [start, stop) of its frames.
+    """
 
     root: Path
     videos: Sequence[Video]
     bad: Sequence[BadFile] = ()
     labels: dict[str, torch.Tensor] = field(default_factory=dict)
+    share: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def frame_ranges(self) -> list[tuple[int, int]]:
+        """The frames [start, stop) of each video that clips may come from."""
+        start, stop = self.share
+        return [(round(start * video.num_frames), round(stop * video.num_frames)) for video in self.videos]
 
     @cached_property
     def content_hash(self) -> str:
         """Changes when a file is added, removed, renamed or has another size or number of frames."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(repr(self.share).encode())
         for video in self.videos:
             digest.update(f"{video.path}\0{video.size_bytes}\0{video.num_frames}\n".encode())
         return digest.hexdigest()[:16]
@@ -423,5 +434,18 @@ def _numbers_to_tensor(values: Sequence[Any]) -> torch.Tensor | None:
     return torch.tensor(flat, dtype=torch.int64 if is_integer else torch.float32).reshape(shape)
 
 
-def split_index(index: VideoIndex, split: str) -> VideoIndex:
-    raise NotImplementedError
+def split_index(index: VideoIndex, split: Literal["train", "selection", "test"]) -> VideoIndex:
+    """The share of a folder without splits of its own that a split gets: 80, 10 and 10 percent.
+
+    Whole videos, dealt by a hash of their paths; or, where there are fewer than ten, each video by time: the last
+    tenth tests, the one before it selects.
+    """
+    if len(index.videos) < MIN_VIDEOS_TO_DEAL:
+        shares = {"train": (0.0, 0.8), "selection": (0.8, 0.9), "test": (0.9, 1.0)}
+        return replace(index, share=shares[split])
+    order = sorted(range(len(index.videos)), key=lambda row: hashlib.sha256(index.videos[row].path.encode()).digest())
+    tenth = len(order) // 10
+    parts = {"test": order[:tenth], "selection": order[tenth : 2 * tenth], "train": order[2 * tenth :]}
+    rows = sorted(parts[split])
+    labels = {name: values[rows] for name, values in index.labels.items()}
+    return replace(index, videos=[index.videos[row] for row in rows], labels=labels)

@@ -70,9 +70,7 @@ def make_source(index: VideoIndex, spec: ClipSpec, *, size_px: int | None, chann
             raise UserError(
                 f"videos differ in size ('{path_a}' is {a[0]}x{a[1]}, '{path_b}' {b[0]}x{b[1]}): set size_px"
             )
-    table = make_clip_table(
-        [video.num_frames for video in index.videos], [video.keyframes for video in index.videos], spec
-    )
+    table = make_clip_table(index.frame_ranges, [video.keyframes for video in index.videos], spec)
     return ClipSource(index, spec, table, channels, size_px, resolve_decoder(decoder))
 
 
@@ -382,7 +380,7 @@ class VideoStream:
         facts = [ORDER_VERSION, index.content_hash, asdict(spec), asdict(self._order)]
         self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
-    def batches(self, start_batch: int = 0) -> Iterator[Batch]:
+    def batches(self, start_batch: int = 0) -> Generator[Batch, None, None]:
         """Batches from number start_batch (counted from the beginning of the run) on, without end.
 
         Each is {"video": uint8 [B, T, C, H, W], "clip_id": int64 [B], "labels": dict of tensors [B, ...]}.

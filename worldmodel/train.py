@@ -125,6 +125,10 @@ class Trainer:
             waited_s = time.monotonic()
             batch = next(batches)
             self.sums.data_wait_s += time.monotonic() - waited_s
+            if len(batch["video"]) < 2:
+                raise UserError(
+                    f"too few clips of the batch at step {self.step} could be decoded: see the log for the files"
+                )
             video = to_float(batch["video"].to(accelerator.device, non_blocking=True))
             x, target_clip, later_clip = split_segments(video, NUM_SEGMENTS)
             with accelerator.accumulate(self.model):

@@ -16,6 +16,10 @@ from data_pipelines.clips import (
 from data_pipelines.errors import UserError
 
 
+def whole(*num_frames: int) -> list[tuple[int, int]]:
+    return [(0, count) for count in num_frames]
+
+
 def test_spec_counts_frames() -> None:
     assert (ClipSpec().length, ClipSpec().span, ClipSpec().step) == (9, 9, 9)
     spec = ClipSpec(num_segments=2, num_frames=2, frame_stride=5, clip_step=3)
@@ -27,7 +31,7 @@ def test_spec_counts_frames() -> None:
 
 def test_clips_are_all_that_fit_numbered_in_order_of_time() -> None:
     spec = ClipSpec(num_segments=1, num_frames=3, clip_step=2)
-    table = make_clip_table([2, 3, 8, 4], [(0,)] * 4, spec)
+    table = make_clip_table(whole(2, 3, 8, 4), [(0,)] * 4, spec)
     clips = np.arange(table.num_clips)
     assert table.videos_of(clips).tolist() == [1, 2, 2, 2, 3]
     assert table.starts_of(clips).tolist() == [0, 0, 2, 4, 0]
@@ -38,21 +42,29 @@ def test_short_keyframe_intervals_are_merged_and_long_ones_are_not() -> None:
     assert group_starts(range(0, 1000, 50)) == [0, 150, 300, 450, 600, 750, 900]
     assert group_starts((0, 250, 500)) == [0, 250, 500]
     spec = ClipSpec()
-    table = make_clip_table([1000, 9], [tuple(range(0, 1000, 2)), (0,)], spec)
+    table = make_clip_table(whole(1000, 9), [tuple(range(0, 1000, 2)), (0,)], spec)
     first_starts = table.starts_of(table.first_clip_of_group[:-1])
     assert np.all(np.diff(first_starts[:-1]) >= GROUP_FRAMES - spec.span)
     # a group's first clip starts at the first clip boundary at or after the group's keyframe
     assert first_starts.tolist() == [0, *(-(-k // 9) * 9 for k in range(128, 1000, 128)), 0]
 
 
+def test_clips_stay_within_a_range_of_frames() -> None:
+    """Frames [250, 700) of 1,000, a keyframe every 200: groups start at the keyframes inside, and at the first clip."""
+    table = make_clip_table([(250, 700)], [tuple(range(0, 1000, 200))], ClipSpec())
+    starts = table.starts_of(np.arange(table.num_clips))
+    assert starts[0] == 250 and starts[-1] + 9 <= 700 < starts[-1] + 18
+    assert table.starts_of(table.first_clip_of_group[:-1]).tolist() == [250, 403, 601]
+
+
 def test_groups_without_clips_vanish() -> None:
-    table = make_clip_table([300], [(0, 140, 295)], ClipSpec(clip_step=100))
+    table = make_clip_table(whole(300), [(0, 140, 295)], ClipSpec(clip_step=100))
     assert table.first_clip_of_group.tolist() == [0, 2, 3]
 
 
 def test_no_video_as_long_as_a_clip_names_the_span_and_the_longest() -> None:
     with pytest.raises(UserError, match=r"clips span 9 frames .*longest video has 8"):
-        make_clip_table([8, 3], [(0,), (0,)], ClipSpec())
+        make_clip_table(whole(8, 3), [(0,), (0,)], ClipSpec())
 
 
 @pytest.mark.parametrize(

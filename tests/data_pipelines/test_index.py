@@ -11,7 +11,7 @@ import torch
 
 from data_pipelines import index as index_module
 from data_pipelines.errors import UserError
-from data_pipelines.index import INDEX_NAME, BadFile, Video, index_file, load_or_build_index
+from data_pipelines.index import INDEX_NAME, BadFile, Video, VideoIndex, index_file, load_or_build_index, split_index
 
 
 def _index(root: Path, **arguments: Any) -> index_module.VideoIndex:
@@ -219,3 +219,42 @@ def test_metadata_with_gaps_gives_no_labels_and_broken_metadata_an_error(
     metadata.write_text('{"file_name": "a.mp4", "digit": 1}\nnonsense\n')
     with pytest.raises(UserError, match="line 2"):
         _index(tmp_path)
+
+
+def _facts(name: str, num_frames: int = 100) -> Video:
+    return Video(
+        path=name,
+        size_bytes=1,
+        mtime_ns=0,
+        num_frames=num_frames,
+        fps=10.0,
+        width=64,
+        height=64,
+        duration_s=num_frames / 10,
+        keyframes=(0,),
+        keyframe_pts=(0,),
+        open_gop=False,
+    )
+
+
+def test_many_videos_are_split_by_video() -> None:
+    videos = [_facts(f"{row}.mp4") for row in range(45)]
+    index = VideoIndex(Path("x"), videos, labels={"row": torch.arange(45)})
+    train, selection, test = (split_index(index, split) for split in ("train", "selection", "test"))
+    assert [len(part.videos) for part in (train, selection, test)] == [37, 4, 4]
+    paths = [video.path for part in (train, selection, test) for video in part.videos]
+    assert sorted(paths) == sorted(video.path for video in videos)
+    for part in (train, selection, test):
+        assert [video.path for video in part.videos] == [f"{row}.mp4" for row in part.labels["row"].tolist()]
+    assert len({part.content_hash for part in (train, selection, test)}) == 3
+
+
+def test_few_videos_are_split_by_time() -> None:
+    index = VideoIndex(Path("x"), [_facts("a.mp4", 100), _facts("b.mp4", 50)])
+    ranges = {split: split_index(index, split).frame_ranges for split in ("train", "selection", "test")}
+    assert ranges == {
+        "train": [(0, 80), (0, 40)],
+        "selection": [(80, 90), (40, 45)],
+        "test": [(90, 100), (45, 50)],
+    }
+    assert split_index(index, "train").content_hash != index.content_hash

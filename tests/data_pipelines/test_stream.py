@@ -45,8 +45,7 @@ def _stream(index: VideoIndex, spec: ClipSpec = SPEC, **changes: Any) -> VideoSt
 
 
 def _table(index: VideoIndex, spec: ClipSpec = SPEC) -> Any:
-    videos = index.videos
-    return make_clip_table([v.num_frames for v in videos], [v.keyframes for v in videos], spec)
+    return make_clip_table(index.frame_ranges, [video.keyframes for video in index.videos], spec)
 
 
 def _hash(batch: Batch) -> str:
@@ -60,7 +59,7 @@ def _take(stream: VideoStream, count: int, start_batch: int = 0) -> list[Batch]:
     try:
         return list(islice(batches, count))
     finally:
-        batches.close()  # type: ignore[attr-defined]
+        batches.close()
 
 
 def _check_pixels(index: VideoIndex, spec: ClipSpec, batches: list[Batch], read_numbers: Any) -> None:
@@ -346,7 +345,7 @@ def test_workers_are_no_more_than_the_lanes_of_the_rank(index: VideoIndex) -> No
     batches = _stream(index, num_workers=8, world_size=4, rank=1).batches()
     next(batches)
     assert len(multiprocessing.active_children()) == 2
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
 
 
 def test_workers_leave_ctrl_c_to_the_main_process(index: VideoIndex) -> None:

@@ -72,7 +72,7 @@ def test_train_evaluate_and_roll_out(tiny_overrides: list[str], world: Path, tmp
         (["data.root=nowhere"], "nowhere"),
         (["data.root={empty}"], "no video"),
         (["data.root={broken}"], "broken"),
-        (["data.num_frames=50"], "450 frames"),
+        (["data.num_frames=50"], "150 frames"),
         (["data.batch_size=512", "data.num_lanes=1"], "512"),
         (["train.stepz=1"], "train.stepz"),
         (["data.root={half}"], "max_bad_fraction"),
