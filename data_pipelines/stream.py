@@ -125,13 +125,36 @@ class ClipDecoder:
         return [recent[frame] for frame in range(start, start + spec.span, spec.frame_stride)]
 
 
+class ClipCache:
+    """Decoded clips that one worker keeps for later epochs, the first ones that fit; it changes no pixel."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._free_bytes = max_bytes
+        self._clips: dict[int, Sequence[Frame]] = {}
+
+    def get(self, clip_id: int) -> Sequence[Frame] | None:
+        return self._clips.get(clip_id)
+
+    def add(self, clip_id: int, frames: Sequence[Frame]) -> None:
+        """Frames that overlapping clips share count for each of them."""
+        num_bytes = sum(frame.nbytes for frame in frames)
+        if num_bytes <= self._free_bytes:
+            self._free_bytes -= num_bytes
+            self._clips[clip_id] = frames
+
+
 def lane_clips(
-    source: ClipSource, decoded: Ints, delivered: Ints, skip: int, failures: dict[int, str]
+    source: ClipSource,
+    decoded: Ints,
+    delivered: Ints,
+    skip: int,
+    failures: dict[int, str],
+    cache: ClipCache,
 ) -> Iterator[Clip]:
     """One lane's clips of one epoch in order of delivery, from number `skip` on.
 
     Clips are decoded in order, no further than the one that is due, and wait in memory for their turn;
-    epoch_order bounds how many. Those delivered before `skip` are not decoded again.
+    epoch_order bounds how many. Those delivered before `skip`, or in the cache, are not decoded again.
     """
     wanted = np.ones(len(decoded), dtype=bool)
     wanted[delivered[:skip]] = False
@@ -139,14 +162,19 @@ def lane_clips(
     groups = source.table.groups_of(decoded)
     starts = source.table.starts_of(decoded)
     decoder = ClipDecoder(source, failures)
-    waiting: dict[int, list[Frame] | None] = {}
+    waiting: dict[int, Sequence[Frame] | None] = {}
     next_position = 0
     try:
         for position in delivered[skip:].tolist():
             while next_position <= position:
                 if wanted[next_position]:
-                    at = next_position
-                    waiting[at] = decoder.decode(int(videos[at]), int(groups[at]), int(starts[at]))
+                    at, clip_id = next_position, int(decoded[next_position])
+                    frames = cache.get(clip_id)
+                    if frames is None:
+                        frames = decoder.decode(int(videos[at]), int(groups[at]), int(starts[at]))
+                        if frames is not None:
+                            cache.add(clip_id, frames)
+                    waiting[at] = frames
                 next_position += 1
             yield int(decoded[position]), waiting.pop(position)
     finally:
@@ -229,6 +257,7 @@ class PartsOfStream:
     rank: int
     world_size: int
     start_batch: int
+    cache_bytes: int
 
     def __call__(self, worker: int, num_workers: int) -> Iterator[Part]:
         lanes = lanes_of_worker(
@@ -239,13 +268,16 @@ class PartsOfStream:
             num_workers=num_workers,
         )
         per_lane = self.order.batch_size // self.order.num_lanes
+        cache = ClipCache(self.cache_bytes // num_workers)
         num_batches = self.source.table.num_clips // self.order.batch_size
         epoch, first_batch = divmod(self.start_batch, num_batches)
         failures: dict[int, str] = {}
         while True:
             order = self.order.of_epoch(self.source.table, epoch)
             queues = [
-                lane_clips(self.source, order.decoded[lane], order.delivered[lane], first_batch * per_lane, failures)
+                lane_clips(
+                    self.source, order.decoded[lane], order.delivered[lane], first_batch * per_lane, failures, cache
+                )
                 for lane in lanes
             ]
             for _ in range(first_batch, num_batches):
@@ -271,10 +303,11 @@ class PartsOfPass:
 
     def __call__(self, worker: int, num_workers: int) -> Iterator[Part]:
         failures: dict[int, str] = {}
+        no_cache = ClipCache(0)
         stride = self.batch_size * num_workers
         for first in range(worker * self.batch_size, self.num_clips, stride):
             ids = np.arange(first, min(first + self.batch_size, self.num_clips))
-            clips = list(lane_clips(self.source, ids, np.arange(len(ids)), 0, failures))
+            clips = list(lane_clips(self.source, ids, np.arange(len(ids)), 0, failures, no_cache))
             video, clip_id = stack_clips(self.source, clips)
             yield {"video": video, "clip_id": clip_id, "failures": dict(failures)}
             failures.clear()
@@ -343,6 +376,7 @@ class VideoStream:
     num_clips % batch_size clips, others each time. A file that turns out not to decode has its clips dropped,
     never replaced: its batches are smaller.
 
+    cache_mb: MiB of decoded clips that this rank's workers keep together for later epochs, the first that fit.
     batches_per_epoch: batches in one pass over the clips.
     fingerprint: hash of all that fixes the order of clips; where it is equal, start_batch means the same.
 
@@ -367,6 +401,7 @@ class VideoStream:
         num_workers: int = 0,
         decoder: str = "auto",
         max_bad_fraction: float = 0.1,
+        cache_mb: int = 0,
     ) -> None:
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
         self._source = make_source(index, spec, size_px=size_px, channels=channels, decoder=decoder)
@@ -375,6 +410,7 @@ class VideoStream:
         self._order = OrderSettings(seed, shuffle, batch_size, num_lanes, pool_clips)
         self._rank, self._world_size = rank, world_size
         self._num_workers = min(num_workers, num_lanes // world_size)
+        self._cache_bytes = cache_mb * 2**20
         self._failures = _Failures(index, max_bad_fraction)
         self.batches_per_epoch = num_clips // batch_size
         facts = [ORDER_VERSION, index.content_hash, asdict(spec), asdict(self._order)]
@@ -387,7 +423,9 @@ class VideoStream:
         Close the iterator to end the workers at once. Raises UserError when too many videos do not decode.
         """
         assert start_batch >= 0, f"start_batch={start_batch}"
-        make_parts = PartsOfStream(self._source, self._order, self._rank, self._world_size, start_batch)
+        make_parts = PartsOfStream(
+            self._source, self._order, self._rank, self._world_size, start_batch, self._cache_bytes
+        )
         parts = _run_workers(make_parts, self._num_workers)
         try:
             while True:

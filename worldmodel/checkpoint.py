@@ -31,6 +31,7 @@ from worldmodel.config import Config, flatten, to_dict, to_yaml, validate
 RESUMABLE_CHANGES = frozenset(
     {
         "run_dir",
+        "data.cache_mb",
         "data.num_workers",
         "train.log_every",
         "train.checkpoint_every",
@@ -194,15 +195,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`."""
+    """The inverse of `optimizer_tensors`, for an optimiser that keeps its state on its parameters' device."""
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
     for name, tensor in tensors.items():
         parameter_name, key = name.rsplit("/", 1)
         parameter = parameters[parameter_name]
-        # AdamW keeps its step counters on the CPU unless it is fused.
-        device = tensor.device if key == "step" else parameter.device
-        optimizer.state[parameter][key] = tensor.to(device, copy=True)
+        optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
 
 
 # --------------------------------------------------------------------------------------------------------- files

@@ -49,6 +49,8 @@ class DataConfig:
     """Independent sequential readers; divides batch_size, and the number of processes divides it."""
     pool_clips: PositiveInt = 1024
     """Decoded clips that may wait in memory for shuffling, over all lanes."""
+    cache_mb: NonNegativeInt = 0
+    """Memory of a training process for decoded clips that later epochs reuse; what does not fit is decoded again."""
     num_workers: NonNegativeInt = 1
     """Decoding processes a training process."""
     decoder: Literal["auto", "pyav", "decord"] = "auto"
@@ -253,7 +255,3 @@ def _check_together(config: Config, source: str) -> None:
                 raise UserError(
                     f"{source}: data.source=moving_mnist needs data.{name}={value}, not {getattr(data, name)}"
                 )
-    if config.train.warmup_steps >= config.train.steps:
-        raise UserError(
-            f"{source}: train.warmup_steps={config.train.warmup_steps} must be below train.steps={config.train.steps}"
-        )

@@ -66,6 +66,7 @@ def training_stream(
         num_workers=data.num_workers,
         decoder=data.decoder,
         max_bad_fraction=data.max_bad_fraction,
+        cache_mb=data.cache_mb,
     )
 
 

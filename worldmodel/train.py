@@ -4,9 +4,11 @@ Everything random in a step is a function of (seed, step, rank): nothing but wei
 be saved for a resumed run to go on bit for bit.
 """
 
+import ctypes
 import logging
 import math
 import os
+import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -61,14 +63,12 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     """
     accelerator = make_accelerator(config.train)
     torch.set_num_threads(config.train.num_threads or fair_share_of_cores())
-    stream = training_stream(
-        config,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        device=accelerator.device,
-    )
+    keep_freed_memory()
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    # The first process indexes the videos and makes the run folder; the others find both.
     with accelerator.main_process_first():
-        run = open_run(config, resume=resume or not accelerator.is_main_process, overwrite=overwrite)
+        stream = training_stream(config, rank=rank, world_size=world_size, device=accelerator.device)
+        run = open_run(config, resume=resume or rank > 0, overwrite=overwrite and rank == 0)
     trainer = Trainer(config, accelerator, run, stream.fingerprint)
     if resume:
         trainer.load()
@@ -102,7 +102,7 @@ class Trainer:
         self.teacher = Teacher(model.embedder).to(accelerator.device)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        optimizer = torch.optim.AdamW(parameter_groups(model, config.train.weight_decay), lr=config.train.lr)
+        optimizer = torch.optim.AdamW(parameter_groups(model, config.train.weight_decay), config.train.lr, fused=True)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.step = 0
         self.saved_step = -1
@@ -303,7 +303,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     """Linear warm-up to config.lr, then a cosine to zero at config.steps."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return config.lr * (math.cos(math.pi * progress) + 1) / 2
 
 
@@ -361,6 +361,15 @@ def fair_share_of_cores() -> int:
     """Cores for one of the training processes of this machine. (A launcher's OMP_NUM_THREADS=1 wastes the others.)"""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed blocks of up to 32 MiB for the next step: on a CPU, new ones fault page by page."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        trim_threshold, mmap_threshold = -1, -3
+        libc.mallopt(mmap_threshold, 32 << 20)
+        libc.mallopt(trim_threshold, 1 << 30)
 
 
 @contextmanager

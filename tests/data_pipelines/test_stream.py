@@ -197,6 +197,38 @@ def test_each_group_is_decoded_once_an_epoch(index: VideoIndex, monkeypatch: pyt
     assert all(opens.counts[f"a{video:02d}.mp4"] <= 1 for video in range(30))
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_cache_changes_no_batch(index: VideoIndex, num_workers: int) -> None:
+    plain, cached = (_stream(index, num_workers=num_workers, cache_mb=megabytes) for megabytes in (0, 64))
+    assert plain.fingerprint == cached.fingerprint
+    total = 3 * plain.batches_per_epoch
+    assert [_hash(batch) for batch in _take(plain, total)] == [_hash(batch) for batch in _take(cached, total)]
+
+
+def test_what_is_in_the_cache_is_not_decoded_again_and_the_cache_is_bounded(
+    index: VideoIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = []
+    decode = stream_module.ClipDecoder.decode
+
+    def counting(self: Any, video: int, group: int, start: int) -> Any:
+        decoded.append((video, start))
+        return decode(self, video, group, start)
+
+    monkeypatch.setattr(stream_module.ClipDecoder, "decode", counting)
+    num_clips = _table(index).num_clips
+    for megabytes in (64, 1):
+        decoded.clear()
+        stream = _stream(index, cache_mb=megabytes)
+        batches = _take(stream, 4 * stream.batches_per_epoch)
+        clip_bytes = batches[0]["video"][0].numel()
+        kept = min(num_clips, megabytes * 2**20 // clip_bytes)
+        again = len(decoded) - len(set(decoded))
+        assert kept == num_clips or kept < num_clips / 2
+        assert (again == 0) == (kept == num_clips)
+        assert again <= 3 * (num_clips - kept)
+
+
 def test_resume_decodes_only_what_is_still_to_come(index: VideoIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = _stream(index, pool_clips=8)
     opens = _Opens(monkeypatch)

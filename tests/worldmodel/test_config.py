@@ -50,7 +50,6 @@ def test_overrides_replace_values_and_numbers_may_have_exponents(tmp_path: Path)
         ("objective.ema_momentum=1.5", ["objective.ema_momentum", "1.5", "less than or equal to 1"]),
         ("data=5", ["data", "5"]),
         ("data.batch_size=100", ["data.batch_size=100", "data.num_lanes=32"]),
-        ("train.warmup_steps=1000000", ["train.warmup_steps=1000000", "train.steps"]),
         ("train.steps", ["train.steps", "key=value"]),
         ("run_dir.deeper=1", ["run_dir"]),
     ],

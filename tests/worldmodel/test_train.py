@@ -49,6 +49,8 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert learning_rate(60, config) == pytest.approx(0.5)
     assert learning_rate(109, config) < 0.001
     assert learning_rate(110, config) == pytest.approx(0, abs=1e-12)
+    shorter_than_its_warm_up = TrainConfig(lr=1.0, steps=5, warmup_steps=10)
+    assert learning_rate(4, shorter_than_its_warm_up) == pytest.approx(0.5)
 
 
 def test_beta_warms_up() -> None:
