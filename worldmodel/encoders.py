@@ -29,7 +29,12 @@ class Conv3dEncoder(nn.Module):
         channels = in_channels
         for base, kernel, stride in zip(self.CHANNELS, self.KERNELS, self.STRIDES, strict=True):
             out_channels = _scaled(base, width)
-            layers.append(_ConvBlock(channels, out_channels, kernel, stride))
+            padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
+            layers += [
+                nn.Conv3d(channels, out_channels, kernel, (1, stride, stride), padding, bias=False),
+                nn.BatchNorm3d(out_channels),
+                nn.ReLU(inplace=True),
+            ]
             channels = out_channels
         self.layers = nn.Sequential(*layers).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.num_features = channels * num_frames
@@ -38,27 +43,6 @@ class Conv3dEncoder(nn.Module):
         """video [B, T, C, H, W] in [0, 1] -> features [B, F]."""
         volume = rearrange(video, "b t c h w -> b c t h w").contiguous(memory_format=torch.channels_last_3d)
         return rearrange(self.layers(volume).mean(dim=(3, 4)), "b c t -> b (c t)")
-
-
-class _ConvBlock(nn.Module):
-    """Convolution, BN, ReLU: [B, C, T, H, W]. Outside training BN is an affine map, folded into the kernel."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], stride: int) -> None:
-        super().__init__()
-        self.stride = (1, stride, stride)
-        self.padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel, self.stride, self.padding, bias=False)
-        self.norm = nn.BatchNorm3d(out_channels)
-
-    def forward(self, volume: Tensor) -> Tensor:
-        if self.training:
-            return F.relu_(self.norm(self.conv(volume)))
-        norm = self.norm
-        assert norm.running_mean is not None and norm.running_var is not None
-        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-        kernel = self.conv.weight * scale[:, None, None, None, None]
-        bias = norm.bias - norm.running_mean * scale
-        return F.relu_(F.conv3d(volume, kernel, bias, self.stride, self.padding))
 
 
 class ResNetEncoder(nn.Module):

@@ -78,17 +78,20 @@ class WorldModel(nn.Module):
         return self.rollout_embedding(self.encode(x), horizon, num_samples, generator)
 
     def forward(
-        self, x: Tensor, target: Tensor, later: Tensor, beta: float, generator: torch.Generator | None = None
+        self, x: Tensor, later: Tensor, target: Tensor, beta: float, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         """The training losses, all scalars; "loss" is the one to minimise.
 
-        x [B, T, C, H, W] is the context segment; target and later [B, D] are the teacher's embeddings of x+ and x++.
+        x and later [B, T, C, H, W] are the segments x and x++; target [B, D] is the teacher's embedding of x+. The
+        encoder also learns through the posterior: without that gradient, forecasts are far worse
+        (docs/experiments.md).
         """
-        context = self.encode(x)
         if self.latent is None:
+            context = self.encode(x)
             prediction_loss = negative_cosine(self.edit(context, context[:, :0]), target)
             return {"loss": prediction_loss, "prediction_loss": prediction_loss.detach()}
-        mean, scale = self.latent.posterior(context, later)
+        context, later_embedding = self.encode(torch.cat([x, later])).chunk(2)
+        mean, scale = self.latent.posterior(context, later_embedding)
         kl = gaussian_kl(mean, scale, *self.latent.prior(context)).mean()
         predicted = self.edit(context, draw_gaussian(mean, scale, generator))
         prediction_loss = negative_cosine(predicted, target)

@@ -11,23 +11,16 @@ from worldmodel.encoders import Embedder
 
 
 class Teacher(nn.Module):
-    """A copy of the student's embedder that follows it slowly. It stays outside DDP and has no gradient.
+    """A copy of the student's embedder whose parameters follow it slowly. It stays outside DDP and has no gradient.
 
-    Its encoder normalises by running statistics, which follow the student's as its parameters do: the affine maps fold
-    into the convolutions, which saves a good part of a training step on a CPU. Its projector normalises by the batch
-    while training; with running statistics there too, embeddings collapse within 200 steps.
+    Its batch-norm statistics are its own: it normalises by the batch while training and gathers running statistics.
+    With running statistics in training too, embeddings collapse within 200 steps (docs/experiments.md).
     """
 
     def __init__(self, student: Embedder) -> None:
         super().__init__()
         self.embedder = copy.deepcopy(student)
         self.requires_grad_(False)
-        self.train()
-
-    def train(self, mode: bool = True) -> "Teacher":
-        super().train(mode)
-        self.embedder.encoder.eval()
-        return self
 
     @torch.no_grad()
     def forward(self, video: Tensor) -> Tensor:
@@ -36,13 +29,9 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def update(self, student: Embedder, momentum: float) -> None:
-        """own <- momentum * own + (1 - momentum) * student's, for parameters and the encoder's running statistics."""
-        torch._foreach_lerp_(_followed(self.embedder), _followed(student), 1 - momentum)
-
-
-def _followed(embedder: Embedder) -> list[Tensor]:
-    statistics = [buffer for buffer in embedder.encoder.buffers() if buffer.is_floating_point()]
-    return [parameter.detach() for parameter in embedder.parameters()] + statistics
+        """parameters <- momentum * parameters + (1 - momentum) * student's."""
+        own, followed = ([p.detach() for p in embedder.parameters()] for embedder in (self.embedder, student))
+        torch._foreach_lerp_(own, followed, 1 - momentum)
 
 
 def ema_momentum(step: int, num_steps: int, base: float, schedule: Literal["constant", "cosine"]) -> float:

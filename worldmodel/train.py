@@ -133,8 +133,8 @@ class Trainer:
             x, target_clip, later_clip = split_segments(video, NUM_SEGMENTS)
             with accelerator.accumulate(self.model):
                 with accelerator.autocast():
-                    target, later = self.teacher(torch.cat([target_clip, later_clip])).chunk(2)
-                losses = self.model(x, target, later, beta_at(self.step, config.objective), generator)
+                    target = self.teacher(target_clip)
+                losses = self.model(x, later_clip, target, beta_at(self.step, config.objective), generator)
                 accelerator.backward(losses["loss"])
                 if accelerator.sync_gradients and config.train.clip_norm:
                     accelerator.clip_grad_norm_(self.model.parameters(), config.train.clip_norm)

@@ -32,21 +32,6 @@ def test_features_tell_the_order_of_frames(name: str) -> None:
     assert not torch.allclose(encoder(video), encoder(video.flip(1)), atol=1e-4)
 
 
-def test_folding_the_norm_into_the_kernel_changes_nothing() -> None:
-    """Outside training the blocks fold their norms; the modules applied one by one are the reference."""
-    torch.manual_seed(0)
-    encoder = Conv3dEncoder(1, 3, 0.25)
-    for _ in range(3):
-        encoder(clip(8))  # running statistics away from their start
-    encoder.eval()
-    volume = clip().transpose(1, 2)
-    expected = volume
-    for block in encoder.layers:
-        expected = torch.relu(block.norm(block.conv(expected)))
-    folded = encoder(clip())
-    torch.testing.assert_close(folded, expected.mean(dim=(3, 4)).flatten(1), atol=1e-5, rtol=1e-4)
-
-
 def test_embeddings_have_one_length() -> None:
     torch.manual_seed(0)
     embedder = Embedder(Conv3dEncoder(1, 3, 0.125), hidden_dim=16, embedding_dim=8)

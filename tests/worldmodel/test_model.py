@@ -68,11 +68,11 @@ def test_samples_come_from_the_prior() -> None:
 
 def test_loss_is_prediction_plus_beta_kl() -> None:
     world = model().eval()  # running statistics: the parts can be computed one by one
-    target, later = embeddings(seed=1), embeddings(seed=2)
-    losses = world(clip(), target, later, 0.25, torch.Generator().manual_seed(0))
+    target, later = embeddings(seed=1), clip().flip(1)
+    losses = world(clip(), later, target, 0.25, torch.Generator().manual_seed(0))
     assert world.latent is not None
     context = world.encode(clip())
-    mean, scale = world.latent.posterior(context, later)
+    mean, scale = world.latent.posterior(context, world.encode(later))
     kl = gaussian_kl(mean, scale, *world.latent.prior(context)).mean()
     r = mean + scale * torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
     prediction = negative_cosine(world.edit(context, r), target)
@@ -84,10 +84,21 @@ def test_loss_is_prediction_plus_beta_kl() -> None:
 def test_every_parameter_learns() -> None:
     for latent in ("gaussian", "none"):
         world = model(latent)
-        world(clip(), embeddings(seed=1), embeddings(seed=2), 0.1)["loss"].backward()
+        world(clip(), clip().flip(1), embeddings(seed=1), 0.1)["loss"].backward()
         still = [name for name, p in world.named_parameters() if p.grad is None or not p.grad.any()]
         # The first layers' biases and the like may rest; a whole part of the model may not.
         assert not still, still
+
+
+def test_the_encoder_learns_through_the_posterior() -> None:
+    """The KL alone moves the encoder by way of x++: its gradient differs when only x++ is another."""
+    gradients = []
+    for later in (clip().flip(1), clip().flip(3)):
+        world = model()
+        world(clip(), later, embeddings(seed=1), 100.0, torch.Generator().manual_seed(0))["loss"].backward()
+        gradients.append(next(world.embedder.parameters()).grad)
+    assert gradients[0] is not None and gradients[1] is not None
+    assert not torch.allclose(gradients[0], gradients[1])
 
 
 def test_without_a_latent_there_is_one_future() -> None:
@@ -97,7 +108,7 @@ def test_without_a_latent_there_is_one_future() -> None:
         mean, kl = world.infer(embeddings(), embeddings())
     torch.testing.assert_close(futures, futures[:, :1].expand(-1, 5, -1, -1))
     assert mean.shape == (4, 0) and torch.equal(kl, torch.zeros(4))
-    assert "kl_nats" not in world(clip(), embeddings(), embeddings(), 0.1)
+    assert "kl_nats" not in world(clip(), clip(), embeddings(), 0.1)
 
 
 @pytest.mark.parametrize("which", ["context", "later"])

@@ -53,7 +53,7 @@ DEVELOPMENT_QUERIES = 256
 class EmbeddedClips:
     """Clips of one split after the encoders. All on the CPU.
 
-    context [N, D] is the student's embedding of x; seen, target, later [N, D] are the teacher's of x, x+ and x++.
+    context and later [N, D] are the student's embeddings of x and x++; seen and target [N, D] the teacher's of x, x+.
     frames holds the first clips' pixels, uint8 [<= N, T, C, H, W]. centroid_velocity [N, 2] px/frame is what the pixels
     of x show, where the law is known.
     """
@@ -219,7 +219,7 @@ def embed_clips(
         parts["context"].append(student.encode(x).cpu())
         parts["seen"].append(teacher(x).cpu())
         parts["target"].append(teacher(target).cpu())
-        parts["later"].append(teacher(later).cpu())
+        parts["later"].append(student.encode(later).cpu())
         parts["clip_id"].append(batch["clip_id"])
         if kept < frames:
             parts["frames"].append((video[: frames - kept] * 255).round().byte().cpu())
