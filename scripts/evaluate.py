@@ -18,6 +18,7 @@ from worldmodel.cli import report_errors
 from worldmodel.config import to_yaml
 from worldmodel.evaluation.forecast import evaluate_forecasts
 from worldmodel.evaluation.report import markdown_table, write_report
+from worldmodel.machine import keep_freed_memory
 from worldmodel.tracking import read_metrics, versions
 
 
@@ -28,6 +29,7 @@ def main() -> int:
     parser.add_argument("--compare", type=Path, help="an evaluated run without a latent, shown as a control")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    keep_freed_memory()
     with report_errors():
         evaluate(args.run, args.checkpoint, args.compare, torch.device(args.device))
     return 0

@@ -4,11 +4,8 @@ Everything random in a step is a function of (seed, step, rank): nothing but wei
 be saved for a resumed run to go on bit for bit.
 """
 
-import ctypes
 import logging
 import math
-import os
-import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +33,7 @@ from worldmodel.checkpoint import (
 from worldmodel.config import Config, ObjectiveConfig, TrainConfig
 from worldmodel.data import NUM_SEGMENTS, training_stream
 from worldmodel.evaluation.forecast import development_scores
+from worldmodel.machine import computes_bf16, fair_share_of_cores, keep_freed_memory
 from worldmodel.model import WorldModel
 from worldmodel.scores import effective_rank
 from worldmodel.teacher import Teacher, ema_momentum
@@ -338,38 +336,15 @@ def step_generator(seed: int, step: int, rank: int, device: torch.device) -> tor
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
     precision = config.precision
     if precision == "auto":
-        precision = "bf16" if computes_bf16(cpu) else "fp32"
+        precision = "bf16" if computes_bf16() else "fp32"
     return Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         gradient_accumulation_steps=config.grad_accumulation,
         # Buffers are batch-norm statistics, which the forward pass does not read in training.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-
-
-def computes_bf16(cpu: bool) -> bool:
-    """Whether the GPU, or the CPU where there is none or `cpu` asks for it, has bf16 arithmetic of its own."""
-    if torch.cuda.is_available() and not cpu:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def fair_share_of_cores() -> int:
-    """Cores for one of the training processes of this machine. (A launcher's OMP_NUM_THREADS=1 wastes the others.)"""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed blocks of up to 32 MiB for the next step: on a CPU, new ones fault page by page."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        trim_threshold, mmap_threshold = -1, -3
-        libc.mallopt(mmap_threshold, 32 << 20)
-        libc.mallopt(trim_threshold, 1 << 30)
 
 
 @contextmanager
