@@ -204,7 +204,8 @@ class _Parts(IterableDataset[Part]):
 
 
 def _start_worker(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    for number in (signal.SIGINT, signal.SIGTERM):  # the main process handles both, and then ends the workers
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

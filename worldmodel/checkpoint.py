@@ -201,7 +201,9 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
     for name, tensor in tensors.items():
         parameter_name, key = name.rsplit("/", 1)
         parameter = parameters[parameter_name]
-        optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
+        # Moments lie in memory as their parameter does: fused kernels walk both side by side.
+        like = torch.empty_like(parameter) if tensor.shape == parameter.shape else torch.empty_like(tensor)
+        optimizer.state[parameter][key] = like.to(parameter.device).copy_(tensor)
 
 
 # --------------------------------------------------------------------------------------------------------- files

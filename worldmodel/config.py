@@ -29,7 +29,8 @@ Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
 class DataConfig:
     """Where clips come from and how they are cut.
 
-    A clip is three consecutive segments of `num_frames` frames, `frame_stride` source frames apart: x, x+ and x++.
+    A clip is consecutive segments of `num_frames` frames, `frame_stride` source frames apart: the context x, the target
+    x+ and the later x++, which the posterior sees. Of two segments the posterior sees the target.
     """
 
     source: Literal["videos", "moving_mnist"] = "videos"
@@ -39,6 +40,7 @@ class DataConfig:
     """Short side resized, centre cropped to a square of this size."""
     channels: Literal[1, 3] = 3
     """1 is luma, 3 is RGB."""
+    num_segments: Literal[2, 3] = 3
     num_frames: PositiveInt = 3
     frame_stride: PositiveInt = 1
     clip_step: PositiveInt | None = None
@@ -146,6 +148,10 @@ class Config:
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
 
 
+# The one way of cutting and showing clips to which that world's labels belong.
+MOVING_MNIST_FORMAT = {"size_px": 64, "channels": 1, "num_segments": 3, "num_frames": 3, "frame_stride": 1}
+
+
 class _YamlLoader(yaml.SafeLoader):
     """Safe YAML in which 1e-3 is a number, as YAML 1.2 has it; PyYAML's own rule wants 1.0e-3."""
 
@@ -249,8 +255,7 @@ def _check_together(config: Config, source: str) -> None:
             f"{source}: data.batch_size={data.batch_size} must be a multiple of data.num_lanes={data.num_lanes}"
         )
     if data.source == "moving_mnist":
-        fixed = {"size_px": 64, "channels": 1, "num_frames": 3, "frame_stride": 1}
-        for name, value in fixed.items():
+        for name, value in MOVING_MNIST_FORMAT.items():
             if getattr(data, name) != value:
                 raise UserError(
                     f"{source}: data.source=moving_mnist needs data.{name}={value}, not {getattr(data, name)}"

@@ -23,11 +23,10 @@ from data_pipelines.sources.moving_mnist import (
     read_law,
 )
 from data_pipelines.stream import VideoStream, read_all
-from worldmodel.config import Config, DataConfig
+from worldmodel.config import MOVING_MNIST_FORMAT, Config, DataConfig
 
 logger = logging.getLogger(__name__)
 
-NUM_SEGMENTS = 3  # x, x+ and x++
 EVALUATION_BATCH = 128
 
 Batch = dict[str, Any]
@@ -99,14 +98,16 @@ def evaluation_batches(config: Config, split: Split, num_clips: int) -> Iterator
 
 
 def known_law(config: Config) -> MovingMnistLaw | None:
-    """The true law behind the test clips, or None for videos from elsewhere."""
+    """The true law behind the test clips; None for videos from elsewhere, or cut otherwise than the labels say."""
     if config.data.source == "moving_mnist":
         return MovingMnistLaw(config.data.setting, _sprites("test", config.data.mnist_dir))
+    if any(getattr(config.data, name) != value for name, value in MOVING_MNIST_FORMAT.items()):
+        return None
     return read_law(Path(config.data.root))
 
 
 def clip_spec(data: DataConfig) -> ClipSpec:
-    return ClipSpec(NUM_SEGMENTS, data.num_frames, data.frame_stride, data.clip_step)
+    return ClipSpec(data.num_segments, data.num_frames, data.frame_stride, data.clip_step)
 
 
 def _first_rows(batch: Batch, count: int) -> Batch:

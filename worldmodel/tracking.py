@@ -2,11 +2,13 @@
 
 import json
 import logging
+import netrc
 import os
 import platform
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from data_pipelines.errors import UserError
 from worldmodel.checkpoint import write_text
@@ -64,7 +66,7 @@ def _start_wandb(run: Path, config: Config) -> Any:
     except ImportError:
         logger.warning("wandb is not installed: metrics go to metrics.jsonl alone")
         return None
-    if mode == "online" and not wandb.Api().api_key:
+    if mode == "online" and not _wandb_credentials():
         raise UserError(
             "tracking.wandb=online but nobody is logged in: run `wandb login` or use tracking.wandb=offline"
         )
@@ -76,6 +78,17 @@ def _start_wandb(run: Path, config: Config) -> Any:
         config=to_dict(config),
         settings=wandb.Settings(silent=True, console="off"),
     )
+
+
+def _wandb_credentials() -> bool:
+    """Whether wandb will find an API key. (Asking wandb itself may end in a prompt.)"""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def versions() -> dict[str, str]:

@@ -31,7 +31,7 @@ from worldmodel.checkpoint import (
     save_checkpoint,
 )
 from worldmodel.config import Config, ObjectiveConfig, TrainConfig
-from worldmodel.data import NUM_SEGMENTS, training_stream
+from worldmodel.data import training_stream
 from worldmodel.evaluation.forecast import development_scores
 from worldmodel.machine import computes_bf16, fair_share_of_cores, keep_freed_memory
 from worldmodel.model import WorldModel
@@ -128,7 +128,8 @@ class Trainer:
                     f"too few clips of the batch at step {self.step} could be decoded: see the log for the files"
                 )
             video = to_float(batch["video"].to(accelerator.device, non_blocking=True))
-            x, target_clip, later_clip = split_segments(video, NUM_SEGMENTS)
+            segments = split_segments(video, config.data.num_segments)
+            x, target_clip, later_clip = segments[0], segments[1], segments[-1]
             with accelerator.accumulate(self.model):
                 with accelerator.autocast():
                     target = self.teacher(target_clip)

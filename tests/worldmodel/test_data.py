@@ -4,7 +4,7 @@ import torch
 
 from data_pipelines.transforms import split_segments
 from worldmodel.config import Config
-from worldmodel.data import NUM_SEGMENTS, evaluation_batches, known_law, training_stream
+from worldmodel.data import evaluation_batches, known_law, training_stream
 
 
 def test_both_sources_have_one_batch_layout(tiny_config: Callable[..., Config]) -> None:
@@ -25,7 +25,7 @@ def test_both_sources_have_one_batch_layout(tiny_config: Callable[..., Config]) 
 def test_segments_of_a_video_come_in_order(tiny_config: Callable[..., Config]) -> None:
     """The digit's centroid moves by v within x and by v' into x+ and on: the labels say which segment is which."""
     batch = next(iter(evaluation_batches(tiny_config(), "selection", 32)))
-    x, target, later = split_segments(batch["video"].float() / 255, NUM_SEGMENTS)
+    x, target, later = split_segments(batch["video"].float() / 255, 3)
     labels = batch["labels"]
     inside = (labels["centre"] + 2 * labels["velocity"] + 6 * labels["velocity_after"]).amax(dim=1) < 50
 
@@ -62,3 +62,8 @@ def test_the_law_is_known_for_both_sources(tiny_config: Callable[..., Config]) -
     for source in ("videos", "moving_mnist"):
         law = known_law(tiny_config(f"data.source={source}"))
         assert law is not None and law.setting == "A" and len(law.sprites) == 250
+
+
+def test_labels_do_not_hold_for_clips_that_are_cut_otherwise(tiny_config: Callable[..., Config]) -> None:
+    for override in ("data.num_segments=2", "data.num_frames=2", "data.size_px=32", "data.channels=3"):
+        assert known_law(tiny_config(override)) is None

@@ -8,15 +8,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from data_pipelines.errors import UserError
+from data_pipelines.transforms import split_segments, to_float
 from tests.conftest import REPO, run_script, script_environment
+from worldmodel import WorldModel, load
 from worldmodel.config import Config, ObjectiveConfig, TrainConfig
-from worldmodel.data import read_index
+from worldmodel.data import read_index, training_stream
+from worldmodel.teacher import Teacher
 from worldmodel.train import beta_at, learning_rate, parameter_groups, step_generator, train
 
 DEMO = ["--config", str(REPO / "configs" / "demo.yaml")]
@@ -92,11 +96,60 @@ def test_a_run_logs_evaluates_and_saves(tiny_config: Callable[..., Config]) -> N
     assert {path.name for path in (run / "checkpoints").glob("step_*")} == {"step_00000004", "step_00000006"}
 
 
+def test_each_segment_goes_where_it_belongs(
+    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model sees x and x++, the teacher x+."""
+    config = tiny_config("train.steps=1")
+    stream = training_stream(config, rank=0, world_size=1, device=torch.device("cpu"))
+    batches = stream.batches()
+    expected = dict(zip(("x", "target", "later"), split_segments(to_float(next(batches)["video"]), 3), strict=True))
+    batches.close()
+    seen: dict[str, torch.Tensor] = {}
+    forward, teach = WorldModel.forward, Teacher.forward
+
+    def model_spy(self: WorldModel, x: torch.Tensor, later: torch.Tensor, *rest: Any) -> Any:
+        seen.update(x=x.clone(), later=later.clone())
+        return forward(self, x, later, *rest)
+
+    def teacher_spy(self: Teacher, video: torch.Tensor) -> torch.Tensor:
+        seen.setdefault("target", video.clone())  # evaluation comes after
+        return teach(self, video)
+
+    monkeypatch.setattr(WorldModel, "forward", model_spy)
+    monkeypatch.setattr(Teacher, "forward", teacher_spy)
+    train(config)
+    assert seen.keys() == expected.keys()
+    for name, segment in expected.items():
+        assert torch.equal(seen[name], segment), name
+
+
 def test_training_lowers_the_loss(tiny_config: Callable[..., Config]) -> None:
     longer = ("train.steps=60", "train.checkpoint_every=60", "train.eval_every=60")
     run = train(tiny_config(*longer, "train.lr=3e-3", "objective.ema_momentum=0.9"))
     losses = [row["loss"] for row in rows(run)]
     assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.1
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.encoder=resnet", "data.size_px=96", "data.channels=3"],
+        ["data.num_segments=2", "data.num_frames=1"],
+        ["data.num_segments=2", "data.num_frames=1", "model.latent=none"],
+        ["train.precision=bf16"],
+        ["data.decoder=decord"],
+        ["train.clip_norm=0.1", "objective.ema_schedule=cosine", "objective.beta_warmup_steps=2"],
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_other_settings_train_evaluate_and_load(tiny_config: Callable[..., Config], overrides: list[str]) -> None:
+    run = train(tiny_config("train.steps=2", "train.eval_every=2", *overrides))
+    assert all(math.isfinite(row["loss"]) for row in rows(run))
+    trained = load(run)
+    data = trained.config.data
+    clip = torch.rand(2, data.num_frames, data.channels, data.size_px, data.size_px)
+    assert trained.model.rollout(clip, 3, 4).shape == (2, 4, 3, 16)
 
 
 def test_gradient_accumulation_averages_the_batches_of_a_step(tiny_config: Callable[..., Config]) -> None:
@@ -187,9 +240,10 @@ def test_signals_save_a_checkpoint_and_tell_by_the_exit_code(
         cwd=REPO,
         env=script_environment(),
         text=True,
+        start_new_session=True,
     )
     wait_for_step(process, tmp_path / "run", 3)  # type: ignore[arg-type]
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as Ctrl-C and batch systems do it: the decoding processes get it too
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == exit_code, stderr
     assert "Traceback" not in stderr and f"stopped by {number.name}; go on with --resume" in stderr

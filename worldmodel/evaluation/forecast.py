@@ -27,7 +27,7 @@ from data_pipelines.sources.moving_mnist import (
 )
 from data_pipelines.transforms import split_segments, to_float
 from worldmodel.config import Config
-from worldmodel.data import NUM_SEGMENTS, evaluation_batches, known_law
+from worldmodel.data import evaluation_batches, known_law
 from worldmodel.evaluation.report import ForecastExamples
 from worldmodel.model import WorldModel
 from worldmodel.scores import (
@@ -215,7 +215,8 @@ def embed_clips(
     kept = 0
     for batch in batches:
         video = to_float(batch["video"].to(device))
-        x, target, later = split_segments(video, NUM_SEGMENTS)
+        segments = split_segments(video, config.data.num_segments)
+        x, target, later = segments[0], segments[1], segments[-1]
         parts["context"].append(student.encode(x).cpu())
         parts["seen"].append(teacher(x).cpu())
         parts["target"].append(teacher(target).cpu())

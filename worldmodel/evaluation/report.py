@@ -87,7 +87,7 @@ CURVES = {
 class ForecastExamples:
     """A handful (at most 6) of queries to draw. Positions: x right, y down, pixel centres at integers."""
 
-    frames: np.ndarray  # uint8 [Q, T, C, H, W], the whole clip: T = 3 segments x num_frames, C is 1 or 3
+    frames: np.ndarray  # uint8 [Q, T, C, H, W], the whole clip: T is a multiple of num_frames, C is 1 or 3
     num_frames: int  # frames in a segment
     velocity_samples: np.ndarray | None  # [Q, K, 2] px/frame, sampled forecasts; None without labels
     velocity_law: np.ndarray | None  # [Q, M, 2] px/frame, draws of the true law
