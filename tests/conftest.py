@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from data_pipelines.sources.moving_mnist import write_world
 from worldmodel.config import Config, load_config
@@ -43,6 +44,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("world") / "moving_mnist"
     write_world(root, {"train": 64, "selection": 32, "test": 24}, num_processes=1)
     return root
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state() -> None:
+    """Accelerate refuses another precision within one process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

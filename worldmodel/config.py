@@ -77,6 +77,8 @@ class ModelConfig:
     latent: Literal["gaussian", "none"] = "gaussian"
     """gaussian: AdaSSL-V. none: one future for each past, plain BYOL."""
     latent_dim: PositiveInt = 2
+    prior_components: PositiveInt = 1
+    """Gaussians in the prior; the paper has one."""
 
 
 @dataclass(frozen=True, config=_KNOWN_KEYS)

@@ -16,7 +16,7 @@ from worldmodel.checkpoint import load_checkpoint, load_run_config
 from worldmodel.config import Config, DataConfig, ModelConfig
 from worldmodel.editors import MlpEditor
 from worldmodel.encoders import ENCODERS, Embedder
-from worldmodel.latents import GaussianLatent, draw_gaussian, gaussian_kl
+from worldmodel.latents import GaussianLatent, kl_divergence
 from worldmodel.objectives import negative_cosine
 from worldmodel.teacher import Teacher
 
@@ -29,7 +29,7 @@ class WorldModel(nn.Module):
         encoder = ENCODERS[model.encoder](data.channels, data.num_frames, model.width)
         self.embedder = Embedder(encoder, model.hidden_dim, model.embedding_dim)
         self.latent = (
-            GaussianLatent(model.embedding_dim, model.hidden_dim, model.latent_dim)
+            GaussianLatent(model.embedding_dim, model.hidden_dim, model.latent_dim, model.prior_components)
             if model.latent == "gaussian"
             else None
         )
@@ -40,18 +40,19 @@ class WorldModel(nn.Module):
         """video [B, T, C, H, W] in [0, 1] -> embedding [B, D] of length sqrt(D)."""
         return self.embedder(video)
 
-    def infer(self, context: Tensor, later: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings of x and x++ [B, D] -> mean of the posterior of r [B, R], KL(posterior || prior) [B] in nats."""
+    def infer(self, context: Tensor, later: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Embeddings of x and x++ [B, D] -> a draw r [B, R] of the posterior, KL(posterior || prior) [B] in nats."""
         if self.latent is None:
             return context[:, :0], context.new_zeros(len(context))
-        mean, scale = self.latent.posterior(context, later)
-        return mean, gaussian_kl(mean, scale, *self.latent.prior(context))
+        posterior = self.latent.posterior(context, later)
+        r = posterior.draw(generator)
+        return r, kl_divergence(posterior, self.latent.prior(context), r)
 
     def sample(self, context: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """context [B, D] -> one draw r [B, R] from the prior for each row."""
         if self.latent is None:
             return context[:, :0]
-        return draw_gaussian(*self.latent.prior(context), generator)
+        return self.latent.prior(context).draw(generator)
 
     def edit(self, context: Tensor, r: Tensor) -> Tensor:
         """context [B, D], r [B, R] -> embedding [B, D] of the next segment."""
@@ -59,7 +60,7 @@ class WorldModel(nn.Module):
 
     def prior_mean_forecast(self, context: Tensor) -> Tensor:
         """context [B, D] -> the one future [B, D] at the mean of the prior."""
-        r = self.latent.prior(context)[0] if self.latent else context[:, :0]
+        r = self.latent.prior(context).mean if self.latent else context[:, :0]
         return self.edit(context, r)
 
     def rollout_embedding(
@@ -91,10 +92,9 @@ class WorldModel(nn.Module):
             prediction_loss = negative_cosine(self.edit(context, context[:, :0]), target)
             return {"loss": prediction_loss, "prediction_loss": prediction_loss.detach()}
         context, later_embedding = self.encode(torch.cat([x, later])).chunk(2)
-        mean, scale = self.latent.posterior(context, later_embedding)
-        kl = gaussian_kl(mean, scale, *self.latent.prior(context)).mean()
-        predicted = self.edit(context, draw_gaussian(mean, scale, generator))
-        prediction_loss = negative_cosine(predicted, target)
+        r, kl_per_clip = self.infer(context, later_embedding, generator)
+        kl = kl_per_clip.mean()
+        prediction_loss = negative_cosine(self.edit(context, r), target)
         return {
             "loss": prediction_loss + beta * kl,
             "prediction_loss": prediction_loss.detach(),

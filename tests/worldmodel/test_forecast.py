@@ -63,7 +63,7 @@ class OracleStudent(WorldModel):
     def prior_mean_forecast(self, context: Tensor) -> Tensor:
         return context
 
-    def infer(self, context: Tensor, later: Tensor) -> tuple[Tensor, Tensor]:
+    def infer(self, context: Tensor, later: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         return context, torch.zeros(len(context))
 
 

@@ -117,7 +117,7 @@ def evaluate_forecasts(config: Config, student: WorldModel, teacher: Teacher, de
             "queries": len(queries),
             "queries_sha256": _queries_hash(queries),
             "num_samples": samples.shape[1],
-            "kl_nats": _mean_kl(student, queries, device),
+            "kl_nats": _mean_kl(student, queries, generator, device),
             "embedding": embedding,
         }
         examples = _examples(config, queries, selection, samples)
@@ -170,7 +170,7 @@ def development_scores(config: Config, student: WorldModel, teacher: Teacher, de
         generator = torch.Generator().manual_seed(sizes.seed)
         samples = sample_futures(student, queries.context, sizes.num_samples, generator, device)
         scores = {"effective_rank": effective_rank(queries.target)}
-        if (kl_nats := _mean_kl(student, queries, device)) is not None:
+        if (kl_nats := _mean_kl(student, queries, generator, device)) is not None:
             scores["kl_nats"] = kl_nats
         if law is None:
             forecasts = embedding_scores(queries, samples, samples.mean(dim=1), generator)["forecasts"]
@@ -252,7 +252,7 @@ def sample_futures(
     """One-step futures: context [Q, D] -> [Q, S, D] on the CPU; S is 1 for a model without a latent."""
     if student.latent is None:
         num_samples = 1
-    on_device = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    on_device = _generator_on(device, generator)
     chunks = [
         student.rollout_embedding(chunk.to(device), 1, num_samples, on_device)[:, :, 0].cpu()
         for chunk in context.split(ENCODE_BATCH)
@@ -295,16 +295,25 @@ def embedding_scores(
     }
 
 
+def _generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
+    """A generator on `device` that the next number of a CPU generator seeds."""
+    return torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+
+
 def _prior_mean(student: WorldModel, context: Tensor, device: torch.device) -> Tensor:
     return torch.cat([student.prior_mean_forecast(chunk.to(device)).cpu() for chunk in context.split(ENCODE_BATCH)])
 
 
-def _mean_kl(student: WorldModel, clips: EmbeddedClips, device: torch.device) -> float | None:
+def _mean_kl(
+    student: WorldModel, clips: EmbeddedClips, generator: torch.Generator, device: torch.device
+) -> float | None:
     """Mean KL(posterior || prior) in nats, None without a latent."""
     if student.latent is None:
         return None
+    on_device = _generator_on(device, generator)
     pairs = zip(clips.context.split(ENCODE_BATCH), clips.later.split(ENCODE_BATCH), strict=True)
-    return float(torch.cat([student.infer(x.to(device), later.to(device))[1].cpu() for x, later in pairs]).mean())
+    kl = [student.infer(x.to(device), later.to(device), on_device)[1].cpu() for x, later in pairs]
+    return float(torch.cat(kl).mean())
 
 
 def _encode_decode(
