@@ -22,14 +22,12 @@ from data_pipelines.sources.moving_mnist import (
     load_sprites,
     read_law,
 )
-from data_pipelines.stream import VideoStream, read_all
+from data_pipelines.stream import Batch, VideoStream, read_all
 from worldmodel.config import MOVING_MNIST_FORMAT, Config, DataConfig
 
 logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 128
-
-Batch = dict[str, Any]
 
 
 def training_stream(

@@ -64,16 +64,15 @@ class GaussianLatent(nn.Module):
         super().__init__()
         self.latent_dim = latent_dim
         self.num_components = num_components
-        num_weights = num_components if num_components > 1 else 0
-        self.prior_net = mlp([embedding_dim, hidden_dim, num_weights + 2 * latent_dim * num_components])
+        self.num_weights = num_components if num_components > 1 else 0
+        self.prior_net = mlp([embedding_dim, hidden_dim, self.num_weights + 2 * latent_dim * num_components])
         self.posterior_net = mlp([2 * embedding_dim, hidden_dim, 2 * latent_dim])
 
     def prior(self, context: Tensor) -> Mixture:
         """context [B, D] -> p(r | f(x))."""
-        weights_size = self.num_components if self.num_components > 1 else 0
         output = self.prior_net(context).float()
-        weights, rest = output[:, :weights_size], output[:, weights_size:]
-        if not weights_size:
+        weights, rest = output[:, : self.num_weights], output[:, self.num_weights :]
+        if not self.num_weights:
             weights = rest.new_zeros(len(rest), 1)
         components = _gaussian(rearrange(rest, "b (k r) -> b k r", k=self.num_components))
         return Mixture(weights.log_softmax(dim=-1), components)

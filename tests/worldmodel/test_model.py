@@ -91,14 +91,11 @@ def test_every_parameter_learns() -> None:
 
 
 def test_the_encoder_learns_through_the_posterior() -> None:
-    """The KL alone moves the encoder by way of x++: its gradient differs when only x++ is another."""
-    gradients = []
-    for later in (clip().flip(1), clip().flip(3)):
-        world = model()
-        world(clip(), later, embeddings(seed=1), 100.0, torch.Generator().manual_seed(0))["loss"].backward()
-        gradients.append(next(world.embedder.parameters()).grad)
-    assert gradients[0] is not None and gradients[1] is not None
-    assert not torch.allclose(gradients[0], gradients[1])
+    """The loss has a gradient in x++. With running statistics no other way than the posterior leads there."""
+    world = model().eval()
+    later = clip().flip(1).requires_grad_()
+    world(clip(), later, embeddings(seed=1), 0.1, torch.Generator().manual_seed(0))["loss"].backward()
+    assert later.grad is not None and later.grad.abs().max() > 0
 
 
 def test_without_a_latent_there_is_one_future() -> None:
