@@ -37,7 +37,7 @@ def main() -> int:
 
 def evaluate(run: Path, which: str, compare: Path | None, device: torch.device) -> None:
     trained = load(run, which="best" if which == "best" else "latest", device=device)
-    evaluation = evaluate_forecasts(trained.config, trained.model, trained.teacher, device)
+    evaluation = evaluate_forecasts(trained.config, trained.model, trained.target_encoder, device)
     metrics = {
         "run": run.name,
         "train": {"seconds": trained.state["train_seconds"], "steps": trained.state["step"]},

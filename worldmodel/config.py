@@ -6,7 +6,7 @@ and what is allowed.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from data_pipelines.errors import UserError
+from worldmodel.objectives import OBJECTIVES
 
 _KNOWN_KEYS = ConfigDict(extra="forbid")
 
@@ -66,29 +67,46 @@ class DataConfig:
 
 @dataclass(frozen=True, config=_KNOWN_KEYS)
 class ModelConfig:
-    """Sizes of the networks (AdaSSL, arXiv 2602.02381, appendix D.5)."""
+    """The networks (AdaSSL, arXiv 2602.02381, appendix D.5)."""
 
-    encoder: Literal["conv3d", "resnet"] = "conv3d"
+    encoder: Literal["conv3d", "resnet", "mlp"] = "conv3d"
     width: PositiveFloat = 1.0
     """Multiplies the encoder's channels."""
     embedding_dim: PositiveInt = 128
+    unit_length: bool = True
+    """Bring every embedding to the length sqrt(embedding_dim)."""
     hidden_dim: PositiveInt = 1024
     """Hidden units of projector, editor, prior and posterior."""
-    latent: Literal["gaussian", "none"] = "gaussian"
-    """gaussian: AdaSSL-V. none: one future for each past, plain BYOL."""
+    latent: Literal["gaussian", "sparse", "oracle", "none"] = "gaussian"
+    """gaussian: AdaSSL-V. sparse: AdaSSL-S. oracle: the true r from the labels. none: one future for each past."""
     latent_dim: PositiveInt = 2
+    posterior_sees: Literal["later", "target"] = "later"
+    """The segment, besides x, that r is inferred from: x++ or the target x+ itself."""
+    oracle_label: str = "velocity_change"
+    """oracle: the label that is the true r."""
+    prior: Literal["mixture", "flow"] = "mixture"
+    """flow: a conditional normalising flow, for a Gaussian latent."""
     prior_components: PositiveInt = 1
-    """Gaussians in the prior; the paper has one."""
+    """mixture: components of the prior; the paper has one."""
+    editor: Literal["mlp", "sum", "low_rank"] = "mlp"
+    """t(z, r). mlp: of both. sum: z + r. low_rank: z plus one low-rank module for each coordinate of r."""
 
 
 @dataclass(frozen=True, config=_KNOWN_KEYS)
 class ObjectiveConfig:
-    """Negative cosine to an EMA target plus beta times KL(posterior || prior)."""
+    """The loss between edited and target embeddings (worldmodel/objectives.py), and beta times the latent's penalty."""
 
-    beta: NonNegativeFloat = 0.001
+    name: Literal["byol", "infonce", "aninfonce", "hinfonce", "vicreg", "sigreg", "ressl", "ssl_hsic"] = "byol"
+    beta: NonNegativeFloat | None = None
+    """Weight of KL(posterior || prior) in nats, or of the expected L0 of a sparse r; none: the objective's default."""
     beta_warmup_steps: NonNegativeInt = 0
     """Steps over which beta grows linearly from zero."""
+    temperature: PositiveFloat = 0.1
+    """infonce, aninfonce, hinfonce: what similarities are divided by."""
+    sigreg_weight: NonNegativeFloat = 0.1
+    """sigreg: weight of the test of normality."""
     ema_momentum: Fraction = 0.996
+    """byol, ressl, ssl_hsic: the teacher keeps this share of itself at each step."""
     ema_schedule: Literal["constant", "cosine"] = "constant"
     """cosine: the momentum rises to 1 over the run (BYOL)."""
 
@@ -251,14 +269,33 @@ def _keys_at(parents: list[str]) -> list[str]:
 
 def _check_together(config: Config, source: str) -> None:
     """Conditions between keys, which no single key's type can state."""
-    data = config.data
+    for problem in _contradictions(config):
+        raise UserError(f"{source}: {problem}")
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    data, model, objective = config.data, config.model, OBJECTIVES[config.objective.name]
+    name = f"objective.name={config.objective.name}"
     if data.batch_size % data.num_lanes:
-        raise UserError(
-            f"{source}: data.batch_size={data.batch_size} must be a multiple of data.num_lanes={data.num_lanes}"
-        )
+        yield f"data.batch_size={data.batch_size} must be a multiple of data.num_lanes={data.num_lanes}"
     if data.source == "moving_mnist":
-        for name, value in MOVING_MNIST_FORMAT.items():
-            if getattr(data, name) != value:
-                raise UserError(
-                    f"{source}: data.source=moving_mnist needs data.{name}={value}, not {getattr(data, name)}"
-                )
+        for key, value in MOVING_MNIST_FORMAT.items():
+            if getattr(data, key) != value:
+                yield f"data.source=moving_mnist needs data.{key}={value}, not {getattr(data, key)}"
+    if model.editor == "sum" and model.latent != "none" and model.latent_dim != model.embedding_dim:
+        yield (
+            f"model.editor=sum adds r to the embedding: model.latent_dim={model.latent_dim} must equal "
+            f"model.embedding_dim={model.embedding_dim}"
+        )
+    if model.prior == "flow" and model.latent != "gaussian":
+        yield (
+            f"model.prior=flow is for model.latent=gaussian: with model.latent={model.latent} r is exactly zero at "
+            "times, or there is none, and a flow has no density for that"
+        )
+    if objective.needs_unit_length and not model.unit_length:
+        yield f"{name} compares directions only and leaves lengths undetermined: it needs model.unit_length=true"
+    if config.train.grad_accumulation > 1 and (objective.needs_negatives or objective.needs_batch_statistics):
+        yield (
+            f"{name} compares the clips of a batch with each other, so {config.train.grad_accumulation} small batches "
+            "are not one large one: raise data.batch_size and leave train.grad_accumulation=1"
+        )

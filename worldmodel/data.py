@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from data_pipelines.clips import ClipSpec
+from data_pipelines.errors import UserError
 from data_pipelines.index import VideoIndex, load_or_build_index, split_index
 from data_pipelines.sources.moving_mnist import (
     SPLITS,
@@ -23,11 +25,44 @@ from data_pipelines.sources.moving_mnist import (
     read_law,
 )
 from data_pipelines.stream import Batch, VideoStream, read_all
+from data_pipelines.transforms import split_segments, to_float
 from worldmodel.config import MOVING_MNIST_FORMAT, Config, DataConfig
 
 logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 128
+
+
+class Segments(NamedTuple):
+    """The segments of a batch of clips, each float32 [B, T, C, H, W]: x, x+ and x++. Of two segments, x++ is x+."""
+
+    x: Tensor
+    target: Tensor
+    later: Tensor
+
+
+def segments_of(batch: Batch, num_segments: int, device: torch.device) -> Segments:
+    """A batch's clips on the device, in [0, 1], cut into segments."""
+    parts = split_segments(to_float(batch["video"].to(device, non_blocking=True)), num_segments)
+    return Segments(parts[0], parts[1], parts[-1])
+
+
+def oracle_r(batch: Batch, config: Config, device: torch.device) -> Tensor | None:
+    """The true r [B, R] that an oracle latent takes from the labels; None for other latents.
+
+    Raises:
+        UserError: the videos have no such label, or not of that size.
+    """
+    if config.model.latent != "oracle":
+        return None
+    name, labels = config.model.oracle_label, batch["labels"]
+    if name not in labels:
+        has = f"they have {', '.join(sorted(labels))}" if labels else "they have none"
+        raise UserError(f"model.latent=oracle needs the label model.oracle_label={name!r} of each video: {has}")
+    r = labels[name].float().flatten(1) if labels[name].ndim > 1 else labels[name].float()[:, None]
+    if r.shape[1] != config.model.latent_dim:
+        raise UserError(f"the label {name!r} has {r.shape[1]} numbers: set model.latent_dim={r.shape[1]}")
+    return r.to(device)
 
 
 def training_stream(

@@ -109,10 +109,21 @@ class _BasicBlock(nn.Module):
         return F.relu(self.residual(images) + self.shortcut(images))
 
 
-ENCODERS: dict[str, type[Conv3dEncoder] | type[ResNetEncoder]] = {
-    "conv3d": Conv3dEncoder,
-    "resnet": ResNetEncoder,
-}
+class MlpEncoder(nn.Module):
+    """For observations that are vectors: a clip [B, T, C, 1, 1] through two layers of 256 times `width` units."""
+
+    def __init__(self, in_channels: int, num_frames: int, width: float) -> None:
+        super().__init__()
+        self.num_features = _scaled(256, width)
+        self.layers = mlp([in_channels * num_frames, self.num_features, self.num_features])
+
+    def forward(self, video: Tensor) -> Tensor:
+        """video [B, T, C, 1, 1] -> features [B, F]."""
+        return F.relu(self.layers(video.flatten(1)))
+
+
+Encoder = Conv3dEncoder | ResNetEncoder | MlpEncoder
+ENCODERS: dict[str, type[Encoder]] = {"conv3d": Conv3dEncoder, "resnet": ResNetEncoder, "mlp": MlpEncoder}
 
 
 def mlp(dims: Sequence[int], *, final_norm: bool = False) -> nn.Sequential:
@@ -132,20 +143,22 @@ def mlp(dims: Sequence[int], *, final_norm: bool = False) -> nn.Sequential:
 
 
 class Embedder(nn.Module):
-    """Encoder and projector: clip -> embedding of length sqrt(D).
+    """Encoder and projector: clip -> embedding, of length sqrt(D) if `unit_length`.
 
-    The cosine objective fixes an embedding only up to its length, so all embeddings (the encoder's, the teacher's
-    and the editor's) are brought to one length. That keeps coordinates of order 1 and lets a prediction be fed back.
+    A cosine fixes an embedding only up to its length, so all embeddings (the encoder's, the teacher's and the editor's)
+    are brought to one length. That keeps coordinates of order 1 and lets a prediction be fed back.
     """
 
-    def __init__(self, encoder: Conv3dEncoder | ResNetEncoder, hidden_dim: int, embedding_dim: int) -> None:
+    def __init__(self, encoder: Encoder, hidden_dim: int, embedding_dim: int, *, unit_length: bool) -> None:
         super().__init__()
         self.encoder = encoder
+        self.unit_length = unit_length
         self.projector = mlp([encoder.num_features, hidden_dim, hidden_dim, embedding_dim], final_norm=True)
 
     def forward(self, video: Tensor) -> Tensor:
         """video [B, T, C, H, W] in [0, 1] -> embedding float32 [B, D]."""
-        return normalise(self.projector(self.encoder(video)))
+        embedding = self.projector(self.encoder(video)).float()
+        return normalise(embedding) if self.unit_length else embedding
 
 
 def normalise(embedding: Tensor) -> Tensor:

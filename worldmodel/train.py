@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
-from data_pipelines.transforms import split_segments, to_float
 from worldmodel.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -30,8 +29,8 @@ from worldmodel.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from worldmodel.config import Config, ObjectiveConfig, TrainConfig
-from worldmodel.data import training_stream
+from worldmodel.config import Config, TrainConfig
+from worldmodel.data import oracle_r, segments_of, training_stream
 from worldmodel.evaluation.forecast import development_scores
 from worldmodel.machine import computes_bf16, fair_share_of_cores, keep_freed_memory
 from worldmodel.model import WorldModel
@@ -95,9 +94,11 @@ class Trainer:
         self.config, self.accelerator, self.run = config, accelerator, run
         self.stream_fingerprint = stream_fingerprint
         set_seed(config.seed)
-        model = WorldModel(config.model, config.data)
+        model = WorldModel(config)
         # The teacher starts as the student and is no part of the wrapped module.
-        self.teacher = Teacher(model.embedder).to(accelerator.device)
+        self.teacher = Teacher(model.embedder).to(accelerator.device) if model.objective.needs_teacher else None
+        beta = config.objective.beta
+        self.beta = model.objective.default_beta if beta is None else beta
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         optimizer = torch.optim.AdamW(parameter_groups(model, config.train.weight_decay), config.train.lr, fused=True)
@@ -114,6 +115,10 @@ class Trainer:
     def student(self) -> WorldModel:
         return self.accelerator.unwrap_model(self.model)
 
+    @property
+    def target_encoder(self) -> nn.Module:
+        return self.teacher or self.student.embedder
+
     def update(self, batches: Iterator[dict[str, Any]]) -> None:
         """One optimiser step on grad_accumulation batches."""
         config, accelerator = self.config, self.accelerator
@@ -127,24 +132,30 @@ class Trainer:
                 raise UserError(
                     f"too few clips of the batch at step {self.step} could be decoded: see the log for the files"
                 )
-            video = to_float(batch["video"].to(accelerator.device, non_blocking=True))
-            segments = split_segments(video, config.data.num_segments)
-            x, target_clip, later_clip = segments[0], segments[1], segments[-1]
+            segments = segments_of(batch, config.data.num_segments, accelerator.device)
+            r = oracle_r(batch, config, accelerator.device)
             with accelerator.accumulate(self.model):
                 with accelerator.autocast():
-                    target = self.teacher(target_clip)
-                losses = self.model(x, later_clip, target, beta_at(self.step, config.objective), generator)
+                    teacher_target = self.teacher(segments.target) if self.teacher else None
+                losses, target = self.model(segments, teacher_target, r, self.beta_now, generator)
                 accelerator.backward(losses["loss"])
                 if accelerator.sync_gradients and config.train.clip_norm:
                     accelerator.clip_grad_norm_(self.model.parameters(), config.train.clip_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            self.sums.add(losses, target, len(video))
-        momentum = ema_momentum(
-            self.step, config.train.steps, config.objective.ema_momentum, config.objective.ema_schedule
-        )
-        self.teacher.update(self.student.embedder, momentum)
+            self.sums.add(losses, target, len(target))
+        if self.teacher:
+            momentum = ema_momentum(
+                self.step, config.train.steps, config.objective.ema_momentum, config.objective.ema_schedule
+            )
+            self.teacher.update(self.student.embedder, momentum)
         self.step += 1
+
+    @property
+    def beta_now(self) -> float:
+        """beta at this step, after its linear warm-up from zero."""
+        warmup_steps = self.config.objective.beta_warmup_steps
+        return self.beta * (self.step / warmup_steps if self.step < warmup_steps else 1.0)
 
     def log_evaluate_save(self, bar: tqdm) -> None:
         """Whatever is due after this step."""
@@ -161,7 +172,7 @@ class Trainer:
         values = self.sums.means(self.accelerator)
         values |= {
             "lr": learning_rate(self.step - 1, self.config.train),
-            "beta": beta_at(self.step - 1, self.config.objective),
+            "beta": self.beta_now,
         }
         self.sums = Sums()
         if not math.isfinite(values["loss"]):
@@ -178,7 +189,7 @@ class Trainer:
         """Score on selection identities; True where it is the best so far. Lower is better."""
         is_best = torch.zeros((), device=self.accelerator.device)
         if self.tracker:
-            scores = development_scores(self.config, self.student, self.teacher, self.accelerator.device)
+            scores = development_scores(self.config, self.student, self.target_encoder, self.accelerator.device)
             self.tracker.log("selection", self.step, scores)
             if scores["relative_energy_score"] < self.best_score:
                 self.best_score = scores["relative_energy_score"]
@@ -199,7 +210,7 @@ class Trainer:
         }
         checkpoint = Checkpoint(
             model=self.student.state_dict(),
-            teacher=self.teacher.state_dict(),
+            teacher=self.teacher.state_dict() if self.teacher else {},
             optimizer=optimizer_tensors(self.optimizer.optimizer, self.student),
             state=state,
         )
@@ -217,7 +228,8 @@ class Trainer:
                 f"{self.stream_fingerprint}): restore them, or start anew with --overwrite"
             )
         self.student.load_state_dict(checkpoint.model)
-        self.teacher.load_state_dict(checkpoint.teacher)
+        if self.teacher:
+            self.teacher.load_state_dict(checkpoint.teacher)
         load_optimizer_tensors(self.optimizer.optimizer, self.student, checkpoint.optimizer)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -287,7 +299,6 @@ class Sums:
         targets = accelerator.gather(self.target)
         elapsed_s = time.monotonic() - self.started_s
         return values | {
-            "alignment": -values["prediction_loss"],
             "effective_rank": effective_rank(targets),
             "embedding_std": float(targets.std(dim=0).mean()),
             "clips_per_s": self.num_clips * accelerator.num_processes / elapsed_s,
@@ -304,13 +315,6 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return config.lr * (math.cos(math.pi * progress) + 1) / 2
-
-
-def beta_at(step: int, config: ObjectiveConfig) -> float:
-    """beta with its linear warm-up from zero."""
-    if step >= config.beta_warmup_steps:
-        return config.beta
-    return config.beta * step / config.beta_warmup_steps
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -15,7 +15,7 @@ import multiprocessing
 import shutil
 from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -77,8 +77,12 @@ class Trajectories:
             "centre": self.centre,
             "velocity": self.velocity,
             "velocity_after": self.velocity_after,
+            "velocity_change": self.velocity_after - self.velocity,
             "axis": self.axis,
         }
+
+    def rows(self, rows: slice | list[int]) -> "Trajectories":
+        return Trajectories(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
 # ---------------------------------------------------------------------------------------------------- the digits
@@ -256,7 +260,7 @@ class MovingMnistStream:
         whole = sample_trajectories(
             Sprites(self.sprites.images, self.sprites.digits), self.batch_size, self.setting, generator
         )
-        return Trajectories(**{name: value[self._slice] for name, value in whole.labels().items()})
+        return whole.rows(self._slice)
 
     def batches(self, start_batch: int = 0) -> Generator[dict, None, None]:
         """Batches from number `start_batch` on: video float32 [B, 9, 1, 64, 64] in [0, 1], clip_id [B], labels."""
@@ -380,7 +384,7 @@ def _write_split(
     with tqdm(total=len(names), initial=done, desc=f"{folder.name} videos", unit="file") as bar:
         jobs = []
         for rows in chunks:
-            part = Trajectories(**{name: value[rows] for name, value in labels.items()})
+            part = trajectories.rows(rows)
             frames = (render(sprites.images[part.sprite], centre_path(part)) * 255).round().byte()[:, :, 0].numpy()
             jobs.append(pool.submit(_encode_chunk, [folder / names[row] for row in rows], frames))
         for job, rows in zip(jobs, chunks, strict=True):

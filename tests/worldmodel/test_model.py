@@ -1,25 +1,50 @@
+import itertools
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from worldmodel.config import DataConfig, ModelConfig
-from worldmodel.latents import Gaussian, gaussian_kl
+from worldmodel.config import Config, DataConfig, ModelConfig, ObjectiveConfig
+from worldmodel.data import Segments
+from worldmodel.latents import Gaussian, GaussianLatent, Mixture, gaussian_kl
 from worldmodel.model import WorldModel
-from worldmodel.objectives import negative_cosine
+from worldmodel.objectives import OBJECTIVES
+
+LATENTS = ("none", "gaussian", "sparse", "oracle")
 
 
-def model(latent: str = "gaussian", **sizes: int) -> WorldModel:
+def model(latent: str = "gaussian", objective: str = "byol", num_segments: int = 3, **changes: object) -> WorldModel:
     torch.manual_seed(0)
     defaults = {"embedding_dim": 16, "hidden_dim": 32, "latent_dim": 3}
-    config = ModelConfig(width=0.125, latent=latent, **{**defaults, **sizes})  # type: ignore[arg-type]
-    return WorldModel(config, DataConfig(channels=1))
+    return WorldModel(
+        Config(
+            run_dir="",
+            data=DataConfig(channels=1, num_segments=num_segments),  # type: ignore[arg-type]
+            model=ModelConfig(width=0.125, latent=latent, **{**defaults, **changes}),  # type: ignore[arg-type]
+            objective=ObjectiveConfig(name=objective),  # type: ignore[arg-type]
+        )
+    )
 
 
-def clip(batch: int = 4) -> torch.Tensor:
-    return torch.rand(batch, 3, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+def clip(batch: int = 4, seed: int = 0) -> torch.Tensor:
+    return torch.rand(batch, 3, 1, 64, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def segments(batch: int = 4) -> Segments:
+    return Segments(clip(batch, 0), clip(batch, 1), clip(batch, 2))
 
 
 def embeddings(batch: int = 4, dims: int = 16, seed: int = 1) -> torch.Tensor:
     return torch.randn(batch, dims, generator=torch.Generator().manual_seed(seed))
+
+
+def known_r(batch: int = 4) -> torch.Tensor:
+    return embeddings(batch, 3, seed=7)
+
+
+def losses(world: WorldModel, beta: float = 0.1, seed: int = 0) -> dict[str, torch.Tensor]:
+    target = embeddings() if world.objective.needs_teacher else None
+    return world(segments(), target, known_r(), beta, torch.Generator().manual_seed(seed))[0]
 
 
 def test_rollout_shape_and_determinism() -> None:
@@ -55,6 +80,15 @@ def test_edited_embeddings_are_as_long_as_encoded_ones() -> None:
     torch.testing.assert_close(futures.norm(dim=-1), torch.full((4, 2, 3), 4.0))
 
 
+def test_without_unit_length_embeddings_keep_their_own() -> None:
+    world = model(objective="infonce", unit_length=False)
+    encoded = world.encode(clip())
+    # The projector ends in batch norm: each dimension has mean 0 and variance 1 over the batch.
+    torch.testing.assert_close(encoded.mean(dim=0), torch.zeros(16), atol=1e-5, rtol=0)
+    assert encoded.norm(dim=-1).std() > 0.1
+    assert world.edit(encoded, known_r()).norm(dim=-1).std() > 0.01
+
+
 def test_samples_come_from_the_prior() -> None:
     world = model().eval()
     assert world.latent is not None
@@ -68,52 +102,119 @@ def test_samples_come_from_the_prior() -> None:
 
 def test_loss_is_prediction_plus_beta_kl() -> None:
     world = model().eval()  # running statistics: the parts can be computed one by one
-    target, later = embeddings(seed=1), clip().flip(1)
-    losses = world(clip(), later, target, 0.25, torch.Generator().manual_seed(0))
-    assert world.latent is not None
-    context = world.encode(clip())
-    q, p = world.latent.posterior(context, world.encode(later)), world.latent.prior(context).components
-    kl = gaussian_kl(q, Gaussian(p.mean[:, 0], p.scale[:, 0])).mean()
+    x, _, later = segments()
+    target = embeddings()
+    seen = losses(world, beta=0.25)
+    assert isinstance(world.latent, GaussianLatent)
+    context = world.encode(x)
+    q, p = world.latent.posterior(context, world.encode(later)), world.latent.prior(context)
+    assert isinstance(p, Mixture)
+    kl = gaussian_kl(q, Gaussian(p.components.mean[:, 0], p.components.scale[:, 0])).mean()
     r = q.mean + q.scale * torch.randn(q.mean.shape, generator=torch.Generator().manual_seed(0))
-    prediction = negative_cosine(world.edit(context, r), target)
-    torch.testing.assert_close(losses["loss"], prediction + 0.25 * kl)
-    torch.testing.assert_close(losses["kl_nats"], kl.detach())
-    assert losses["kl_nats"] > 0
+    prediction = -F.cosine_similarity(world.edit(context, r), target, dim=-1).mean()
+    torch.testing.assert_close(seen["loss"], prediction + 0.25 * kl)
+    torch.testing.assert_close(seen["kl_nats"], kl.detach())
+    assert seen["kl_nats"] > 0
 
 
-def test_every_parameter_learns() -> None:
-    for latent in ("gaussian", "none"):
-        world = model(latent)
-        world(clip(), clip().flip(1), embeddings(seed=1), 0.1)["loss"].backward()
-        still = [name for name, p in world.named_parameters() if p.grad is None or not p.grad.any()]
-        # The first layers' biases and the like may rest; a whole part of the model may not.
-        assert not still, still
+def test_the_bound_on_information_is_that_of_the_edited_embedding_minus_the_kl() -> None:
+    """Chain rule: a latent may explain the target only at the price of what it says beyond the past."""
+    world = model(objective="infonce").eval()
+    seen = losses(world)
+    x, target, _ = segments()
+    context = world.encode(x)
+    r = world.infer(context, segments(), None, torch.Generator().manual_seed(0)).r
+    edited = world.edit(context, r)
+    cosines = F.cosine_similarity(edited[:, None], world.encode(target)[None], dim=-1) / 0.1
+    expected = (cosines.diagonal() - cosines.logsumexp(dim=1)).mean() + torch.tensor(4.0).log() - seen["kl_nats"]
+    torch.testing.assert_close(seen["information_nats"], expected.detach())
+    assert seen["information_nats"] + seen["kl_nats"] <= torch.tensor(4.0).log()
+
+
+@pytest.mark.parametrize("latent", LATENTS)
+@pytest.mark.parametrize(
+    ("objective", "editor"), [*((name, "mlp") for name in OBJECTIVES), ("byol", "low_rank"), ("infonce", "low_rank")]
+)
+def test_every_parameter_learns(objective: str, latent: str, editor: str) -> None:
+    world = model(latent, objective, editor=editor)
+    for parameter in world.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # zero initialisations would hide what lies behind them
+    losses(world)["loss"].backward()
+    still = [name for name, p in world.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not still, still
 
 
 def test_the_encoder_learns_through_the_posterior() -> None:
     """The loss has a gradient in x++. With running statistics no other way than the posterior leads there."""
     world = model().eval()
-    later = clip().flip(1).requires_grad_()
-    world(clip(), later, embeddings(seed=1), 0.1, torch.Generator().manual_seed(0))["loss"].backward()
+    x, target, later = segments()
+    later.requires_grad_()
+    world(Segments(x, target, later), embeddings(), None, 0.1, torch.Generator().manual_seed(0))[0]["loss"].backward()
     assert later.grad is not None and later.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("latent", ["sparse", "oracle"])
+def test_a_fitted_prior_sends_no_gradient_to_the_rest(latent: str) -> None:
+    world = model(latent).eval()
+    assert world.latent is not None
+    context = embeddings().requires_grad_()
+    nll = world.latent.infer(context, embeddings(seed=2), known_r(), torch.Generator().manual_seed(0)).nll
+    assert nll is not None
+    nll.sum().backward()
+    assert context.grad is None
+    with_gradient = {name.split(".")[0] for name, p in world.named_parameters() if p.grad is not None}
+    assert with_gradient == {"latent"}
+    assert all(p.grad is None for name, p in world.named_parameters() if name.startswith("latent.net"))
+
+
+def test_a_shared_encoder_learns_from_the_target_too() -> None:
+    for objective, kind in OBJECTIVES.items():
+        world = model("none", objective).eval()
+        x, target, later = segments()
+        target.requires_grad_()
+        teacher_target = embeddings() if kind.needs_teacher else None
+        world(Segments(x, target, later), teacher_target, None, 0.1)[0]["loss"].backward()
+        assert (target.grad is None) == kind.needs_teacher, objective
+
+
+@pytest.mark.parametrize(("sees", "num_segments"), [("later", 3), ("target", 3), ("later", 2)])
+def test_the_third_view_is_a_choice(sees: str, num_segments: int) -> None:
+    """Only the segment that the posterior sees moves r; of two segments it is the target."""
+    for objective in ("byol", "infonce"):
+        world = model(objective=objective, posterior_sees=sees, num_segments=num_segments).eval()
+        x, target, later = segments()
+        moved = {"target": Segments(x, clip(seed=9), later), "later": Segments(x, target, clip(seed=9))}
+        kl = {"before": losses(world)["kl_nats"]}
+        for name, changed in moved.items():
+            teacher_target = embeddings() if world.objective.needs_teacher else None
+            kl[name] = world(changed, teacher_target, None, 0.1, torch.Generator().manual_seed(0))[0]["kl_nats"]
+        expected = "target" if num_segments == 2 else sees
+        for name in moved:
+            assert torch.equal(kl["before"], kl[name]) == (name != expected), (objective, name)
 
 
 def test_without_a_latent_there_is_one_future() -> None:
     world = model("none").eval()
     with torch.no_grad():
         futures = world.rollout(clip(), 2, 5)
-        r, kl = world.infer(embeddings(), embeddings())
+        r, penalty, nll = world.infer(embeddings(), segments(), None)
     torch.testing.assert_close(futures, futures[:, :1].expand(-1, 5, -1, -1))
-    assert r.shape == (4, 0) and torch.equal(kl, torch.zeros(4))
-    assert "kl_nats" not in world(clip(), clip(), embeddings(), 0.1)
+    assert r.shape == (4, 0) and penalty is None and nll is None
+    assert "kl_nats" not in losses(world)
 
 
-@pytest.mark.parametrize("which", ["context", "later"])
-def test_the_posterior_moves_with_both_segments(which: str) -> None:
-    world = model().eval()
-    context, later = embeddings(seed=1), embeddings(seed=2)
-    changed = {"context": (embeddings(seed=3), later), "later": (context, embeddings(seed=3))}[which]
-    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
-    with torch.no_grad():
-        first, second = world.infer(context, later, generators[0])[0], world.infer(*changed, generators[1])[0]
-    assert not torch.allclose(first, second)
+@pytest.mark.parametrize("latent", ["gaussian", "sparse"])
+def test_r_moves_with_both_segments(latent: str) -> None:
+    world = model(latent).eval()
+    assert world.latent is not None
+    drawn = {}
+    for seeds in itertools.product((1, 3), (2, 4)):
+        context, later = (embeddings(64, seed=seed) for seed in seeds)
+        with torch.no_grad():
+            drawn[seeds] = world.latent.infer(context, later, None, torch.Generator().manual_seed(0)).r
+    assert not torch.allclose(drawn[1, 2], drawn[3, 2]) and not torch.allclose(drawn[1, 2], drawn[1, 4])
+
+
+def test_oracle_r_is_what_the_labels_say() -> None:
+    world = model("oracle").eval()
+    assert torch.equal(world.infer(embeddings(), segments(), known_r()).r, known_r())

@@ -25,9 +25,9 @@ from data_pipelines.sources.moving_mnist import (
     centroid_velocity,
     last_context_centre,
 )
-from data_pipelines.transforms import split_segments, to_float
+from data_pipelines.transforms import to_float
 from worldmodel.config import Config
-from worldmodel.data import evaluation_batches, known_law
+from worldmodel.data import evaluation_batches, known_law, oracle_r, segments_of
 from worldmodel.evaluation.report import ForecastExamples
 from worldmodel.model import WorldModel
 from worldmodel.scores import (
@@ -37,7 +37,6 @@ from worldmodel.scores import (
     interval_width,
     r_squared,
 )
-from worldmodel.teacher import Teacher
 
 RIDGE_STRENGTHS = (1e-6, 1e-4, 1e-2, 1.0, 100.0)
 INTERVAL_LEVEL = 0.9
@@ -53,15 +52,17 @@ DEVELOPMENT_QUERIES = 256
 class EmbeddedClips:
     """Clips of one split after the encoders. All on the CPU.
 
-    context and later [N, D] are the student's embeddings of x and x++; seen and target [N, D] the teacher's of x, x+.
-    frames holds the first clips' pixels, uint8 [<= N, T, C, H, W]. centroid_velocity [N, 2] px/frame is what the pixels
-    of x show, where the law is known.
+    context [N, D] is the student's embedding of x; persistence and target [N, D] are those of x and x+ in the space of
+    targets; r [N, R] is inferred as in training, at a penalty [N] that is None where none is paid. frames holds pixels
+    of the first clips, uint8 [<= N, T, C, H, W]. centroid_velocity [N, 2] px/frame is what the pixels of x show, where
+    the law is known.
     """
 
     context: Tensor
-    seen: Tensor
+    persistence: Tensor
     target: Tensor
-    later: Tensor
+    r: Tensor
+    penalty: Tensor | None
     clip_id: Tensor
     labels: dict[str, Tensor]
     frames: Tensor
@@ -97,7 +98,9 @@ class Evaluation:
     examples: ForecastExamples
 
 
-def evaluate_forecasts(config: Config, student: WorldModel, teacher: Teacher, device: torch.device) -> Evaluation:
+def evaluate_forecasts(
+    config: Config, student: WorldModel, target_encoder: nn.Module, device: torch.device
+) -> Evaluation:
     """Score a trained model on the test split, by the known law where there is one, and in embedding space always.
 
     Raises:
@@ -105,9 +108,11 @@ def evaluate_forecasts(config: Config, student: WorldModel, teacher: Teacher, de
     """
     sizes = config.evaluation
     law = known_law(config)
-    with _frozen(student, teacher):
-        queries = embed_clips(config, student, teacher, "test", sizes.queries, device, frames=NUM_EXAMPLES)
-        selection = embed_clips(config, student, teacher, "selection", sizes.selection_clips, device, frames=BANK_CLIPS)
+    with _frozen(student, target_encoder):
+        queries = embed_clips(config, student, target_encoder, "test", sizes.queries, device, frames=NUM_EXAMPLES)
+        selection = embed_clips(
+            config, student, target_encoder, "selection", sizes.selection_clips, device, frames=BANK_CLIPS
+        )
         generator = torch.Generator().manual_seed(sizes.seed)
         samples = sample_futures(student, queries.context, sizes.num_samples, generator, device)
         prior_mean = _prior_mean(student, queries.context, device)
@@ -117,14 +122,14 @@ def evaluate_forecasts(config: Config, student: WorldModel, teacher: Teacher, de
             "queries": len(queries),
             "queries_sha256": _queries_hash(queries),
             "num_samples": samples.shape[1],
-            "kl_nats": _mean_kl(student, queries, generator, device),
+            **_mean_penalty(student, queries),
             "embedding": embedding,
         }
         examples = _examples(config, queries, selection, samples)
         if law is None:
             metrics |= {"space": "embedding", "forecasts": embedding["forecasts"]}
             return Evaluation(metrics, examples)
-        fit = embed_clips(config, student, teacher, "train", sizes.fit_clips, device)
+        fit = embed_clips(config, student, target_encoder, "train", sizes.fit_clips, device)
         readout = choose_readout(
             fit.target, fit.labels["velocity_after"], selection.target, selection.labels["velocity_after"]
         )
@@ -133,9 +138,9 @@ def evaluate_forecasts(config: Config, student: WorldModel, teacher: Teacher, de
         forecasts = {
             "model": velocities,
             "prior_mean": readout(prior_mean)[:, None],
-            "persistence": readout(queries.seen)[:, None],
+            "persistence": readout(queries.persistence)[:, None],
             "encode_decode_oracle": _encode_decode(
-                law, queries, readout, teacher, sizes.num_samples, generator, device
+                law, queries, readout, target_encoder, sizes.num_samples, generator, device
             ),
             "simulator_oracle": law.sample(queries.labels, sizes.num_samples, generator),
         }
@@ -151,12 +156,14 @@ def evaluate_forecasts(config: Config, student: WorldModel, teacher: Teacher, de
             "strength": readout.strength,
             "velocity_after_r2": r_squared(readout(queries.target), queries.labels["velocity_after"]),
         },
-        "probes": _probes(fit, selection, queries),
+        "probes": _probes(fit, selection, queries, student, device),
     }
     return Evaluation(metrics, _with_velocities(examples, queries, velocities, draws))
 
 
-def development_scores(config: Config, student: WorldModel, teacher: Teacher, device: torch.device) -> dict[str, float]:
+def development_scores(
+    config: Config, student: WorldModel, target_encoder: nn.Module, device: torch.device
+) -> dict[str, float]:
     """A quick score on selection identities, for choosing checkpoints and for learning curves.
 
     relative_energy_score is the Energy Score over that of the true law, or, where no law is known, over that of
@@ -165,19 +172,17 @@ def development_scores(config: Config, student: WorldModel, teacher: Teacher, de
     sizes = config.evaluation
     law = known_law(config)
     num_queries = min(DEVELOPMENT_QUERIES, sizes.selection_clips)
-    with _frozen(student, teacher):
-        queries = embed_clips(config, student, teacher, "selection", num_queries, device, progress=False)
+    with _frozen(student, target_encoder):
+        queries = embed_clips(config, student, target_encoder, "selection", num_queries, device, progress=False)
         generator = torch.Generator().manual_seed(sizes.seed)
         samples = sample_futures(student, queries.context, sizes.num_samples, generator, device)
-        scores = {"effective_rank": effective_rank(queries.target)}
-        if (kl_nats := _mean_kl(student, queries, generator, device)) is not None:
-            scores["kl_nats"] = kl_nats
+        scores = {"effective_rank": effective_rank(queries.target), **_mean_penalty(student, queries)}
         if law is None:
             forecasts = embedding_scores(queries, samples, samples.mean(dim=1), generator)["forecasts"]
             score, reference = (forecasts[name]["energy_score"] for name in ("model", "climatology"))
         else:
             num_fit = min(DEVELOPMENT_FIT_CLIPS, sizes.fit_clips)
-            fit = embed_clips(config, student, teacher, "train", num_fit, device, progress=False)
+            fit = embed_clips(config, student, target_encoder, "train", num_fit, device, progress=False)
             readout = fit_ridge(fit.target, fit.labels["velocity_after"], strength=1.0)
             draws = law.sample(queries.labels, sizes.law_samples, generator)
             truth = law.sample(queries.labels, sizes.num_samples, generator)
@@ -192,7 +197,7 @@ def development_scores(config: Config, student: WorldModel, teacher: Teacher, de
 def embed_clips(
     config: Config,
     student: WorldModel,
-    teacher: Teacher,
+    target_encoder: nn.Module,
     split: Split,
     num_clips: int,
     device: torch.device,
@@ -202,10 +207,12 @@ def embed_clips(
 ) -> EmbeddedClips:
     """Encode the first clips of a split, keeping the pixels of the first `frames` of them."""
     parts: dict[str, list[Tensor]] = {
-        name: [] for name in ("context", "seen", "target", "later", "clip_id", "frames", "centroid_velocity")
+        name: []
+        for name in ("context", "persistence", "target", "r", "penalty", "clip_id", "frames", "centroid_velocity")
     }
     labels: dict[str, list[Tensor]] = {}
     has_law = known_law(config) is not None
+    generator = torch.Generator(device).manual_seed(config.evaluation.seed)
     batches = tqdm(
         evaluation_batches(config, split, num_clips),
         desc=f"encoding {split}",
@@ -214,19 +221,22 @@ def embed_clips(
     )
     kept = 0
     for batch in batches:
-        video = to_float(batch["video"].to(device))
-        segments = split_segments(video, config.data.num_segments)
-        x, target, later = segments[0], segments[1], segments[-1]
-        parts["context"].append(student.encode(x).cpu())
-        parts["seen"].append(teacher(x).cpu())
-        parts["target"].append(teacher(target).cpu())
-        parts["later"].append(student.encode(later).cpu())
+        segments = segments_of(batch, config.data.num_segments, device)
+        context = student.encode(segments.x)
+        inference = student.infer(context, segments, oracle_r(batch, config, device), generator)
+        parts["context"].append(context.cpu())
+        parts["r"].append(inference.r.cpu())
+        if inference.penalty is not None:
+            parts["penalty"].append(inference.penalty.cpu())
+        parts["persistence"].append(target_encoder(segments.x).cpu())
+        parts["target"].append(target_encoder(segments.target).cpu())
         parts["clip_id"].append(batch["clip_id"])
         if kept < frames:
-            parts["frames"].append((video[: frames - kept] * 255).round().byte().cpu())
-            kept += len(parts["frames"][-1])
+            video = batch["video"][: frames - kept]
+            parts["frames"].append((to_float(video) * 255).round().byte())
+            kept += len(video)
         if has_law:
-            parts["centroid_velocity"].append(centroid_velocity(x).cpu())
+            parts["centroid_velocity"].append(centroid_velocity(segments.x).cpu())
         for name, values in batch["labels"].items():
             labels.setdefault(name, []).append(values)
     if sum(len(part) for part in parts["context"]) < 2:
@@ -236,9 +246,10 @@ def embed_clips(
     whole = {name: torch.cat(values) for name, values in parts.items() if values}
     return EmbeddedClips(
         context=whole["context"],
-        seen=whole["seen"],
+        persistence=whole["persistence"],
         target=whole["target"],
-        later=whole["later"],
+        r=whole["r"],
+        penalty=whole.get("penalty"),
         clip_id=whole["clip_id"],
         labels={name: torch.cat(values) for name, values in labels.items()},
         frames=whole.get("frames", torch.empty(0)),
@@ -282,7 +293,7 @@ def embedding_scores(
     forecasts = {
         "model": samples,
         "prior_mean": prior_mean[:, None],
-        "persistence": queries.seen[:, None],
+        "persistence": queries.persistence[:, None],
         "climatology": queries.target[others],
     }
     observed = queries.target[:, None]
@@ -304,23 +315,18 @@ def _prior_mean(student: WorldModel, context: Tensor, device: torch.device) -> T
     return torch.cat([student.prior_mean_forecast(chunk.to(device)).cpu() for chunk in context.split(ENCODE_BATCH)])
 
 
-def _mean_kl(
-    student: WorldModel, clips: EmbeddedClips, generator: torch.Generator, device: torch.device
-) -> float | None:
-    """Mean KL(posterior || prior) in nats, None without a latent."""
-    if student.latent is None:
-        return None
-    on_device = _generator_on(device, generator)
-    pairs = zip(clips.context.split(ENCODE_BATCH), clips.later.split(ENCODE_BATCH), strict=True)
-    kl = [student.infer(x.to(device), later.to(device), on_device)[1].cpu() for x, later in pairs]
-    return float(torch.cat(kl).mean())
+def _mean_penalty(student: WorldModel, clips: EmbeddedClips) -> dict[str, float]:
+    """The mean of what the latent pays, by its name, such as {"kl_nats": 1.5}; nothing where it pays nothing."""
+    if student.latent is None or student.latent.penalty_name is None or clips.penalty is None:
+        return {}
+    return {student.latent.penalty_name: float(clips.penalty.mean())}
 
 
 def _encode_decode(
     law: MovingMnistLaw,
     queries: EmbeddedClips,
     readout: Readout,
-    teacher: Teacher,
+    target_encoder: nn.Module,
     num_samples: int,
     generator: torch.Generator,
     device: torch.device,
@@ -332,7 +338,7 @@ def _encode_decode(
     for start in tqdm(range(0, len(queries), per_chunk), desc="encode-decode oracle", unit="batch"):
         rows = slice(start, start + per_chunk)
         labels = {name: values[rows] for name, values in queries.labels.items()}
-        embeddings = teacher(law.render_targets(labels, futures[rows]).to(device)).cpu()
+        embeddings = target_encoder(law.render_targets(labels, futures[rows]).to(device)).cpu()
         read.append(readout(embeddings).unflatten(0, (-1, num_samples)))
     return torch.cat(read)
 
@@ -359,19 +365,52 @@ def choose_readout(
     return min(readouts, key=lambda readout: float((readout(selection_inputs) - selection_outputs).square().mean()))
 
 
-def _probes(fit: EmbeddedClips, selection: EmbeddedClips, queries: EmbeddedClips) -> dict[str, float]:
-    """Linear probes of the context's embedding: accuracy of the digit, R^2 of the velocity."""
+def _probes(
+    fit: EmbeddedClips, selection: EmbeddedClips, queries: EmbeddedClips, student: WorldModel, device: torch.device
+) -> dict[str, Any]:
+    """What can be read off frozen embeddings of held-out clips.
 
-    def probe(outputs: Callable[[EmbeddedClips], Tensor]) -> Tensor:
-        readout = choose_readout(fit.context, outputs(fit), selection.context, outputs(selection))
-        return readout(queries.context)
+    From the context, linearly: accuracy of the digit, R^2 of the velocity. From what stands for the future (context and
+    r, or the one prediction of a model without a latent): R^2 of the change of velocity, by a linear and an MLP probe.
+    """
 
-    velocity = probe(lambda clips: clips.labels["velocity"])
-    digit = probe(lambda clips: F.one_hot(clips.labels["digit"].long(), 10).float())
+    def linear(inputs: Callable[[EmbeddedClips], Tensor], outputs: Callable[[EmbeddedClips], Tensor]) -> Tensor:
+        readout = choose_readout(inputs(fit), outputs(fit), inputs(selection), outputs(selection))
+        return readout(inputs(queries))
+
+    def context(clips: EmbeddedClips) -> Tensor:
+        return clips.context
+
+    def future(clips: EmbeddedClips) -> Tensor:
+        if student.latent is None:
+            return _prior_mean(student, clips.context, device)
+        return torch.cat([clips.context, clips.r], dim=1)
+
+    def change(clips: EmbeddedClips) -> Tensor:
+        return clips.labels["velocity_after"] - clips.labels["velocity"]
+
+    digit = linear(context, lambda clips: F.one_hot(clips.labels["digit"].long(), 10).float())
+    velocity = linear(context, lambda clips: clips.labels["velocity"])
+    truth = change(queries)
     return {
         "digit_accuracy": float((digit.argmax(dim=1) == queries.labels["digit"]).float().mean()),
         "velocity_r2": r_squared(velocity, queries.labels["velocity"]),
+        "velocity_change_r2": {
+            "linear": r_squared(linear(future, change), truth),
+            "mlp": r_squared(fit_mlp(future(fit), change(fit))(future(queries)), truth),
+        },
     }
+
+
+def fit_mlp(inputs: Tensor, outputs: Tensor) -> Callable[[Tensor], Tensor]:
+    """A probe with one hidden layer of 256 units: [N, D], [N, K] -> a function [M, D] -> [M, K]."""
+    from sklearn.neural_network import MLPRegressor
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    probe = make_pipeline(StandardScaler(), MLPRegressor((256,), early_stopping=True, max_iter=100, random_state=0))
+    probe.fit(inputs.numpy(), outputs.numpy())
+    return lambda values: torch.from_numpy(probe.predict(values.numpy())).float()
 
 
 # ------------------------------------------------------------------------------------------------------ pictures
