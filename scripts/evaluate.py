@@ -16,9 +16,11 @@ from worldmodel import load
 from worldmodel.checkpoint import write_text
 from worldmodel.cli import report_errors
 from worldmodel.config import to_yaml
+from worldmodel.evaluation.factors import evaluate_factors, factors_table
 from worldmodel.evaluation.forecast import evaluate_forecasts
 from worldmodel.evaluation.report import markdown_table, write_report
 from worldmodel.machine import keep_freed_memory
+from worldmodel.model import TrainedRun
 from worldmodel.tracking import read_metrics, versions
 
 
@@ -37,6 +39,9 @@ def main() -> int:
 
 def evaluate(run: Path, which: str, compare: Path | None, device: torch.device) -> None:
     trained = load(run, which="best" if which == "best" else "latest", device=device)
+    if trained.config.data.source == "causal":
+        write_factor_scores(run, trained, device)
+        return
     evaluation = evaluate_forecasts(trained.config, trained.model, trained.target_encoder, device)
     metrics = {
         "run": run.name,
@@ -58,6 +63,16 @@ def evaluate(run: Path, which: str, compare: Path | None, device: torch.device) 
         versions=versions(),
     )
     print(f"\n{table}\n\n{run / 'report.html'}\n{run / 'metrics.json'}")
+
+
+def write_factor_scores(run: Path, trained: TrainedRun, device: torch.device) -> None:
+    metrics = {
+        "run": run.name,
+        "train": {"seconds": trained.state["train_seconds"], "steps": trained.state["step"]},
+        **evaluate_factors(trained.config, trained.model, device),
+    }
+    write_text(run / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    print(f"\n{factors_table(metrics)}\n\n{run / 'metrics.json'}")
 
 
 def compared_forecast(compare: Path, metrics: dict[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 from data_pipelines.sources.moving_mnist import write_world
 from worldmodel.config import Config, load_config
+
+torch.set_num_threads(1)  # the tests are small: threads would only wait for each other
 
 REPO = Path(__file__).resolve().parents[1]
 

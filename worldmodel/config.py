@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from data_pipelines.errors import UserError
+from data_pipelines.sources.causal import NUM_FACTORS, Change
 from worldmodel.objectives import OBJECTIVES
 
 _KNOWN_KEYS = ConfigDict(extra="forbid")
@@ -34,13 +35,14 @@ class DataConfig:
     x+ and the later x++, which the posterior sees. Of two segments the posterior sees the target.
     """
 
-    source: Literal["videos", "moving_mnist"] = "videos"
+    source: Literal["videos", "moving_mnist", "causal"] = "videos"
+    """videos: files. The others are worlds of known laws, drawn afresh (data_pipelines/sources)."""
     root: str = "data/videos"
     """videos: a folder of video files; its subfolders train/, selection/ and test/ are the splits where they exist."""
     size_px: Annotated[int, Field(strict=True, ge=8)] = 64
     """Short side resized, centre cropped to a square of this size."""
-    channels: Literal[1, 3] = 3
-    """1 is luma, 3 is RGB."""
+    channels: PositiveInt = 3
+    """1 is luma, 3 is RGB; observations of the causal world have 6."""
     num_segments: Literal[2, 3] = 3
     num_frames: PositiveInt = 3
     frame_stride: PositiveInt = 1
@@ -63,6 +65,8 @@ class DataConfig:
     """moving_mnist: folder with MNIST's IDX files; none: scikit-learn's bundled digits."""
     setting: Literal["A", "B"] = "A"
     """moving_mnist: how the changed axis is drawn."""
+    change: Change = "heteroscedastic"
+    """causal: how the factors of a pair differ."""
 
 
 @dataclass(frozen=True, config=_KNOWN_KEYS)
@@ -73,10 +77,13 @@ class ModelConfig:
     width: PositiveFloat = 1.0
     """Multiplies the encoder's channels."""
     embedding_dim: PositiveInt = 128
-    unit_length: bool = True
-    """Bring every embedding to the length sqrt(embedding_dim)."""
+    embedding_norm: Literal["sphere", "standard", "white"] = "sphere"
+    """sphere: every embedding has the length sqrt(embedding_dim). standard: each dimension has mean 0 and variance 1
+    over a batch. white: dimensions are also uncorrelated."""
     hidden_dim: PositiveInt = 1024
     """Hidden units of projector, editor, prior and posterior."""
+    projector_layers: NonNegativeInt = 2
+    """Hidden layers of the projector; with none the embedding is linear in the encoder's features."""
     latent: Literal["gaussian", "sparse", "oracle", "none"] = "gaussian"
     """gaussian: AdaSSL-V. sparse: AdaSSL-S. oracle: the true r from the labels. none: one future for each past."""
     latent_dim: PositiveInt = 2
@@ -170,6 +177,11 @@ class Config:
 
 # The one way of cutting and showing clips to which that world's labels belong.
 MOVING_MNIST_FORMAT = {"size_px": 64, "channels": 1, "num_segments": 3, "num_frames": 3, "frame_stride": 1}
+FORMATS: dict[str, dict[str, int]] = {
+    "videos": {},
+    "moving_mnist": MOVING_MNIST_FORMAT,
+    "causal": {"channels": NUM_FACTORS, "num_segments": 3, "num_frames": 1},
+}
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -278,10 +290,13 @@ def _contradictions(config: Config) -> Iterator[str]:
     name = f"objective.name={config.objective.name}"
     if data.batch_size % data.num_lanes:
         yield f"data.batch_size={data.batch_size} must be a multiple of data.num_lanes={data.num_lanes}"
-    if data.source == "moving_mnist":
-        for key, value in MOVING_MNIST_FORMAT.items():
-            if getattr(data, key) != value:
-                yield f"data.source=moving_mnist needs data.{key}={value}, not {getattr(data, key)}"
+    for key, value in FORMATS[data.source].items():
+        if getattr(data, key) != value:
+            yield f"data.source={data.source} needs data.{key}={value}, not {getattr(data, key)}"
+    if data.source == "videos" and data.channels not in (1, 3):
+        yield f"data.channels={data.channels}: a video has 1 (luma) or 3 (RGB)"
+    if (model.encoder == "mlp") != (data.source == "causal"):
+        yield f"model.encoder={model.encoder} does not fit data.source={data.source}: mlp is for causal, and only it"
     if model.editor == "sum" and model.latent != "none" and model.latent_dim != model.embedding_dim:
         yield (
             f"model.editor=sum adds r to the embedding: model.latent_dim={model.latent_dim} must equal "
@@ -292,8 +307,8 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"model.prior=flow is for model.latent=gaussian: with model.latent={model.latent} r is exactly zero at "
             "times, or there is none, and a flow has no density for that"
         )
-    if objective.needs_unit_length and not model.unit_length:
-        yield f"{name} compares directions only and leaves lengths undetermined: it needs model.unit_length=true"
+    if objective.needs_sphere and model.embedding_norm != "sphere":
+        yield f"{name} compares directions only and leaves lengths undetermined: it needs model.embedding_norm=sphere"
     if config.train.grad_accumulation > 1 and (objective.needs_negatives or objective.needs_batch_statistics):
         yield (
             f"{name} compares the clips of a batch with each other, so {config.train.grad_accumulation} small batches "

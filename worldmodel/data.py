@@ -16,6 +16,7 @@ from torch import Tensor
 from data_pipelines.clips import ClipSpec
 from data_pipelines.errors import UserError
 from data_pipelines.index import VideoIndex, load_or_build_index, split_index
+from data_pipelines.sources.causal import CausalStream, CausalWorld
 from data_pipelines.sources.moving_mnist import (
     SPLITS,
     MovingMnistLaw,
@@ -67,13 +68,17 @@ def oracle_r(batch: Batch, config: Config, device: torch.device) -> Tensor | Non
 
 def training_stream(
     config: Config, *, rank: int, world_size: int, device: torch.device
-) -> VideoStream | MovingMnistStream:
+) -> VideoStream | MovingMnistStream | CausalStream:
     """The endless stream of training batches of one process.
 
     Raises:
         UserError: the data cannot be read, or the number of processes does not divide a batch.
     """
     data = config.data
+    if data.source == "causal":
+        return CausalStream(
+            causal_world(config), batch_size=data.batch_size, seed=config.seed, rank=rank, world_size=world_size
+        )
     if data.source == "moving_mnist":
         return MovingMnistStream(
             _sprites("train", data.mnist_dir),
@@ -137,6 +142,11 @@ def known_law(config: Config) -> MovingMnistLaw | None:
     if any(getattr(config.data, name) != value for name, value in MOVING_MNIST_FORMAT.items()):
         return None
     return read_law(Path(config.data.root))
+
+
+def causal_world(config: Config) -> CausalWorld:
+    """The mixing network and the law of a run's seed."""
+    return CausalWorld(config.data.change, config.seed)
 
 
 def clip_spec(data: DataConfig) -> ClipSpec:

@@ -5,6 +5,7 @@ Legend: B clips, T frames, C channels, H = W pixels, F features, D embedding dim
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -110,16 +111,19 @@ class _BasicBlock(nn.Module):
 
 
 class MlpEncoder(nn.Module):
-    """For observations that are vectors: a clip [B, T, C, 1, 1] through two layers of 256 times `width` units."""
+    """For observations that are vectors: a clip [B, T, C, 1, 1] through three layers of 256 times `width` units."""
 
     def __init__(self, in_channels: int, num_frames: int, width: float) -> None:
         super().__init__()
         self.num_features = _scaled(256, width)
-        self.layers = mlp([in_channels * num_frames, self.num_features, self.num_features])
+        # Leaky, and without batch norm: what is learned goes on in a straight line outside the range of training.
+        dims = [in_channels * num_frames, self.num_features, self.num_features, self.num_features]
+        layers = [layer for pair in pairwise(dims) for layer in (nn.Linear(*pair), nn.LeakyReLU(0.2))]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, video: Tensor) -> Tensor:
         """video [B, T, C, 1, 1] -> features [B, F]."""
-        return F.relu(self.layers(video.flatten(1)))
+        return self.layers(video.flatten(1))
 
 
 Encoder = Conv3dEncoder | ResNetEncoder | MlpEncoder
@@ -143,22 +147,65 @@ def mlp(dims: Sequence[int], *, final_norm: bool = False) -> nn.Sequential:
 
 
 class Embedder(nn.Module):
-    """Encoder and projector: clip -> embedding, of length sqrt(D) if `unit_length`.
+    """Encoder and projector: clip -> embedding, normalised in one of three ways (config: model.embedding_norm).
 
-    A cosine fixes an embedding only up to its length, so all embeddings (the encoder's, the teacher's and the editor's)
-    are brought to one length. That keeps coordinates of order 1 and lets a prediction be fed back.
+    A cosine fixes an embedding only up to its length, so on the sphere all embeddings (the encoder's, the teacher's and
+    the editor's) are brought to one length. That keeps coordinates of order 1 and lets a prediction be fed back.
     """
 
-    def __init__(self, encoder: Encoder, hidden_dim: int, embedding_dim: int, *, unit_length: bool) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        hidden_dims: Sequence[int],
+        embedding_dim: int,
+        norm: Literal["sphere", "standard", "white"],
+    ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.unit_length = unit_length
-        self.projector = mlp([encoder.num_features, hidden_dim, hidden_dim, embedding_dim], final_norm=True)
+        self.norm = norm
+        dims = [encoder.num_features, *hidden_dims, embedding_dim]
+        self.projector = mlp(dims, final_norm=norm != "white")
+        if norm == "white":
+            self.projector.append(Whitening(embedding_dim))
 
     def forward(self, video: Tensor) -> Tensor:
         """video [B, T, C, H, W] in [0, 1] -> embedding float32 [B, D]."""
         embedding = self.projector(self.encoder(video)).float()
-        return normalise(embedding) if self.unit_length else embedding
+        return normalise(embedding) if self.norm == "sphere" else embedding
+
+
+class Whitening(nn.Module):
+    """Batch norm that also decorrelates: y = L^-1 (x - mean), L L^T the covariance (Huang et al., arXiv 1804.08450).
+
+    Batch statistics in training, running ones in evaluation. Without it a linear layer before the loss can undo any
+    constant metric on the embedding.
+    """
+
+    def __init__(self, dim: int, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.running_mean: Tensor
+        self.running_covariance: Tensor
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_covariance", torch.eye(dim))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """[B, D] -> float32 [B, D]."""
+        with torch.autocast(values.device.type, enabled=False):
+            values = values.float()
+            if self.training:
+                mean = values.mean(dim=0)
+                centred = values - mean
+                covariance = centred.T @ centred / len(values)
+                with torch.no_grad():
+                    self.running_mean.lerp_(mean, self.momentum)
+                    self.running_covariance.lerp_(covariance, self.momentum)
+            else:
+                mean, covariance = self.running_mean, self.running_covariance
+            # Relative to the mean variance: an untrained network's embeddings may be tiny.
+            floor = 1e-4 * covariance.diagonal().mean() + 1e-12
+            stable = covariance + floor * torch.eye(len(mean), device=mean.device)
+            return torch.linalg.solve_triangular(torch.linalg.cholesky(stable), (values - mean).T, upper=False).T
 
 
 def normalise(embedding: Tensor) -> Tensor:

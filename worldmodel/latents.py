@@ -117,16 +117,22 @@ class Flow:
     @property
     def mean(self) -> Tensor:
         """[B, R]: where the noise's mean goes. A flow has no mean in closed form."""
-        return self.transform.inv(torch.zeros_like(self.like))
+        return self._from_noise(torch.zeros_like(self.like))
 
     def draw(self, generator: torch.Generator | None = None) -> Tensor:
         """One reparameterised draw [B, R]."""
-        return self.transform.inv(_noise_like(self.like, generator))
+        return self._from_noise(_noise_like(self.like, generator))
 
     def log_density(self, r: Tensor) -> Tensor:
         """r [B, R] -> log density [B] in nats."""
-        noise, log_determinant = self.transform.call_and_ladj(r)
+        with torch.autocast(self.like.device.type, enabled=False):
+            noise, log_determinant = self.transform.call_and_ladj(r.float())
         return Gaussian(torch.zeros_like(noise), torch.ones_like(noise)).log_density(noise) + log_determinant
+
+    def _from_noise(self, noise: Tensor) -> Tensor:
+        # The flow's networks run here, not where it was made; in bf16 its density would be nats off.
+        with torch.autocast(self.like.device.type, enabled=False):
+            return self.transform.inv(noise)
 
 
 # -------------------------------------------------------------------------------------------------------- priors
@@ -192,9 +198,9 @@ class FlowPrior(nn.Module):
 
     def forward(self, context: Tensor) -> Flow:
         """context [B, D] -> p(r | f(x))."""
-        with torch.autocast(context.device.type, enabled=False):
-            transform = self.flow(context.float()).transform
-        return Flow(transform, context.new_zeros(len(context), self.latent_dim, dtype=torch.float32))
+        return Flow(
+            self.flow(context.float()).transform, context.new_zeros(len(context), self.latent_dim, dtype=torch.float32)
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- latents
@@ -340,7 +346,7 @@ def bernoulli_mask(logits: Tensor, generator: torch.Generator | None = None) -> 
     uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
     noisy = logits + torch.logit(uniform, eps=1e-6)
     soft = noisy.sigmoid()
-    return (noisy > 0).to(soft) + soft - soft.detach()
+    return (noisy > 0).to(soft) + (soft - soft.detach())
 
 
 def _fit(prior: nn.Module, context: Tensor, r: Tensor) -> Tensor:

@@ -34,7 +34,9 @@ class WorldModel(nn.Module):
         super().__init__()
         model, data, objective = config.model, config.data, config.objective
         encoder = ENCODERS[model.encoder](data.channels, data.num_frames, model.width)
-        self.embedder = Embedder(encoder, model.hidden_dim, model.embedding_dim, unit_length=model.unit_length)
+        self.embedder = Embedder(
+            encoder, [model.hidden_dim] * model.projector_layers, model.embedding_dim, model.embedding_norm
+        )
         self.latent = make_latent(
             model.latent,
             embedding_dim=model.embedding_dim,
@@ -57,11 +59,11 @@ class WorldModel(nn.Module):
             latent_dim=self.latent.latent_dim if self.latent else 0,
             predictor=self.objective.needs_predictor,
         )
-        self.unit_length = model.unit_length
+        self.on_sphere = model.embedding_norm == "sphere"
         self.third_view: Literal["later", "target"] = "target" if data.num_segments == 2 else model.posterior_sees
 
     def encode(self, video: Tensor) -> Tensor:
-        """video [B, T, C, H, W] in [0, 1] -> embedding [B, D], of length sqrt(D) if model.unit_length."""
+        """video [B, T, C, H, W] in [0, 1] -> embedding [B, D], normalised as model.embedding_norm says."""
         return self.embedder(video)
 
     def infer(
@@ -82,7 +84,7 @@ class WorldModel(nn.Module):
     def edit(self, context: Tensor, r: Tensor) -> Tensor:
         """context [B, D], r [B, R] -> embedding float32 [B, D] of the next segment, normalised as the encoder's are."""
         edited = self.editor(context, r).float()
-        return normalise(edited) if self.unit_length else edited
+        return normalise(edited) if self.on_sphere else edited
 
     def prior_mean_forecast(self, context: Tensor) -> Tensor:
         """context [B, D] -> the one future [B, D] at the mean of the prior."""

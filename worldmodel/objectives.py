@@ -31,7 +31,7 @@ class Objective(nn.Module):
     """Clips of a batch are told apart: the loss of a batch is not the mean of the losses of its parts."""
     needs_batch_statistics: ClassVar[bool] = False
     """The distribution of a batch enters the loss: it is not the mean of the losses of its parts."""
-    needs_unit_length: ClassVar[bool] = False
+    needs_sphere: ClassVar[bool] = False
     """Embeddings are compared by direction only: their length would be undetermined."""
     needs_predictor: ClassVar[bool] = False
     """An asymmetry between the two sides is what prevents collapse: the editor must end in an MLP."""
@@ -52,7 +52,7 @@ class Byol(Objective):
     """Negative cosine to an EMA teacher (Grill et al., arXiv 2006.07733, eq. 2, up to scale and shift)."""
 
     needs_teacher = True
-    needs_unit_length = True
+    needs_sphere = True
     needs_predictor = True
 
     def forward(
@@ -75,7 +75,7 @@ class Ressl(Objective):
 
     needs_teacher = True
     needs_negatives = True
-    needs_unit_length = True
+    needs_sphere = True
     default_beta = 0.01
 
     def forward(
@@ -100,7 +100,7 @@ class SslHsic(Objective):
     needs_teacher = True
     needs_negatives = True
     needs_batch_statistics = True
-    needs_unit_length = True
+    needs_sphere = True
     needs_predictor = True
 
     def forward(
@@ -110,7 +110,7 @@ class SslHsic(Objective):
         both = F.normalize(torch.cat([edited, target]), dim=-1)
         kernel = inverse_multiquadric_kernel(both, both)
         num_clips = len(edited)
-        # HSIC(Z, Y) for one-hot Y and two views a clip, times the number of clips and plus one.
+        # HSIC(Z, Y) for one-hot Y times the number of clips: kernel within a clip minus kernel at large.
         identity = kernel.diagonal(num_clips).mean() - kernel.mean()
         own = hsic(kernel, kernel)
         return {
@@ -221,9 +221,10 @@ def _without_diagonal(square: Tensor) -> Tensor:
 
 
 class Vicreg(Objective):
-    """Variance, invariance, covariance (Bardes et al., arXiv 2105.04906, eq. 1-6; weights 25, 25, 1).
+    """Variance, invariance, covariance (Bardes et al., arXiv 2105.04906, weights 25, 25, 1).
 
-    The regularisers act on f(x) and f(x+), not on the prediction, whose spread must be free to be smaller.
+    Invariance is the mean over clips and dimensions; the two variance terms are averaged, the covariances summed. The
+    regularisers act on f(x) and f(x+), not on the prediction, whose spread must be free to be smaller.
     """
 
     INVARIANCE, VARIANCE, COVARIANCE = 25.0, 25.0, 1.0

@@ -75,6 +75,24 @@ def effective_rank(embeddings: Tensor) -> float:
     return float(torch.special.entr(share).sum().exp())
 
 
+def dci(importance: Tensor) -> tuple[float, float]:
+    """Disentanglement and completeness of a code, each 0 to 1 (Eastwood and Williams, ICLR 2018, section 2).
+
+    importance [D, F] >= 0 says how much each of D code dimensions tells of each of F factors. A code is disentangled
+    where each dimension tells of one factor (dimensions weighted by how much they tell at all), complete where each
+    factor is told by one dimension.
+    """
+    num_codes, num_factors = importance.shape
+    assert num_codes > 1 and num_factors > 1, importance.shape
+
+    def purity(rows: Tensor) -> Tensor:
+        shares = rows / rows.sum(dim=1, keepdim=True).clamp(min=1e-12)
+        return 1 - torch.special.entr(shares).sum(dim=1) / torch.log(torch.tensor(float(rows.shape[1])))
+
+    weights = importance.sum(dim=1) / importance.sum().clamp(min=1e-12)
+    return float((weights * purity(importance)).sum()), float(purity(importance.T).mean())
+
+
 def _mean_distance(a: Tensor, b: Tensor) -> Tensor:
     """Mean Euclidean distance over all pairs: [Q, N, D], [Q, M, D] -> [Q]."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").mean(dim=(1, 2))

@@ -31,7 +31,7 @@ from worldmodel.checkpoint import (
 )
 from worldmodel.config import Config, TrainConfig
 from worldmodel.data import oracle_r, segments_of, training_stream
-from worldmodel.evaluation.forecast import development_scores
+from worldmodel.evaluation import factors, forecast
 from worldmodel.machine import computes_bf16, fair_share_of_cores, keep_freed_memory
 from worldmodel.model import WorldModel
 from worldmodel.scores import effective_rank
@@ -69,6 +69,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     trainer = Trainer(config, accelerator, run, stream.fingerprint)
     if resume:
         trainer.load()
+    accelerator.print(trainer.summary())
     with stop_signals() as stop, trainer.progress() as bar:
         batches = stream.batches(trainer.step * config.train.grad_accumulation)
         try:
@@ -137,7 +138,7 @@ class Trainer:
             with accelerator.accumulate(self.model):
                 with accelerator.autocast():
                     teacher_target = self.teacher(segments.target) if self.teacher else None
-                losses, target = self.model(segments, teacher_target, r, self.beta_now, generator)
+                losses, target = self.model(segments, teacher_target, r, self.beta_at(self.step), generator)
                 accelerator.backward(losses["loss"])
                 if accelerator.sync_gradients and config.train.clip_norm:
                     accelerator.clip_grad_norm_(self.model.parameters(), config.train.clip_norm)
@@ -151,11 +152,10 @@ class Trainer:
             self.teacher.update(self.student.embedder, momentum)
         self.step += 1
 
-    @property
-    def beta_now(self) -> float:
-        """beta at this step, after its linear warm-up from zero."""
+    def beta_at(self, step: int) -> float:
+        """beta with its linear warm-up from zero."""
         warmup_steps = self.config.objective.beta_warmup_steps
-        return self.beta * (self.step / warmup_steps if self.step < warmup_steps else 1.0)
+        return self.beta * (step / warmup_steps if step < warmup_steps else 1.0)
 
     def log_evaluate_save(self, bar: tqdm) -> None:
         """Whatever is due after this step."""
@@ -172,7 +172,7 @@ class Trainer:
         values = self.sums.means(self.accelerator)
         values |= {
             "lr": learning_rate(self.step - 1, self.config.train),
-            "beta": self.beta_now,
+            "beta": self.beta_at(self.step - 1),
         }
         self.sums = Sums()
         if not math.isfinite(values["loss"]):
@@ -189,10 +189,16 @@ class Trainer:
         """Score on selection identities; True where it is the best so far. Lower is better."""
         is_best = torch.zeros((), device=self.accelerator.device)
         if self.tracker:
-            scores = development_scores(self.config, self.student, self.target_encoder, self.accelerator.device)
+            device = self.accelerator.device
+            if self.config.data.source == "causal":
+                scores = factors.development_scores(self.config, self.student, device)
+                score = -scores["factors_r2"]
+            else:
+                scores = forecast.development_scores(self.config, self.student, self.target_encoder, device)
+                score = scores["relative_energy_score"]
             self.tracker.log("selection", self.step, scores)
-            if scores["relative_energy_score"] < self.best_score:
-                self.best_score = scores["relative_energy_score"]
+            if score < self.best_score:
+                self.best_score = score
                 is_best += 1
         return bool(self.accelerator.reduce(is_best).item())
 
@@ -237,6 +243,13 @@ class Trainer:
         self.best_score = state["best_score"]
         self.earlier_s = state["train_seconds"]
         self.accelerator.print(f"resuming {self.run} at step {self.step}")
+
+    def summary(self) -> str:
+        accelerator = self.accelerator
+        precision = accelerator.mixed_precision.replace("no", "fp32")
+        millions = sum(p.numel() for p in self.student.parameters()) / 1e6
+        processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
+        return f"{self.run}: {processes} on {accelerator.device.type}, {precision}, {millions:.2f} M parameters"
 
     @property
     def train_seconds(self) -> float:

@@ -6,7 +6,7 @@ from data_pipelines.errors import UserError
 from tests.conftest import REPO
 from worldmodel.config import flatten, load_config, to_dict, to_yaml, validate
 
-CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
+CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -46,11 +46,13 @@ def test_overrides_replace_values_and_numbers_may_have_exponents(tmp_path: Path)
         ("train.lr=fast", ["train.lr", "'fast'"]),
         ("model.latent=gausian", ["model.latent", "'gausian'", "'gaussian'", "'none'"]),
         ("data.decoder=ffmpeg", ["data.decoder", "'ffmpeg'", "'auto'", "'pyav'", "'decord'"]),
-        ("data.channels=2", ["data.channels", "2", "1", "3"]),
+        ("data.channels=2", ["data.channels=2", "1 (luma) or 3"]),
         ("objective.ema_momentum=1.5", ["objective.ema_momentum", "1.5", "less than or equal to 1"]),
         ("data=5", ["data", "5"]),
         ("data.batch_size=100", ["data.batch_size=100", "data.num_lanes=32"]),
         ("train.steps", ["train.steps", "key=value"]),
+        ("model.editor=sum", ["model.editor=sum", "model.latent_dim=8", "model.embedding_dim=128"]),
+        ("model.encoder=mlp", ["model.encoder=mlp", "data.source=videos", "causal"]),
         ("run_dir.deeper=1", ["run_dir"]),
     ],
 )
@@ -61,6 +63,32 @@ def test_mistakes_name_the_key_the_value_and_what_is_allowed(override: str, told
     assert "\n" not in message
     for part in told:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["model.latent=sparse", "model.prior=flow"], "model.prior=flow is for model.latent=gaussian"),
+        (["objective.name=byol", "model.embedding_norm=standard"], "objective.name=byol compares directions only"),
+        (["objective.name=infonce", "train.grad_accumulation=2"], "objective.name=infonce compares the clips of a"),
+        (["objective.name=sigreg", "train.grad_accumulation=2"], "objective.name=sigreg compares the clips of a"),
+        (["data.source=causal"], "data.source=causal needs data.channels=6"),
+    ],
+)
+def test_a_senseless_combination_is_refused_in_a_sentence(overrides: list[str], told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(REPO / "configs" / "demo.yaml", overrides)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_makes_sense_is_not_refused() -> None:
+    for overrides in (
+        ["objective.name=byol", "train.grad_accumulation=2"],
+        ["objective.name=vicreg", "model.embedding_norm=standard"],
+        ["model.latent=gaussian", "model.prior=flow"],
+        ["model.editor=sum", "model.latent=none"],
+    ):
+        load_config(REPO / "configs" / "demo.yaml", overrides)
 
 
 def test_moving_mnist_has_fixed_frames() -> None:

@@ -12,10 +12,19 @@ import yaml
 from tests.conftest import REPO
 from worldmodel import config as config_module
 from worldmodel import load
-from worldmodel.config import Config, flatten
+from worldmodel.config import Config, flatten, load_config
+from worldmodel.evaluation.factors import evaluate_factors
 from worldmodel.evaluation.forecast import evaluate_forecasts
 from worldmodel.train import train
 
+CAUSAL = [
+    "model.latent=oracle",
+    "train.steps=4",
+    "train.eval_every=4",
+    "evaluation.queries=50",
+    "evaluation.fit_clips=50",
+    "evaluation.selection_clips=50",
+]
 GROUPS = {
     "DataConfig": "data.",
     "ModelConfig": "model.",
@@ -55,7 +64,7 @@ def recorded_reads() -> Iterator[set[str]]:
 
 def train_and_evaluate(config: Config) -> None:
     trained = load(train(config))
-    evaluate_forecasts(trained.config, trained.model, trained.teacher, torch.device("cpu"))
+    evaluate_forecasts(trained.config, trained.model, trained.target_encoder, torch.device("cpu"))
 
 
 def test_every_key_of_every_shipped_config_is_read(
@@ -68,7 +77,10 @@ def test_every_key_of_every_shipped_config_is_read(
             "data.source=moving_mnist", "objective.beta_warmup_steps=3", "objective.ema_schedule=cosine"
         )
         train_and_evaluate(Config(**{**vars(fresh), "run_dir": fresh.run_dir + "_fresh"}))
-    for path in (REPO / "configs").glob("*.yaml"):
+        causal = [*CAUSAL, f"run_dir={fresh.run_dir}_causal"]
+        trained = load(train(load_config(REPO / "configs" / "causal" / "heteroscedastic.yaml", causal)))
+        evaluate_factors(trained.config, trained.model, torch.device("cpu"))
+    for path in (REPO / "configs").rglob("*.yaml"):
         unread = set(flatten(yaml.safe_load(path.read_text()))) - reads
         assert not unread, f"{path.name} sets keys that nothing reads: {sorted(unread)}"
     assert "model.width" in reads and "train.nonsense" not in reads

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from data_pipelines.errors import UserError
 from worldmodel import WorldModel, load
 from worldmodel.config import Config
+from worldmodel.data import Segments
 from worldmodel.evaluation import forecast
 from worldmodel.evaluation.forecast import choose_readout, development_scores, evaluate_forecasts, fit_ridge
+from worldmodel.latents import Inference
 from worldmodel.teacher import Teacher
 from worldmodel.train import train
 
@@ -63,8 +65,10 @@ class OracleStudent(WorldModel):
     def prior_mean_forecast(self, context: Tensor) -> Tensor:
         return context
 
-    def infer(self, context: Tensor, later: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        return context, torch.zeros(len(context))
+    def infer(
+        self, context: Tensor, segments: Segments, known_r: Tensor | None, generator: torch.Generator | None = None
+    ) -> Inference:
+        return Inference(context, None, None)
 
 
 class CentroidTeacher(nn.Module):
@@ -86,7 +90,7 @@ def test_a_model_that_knows_the_law_scores_as_the_oracle_does(tiny_config: Calla
     config = tiny_config(
         "data.source=moving_mnist", *sizes, "evaluation.fit_clips=512", "evaluation.selection_clips=256"
     )
-    result = evaluate_forecasts(config, OracleStudent(), CentroidTeacher(), CPU)  # type: ignore[arg-type]
+    result = evaluate_forecasts(config, OracleStudent(), CentroidTeacher(), CPU)
     scores = result.metrics["forecasts"]
     oracle = scores["simulator_oracle"]
     assert oracle["energy_score"] == pytest.approx(0.61, abs=0.04)
@@ -110,7 +114,7 @@ def trained(tiny_config: Callable[..., Config]) -> Any:
 
 
 def test_metrics_of_a_trained_run(trained: Any) -> None:
-    result = evaluate_forecasts(trained.config, trained.model, trained.teacher, CPU)
+    result = evaluate_forecasts(trained.config, trained.model, trained.target_encoder, CPU)
     metrics = result.metrics
     assert set(metrics["forecasts"]) == {
         "model",
@@ -129,13 +133,13 @@ def test_metrics_of_a_trained_run(trained: Any) -> None:
         8,
         2,
     )
-    again = evaluate_forecasts(trained.config, trained.model, trained.teacher, CPU)
+    again = evaluate_forecasts(trained.config, trained.model, trained.target_encoder, CPU)
     assert again.metrics == metrics
 
 
 def test_development_scores_leave_the_networks_training(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config()
-    student = WorldModel(config.model, config.data)
+    student = WorldModel(config)
     teacher = Teacher(student.embedder)
     student.train()
     teacher.train()
@@ -155,8 +159,8 @@ def without_law(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_videos_without_a_law_are_scored_in_embedding_space(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with without_law(monkeypatch):
-        result = evaluate_forecasts(trained.config, trained.model, trained.teacher, CPU)
-        scores = development_scores(trained.config, trained.model, trained.teacher, CPU)
+        result = evaluate_forecasts(trained.config, trained.model, trained.target_encoder, CPU)
+        scores = development_scores(trained.config, trained.model, trained.target_encoder, CPU)
     assert result.metrics["space"] == "embedding"
     assert set(result.metrics["forecasts"]) == {"model", "prior_mean", "persistence", "climatology"}
     assert result.examples.velocity_samples is None
@@ -167,15 +171,17 @@ def test_a_perfect_forecast_in_embedding_space_scores_zero() -> None:
     target = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
     clips = forecast.EmbeddedClips(
         context=target,
-        seen=-target,
+        persistence=-target,
         target=target,
-        later=target,
+        prior_mean=target,
+        r=target[:, :0],
+        penalty=None,
         clip_id=torch.arange(10),
         labels={},
         frames=torch.empty(0),
         centroid_velocity=None,
     )
-    scores = forecast.embedding_scores(clips, target[:, None].expand(-1, 5, -1), target, torch.Generator())["forecasts"]
+    scores = forecast.embedding_scores(clips, target[:, None].expand(-1, 5, -1), torch.Generator())["forecasts"]
     assert scores["model"]["energy_score"] == pytest.approx(0, abs=1e-5)
     expected = 2 * target.norm(dim=1).mean().item()
     assert scores["persistence"]["energy_score"] == pytest.approx(expected, rel=1e-5)
@@ -184,6 +190,6 @@ def test_a_perfect_forecast_in_embedding_space_scores_zero() -> None:
 
 def test_too_few_clips_is_one_line(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config()
-    student = WorldModel(config.model, config.data)
+    student = WorldModel(config)
     with pytest.raises(UserError, match="fewer than 2 clips"):
         forecast.embed_clips(config, student.eval(), Teacher(student.embedder).eval(), "test", 1, CPU)

@@ -80,10 +80,9 @@ def test_edited_embeddings_are_as_long_as_encoded_ones() -> None:
     torch.testing.assert_close(futures.norm(dim=-1), torch.full((4, 2, 3), 4.0))
 
 
-def test_without_unit_length_embeddings_keep_their_own() -> None:
-    world = model(objective="infonce", unit_length=False)
+def test_off_the_sphere_embeddings_keep_their_own_length() -> None:
+    world = model(objective="infonce", embedding_norm="standard")
     encoded = world.encode(clip())
-    # The projector ends in batch norm: each dimension has mean 0 and variance 1 over the batch.
     torch.testing.assert_close(encoded.mean(dim=0), torch.zeros(16), atol=1e-5, rtol=0)
     assert encoded.norm(dim=-1).std() > 0.1
     assert world.edit(encoded, known_r()).norm(dim=-1).std() > 0.01

@@ -6,6 +6,7 @@ import torch
 
 from worldmodel.scores import (
     central_interval,
+    dci,
     effective_rank,
     energy_score,
     interval_coverage,
@@ -73,6 +74,17 @@ def test_central_interval_ends_at_order_statistics() -> None:
 def test_coverage_is_per_dimension() -> None:
     samples = torch.stack([torch.linspace(-1, 1, 99), torch.linspace(4, 5, 99)], dim=-1)[None]
     assert interval_coverage(samples, torch.zeros(1, 3, 2), 0.9).tolist() == [1.0, 0.0]
+
+
+def test_dci_of_known_importances() -> None:
+    one_to_one = torch.eye(3)[torch.tensor([2, 0, 1])]
+    assert dci(one_to_one) == pytest.approx((1, 1))
+    assert dci(torch.ones(4, 3)) == pytest.approx((0, 0), abs=1e-6)
+    # Two dimensions share each factor: each dimension is pure, no factor is told by one alone.
+    shared = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    assert dci(shared) == pytest.approx((1, 0.5))
+    # A dimension that tells nothing of any factor has no weight.
+    assert dci(torch.cat([torch.eye(2), torch.full((1, 2), 1e-9)]))[0] == pytest.approx(1, abs=1e-6)
 
 
 def test_r_squared() -> None:

@@ -1,14 +1,15 @@
 import pytest
 import torch
 
-from worldmodel.config import DataConfig, ModelConfig
+from worldmodel.config import Config, DataConfig, ModelConfig
 from worldmodel.model import WorldModel
 from worldmodel.teacher import Teacher, ema_momentum
 
 
 def student() -> WorldModel:
     torch.manual_seed(0)
-    return WorldModel(ModelConfig(width=0.125, hidden_dim=16, embedding_dim=8), DataConfig(channels=1))
+    model = ModelConfig(width=0.125, hidden_dim=16, embedding_dim=8)
+    return WorldModel(Config(run_dir="", data=DataConfig(channels=1), model=model))
 
 
 def test_parameters_follow_by_the_momentum() -> None:

@@ -18,10 +18,10 @@ from data_pipelines.errors import UserError
 from data_pipelines.transforms import split_segments, to_float
 from tests.conftest import REPO, run_script, script_environment
 from worldmodel import WorldModel, load
-from worldmodel.config import Config, ObjectiveConfig, TrainConfig
-from worldmodel.data import read_index, training_stream
+from worldmodel.config import Config, TrainConfig
+from worldmodel.data import Segments, read_index, training_stream
 from worldmodel.teacher import Teacher
-from worldmodel.train import beta_at, learning_rate, parameter_groups, step_generator, train
+from worldmodel.train import learning_rate, parameter_groups, step_generator, train
 
 DEMO = ["--config", str(REPO / "configs" / "demo.yaml")]
 
@@ -57,10 +57,10 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert learning_rate(4, shorter_than_its_warm_up) == pytest.approx(0.5)
 
 
-def test_beta_warms_up() -> None:
-    config = ObjectiveConfig(beta=0.2, beta_warmup_steps=4)
-    assert [beta_at(step, config) for step in (0, 2, 4, 9)] == pytest.approx([0, 0.1, 0.2, 0.2])
-    assert beta_at(0, ObjectiveConfig(beta=0.2)) == 0.2
+def test_beta_warms_up(tiny_config: Callable[..., Config]) -> None:
+    """A logged row says the beta of the step it ends."""
+    run = train(tiny_config("objective.beta=0.2", "objective.beta_warmup_steps=4"))
+    assert [row["beta"] for row in rows(run)] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2, 0.2])
 
 
 def test_weight_decay_spares_one_dimensional_parameters() -> None:
@@ -108,9 +108,9 @@ def test_each_segment_goes_where_it_belongs(
     seen: dict[str, torch.Tensor] = {}
     forward, teach = WorldModel.forward, Teacher.forward
 
-    def model_spy(self: WorldModel, x: torch.Tensor, later: torch.Tensor, *rest: Any) -> Any:
-        seen.update(x=x.clone(), later=later.clone())
-        return forward(self, x, later, *rest)
+    def model_spy(self: WorldModel, segments: Segments, *rest: Any) -> Any:
+        seen.update(x=segments.x.clone(), later=segments.later.clone())
+        return forward(self, segments, *rest)
 
     def teacher_spy(self: Teacher, video: torch.Tensor) -> torch.Tensor:
         seen.setdefault("target", video.clone())  # evaluation comes after
@@ -252,10 +252,12 @@ def test_signals_save_a_checkpoint_and_tell_by_the_exit_code(
     assert index["latest"] is not None
 
 
-def test_two_processes_log_once_and_agree(tiny_overrides: list[str], tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+@pytest.mark.parametrize("objective", ["byol", "infonce"])
+def test_two_processes_log_once_and_agree(objective: str, tiny_overrides: list[str], tmp_path: Path) -> None:
+    # On a CPU, `accelerate launch --num_processes 2` starts one process only; torchrun starts both.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*launch, str(REPO / "scripts" / "train.py"), *DEMO, *tiny_overrides],
+        [*launch, str(REPO / "scripts" / "train.py"), *DEMO, *tiny_overrides, f"objective.name={objective}"],
         capture_output=True,
         text=True,
         timeout=180,
@@ -263,6 +265,7 @@ def test_two_processes_log_once_and_agree(tiny_overrides: list[str], tmp_path: P
         env=script_environment(),
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("2 processes on cpu, fp32") == 1
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 

@@ -53,14 +53,15 @@ class EmbeddedClips:
     """Clips of one split after the encoders. All on the CPU.
 
     context [N, D] is the student's embedding of x; persistence and target [N, D] are those of x and x+ in the space of
-    targets; r [N, R] is inferred as in training, at a penalty [N] that is None where none is paid. frames holds pixels
-    of the first clips, uint8 [<= N, T, C, H, W]. centroid_velocity [N, 2] px/frame is what the pixels of x show, where
-    the law is known.
+    targets, prior_mean [N, D] is the forecast of x+ at the prior's mean; r [N, R] is inferred as in training, at a
+    penalty [N] that is None where none is paid. frames holds pixels of the first clips, uint8 [<= N, T, C, H, W].
+    centroid_velocity [N, 2] px/frame is what the pixels of x show, where the law is known.
     """
 
     context: Tensor
     persistence: Tensor
     target: Tensor
+    prior_mean: Tensor
     r: Tensor
     penalty: Tensor | None
     clip_id: Tensor
@@ -108,15 +109,14 @@ def evaluate_forecasts(
     """
     sizes = config.evaluation
     law = known_law(config)
-    with _frozen(student, target_encoder):
+    with frozen(student, target_encoder):
         queries = embed_clips(config, student, target_encoder, "test", sizes.queries, device, frames=NUM_EXAMPLES)
         selection = embed_clips(
             config, student, target_encoder, "selection", sizes.selection_clips, device, frames=BANK_CLIPS
         )
         generator = torch.Generator().manual_seed(sizes.seed)
         samples = sample_futures(student, queries.context, sizes.num_samples, generator, device)
-        prior_mean = _prior_mean(student, queries.context, device)
-        embedding = embedding_scores(queries, samples, prior_mean, generator)
+        embedding = embedding_scores(queries, samples, generator)
         metrics: dict[str, Any] = {
             "seed": config.seed,
             "queries": len(queries),
@@ -137,7 +137,7 @@ def evaluate_forecasts(
         velocities = readout(samples)
         forecasts = {
             "model": velocities,
-            "prior_mean": readout(prior_mean)[:, None],
+            "prior_mean": readout(queries.prior_mean)[:, None],
             "persistence": readout(queries.persistence)[:, None],
             "encode_decode_oracle": _encode_decode(
                 law, queries, readout, target_encoder, sizes.num_samples, generator, device
@@ -156,7 +156,7 @@ def evaluate_forecasts(
             "strength": readout.strength,
             "velocity_after_r2": r_squared(readout(queries.target), queries.labels["velocity_after"]),
         },
-        "probes": _probes(fit, selection, queries, student, device),
+        "probes": _probes(fit, selection, queries),
     }
     return Evaluation(metrics, _with_velocities(examples, queries, velocities, draws))
 
@@ -172,13 +172,13 @@ def development_scores(
     sizes = config.evaluation
     law = known_law(config)
     num_queries = min(DEVELOPMENT_QUERIES, sizes.selection_clips)
-    with _frozen(student, target_encoder):
+    with frozen(student, target_encoder):
         queries = embed_clips(config, student, target_encoder, "selection", num_queries, device, progress=False)
         generator = torch.Generator().manual_seed(sizes.seed)
         samples = sample_futures(student, queries.context, sizes.num_samples, generator, device)
         scores = {"effective_rank": effective_rank(queries.target), **_mean_penalty(student, queries)}
         if law is None:
-            forecasts = embedding_scores(queries, samples, samples.mean(dim=1), generator)["forecasts"]
+            forecasts = embedding_scores(queries, samples, generator)["forecasts"]
             score, reference = (forecasts[name]["energy_score"] for name in ("model", "climatology"))
         else:
             num_fit = min(DEVELOPMENT_FIT_CLIPS, sizes.fit_clips)
@@ -208,7 +208,10 @@ def embed_clips(
     """Encode the first clips of a split, keeping the pixels of the first `frames` of them."""
     parts: dict[str, list[Tensor]] = {
         name: []
-        for name in ("context", "persistence", "target", "r", "penalty", "clip_id", "frames", "centroid_velocity")
+        for name in (
+            *("context", "persistence", "target", "prior_mean", "r", "penalty"),
+            *("clip_id", "frames", "centroid_velocity"),
+        )
     }
     labels: dict[str, list[Tensor]] = {}
     has_law = known_law(config) is not None
@@ -225,6 +228,7 @@ def embed_clips(
         context = student.encode(segments.x)
         inference = student.infer(context, segments, oracle_r(batch, config, device), generator)
         parts["context"].append(context.cpu())
+        parts["prior_mean"].append(student.prior_mean_forecast(context).cpu())
         parts["r"].append(inference.r.cpu())
         if inference.penalty is not None:
             parts["penalty"].append(inference.penalty.cpu())
@@ -248,6 +252,7 @@ def embed_clips(
         context=whole["context"],
         persistence=whole["persistence"],
         target=whole["target"],
+        prior_mean=whole["prior_mean"],
         r=whole["r"],
         penalty=whole.get("penalty"),
         clip_id=whole["clip_id"],
@@ -283,16 +288,14 @@ def velocity_scores(forecast: Tensor, draws: Tensor, oracle: float) -> dict[str,
     }
 
 
-def embedding_scores(
-    queries: EmbeddedClips, samples: Tensor, prior_mean: Tensor, generator: torch.Generator
-) -> dict[str, Any]:
-    """Scores in embedding space against the one future that came: samples [Q, S, D], prior_mean [Q, D]."""
+def embedding_scores(queries: EmbeddedClips, samples: Tensor, generator: torch.Generator) -> dict[str, Any]:
+    """Scores in embedding space against the one future that came: samples [Q, S, D]."""
     num_others = min(samples.shape[1] if samples.shape[1] > 1 else 64, len(queries) - 1)
     shift = 1 + torch.randint(len(queries) - 1, (len(queries), num_others), generator=generator)
     others = (torch.arange(len(queries))[:, None] + shift) % len(queries)
     forecasts = {
         "model": samples,
-        "prior_mean": prior_mean[:, None],
+        "prior_mean": queries.prior_mean[:, None],
         "persistence": queries.persistence[:, None],
         "climatology": queries.target[others],
     }
@@ -311,14 +314,11 @@ def _generator_on(device: torch.device, generator: torch.Generator) -> torch.Gen
     return torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
 
-def _prior_mean(student: WorldModel, context: Tensor, device: torch.device) -> Tensor:
-    return torch.cat([student.prior_mean_forecast(chunk.to(device)).cpu() for chunk in context.split(ENCODE_BATCH)])
-
-
 def _mean_penalty(student: WorldModel, clips: EmbeddedClips) -> dict[str, float]:
     """The mean of what the latent pays, by its name, such as {"kl_nats": 1.5}; nothing where it pays nothing."""
-    if student.latent is None or student.latent.penalty_name is None or clips.penalty is None:
+    if clips.penalty is None:
         return {}
+    assert student.latent is not None and student.latent.penalty_name is not None
     return {student.latent.penalty_name: float(clips.penalty.mean())}
 
 
@@ -365,9 +365,7 @@ def choose_readout(
     return min(readouts, key=lambda readout: float((readout(selection_inputs) - selection_outputs).square().mean()))
 
 
-def _probes(
-    fit: EmbeddedClips, selection: EmbeddedClips, queries: EmbeddedClips, student: WorldModel, device: torch.device
-) -> dict[str, Any]:
+def _probes(fit: EmbeddedClips, selection: EmbeddedClips, queries: EmbeddedClips) -> dict[str, Any]:
     """What can be read off frozen embeddings of held-out clips.
 
     From the context, linearly: accuracy of the digit, R^2 of the velocity. From what stands for the future (context and
@@ -382,9 +380,7 @@ def _probes(
         return clips.context
 
     def future(clips: EmbeddedClips) -> Tensor:
-        if student.latent is None:
-            return _prior_mean(student, clips.context, device)
-        return torch.cat([clips.context, clips.r], dim=1)
+        return torch.cat([clips.context, clips.r], dim=1) if clips.r.shape[1] else clips.prior_mean
 
     def change(clips: EmbeddedClips) -> Tensor:
         return clips.labels["velocity_after"] - clips.labels["velocity"]
@@ -408,7 +404,9 @@ def fit_mlp(inputs: Tensor, outputs: Tensor) -> Callable[[Tensor], Tensor]:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    probe = make_pipeline(StandardScaler(), MLPRegressor((256,), early_stopping=True, max_iter=100, random_state=0))
+    probe = make_pipeline(
+        StandardScaler(), MLPRegressor(hidden_layer_sizes=(256,), early_stopping=True, max_iter=100, random_state=0)
+    )
     probe.fit(inputs.numpy(), outputs.numpy())
     return lambda values: torch.from_numpy(probe.predict(values.numpy())).float()
 
@@ -458,7 +456,7 @@ def _queries_hash(queries: EmbeddedClips) -> str:
 
 
 @contextmanager
-def _frozen(*modules: nn.Module) -> Iterator[None]:
+def frozen(*modules: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients inside; modes restored after."""
     modes = [module.training for module in modules]
     for module in modules:
