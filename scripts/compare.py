@@ -109,6 +109,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="OBJECTIVE[/LATENT]:key=value",
         help="an override for one objective, or for one objective with one latent",
     )
+    parser.add_argument("--table-only", action="store_true", help="train nothing; compare the runs that are done")
     parser.add_argument("--skip-refused", action="store_true", help="leave out combinations that the config refuses")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs, such as train.steps=400")
     # An override may also follow an option that takes a list.
@@ -129,7 +130,8 @@ def compare(args: argparse.Namespace) -> int:
     with only_writer(args.out) as lock:
         grid = [keep_threads(run, share) for run in grid]
         check_same_configs(grid)
-        failures = run_all([run for run in grid if not is_done(run)], len(grid), args.jobs, args.launch, lock)
+        todo = [] if args.table_only else [run for run in grid if not is_done(run)]
+        failures = run_all(todo, len(grid), args.jobs, args.launch, lock)
         done = [run for run in grid if is_done(run)]
         if done:
             write_comparison(args, done, failures, refused)

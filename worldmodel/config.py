@@ -302,10 +302,10 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"model.editor=sum adds r to the embedding: model.latent_dim={model.latent_dim} must equal "
             f"model.embedding_dim={model.embedding_dim}"
         )
-    if model.prior == "flow" and model.latent != "gaussian":
+    if model.prior == "flow" and model.latent in ("sparse", "oracle"):
         yield (
             f"model.prior=flow is for model.latent=gaussian: with model.latent={model.latent} r is exactly zero at "
-            "times, or there is none, and a flow has no density for that"
+            "times, and a flow has no density for that"
         )
     if objective.needs_sphere and model.embedding_norm != "sphere":
         yield f"{name} compares directions only and leaves lengths undetermined: it needs model.embedding_norm=sphere"

@@ -55,7 +55,7 @@ def assert_one_line(*arguments: str, tells: str) -> None:
 @pytest.mark.slow
 def test_a_grid_then_nothing_then_a_new_seed_only(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "grid"
-    arguments = ["--jobs", "2", "--set", "byol/none:train.lr=2e-3", *tiny(world), "train.steps=2"]
+    arguments = ["--jobs", "2", "--set", "byol/none:train.lr=3e-3", *tiny(world), "train.steps=2"]
     first = run_script("compare.py", *grid(out, *arguments), timeout_s=400)
     assert first.returncode == 0, first.stderr
     names = ["byol-none", "byol-gaussian", "infonce-none", "infonce-gaussian"]
@@ -75,7 +75,7 @@ def test_a_grid_then_nothing_then_a_new_seed_only(world: Path, tmp_path: Path) -
         score = json.loads((out / name / "seed_0" / "metrics.json").read_text())["forecasts"]["model"]["energy_score"]
         assert row[3] == f"{score:.3f}"
         assert cell["stats"]["forecasts.model.energy_score"] == {"mean": score, "sd": None, "n": 1}
-        rate = "0.002" if name == "byol-none" else "0.001"
+        rate = "0.003" if name == "byol-none" else "0.002"
         assert f"lr: {rate}\n" in (out / name / "seed_0" / "config.yaml").read_text()
         assert (out / name / "seed_0.log.txt").stat().st_size > 0
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
@@ -92,6 +92,10 @@ def test_a_grid_then_nothing_then_a_new_seed_only(world: Path, tmp_path: Path) -
     assert all(path.stat().st_mtime_ns == mtime for path, mtime in before.items())
     assert [path.parent.name for path in out.glob("*/seed_1")] == ["byol-none"]
     assert re.search(r"\| byol +\| none +\| +2 \| +\d+\.\d{3} ± \d+\.\d{3} ", (out / "comparison.md").read_text())
+
+    only = run_script("compare.py", *grid(out, *arguments, "--table-only", objectives="byol", seeds="0 1 2"))
+    assert only.returncode == 0, only.stderr
+    assert not list(out.glob("*/seed_2")) and "| byol" in (out / "comparison.md").read_text()
 
     assert_one_line(*grid(out, *arguments, "train.steps=3"), tells="byol-none/seed_0 holds a run of another config")
 
@@ -179,12 +183,12 @@ def test_overrides_from_the_general_to_the_particular(script: ModuleType, tmp_pa
 
 
 def test_combinations_that_the_config_refuses(script: ModuleType, tmp_path: Path) -> None:
-    arguments = grid(tmp_path, "model.prior=flow")
-    with pytest.raises(UserError, match=r"byol/none, infonce/none: .*prior=flow.*--skip-refused"):
+    arguments = grid(tmp_path, "model.editor=sum")
+    with pytest.raises(UserError, match=r"byol/gaussian, infonce/gaussian: .*editor=sum.*--skip-refused"):
         script.make_grid(parse(script, *arguments))
     runs, refused = script.make_grid(parse(script, *arguments, "--skip-refused"))
-    assert [run.name for run in runs] == ["byol-gaussian/seed_0", "infonce-gaussian/seed_0"]
-    assert refused.startswith("byol/none, infonce/none: ")
+    assert [run.name for run in runs] == ["byol-none/seed_0", "infonce-none/seed_0"]
+    assert refused.startswith("byol/gaussian, infonce/gaussian: ")
     with pytest.raises(UserError, match=r"train\.lr=-1"):
         script.make_grid(parse(script, *arguments, "train.lr=-1", "--skip-refused"))
 
@@ -201,9 +205,9 @@ def test_metrics_count_only_for_the_same_config_and_the_last_step(script: Module
     (folder / "config.yaml").write_text(script.to_yaml(run.config))  # type: ignore[attr-defined]
     (folder / "metrics.json").write_text('{"train": {"steps": 8}}')
     assert script.is_done(run) and script.is_done(only_run("train.steps=8", "data.num_workers=0"))
-    changed = only_run("train.steps=8", "train.lr=2e-3")
+    changed = only_run("train.steps=8", "train.lr=5e-3")
     assert not script.is_done(changed)
-    with pytest.raises(UserError, match=r"byol-none/seed_0 .*train\.lr=0\.001, now 0\.002"):
+    with pytest.raises(UserError, match=r"byol-none/seed_0 .*train\.lr=0\.002, now 0\.005"):
         script.check_same_configs([changed])
     (folder / "metrics.json").write_text('{"train": {"steps": 4}}')
     assert not script.is_done(run)

@@ -22,7 +22,7 @@ def test_twins_differ_only_in_the_latent(name: str) -> None:
     config = flatten(to_dict(load_config(REPO / "configs" / f"{name}.yaml")))
     twin = flatten(to_dict(load_config(REPO / "configs" / f"{name}_byol.yaml")))
     differing = {key for key in config if config[key] != twin[key]}
-    assert differing <= {"run_dir", "model.latent", "model.latent_dim", "objective.beta"}
+    assert differing <= {"run_dir", "model.latent", "model.latent_dim", "model.prior_components", "objective.beta"}
     assert twin["model.latent"] == "none"
 
 
