@@ -4,9 +4,8 @@ PYTHON  ?= python3
 
 BIN    := .venv/bin
 STAMP  := .venv/.installed
-# Two processes with a thread each train faster than one with two threads. On a CPU `accelerate launch` starts one
-# process only, whatever its --num_processes; torchrun starts them, and Accelerate finds them.
-LAUNCH := ACCELERATE_USE_CPU=true $(BIN)/torchrun --standalone --nproc_per_node 2
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
+          --dynamo_backend no
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
