@@ -43,7 +43,8 @@ class Conv3dEncoder(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         """video [B, T, C, H, W] in [0, 1] -> features [B, F]."""
         volume = rearrange(video, "b t c h w -> b c t h w").contiguous(memory_format=torch.channels_last_3d)
-        return rearrange(self.layers(volume).mean(dim=(3, 4)), "b c t -> b (c t)")
+        pooled = _mean_over_pixels(rearrange(self.layers(volume), "b c t h w -> (b t) (h w) c"))
+        return rearrange(pooled, "(b t) c -> b (c t)", b=len(video))
 
 
 class ResNetEncoder(nn.Module):
@@ -83,7 +84,7 @@ class ResNetEncoder(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         """video [B, T, C, H, W] in [0, 1] -> features [B, F]."""
         images = rearrange(video, "b t c h w -> (b t) c h w").contiguous(memory_format=torch.channels_last)
-        pooled = self.frames(images).mean(dim=(2, 3))
+        pooled = _mean_over_pixels(rearrange(self.frames(images), "n c h w -> n (h w) c"))
         return self.time(rearrange(pooled, "(b t) c -> b c t", b=len(video))).flatten(1)
 
 
@@ -211,6 +212,16 @@ class Whitening(nn.Module):
 def normalise(embedding: Tensor) -> Tensor:
     """[..., D] -> float32 [..., D] of Euclidean length sqrt(D)."""
     return F.normalize(embedding.float(), dim=-1) * embedding.shape[-1] ** 0.5
+
+
+def _mean_over_pixels(values: Tensor) -> Tensor:
+    """[N, P, C] -> [N, C], as a product with ones.
+
+    Its gradient is dense and lies in memory as channels-last values do. That of `mean` is one number for all pixels,
+    spread by strides, with which the layers below took a quarter of a CPU step longer.
+    """
+    ones = values.new_ones(1, 1, values.shape[1]).expand(len(values), -1, -1)
+    return (ones @ values).squeeze(1) / values.shape[1]
 
 
 def _scaled(channels: int, width: float) -> int:

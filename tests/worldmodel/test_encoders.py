@@ -34,6 +34,13 @@ def test_features_tell_the_order_of_frames(name: str) -> None:
     assert not torch.allclose(encoder(video), encoder(video.flip(1)), atol=1e-4)
 
 
+def test_features_are_means_over_pixels() -> None:
+    torch.manual_seed(0)
+    encoder = Conv3dEncoder(1, 3, 0.125)
+    values = encoder.layers(clip().transpose(1, 2))
+    torch.testing.assert_close(encoder(clip()), values.mean(dim=(3, 4)).flatten(1))
+
+
 def test_embeddings_have_one_length() -> None:
     torch.manual_seed(0)
     embedder = Embedder(Conv3dEncoder(1, 3, 0.125), [16], 8, "sphere")
