@@ -51,7 +51,7 @@ def test_overrides_replace_values_and_numbers_may_have_exponents(tmp_path: Path)
         ("data=5", ["data", "5"]),
         ("data.batch_size=100", ["data.batch_size=100", "data.num_lanes=32"]),
         ("train.steps", ["train.steps", "key=value"]),
-        ("model.editor=sum", ["model.editor=sum", "model.latent_dim=8", "model.embedding_dim=128"]),
+        ("model.editor=sum", ["model.editor=sum", "model.latent_dim=8", "model.embedding_dim=256"]),
         ("model.encoder=mlp", ["model.encoder=mlp", "data.source=videos", "causal"]),
         ("run_dir.deeper=1", ["run_dir"]),
     ],
