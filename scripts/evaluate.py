@@ -40,6 +40,8 @@ def main() -> int:
 def evaluate(run: Path, which: str, compare: Path | None, device: torch.device) -> None:
     trained = load(run, which="best" if which == "best" else "latest", device=device)
     if trained.config.data.source == "causal":
+        if compare is not None:
+            raise UserError("--compare is for forecasts: scripts/compare.py compares runs on known factors")
         write_factor_scores(run, trained, device)
         return
     evaluation = evaluate_forecasts(trained.config, trained.model, trained.target_encoder, device)

@@ -71,3 +71,5 @@ def test_training_and_evaluating_by_the_scripts(tmp_path: Path) -> None:
     assert "linear R² of the factors, out of distribution" in evaluated.stdout
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["factors"]["in_distribution_r2"] > 0.2 and metrics["kl_nats"] > 0
+    compared = run_script("evaluate.py", "--run", str(run), "--compare", str(run))
+    assert compared.returncode == 2 and "scripts/compare.py compares runs on known factors" in compared.stderr

@@ -3,7 +3,7 @@
 Legend: N observations, D embedding dimensions, F factors.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,9 +58,12 @@ def development_scores(config: Config, student: WorldModel, device: torch.device
     return {"factors_r2": _score(readout, held_out)}
 
 
-class _Embedded:
-    def __init__(self, embedding: Tensor, factors: Tensor, penalty: Tensor | None) -> None:
-        self.embedding, self.factors, self.penalty = embedding, factors, penalty
+class _Embedded(NamedTuple):
+    """Observations as embeddings of x [N, D], their factors [N, F], and what the latent paid [N], if it did."""
+
+    embedding: Tensor
+    factors: Tensor
+    penalty: Tensor | None
 
 
 def _embed(
