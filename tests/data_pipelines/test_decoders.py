@@ -127,10 +127,11 @@ def test_backends_agree(
     size_px: int | None,
     image_size: tuple[int, int],
 ) -> None:
-    """Unresized RGB agrees (but for rounding); the rest within 1.5 levels in the mean and 6 everywhere.
+    """Unresized RGB agrees (but for rounding); the rest within 1.5 levels in the mean and 8 everywhere.
 
     Luma computed from RGB is about a level darker: FFmpeg's fast conversion to RGB rounds down. One frame
-    differs from the next by 3 levels in the mean.
+    differs from the next by 3 levels in the mean. The largest difference depends on the processor, for whose vector
+    instructions the two FFmpegs have different code: 6 levels without AVX-512, 7 with it.
     """
     images = [(_ramp(*image_size) * (0.5 + i * 0.025)).astype(np.uint8) + 30 for i in range(12)]
     pix_fmt = "yuv444p" if image_size[0] % 2 else "yuv420p"
@@ -142,7 +143,7 @@ def test_backends_agree(
         assert a.shape == b.shape == (channels, *expected)
         exact = channels == 3 and size_px is None
         assert np.abs(a - b).mean() <= (0.1 if exact else 1.5)
-        assert np.abs(a - b).max() <= (2 if exact else 6)
+        assert np.abs(a - b).max() <= (2 if exact else 8)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -253,7 +254,10 @@ def test_modules_import_without_any_decoder() -> None:
 
 
 def test_most_overwritten_bytes_are_noticed(tmp_path: Path, write_video: Any) -> None:
-    """H.264 has no checksums, so some damage passes; FFmpeg's default, to conceal it, lets 27 of these 100 pass."""
+    """H.264 has no checksums, so some damage passes; FFmpeg's default, to conceal it, lets 27 of these 100 pass.
+
+    The file's bytes, and so which damage is drawn, depend on the processor: 14 of 100 passed where most did.
+    """
     y, x = np.mgrid[:96, :96]
     images = [(np.sin((x + 3 * k) / 9) * 60 + np.cos((y - 2 * k) / 7) * 60 + 127).astype(np.uint8) for k in range(40)]
     path = write_video(tmp_path / "v.mp4", images=images, options={"g": "20", "crf": "23"})
@@ -270,4 +274,4 @@ def test_most_overwritten_bytes_are_noticed(tmp_path: Path, write_video: Any) ->
             for i in range(40):
                 wrong |= bool(np.abs(reader.read(i) - good[i]).max() > 12)
         num_wrong += wrong
-    assert num_wrong <= 0.12 * num_files
+    assert num_wrong <= 0.18 * num_files

@@ -154,7 +154,7 @@ def test_resuming_with_another_config_names_the_key_and_both_values(
     tiny_config: Callable[..., Config],
 ) -> None:
     open_run(tiny_config())
-    with pytest.raises(UserError, match=r"train.lr=0.001, the config says 0.5"):
+    with pytest.raises(UserError, match=r"train.lr=0.002, the config says 0.5"):
         open_run(tiny_config("train.lr=0.5"), resume=True)
     open_run(tiny_config("data.num_workers=1", "train.log_every=2"), resume=True)
 
