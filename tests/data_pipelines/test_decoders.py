@@ -256,7 +256,7 @@ def test_modules_import_without_any_decoder() -> None:
 def test_most_overwritten_bytes_are_noticed(tmp_path: Path, write_video: Any) -> None:
     """H.264 has no checksums, so some damage passes; FFmpeg's default, to conceal it, lets 27 of these 100 pass.
 
-    The file's bytes, and so which damage is drawn, depend on the processor: 14 of 100 passed where most did.
+    Its bytes, and so which damage is drawn, depend on the processor: at most 14 of 100 passed on those seen.
     """
     y, x = np.mgrid[:96, :96]
     images = [(np.sin((x + 3 * k) / 9) * 60 + np.cos((y - 2 * k) / 7) * 60 + 127).astype(np.uint8) for k in range(40)]
