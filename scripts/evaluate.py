@@ -46,8 +46,7 @@ def evaluate(run: Path, which: str, compare: Path | None, device: torch.device) 
         return
     evaluation = evaluate_forecasts(trained.config, trained.model, trained.target_encoder, device)
     metrics = {
-        "run": run.name,
-        "train": {"seconds": trained.state["train_seconds"], "steps": trained.state["step"]},
+        **training_facts(run, trained),
         **evaluation.metrics,
     }
     if compare is not None:
@@ -67,10 +66,16 @@ def evaluate(run: Path, which: str, compare: Path | None, device: torch.device) 
     print(f"\n{table}\n\n{run / 'report.html'}\n{run / 'metrics.json'}")
 
 
-def write_factor_scores(run: Path, trained: TrainedRun, device: torch.device) -> None:
-    metrics = {
+def training_facts(run: Path, trained: TrainedRun) -> dict[str, Any]:
+    return {
         "run": run.name,
         "train": {"seconds": trained.state["train_seconds"], "steps": trained.state["step"]},
+    }
+
+
+def write_factor_scores(run: Path, trained: TrainedRun, device: torch.device) -> None:
+    metrics = {
+        **training_facts(run, trained),
         **evaluate_factors(trained.config, trained.model, device),
     }
     write_text(run / "metrics.json", json.dumps(metrics, indent=1) + "\n")

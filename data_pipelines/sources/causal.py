@@ -20,12 +20,11 @@ import math
 from collections.abc import Generator
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipelines.errors import UserError
+from data_pipelines.sources.fresh import batch_generator, share_of_rank
 
 Change = Literal["isotropic", "anisotropic", "heteroscedastic", "multimodal"]
 
@@ -105,21 +104,17 @@ class CausalStream:
     batches_per_epoch = 1
 
     def __init__(self, world: CausalWorld, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        if batch_size % world_size:
-            raise UserError(f"data.batch_size={batch_size} is not a multiple of the {world_size} processes")
         self.world = world
         self.batch_size = batch_size
         self.seed = seed
-        local = batch_size // world_size
-        self._slice = slice(rank * local, (rank + 1) * local)
+        self._slice = share_of_rank(batch_size, rank, world_size)
         self.fingerprint = f"causal-{world.kind}-{batch_size}-{seed}"
 
     def batches(self, start_batch: int = 0) -> Generator[dict[str, Any], None, None]:
         """Batches from number `start_batch` on: video float32 [B, 3, F, 1, 1], clip_id [B], labels."""
         batch = start_batch
         while True:
-            mixed = np.random.SeedSequence([self.seed, batch]).generate_state(1, np.uint64)[0]
-            whole = self.world.draw_batch(self.batch_size, torch.Generator().manual_seed(int(mixed)))
+            whole = self.world.draw_batch(self.batch_size, batch_generator(self.seed, batch))
             ids = torch.arange(batch * self.batch_size, (batch + 1) * self.batch_size)
             yield {
                 "video": whole["video"][self._slice],

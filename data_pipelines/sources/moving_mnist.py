@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_pipelines.errors import UserError
+from data_pipelines.sources.fresh import batch_generator, share_of_rank
 
 CANVAS_PX = 64
 SPRITE_PX = 16
@@ -241,24 +242,22 @@ class MovingMnistStream:
         world_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        if batch_size % world_size:
-            raise UserError(f"data.batch_size={batch_size} is not a multiple of the {world_size} processes")
         self.sprites = Sprites(sprites.images.to(device), sprites.digits)
         self.setting: Setting = setting
         self.batch_size = batch_size
         self.seed = seed
         self.device = torch.device(device)
-        local = batch_size // world_size
-        self._slice = slice(rank * local, (rank + 1) * local)
+        self._slice = share_of_rank(batch_size, rank, world_size)
         content = hashlib.sha256(sprites.images.numpy().tobytes()).hexdigest()[:16]
         self.fingerprint = f"moving_mnist-{setting}-{batch_size}-{seed}-{content}"
 
     def trajectories(self, batch: int) -> Trajectories:
         """The trajectories of this rank in global batch number `batch`, on the CPU."""
-        mixed = np.random.SeedSequence([self.seed, batch]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(mixed))
         whole = sample_trajectories(
-            Sprites(self.sprites.images, self.sprites.digits), self.batch_size, self.setting, generator
+            Sprites(self.sprites.images, self.sprites.digits),
+            self.batch_size,
+            self.setting,
+            batch_generator(self.seed, batch),
         )
         return whole.rows(self._slice)
 

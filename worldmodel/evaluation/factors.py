@@ -10,8 +10,8 @@ from torch import Tensor
 
 from data_pipelines.sources.causal import WIDER
 from worldmodel.config import Config
-from worldmodel.data import causal_world, segments_of
-from worldmodel.evaluation.forecast import Readout, choose_readout, frozen
+from worldmodel.data import causal_world, oracle_r, segments_of
+from worldmodel.evaluation.forecast import Readout, choose_readout, frozen, mean_penalty
 from worldmodel.model import WorldModel
 from worldmodel.scores import dci, r_squared
 
@@ -33,7 +33,7 @@ def evaluate_factors(config: Config, student: WorldModel, device: torch.device) 
         outside = _embed(config, student, sizes.queries, generator, device, width=WIDER)
     readout = choose_readout(fit.embedding, fit.factors, selection.embedding, selection.factors)
     disentanglement, completeness = dci(tree_importance(fit.embedding, fit.factors))
-    metrics: dict[str, Any] = {
+    return {
         "seed": config.seed,
         "queries": sizes.queries,
         "space": "factors",
@@ -42,10 +42,8 @@ def evaluate_factors(config: Config, student: WorldModel, device: torch.device) 
             "out_of_distribution_r2": _score(readout, outside),
         },
         "dci": {"disentanglement": disentanglement, "completeness": completeness},
+        **mean_penalty(student, inside.penalty),
     }
-    if student.latent is not None and student.latent.penalty_name and inside.penalty is not None:
-        metrics[student.latent.penalty_name] = float(inside.penalty.mean())
-    return metrics
 
 
 def development_scores(config: Config, student: WorldModel, device: torch.device) -> dict[str, float]:
@@ -78,7 +76,7 @@ def _embed(
     segments = segments_of(batch, config.data.num_segments, device)
     context = student.encode(segments.x)
     on_device = torch.Generator(device).manual_seed(config.evaluation.seed)
-    penalty = student.infer(context, segments, batch["labels"]["change"].to(device), on_device).penalty
+    penalty = student.infer(context, segments, oracle_r(batch, config, device), on_device).penalty
     return _Embedded(context.cpu(), batch["labels"]["factors"], None if penalty is None else penalty.cpu())
 
 

@@ -122,7 +122,7 @@ def evaluate_forecasts(
             "queries": len(queries),
             "queries_sha256": _queries_hash(queries),
             "num_samples": samples.shape[1],
-            **_mean_penalty(student, queries),
+            **mean_penalty(student, queries.penalty),
             "embedding": embedding,
         }
         examples = _examples(config, queries, selection, samples)
@@ -176,7 +176,7 @@ def development_scores(
         queries = embed_clips(config, student, target_encoder, "selection", num_queries, device, progress=False)
         generator = torch.Generator().manual_seed(sizes.seed)
         samples = sample_futures(student, queries.context, sizes.num_samples, generator, device)
-        scores = {"effective_rank": effective_rank(queries.target), **_mean_penalty(student, queries)}
+        scores = {"effective_rank": effective_rank(queries.target), **mean_penalty(student, queries.penalty)}
         if law is None:
             forecasts = embedding_scores(queries, samples, generator)["forecasts"]
             score, reference = (forecasts[name]["energy_score"] for name in ("model", "climatology"))
@@ -314,12 +314,12 @@ def _generator_on(device: torch.device, generator: torch.Generator) -> torch.Gen
     return torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
 
-def _mean_penalty(student: WorldModel, clips: EmbeddedClips) -> dict[str, float]:
-    """The mean of what the latent pays, by its name, such as {"kl_nats": 1.5}; nothing where it pays nothing."""
-    if clips.penalty is None:
+def mean_penalty(student: WorldModel, penalty: Tensor | None) -> dict[str, float]:
+    """The mean of what the latent paid [N], by its name, such as {"kl_nats": 1.5}; nothing where it pays nothing."""
+    if penalty is None:
         return {}
     assert student.latent is not None and student.latent.penalty_name is not None
-    return {student.latent.penalty_name: float(clips.penalty.mean())}
+    return {student.latent.penalty_name: float(penalty.mean())}
 
 
 def _encode_decode(
