@@ -141,13 +141,18 @@ class PyAVReader:
         self._container.close()
 
     def read(self, frame: int) -> Frame:
+        if frame != self._next:
+            self._go_to(frame)
+        return self._convert(self._decode())
+
+    def _go_to(self, frame: int) -> None:
+        """Make `frame` the next one: seek to the keyframe before it where that pays, and decode up to it."""
         assert 0 <= frame < self._video.num_frames, f"frame {frame} of {self._video.num_frames}"
         keyframe = bisect_right(self._video.keyframes, frame) - 1
         if frame < self._next or self._video.keyframes[keyframe] - self._next >= SEEK_SAVES_FRAMES:
             self._seek(keyframe)
         while self._next < frame:
             self._decode()
-        return self._convert(self._decode())
 
     def _decode(self) -> "VideoFrame":
         """The next frame in order of presentation, verified wherever the index knows its timestamp."""
@@ -214,8 +219,7 @@ def _chain(first: "VideoFrame", rest: Iterator["VideoFrame"]) -> Iterator["Video
 def _plane(decoded: "VideoFrame", number: int) -> Frame:
     """A plane of one byte a pixel without the padding at the end of its lines, [H, W]; a view."""
     plane = decoded.planes[number]
-    padded = np.frombuffer(memoryview(plane), np.uint8)[: plane.line_size * decoded.height]
-    return padded.reshape(decoded.height, plane.line_size)[:, : decoded.width]
+    return np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[: decoded.height, : decoded.width]
 
 
 def _luma(decoded: "VideoFrame") -> Frame | None:
@@ -224,8 +228,8 @@ def _luma(decoded: "VideoFrame") -> Frame | None:
     if name in _FULL_LUMA_FORMATS or (name in _TV_LUMA_FORMATS and decoded.color_range == _FULL_RANGE):
         return _plane(decoded, 0).copy()
     if name in _TV_LUMA_FORMATS:
-        full = _plane(decoded, 0).tobytes().translate(_TV_TO_FULL)
-        return np.frombuffer(full, np.uint8).reshape(decoded.height, decoded.width)
+        luma = _plane(decoded, 0)
+        return np.frombuffer(luma.tobytes().translate(_TV_TO_FULL), np.uint8).reshape(luma.shape)
     return None
 
 

@@ -5,19 +5,25 @@ the decoding does not change it (see clips.py). Each group of clips is decoded o
 that falls across the border of two lanes is opened by both.
 """
 
+import gc
 import hashlib
 import json
 import logging
+import os
 import signal
+import sys
+import time
+import traceback
 from bisect import bisect_right
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
-from typing import Any
+from itertools import cycle, islice
+from multiprocessing import get_context
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+import torch.multiprocessing  # makes pipes hand over tensors as shared memory
 
 from data_pipelines.clips import (
     ClipSpec,
@@ -40,6 +46,16 @@ ORDER_VERSION = 1  # to be raised with any change to the order in which clips co
 Batch = dict[str, Any]  # "video" [B, T, C, H, W], "clip_id" int64 [B], "labels" dict of tensors [B, ...]
 Clip = tuple[int, Sequence[Frame] | None]  # id and frames; None: its file does not decode
 Part = dict[str, Any]  # what one worker contributes to a batch
+
+# What a worker decodes at this moment: the video's position in the index, the frame, and since when (time.monotonic).
+Now = MutableSequence[float]
+OPENING = -1.0  # instead of a frame
+IDLE = 0.0  # instead of a time
+
+PARTS_AHEAD = 2  # how many a worker makes before they are asked for
+MAX_DEATHS = 3  # of workers one after the other that deliver nothing
+POLL_S = 1.0
+DECODE_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -74,6 +90,31 @@ def make_source(index: VideoIndex, spec: ClipSpec, *, size_px: int | None, chann
     return ClipSource(index, spec, table, channels, size_px, resolve_decoder(decoder))
 
 
+class Faults:
+    """What one worker knows of videos that do not decode.
+
+    found: position of a video in the index -> why it failed.
+    fatal: (video, frame) pairs at which an earlier worker hung or crashed.
+    now: shared with the main process, which watches it.
+    """
+
+    def __init__(self, fatal: Collection[tuple[int, int]] = (), now: Now | None = None) -> None:
+        self.found: dict[int, str] = {}
+        self.now: Now = [0.0, 0.0, IDLE] if now is None else now
+        self._fatal: dict[int, list[int]] = {}
+        for video, frame in fatal:
+            self._fatal.setdefault(video, []).append(frame)
+
+    def prevent(self, video: int, keyframe: int, stop: int) -> bool:
+        """Whether decoding `video` from `keyframe` up to frame `stop` would meet a fatal frame."""
+        return any(frame == OPENING or keyframe <= frame < stop for frame in self._fatal.get(video, ()))
+
+    def tell(self) -> dict[int, str]:
+        """What was found since the last call."""
+        found, self.found = self.found, {}
+        return found
+
+
 class ClipDecoder:
     """Decodes clips that come in order of time within each group, opening each group's file once.
 
@@ -81,9 +122,8 @@ class ClipDecoder:
     succeeds, so that what is delivered does not depend on which clips were decoded before it.
     """
 
-    def __init__(self, source: ClipSource, failures: dict[int, str]) -> None:
-        self._source = source
-        self._failures = failures  # position of a video in the index -> why it failed
+    def __init__(self, source: ClipSource, faults: Faults) -> None:
+        self._source, self._faults = source, faults
         self._group = -1
         self._reader: VideoReader | None = None
         self._recent: dict[int, Frame] = {}  # frames that overlapping clips share
@@ -101,12 +141,15 @@ class ClipDecoder:
             self._group, self._failed_frame = group, -1
         spec = self._source.spec
         facts = self._source.index.videos[video]
-        if facts.keyframes[bisect_right(facts.keyframes, start) - 1] <= self._failed_frame:
+        keyframe = facts.keyframes[bisect_right(facts.keyframes, start) - 1]
+        if keyframe <= self._failed_frame or self._faults.prevent(video, keyframe, start + spec.span):
             return None  # it would meet the damage again
+        now = self._faults.now
+        now[:] = video, OPENING, time.monotonic()
         try:
             if self._reader is None:
                 self._reader = open_video(
-                    self._source.index.root / facts.path,
+                    f"{self._source.index.root}/{facts.path}",
                     facts,
                     channels=self._source.channels,
                     size_px=self._source.size_px,
@@ -115,12 +158,15 @@ class ClipDecoder:
             recent = {frame: array for frame, array in self._recent.items() if frame >= start}
             for frame in range(start, start + spec.span, spec.grid):
                 if frame not in recent:
+                    now[1] = frame
                     recent[frame] = self._reader.read(frame)
         except DecodeError as error:
-            self._failures.setdefault(video, str(error))
+            self._faults.found.setdefault(video, str(error))
             self._failed_frame = error.frame
             self.close()
             return None
+        finally:
+            now[2] = IDLE
         self._recent = recent
         return [recent[frame] for frame in range(start, start + spec.span, spec.frame_stride)]
 
@@ -148,7 +194,7 @@ def lane_clips(
     decoded: Ints,
     delivered: Ints,
     skip: int,
-    failures: dict[int, str],
+    faults: Faults,
     cache: ClipCache,
 ) -> Iterator[Clip]:
     """One lane's clips of one epoch in order of delivery, from number `skip` on.
@@ -161,7 +207,7 @@ def lane_clips(
     videos = source.table.videos_of(decoded)
     groups = source.table.groups_of(decoded)
     starts = source.table.starts_of(decoded)
-    decoder = ClipDecoder(source, failures)
+    decoder = ClipDecoder(source, faults)
     waiting: dict[int, Sequence[Frame] | None] = {}
     next_position = 0
     try:
@@ -186,67 +232,157 @@ def stack_clips(source: ClipSource, clips: Sequence[Clip]) -> tuple[torch.Tensor
     good = [(clip_id, frames) for clip_id, frames in clips if frames is not None]
     video = np.empty((len(good), *source.clip_shape), dtype=np.uint8)
     for row, (_, frames) in enumerate(good):
-        for t, frame in enumerate(frames):
-            video[row, t] = frame
+        np.stack(frames, out=video[row])
     clip_ids = torch.tensor([clip_id for clip_id, _ in good], dtype=torch.int64)
     return torch.from_numpy(video), clip_ids
 
 
-class _Parts(IterableDataset[Part]):
-    """Runs make_parts(worker, num_workers) in each worker, or here when there are none."""
+class MakeParts(Protocol):
+    """What a worker delivers: a pure function of these numbers, so that one worker can take over from another."""
 
-    def __init__(self, make_parts: "PartsOfStream | PartsOfPass") -> None:
-        self._make_parts = make_parts
-
-    def __iter__(self) -> Iterator[Part]:
-        info = get_worker_info()
-        return self._make_parts(0, 1) if info is None else self._make_parts(info.id, info.num_workers)
+    def __call__(self, worker: int, num_workers: int, first_part: int, faults: Faults) -> Iterator[Part]: ...
 
 
-def _start_worker(worker: int) -> None:
+def _run_workers(
+    make_parts: MakeParts, num_workers: int, decode_timeout_s: float, failures: "_Failures"
+) -> Generator[Part, None, None]:
+    """Parts of worker 0, 1, ..., num_workers - 1, 0, 1, ... until one has no more. Closing it ends the workers."""
+    if num_workers == 0:
+        yield from make_parts(0, 1, 0, Faults())
+        return
+    workers: list[_Worker] = []
+    try:
+        for worker in range(num_workers):
+            workers.append(_Worker(make_parts, worker, num_workers, decode_timeout_s, failures))
+        for each in cycle(workers):
+            part = each.receive()
+            if part is None:
+                return
+            yield part
+    finally:
+        for each in workers:
+            each.end()
+
+
+class _Worker:
+    """A decoding process, as the main process sees it.
+
+    One that dies, or is killed because it hangs, is replaced by one that goes on with the part that is due. The frame
+    at which one hung, or two died, is not decoded again.
+    """
+
+    def __init__(
+        self, make_parts: MakeParts, worker: int, num_workers: int, decode_timeout_s: float, failures: "_Failures"
+    ) -> None:
+        self._make_parts, self._worker, self._num_workers = make_parts, worker, num_workers
+        self._decode_timeout_s, self._failures = decode_timeout_s, failures
+        self._num_received = 0
+        self._num_deaths = 0  # since the last part came
+        self._died_at: tuple[int, int] | None = None
+        self._fatal: set[tuple[int, int]] = set()
+        self._start()
+
+    def _start(self) -> None:
+        # Forked where that is the custom, so that a script needs no __main__ guard.
+        context: Any = get_context("fork" if sys.platform == "linux" else "spawn")
+        self._parts, parts = context.Pipe(duplex=False)
+        self._may_send = context.Semaphore(PARTS_AHEAD)
+        self._now = context.RawArray("d", [0.0, 0.0, IDLE])
+        what = (self._make_parts, self._worker, self._num_workers, self._num_received, frozenset(self._fatal))
+        self._process = context.Process(target=_work, args=(*what, self._now, self._may_send, parts), daemon=True)
+        self._process.start()
+        parts.close()  # the process holds the only other end: when it ends, so does the pipe
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._parts.close()
+
+    def receive(self) -> Part | None:
+        """The next part, or None when there are no more. Raises UserError when workers keep dying."""
+        while True:
+            try:
+                while not self._parts.poll(POLL_S):
+                    self._replace_if_hanging()
+                message = self._parts.recv()
+            except (EOFError, OSError):  # OSError: it died before it had handed over a part's memory
+                self._replace_dead()
+                continue
+            self._may_send.release()
+            if isinstance(message, Exception):
+                raise message
+            self._num_received += 1
+            self._num_deaths = 0
+            return message
+
+    def _replace_if_hanging(self) -> None:
+        video, frame, since_s = self._now
+        if since_s != IDLE and time.monotonic() - since_s > self._decode_timeout_s:
+            self.end()
+            self._leave_out(int(video), int(frame), f"took more than decode_timeout_s={self._decode_timeout_s:g}")
+            self._start()
+
+    def _replace_dead(self) -> None:
+        self.end()
+        self._num_deaths += 1
+        code = self._process.exitcode
+        if self._num_deaths > MAX_DEATHS:
+            raise UserError(
+                f"a decoding process died {self._num_deaths} times in a row (exit code {code}): if memory ran out, "
+                f"lower num_workers={self._num_workers} or pool_clips; else a video crashes the decoder"
+            )
+        log.warning("a decoding process died (exit code %s); another one goes on where it stopped", code)
+        video, frame, since_s = self._now
+        place = None if since_s == IDLE else (int(video), int(frame))
+        if place is not None and place == self._died_at:
+            self._leave_out(*place, "ended two processes")
+            self._num_deaths = 0
+        self._died_at = place
+        self._start()
+
+    def _leave_out(self, video: int, frame: int, what: str) -> None:
+        self._fatal.add((video, frame))
+        self._failures.add({video: f"{'opening it' if frame == OPENING else f'decoding frame {frame}'} {what}"})
+
+
+def _work(
+    make_parts: MakeParts,
+    worker: int,
+    num_workers: int,
+    first_part: int,
+    fatal: Collection[tuple[int, int]],
+    now: Now,
+    may_send: Any,
+    parts: Any,
+) -> None:
+    """The main function of a decoding process: send all parts, then None, or what went wrong."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the main process handles both, and then ends the workers
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    gc.freeze()  # a collection need not walk what was there before the fork, nor make pages of it this process's own
+    parent = os.getppid()
 
+    def send(message: Any) -> None:
+        wait()
+        parts.send(message)
 
-def _as_is(part: Any) -> Any:
-    return part
+    def wait() -> None:
+        while not may_send.acquire(timeout=POLL_S):
+            if os.getppid() != parent:
+                os._exit(1)  # nobody is left to receive
 
-
-def _run_workers(make_parts: "PartsOfStream | PartsOfPass", num_workers: int) -> Generator[Part, None, None]:
-    """Parts of worker 0, 1, ..., num_workers - 1, 0, 1, ... Closing the iterator ends the workers."""
-    if num_workers == 0:
-        yield from make_parts(0, 1)
-        return
-    loader = DataLoader(
-        _Parts(make_parts),
-        batch_size=None,
-        num_workers=num_workers,
-        collate_fn=_as_is,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # its own, so that starting workers draws nothing from the global one
-    )
-    parts = iter(loader)
     try:
-        while True:
-            try:
-                part = next(parts)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error) or "exited unexpectedly" not in str(error):
-                    raise
-                raise UserError(
-                    f"a decoding process died ({one_line_of(error)}): if memory ran out, lower num_workers="
-                    f"{num_workers} or pool_clips; else a video crashes the decoder"
-                ) from None
-            yield part
-    finally:
-        del parts
-
-
-def one_line_of(error: BaseException) -> str:
-    return " ".join(str(error).split())
+        for part in make_parts(worker, num_workers, first_part, Faults(fatal, now)):
+            send(part)
+        send(None)
+    except BrokenPipeError:
+        return
+    except UserError as error:
+        send(error)
+    except Exception:
+        send(RuntimeError(f"in a decoding process:\n{traceback.format_exc()}"))
+    for _ in range(PARTS_AHEAD):  # tensors are handed over by this process: it stays until all are received
+        wait()
 
 
 @dataclass(frozen=True)
@@ -260,7 +396,7 @@ class PartsOfStream:
     start_batch: int
     cache_bytes: int
 
-    def __call__(self, worker: int, num_workers: int) -> Iterator[Part]:
+    def __call__(self, worker: int, num_workers: int, first_part: int, faults: Faults) -> Iterator[Part]:
         lanes = lanes_of_worker(
             num_lanes=self.order.num_lanes,
             rank=self.rank,
@@ -271,13 +407,12 @@ class PartsOfStream:
         per_lane = self.order.batch_size // self.order.num_lanes
         cache = ClipCache(self.cache_bytes // num_workers)
         num_batches = self.source.table.num_clips // self.order.batch_size
-        epoch, first_batch = divmod(self.start_batch, num_batches)
-        failures: dict[int, str] = {}
+        epoch, first_batch = divmod(self.start_batch + first_part, num_batches)
         while True:
             order = self.order.of_epoch(self.source.table, epoch)
             queues = [
                 lane_clips(
-                    self.source, order.decoded[lane], order.delivered[lane], first_batch * per_lane, failures, cache
+                    self.source, order.decoded[lane], order.delivered[lane], first_batch * per_lane, faults, cache
                 )
                 for lane in lanes
             ]
@@ -289,8 +424,7 @@ class PartsOfStream:
                     clip_lanes.extend([lane] * per_lane)
                 good = [lane for lane, clip in zip(clip_lanes, clips, strict=True) if clip[1] is not None]
                 video, clip_id = stack_clips(self.source, clips)
-                yield {"video": video, "clip_id": clip_id, "lane": good, "failures": dict(failures)}
-                failures.clear()
+                yield {"video": video, "clip_id": clip_id, "lane": good, "failures": faults.tell()}
             epoch, first_batch = epoch + 1, 0
 
 
@@ -302,16 +436,14 @@ class PartsOfPass:
     batch_size: int
     num_clips: int
 
-    def __call__(self, worker: int, num_workers: int) -> Iterator[Part]:
-        failures: dict[int, str] = {}
+    def __call__(self, worker: int, num_workers: int, first_part: int, faults: Faults) -> Iterator[Part]:
         no_cache = ClipCache(0)
         stride = self.batch_size * num_workers
-        for first in range(worker * self.batch_size, self.num_clips, stride):
+        for first in range(worker * self.batch_size + first_part * stride, self.num_clips, stride):
             ids = np.arange(first, min(first + self.batch_size, self.num_clips))
-            clips = list(lane_clips(self.source, ids, np.arange(len(ids)), 0, failures, no_cache))
+            clips = list(lane_clips(self.source, ids, np.arange(len(ids)), 0, faults, no_cache))
             video, clip_id = stack_clips(self.source, clips)
-            yield {"video": video, "clip_id": clip_id, "failures": dict(failures)}
-            failures.clear()
+            yield {"video": video, "clip_id": clip_id, "failures": faults.tell()}
 
 
 @dataclass(frozen=True)
@@ -377,6 +509,8 @@ class VideoStream:
     num_clips % batch_size clips, others each time. A file that turns out not to decode has its clips dropped,
     never replaced: its batches are smaller.
 
+    decode_timeout_s: a worker that takes longer for one clip is replaced, and the frame it hung at left out. With
+        num_workers=0 nobody watches.
     cache_mb: MiB of decoded clips that this rank's workers keep together for later epochs, the first that fit.
     batches_per_epoch: batches in one pass over the clips.
     fingerprint: hash of all that fixes the order of clips; where it is equal, start_batch means the same.
@@ -403,6 +537,7 @@ class VideoStream:
         decoder: str = "auto",
         max_bad_fraction: float = 0.1,
         cache_mb: int = 0,
+        decode_timeout_s: float = DECODE_TIMEOUT_S,
     ) -> None:
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
         self._source = make_source(index, spec, size_px=size_px, channels=channels, decoder=decoder)
@@ -412,6 +547,7 @@ class VideoStream:
         self._rank, self._world_size = rank, world_size
         self._num_workers = min(num_workers, num_lanes // world_size)
         self._cache_bytes = cache_mb * 2**20
+        self._decode_timeout_s = decode_timeout_s
         self._failures = _Failures(index, max_bad_fraction)
         self.batches_per_epoch = num_clips // batch_size
         facts = [ORDER_VERSION, index.content_hash, asdict(spec), asdict(self._order)]
@@ -427,7 +563,7 @@ class VideoStream:
         make_parts = PartsOfStream(
             self._source, self._order, self._rank, self._world_size, start_batch, self._cache_bytes
         )
-        parts = _run_workers(make_parts, self._num_workers)
+        parts = _run_workers(make_parts, self._num_workers, self._decode_timeout_s, self._failures)
         try:
             while True:
                 batch_parts = [next(parts) for _ in range(max(1, self._num_workers))]
@@ -449,6 +585,7 @@ def read_all(
     num_workers: int = 0,
     max_clips: int | None = None,
     max_bad_fraction: float = 0.1,
+    decode_timeout_s: float = DECODE_TIMEOUT_S,
 ) -> Iterator[Batch]:
     """Every clip (or the first max_clips) once, in order of clip ids; the last batch may be short.
 
@@ -458,7 +595,7 @@ def read_all(
     num_clips = source.table.num_clips if max_clips is None else min(max_clips, source.table.num_clips)
     failures = _Failures(index, max_bad_fraction)
     num_workers = min(num_workers, -(-num_clips // batch_size))
-    parts = _run_workers(PartsOfPass(source, batch_size, num_clips), num_workers)
+    parts = _run_workers(PartsOfPass(source, batch_size, num_clips), num_workers, decode_timeout_s, failures)
     try:
         for part in parts:
             failures.add(part["failures"])

@@ -59,6 +59,8 @@ class DataConfig:
     num_workers: NonNegativeInt = 1
     """Decoding processes a training process."""
     decoder: Literal["auto", "pyav", "decord"] = "auto"
+    decode_timeout_s: PositiveFloat = 60.0
+    """A decoding process that takes longer for one clip is replaced, and the frame it hung at left out."""
     max_bad_fraction: Fraction = 0.1
     """Share of unreadable videos above which a run stops."""
     mnist_dir: str | None = None

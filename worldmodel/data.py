@@ -103,6 +103,7 @@ def training_stream(
         num_workers=data.num_workers,
         decoder=data.decoder,
         max_bad_fraction=data.max_bad_fraction,
+        decode_timeout_s=data.decode_timeout_s,
         cache_mb=data.cache_mb,
     )
 
@@ -126,6 +127,7 @@ def evaluation_batches(config: Config, split: Split, num_clips: int) -> Iterator
             decoder=data.decoder,
             num_workers=data.num_workers,
             max_clips=num_clips,
+            decode_timeout_s=data.decode_timeout_s,
         )
     left = num_clips
     for batch in batches:

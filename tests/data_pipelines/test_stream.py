@@ -4,12 +4,14 @@ import hashlib
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -387,12 +389,149 @@ def test_workers_leave_ctrl_c_to_the_main_process(index: VideoIndex) -> None:
     batches.close()  # type: ignore[attr-defined]
 
 
-def test_a_killed_worker_is_one_clear_line(index: VideoIndex) -> None:
-    batches, workers = _started(index, 1)
-    os.kill(workers[0].pid, signal.SIGKILL)
-    with pytest.raises(UserError, match="a decoding process died") as caught:
-        list(islice(batches, 10))
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_killed_workers_are_replaced_and_no_batch_changes(index: VideoIndex, num_workers: int) -> None:
+    total = _stream(index).batches_per_epoch + 4
+    whole = [_hash(batch) for batch in _take(_stream(index), total)]
+    rng = random.Random(0)
+    batches = _stream(index, num_workers=num_workers).batches()
+    hashes = []
+    for number in range(total):
+        if number % 7 == 3:
+            victim = rng.choice(multiprocessing.active_children())
+            time.sleep(rng.uniform(0, 0.05))
+            victim.kill()
+        hashes.append(_hash(next(batches)))
+    batches.close()
+    assert hashes == whole
+    assert not multiprocessing.active_children()
+
+
+class _FaultyReader:
+    """Does something terrible before it reads one frame of one video."""
+
+    def __init__(self, reader: Any, frame: int, act: Callable[[], Any]) -> None:
+        self._reader, self._frame, self._act = reader, frame, act
+        self.close = reader.close
+
+    def read(self, frame: int) -> Any:
+        if frame == self._frame:
+            self._act()
+        return self._reader.read(frame)
+
+
+def _make_faulty(monkeypatch: pytest.MonkeyPatch, name: str, frame: int | None, act: Callable[[], Any]) -> None:
+    """frame None: the file cannot even be opened."""
+    open_video = stream_module.open_video
+
+    def faulty(path: str, *arguments: Any, **more: Any) -> Any:
+        if not path.endswith(name):
+            return open_video(path, *arguments, **more)
+        if frame is None:
+            act()
+        return _FaultyReader(open_video(path, *arguments, **more), -1 if frame is None else frame, act)
+
+    monkeypatch.setattr(stream_module, "open_video", faulty)
+
+
+@pytest.mark.parametrize("frame", [None, 130])
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        (lambda: time.sleep(1000), "took more than decode_timeout_s=0.5"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "ended two processes"),
+    ],
+    ids=["hangs", "crashes"],
+)
+def test_a_frame_at_which_workers_hang_or_crash_is_left_out(
+    index: VideoIndex,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    frame: int | None,
+    act: Callable[[], Any],
+    reason: str,
+) -> None:
+    name = "long/32.mp4"
+    [video] = [row for row, facts in enumerate(index.videos) if facts.path == name]
+    table = _table(index)
+    total = 2 * _stream(index).batches_per_epoch
+    whole = _take(_stream(index), total)
+    monkeypatch.setattr(stream_module, "POLL_S", 0.05)
+    _make_faulty(monkeypatch, name, frame, act)
+    batches = _take(_stream(index, num_workers=2, decode_timeout_s=0.5), total)
+    lost = set()
+    for expected, batch in zip(whole, batches, strict=True):
+        ids = batch["clip_id"].tolist()
+        missing = [clip for clip in expected["clip_id"].tolist() if clip not in ids]
+        kept = torch.tensor([clip not in missing for clip in expected["clip_id"].tolist()])
+        assert torch.equal(expected["clip_id"][kept], batch["clip_id"])
+        assert torch.equal(expected["video"][kept], batch["video"])
+        lost.update(missing)
+    clips = np.arange(table.first_clip[video], table.first_clip[video + 1])
+    starts = table.starts_of(clips)
+    keyframes = np.asarray(index.videos[video].keyframes)
+    if frame is not None:
+        behind = keyframes[np.searchsorted(keyframes, starts, side="right") - 1]
+        clips = clips[(behind <= frame) & (frame < starts + SPEC.span)]
+        assert 0 < len(clips) < len(starts)
+    delivered = np.concatenate([batch["clip_id"].numpy() for batch in whole])
+    assert lost == set(clips.tolist()) & set(delivered.tolist()) != set()
+    place = "opening it" if frame is None else f"decoding frame {frame}"
+    assert sum(f"'{name}' does not decode ({place} {reason})" in record.message for record in caplog.records) == 1
+
+
+def test_workers_that_die_again_and_again_are_one_clear_line(
+    index: VideoIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(stream_module, "stack_clips", die)
+    with pytest.raises(UserError, match=r"a decoding process died 4 times in a row \(exit code -9\)") as caught:
+        _take(_stream(index, num_workers=2), 1)
     assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_in_a_worker_arrives_with_its_traceback(index: VideoIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise ZeroDivisionError("a mistake of ours")
+
+    monkeypatch.setattr(stream_module, "stack_clips", fail)
+    with pytest.raises(RuntimeError, match=r"in fail(.|\n)*a mistake of ours"):
+        _take(_stream(index, num_workers=1), 1)
+
+
+ORPHAN = """
+import json, multiprocessing, sys, time
+from data_pipelines.clips import ClipSpec
+from data_pipelines.index import load_or_build_index
+from data_pipelines.stream import VideoStream
+
+root, settings = json.loads(sys.argv[1])
+batches = VideoStream(load_or_build_index(root, progress=False), ClipSpec(), **settings, num_workers=1).batches()
+next(batches)
+print(multiprocessing.active_children()[0].pid, flush=True)
+time.sleep(1000)
+"""
+
+
+def test_workers_end_with_a_main_process_that_was_killed(index: VideoIndex) -> None:
+    command = [sys.executable, "-c", ORPHAN, json.dumps([str(index.root), SETTINGS])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as main:
+        assert main.stdout is not None
+        worker = int(main.stdout.readline())
+        main.kill()
+    for _ in range(200):
+        try:
+            os.kill(worker, 0)
+            if Path(f"/proc/{worker}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] == "Z":
+                return  # it ended; nobody has asked for its exit code yet
+        except OSError:
+            return
+        time.sleep(0.05)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker lives on")
 
 
 def test_fingerprint_covers_what_fixes_the_order_and_nothing_else(index: VideoIndex) -> None:
