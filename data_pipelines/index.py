@@ -115,7 +115,7 @@ def open_container(path: str | Path) -> "InputContainer":
         try:
             container = av.open(str(path), format="mov", options=options)
             streams = container.streams.video
-            if streams and streams[0].width > 0 and streams[0].average_rate:
+            if streams and streams[0].codec_context and streams[0].width > 0 and streams[0].average_rate:
                 return container
             container.close()
         except av.FFmpegError:
@@ -124,8 +124,13 @@ def open_container(path: str | Path) -> "InputContainer":
 
 
 def prepare_codec(container: "InputContainer") -> None:
-    """One FFmpeg thread (processes are the parallelism); damage is an error, not a plausible picture."""
+    """One FFmpeg thread (processes are the parallelism); damage is an error, not a plausible picture.
+
+    Raises ValueError: there is no decoder for the stream.
+    """
     codec = container.streams.video[0].codec_context
+    if codec is None:
+        raise ValueError("no decoder for its codec")
     codec.thread_count = 1
     codec.options = {"err_detect": "explode"}
 

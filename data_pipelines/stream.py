@@ -424,7 +424,12 @@ class PartsOfStream:
                     clip_lanes.extend([lane] * per_lane)
                 good = [lane for lane, clip in zip(clip_lanes, clips, strict=True) if clip[1] is not None]
                 video, clip_id = stack_clips(self.source, clips)
-                yield {"video": video, "clip_id": clip_id, "lane": good, "failures": faults.tell()}
+                yield {
+                    "video": video,
+                    "clip_id": clip_id,
+                    "lane": np.array(good, dtype=np.int64),
+                    "failures": faults.tell(),
+                }
             epoch, first_batch = epoch + 1, 0
 
 
@@ -491,15 +496,18 @@ def _merge(parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor]:
     """The workers' parts of one batch -> video and clip ids in lane order."""
     if len(parts) == 1:
         return parts[0]["video"], parts[0]["clip_id"]
-    lanes = torch.tensor([lane for part in parts for lane in part["lane"]], dtype=torch.int64)
-    rows = torch.empty_like(lanes)
-    rows[torch.argsort(lanes, stable=True)] = torch.arange(len(lanes))
-    video = torch.empty((len(lanes), *parts[0]["video"].shape[1:]), dtype=torch.uint8)
-    clip_id = torch.empty_like(lanes)
-    for part, part_rows in zip(parts, rows.split([len(part["lane"]) for part in parts]), strict=True):
-        video[part_rows] = part["video"]
-        clip_id[part_rows] = part["clip_id"]
-    return video, clip_id
+    lanes = np.concatenate([part["lane"] for part in parts])
+    rows = np.empty_like(lanes)
+    rows[np.argsort(lanes, kind="stable")] = np.arange(len(lanes))
+    # NumPy copies whole clips here; torch's indexing, bytes one by one.
+    video = np.empty((len(lanes), *parts[0]["video"].shape[1:]), dtype=np.uint8)
+    clip_id = np.empty(len(lanes), dtype=np.int64)
+    first = 0
+    for part in parts:
+        part_rows = rows[first : first + len(part["lane"])]
+        video[part_rows], clip_id[part_rows] = part["video"].numpy(), part["clip_id"].numpy()
+        first += len(part_rows)
+    return torch.from_numpy(video), torch.from_numpy(clip_id)
 
 
 class VideoStream:

@@ -34,6 +34,7 @@ from data_pipelines.sources.moving_mnist import write_world
 from data_pipelines.stream import VideoStream
 from worldmodel.checkpoint import write_text
 from worldmodel.cli import report_errors
+from worldmodel.machine import child_processes, memory_mb
 
 SPEC = ClipSpec()
 BATCH_SIZE = 64
@@ -151,29 +152,23 @@ def measure_apart(case: Case, method: str, workers: int, data: Path, args: argpa
 def middle(rows: Sequence[Row]) -> Row:
     first = rows[0]
     speed = median(row.clips_per_s for row in rows)
-    memory = median(row.peak_rss_mb for row in rows)
+    peak_mb = median(row.peak_rss_mb for row in rows)
     return Row(
-        first.case, first.method, first.workers, round(speed, 1), round(speed * SPEC.length, 1), round(memory, 1)
+        first.case, first.method, first.workers, round(speed, 1), round(speed * SPEC.length, 1), round(peak_mb, 1)
     )
 
 
 def measure(case: Case, method: str, workers: int, data: Path, seconds: float) -> Row:
     index = load_or_build_index(data / case.name, progress=False)
     if method == "stream":
-        clips_per_s, memory_mb = time_stream(case, index, workers)
+        clips_per_s, peak_mb = time_stream(case, index, workers)
     elif method == "ffmpeg_null":
-        clips_per_s, memory_mb = time_ffmpeg(index, data / case.name)
+        clips_per_s, peak_mb = time_ffmpeg(index, data / case.name)
     else:
         way, _, decoder = method.partition("_order_" if method.startswith("in_") else "_")
         timed = time_in_order if way == "in" else time_random
-        clips_per_s, memory_mb = timed(case, index, DECODERS[decoder], seconds), peak_rss_mb(os.getpid())
-    return Row(case.name, method, workers, clips_per_s, clips_per_s * SPEC.length, memory_mb)
-
-
-def peak_rss_mb(pid: int) -> float:
-    """Largest resident size so far (Linux), pages shared with other processes counted in."""
-    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
-    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+        clips_per_s, peak_mb = timed(case, index, DECODERS[decoder], seconds), memory_mb(os.getpid(), "VmHWM")
+    return Row(case.name, method, workers, clips_per_s, clips_per_s * SPEC.length, peak_mb)
 
 
 # ------------------------------------------------------------------------------------------------------- methods
@@ -198,13 +193,9 @@ def time_stream(case: Case, index: VideoIndex, workers: int) -> tuple[float, flo
     for batch in islice(batches, stream.batches_per_epoch):
         num_clips += len(batch["clip_id"])
     elapsed_s = time.perf_counter() - started_s
-    memory_mb = peak_rss_mb(os.getpid()) + sum(map(peak_rss_mb, children(os.getpid())))
+    peak_mb = sum(memory_mb(pid, "VmHWM") for pid in (os.getpid(), *child_processes(os.getpid())))
     batches.close()
-    return num_clips / elapsed_s, memory_mb
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+    return num_clips / elapsed_s, peak_mb
 
 
 def time_in_order(case: Case, index: VideoIndex, opened: "OpenVideo", seconds: float) -> float:
@@ -246,16 +237,16 @@ def time_ffmpeg(index: VideoIndex, root: Path) -> tuple[float, float]:
         command = ["ffmpeg", "-v", "error", "-nostdin", "-threads", "1", "-f", "concat", "-safe", "0"]
         started_s = time.perf_counter()
         child = subprocess.Popen([*command, "-i", playlist.name, "-map", "0:v", "-f", "null", "-"])
-        memory_mb = 0.0
+        peak_mb = 0.0
         while child.poll() is None:
             with suppress(StopIteration, OSError):  # it has just ended
-                memory_mb = peak_rss_mb(child.pid)
+                peak_mb = memory_mb(child.pid, "VmHWM")
             time.sleep(0.02)
         elapsed_s = time.perf_counter() - started_s
     if child.returncode:
         raise UserError(f"ffmpeg failed on the videos of {root}")
     num_frames = sum(video.num_frames for video in index.videos)
-    return num_frames / SPEC.length / elapsed_s, memory_mb
+    return num_frames / SPEC.length / elapsed_s, peak_mb
 
 
 class PyavVideo:

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+from pathlib import Path
 
 import torch
 
@@ -28,3 +29,18 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_threshold = -1, -3
         libc.mallopt(mmap_threshold, 32 << 20)
         libc.mallopt(trim_threshold, 1 << 30)
+
+
+def memory_mb(pid: int, entry: str) -> float:
+    """A process's memory in MiB, as Linux counts it.
+
+    VmHWM: the largest resident size so far. Pss: the resident size now; pages that processes share are divided by them.
+    """
+    source = Path(f"/proc/{pid}/{'smaps_rollup' if entry == 'Pss' else 'status'}")
+    lines = source.read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{entry}:"))
+
+
+def child_processes(pid: int) -> list[int]:
+    """Its living children (Linux)."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
