@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from data_pipelines.errors import UserError
-from data_pipelines.index import BadFile, Video, index_file, one_line, open_container, prepare_codec
+from data_pipelines.probe import BadFile, Video, index_file, one_line, open_container, prepare_codec
 
 if TYPE_CHECKING:
     from av import VideoFrame

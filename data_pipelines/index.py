@@ -1,13 +1,8 @@
-"""A folder of videos -> an index: frames, keyframes, size and labels of each file; cached; bad files listed.
-
-Files are demuxed, not decoded (only the first frame is, as a check), so that indexing costs about a
-millisecond for a small file.
-"""
+"""A folder of videos -> an index: frames, keyframes, size and labels of each file; cached; bad files listed."""
 
 import hashlib
 import json
 import logging
-import math
 import os
 import signal
 import sys
@@ -18,15 +13,14 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import torch
 from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
-
-if TYPE_CHECKING:
-    from av.container import InputContainer
+from data_pipelines.labels import read_labels
+from data_pipelines.probe import BadFile, Video, index_file, one_line
 
 log = logging.getLogger(__name__)
 
@@ -38,39 +32,6 @@ INDEX_NAME = ".worldmodel_index.jsonl"
 INDEX_HEADER = {"format": "worldmodel-video-index", "version": 1}
 FILES_PER_TASK = 64
 MIN_VIDEOS_TO_DEAL = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Video:
-    """One readable video file.
-
-    keyframes: presentation index of each frame at which decoding can start; the first is always 0.
-    keyframe_pts: their timestamps in the container's time base; empty where the container has none that
-        can be trusted (then keyframes is (0,): such a file is only ever decoded from its beginning).
-    open_gop: some frames are stored after a keyframe and shown before it.
-    """
-
-    path: str  # relative to the root, with forward slashes
-    size_bytes: int
-    mtime_ns: int
-    num_frames: int
-    fps: float  # average; 0 if unknown
-    width: int
-    height: int
-    duration_s: float
-    keyframes: tuple[int, ...]
-    keyframe_pts: tuple[int, ...]
-    open_gop: bool
-
-
-@dataclass(frozen=True, slots=True)
-class BadFile:
-    """A file with a video's name that cannot be used, and why."""
-
-    path: str
-    size_bytes: int
-    mtime_ns: int
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -99,124 +60,6 @@ class VideoIndex:
         for video in self.videos:
             digest.update(f"{video.path}\0{video.size_bytes}\0{video.num_frames}\n".encode())
         return digest.hexdigest()[:16]
-
-
-def open_container(path: str | Path) -> "InputContainer":
-    """Open a file with PyAV for decoding on one thread.
-
-    MP4 and MOV state everything in their header. So FFmpeg need not guess the format, nor open a codec and
-    decode frames to learn the stream's parameters: a tiny file opens in 0.16 ms instead of 0.40 ms or more.
-    What calls itself .mp4 and is something else, or lacks a parameter, is opened as all others are.
-    """
-    import av
-
-    if os.path.splitext(path)[1].lower() in {".mp4", ".m4v", ".mov"}:
-        options = {"probesize": "32", "analyzeduration": "0", "codec_whitelist": "none"}
-        try:
-            container = av.open(str(path), format="mov", options=options)
-            streams = container.streams.video
-            if streams and streams[0].codec_context and streams[0].width > 0 and streams[0].average_rate:
-                return container
-            container.close()
-        except av.FFmpegError:
-            pass
-    return av.open(str(path))
-
-
-def prepare_codec(container: "InputContainer") -> None:
-    """One FFmpeg thread (processes are the parallelism); damage is an error, not a plausible picture.
-
-    Raises ValueError: there is no decoder for the stream.
-    """
-    codec = container.streams.video[0].codec_context
-    if codec is None:
-        raise ValueError("no decoder for its codec")
-    codec.thread_count = 1
-    codec.options = {"err_detect": "explode"}
-
-
-def one_line(error: BaseException) -> str:
-    """An exception as one short line, without the path that FFmpeg's messages repeat."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split())[:200]
-
-
-def index_file(root: str | Path, path: str) -> Video | BadFile:
-    """Index one file, given relative to root. Whatever is wrong with it becomes a BadFile; never raises."""
-    import av
-
-    size_bytes, mtime_ns = 0, 0
-    try:
-        stat = os.stat(os.path.join(root, path))
-        size_bytes, mtime_ns = stat.st_size, stat.st_mtime_ns
-        if size_bytes == 0:
-            raise ValueError("empty file (0 bytes)")
-        with open_container(os.path.join(root, path)) as container:
-            facts = _demux(container)
-    except (av.FFmpegError, OSError, ValueError, IndexError, ArithmeticError) as error:
-        return BadFile(path, size_bytes, mtime_ns, one_line(error))
-    return Video(path=path, size_bytes=size_bytes, mtime_ns=mtime_ns, **facts)
-
-
-def _demux(container: "InputContainer") -> dict[str, Any]:
-    """Count packets, find keyframes in presentation order, decode the first frame. ValueError if bad."""
-    if not container.streams.video:
-        raise ValueError("no video stream")
-    prepare_codec(container)
-    stream = container.streams.video[0]
-    shown: list[tuple[int | None, bool]] = []
-    first_frame = None
-    num_packets = 0
-    open_gop, key_pts = False, None
-    for packet in container.demux(stream):
-        if first_frame is None:
-            first_frame = next(iter(packet.decode()), None)
-        if packet.size == 0:
-            continue
-        num_packets += 1
-        if packet.is_corrupt:
-            raise ValueError(f"truncated: packet {num_packets} is cut off")
-        if not packet.is_discard:  # decoded but not shown: what an edit list cuts away
-            shown.append((packet.pts, packet.is_keyframe))
-            if packet.is_keyframe:
-                key_pts = packet.pts
-            elif key_pts is not None and packet.pts is not None and packet.pts < key_pts:
-                open_gop = True
-    # The header's promise: what is left of it after edit lists (newer PyAV), else the plain count.
-    promised = len(stream.index_entries) if hasattr(stream, "index_entries") else stream.frames
-    if "mp4" in container.format.name and num_packets < promised:
-        raise ValueError(f"truncated: {num_packets} of {promised} frames")
-    if not shown:
-        raise ValueError("no frames")
-    if first_frame is None:
-        raise ValueError("the first frame does not decode")
-
-    num_frames = len(shown)
-    pts = [time for time, _ in shown]
-    times = sorted(time for time in pts if time is not None)
-    # AVI has no presentation times: what is reported as such follows the order of decoding.
-    if len(set(times)) < num_frames or container.format.name == "avi":
-        keyframes, keyframe_pts = [0], []
-    else:
-        ordered = sorted((time, is_key) for time, is_key in shown if time is not None)
-        keyframes = sorted({0, *(i for i, (_, is_key) in enumerate(ordered) if is_key)})
-        keyframe_pts = [times[i] for i in keyframes]
-    fps = float(stream.average_rate or stream.guessed_rate or 0)
-    if len(times) > 1 and stream.time_base is not None:
-        span_s = float((times[-1] - times[0]) * stream.time_base)
-        duration_s = span_s * num_frames / (num_frames - 1) if num_frames > 1 else span_s
-    else:
-        duration_s = num_frames / fps if fps else 0.0
-    return {
-        "num_frames": num_frames,
-        "fps": fps if fps or not duration_s else num_frames / duration_s,
-        "width": first_frame.width,
-        "height": first_frame.height,
-        "duration_s": duration_s,
-        "keyframes": tuple(keyframes),
-        "keyframe_pts": tuple(keyframe_pts),
-        "open_gop": open_gop,
-    }
 
 
 def load_or_build_index(
@@ -255,7 +98,7 @@ def load_or_build_index(
     videos = [entry for entry in entries if isinstance(entry, Video)]
     bad = [entry for entry in entries if isinstance(entry, BadFile)]
     _judge_bad_files(root, bad, len(entries), max_bad_fraction)
-    return VideoIndex(root=root, videos=videos, bad=bad, labels=_read_labels(root, videos))
+    return VideoIndex(root=root, videos=videos, bad=bad, labels=read_labels(root, videos))
 
 
 def _judge_bad_files(root: Path, bad: Sequence[BadFile], num_files: int, max_bad_fraction: float) -> None:
@@ -391,52 +234,6 @@ def _write_cache(root: Path, entries: Iterable[Video | BadFile]) -> None:
             aside.unlink(missing_ok=True) if aside.parent.is_dir() else None
             log.info("cannot write the index to '%s' (%s)", cache, one_line(error))
     log.warning("the index of '%s' could not be cached: the next run builds it anew", root)
-
-
-def _read_labels(root: Path, videos: Sequence[Video]) -> dict[str, torch.Tensor]:
-    """Labels from root/metadata.jsonl: the numeric and list-of-number fields that every video has."""
-    metadata = root / "metadata.jsonl"
-    if not metadata.is_file():
-        return {}
-    rows: dict[str, dict[str, Any]] = {}
-    with open(metadata, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                rows[row.pop("file_name")] = row
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(
-                    f"'{metadata}' line {number} is not a JSON object with a file_name: {line.strip()[:80]!r}"
-                ) from None
-    missing = [video.path for video in videos if video.path not in rows]
-    if missing:
-        log.warning(
-            "'%s' has no line for %d of %d videos, '%s' for one: labels are left out",
-            metadata, len(missing), len(videos), missing[0],
-        )  # fmt: skip
-        return {}
-    labels = {}
-    for name in rows[videos[0].path]:
-        values = [rows[video.path].get(name) for video in videos]
-        tensor = _numbers_to_tensor(values)
-        if tensor is not None:
-            labels[name] = tensor
-    return labels
-
-
-def _numbers_to_tensor(values: Sequence[Any]) -> torch.Tensor | None:
-    """Numbers or equally long lists of numbers -> int64 or float32 [N] or [N, K]; anything else -> None."""
-    if isinstance(values[0], list):
-        flat = [x for row in values if isinstance(row, list) and len(row) == len(values[0]) for x in row]
-        shape: tuple[int, ...] = (len(values), len(values[0]))
-    else:
-        flat, shape = list(values), (len(values),)
-    if len(flat) != math.prod(shape) or not all(isinstance(x, int | float) for x in flat):
-        return None
-    is_integer = all(isinstance(x, int) and abs(x) < 2**63 for x in flat)
-    return torch.tensor(flat, dtype=torch.int64 if is_integer else torch.float32).reshape(shape)
 
 
 def split_index(index: VideoIndex, split: Literal["train", "selection", "test"]) -> VideoIndex:

@@ -29,7 +29,8 @@ from tqdm.auto import tqdm
 
 from data_pipelines.clips import ClipSpec, make_clip_table
 from data_pipelines.errors import UserError
-from data_pipelines.index import VideoIndex, load_or_build_index, open_container
+from data_pipelines.index import VideoIndex, load_or_build_index
+from data_pipelines.probe import open_container
 from data_pipelines.sources.moving_mnist import write_world
 from data_pipelines.stream import VideoStream
 from worldmodel.checkpoint import write_text

@@ -11,7 +11,7 @@ import pytest
 
 from data_pipelines.decoders import DecodeError, VideoReader, open_video, read_frames, resolve_decoder
 from data_pipelines.errors import UserError
-from data_pipelines.index import Video, index_file
+from data_pipelines.probe import Video, index_file
 
 DECODERS = ["pyav", "decord"] if importlib.util.find_spec("decord") else ["pyav"]
 

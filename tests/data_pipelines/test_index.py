@@ -11,7 +11,8 @@ import torch
 
 from data_pipelines import index as index_module
 from data_pipelines.errors import UserError
-from data_pipelines.index import INDEX_NAME, BadFile, Video, VideoIndex, index_file, load_or_build_index, split_index
+from data_pipelines.index import INDEX_NAME, VideoIndex, load_or_build_index, split_index
+from data_pipelines.probe import BadFile, Video, index_file
 
 
 def _index(root: Path, **arguments: Any) -> index_module.VideoIndex:

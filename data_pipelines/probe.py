@@ -1,0 +1,163 @@
+"""One video file -> its facts: frames, keyframes, size, found by demuxing.
+
+Nothing is decoded but the first frame, as a check, so that a small file costs about a millisecond.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """One readable video file.
+
+    keyframes: presentation index of each frame at which decoding can start; the first is always 0.
+    keyframe_pts: their timestamps in the container's time base; empty where the container has none that
+        can be trusted (then keyframes is (0,): such a file is only ever decoded from its beginning).
+    open_gop: some frames are stored after a keyframe and shown before it.
+    """
+
+    path: str  # relative to the root, with forward slashes
+    size_bytes: int
+    mtime_ns: int
+    num_frames: int
+    fps: float  # average; 0 if unknown
+    width: int
+    height: int
+    duration_s: float
+    keyframes: tuple[int, ...]
+    keyframe_pts: tuple[int, ...]
+    open_gop: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BadFile:
+    """A file with a video's name that cannot be used, and why."""
+
+    path: str
+    size_bytes: int
+    mtime_ns: int
+    reason: str
+
+
+def open_container(path: str | Path) -> "InputContainer":
+    """Open a file with PyAV for decoding on one thread.
+
+    MP4 and MOV state everything in their header. So FFmpeg need not guess the format, nor open a codec and
+    decode frames to learn the stream's parameters: a tiny file opens in 0.16 ms instead of 0.40 ms or more.
+    What calls itself .mp4 and is something else, or lacks a parameter, is opened as all others are.
+    """
+    import av
+
+    if os.path.splitext(path)[1].lower() in {".mp4", ".m4v", ".mov"}:
+        options = {"probesize": "32", "analyzeduration": "0", "codec_whitelist": "none"}
+        try:
+            container = av.open(str(path), format="mov", options=options)
+            streams = container.streams.video
+            if streams and streams[0].codec_context and streams[0].width > 0 and streams[0].average_rate:
+                return container
+            container.close()
+        except av.FFmpegError:
+            pass
+    return av.open(str(path))
+
+
+def prepare_codec(container: "InputContainer") -> None:
+    """One FFmpeg thread (processes are the parallelism); damage is an error, not a plausible picture.
+
+    Raises ValueError: there is no decoder for the stream.
+    """
+    codec = container.streams.video[0].codec_context
+    if codec is None:
+        raise ValueError("no decoder for its codec")
+    codec.thread_count = 1
+    codec.options = {"err_detect": "explode"}
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as one short line, without the path that FFmpeg's messages repeat."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split())[:200]
+
+
+def index_file(root: str | Path, path: str) -> Video | BadFile:
+    """Index one file, given relative to root. Whatever is wrong with it becomes a BadFile; never raises."""
+    import av
+
+    size_bytes, mtime_ns = 0, 0
+    try:
+        stat = os.stat(os.path.join(root, path))
+        size_bytes, mtime_ns = stat.st_size, stat.st_mtime_ns
+        if size_bytes == 0:
+            raise ValueError("empty file (0 bytes)")
+        with open_container(os.path.join(root, path)) as container:
+            facts = _demux(container)
+    except (av.FFmpegError, OSError, ValueError, IndexError, ArithmeticError) as error:
+        return BadFile(path, size_bytes, mtime_ns, one_line(error))
+    return Video(path=path, size_bytes=size_bytes, mtime_ns=mtime_ns, **facts)
+
+
+def _demux(container: "InputContainer") -> dict[str, Any]:
+    """Count packets, find keyframes in presentation order, decode the first frame. ValueError if bad."""
+    if not container.streams.video:
+        raise ValueError("no video stream")
+    prepare_codec(container)
+    stream = container.streams.video[0]
+    shown: list[tuple[int | None, bool]] = []
+    first_frame = None
+    num_packets = 0
+    open_gop, key_pts = False, None
+    for packet in container.demux(stream):
+        if first_frame is None:
+            first_frame = next(iter(packet.decode()), None)
+        if packet.size == 0:
+            continue
+        num_packets += 1
+        if packet.is_corrupt:
+            raise ValueError(f"truncated: packet {num_packets} is cut off")
+        if not packet.is_discard:  # decoded but not shown: what an edit list cuts away
+            shown.append((packet.pts, packet.is_keyframe))
+            if packet.is_keyframe:
+                key_pts = packet.pts
+            elif key_pts is not None and packet.pts is not None and packet.pts < key_pts:
+                open_gop = True
+    # The header's promise: what is left of it after edit lists (newer PyAV), else the plain count.
+    promised = len(stream.index_entries) if hasattr(stream, "index_entries") else stream.frames
+    if "mp4" in container.format.name and num_packets < promised:
+        raise ValueError(f"truncated: {num_packets} of {promised} frames")
+    if not shown:
+        raise ValueError("no frames")
+    if first_frame is None:
+        raise ValueError("the first frame does not decode")
+
+    num_frames = len(shown)
+    pts = [time for time, _ in shown]
+    times = sorted(time for time in pts if time is not None)
+    # AVI has no presentation times: what is reported as such follows the order of decoding.
+    if len(set(times)) < num_frames or container.format.name == "avi":
+        keyframes, keyframe_pts = [0], []
+    else:
+        ordered = sorted((time, is_key) for time, is_key in shown if time is not None)
+        keyframes = sorted({0, *(i for i, (_, is_key) in enumerate(ordered) if is_key)})
+        keyframe_pts = [times[i] for i in keyframes]
+    fps = float(stream.average_rate or stream.guessed_rate or 0)
+    if len(times) > 1 and stream.time_base is not None:
+        span_s = float((times[-1] - times[0]) * stream.time_base)
+        duration_s = span_s * num_frames / (num_frames - 1) if num_frames > 1 else span_s
+    else:
+        duration_s = num_frames / fps if fps else 0.0
+    return {
+        "num_frames": num_frames,
+        "fps": fps if fps or not duration_s else num_frames / duration_s,
+        "width": first_frame.width,
+        "height": first_frame.height,
+        "duration_s": duration_s,
+        "keyframes": tuple(keyframes),
+        "keyframe_pts": tuple(keyframe_pts),
+        "open_gop": open_gop,
+    }
