@@ -262,7 +262,14 @@ def _video_paths(root: Path) -> Iterator[str]:
 def _class_names(folders: Iterable[Path]) -> list[str]:
     """The sorted names of subfolders that hold videos."""
     subfolders = [path for folder in folders for path in folder.iterdir() if path.name[0] != "." and path.is_dir()]
-    return sorted({path.name for path in subfolders if any(map(_is_video_name, os.listdir(path)))})
+    return sorted({path.name for path in subfolders if _holds_videos(path)})
+
+
+def _holds_videos(folder: Path) -> bool:
+    try:
+        return any(map(_is_video_name, os.listdir(folder)))
+    except OSError:  # not ours to read: os.walk passes over it too
+        return False
 
 
 def _split_by_freshness(

@@ -336,5 +336,13 @@ def test_episodes_are_rows_of_their_own() -> None:
             assert part.videos[row] == index.videos[number]
             assert part.frame_ranges[row] == index.frame_ranges[number]
             assert part.frame_label_offsets is not None and part.frame_label_offsets[row] == number
+    one_file = VideoIndex(
+        Path("x"),
+        files[:1] * 50,
+        labels={"row": torch.arange(50)},
+        episodes=[(2 * row, 2 * row + 2) for row in range(50)],
+    )
+    held_out = split_index(one_file, "test").labels["row"]
+    assert len(held_out) == 5 and (held_out.diff() > 1).any()  # from anywhere in it
     few = split_index(index.rows([8, 9]), "selection")
     assert few.frame_ranges == [(8, 9), (18, 19)]

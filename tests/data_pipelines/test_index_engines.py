@@ -96,7 +96,8 @@ root = Path(sys.argv[1])
 local = index_folder(root, num_workers=0, progress=False)
 [path.unlink() for path in root.glob(".worldmodel_index.jsonl")]
 assert index_folder(root, engine="ray", num_workers=2, progress=False) == local
-assert [entry.reason[:20] for entry in local if hasattr(entry, "reason")] == ["a file that is empty", "No such file or dire"]
+reasons = [entry.reason for entry in local if hasattr(entry, "reason")]
+assert reasons == ["a file that is empty (0 bytes)", "No such file or directory"]
 assert len(local) == 10
 try:
     list(index_engines.index_files(root / "missing", ["a.mp4"], engine="ray", num_workers=2, progress=False))
