@@ -1,26 +1,25 @@
-"""A folder of videos -> an index: frames, keyframes, size and labels of each file; cached; bad files listed."""
+"""A folder of videos -> an index: frames, keyframes, size and labels of each file; cached; bad files listed.
+
+The index file is JSON lines: a header with format, version and content hash, the bad files with reasons, the videos.
+"""
 
 import hashlib
 import json
 import logging
 import os
-import signal
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
+from data_pipelines.index_engines import Engine, index_files
 from data_pipelines.labels import read_labels
-from data_pipelines.probe import BadFile, Video, index_file, one_line
+from data_pipelines.lerobot import Episodes, is_lerobot, read_episodes
+from data_pipelines.probe import BadFile, Video, one_line
 
 log = logging.getLogger(__name__)
 
@@ -29,16 +28,21 @@ VIDEO_EXTENSIONS = (
     *(".ts", ".mts", ".m2ts", ".wmv", ".flv", ".3gp", ".ogv"),
 )
 INDEX_NAME = ".worldmodel_index.jsonl"
-INDEX_HEADER = {"format": "worldmodel-video-index", "version": 1}
-FILES_PER_TASK = 64
+INDEX_HEADER = {"format": "worldmodel-video-index", "version": 2}
 MIN_VIDEOS_TO_DEAL = 10
 
 
 @dataclass(frozen=True)
 class VideoIndex:
-    """What a folder holds. videos are sorted by path; labels (first dimension len(videos)) follow them.
+    """What a folder holds: rows, each of them a video file or an episode in one.
 
-    share: the part of each video's length that clips may come from, as fractions [start, stop) of its frames.
+    videos: the file of each row. Those of a plain folder are sorted by path; a file with several episodes is in
+        several rows.
+    labels: first dimension len(videos).
+    share: the part of each row's length that clips may come from, as fractions [start, stop) of its frames.
+    episodes: the frames [start, stop) of its file that each row consists of; None: all.
+    frame_labels: labels of single frames, [label frames, ...].
+    frame_label_offsets: int64 [len(videos)]; frame f of a row's file has the label frame offset + f.
     """
 
     root: Path
@@ -46,59 +50,177 @@ class VideoIndex:
     bad: Sequence[BadFile] = ()
     labels: dict[str, torch.Tensor] = field(default_factory=dict)
     share: tuple[float, float] = (0.0, 1.0)
+    episodes: Sequence[tuple[int, int]] | None = None
+    frame_labels: dict[str, torch.Tensor] = field(default_factory=dict)
+    frame_label_offsets: torch.Tensor | None = None
 
     @property
     def frame_ranges(self) -> list[tuple[int, int]]:
-        """The frames [start, stop) of each video that clips may come from."""
-        start, stop = self.share
-        return [(round(start * video.num_frames), round(stop * video.num_frames)) for video in self.videos]
+        """The frames [start, stop) of each row's file that clips may come from."""
+        rows = [(0, video.num_frames) for video in self.videos] if self.episodes is None else self.episodes
+        first, last = self.share
+        return [(a + round(first * (b - a)), a + round(last * (b - a))) for a, b in rows]
 
     @cached_property
     def content_hash(self) -> str:
-        """Changes when a file is added, removed, renamed or has another size or number of frames."""
+        """Changes when a file or episode is added, removed, renamed or has another size or number of frames."""
         digest = hashlib.sha256(repr(self.share).encode())
         for video in self.videos:
             digest.update(f"{video.path}\0{video.size_bytes}\0{video.num_frames}\n".encode())
+        if self.episodes is not None:
+            digest.update(repr(list(self.episodes)).encode())
         return digest.hexdigest()[:16]
+
+    def rows(self, rows: Sequence[int]) -> "VideoIndex":
+        """An index of these rows only."""
+        offsets = self.frame_label_offsets
+        return replace(
+            self,
+            videos=[self.videos[row] for row in rows],
+            labels={name: values[rows] for name, values in self.labels.items()},
+            episodes=None if self.episodes is None else [self.episodes[row] for row in rows],
+            frame_label_offsets=None if offsets is None else offsets[rows],
+        )
 
 
 def load_or_build_index(
     root: str | Path,
     *,
+    camera: str | None = None,
+    siblings: Sequence[Path] = (),
     num_workers: int | None = None,
     progress: bool = True,
     max_bad_fraction: float = 0.1,
 ) -> VideoIndex:
     """Index every video under root (recursively), reusing the cached entries of files that did not change.
 
-    root: folder of videos; a metadata.jsonl in it (`file_name` first) gives labels.
+    root: a folder of videos, with labels as read_labels finds them; or a LeRobot data set (read_episodes).
+    camera: which one's videos of a LeRobot data set; None: the first by name.
+    siblings: folders of other splits: classes are numbered over all of them.
     num_workers: processes; None takes one a core.
     max_bad_fraction: more unreadable files than this share of all is an error; fewer are named in a warning.
 
-    Raises UserError: root is missing or holds no (readable) video; too many bad files; bad metadata.jsonl.
+    Raises UserError: root is missing or holds no (readable) video; too many bad files; bad metadata.
+    """
+    root = Path(root)
+    episodes = read_episodes(root, camera) if is_lerobot(root) else None
+    if camera is not None and episodes is None:
+        raise UserError(f"camera={camera!r}: '{root}' is no LeRobot data set (no meta/info.json): leave camera out")
+    entries = index_folder(root, num_workers=num_workers, progress=progress)
+    if episodes is not None:
+        return _index_of_episodes(root, entries, episodes, max_bad_fraction)
+    videos = [entry for entry in entries if isinstance(entry, Video)]
+    bad = [entry for entry in entries if isinstance(entry, BadFile)]
+    _judge_bad_files(root, bad, len(entries), max_bad_fraction)
+    class_names = _class_names([root, *siblings])
+    return VideoIndex(root=root, videos=videos, bad=bad, labels=read_labels(root, videos, class_names))
+
+
+def index_folder(
+    root: Path,
+    *,
+    part: tuple[int, int] | None = None,
+    engine: Engine = "local",
+    num_workers: int | None = None,
+    progress: bool = True,
+) -> list[Video | BadFile]:
+    """Index every video under root, or bring its index up to date -> entries sorted by path.
+
+    part: (k, n) indexes only every n-th file, from the k-th (k = 1 to n) on, for merge_parts.
+
+    Raises UserError: root is missing or holds no video (all of them unreadable is no error here).
     """
     try:
         import av  # noqa: F401
     except ImportError:
         raise UserError("indexing videos needs PyAV, which is not installed: pip install av") from None
-    root = Path(root)
     if not root.is_dir():
         raise UserError(f"data root '{root}' is not a folder: give a folder that holds videos")
     paths = sorted(_video_paths(root))
     if not paths:
         raise UserError(f"data root '{root}' holds no video files ({' '.join(sorted(VIDEO_EXTENSIONS))})")
-
     cached = _read_cache(root)
+    stem, extra = "", {}
+    if part is not None:
+        stem, extra = _part_stem(*part), {"folder": _hash_of_paths(paths)}
+        paths = paths[part[0] - 1 :: part[1]]
+        if not paths:
+            raise UserError(f"part {part[0]} of {part[1]} of '{root}' is empty: use fewer parts")
     known, stale = _split_by_freshness(root, paths, cached)
-    fresh = {entry.path: entry for entry in _index_files(root, stale, num_workers, progress)}
+    new = index_files(root, stale, engine=engine, num_workers=num_workers, progress=progress)
+    fresh = {entry.path: entry for entry in new}
     entries = [known.get(path) or fresh[path] for path in paths]
-    if fresh or len(cached) != len(entries):
-        _write_cache(root, entries)
+    if part is not None or fresh or len(cached) != len(entries):
+        _write_cache(root, entries, stem, extra)
+    return entries
 
-    videos = [entry for entry in entries if isinstance(entry, Video)]
-    bad = [entry for entry in entries if isinstance(entry, BadFile)]
-    _judge_bad_files(root, bad, len(entries), max_bad_fraction)
-    return VideoIndex(root=root, videos=videos, bad=bad, labels=read_labels(root, videos))
+
+def merge_parts(root: Path) -> list[Video | BadFile]:
+    """The parts that index_folder wrote -> the index, the same file that one run writes; the parts are removed.
+
+    Raises UserError: parts are missing, unreadable, of another version, of different divisions, or of another
+    state of the folder.
+    """
+    parts: dict[tuple[int, int], Path] = {}
+    for folder, name in _cache_places(root):
+        for path in folder.glob(f"{name}.part-*-of-*.jsonl"):
+            k, _, n = path.name.removeprefix(f"{name}.part-").removesuffix(".jsonl").partition("-of-")
+            if k.isdecimal() and n.isdecimal():
+                parts.setdefault((int(k), int(n)), path)
+    if not parts:
+        raise UserError(f"'{root}' has no parts of an index: build them with --part 1/N to --part N/N")
+    divisions = sorted({n for _, n in parts})
+    if len(divisions) > 1:
+        raise UserError(f"'{root}' has parts of {divisions[0]} and parts of {divisions[1]}: remove the older ones")
+    [num_parts] = divisions
+    missing = [k for k in range(1, num_parts + 1) if (k, num_parts) not in parts]
+    if missing:
+        raise UserError(
+            f"'{root}' lacks part {missing[0]} of {num_parts}: build it with --part {missing[0]}/{num_parts}"
+        )
+    contents = [_read_part(path) for path in parts.values()]
+    if len({header.get("folder") for header, _ in contents}) > 1:
+        raise UserError(f"the {num_parts} parts of '{root}' saw different files in it: build them all anew")
+    merged = sorted((entry for _, entries in contents for entry in entries), key=lambda entry: entry.path)
+    _write_cache(root, merged)
+    for path in parts.values():
+        path.unlink()
+    return merged
+
+
+def index_path(root: Path) -> Path | None:
+    """Where the index of root is stored; None: nowhere."""
+    return next((path for path in _cache_paths(root) if path.is_file()), None)
+
+
+def _index_of_episodes(
+    root: Path, entries: Iterable[Video | BadFile], episodes: Episodes, max_bad_fraction: float
+) -> VideoIndex:
+    """Of all cameras' files, those that hold the episodes."""
+    entry_of = {entry.path: entry for entry in entries}
+    videos: list[Video] = []
+    rows: list[int] = []
+    bad: dict[str, BadFile] = {}
+    for row, (path, (_, stop)) in enumerate(zip(episodes.paths, episodes.frames, strict=True)):
+        entry = entry_of.get(path, BadFile(path, 0, 0, "no such file"))
+        if isinstance(entry, Video) and stop > entry.num_frames:
+            reason = f"has {entry.num_frames} frames, but an episode in it ends at frame {stop}"
+            entry = BadFile(path, entry.size_bytes, entry.mtime_ns, reason)
+        if isinstance(entry, Video):
+            videos.append(entry)
+            rows.append(row)
+        else:
+            bad[path] = entry
+    _judge_bad_files(root, list(bad.values()), len(set(episodes.paths)), max_bad_fraction)
+    return VideoIndex(
+        root=root,
+        videos=videos,
+        bad=list(bad.values()),
+        labels={name: values[rows] for name, values in episodes.labels.items()},
+        episodes=[episodes.frames[row] for row in rows],
+        frame_labels=episodes.frame_labels,
+        frame_label_offsets=episodes.frame_label_offsets[rows],
+    )
 
 
 def _judge_bad_files(root: Path, bad: Sequence[BadFile], num_files: int, max_bad_fraction: float) -> None:
@@ -117,6 +239,10 @@ def _judge_bad_files(root: Path, bad: Sequence[BadFile], num_files: int, max_bad
     log.warning("%d of %d video files are bad and left out: %s%s", len(bad), num_files, named, more)
 
 
+def _is_video_name(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in VIDEO_EXTENSIONS
+
+
 def _video_paths(root: Path) -> Iterator[str]:
     """Paths of video files under root, relative to it. Links are followed, each folder is visited once."""
     visited = set()
@@ -129,8 +255,21 @@ def _video_paths(root: Path) -> Iterator[str]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         prefix = Path(folder).relative_to(root).as_posix()
         for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in VIDEO_EXTENSIONS:
+            if _is_video_name(name):
                 yield name if prefix == "." else f"{prefix}/{name}"
+
+
+def _class_names(folders: Iterable[Path]) -> list[str]:
+    """The sorted names of subfolders that hold videos."""
+    subfolders = [path for folder in folders for path in folder.iterdir() if path.name[0] != "." and path.is_dir()]
+    return sorted({path.name for path in subfolders if _holds_videos(path)})
+
+
+def _holds_videos(folder: Path) -> bool:
+    try:
+        return any(map(_is_video_name, os.listdir(folder)))
+    except OSError:  # not ours to read: os.walk passes over it too
+        return False
 
 
 def _split_by_freshness(
@@ -153,62 +292,58 @@ def _split_by_freshness(
     return known, stale
 
 
-def _index_chunk(root: str, paths: Sequence[str]) -> list[Video | BadFile]:
-    return [index_file(root, path) for path in paths]
-
-
-def _ignore_sigint() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-
-
-def _index_files(
-    root: Path, paths: Sequence[str], num_workers: int | None, progress: bool
-) -> Iterator[Video | BadFile]:
-    """Index files, in processes if there are many, with a progress bar."""
-    if num_workers is None:
-        num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    chunks = [paths[i : i + FILES_PER_TASK] for i in range(0, len(paths), FILES_PER_TASK)]
-    num_workers = min(num_workers, len(chunks))
-    with tqdm(total=len(paths), desc="indexing", unit="file", disable=not (progress and paths)) as bar:
-        if num_workers <= 1:
-            for chunk in chunks:
-                yield from _index_chunk(str(root), chunk)
-                bar.update(len(chunk))
-            return
-        # Forked where that is the custom, so that a script needs no __main__ guard.
-        context = get_context("fork" if sys.platform == "linux" else "spawn")
-        pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_ignore_sigint)
-        try:
-            for entries in pool.map(_index_chunk, [str(root)] * len(chunks), chunks):
-                yield from entries
-                bar.update(len(entries))
-        except BrokenProcessPool:
-            raise UserError(
-                f"a process died while it indexed the {len(paths)} files of '{root}': one of them crashes "
-                f"the video library, or the memory is too small for {num_workers} processes"
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _cache_paths(root: Path) -> list[Path]:
-    """Where the cached index may stand: next to the data, or in the user's cache if that is read-only."""
+def _cache_places(root: Path) -> list[tuple[Path, str]]:
+    """Folder and stem of the index: next to the data, or in the user's cache if that is read-only."""
     name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-    return [root / INDEX_NAME, Path.home() / ".cache" / "worldmodel" / f"index-{name}.jsonl"]
+    return [(root, INDEX_NAME.removesuffix(".jsonl")), (Path.home() / ".cache" / "worldmodel", f"index-{name}")]
+
+
+def _cache_paths(root: Path, stem: str = "") -> list[Path]:
+    """Where the index (or, with its stem, a part of it) may stand."""
+    return [folder / f"{name}{stem}.jsonl" for folder, name in _cache_places(root)]
+
+
+def _part_stem(k: int, n: int) -> str:
+    assert 1 <= k <= n, f"part {k} of {n}"
+    return f".part-{k}-of-{n}"
 
 
 def _read_cache(root: Path) -> dict[str, Video | BadFile]:
     for cache in _cache_paths(root):
         try:
-            with open(cache, encoding="utf-8") as lines:
-                if json.loads(next(lines, "null")) != INDEX_HEADER:
-                    continue
-                return {entry.path: entry for entry in map(_entry_from_json, lines)}
+            return {entry.path: entry for entry in _read_entries(cache)[1]}
         except FileNotFoundError:
             continue
+        except _OtherVersion as error:
+            log.info("the cached index '%s' is %s: building it anew", cache, error)
         except (OSError, ValueError, TypeError, KeyError) as error:
             log.warning("the cached index '%s' is unreadable (%s): building it anew", cache, one_line(error))
     return {}
+
+
+def _read_part(path: Path) -> tuple[dict[str, Any], list[Video | BadFile]]:
+    try:
+        return _read_entries(path)
+    except _OtherVersion as error:
+        raise UserError(f"'{path}' is {error}: build it anew with the version that merges") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"'{path}' is unreadable ({one_line(error)}): build it anew") from None
+
+
+class _OtherVersion(Exception):
+    """A file of entries that another version wrote, or another program."""
+
+
+def _read_entries(path: Path) -> tuple[dict[str, Any], list[Video | BadFile]]:
+    """The header and the entries of a file. Raises OSError, ValueError, TypeError, KeyError, _OtherVersion."""
+    with open(path, encoding="utf-8") as lines:
+        header = json.loads(next(lines, "null"))
+        if not isinstance(header, dict) or {name: header.get(name) for name in INDEX_HEADER} != INDEX_HEADER:
+            raise _OtherVersion(f"not of version {INDEX_HEADER['version']}")
+        entries = [_entry_from_json(line) for line in lines]
+    if header.get("content_hash") != _hash_of_entries(entries):
+        raise ValueError("content_hash does not fit its content")
+    return header, entries
 
 
 def _entry_from_json(line: str) -> Video | BadFile:
@@ -219,14 +354,26 @@ def _entry_from_json(line: str) -> Video | BadFile:
     return Video(**fields)
 
 
-def _write_cache(root: Path, entries: Iterable[Video | BadFile]) -> None:
+def _hash_of_paths(paths: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(paths).encode()).hexdigest()[:16]
+
+
+def _hash_of_entries(entries: Iterable[Video | BadFile]) -> str:
+    return VideoIndex(Path(), [entry for entry in entries if isinstance(entry, Video)]).content_hash
+
+
+def _write_cache(
+    root: Path, entries: Sequence[Video | BadFile], stem: str = "", extra: Mapping[str, str] | None = None
+) -> None:
     """Written aside, then renamed: a reader, or another process that builds it too, never sees a part."""
-    for cache in _cache_paths(root):
+    header = INDEX_HEADER | {"content_hash": _hash_of_entries(entries), **(extra or {})}
+    bad_first = sorted(entries, key=lambda entry: (isinstance(entry, Video), entry.path))
+    for cache in _cache_paths(root, stem):
         aside = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
             with open(aside, "w", encoding="utf-8") as out:
-                for line in (INDEX_HEADER, *map(asdict, entries)):
+                for line in (header, *map(asdict, bad_first)):
                     out.write(json.dumps(line) + "\n")
             os.replace(aside, cache)
             return
@@ -239,15 +386,16 @@ def _write_cache(root: Path, entries: Iterable[Video | BadFile]) -> None:
 def split_index(index: VideoIndex, split: Literal["train", "selection", "test"]) -> VideoIndex:
     """The share of a folder without splits of its own that a split gets: 80, 10 and 10 percent.
 
-    Whole videos, dealt by a hash of their paths; or, where there are fewer than ten, each video by time: the last
-    tenth tests, the one before it selects.
+    Whole videos (or episodes), dealt by a hash of their paths; or, where there are fewer than ten, each by time: the
+    last tenth tests, the one before it selects.
     """
     if len(index.videos) < MIN_VIDEOS_TO_DEAL:
         shares = {"train": (0.0, 0.8), "selection": (0.8, 0.9), "test": (0.9, 1.0)}
         return replace(index, share=shares[split])
-    order = sorted(range(len(index.videos)), key=lambda row: hashlib.sha256(index.videos[row].path.encode()).digest())
+    names = [video.path for video in index.videos]
+    if index.episodes is not None:
+        names = [f"{path}\0{start}" for path, (start, _) in zip(names, index.episodes, strict=True)]
+    order = sorted(range(len(names)), key=lambda row: hashlib.sha256(names[row].encode()).digest())
     tenth = len(order) // 10
     parts = {"test": order[:tenth], "selection": order[tenth : 2 * tenth], "train": order[2 * tenth :]}
-    rows = sorted(parts[split])
-    labels = {name: values[rows] for name, values in index.labels.items()}
-    return replace(index, videos=[index.videos[row] for row in rows], labels=labels)
+    return index.rows(sorted(parts[split]))

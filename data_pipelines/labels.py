@@ -1,42 +1,48 @@
-"""What is written beside videos: labels."""
+"""What is written beside videos: labels, in the layout of Hugging Face's `videofolder`."""
 
+import csv
 import json
 import logging
 import math
-from collections.abc import Sequence
-from pathlib import Path
+import posixpath
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
 from data_pipelines.errors import UserError
-from data_pipelines.probe import Video
+from data_pipelines.probe import Video, one_line
 
 log = logging.getLogger(__name__)
 
+Row = tuple[str, dict[str, Any]]  # file_name and the other fields
 
-def read_labels(root: Path, videos: Sequence[Video]) -> dict[str, torch.Tensor]:
-    """Labels from root/metadata.jsonl: the numeric and list-of-number fields that every video has."""
-    metadata = root / "metadata.jsonl"
-    if not metadata.is_file():
-        return {}
+
+def read_labels(root: Path, videos: Sequence[Video], class_names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Labels of videos: int64 or float32, [N] or [N, K].
+
+    From metadata.jsonl, metadata.csv or metadata.parquet in root or in folders of videos: the numeric and
+    list-of-number fields that every video has; `file_name` is relative to the metadata's folder. Without any, where
+    all videos are in subfolders of root and those are several, "label" is the number of a video's subfolder among
+    class_names.
+
+    Raises UserError: broken metadata, two kinds of it in a folder, .parquet without pyarrow.
+    """
+    folders = {folder for video in videos for folder in PurePosixPath(video.path).parents}
+    metadata = [path for folder in sorted(folders) if (path := _metadata_in(root / folder)) is not None]
+    if not metadata:
+        return _labels_of_classes(videos, class_names)
     rows: dict[str, dict[str, Any]] = {}
-    with open(metadata, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                rows[row.pop("file_name")] = row
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(
-                    f"'{metadata}' line {number} is not a JSON object with a file_name: {line.strip()[:80]!r}"
-                ) from None
+    for path in metadata:
+        prefix = path.parent.relative_to(root).as_posix()
+        rows |= {posixpath.normpath(posixpath.join(prefix, name)): row for name, row in _read_metadata(path)}
     missing = [video.path for video in videos if video.path not in rows]
     if missing:
         log.warning(
             "'%s' has no line for %d of %d videos, '%s' for one: labels are left out",
-            metadata, len(missing), len(videos), missing[0],
+            metadata[0], len(missing), len(videos), missing[0],
         )  # fmt: skip
         return {}
     labels = {}
@@ -46,6 +52,87 @@ def read_labels(root: Path, videos: Sequence[Video]) -> dict[str, torch.Tensor]:
         if tensor is not None:
             labels[name] = tensor
     return labels
+
+
+def _labels_of_classes(videos: Sequence[Video], class_names: Sequence[str]) -> dict[str, torch.Tensor]:
+    number_of = {name: number for number, name in enumerate(class_names)}
+    parents = [posixpath.dirname(video.path) for video in videos]
+    if len(class_names) < 2 or not all(parent in number_of for parent in parents):
+        return {}
+    return {"label": torch.tensor([number_of[parent] for parent in parents])}
+
+
+def _metadata_in(folder: Path) -> Path | None:
+    found = [path for path in (folder / f"metadata{suffix}" for suffix in _READERS) if path.is_file()]
+    if len(found) > 1:
+        raise UserError(f"'{folder}' holds {' and '.join(path.name for path in found)}: keep one")
+    return found[0] if found else None
+
+
+def _read_metadata(path: Path) -> Iterator[Row]:
+    try:
+        yield from _READERS[path.suffix](path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' is unreadable: {one_line(error)}") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                file_name = row.pop("file_name")
+                if not isinstance(file_name, str):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(
+                    f"'{path}' line {number} is not a JSON object with a file_name: {line.strip()[:80]!r}"
+                ) from None
+            yield file_name, row
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    with open(path, encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines)
+        _check_columns(path, reader.fieldnames or [])
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise UserError(f"'{path}' line {reader.line_num} has more or fewer cells than the header")
+                yield row.pop("file_name"), {name: _number_or_text(cell) for name, cell in row.items()}
+        except csv.Error as error:
+            raise UserError(f"'{path}' line {reader.line_num} is no CSV: {error}") from None
+
+
+def _number_or_text(cell: str) -> int | float | str:
+    for number in (int, float):
+        with suppress(ValueError):
+            return number(cell)
+    return cell
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise UserError(f"'{path}' needs pyarrow, which is not installed: pip install 'worldmodel[lerobot]'") from None
+    try:
+        table = parquet.read_table(path)
+    except ArrowException as error:
+        raise UserError(f"'{path}' is no Parquet file: {one_line(error)}") from None
+    _check_columns(path, table.column_names)
+    for row in table.to_pylist():
+        yield str(row.pop("file_name")), row
+
+
+_READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+
+
+def _check_columns(path: Path, names: Sequence[str]) -> None:
+    if "file_name" not in names:
+        raise UserError(f"'{path}' has no column file_name: its columns are {', '.join(names) or 'none'}")
 
 
 def _numbers_to_tensor(values: Sequence[Any]) -> torch.Tensor | None:

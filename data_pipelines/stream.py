@@ -487,9 +487,19 @@ class _Failures:
 
 
 def _with_labels(source: ClipSource, video: torch.Tensor, clip_id: torch.Tensor) -> Batch:
-    videos = torch.from_numpy(source.table.videos_of(clip_id.numpy()))
-    labels = {name: values[videos] for name, values in source.index.labels.items()}
+    """Labels of a video or episode are [B, ...], those of frames [B, T, ...] for just the frames that are shown."""
+    index = source.index
+    rows = torch.from_numpy(source.table.videos_of(clip_id.numpy()))
+    labels = {name: values[rows] for name, values in index.labels.items()}
+    if index.frame_label_offsets is not None:
+        at = index.frame_label_offsets[rows][:, None] + torch.from_numpy(_frames_of(source, clip_id.numpy()))
+        labels |= {name: values[at] for name, values in index.frame_labels.items()}
     return {"video": video, "clip_id": clip_id, "labels": labels}
+
+
+def _frames_of(source: ClipSource, clips: Ints) -> Ints:
+    """Clip ids [B] -> the frames of their files that they show, [B, T]."""
+    return source.table.starts_of(clips)[:, None] + np.arange(source.spec.length) * source.spec.frame_stride
 
 
 def _merge(parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -38,7 +38,10 @@ class DataConfig:
     source: Literal["videos", "moving_mnist", "causal"] = "videos"
     """videos: files. The others are worlds of known laws, drawn afresh (data_pipelines/sources)."""
     root: str = "data/videos"
-    """videos: a folder of video files; its subfolders train/, selection/ and test/ are the splits where they exist."""
+    """videos: a folder of video files or a LeRobot data set. Its subfolders train/, selection/ (or validation/ or val/)
+    and test/ are the splits where they exist."""
+    camera: str | None = None
+    """The camera of a LeRobot data set whose videos are read; none: the first by name."""
     size_px: Annotated[int, Field(strict=True, ge=8)] = 64
     """Short side resized, centre cropped to a square of this size."""
     channels: PositiveInt = 3

@@ -4,7 +4,7 @@ Three splits of disjoint identities: "train" fits, "selection" chooses, "test" r
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -90,7 +90,7 @@ def training_stream(
             device=device,
         )
     return VideoStream(
-        read_index(data.root, "train", data.max_bad_fraction),
+        read_index(data.root, "train", data.max_bad_fraction, data.camera),
         clip_spec(data),
         size_px=data.size_px,
         channels=data.channels,
@@ -119,7 +119,7 @@ def evaluation_batches(config: Config, split: Split, num_clips: int) -> Iterator
         batches: Iterator[Batch] = islice(stream.batches(), -(-num_clips // batch_size))
     else:
         batches = read_all(
-            read_index(data.root, split, data.max_bad_fraction),
+            read_index(data.root, split, data.max_bad_fraction, data.camera),
             clip_spec(data),
             size_px=data.size_px,
             channels=data.channels,
@@ -169,9 +169,21 @@ def _sprites(split: Split, mnist_dir: str | None) -> Any:
 
 
 @lru_cache(maxsize=4)
-def read_index(root: str, split: Split, max_bad_fraction: float) -> VideoIndex:
+def read_index(root: str, split: Split, max_bad_fraction: float, camera: str | None) -> VideoIndex:
     """A split's videos: the folder of its name where all three folders exist, else a share of all videos."""
-    folders = {name: Path(root) / name for name in SPLITS}
-    if all(folder.is_dir() for folder in folders.values()):
-        return load_or_build_index(folders[split], max_bad_fraction=max_bad_fraction)
-    return split_index(load_or_build_index(Path(root), max_bad_fraction=max_bad_fraction), split)
+    folders = split_folders(Path(root))
+    if folders is None:
+        index = load_or_build_index(Path(root), camera=camera, max_bad_fraction=max_bad_fraction)
+        return split_index(index, split)
+    siblings = list(folders.values())
+    return load_or_build_index(folders[split], camera=camera, siblings=siblings, max_bad_fraction=max_bad_fraction)
+
+
+def split_folders(root: Path) -> dict[Split, Path] | None:
+    """The subfolders that are the splits; validation/ or val/ is another name for selection/. None: not all exist."""
+    names: dict[Split, Sequence[str]] = {
+        "train": ("train",), "selection": ("selection", "validation", "val"), "test": ("test",),
+    }  # fmt: skip
+    found = {split: next(filter(Path.is_dir, (root / name for name in names[split])), None) for split in SPLITS}
+    folders = {split: folder for split, folder in found.items() if folder is not None}
+    return folders if len(folders) == len(SPLITS) else None

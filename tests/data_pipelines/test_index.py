@@ -9,13 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipelines import index as index_module
+from data_pipelines import index_engines
 from data_pipelines.errors import UserError
-from data_pipelines.index import INDEX_NAME, VideoIndex, load_or_build_index, split_index
+from data_pipelines.index import (
+    INDEX_HEADER,
+    INDEX_NAME,
+    VideoIndex,
+    index_folder,
+    load_or_build_index,
+    merge_parts,
+    split_index,
+)
 from data_pipelines.probe import BadFile, Video, index_file
 
 
-def _index(root: Path, **arguments: Any) -> index_module.VideoIndex:
+def _index(root: Path, **arguments: Any) -> VideoIndex:
     return load_or_build_index(root, **({"progress": False, "num_workers": 0} | arguments))
 
 
@@ -129,7 +137,7 @@ def test_cache_is_reused_and_only_what_changed_is_read_again(
         read.append(path)
         return index_file(root, path)
 
-    monkeypatch.setattr(index_module, "index_file", spy)
+    monkeypatch.setattr(index_engines, "index_file", spy)
     first = _index(tmp_path)
     assert read == ["a.mp4", "b.mp4", "c.mp4"]
     assert _index(tmp_path) == first
@@ -165,7 +173,8 @@ def test_a_cache_of_another_version_or_a_broken_one_is_built_anew(
     cut_off = cache.read_text()[:-20]
     cache.write_text(cut_off if text is None else text)
     assert _index(tmp_path) == first
-    assert json.loads(cache.read_text().splitlines()[0]) == index_module.INDEX_HEADER
+    header = json.loads(cache.read_text().splitlines()[0])
+    assert header == INDEX_HEADER | {"content_hash": first.content_hash}
 
 
 def test_a_folder_that_cannot_be_written_is_cached_at_home(
@@ -178,7 +187,7 @@ def test_a_folder_that_cannot_be_written_is_cached_at_home(
     (root / INDEX_NAME).mkdir()  # stands in the way (a read-only folder does not stop a superuser)
     first = _index(root)
     assert len(list((home / ".cache" / "worldmodel").iterdir())) == 1
-    monkeypatch.setattr(index_module, "index_file", None)
+    monkeypatch.setattr(index_engines, "index_file", None)
     assert _index(root) == first
 
 
@@ -188,38 +197,85 @@ def test_processes_give_the_same_index(tmp_path: Path, write_video: Any, monkeyp
         (tmp_path / f"{i}.mp4").write_bytes(data if i != 7 else b"")
     serial = _index(tmp_path)
     (tmp_path / INDEX_NAME).unlink()
-    monkeypatch.setattr(index_module, "FILES_PER_TASK", 2)
+    monkeypatch.setattr(index_engines, "FILES_PER_TASK", 2)
     assert _index(tmp_path, num_workers=2) == serial
     assert [entry.path for entry in serial.bad] == ["7.mp4"]
 
 
-def test_labels_are_the_numeric_fields_that_all_videos_have(tmp_path: Path, write_video: Any) -> None:
-    for name in ("a.mp4", "sub/b.mp4"):
+def test_the_index_file_begins_with_its_hash_and_the_bad_files(tmp_path: Path, write_video: Any) -> None:
+    for name in ("a.mp4", "c.mp4"):
         write_video(tmp_path / name)
-    rows = [
-        {"file_name": "sub/b.mp4", "digit": 7, "v": [1, 2.5], "name": "x", "some": 1, "ragged": [1]},
-        {"file_name": "unused.mp4"},
-        {"file_name": "a.mp4", "digit": 3, "v": [0.5, 0.0], "name": "y", "ragged": [1, 2]},
-    ]
-    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    labels = _index(tmp_path).labels
-    assert labels.keys() == {"digit", "v"}
-    assert torch.equal(labels["digit"], torch.tensor([3, 7]))
-    assert torch.equal(labels["v"], torch.tensor([[0.5, 0.0], [1.0, 2.5]]))
+    (tmp_path / "b.mp4").write_bytes(b"")
+    index = _index(tmp_path, max_bad_fraction=0.5)
+    header, bad, *videos = map(json.loads, (tmp_path / INDEX_NAME).read_text().splitlines())
+    assert header == {"format": "worldmodel-video-index", "version": 2, "content_hash": index.content_hash}
+    assert (bad["path"], bad["reason"]) == ("b.mp4", "empty file (0 bytes)")
+    assert [video["path"] for video in videos] == ["a.mp4", "c.mp4"]
 
 
-def test_metadata_with_gaps_gives_no_labels_and_broken_metadata_an_error(
-    tmp_path: Path, write_video: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    for name in ("a.mp4", "b.mp4"):
-        write_video(tmp_path / name)
-    metadata = tmp_path / "metadata.jsonl"
-    metadata.write_text('{"file_name": "a.mp4", "digit": 1}\n')
-    assert _index(tmp_path).labels == {}
-    assert "'b.mp4'" in caplog.text
-    metadata.write_text('{"file_name": "a.mp4", "digit": 1}\nnonsense\n')
-    with pytest.raises(UserError, match="line 2"):
-        _index(tmp_path)
+def test_a_changed_index_file_is_noticed(tmp_path: Path, write_video: Any, caplog: pytest.LogCaptureFixture) -> None:
+    write_video(tmp_path / "a.mp4")
+    first = _index(tmp_path)
+    cache = tmp_path / INDEX_NAME
+    cache.write_text(cache.read_text().replace('"num_frames": 9', '"num_frames": 8'))
+    assert _index(tmp_path) == first
+    assert "content_hash does not fit" in caplog.text
+
+
+def _folder_of_seven(root: Path, write_video: Any) -> None:
+    data = write_video(root / "0.mp4").read_bytes()
+    for i in range(1, 7):
+        (root / f"{i}.mp4").write_bytes(data if i != 3 else b"")
+
+
+def _index_parts(root: Path, num_parts: int) -> None:
+    for k in range(1, num_parts + 1):
+        index_folder(root, part=(k, num_parts), num_workers=0, progress=False)
+
+
+def test_parts_merge_into_the_file_that_one_run_writes(tmp_path: Path, write_video: Any) -> None:
+    _folder_of_seven(tmp_path, write_video)
+    whole = index_folder(tmp_path, num_workers=0, progress=False)
+    cache = tmp_path / INDEX_NAME
+    expected = cache.read_bytes()
+    cache.unlink()
+    _index_parts(tmp_path, 3)
+    assert not cache.exists()
+    assert len(list(tmp_path.glob(".worldmodel_index.part-*-of-3.jsonl"))) == 3
+    assert merge_parts(tmp_path) == whole
+    assert cache.read_bytes() == expected
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".mp4"] == [INDEX_NAME]
+
+
+def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path, write_video: Any) -> None:
+    with pytest.raises(UserError, match=r"has no parts of an index: build them with --part 1/N to --part N/N"):
+        merge_parts(tmp_path)
+    _folder_of_seven(tmp_path, write_video)
+    _index_parts(tmp_path, 3)
+    second = tmp_path / ".worldmodel_index.part-2-of-3.jsonl"
+    text = second.read_text()
+
+    second.unlink()
+    with pytest.raises(UserError, match=r"lacks part 2 of 3: build it with --part 2/3"):
+        merge_parts(tmp_path)
+    second.write_text(text.replace('"version": 2', '"version": 1'))
+    with pytest.raises(UserError, match=r"part-2-of-3.jsonl' is not of version 2: build it anew"):
+        merge_parts(tmp_path)
+    second.write_text(text[:-20])
+    with pytest.raises(UserError, match=r"part-2-of-3.jsonl' is unreadable \("):
+        merge_parts(tmp_path)
+
+    (tmp_path / "00.mp4").write_bytes((tmp_path / "0.mp4").read_bytes())
+    index_folder(tmp_path, part=(2, 3), num_workers=0, progress=False)
+    with pytest.raises(UserError, match=r"the 3 parts of .* saw different files in it: build them all anew"):
+        merge_parts(tmp_path)
+
+    index_folder(tmp_path, part=(1, 2), num_workers=0, progress=False)
+    with pytest.raises(UserError, match=r"has parts of 2 and parts of 3: remove the older ones"):
+        merge_parts(tmp_path)
+    with pytest.raises(UserError, match=r"part 9 of 9 of .* is empty: use fewer parts"):
+        index_folder(tmp_path, part=(9, 9), progress=False)
+    assert not (tmp_path / INDEX_NAME).exists()
 
 
 def _facts(name: str, num_frames: int = 100) -> Video:
@@ -259,3 +315,34 @@ def test_few_videos_are_split_by_time() -> None:
         "test": [(90, 100), (45, 50)],
     }
     assert split_index(index, "train").content_hash != index.content_hash
+
+
+def test_episodes_are_rows_of_their_own() -> None:
+    files = [_facts("a.mp4", 100), _facts("b.mp4", 60)]
+    index = VideoIndex(
+        Path("x"),
+        [files[row // 8] for row in range(12)],
+        labels={"row": torch.arange(12)},
+        episodes=[(10 * (row % 8), 10 * (row % 8) + 10) for row in range(12)],
+        frame_labels={"action": torch.arange(160)},
+        frame_label_offsets=torch.arange(12),
+    )
+    assert index.frame_ranges[9] == (10, 20)
+    assert VideoIndex(Path("x"), index.videos, episodes=[(0, 5)] * 12).content_hash != index.content_hash
+    parts = [split_index(index, split) for split in ("train", "selection", "test")]
+    assert [len(part.videos) for part in parts] == [10, 1, 1]
+    for part in parts:
+        for row, number in enumerate(part.labels["row"].tolist()):
+            assert part.videos[row] == index.videos[number]
+            assert part.frame_ranges[row] == index.frame_ranges[number]
+            assert part.frame_label_offsets is not None and part.frame_label_offsets[row] == number
+    one_file = VideoIndex(
+        Path("x"),
+        files[:1] * 50,
+        labels={"row": torch.arange(50)},
+        episodes=[(2 * row, 2 * row + 2) for row in range(50)],
+    )
+    held_out = split_index(one_file, "test").labels["row"]
+    assert len(held_out) == 5 and (held_out.diff() > 1).any()  # from anywhere in it
+    few = split_index(index.rows([8, 9]), "selection")
+    assert few.frame_ranges == [(8, 9), (18, 19)]

@@ -1,10 +1,13 @@
 from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 import torch
 
+from data_pipelines.errors import UserError
 from data_pipelines.transforms import split_segments
 from worldmodel.config import Config
-from worldmodel.data import evaluation_batches, known_law, training_stream
+from worldmodel.data import evaluation_batches, known_law, split_folders, training_stream
 
 
 def test_both_sources_have_one_batch_layout(tiny_config: Callable[..., Config]) -> None:
@@ -67,3 +70,34 @@ def test_the_law_is_known_for_both_sources(tiny_config: Callable[..., Config]) -
 def test_labels_do_not_hold_for_clips_that_are_cut_otherwise(tiny_config: Callable[..., Config]) -> None:
     for override in ("data.num_segments=2", "data.num_frames=2", "data.size_px=32", "data.channels=3"):
         assert known_law(tiny_config(override)) is None
+
+
+@pytest.mark.parametrize("name", ["selection", "validation", "val"])
+def test_split_folders_go_by_several_names(tmp_path: Path, name: str) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / name).mkdir()
+    assert split_folders(tmp_path) is None
+    (tmp_path / "test").mkdir()
+    assert split_folders(tmp_path) == {
+        "train": tmp_path / "train",
+        "selection": tmp_path / name,
+        "test": tmp_path / "test",
+    }
+
+
+def test_classes_have_the_same_number_in_every_split(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+    world = Path(tiny_config().data.root)
+    for split, name in (("train", "train"), ("selection", "val"), ("test", "test")):
+        for folder in ("ape", "cat") if split == "train" else ("cat",):
+            (tmp_path / "classes" / name / folder).mkdir(parents=True)
+            for video in sorted((world / split).glob("*.mp4"))[:16]:
+                (tmp_path / "classes" / name / folder / video.name).hardlink_to(video)
+    config = tiny_config(f"data.root={tmp_path / 'classes'}")
+    for split in ("selection", "test"):
+        [batch] = evaluation_batches(config, split, 16)  # type: ignore[arg-type]
+        assert batch["labels"]["label"].tolist() == [1] * 16
+
+
+def test_a_camera_is_for_lerobot_data_sets_only(tiny_config: Callable[..., Config]) -> None:
+    with pytest.raises(UserError, match=r"camera='front': .* is no LeRobot data set"):
+        next(iter(evaluation_batches(tiny_config("data.camera=front"), "test", 4)))

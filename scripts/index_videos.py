@@ -1,0 +1,75 @@
+"""Index a folder of videos, as training does by itself at the first start; on a cluster in parts, or with Ray.
+
+python scripts/index_videos.py FOLDER
+python scripts/index_videos.py FOLDER --part 1/8   (one job for each of 1/8 to 8/8, then --merge)
+RAY_ADDRESS=... python scripts/index_videos.py FOLDER --engine ray
+
+Files that did not change since the last time are not read again. Where FOLDER has train/, selection/ and test/, each
+gets an index of its own.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_pipelines.errors import UserError
+from data_pipelines.index import VideoIndex, index_folder, index_path, merge_parts
+from data_pipelines.probe import BadFile, Video
+from worldmodel.cli import report_errors
+from worldmodel.data import split_folders
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path, metavar="FOLDER")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--part", metavar="K/N", help="index only every N-th file and put the result aside")
+    what.add_argument("--merge", action="store_true", help="put the N parts together")
+    parser.add_argument("--engine", choices=["local", "ray"], default="local", help="where files are read")
+    parser.add_argument("--workers", type=int, help="processes of this machine; default: one a core")
+    args = parser.parse_args()
+    with report_errors():
+        part = parse_part(args.part) if args.part else None
+        if args.workers is not None and args.workers < 1:
+            raise UserError(f"--workers must be at least 1, not {args.workers}")
+        splits = split_folders(args.root)
+        for folder in [args.root] if splits is None else splits.values():
+            if args.merge:
+                entries = merge_parts(folder)
+            else:
+                entries = index_folder(folder, part=part, engine=args.engine, num_workers=args.workers)
+            print(summary(folder, entries))
+            print(f"  part {args.part} put aside: --merge puts all together" if part else f"  {where(folder)}")
+    return 0
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """ "2/8" -> (2, 8)"""
+    match = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--part={text!r} must read K/N with K from 1 to N, such as 2/8")
+    return int(match[1]), int(match[2])
+
+
+def summary(folder: Path, entries: Sequence[Video | BadFile]) -> str:
+    videos = [entry for entry in entries if isinstance(entry, Video)]
+    bad = [entry for entry in entries if isinstance(entry, BadFile)]
+    num_frames = sum(video.num_frames for video in videos)
+    hours = sum(video.duration_s for video in videos) / 3600
+    content_hash = VideoIndex(folder, videos).content_hash
+    lines = [f"{folder}: {len(videos):,} videos, {num_frames:,} frames, {hours:.2f} hours, hash {content_hash}"]
+    if bad:
+        lines.append(f"  {len(bad):,} bad files:")
+        lines += [f"    {entry.path}: {entry.reason}" for entry in bad]
+    return "\n".join(lines)
+
+
+def where(folder: Path) -> str:
+    path = index_path(folder)
+    return "the index could not be stored" if path is None else f"index: {path}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
