@@ -29,7 +29,7 @@ VIDEO_EXTENSIONS = (
     *(".ts", ".mts", ".m2ts", ".wmv", ".flv", ".3gp", ".ogv"),
 )
 INDEX_NAME = ".worldmodel_index.jsonl"
-INDEX_HEADER = {"format": "worldmodel-video-index", "version": 1}
+INDEX_HEADER = {"format": "worldmodel-video-index", "version": 2}
 FILES_PER_TASK = 64
 MIN_VIDEOS_TO_DEAL = 10
 
@@ -215,8 +215,7 @@ def _entry_from_json(line: str) -> Video | BadFile:
     fields = json.loads(line)
     if "reason" in fields:
         return BadFile(**fields)
-    fields["keyframes"], fields["keyframe_pts"] = tuple(fields["keyframes"]), tuple(fields["keyframe_pts"])
-    return Video(**fields)
+    return Video(**fields | {name: tuple(fields[name]) for name in ("keyframes", "keyframe_pts", "frame_ms")})
 
 
 def _write_cache(root: Path, entries: Iterable[Video | BadFile]) -> None:

@@ -1,7 +1,8 @@
-"""Both backends give the frames that were asked for: by painted numbers, levels and sizes."""
+"""All backends give the frames that were asked for: by painted numbers, levels and sizes."""
 
 import contextlib
 import importlib.util
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from data_pipelines.decoders import DecodeError, VideoReader, open_video, read_f
 from data_pipelines.errors import UserError
 from data_pipelines.probe import Video, index_file
 
-DECODERS = ["pyav", "decord"] if importlib.util.find_spec("decord") else ["pyav"]
+DECODERS = ["pyav", *(name for name in ("decord", "torchcodec") if importlib.util.find_spec(name))]
 
 
 def _open(
@@ -25,6 +26,7 @@ def _open(
 
 
 B_FRAMES = {"g": "12", "bf": "3", "sc_threshold": "0"}
+VARYING_MS = np.cumsum([7000, *([33, 34, 33, 120, 8, 41] * 17)[:99]]).tolist()
 FILES: dict[str, dict[str, Any]] = {
     "gops.mp4": {"options": B_FRAMES},
     "no_b.mp4": {"options": {"g": "12", "bf": "0", "sc_threshold": "0"}},
@@ -41,23 +43,31 @@ FILES: dict[str, dict[str, Any]] = {
     "part4.mp4": {"codec": "mpeg4", "options": {"g": "12", "b": "900000"}},
     "vp8.webm": {"codec": "libvpx", "options": {"g": "12", "deadline": "realtime", "cpu-used": "8"}},
     "motion_jpeg.mov": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
+    "varying_rate.mp4": {"options": B_FRAMES, "times_ms": VARYING_MS},
+    "varying_rate.mkv": {"options": B_FRAMES, "times_ms": VARYING_MS},
+    "late_start.mkv": {"options": B_FRAMES, "times_ms": [5000 + 40 * i for i in range(100)]},
+    "late_start.mp4": {"options": B_FRAMES, "times_ms": [5000 + 40 * i for i in range(100)]},
+}
+NOT_DECORD: dict[str, dict[str, Any]] = {
+    "ten_bit.mp4": {"pix_fmt": "yuv420p10le", "options": B_FRAMES},
 }
 PYAV_ONLY: dict[str, dict[str, Any]] = {
     "gops.ts": {"options": B_FRAMES},
     "b_frames.avi": {"options": B_FRAMES},
-    "ten_bit.mp4": {"pix_fmt": "yuv420p10le", "options": B_FRAMES},
 }
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
     ("decoder", "name"),
-    [(decoder, name) for decoder in DECODERS for name in FILES] + [("pyav", name) for name in PYAV_ONLY],
+    [(decoder, name) for decoder in DECODERS for name in FILES]
+    + [(decoder, name) for decoder in DECODERS if decoder != "decord" for name in NOT_DECORD]
+    + [("pyav", name) for name in PYAV_ONLY],
 )
 def test_every_frame_in_order_and_after_jumps(
     tmp_path: Path, write_video: Any, read_numbers: Any, decoder: str, name: str, channels: int
 ) -> None:
-    path = write_video(tmp_path / name, video=5, num_frames=100, **(FILES | PYAV_ONLY)[name])
+    path = write_video(tmp_path / name, video=5, num_frames=100, **(FILES | NOT_DECORD | PYAV_ONLY)[name])
     reader, video = _open(path, decoder, channels)
     assert video.num_frames == 100
     frames = [reader.read(i) for i in range(100)]
@@ -67,6 +77,78 @@ def test_every_frame_in_order_and_after_jumps(
     for i in (99, 50, 12, 11, 13, 0, 73, 72, 71, 30, 36, 95, 3):
         assert np.array_equal(reader.read(i), frames[i]), i
     reader.close()
+
+
+@pytest.mark.parametrize("name", PYAV_ONLY)
+@pytest.mark.parametrize("decoder", [decoder for decoder in DECODERS if decoder != "pyav"])
+def test_what_a_backend_cannot_read_is_an_error_and_not_another_frame(
+    tmp_path: Path, write_video: Any, read_numbers: Any, decoder: str, name: str
+) -> None:
+    path = write_video(tmp_path / name, video=5, num_frames=100, **PYAV_ONLY[name])
+    with pytest.raises(DecodeError):
+        reader = _open(path, decoder)[0]
+        for i in range(100):
+            assert read_numbers(reader.read(i)) == (5, i)
+
+
+def _turn(path: Path, turns: int) -> None:
+    """Make the MP4 file's display matrix say that its picture is shown turned counterclockwise by turns * 90 degrees."""
+    a, b, c, d = [(1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0)][turns]
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 44
+    data[matrix : matrix + 36] = struct.pack(">9i", *(v << 16 for v in (a, b, 0, c, d, 0, 0, 0)), 1 << 30)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+@pytest.mark.parametrize("size_px", [None, 40])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_pictures_are_turned_as_they_are_to_be_shown(
+    tmp_path: Path, write_video: Any, decoder: str, channels: int, size_px: int | None, turns: int
+) -> None:
+    image = np.full((48, 64), 60, np.uint8)
+    image[:20, :24] = 200  # the corner shows which way up
+    path = write_video(tmp_path / "v.mp4", images=[image] * 3, options={"crf": "5"})
+    _turn(path, turns)
+    shown = np.rot90(image, turns)
+    facts = index_file(tmp_path, "v.mp4")
+    assert isinstance(facts, Video)
+    assert (facts.height, facts.width) == shown.shape
+    if decoder == "decord":
+        with pytest.raises(DecodeError, match="to be turned.*use decoder='pyav'"):
+            _open(path, decoder, channels, size_px)
+        return
+    upright = tmp_path / "upright.mp4"
+    write_video(upright, images=[np.ascontiguousarray(shown)] * 3, options={"crf": "5"})
+    frame = _open(path, decoder, channels, size_px)[0].read(1).astype(int)
+    expected = _open(upright, decoder, channels, size_px)[0].read(1)
+    assert frame.shape == expected.shape
+    assert np.abs(frame - expected).mean() < 2
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_one_frame(tmp_path: Path, write_video: Any, read_numbers: Any, decoder: str) -> None:
+    for name in ("v.mp4", "v.mkv"):
+        reader, video = _open(write_video(tmp_path / name, video=3, num_frames=1), decoder)
+        assert video.num_frames == 1 and video.frame_ms == ()
+        assert read_numbers(reader.read(0)) == read_numbers(reader.read(0)) == (3, 0)
+
+
+@pytest.fixture(scope="module")
+def long_video(tmp_path_factory: pytest.TempPathFactory, write_video: Any) -> Path:
+    """2,500 frames, a keyframe at the start only."""
+    options = {"g": "99999", "sc_threshold": "0", "preset": "ultrafast", "bf": "2"}
+    path: Path = write_video(tmp_path_factory.mktemp("long") / "v.mp4", num_frames=2500, size=(32, 48), options=options)
+    return path
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_long_video_with_a_single_keyframe(long_video: Path, read_numbers: Any, decoder: str) -> None:
+    reader, video = _open(long_video, decoder)
+    assert video.num_frames == 2500 and video.keyframes == (0,)
+    for i in (3, 4, 900, 901, 2499, 0, 1, 40):
+        assert read_numbers(reader.read(i)) == (0, i)
 
 
 def test_a_late_seek_is_noticed(tmp_path: Path, write_video: Any, read_numbers: Any) -> None:
@@ -95,7 +177,8 @@ def _ramp(height: int = 64, width: int = 96) -> np.ndarray:
     return np.stack([red, green, blue], axis=-1).astype(np.uint8)
 
 
-def test_levels_are_full_range_whatever_the_file_keeps(tmp_path: Path, write_video: Any) -> None:
+@pytest.mark.parametrize("decoder", [decoder for decoder in DECODERS if decoder != "decord"])
+def test_levels_are_full_range_whatever_the_file_keeps(tmp_path: Path, write_video: Any, decoder: str) -> None:
     """Gray levels come back as they went in, from TV range, full range, 10 bits and 4:4:4."""
     image = np.repeat(np.arange(0, 256, 5, dtype=np.uint8), 2)[None].repeat(48, axis=0)[:, :96]
     layouts = [("tv", "libx264", "yuv420p"), ("444", "libx264", "yuv444p"), ("10", "libx264", "yuv420p10le")]
@@ -109,12 +192,12 @@ def test_levels_are_full_range_whatever_the_file_keeps(tmp_path: Path, write_vid
             options={"crf": "1"} if codec == "libx264" else {"qmin": "1", "qmax": "2"},
         )
         for channels in (1, 3):
-            frame = _open(path, channels=channels)[0].read(1)
+            frame = _open(path, decoder, channels=channels)[0].read(1)
             error = np.abs(frame.astype(int) - image).max()
             assert error <= 4, (name, channels, error)
 
 
-@pytest.mark.skipif(len(DECODERS) < 2, reason="decord is not installed")
+@pytest.mark.parametrize("decoder", DECODERS[1:])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
     ("size_px", "image_size"),
@@ -123,6 +206,7 @@ def test_levels_are_full_range_whatever_the_file_keeps(tmp_path: Path, write_vid
 def test_backends_agree(
     tmp_path: Path,
     write_video: Any,
+    decoder: str,
     channels: int,
     size_px: int | None,
     image_size: tuple[int, int],
@@ -136,7 +220,7 @@ def test_backends_agree(
     images = [(_ramp(*image_size) * (0.5 + i * 0.025)).astype(np.uint8) + 30 for i in range(12)]
     pix_fmt = "yuv444p" if image_size[0] % 2 else "yuv420p"
     path = write_video(tmp_path / "v.mp4", images=images, pix_fmt=pix_fmt)
-    readers = [_open(path, decoder, channels, size_px)[0] for decoder in DECODERS]
+    readers = [_open(path, each, channels, size_px)[0] for each in ("pyav", decoder)]
     for i in range(12):
         a, b = (reader.read(i).astype(int) for reader in readers)
         expected = (size_px, size_px) if size_px else image_size
@@ -229,7 +313,7 @@ def test_read_frames_of_a_single_file(tmp_path: Path, write_video: Any, read_num
 
 def test_decoder_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_decoder("pyav") == resolve_decoder("auto") == "pyav"
-    with pytest.raises(UserError, match="'vhs' is unknown: use auto, pyav or decord"):
+    with pytest.raises(UserError, match="'vhs' is unknown: use auto, pyav, torchcodec, decord"):
         resolve_decoder("vhs")
     installed = {"decord"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
