@@ -7,6 +7,7 @@ cropped about the centre; without, the frame keeps its size.
 
 import contextlib
 import importlib.util
+import os
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -35,6 +36,9 @@ _TV_TO_FULL = np.clip(np.round((np.arange(256) - 16) * 255 / 219), 0, 255).astyp
 _TV_LUMA_FORMATS = frozenset({"yuv420p", "yuv422p", "yuv444p", "nv12", "nv21"})
 _FULL_LUMA_FORMATS = frozenset({"yuvj420p", "yuvj422p", "yuvj444p", "gray"})
 _FULL_RANGE = 2  # AVCOL_RANGE_JPEG
+
+# In MPEG streams and WMV decord lands beside the frame asked for, and does not say so.
+_DECORD_EXTENSIONS = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".3gp"})
 
 # Name -> module, what pip installs; in the order in which 'auto' prefers them.
 _BACKENDS = {
@@ -304,6 +308,8 @@ class DecordReader:
         decord.logging.set_level(decord.logging.QUIET)
         if video.quarter_turns:
             raise DecodeError("its pictures are to be turned, which decord does wrongly: use decoder='pyav'")
+        if os.path.splitext(path)[1].lower() not in _DECORD_EXTENSIONS:
+            raise DecodeError("decord gives the wrong frames of files of its kind: use decoder='pyav'")
         self._path, self._video, self._channels, self._size_px = str(path), video, channels, size_px
         self._errors = (decord.DECORDError, RuntimeError, OSError, StopIteration, IndexError)
         self._open()
