@@ -11,6 +11,7 @@ import os
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import groupby, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from data_pipelines.clips import frames_on_screen
 from data_pipelines.errors import UserError
 from data_pipelines.probe import ROUNDING_S, BadFile, Video, index_file, one_line, open_container, prepare_codec
 
@@ -116,8 +118,11 @@ def read_frames(
     channels: int,
     size_px: int | None,
     decoder: str = "auto",
+    fps: float | None = None,
 ) -> Iterator[Frame]:
     """Frames [start_frame, stop_frame) of a single file that needs no index, each uint8 [C, H, W].
+
+    fps: as in ClipSpec; frames are then counted in the resampled video.
 
     Raises UserError: the file is missing, unreadable, damaged, or shorter than stop_frame.
     """
@@ -126,14 +131,15 @@ def read_frames(
     video = index_file(path.parent, path.name)
     if isinstance(video, BadFile):
         raise UserError(f"video '{path}' cannot be read: {video.reason}")
-    stop_frame = video.num_frames if stop_frame is None else stop_frame
-    if not 0 <= start_frame <= stop_frame <= video.num_frames:
-        raise UserError(f"frames [{start_frame}, {stop_frame}) of '{path}': it has {video.num_frames} frames")
+    source_frames = frames_on_screen(video, fps).tolist()
+    stop_frame = len(source_frames) if stop_frame is None else stop_frame
+    if not 0 <= start_frame <= stop_frame <= len(source_frames):
+        raise UserError(f"frames [{start_frame}, {stop_frame}) of '{path}': it has {len(source_frames)} frames")
     try:
         reader = open_video(path, video, channels=channels, size_px=size_px, decoder=decoder)
         try:
-            for frame in range(start_frame, stop_frame):
-                yield reader.read(frame)
+            for number, repeats in groupby(source_frames[start_frame:stop_frame]):
+                yield from repeat(reader.read(number), len(list(repeats)))
         finally:
             reader.close()
     except DecodeError as error:

@@ -9,12 +9,25 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from data_pipelines.decoders import resolve_decoder
+from data_pipelines.errors import UserError
+
 Image = NDArray[np.uint8]
 BLOCK_PX = 8
 NUM_BITS = 12
 
 WriteVideo = Callable[..., Path]
 ReadNumbers = Callable[[Any], tuple[int, int]]
+
+
+def _is_usable(decoder: str) -> bool:
+    try:
+        return resolve_decoder(decoder) == decoder
+    except UserError:
+        return False
+
+
+DECODERS = list(filter(_is_usable, ("pyav", "decord", "torchcodec")))
 
 
 def _paint(video: int, frame: int, height: int, width: int) -> Image:

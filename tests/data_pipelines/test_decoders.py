@@ -13,8 +13,7 @@ import pytest
 from data_pipelines.decoders import DecodeError, VideoReader, open_video, read_frames, resolve_decoder
 from data_pipelines.errors import UserError
 from data_pipelines.probe import Video, index_file
-
-DECODERS = ["pyav", *(name for name in ("decord", "torchcodec") if importlib.util.find_spec(name))]
+from tests.data_pipelines.conftest import DECODERS
 
 
 def _open(
@@ -309,6 +308,8 @@ def test_read_frames_of_a_single_file(tmp_path: Path, write_video: Any, read_num
     path = write_video(tmp_path / "v.mp4", num_frames=30)
     frames = list(read_frames(path, 7, 12, channels=1, size_px=None))
     assert [read_numbers(frame)[1] for frame in frames] == [7, 8, 9, 10, 11]
+    frames = list(read_frames(path, 3, 8, channels=1, size_px=None, fps=15.0))
+    assert [read_numbers(frame)[1] for frame in frames] == [2, 2, 3, 4, 4]
     with pytest.raises(UserError, match=r"\[7, 31\) of .* has 30 frames"):
         list(read_frames(path, 7, 31, channels=1, size_px=None))
     with pytest.raises(UserError, match="cannot be read: No such file"):
@@ -325,16 +326,59 @@ def test_decoder_names(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="decoder='pyav' is not installed: pip install av"):
         resolve_decoder("pyav")
     installed.clear()
+    with pytest.raises(UserError, match=r"pip install 'worldmodel\[torchcodec\]'"):
+        resolve_decoder("torchcodec")
     with pytest.raises(UserError, match="pip install decord"):
         resolve_decoder("decord")
 
 
+def test_torchcodec_without_the_libraries_of_ffmpeg(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    with pytest.raises(UserError, match="decoder='torchcodec': torchcodec finds no FFmpeg libraries") as caught:
+        resolve_decoder("torchcodec")
+    assert "\n" not in str(caught.value)
+    assert resolve_decoder("auto") == "pyav"
+
+
+@pytest.mark.skipif("torchcodec" not in DECODERS, reason="torchcodec is not installed")
+def test_torchcodec_opens_a_file_once_and_scans_it_only_if_its_rate_varies(
+    tmp_path: Path, write_video: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not seek for the frame after the last one; for others, by the rate or by scanned times."""
+    from torchcodec import decoders
+
+    opened: list[Any] = []
+    asked: list[int] = []
+
+    class Spy(decoders.VideoDecoder):
+        def __init__(self, path: str, **options: Any) -> None:
+            opened.append((options["seek_mode"], options["num_ffmpeg_threads"]))
+            super().__init__(path, **options)
+
+        def get_frame_at(self, index: int) -> Any:
+            asked.append(index)
+            return super().get_frame_at(index)
+
+    monkeypatch.setattr(decoders, "VideoDecoder", Spy)
+    frames = [*range(60), 90, 91, 5, 40]
+    for name, mode in (("gops.mp4", "approximate"), ("gops.mkv", "approximate"), ("varying_rate.mp4", "exact")):
+        path = write_video(tmp_path / name, num_frames=100, **FILES[name])
+        reader = _open(path, "torchcodec")[0]
+        for frame in frames:
+            reader.read(frame)
+        assert opened == [(mode, 1)], name
+        assert asked == frames
+        opened.clear()
+        asked.clear()
+
+
 def test_modules_import_without_any_decoder() -> None:
-    """A run that renders its own frames needs neither PyAV nor decord."""
+    """A run that renders its own frames needs none."""
     import subprocess
 
     code = (
-        "import sys; sys.modules['av'] = sys.modules['decord'] = None; "
+        "import sys; sys.modules['av'] = sys.modules['decord'] = sys.modules['torchcodec'] = None; "
         "import data_pipelines.stream, data_pipelines.transforms"
     )
     root = Path(__file__).parents[2]

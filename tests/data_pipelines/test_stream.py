@@ -25,6 +25,7 @@ from data_pipelines.clips import ClipSpec, make_clip_table
 from data_pipelines.errors import UserError
 from data_pipelines.index import VideoIndex, load_or_build_index
 from data_pipelines.stream import Batch, VideoStream, read_all
+from tests.data_pipelines.conftest import DECODERS
 
 SETTINGS: dict[str, Any] = {
     "size_px": None,
@@ -98,17 +99,15 @@ def test_every_clip_once_an_epoch_with_the_right_pixels(index: VideoIndex, read_
         ClipSpec(num_segments=2, num_frames=2, frame_stride=2, clip_step=60),
     ],
 )
-@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("decoder", DECODERS)
 def test_overlapping_spread_and_sparse_clips(
     index: VideoIndex, read_numbers: Any, spec: ClipSpec, decoder: str
 ) -> None:
-    if decoder == "decord":
-        pytest.importorskip("decord")
     stream = _stream(index, spec, batch_size=8, num_lanes=4, decoder=decoder)
     _check_pixels(index, spec, _take(stream, min(25, stream.batches_per_epoch)), read_numbers)
 
 
-TIMES_MS = {
+TIMES_MS: dict[str, list[float]] = {
     "a_30fps.mp4": [i * 1000 / 30 for i in range(90)],
     "b_24fps.mkv": [i * 1000 / 24 for i in range(150)],
     "c_late.mkv": [7000 + 40 * i for i in range(80)],
@@ -131,17 +130,15 @@ def timed_index(tmp_path_factory: pytest.TempPathFactory, write_video: Any) -> V
     return load_or_build_index(root, progress=False)
 
 
-@pytest.mark.parametrize("decoder", ["pyav", "decord", "torchcodec"])
+@pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("spec", [ClipSpec(3, 1, clip_step=1, fps=10.0), ClipSpec(2, 2, frame_stride=2, fps=15.0)])
 def test_clips_by_time_show_what_is_on_screen_then(
     timed_index: VideoIndex, read_numbers: Any, spec: ClipSpec, decoder: str
 ) -> None:
     """Frame k of a video at fps shows the last source frame at k / fps after the first, whatever the file's pace."""
-    if decoder != "pyav":
-        pytest.importorskip(decoder)
     assert spec.fps is not None
     shown: dict[int, list[list[int]]] = {}
-    for batch in read_all(timed_index, spec, size_px=None, channels=1, batch_size=16, decoder=decoder):
+    for batch in read_all(timed_index, spec, size_px=None, channels=1, batch_size=16, decoder=decoder, num_workers=2):
         for clip in batch["video"]:
             numbers = [read_numbers(frame) for frame in clip]
             assert len({video for video, _ in numbers}) == 1
