@@ -198,6 +198,6 @@ def _pace(shown_s: Sequence[float], fps: float) -> tuple[float, tuple[int, ...]]
     """Seconds from the first frame to each, and the header's rate -> Video's fps and frame_ms."""
     times = np.asarray(shown_s)
     for rate in (fps, (len(times) - 1) / times[-1]):
-        if rate and np.abs(np.arange(len(times)) / rate - times).max() <= ROUNDING_S:
+        if np.abs(np.arange(len(times)) / rate - times).max() <= ROUNDING_S:
             return float(rate), ()
     return fps, tuple(int(step) for step in np.diff(np.rint(times * 1000)))

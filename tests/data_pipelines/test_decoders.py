@@ -348,8 +348,9 @@ def test_torchcodec_opens_a_file_once_and_scans_it_only_if_its_rate_varies(
     """It does not seek for the frame after the last one; for others, by the rate or by scanned times."""
     from torchcodec import decoders
 
-    opened: list[Any] = []
+    opened: list[tuple[str, int]] = []
     asked: list[int] = []
+    lost: list[int] = []
 
     class Spy(decoders.VideoDecoder):
         def __init__(self, path: str, **options: Any) -> None:
@@ -358,7 +359,7 @@ def test_torchcodec_opens_a_file_once_and_scans_it_only_if_its_rate_varies(
 
         def get_frame_at(self, index: int) -> Any:
             asked.append(index)
-            return super().get_frame_at(index)
+            return super().get_frame_at(lost.pop() if lost else index)
 
     monkeypatch.setattr(decoders, "VideoDecoder", Spy)
     frames = [*range(60), 90, 91, 5, 40]
@@ -371,6 +372,12 @@ def test_torchcodec_opens_a_file_once_and_scans_it_only_if_its_rate_varies(
         assert asked == frames
         opened.clear()
         asked.clear()
+    path = write_video(tmp_path / "gops.mp4", num_frames=100, **FILES["gops.mp4"])
+    reader = _open(path, "torchcodec", 1)[0]
+    expected = reader.read(70)
+    lost.append(93)
+    assert np.array_equal(reader.read(70), expected)
+    assert opened == [("approximate", 1), ("exact", 1)] and asked == [70, 70, 70]  # not from the beginning
 
 
 def test_modules_import_without_any_decoder() -> None:
