@@ -8,6 +8,7 @@ cropped about the centre; without, the frame keeps its size.
 import contextlib
 import importlib.util
 import os
+import re
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -396,7 +397,7 @@ class TorchcodecReader:
         except self._errors as error:
             if not scan:  # the header may lack what the file holds
                 return self._open(scan=True)
-            raise DecodeError(one_line(error)) from None
+            raise DecodeError(_without_place(error)) from None
         if num_frames != self._video.num_frames:
             if not scan:
                 return self._open(scan=True)
@@ -420,7 +421,7 @@ class TorchcodecReader:
         try:
             decoded = self._decoder.get_frame_at(frame)
         except self._errors as error:
-            raise DecodeError(f"frame {frame}: {one_line(error)}", frame) from None
+            raise DecodeError(f"frame {frame}: {_without_place(error)}", frame) from None
         if self._shown_s is not None and abs(decoded.pts_seconds - self._shown_s[frame]) > self._tolerance_s:
             raise DecodeError(f"frame {frame}: another one came in its place", frame)
         self._next = frame + 1
@@ -439,6 +440,11 @@ class TorchcodecReader:
         while self._next < frame:
             self._decode(self._next)
         return self._decode(frame)
+
+
+def _without_place(error: Exception) -> str:
+    """torchcodec's message as one short line, without its own source file and line that open it."""
+    return re.sub(r"^.*\.cpp:\d+, ", "", one_line(error))
 
 
 def _from_rgb(rgb: Frame, channels: int, size_px: int | None) -> Frame:
