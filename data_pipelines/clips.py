@@ -133,8 +133,9 @@ def frames_on_screen(video: Video, fps: float | None) -> Ints:
 def resample(
     videos: Sequence[Video], frame_ranges: Sequence[tuple[int, int]], fps: float
 ) -> tuple[list[tuple[int, int]], list[list[int]]]:
-    """Videos and the frames [start, stop) that clips may come from -> these ranges and the keyframes, in numbers of
-    resampled frames. Raises UserError as frames_on_screen does."""
+    """The frames [start, stop) of each video that clips may come from -> these ranges and the keyframes of each video,
+    both in numbers of resampled frames. Raises UserError as frames_on_screen does.
+    """
     ranges, keyframes = [], []
     for video, (start, stop) in zip(videos, frame_ranges, strict=True):
         source = frames_on_screen(video, fps)

@@ -379,7 +379,7 @@ class TorchcodecReader:
         # A torchcodec of another version may raise any of these; a failed torch operator is a RuntimeError.
         self._errors = (RuntimeError, ValueError, IndexError, OSError, AssertionError)
         self._shown_s = video.shown_s() + video.keyframe_pts[0] * video.tick_s if video.keyframe_pts else None
-        self._tolerance_s = min(ROUNDING_S, 0.25 / video.fps) + ROUNDING_S if video.fps else ROUNDING_S
+        self._tolerance_s = min(2 * ROUNDING_S, 0.5 / (video.fps or 1))
         self._open(scan=bool(video.frame_ms))
 
     def _open(self, *, scan: bool) -> None:
@@ -430,7 +430,7 @@ class TorchcodecReader:
     def _jump(self, frame: int) -> Frame:
         """_decode for a frame that is not the next one: by seeking where that lands right, else from the beginning."""
         if self._shown_s is not None:
-            for scan in (self._scanned, True):
+            for scan in dict.fromkeys((self._scanned, True)):
                 if scan != self._scanned:
                     self._open(scan=True)
                 with contextlib.suppress(DecodeError):

@@ -51,7 +51,7 @@ class Video:
     def shown_s(self) -> NDArray[np.float64]:
         """[num_frames], seconds from the first frame to each, right to about a millisecond; zeros if fps is unknown."""
         if self.frame_ms:
-            return np.concatenate([[0], np.cumsum(self.frame_ms)]) / 1000
+            return np.cumsum([0.0, *self.frame_ms]) / 1000
         return np.arange(self.num_frames) / (self.fps or np.inf)
 
 

@@ -80,8 +80,7 @@ class ClipSource:
 
 
 def make_source(index: VideoIndex, spec: ClipSpec, *, size_px: int | None, channels: int, decoder: str) -> ClipSource:
-    """Raises UserError: no such decoder, sizes differ with size_px=None, clips longer than every video, a video of
-    unknown rate with spec.fps."""
+    """Raises UserError: no such decoder, sizes differ with size_px=None, clips longer than every video, unknown fps."""
     if size_px is None:
         sizes = {(video.width, video.height): video.path for video in reversed(index.videos)}
         if len(sizes) > 1:
