@@ -20,10 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.errors import UserError
+from data_pipelines.probe import Video
 
 # Keyframe intervals are merged until a group has this many frames: short intervals would else make tiny
 # groups, each of which costs a seek and the frames between its keyframe and its first clip.
 GROUP_FRAMES = 128
+
+MAX_FPS = 1000
+# In a video resampled to a constant rate no frame is held longer: more is a hole in its timestamps, not a picture.
+MAX_HOLD_S = 10.0
+# A frame counts as on screen from this much before its time on, as timestamps are rounded; less at high rates.
+EARLY_S = 0.002
 
 Ints = NDArray[np.int64]
 
@@ -34,18 +41,23 @@ class ClipSpec:
 
     frame_stride: source frames from one delivered frame to the next.
     clip_step: source frames from the start of one clip to that of the next; None: clips do not overlap.
+    fps: the rate that each video is first resampled to by its timestamps, so that "source frames" are resampled ones;
+        None: frames are taken as they are stored, whatever their times.
     """
 
     num_segments: int = 3
     num_frames: int = 3
     frame_stride: int = 1
     clip_step: int | None = None
+    fps: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_segments", "num_frames", "frame_stride", "clip_step"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
+        if self.fps is not None and not 0 < self.fps <= MAX_FPS:
+            raise UserError(f"fps={self.fps:g} must be above 0 and at most {MAX_FPS}")
 
     @property
     def length(self) -> int:
@@ -91,12 +103,46 @@ class ClipTable:
         return np.searchsorted(self.first_clip, clips, side="right") - 1
 
     def starts_of(self, clips: Ints) -> Ints:
-        """Clip ids -> their first frames, counted from the start of the video in order of presentation."""
+        """Clip ids -> their first frames, counted from the start of the (resampled) video in order of presentation."""
         videos = self.videos_of(clips)
         return self.first_frame[videos] + (clips - self.first_clip[videos]) * self.step
 
     def groups_of(self, clips: Ints) -> Ints:
         return np.searchsorted(self.first_clip_of_group, clips, side="right") - 1
+
+
+def frames_on_screen(video: Video, fps: float | None) -> Ints:
+    """For each frame of the video resampled to fps, the number of the source frame that it shows, ascending.
+
+    Resampled frame k shows the last frame that comes at most k / fps seconds after the first. With fps=None each frame
+    shows itself. Raises UserError: the video states neither a frame rate nor times.
+    """
+    if fps is None:
+        return np.arange(video.num_frames)
+    if not video.fps and video.num_frames > 1:
+        raise UserError(f"fps={fps:g} needs videos of known times: '{video.path}' states no frame rate; remove it")
+    if video.num_frames == 1:
+        return np.zeros(1, dtype=np.int64)
+    shown_s = np.concatenate([[0], np.cumsum(np.minimum(np.diff(video.shown_s()), MAX_HOLD_S))])
+    mean_s = shown_s[-1] / (video.num_frames - 1)  # for which the last frame, too, is on screen
+    early_s = min(EARLY_S, mean_s / 4)
+    count = max(1, math.ceil((shown_s[-1] + mean_s - early_s) * fps))
+    return np.searchsorted(shown_s, np.arange(count) / fps + early_s, side="right") - 1
+
+
+def resample(
+    videos: Sequence[Video], frame_ranges: Sequence[tuple[int, int]], fps: float
+) -> tuple[list[tuple[int, int]], list[list[int]]]:
+    """The frames [start, stop) of each video that clips may come from -> these ranges and the keyframes of each video,
+    both in numbers of resampled frames. Raises UserError as frames_on_screen does.
+    """
+    ranges, keyframes = [], []
+    for video, (start, stop) in zip(videos, frame_ranges, strict=True):
+        source = frames_on_screen(video, fps)
+        first, end = np.searchsorted(source, (start, stop)).tolist()
+        ranges.append((first, end))
+        keyframes.append(np.searchsorted(source, video.keyframes).tolist())
+    return ranges, keyframes
 
 
 def make_clip_table(
@@ -110,10 +156,11 @@ def make_clip_table(
     frames = stop_frame - first_frame
     counts = np.maximum((frames - spec.span) // spec.step + 1, 0)
     if not counts.any():
-        raise UserError(
-            f"clips span {spec.span} frames (num_segments={spec.num_segments}, num_frames={spec.num_frames}, "
-            f"frame_stride={spec.frame_stride}) but the longest video has {frames.max(initial=0)}: lower them"
-        )
+        settings = f"num_segments={spec.num_segments}, num_frames={spec.num_frames}, frame_stride={spec.frame_stride}"
+        if spec.fps is not None:
+            settings += f", fps={spec.fps:g}"
+        longest = frames.max(initial=0)
+        raise UserError(f"clips span {spec.span} frames ({settings}) but the longest video has {longest}: lower them")
     first_clip = np.concatenate([[0], np.cumsum(counts)])
     boundaries = [first_clip[:-1][counts > 0]]
     for video in np.flatnonzero((counts > 1) & (frames > GROUP_FRAMES)).tolist():

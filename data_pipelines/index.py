@@ -350,8 +350,7 @@ def _entry_from_json(line: str) -> Video | BadFile:
     fields = json.loads(line)
     if "reason" in fields:
         return BadFile(**fields)
-    fields["keyframes"], fields["keyframe_pts"] = tuple(fields["keyframes"]), tuple(fields["keyframe_pts"])
-    return Video(**fields)
+    return Video(**fields | {name: tuple(fields[name]) for name in ("keyframes", "keyframe_pts", "frame_ms")})
 
 
 def _hash_of_paths(paths: Iterable[str]) -> str:

@@ -4,12 +4,19 @@ Nothing is decoded but the first frame, as a check, so that a small file costs a
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 if TYPE_CHECKING:
     from av.container import InputContainer
+
+# Timestamps are rounded, in Matroska to milliseconds: closer to a constant rate than this, they keep to it.
+ROUNDING_S = 0.00101
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +27,10 @@ class Video:
     keyframe_pts: their timestamps in the container's time base; empty where the container has none that
         can be trusted (then keyframes is (0,): such a file is only ever decoded from its beginning).
     open_gop: some frames are stored after a keyframe and shown before it.
+    tick_s: seconds of one tick of the container's time base.
+    frame_ms: milliseconds from each frame to the next, where they vary; empty where frame i is shown i / fps seconds
+        after the first.
+    quarter_turns: how often the stored picture is turned by 90 degrees, counterclockwise, to be shown.
     """
 
     path: str  # relative to the root, with forward slashes
@@ -27,12 +38,21 @@ class Video:
     mtime_ns: int
     num_frames: int
     fps: float  # average; 0 if unknown
-    width: int
-    height: int
+    width: int  # as shown
+    height: int  # as shown
     duration_s: float
     keyframes: tuple[int, ...]
     keyframe_pts: tuple[int, ...]
     open_gop: bool
+    tick_s: float = 0.0
+    frame_ms: tuple[int, ...] = ()
+    quarter_turns: int = 0
+
+    def shown_s(self) -> NDArray[np.float64]:
+        """[num_frames], seconds from the first frame to each, right to about a millisecond; zeros if fps is unknown."""
+        if self.frame_ms:
+            return np.cumsum([0.0, *self.frame_ms]) / 1000
+        return np.arange(self.num_frames) / (self.fps or np.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,25 +159,45 @@ def _demux(container: "InputContainer") -> dict[str, Any]:
     pts = [time for time, _ in shown]
     times = sorted(time for time in pts if time is not None)
     # AVI has no presentation times: what is reported as such follows the order of decoding.
-    if len(set(times)) < num_frames or container.format.name == "avi":
+    is_timed = len(set(times)) == num_frames and container.format.name != "avi"
+    if not is_timed:
         keyframes, keyframe_pts = [0], []
     else:
         ordered = sorted((time, is_key) for time, is_key in shown if time is not None)
         keyframes = sorted({0, *(i for i, (_, is_key) in enumerate(ordered) if is_key)})
         keyframe_pts = [times[i] for i in keyframes]
     fps = float(stream.average_rate or stream.guessed_rate or 0)
-    if len(times) > 1 and stream.time_base is not None:
-        span_s = float((times[-1] - times[0]) * stream.time_base)
+    tick_s = float(stream.time_base or 0)
+    if len(times) > 1 and tick_s:
+        span_s = (times[-1] - times[0]) * tick_s
         duration_s = span_s * num_frames / (num_frames - 1) if num_frames > 1 else span_s
     else:
         duration_s = num_frames / fps if fps else 0.0
+    fps = fps if fps or not duration_s else num_frames / duration_s
+    frame_ms: tuple[int, ...] = ()
+    if is_timed and num_frames > 1 and tick_s:
+        fps, frame_ms = _pace([(time - times[0]) * tick_s for time in times], fps)
+    quarter_turns = round(first_frame.rotation / 90) % 4
+    width, height = first_frame.width, first_frame.height
     return {
         "num_frames": num_frames,
-        "fps": fps if fps or not duration_s else num_frames / duration_s,
-        "width": first_frame.width,
-        "height": first_frame.height,
+        "fps": fps,
+        "width": height if quarter_turns % 2 else width,
+        "height": width if quarter_turns % 2 else height,
         "duration_s": duration_s,
         "keyframes": tuple(keyframes),
         "keyframe_pts": tuple(keyframe_pts),
         "open_gop": open_gop,
+        "tick_s": tick_s,
+        "frame_ms": frame_ms,
+        "quarter_turns": quarter_turns,
     }
+
+
+def _pace(shown_s: Sequence[float], fps: float) -> tuple[float, tuple[int, ...]]:
+    """Seconds from the first frame to each, and the header's rate -> Video's fps and frame_ms."""
+    times = np.asarray(shown_s)
+    for rate in (fps, (len(times) - 1) / times[-1]):
+        if np.abs(np.arange(len(times)) / rate - times).max() <= ROUNDING_S:
+            return float(rate), ()
+    return fps, tuple(int(step) for step in np.diff(np.rint(times * 1000)))

@@ -32,8 +32,10 @@ from data_pipelines.clips import (
     Ints,
     check_lanes,
     epoch_order,
+    frames_on_screen,
     lanes_of_worker,
     make_clip_table,
+    resample,
 )
 from data_pipelines.decoders import DecodeError, Frame, VideoReader, open_video, resolve_decoder
 from data_pipelines.errors import UserError
@@ -78,7 +80,7 @@ class ClipSource:
 
 
 def make_source(index: VideoIndex, spec: ClipSpec, *, size_px: int | None, channels: int, decoder: str) -> ClipSource:
-    """Raises UserError: no such decoder, sizes differ with size_px=None, clips longer than every video."""
+    """Raises UserError: no such decoder, sizes differ with size_px=None, clips longer than every video, unknown fps."""
     if size_px is None:
         sizes = {(video.width, video.height): video.path for video in reversed(index.videos)}
         if len(sizes) > 1:
@@ -86,7 +88,11 @@ def make_source(index: VideoIndex, spec: ClipSpec, *, size_px: int | None, chann
             raise UserError(
                 f"videos differ in size ('{path_a}' is {a[0]}x{a[1]}, '{path_b}' {b[0]}x{b[1]}): set size_px"
             )
-    table = make_clip_table(index.frame_ranges, [video.keyframes for video in index.videos], spec)
+    ranges: Sequence[tuple[int, int]] = index.frame_ranges
+    keyframes: Sequence[Sequence[int]] = [video.keyframes for video in index.videos]
+    if spec.fps is not None:
+        ranges, keyframes = resample(index.videos, ranges, spec.fps)
+    table = make_clip_table(ranges, keyframes, spec)
     return ClipSource(index, spec, table, channels, size_px, resolve_decoder(decoder))
 
 
@@ -126,7 +132,8 @@ class ClipDecoder:
         self._source, self._faults = source, faults
         self._group = -1
         self._reader: VideoReader | None = None
-        self._recent: dict[int, Frame] = {}  # frames that overlapping clips share
+        self._source_frames = np.empty(0, dtype=np.int64)  # by number of the resampled frame
+        self._recent: dict[int, Frame] = {}  # source frames that overlapping clips share
         self._failed_frame = -1
 
     def close(self) -> None:
@@ -135,14 +142,17 @@ class ClipDecoder:
         self._reader, self._recent = None, {}
 
     def decode(self, video: int, group: int, start: int) -> list[Frame] | None:
-        """The frames of the clip of `video` that starts at frame `start`, or None if they do not decode."""
+        """The frames of the clip of `video` that starts at (resampled) frame `start`, or None if they do not decode."""
+        spec = self._source.spec
+        facts = self._source.index.videos[video]
         if group != self._group:
             self.close()
             self._group, self._failed_frame = group, -1
-        spec = self._source.spec
-        facts = self._source.index.videos[video]
-        keyframe = facts.keyframes[bisect_right(facts.keyframes, start) - 1]
-        if keyframe <= self._failed_frame or self._faults.prevent(video, keyframe, start + spec.span):
+            self._source_frames = frames_on_screen(facts, spec.fps)
+        shown = self._source_frames[start : start + spec.span]
+        passed = shown[:: spec.grid].tolist()
+        keyframe = facts.keyframes[bisect_right(facts.keyframes, passed[0]) - 1]
+        if keyframe <= self._failed_frame or self._faults.prevent(video, keyframe, passed[-1] + 1):
             return None  # it would meet the damage again
         now = self._faults.now
         now[:] = video, OPENING, time.monotonic()
@@ -155,8 +165,8 @@ class ClipDecoder:
                     size_px=self._source.size_px,
                     decoder=self._source.decoder,
                 )
-            recent = {frame: array for frame, array in self._recent.items() if frame >= start}
-            for frame in range(start, start + spec.span, spec.grid):
+            recent = {frame: array for frame, array in self._recent.items() if frame >= passed[0]}
+            for frame in passed:
                 if frame not in recent:
                     now[1] = frame
                     recent[frame] = self._reader.read(frame)
@@ -168,7 +178,7 @@ class ClipDecoder:
         finally:
             now[2] = IDLE
         self._recent = recent
-        return [recent[frame] for frame in range(start, start + spec.span, spec.frame_stride)]
+        return [recent[frame] for frame in shown[:: spec.frame_stride].tolist()]
 
 
 class ClipCache:
@@ -499,7 +509,12 @@ def _with_labels(source: ClipSource, video: torch.Tensor, clip_id: torch.Tensor)
 
 def _frames_of(source: ClipSource, clips: Ints) -> Ints:
     """Clip ids [B] -> the frames of their files that they show, [B, T]."""
-    return source.table.starts_of(clips)[:, None] + np.arange(source.spec.length) * source.spec.frame_stride
+    frames = source.table.starts_of(clips)[:, None] + np.arange(source.spec.length) * source.spec.frame_stride
+    if source.spec.fps is not None:
+        rows = source.table.videos_of(clips)
+        for row in np.unique(rows).tolist():
+            frames[rows == row] = frames_on_screen(source.index.videos[row], source.spec.fps)[frames[rows == row]]
+    return frames
 
 
 def _merge(parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -56,6 +56,7 @@ def read_context(trained: TrainedRun, video: Path, start_frame: int) -> torch.Te
         channels=data.channels,
         size_px=data.size_px,
         decoder=data.decoder,
+        fps=data.fps,
     )
     chosen = [frame for number, frame in enumerate(frames) if number % data.frame_stride == 0]
     return to_float(torch.from_numpy(np.stack(chosen)))[None]

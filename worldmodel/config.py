@@ -14,6 +14,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from data_pipelines.clips import MAX_FPS
 from data_pipelines.errors import UserError
 from data_pipelines.sources.causal import NUM_FACTORS, Change
 from worldmodel.objectives import OBJECTIVES
@@ -51,6 +52,9 @@ class DataConfig:
     frame_stride: PositiveInt = 1
     clip_step: PositiveInt | None = None
     """Source frames between the starts of successive clips of a video; none: clips do not overlap."""
+    fps: Annotated[float, Field(strict=True, gt=0, le=MAX_FPS)] | None = None
+    """videos: resampled to this rate by their timestamps first; `frame_stride` and `clip_step` then count resampled
+    frames. None: frames as stored."""
     batch_size: Annotated[int, Field(strict=True, ge=2)] = 128
     """Clips in a global batch, over all processes."""
     num_lanes: PositiveInt = 32
@@ -61,7 +65,7 @@ class DataConfig:
     """Memory of a training process for decoded clips that later epochs reuse; what does not fit is decoded again."""
     num_workers: NonNegativeInt = 1
     """Decoding processes a training process."""
-    decoder: Literal["auto", "pyav", "decord"] = "auto"
+    decoder: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
     decode_timeout_s: PositiveFloat = 60.0
     """A decoding process that takes longer for one clip is replaced, and the frame it hung at left out."""
     max_bad_fraction: Fraction = 0.1

@@ -152,7 +152,7 @@ def causal_world(config: Config) -> CausalWorld:
 
 
 def clip_spec(data: DataConfig) -> ClipSpec:
-    return ClipSpec(data.num_segments, data.num_frames, data.frame_stride, data.clip_step)
+    return ClipSpec(data.num_segments, data.num_frames, data.frame_stride, data.clip_step, data.fps)
 
 
 def _first_rows(batch: Batch, count: int) -> Batch:

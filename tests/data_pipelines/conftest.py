@@ -1,6 +1,7 @@
 """Real, small videos with the numbers of the video and of the frame painted into the pixels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,25 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from data_pipelines.decoders import resolve_decoder
+from data_pipelines.errors import UserError
+
 Image = NDArray[np.uint8]
 BLOCK_PX = 8
 NUM_BITS = 12
 
 WriteVideo = Callable[..., Path]
 ReadNumbers = Callable[[Any], tuple[int, int]]
+
+
+def _is_usable(decoder: str) -> bool:
+    try:
+        return resolve_decoder(decoder) == decoder
+    except UserError:
+        return False
+
+
+DECODERS = list(filter(_is_usable, ("pyav", "decord", "torchcodec")))
 
 
 def _paint(video: int, frame: int, height: int, width: int) -> Image:
@@ -39,9 +53,12 @@ def _write_video(
     container_options: dict[str, str] | None = None,
     fps: int = 10,
     images: list[Image] | None = None,
+    times_ms: Sequence[int] | None = None,
 ) -> Path:
-    """Encode painted frames, or images (each [H, W] or [H, W, 3])."""
+    """Encode painted frames, or images (each [H, W] or [H, W, 3]); at times_ms, or evenly from zero on."""
     import av
+
+    num_frames = num_frames if times_ms is None else len(times_ms)
 
     images = images or [_paint(video, frame, *size) for frame in range(num_frames)]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,9 +71,13 @@ def _write_video(
         stream.codec_context.thread_count = 1
         if pix_fmt.startswith("yuvj"):
             stream.codec_context.color_range = 2
-        for image in images:
-            layout = "gray" if image.ndim == 2 else "rgb24"
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(image, format=layout)))
+        if times_ms is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(image, format="gray" if image.ndim == 2 else "rgb24")
+            if times_ms is not None:
+                frame.pts, frame.time_base = times_ms[number], Fraction(1, 1000)
+            out.mux(stream.encode(frame))
         out.mux(stream.encode())
     return path
 

@@ -8,12 +8,15 @@ from data_pipelines.clips import (
     ClipSpec,
     check_lanes,
     epoch_order,
+    frames_on_screen,
     group_starts,
     lanes_of_worker,
     make_clip_table,
     pool_shuffle,
+    resample,
 )
 from data_pipelines.errors import UserError
+from data_pipelines.probe import Video
 
 
 def whole(*num_frames: int) -> list[tuple[int, int]]:
@@ -27,6 +30,9 @@ def test_spec_counts_frames() -> None:
     assert ClipSpec(frame_stride=4, clip_step=6).grid == 2
     with pytest.raises(UserError, match="frame_stride=0"):
         ClipSpec(frame_stride=0)
+    for fps in (0.0, -1.0, float("nan"), 2000.0):
+        with pytest.raises(UserError, match=r"fps=\S+ must be above 0 and at most 1000"):
+            ClipSpec(fps=fps)
 
 
 def test_clips_are_all_that_fit_numbered_in_order_of_time() -> None:
@@ -57,6 +63,75 @@ def test_clips_stay_within_a_range_of_frames() -> None:
     assert table.starts_of(table.first_clip_of_group[:-1]).tolist() == [250, 403, 601]
 
 
+def _facts(num_frames: int, fps: float, frame_ms: tuple[int, ...] = (), keyframes: tuple[int, ...] = (0,)) -> Video:
+    return Video(
+        path="v.mp4",
+        size_bytes=1,
+        mtime_ns=0,
+        num_frames=num_frames,
+        fps=fps,
+        width=64,
+        height=64,
+        duration_s=0.0,
+        keyframes=keyframes,
+        keyframe_pts=(),
+        open_gop=False,
+        frame_ms=frame_ms,
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "source_fps", "fps", "expected"),
+    [
+        (9, 30.0, 15.0, [0, 2, 4, 6, 8]),
+        (4, 25.0, 50.0, [0, 0, 1, 1, 2, 2, 3, 3]),
+        (5, 24.0, 24.0, [0, 1, 2, 3, 4]),
+        (10, 25.0, 10.0, [0, 2, 5, 7]),
+        (8, 30000 / 1001, 30.0, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (9, 1000.0, 500.0, [0, 2, 4, 6, 8]),
+        (1, 0.0, 15.0, [0]),
+    ],
+)
+def test_resampled_frames_of_a_constant_rate(
+    num_frames: int, source_fps: float, fps: float, expected: list[int]
+) -> None:
+    assert frames_on_screen(_facts(num_frames, source_fps), fps).tolist() == expected
+    assert frames_on_screen(_facts(num_frames, source_fps), None).tolist() == list(range(num_frames))
+
+
+@pytest.mark.parametrize("source_fps", [24000 / 1001, 25.0, 30000 / 1001, 30.0, 59.94, 60.0])
+def test_every_second_frame_of_a_long_video_whatever_its_rounding(source_fps: float) -> None:
+    """Half the rate is every second frame to the end, though a header's rate may be off by a millisecond in all."""
+    num_frames = 200_000
+    for error_s in (-0.001, 0.0, 0.001):
+        rate = num_frames / (num_frames / source_fps + error_s)
+        assert np.array_equal(frames_on_screen(_facts(num_frames, rate), source_fps / 2), np.arange(0, num_frames, 2))
+
+
+def test_resampled_frames_of_a_varying_rate() -> None:
+    """Frames at 0, 100, 133, 400 and 440 ms; the last one stays for 110, the mean."""
+    video = _facts(5, 10.0, (100, 33, 267, 40))
+    assert frames_on_screen(video, 10.0).tolist() == [0, 1, 2, 2, 3, 4]
+    assert frames_on_screen(video, 30.0).tolist() == [0, 0, 0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 4, 4, 4]
+    # what lasts for a day is a hole
+    assert len(frames_on_screen(_facts(3, 10.0, (100, 86_400_000)), 10.0)) == 152
+
+
+def test_ranges_and_keyframes_in_resampled_frames() -> None:
+    videos = [_facts(300, 30.0, keyframes=(0, 100, 201, 299)), _facts(4, 5.0)]
+    ranges, keyframes = resample(videos, [(0, 240), (3, 4)], 10.0)
+    assert ranges == [(0, 80), (6, 8)]
+    assert keyframes == [[0, 34, 67, 100], [0]]  # the first that show the keyframe or a later frame
+    rest, _ = resample(videos, [(240, 300), (0, 3)], 10.0)
+    assert rest == [(80, 100), (0, 6)]
+
+
+def test_a_video_of_unknown_rate_cannot_be_resampled() -> None:
+    with pytest.raises(UserError, match=r"fps=10 needs videos of known times: 'v.mp4' states no frame rate"):
+        frames_on_screen(_facts(7, 0.0), 10.0)
+    assert len(frames_on_screen(_facts(7, 0.0), None)) == 7
+
+
 def test_groups_without_clips_vanish() -> None:
     table = make_clip_table(whole(300), [(0, 140, 295)], ClipSpec(clip_step=100))
     assert table.first_clip_of_group.tolist() == [0, 2, 3]
@@ -65,6 +140,8 @@ def test_groups_without_clips_vanish() -> None:
 def test_no_video_as_long_as_a_clip_names_the_span_and_the_longest() -> None:
     with pytest.raises(UserError, match=r"clips span 9 frames .*longest video has 8"):
         make_clip_table(whole(8, 3), [(0,), (0,)], ClipSpec())
+    with pytest.raises(UserError, match=r"frame_stride=1, fps=7.5\) but the longest"):
+        make_clip_table(whole(8, 3), [(0,), (0,)], ClipSpec(fps=7.5))
 
 
 @pytest.mark.parametrize(

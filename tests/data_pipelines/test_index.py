@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,6 +37,26 @@ def test_facts_of_a_video_with_b_frames(tmp_path: Path, write_video: Any) -> Non
     assert video.duration_s == pytest.approx(2.0)
     assert video.keyframes == (0, 12, 24, 36, 48)
     assert len(video.keyframe_pts) == 5
+
+
+def test_times_are_kept_only_where_they_vary(tmp_path: Path, write_video: Any) -> None:
+    """A constant rate is one number, though Matroska rounds to milliseconds and a file may start late."""
+    steady = [5000 + round(i * 1001 / 30) for i in range(200)]
+    for name in ("v.mp4", "v.mkv"):
+        write_video(tmp_path / name, times_ms=steady)
+        video = index_file(tmp_path, name)
+        assert isinstance(video, Video)
+        assert video.frame_ms == ()
+        assert video.fps == pytest.approx(30000 / 1001, rel=1e-4)
+        assert video.shown_s() == pytest.approx(np.array(steady) / 1000 - 5, abs=0.0011)
+        write_video(tmp_path / name, times_ms=[100, 133, 166, 300, 333])
+        video = index_file(tmp_path, name)
+        assert isinstance(video, Video)
+        assert video.frame_ms == (33, 33, 134, 33)
+        assert video.shown_s() == pytest.approx([0, 0.033, 0.066, 0.2, 0.233])
+    (tmp_path / "v.mp4").unlink()
+    index = _index(tmp_path)
+    assert index.videos == [video] == _index(tmp_path).videos  # the second time from the cache
 
 
 @pytest.mark.parametrize("name", ["v.mkv", "v.mov", "v.ts", "v.avi", "v.webm"])

@@ -159,6 +159,18 @@ def test_every_clip_of_the_other_camera(data_set: Path, read_numbers: Any) -> No
     assert len(clips) == len(ALL_CLIPS) and set(clips) == ALL_CLIPS
 
 
+def test_actions_follow_the_frames_of_a_resampled_video(data_set: Path, read_numbers: Any) -> None:
+    spec = ClipSpec(num_segments=2, num_frames=2, fps=FPS / 2)
+    num_clips = 0
+    for batch in read_all(_index(data_set), spec, size_px=None, channels=1, batch_size=32):
+        for video, action in zip(batch["video"], batch["labels"]["action"], strict=True):
+            shown = [read_numbers(frame)[1] for frame in video]
+            assert action[:, 0].tolist() == shown == list(range(shown[0], shown[0] + 8, 2))
+            assert len(set(action[:, 1].tolist())) == 1  # one episode
+            num_clips += 1
+    assert num_clips > 30
+
+
 def test_few_episodes_are_split_by_time_within_each(data_set: Path, read_numbers: Any) -> None:
     seen = {}
     for split in ("train", "selection", "test"):

@@ -25,6 +25,7 @@ from data_pipelines.clips import ClipSpec, make_clip_table
 from data_pipelines.errors import UserError
 from data_pipelines.index import VideoIndex, load_or_build_index
 from data_pipelines.stream import Batch, VideoStream, read_all
+from tests.data_pipelines.conftest import DECODERS
 
 SETTINGS: dict[str, Any] = {
     "size_px": None,
@@ -98,14 +99,82 @@ def test_every_clip_once_an_epoch_with_the_right_pixels(index: VideoIndex, read_
         ClipSpec(num_segments=2, num_frames=2, frame_stride=2, clip_step=60),
     ],
 )
-@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("decoder", DECODERS)
 def test_overlapping_spread_and_sparse_clips(
     index: VideoIndex, read_numbers: Any, spec: ClipSpec, decoder: str
 ) -> None:
-    if decoder == "decord":
-        pytest.importorskip("decord")
     stream = _stream(index, spec, batch_size=8, num_lanes=4, decoder=decoder)
     _check_pixels(index, spec, _take(stream, min(25, stream.batches_per_epoch)), read_numbers)
+
+
+TIMES_MS: dict[str, list[float]] = {
+    "a_30fps.mp4": [i * 1000 / 30 for i in range(90)],
+    "b_24fps.mkv": [i * 1000 / 24 for i in range(150)],
+    "c_late.mkv": [7000 + 40 * i for i in range(80)],
+    "d_varying.mp4": [
+        500,
+        *(512 + i % 2 * 8 + cell * 100 / 3 for i, cell in enumerate(np.cumsum([1, 0, 3, 1, 7, 2] * 25))),
+    ],
+    "e_slow.mp4": [250 * i for i in range(20)],
+    "f_short.mp4": [0],
+}  # files round them to milliseconds
+
+
+@pytest.fixture(scope="module")
+def timed_index(tmp_path_factory: pytest.TempPathFactory, write_video: Any) -> VideoIndex:
+    root = tmp_path_factory.mktemp("timed")
+    for video, (name, times_ms) in enumerate(TIMES_MS.items()):
+        write_video(
+            root / name, video=video, times_ms=[round(time) for time in times_ms], options={"g": "25", "bf": "2"}
+        )
+    return load_or_build_index(root, progress=False)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("spec", [ClipSpec(3, 1, clip_step=1, fps=10.0), ClipSpec(2, 2, frame_stride=2, fps=15.0)])
+def test_clips_by_time_show_what_is_on_screen_then(
+    timed_index: VideoIndex, read_numbers: Any, spec: ClipSpec, decoder: str
+) -> None:
+    """Frame k of a video at fps shows the last source frame at k / fps after the first, whatever the file's pace."""
+    assert spec.fps is not None
+    shown: dict[int, list[list[int]]] = {}
+    for batch in read_all(timed_index, spec, size_px=None, channels=1, batch_size=16, decoder=decoder, num_workers=2):
+        for clip in batch["video"]:
+            numbers = [read_numbers(frame) for frame in clip]
+            assert len({video for video, _ in numbers}) == 1
+            shown.setdefault(numbers[0][0], []).append([frame for _, frame in numbers])
+    for video, times_ms in enumerate(TIMES_MS.values()):
+        times = np.array(times_ms) - times_ms[0]
+        mean_ms = times[-1] / max(1, len(times) - 1)
+        count = int(np.ceil((times[-1] + mean_ms - 1e-6) * spec.fps / 1000))
+        at = [int(np.flatnonzero(times <= k * 1000 / spec.fps + 1e-6)[-1]) for k in range(count)]
+        starts = range(0, count - spec.span + 1, spec.step)
+        assert shown.get(video, []) == [at[start : start + spec.span : spec.frame_stride] for start in starts], video
+    assert sorted(shown) == [0, 1, 2, 3, 4]
+
+
+def test_clips_by_time_decode_no_frame_twice(timed_index: VideoIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[int, int]] = []
+    num_opened = 0
+    open_video = stream_module.open_video
+
+    def spy(path: str, *arguments: Any, **more: Any) -> Any:
+        nonlocal num_opened
+        number = num_opened = num_opened + 1
+        reader = open_video(path, *arguments, **more)
+        decode = reader.read
+
+        def counted(frame: int) -> Any:
+            read.append((number, frame))
+            return decode(frame)
+
+        monkeypatch.setattr(reader, "read", counted)
+        return reader
+
+    monkeypatch.setattr(stream_module, "open_video", spy)
+    spec = ClipSpec(3, 1, clip_step=1, fps=50.0)  # each frame more than once in a clip and in several clips
+    list(read_all(timed_index, spec, size_px=None, channels=1, batch_size=10_000))
+    assert len(read) == len(set(read)) > 400
 
 
 def test_resized_colour_clips_keep_their_layout(index: VideoIndex) -> None:
@@ -550,6 +619,7 @@ def test_fingerprint_covers_what_fixes_the_order_and_nothing_else(index: VideoIn
         {"pool_clips": 32},
         {"shuffle": False},
         {"spec": ClipSpec(clip_step=1)},
+        {"spec": ClipSpec(fps=10.0)},
         {"index": VideoIndex(index.root, index.videos[1:])},
     ]
     fingerprints = {_stream(**{"index": index, **changes}).fingerprint for changes in other}

@@ -29,9 +29,11 @@ def test_twins_differ_only_in_the_latent(name: str) -> None:
 def test_overrides_replace_values_and_numbers_may_have_exponents(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("run_dir: here\ntrain:\n  lr: 1e-3\n")
-    config = load_config(path, ["train.steps=7", "objective.beta=5e-4", "data.clip_step=null", "data.decoder=pyav"])
+    config = load_config(
+        path, ["train.steps=7", "objective.beta=5e-4", "data.clip_step=null", "data.decoder=pyav", "data.fps=10"]
+    )
     assert (config.train.lr, config.train.steps, config.objective.beta) == (1e-3, 7, 5e-4)
-    assert config.data.clip_step is None and config.data.decoder == "pyav"
+    assert config.data.clip_step is None and config.data.decoder == "pyav" and config.data.fps == 10.0
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,8 @@ def test_overrides_replace_values_and_numbers_may_have_exponents(tmp_path: Path)
         ("train.steps=0", ["train.steps", "0", "greater than 0"]),
         ("train.lr=fast", ["train.lr", "'fast'"]),
         ("model.latent=gausian", ["model.latent", "'gausian'", "'gaussian'", "'none'"]),
-        ("data.decoder=ffmpeg", ["data.decoder", "'ffmpeg'", "'auto'", "'pyav'", "'decord'"]),
+        ("data.fps=0", ["data.fps=0", "greater than 0"]),
+        ("data.decoder=ffmpeg", ["data.decoder", "'ffmpeg'", "'auto'", "'pyav'", "'decord'", "'torchcodec'"]),
         ("data.channels=2", ["data.channels=2", "1 (luma) or 3"]),
         ("objective.ema_momentum=1.5", ["objective.ema_momentum", "1.5", "less than or equal to 1"]),
         ("data=5", ["data", "5"]),
