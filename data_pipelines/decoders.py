@@ -129,7 +129,7 @@ class PyAVReader:
 
     def _open(self) -> None:
         try:
-            self._container = open_container(self._path)
+            self._container = open_container(self._path, self._video.path)
             prepare_codec(self._container)
             self._stream = self._container.streams.video[0]
             self._frames = self._container.decode(self._stream)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from tqdm.auto import tqdm
@@ -21,6 +21,9 @@ from tqdm.auto import tqdm
 from data_pipelines.errors import UserError
 from data_pipelines.labels import read_labels
 from data_pipelines.probe import BadFile, Video, index_file, one_line
+
+if TYPE_CHECKING:
+    from data_pipelines.remote import RemoteShards
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,8 @@ class VideoIndex:
     """What a folder holds. videos are sorted by path; labels (first dimension len(videos)) follow them.
 
     share: the part of each video's length that clips may come from, as fractions [start, stop) of its frames.
+    remote: fetches the shards that hold the videos into root, where they are not there to begin with. Videos in shards
+    are sorted by shard and by place in it.
     """
 
     root: Path
@@ -46,6 +51,7 @@ class VideoIndex:
     bad: Sequence[BadFile] = ()
     labels: dict[str, torch.Tensor] = field(default_factory=dict)
     share: tuple[float, float] = (0.0, 1.0)
+    remote: "RemoteShards | None" = None
 
     @property
     def frame_ranges(self) -> list[tuple[int, int]]:
@@ -59,6 +65,8 @@ class VideoIndex:
         digest = hashlib.sha256(repr(self.share).encode())
         for video in self.videos:
             digest.update(f"{video.path}\0{video.size_bytes}\0{video.num_frames}\n".encode())
+            if video.shard:  # the order of clips depends on it
+                digest.update(f"{video.shard}\0{video.offset}\n".encode())
         return digest.hexdigest()[:16]
 
 
@@ -97,11 +105,11 @@ def load_or_build_index(
 
     videos = [entry for entry in entries if isinstance(entry, Video)]
     bad = [entry for entry in entries if isinstance(entry, BadFile)]
-    _judge_bad_files(root, bad, len(entries), max_bad_fraction)
+    judge_bad_files(root, bad, len(entries), max_bad_fraction)
     return VideoIndex(root=root, videos=videos, bad=bad, labels=read_labels(root, videos))
 
 
-def _judge_bad_files(root: Path, bad: Sequence[BadFile], num_files: int, max_bad_fraction: float) -> None:
+def judge_bad_files(root: str | Path, bad: Sequence[BadFile], num_files: int, max_bad_fraction: float) -> None:
     if not bad:
         return
     first = f"the first is '{bad[0].path}' ({bad[0].reason})"

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,14 @@ def read_labels(root: Path, videos: Sequence[Video]) -> dict[str, torch.Tensor]:
             metadata, len(missing), len(videos), missing[0],
         )  # fmt: skip
         return {}
+    return stack_labels([rows[video.path] for video in videos])
+
+
+def stack_labels(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """One row of labels a video -> the numeric and list-of-number fields that every row has."""
     labels = {}
-    for name in rows[videos[0].path]:
-        values = [rows[video.path].get(name) for video in videos]
+    for name in rows[0]:
+        values = [row.get(name) for row in rows]
         tensor = _numbers_to_tensor(values)
         if tensor is not None:
             labels[name] = tensor

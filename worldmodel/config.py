@@ -38,7 +38,12 @@ class DataConfig:
     source: Literal["videos", "moving_mnist", "causal"] = "videos"
     """videos: files. The others are worlds of known laws, drawn afresh (data_pipelines/sources)."""
     root: str = "data/videos"
-    """videos: a folder of video files; its subfolders train/, selection/ and test/ are the splits where they exist."""
+    """videos: a folder of video files or of tar shards, or the URL of shards (http, s3, ...); its subfolders train/,
+    selection/ and test/ are the splits where they exist."""
+    remote_cache_dir: str | None = None
+    """Folder that keeps shards from a URL; none: in the user's cache."""
+    remote_cache_mb: PositiveInt = 16_384
+    """How much of it they may take; those used least recently go."""
     size_px: Annotated[int, Field(strict=True, ge=8)] = 64
     """Short side resized, centre cropped to a square of this size."""
     channels: PositiveInt = 3

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from data_pipelines.clips import ClipSpec
 from data_pipelines.errors import UserError
-from data_pipelines.index import VideoIndex, load_or_build_index, split_index
+from data_pipelines.index import VideoIndex, split_index
+from data_pipelines.remote import Store, is_url
+from data_pipelines.shards import SHARDS_NAME, load_videos
 from data_pipelines.sources.causal import CausalStream, CausalWorld
 from data_pipelines.sources.moving_mnist import (
     SPLITS,
@@ -90,7 +92,7 @@ def training_stream(
             device=device,
         )
     return VideoStream(
-        read_index(data.root, "train", data.max_bad_fraction),
+        read_index(data, "train"),
         clip_spec(data),
         size_px=data.size_px,
         channels=data.channels,
@@ -119,7 +121,7 @@ def evaluation_batches(config: Config, split: Split, num_clips: int) -> Iterator
         batches: Iterator[Batch] = islice(stream.batches(), -(-num_clips // batch_size))
     else:
         batches = read_all(
-            read_index(data.root, split, data.max_bad_fraction),
+            read_index(data, split),
             clip_spec(data),
             size_px=data.size_px,
             channels=data.channels,
@@ -169,9 +171,17 @@ def _sprites(split: Split, mnist_dir: str | None) -> Any:
 
 
 @lru_cache(maxsize=4)
-def read_index(root: str, split: Split, max_bad_fraction: float) -> VideoIndex:
+def read_index(data: DataConfig, split: Split) -> VideoIndex:
     """A split's videos: the folder of its name where all three folders exist, else a share of all videos."""
-    folders = {name: Path(root) / name for name in SPLITS}
-    if all(folder.is_dir() for folder in folders.values()):
-        return load_or_build_index(folders[split], max_bad_fraction=max_bad_fraction)
-    return split_index(load_or_build_index(Path(root), max_bad_fraction=max_bad_fraction), split)
+    root = data.root.rstrip("/")
+    if is_url(root):
+        has_splits = all(Store(f"{root}/{name}").holds(SHARDS_NAME) for name in SPLITS)
+    else:
+        has_splits = all((Path(root) / name).is_dir() for name in SPLITS)
+    index = load_videos(
+        f"{root}/{split}" if has_splits else root,
+        max_bad_fraction=data.max_bad_fraction,
+        cache_dir=Path(data.remote_cache_dir) if data.remote_cache_dir else None,
+        cache_mb=data.remote_cache_mb,
+    )
+    return index if has_splits else split_index(index, split)
