@@ -8,9 +8,9 @@ how many of them there are.
 The order of an epoch is a function of (seed, epoch) alone: the groups are permuted and their clips laid end
 to end; the last N % batch_size of the N clips are left out (others in each epoch); the rest is cut into
 num_lanes equal, contiguous parts. Where videos stand in shards, the shards are permuted, and the groups within
-each of them, so that a lane walks through few shards, one after the other. Within a lane clips are *decoded* in that order and *delivered* in another
-one, shuffled within a bounded distance. A global batch takes batch_size / num_lanes clips from every lane, in
-lane order.
+each of them, so that a lane walks through few shards, one after the other. Within a lane clips are *decoded*
+in that order and *delivered* in another one, shuffled within a bounded distance. A global batch takes
+batch_size / num_lanes clips from every lane, in lane order.
 """
 
 import math

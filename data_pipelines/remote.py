@@ -130,7 +130,8 @@ class Store:
                 self.sleep(pause_s)
         times = "once" if tries == 1 else f"{tries} times"
         raise UserError(
-            f"'{self.url}/{name}' could not be fetched, tried {times}: {reason}: mend that, and resume: nothing was skipped"
+            f"'{self.url}/{name}' could not be fetched, tried {times}: {reason}: mend that and resume: nothing was "
+            "skipped"
         )
 
     @contextmanager
@@ -207,8 +208,8 @@ class RemoteShards:
         sizes = sorted((shard.size_bytes for shard in self.shards.values()), reverse=True)[:num_held]
         if sum(sizes) > self.max_bytes:
             raise UserError(
-                f"remote_cache_mb={self.max_bytes // 2**20} cannot hold the {len(sizes)} shards in use at a time (one a "
-                f"lane, one ahead a worker): set it to at least {-(-sum(sizes) // 2**20)}, or lower num_lanes"
+                f"remote_cache_mb={self.max_bytes // 2**20} cannot hold the {len(sizes)} shards in use at a time "
+                f"(one a lane, one ahead a worker): set it to at least {-(-sum(sizes) // 2**20)}, or lower num_lanes"
             )
 
     def pin(self, name: str) -> BinaryIO:
@@ -216,7 +217,7 @@ class RemoteShards:
         shard, path = self.shards[name], self.folder / name
         while True:
             with suppress(FileNotFoundError):
-                pin = open(path, "rb")
+                pin = open(path, "rb")  # noqa: SIM115 (whoever asked for it closes it)
                 if _lock(pin, path, shared=True):
                     if os.fstat(pin.fileno()).st_size == shard.size_bytes:
                         with suppress(OSError):  # a cache that is owned by somebody else
@@ -231,12 +232,12 @@ class RemoteShards:
         aside = path.with_name(f"{path.name}.partial")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            out = open(aside, "a+b")
+            aside.touch()
         except OSError as error:
             raise UserError(
                 f"remote_cache_dir='{self.cache_dir}' cannot be written ({one_line(error)}): name another folder"
             ) from None
-        with out:
+        with open(aside, "a+b") as out:
             if not _lock(out, aside):
                 return  # another process fetched it meanwhile, or gave up: look again
             try:

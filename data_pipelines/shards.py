@@ -77,8 +77,8 @@ def load_videos(
     for name in sorted(listed | found):
         if listed.get(name) != found.get(name):
             raise UserError(
-                f"'{root / name}' has {_bytes(found.get(name))}, but {SHARDS_NAME} says {_bytes(listed.get(name))}: copy "
-                f"the shards again, or delete {SHARDS_NAME} to index those that are here"
+                f"'{root / name}' has {_bytes(found.get(name))}, but {SHARDS_NAME} says {_bytes(listed.get(name))}: "
+                f"copy the shards again, or delete {SHARDS_NAME} to index those that are here"
             )
     return _make_index(root, entries, str(root), max_bad_fraction, None)
 
@@ -129,7 +129,7 @@ def _parse(text: bytes, where: str) -> tuple[dict[str, Shard], list[Entry]]:
         lines = text.decode("utf-8").splitlines()
         if json.loads(lines[0]) != SHARDS_HEADER:
             raise ValueError(f"it should be {json.dumps(SHARDS_HEADER)}")
-        for number, line in enumerate(lines[1:], start=2):
+        for number, line in enumerate(lines[1:], start=2):  # noqa: B007 (the message below tells it)
             fields = json.loads(line)
             if "sha256" in fields:
                 shard = Shard(**fields)
@@ -146,7 +146,8 @@ def _parse(text: bytes, where: str) -> tuple[dict[str, Shard], list[Entry]]:
             entries.append(entry)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise UserError(
-            f"'{where}' is damaged in line {number} ({one_line(error)}): make it anew with scripts/make_shards.py --index"
+            f"'{where}' is damaged in line {number} ({one_line(error)}): make it anew with scripts/make_shards.py "
+            "--index"
         ) from None
     return shards, entries
 

@@ -1,6 +1,6 @@
 """Pack a folder of videos into tar shards for streaming, from a disk or from a store such as S3.
 
-python scripts/make_shards.py SOURCE OUT     pack videos and their labels; subfolders train/, selection/ and test/ one by one
+python scripts/make_shards.py SOURCE OUT     pack videos and labels; train/, selection/ and test/ each by itself
 python scripts/make_shards.py --index OUT    index shards that are there, of WebDataset's layout
 
 OUT, put anywhere that fsspec can read, is then a data.root: data.root=s3://bucket/folder.
