@@ -229,25 +229,25 @@ class RemoteShards:
 
     def _fetch(self, shard: Shard, path: Path) -> None:
         """Fetch a shard, or wait for the process that does."""
-        aside = path.with_name(f"{path.name}.partial")
+        aside, turn = path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.lock")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            aside.touch()
+            turn.touch()
         except OSError as error:
             raise UserError(
                 f"remote_cache_dir='{self.cache_dir}' cannot be written ({one_line(error)}): name another folder"
             ) from None
-        with open(aside, "a+b") as out:
-            if not _lock(out, aside):
-                return  # another process fetched it meanwhile, or gave up: look again
+        # The lock has a file of its own: one on what becomes the shard would wait for those who then decode from it.
+        with open(turn, "rb") as fetching:
+            _lock(fetching, turn)
+            if path.exists():
+                return
             try:
-                if path.exists():
-                    return
                 for is_last in (False, True):
                     try:
-                        self._make_room(shard.size_bytes, out, everything=is_last)
-                        with open(aside, "r+b", buffering=0) as writer:
-                            self.store.fetch(shard, writer)
+                        self._make_room(aside, shard.size_bytes, everything=is_last)
+                        with open(aside, "r+b", buffering=0) as out:
+                            self.store.fetch(shard, out)
                         break
                     except _LocalError as failed:
                         if is_last or failed.error.errno != errno.ENOSPC:
@@ -259,29 +259,34 @@ class RemoteShards:
             finally:
                 aside.unlink(missing_ok=True)
 
-    def _make_room(self, size_bytes: int, out: BinaryIO, everything: bool) -> None:
-        """Remove what is not in use, the least recently used first, and reserve `size_bytes` by making `out` as long.
+    def _make_room(self, aside: Path, size_bytes: int, everything: bool) -> None:
+        """Remove what is not in use, the least recently used first, and reserve `size_bytes` by making `aside` as long.
 
         everything: all that is not in use.
         """
-        with open(self.cache_dir / "lock", "a+b") as one_at_a_time:
-            _lock(one_at_a_time, self.cache_dir / "lock")
-            os.truncate(out.fileno(), 0)
+        turn = self.cache_dir / "lock"
+        turn.touch()
+        with open(turn, "rb") as making_room:
+            _lock(making_room, turn)
+            aside.unlink(missing_ok=True)
             files = []
-            for path in self.cache_dir.glob("*/*.tar*"):
+            for path in (*self.cache_dir.glob("*/*.tar"), *self.cache_dir.glob("*/*.partial")):
                 with suppress(FileNotFoundError):
                     stat = path.stat()
-                    files.append((path.suffix != ".partial", stat.st_mtime_ns, path, stat.st_size))
+                    files.append((path.suffix == ".tar", stat.st_mtime_ns, path, stat.st_size))
             room = self.max_bytes - size_bytes - sum(size for *_, size in files)
             for is_whole, _, path, size in sorted(files):
-                if (room < 0 or everything or not is_whole) and _remove_if_unused(path):
+                # Whoever fetches a shard holds its .lock; whoever reads from it, the shard itself.
+                lock = path if is_whole else path.with_suffix(".lock")
+                if (room < 0 or everything or not is_whole) and _remove_if_unused(path, lock):
                     room += size
             if room < 0:
                 log.warning(
                     "'%s' holds %d MiB more than remote_cache_mb=%d: all of it is in use",
                     self.cache_dir, -(room // 2**20), self.max_bytes // 2**20,
                 )  # fmt: skip
-            os.truncate(out.fileno(), size_bytes)
+            with open(aside, "wb") as out:
+                out.truncate(size_bytes)
 
 
 def _lock(file: BinaryIO, path: Path, *, shared: bool = False, wait: bool = True) -> bool:
@@ -295,10 +300,10 @@ def _lock(file: BinaryIO, path: Path, *, shared: bool = False, wait: bool = True
         return False
 
 
-def _remove_if_unused(path: Path) -> bool:
+def _remove_if_unused(path: Path, lock: Path) -> bool:
     try:
-        with open(path, "rb") as file:
-            if _lock(file, path, wait=False):
+        with open(lock, "rb") as file:
+            if _lock(file, lock, wait=False):
                 path.unlink()
                 return True
     except OSError:

@@ -182,7 +182,7 @@ def _write_index(folder: Path, entries: Iterable[Entry], progress: bool) -> None
 # ---------------------------------------------------------------------------------------------------------- packing
 
 
-def pack_videos(source: Path, out: Path, *, shard_mb: int = 64, seed: int = 0, progress: bool = True) -> VideoIndex:
+def pack_videos(source: Path, out: Path, *, shard_mb: float = 64, seed: int = 0, progress: bool = True) -> VideoIndex:
     """Pack a folder of videos into shards, in an order shuffled by `seed`; `out` appears when it is complete.
 
     Shards are read one at a time: shuffled, each of them is a sample of the whole. The same source and seed give the
@@ -190,8 +190,8 @@ def pack_videos(source: Path, out: Path, *, shard_mb: int = 64, seed: int = 0, p
 
     Raises UserError: no readable videos, `out` exists and is not empty, a file that changes meanwhile.
     """
-    if shard_mb < 1:
-        raise UserError(f"shard_mb={shard_mb} must be at least 1")
+    if not shard_mb > 0:
+        raise UserError(f"shard_mb={shard_mb:g} must be more than 0")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"'{out}' is not an empty folder: name another one for the shards")
     index = load_or_build_index(source, progress=progress)
@@ -202,7 +202,7 @@ def pack_videos(source: Path, out: Path, *, shard_mb: int = 64, seed: int = 0, p
     try:
         entries: list[Entry] = []
         with tqdm(total=len(rows), desc="packing", unit="video", disable=not progress) as bar:
-            for number, members in enumerate(_fill_shards(index, rows, shard_mb * 2**20)):
+            for number, members in enumerate(_fill_shards(index, rows, int(shard_mb * 2**20))):
                 shard = f"shard-{number:06d}.tar"
                 with tarfile.open(aside / shard, "w", format=tarfile.USTAR_FORMAT) as tar:
                     for row in members:
@@ -214,7 +214,7 @@ def pack_videos(source: Path, out: Path, *, shard_mb: int = 64, seed: int = 0, p
         os.replace(aside, out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return load_videos(out)
+    return load_videos(out, progress=progress)
 
 
 def _fill_shards(index: VideoIndex, rows: Iterable[int], shard_bytes: int) -> Iterator[list[int]]:

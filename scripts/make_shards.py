@@ -19,7 +19,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, nargs="?", help="folder of videos")
     parser.add_argument("out", type=Path, help="folder of shards")
-    parser.add_argument("--shard-mb", type=int, default=64, help="MiB of video in a shard (default: 64)")
+    parser.add_argument("--shard-mb", type=float, default=64, help="MiB of video in a shard (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="shuffles the videos over the shards (default: 0)")
     parser.add_argument("--index", action="store_true", help="write the index of the shards that are in OUT")
     args = parser.parse_args()
