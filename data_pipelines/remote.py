@@ -102,9 +102,7 @@ class Store:
                     break
                 digest.update(chunk)
                 with _local_errors():
-                    left = memoryview(chunk)
-                    while left:
-                        left = left[out.write(left) :]
+                    _write_all(out, chunk)
         if size_bytes != shard.size_bytes:
             more = "more than " if size_bytes > shard.size_bytes else f"{size_bytes:,} of "
             raise OSError(f"it sends {more}{shard.size_bytes:,} bytes")
@@ -165,6 +163,12 @@ class Store:
         return {}
 
 
+def _write_all(out: FileIO, chunk: bytes) -> None:
+    left = memoryview(chunk)
+    while left:
+        left = left[out.write(left) :]
+
+
 class _LocalError(Exception):
     """Writing failed, which asking the store again does not mend."""
 
@@ -216,7 +220,7 @@ class RemoteShards:
         """Have a shard in the folder, fetched if need be, until the result is closed. Raises UserError."""
         shard, path = self.shards[name], self.folder / name
         while True:
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, NotADirectoryError):
                 pin = open(path, "rb")  # noqa: SIM115 (whoever asked for it closes it)
                 if _lock(pin, path, shared=True):
                     if os.fstat(pin.fileno()).st_size == shard.size_bytes:

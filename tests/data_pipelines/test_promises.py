@@ -275,7 +275,7 @@ def test_a_host_fetches_each_shard_of_its_own_lanes_once(
 ) -> None:
     """Each rank with an empty cache, as on a host of its own, and its workers together."""
     shards = {video.path: video.shard for video in index.videos}
-    for job in _of_all_ranks(world_size, num_workers, 0, _per_epoch(table)):
+    for job in _of_all_ranks(world_size, num_workers, 0, _per_epoch(table))[:: world_size - 1]:  # the first, the last
         server.requests.clear()
         _run(root, [job], tmp_path / f"log{job.rank}")
         fetched = [name for name in server.requests if name.endswith(".tar")]
