@@ -394,7 +394,7 @@ def test_shards_follow_each_other_in_a_lane(packed: VideoIndex) -> None:
 
 def test_s3(packed: VideoIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moto_server = pytest.importorskip("moto.server")
-    import boto3
+    import fsspec
 
     for name, value in {
         "AWS_ACCESS_KEY_ID": "testing",
@@ -407,13 +407,12 @@ def test_s3(packed: VideoIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     try:
         host, port = server.get_host_and_port()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="videos")
-        for path in packed.root.iterdir():
-            client.upload_file(str(path), "videos", f"some/where/{path.name}")
+        bucket = fsspec.filesystem("s3", skip_instance_cache=True)
+        bucket.mkdir("videos")
+        bucket.put(f"{packed.root}/", "videos/some/where/", recursive=True)
         index = _index("s3://videos/some/where", tmp_path, [])
         assert _epoch(index, 2) == _epoch(packed)
-        client.delete_object(Bucket="videos", Key=f"some/where/{FIRST}")
+        bucket.rm(f"videos/some/where/{FIRST}")
         again = _index("s3://videos/some/where", tmp_path / "other", [])
         with pytest.raises(UserError, match=f"{FIRST}' could not be fetched, tried once"):
             _epoch(again, 1)

@@ -1,10 +1,12 @@
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from data_pipelines.shards import pack_videos
 from data_pipelines.transforms import split_segments
 from worldmodel.config import Config
-from worldmodel.data import evaluation_batches, known_law, training_stream
+from worldmodel.data import evaluation_batches, known_law, read_index, training_stream
 
 
 def test_both_sources_have_one_batch_layout(tiny_config: Callable[..., Config]) -> None:
@@ -67,3 +69,37 @@ def test_the_law_is_known_for_both_sources(tiny_config: Callable[..., Config]) -
 def test_labels_do_not_hold_for_clips_that_are_cut_otherwise(tiny_config: Callable[..., Config]) -> None:
     for override in ("data.num_segments=2", "data.num_frames=2", "data.size_px=32", "data.channels=3"):
         assert known_law(tiny_config(override)) is None
+
+
+def test_shards_behind_a_url_serve_in_place_of_a_folder(
+    tiny_config: Callable[..., Config], world: Path, tmp_path: Path
+) -> None:
+    """Splits in folders of their own, as in the plain world; with the packed order, and the same clips."""
+    for split in ("train", "selection", "test"):
+        pack_videos(world / split, tmp_path / "packed" / split, shard_mb=0.02, progress=False)
+    cache = tmp_path / "cache"
+    config = tiny_config(f"data.root=file://{tmp_path}/packed", f"data.remote_cache_dir={cache}", "data.cache_mb=0")
+    assert len(read_index(config.data, "selection").videos) == 32
+    batches = training_stream(config, rank=0, world_size=1, device=torch.device("cpu")).batches()
+    assert next(batches)["video"].shape == (16, 9, 1, 64, 64)
+    batches.close()
+    plain = torch.cat([batch["video"] for batch in evaluation_batches(tiny_config(), "test", 24)])
+    packed = torch.cat([batch["video"] for batch in evaluation_batches(config, "test", 24)])
+    assert sorted(map(hash_of, plain)) == sorted(map(hash_of, packed))
+    assert known_law(config) is None and len(list(cache.glob("*/*.tar"))) > 4
+
+
+def hash_of(clip: torch.Tensor) -> int:
+    return hash(clip.numpy().tobytes())
+
+
+def test_videos_in_one_folder_of_shards_are_split_as_the_plain_ones(
+    tiny_config: Callable[..., Config], world: Path, tmp_path: Path
+) -> None:
+    pack_videos(world / "train", tmp_path / "packed", shard_mb=0.02, progress=False)
+    for split in ("train", "selection", "test"):
+        paths = [
+            {video.path for video in read_index(tiny_config(f"data.root={root}").data, split).videos}
+            for root in (world / "train", tmp_path / "packed", f"file://{tmp_path}/packed")
+        ]
+        assert paths[0] == paths[1] == paths[2] and len(paths[0]) in (6, 52)
