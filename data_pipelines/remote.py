@@ -33,7 +33,14 @@ FIRST_PAUSE_S = 1.0  # doubles from try to try, up to
 LONGEST_PAUSE_S = 30.0
 STALL_S = 30.0  # without a byte
 CHUNK_BYTES = 2**20
-NOT_WORTH_A_RETRY = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, ImportError)
+NOT_WORTH_A_RETRY = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    ValueError,
+    NotImplementedError,
+    ImportError,
+)
 TRANSIENT_STATUS = (408, 429)  # besides 5xx
 
 T = TypeVar("T")
@@ -190,7 +197,8 @@ def _may_pass(error: Exception) -> bool:
     status = getattr(error, "status", None)
     if isinstance(status, int) and 400 <= status < 500:
         return status in TRANSIENT_STATUS
-    return not isinstance(error, NOT_WORTH_A_RETRY)
+    no_credentials = type(error).__name__ == "NoCredentialsError"  # of botocore, which is not imported for this
+    return not no_credentials and not isinstance(error, NOT_WORTH_A_RETRY)
 
 
 @dataclass(frozen=True)

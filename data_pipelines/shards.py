@@ -156,8 +156,8 @@ def _entry_from_json(fields: dict[str, Any]) -> Entry:
     labels = fields.pop("labels", {})
     if "reason" in fields:
         return BadFile(**fields), {}
-    fields["keyframes"], fields["keyframe_pts"] = tuple(fields["keyframes"]), tuple(fields["keyframe_pts"])
-    return Video(**fields), dict(labels)
+    facts = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    return Video(**facts), dict(labels)
 
 
 def _lies_within(video: Video, shards: Mapping[str, Shard]) -> bool:

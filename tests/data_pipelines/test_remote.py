@@ -125,8 +125,8 @@ def test_any_store_of_fsspec_will_do(packed: VideoIndex, tmp_path: Path, kind: s
 @pytest.mark.parametrize(
     ("faults", "reason"),
     [
-        (["reset"], ""),
-        (["stall"], ""),
+        (["reset"], "."),
+        (["stall"], "[Tt]imeout"),
         (["short"], r"it sends [\d,]+ of [\d,]+ bytes"),
         (["long"], "it sends more than"),
         (["corrupt"], "sha256 differs"),
@@ -148,7 +148,7 @@ def test_a_failure_that_passes_is_survived(
     assert _epoch(index) == _epoch(packed)
     assert len(slept) == len(faults)
     for number, pause_s in enumerate(slept):
-        assert 0.5 * 2**number <= pause_s <= 2**number
+        assert 0.5 * 2**number <= pause_s < 2**number
     assert server.requests.count(FIRST) == len(faults) + 1
     warnings = [record.getMessage() for record in caplog.records if "trying again" in record.getMessage()]
     assert len(warnings) == len(faults) and FIRST in warnings[0]
@@ -260,14 +260,14 @@ def test_the_cache_keeps_to_its_bound_without_what_was_used_least_recently(
 
 
 def test_a_small_cache_changes_no_batch(
-    server: ShardServer, index: VideoIndex, packed: VideoIndex, tmp_path: Path
+    server: ShardServer, index: VideoIndex, packed: VideoIndex, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     sizes = sorted(shard.size_bytes for shard in _remote(index).shards.values())
-    small = replace(index, remote=_remote(index, max_bytes=sum(sizes[-6:])))
-    for _ in range(2):
-        assert _epoch(small, 2) == _epoch(packed)
+    for num_workers, num_held in ((0, 5), (2, 6)):
+        small = replace(index, remote=_remote(index, max_bytes=sum(sizes[-num_held:])))
+        assert _epoch(small, num_workers) == _epoch(packed)
         kept = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*.tar"))
-        assert kept <= sum(sizes[-6:])
+        assert kept <= sum(sizes[-num_held:]) and not caplog.records  # the bound never gave way
     assert len([name for name in server.requests if name.endswith(".tar")]) > len(sizes)  # some came twice
 
 

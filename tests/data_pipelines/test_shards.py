@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from data_pipelines import shards as shards_module
 from data_pipelines.decoders import open_video
 from data_pipelines.errors import UserError
 from data_pipelines.index import VideoIndex, load_or_build_index
-from data_pipelines.probe import open_container, video_url
+from data_pipelines.probe import video_url
 from data_pipelines.shards import SHARDS_NAME, index_shards, load_videos, pack_videos
 from tests.conftest import run_script
 
@@ -60,6 +61,8 @@ def test_packed_videos_keep_facts_labels_and_pixels(source: Path, packed: VideoI
     for row, number in enumerate(packed.labels["number"].tolist()):
         assert _numbers(packed, row, read_numbers) == {(number, frame) for frame in range(9)}
     assert packed.content_hash != plain.content_hash
+    moved = [replace(video, shard="one.tar") for video in packed.videos]
+    assert packed.content_hash != VideoIndex(packed.root, moved).content_hash
 
 
 def test_other_decoders_read_within_a_shard(packed: VideoIndex, read_numbers: Any) -> None:
@@ -80,7 +83,7 @@ def test_a_video_within_a_shard_is_opened_the_fast_way(packed: VideoIndex, monke
 
     monkeypatch.setattr(av, "open", recorded)
     video = next(video for video in packed.videos if video.path.endswith(".mp4"))
-    open_container(video_url(packed.root, video), video.path).close()
+    open_video(video_url(packed.root, video), video, channels=1, size_px=None, decoder="pyav").close()
     assert opened == ["mov"]
 
 
