@@ -262,7 +262,7 @@ class RemoteShards:
                             self.store.fetch(shard, out)
                         break
                     except _LocalError as failed:
-                        if is_last or failed.error.errno != errno.ENOSPC:
+                        if is_last or failed.error.errno not in (errno.ENOSPC, errno.EDQUOT):
                             raise UserError(
                                 f"remote_cache_dir='{self.cache_dir}': shard '{shard.name}' of {shard.size_bytes:,} "
                                 f"bytes cannot be written ({failed}): make room there, or name another folder"
@@ -297,7 +297,7 @@ class RemoteShards:
                     "'%s' holds %d MiB more than remote_cache_mb=%d: all of it is in use",
                     self.cache_dir, -(room // 2**20), self.max_bytes // 2**20,
                 )  # fmt: skip
-            with open(aside, "wb") as out:
+            with _local_errors(), open(aside, "wb") as out:
                 out.truncate(size_bytes)
 
 

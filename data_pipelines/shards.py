@@ -156,7 +156,7 @@ def _entry_from_json(fields: dict[str, Any]) -> Entry:
     labels = fields.pop("labels", {})
     if "reason" in fields:
         return BadFile(**fields), {}
-    facts = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    facts: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     return Video(**facts), dict(labels)
 
 
