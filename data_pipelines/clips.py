@@ -7,14 +7,15 @@ how many of them there are.
 
 The order of an epoch is a function of (seed, epoch) alone: the groups are permuted and their clips laid end
 to end; the last N % batch_size of the N clips are left out (others in each epoch); the rest is cut into
-num_lanes equal, contiguous parts. Within a lane clips are *decoded* in that order and *delivered* in another
-one, shuffled within a bounded distance. A global batch takes batch_size / num_lanes clips from every lane, in
-lane order.
+num_lanes equal, contiguous parts. Where videos stand in shards, the shards are permuted, and the groups within
+each of them, so that a lane walks through few shards, one after the other. Within a lane clips are *decoded*
+in that order and *delivered* in another one, shuffled within a bounded distance. A global batch takes
+batch_size / num_lanes clips from every lane, in lane order.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,12 +88,14 @@ class ClipTable:
     first_frame: [videos], where each video's first clip starts.
     first_clip: [videos + 1], the id of each video's first clip, then the number of clips.
     first_clip_of_group: [groups + 1], likewise for the groups.
+    first_clip_of_shard: [shards + 1], likewise for the shards that hold the videos; None for plain files.
     """
 
     step: int
     first_frame: Ints
     first_clip: Ints
     first_clip_of_group: Ints
+    first_clip_of_shard: Ints | None = None
 
     @property
     def num_clips(self) -> int:
@@ -171,6 +174,12 @@ def make_clip_table(
     return ClipTable(spec.step, first_frame, first_clip, first_clip_of_group)
 
 
+def with_shards(table: ClipTable, shards: Sequence[str]) -> ClipTable:
+    """The same clips, knowing which shard each video is in; the videos of one shard are neighbours."""
+    starts = [video for video, shard in enumerate(shards) if video == 0 or shard != shards[video - 1]]
+    return replace(table, first_clip_of_shard=table.first_clip[[*starts, len(shards)]])
+
+
 def group_starts(keyframes: Sequence[int]) -> list[int]:
     """Keyframes at which groups start: the first, then each GROUP_FRAMES or more past the last one taken."""
     taken = [keyframes[0]]
@@ -217,8 +226,13 @@ def epoch_order(
     batch_size: int,
     num_lanes: int,
     pool_clips: int,
+    first_clip_of_shard: Ints | None = None,
 ) -> EpochOrder:
-    """The order of one epoch. pool_clips bounds how many decoded clips wait at any time, over all lanes."""
+    """The order of one epoch. pool_clips bounds how many decoded clips wait at any time, over all lanes.
+
+    first_clip_of_shard: keep the groups of a shard together. They are permuted within it all the same: a shard is
+    read where it lies on a disk, so that the order within costs nothing, and neighbours differ from epoch to epoch.
+    """
     num_batches = int(first_clip_of_group[-1]) // batch_size
     lane_clips = num_batches * batch_size // num_lanes
     if not shuffle:
@@ -226,7 +240,12 @@ def epoch_order(
         return EpochOrder(decoded, np.tile(np.arange(lane_clips), (num_lanes, 1)))
     # Only raw uniform numbers are drawn, and sorted: that stream has been the same in every NumPy version.
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
-    groups = np.argsort(rng.random(len(first_clip_of_group) - 1), kind="stable")
+    keys = rng.random(len(first_clip_of_group) - 1)
+    if first_clip_of_shard is None:
+        groups = np.argsort(keys, kind="stable")
+    else:
+        shards = np.searchsorted(first_clip_of_shard, first_clip_of_group[:-1], side="right") - 1
+        groups = np.lexsort((keys, rng.random(len(first_clip_of_shard) - 1)[shards]))
     clips = _concatenate_ranges(first_clip_of_group[:-1][groups], np.diff(first_clip_of_group)[groups])
     decoded = clips[: num_lanes * lane_clips].reshape(num_lanes, lane_clips)
     noise = rng.random((num_lanes, lane_clips))

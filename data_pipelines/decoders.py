@@ -165,7 +165,7 @@ class PyAVReader:
 
     def _open(self) -> None:
         try:
-            self._container = open_container(self._path)
+            self._container = open_container(self._path, self._video.path)
             prepare_codec(self._container)
             self._stream = self._container.streams.video[0]
             self._frames = self._container.decode(self._stream)
@@ -318,7 +318,7 @@ class DecordReader:
         decord.logging.set_level(decord.logging.QUIET)
         if video.quarter_turns:
             raise DecodeError("its pictures are to be turned, which decord does wrongly: use decoder='pyav'")
-        if os.path.splitext(path)[1].lower() not in _DECORD_EXTENSIONS:
+        if os.path.splitext(video.path)[1].lower() not in _DECORD_EXTENSIONS:
             raise DecodeError("decord gives the wrong frames of files of its kind: use decoder='pyav'")
         self._path, self._video, self._channels, self._size_px = str(path), video, channels, size_px
         self._errors = (decord.DECORDError, RuntimeError, OSError, StopIteration, IndexError)

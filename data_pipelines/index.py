@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -20,6 +20,9 @@ from data_pipelines.index_engines import Engine, index_files
 from data_pipelines.labels import read_labels
 from data_pipelines.lerobot import Episodes, is_lerobot, read_episodes
 from data_pipelines.probe import BadFile, Video, one_line
+
+if TYPE_CHECKING:
+    from data_pipelines.remote import RemoteShards
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +46,8 @@ class VideoIndex:
     episodes: the frames [start, stop) of its file that each row consists of; None: all.
     frame_labels: labels of single frames, [label frames, ...].
     frame_label_offsets: int64 [len(videos)]; frame f of a row's file has the label frame offset + f.
+    remote: fetches the shards that hold the videos into root, where they are not there to begin with. Videos in shards
+        are sorted by shard and by place in it.
     """
 
     root: Path
@@ -53,6 +58,7 @@ class VideoIndex:
     episodes: Sequence[tuple[int, int]] | None = None
     frame_labels: dict[str, torch.Tensor] = field(default_factory=dict)
     frame_label_offsets: torch.Tensor | None = None
+    remote: "RemoteShards | None" = None
 
     @property
     def frame_ranges(self) -> list[tuple[int, int]]:
@@ -67,6 +73,8 @@ class VideoIndex:
         digest = hashlib.sha256(repr(self.share).encode())
         for video in self.videos:
             digest.update(f"{video.path}\0{video.size_bytes}\0{video.num_frames}\n".encode())
+            if video.shard:  # the order of clips depends on it
+                digest.update(f"{video.shard}\0{video.offset_bytes}\n".encode())
         if self.episodes is not None:
             digest.update(repr(list(self.episodes)).encode())
         return digest.hexdigest()[:16]
@@ -111,7 +119,7 @@ def load_or_build_index(
         return _index_of_episodes(root, entries, episodes, max_bad_fraction)
     videos = [entry for entry in entries if isinstance(entry, Video)]
     bad = [entry for entry in entries if isinstance(entry, BadFile)]
-    _judge_bad_files(root, bad, len(entries), max_bad_fraction)
+    judge_bad_files(root, bad, len(entries), max_bad_fraction)
     class_names = _class_names([root, *siblings])
     return VideoIndex(root=root, videos=videos, bad=bad, labels=read_labels(root, videos, class_names))
 
@@ -211,7 +219,7 @@ def _index_of_episodes(
             rows.append(row)
         else:
             bad[path] = entry
-    _judge_bad_files(root, list(bad.values()), len(set(episodes.paths)), max_bad_fraction)
+    judge_bad_files(root, list(bad.values()), len(set(episodes.paths)), max_bad_fraction)
     return VideoIndex(
         root=root,
         videos=videos,
@@ -223,7 +231,7 @@ def _index_of_episodes(
     )
 
 
-def _judge_bad_files(root: Path, bad: Sequence[BadFile], num_files: int, max_bad_fraction: float) -> None:
+def judge_bad_files(root: str | Path, bad: Sequence[BadFile], num_files: int, max_bad_fraction: float) -> None:
     if not bad:
         return
     first = f"the first is '{bad[0].path}' ({bad[0].reason})"

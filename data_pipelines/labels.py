@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -45,9 +45,14 @@ def read_labels(root: Path, videos: Sequence[Video], class_names: Sequence[str])
             metadata[0], len(missing), len(videos), missing[0],
         )  # fmt: skip
         return {}
+    return stack_labels([rows[video.path] for video in videos])
+
+
+def stack_labels(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """One row of labels a video -> the numeric and list-of-number fields that every row has."""
     labels = {}
-    for name in rows[videos[0].path]:
-        values = [rows[video.path].get(name) for video in videos]
+    for name in rows[0]:
+        values = [row.get(name) for row in rows]
         tensor = _numbers_to_tensor(values)
         if tensor is not None:
             labels[name] = tensor

@@ -15,8 +15,10 @@ import sys
 import time
 import traceback
 from bisect import bisect_right
-from collections.abc import Collection, Generator, Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, MutableSequence, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import cycle, islice
 from multiprocessing import get_context
 from typing import Any, Protocol
@@ -36,10 +38,13 @@ from data_pipelines.clips import (
     lanes_of_worker,
     make_clip_table,
     resample,
+    with_shards,
 )
 from data_pipelines.decoders import DecodeError, Frame, VideoReader, open_video, resolve_decoder
 from data_pipelines.errors import UserError
 from data_pipelines.index import VideoIndex
+from data_pipelines.probe import video_url
+from data_pipelines.remote import HeldShards
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +98,8 @@ def make_source(index: VideoIndex, spec: ClipSpec, *, size_px: int | None, chann
     if spec.fps is not None:
         ranges, keyframes = resample(index.videos, ranges, spec.fps)
     table = make_clip_table(ranges, keyframes, spec)
+    if index.videos[0].shard:
+        table = with_shards(table, [video.shard for video in index.videos])
     return ClipSource(index, spec, table, channels, size_px, resolve_decoder(decoder))
 
 
@@ -128,8 +135,8 @@ class ClipDecoder:
     succeeds, so that what is delivered does not depend on which clips were decoded before it.
     """
 
-    def __init__(self, source: ClipSource, faults: Faults) -> None:
-        self._source, self._faults = source, faults
+    def __init__(self, source: ClipSource, faults: Faults, hold: Callable[[str], None]) -> None:
+        self._source, self._faults, self._hold = source, faults, hold
         self._group = -1
         self._reader: VideoReader | None = None
         self._source_frames = np.empty(0, dtype=np.int64)  # by number of the resampled frame
@@ -154,12 +161,14 @@ class ClipDecoder:
         keyframe = facts.keyframes[bisect_right(facts.keyframes, passed[0]) - 1]
         if keyframe <= self._failed_frame or self._faults.prevent(video, keyframe, passed[-1] + 1):
             return None  # it would meet the damage again
+        if self._reader is None:
+            self._hold(facts.shard)  # may wait for the network, which nobody should take for a decoder that hangs
         now = self._faults.now
         now[:] = video, OPENING, time.monotonic()
         try:
             if self._reader is None:
                 self._reader = open_video(
-                    f"{self._source.index.root}/{facts.path}",
+                    video_url(self._source.index.root, facts),
                     facts,
                     channels=self._source.channels,
                     size_px=self._source.size_px,
@@ -206,18 +215,20 @@ def lane_clips(
     skip: int,
     faults: Faults,
     cache: ClipCache,
+    hold: Callable[[str], None],
 ) -> Iterator[Clip]:
     """One lane's clips of one epoch in order of delivery, from number `skip` on.
 
     Clips are decoded in order, no further than the one that is due, and wait in memory for their turn;
     epoch_order bounds how many. Those delivered before `skip`, or in the cache, are not decoded again.
+    hold: called with a shard's name before a video in it is opened.
     """
     wanted = np.ones(len(decoded), dtype=bool)
     wanted[delivered[:skip]] = False
     videos = source.table.videos_of(decoded)
     groups = source.table.groups_of(decoded)
     starts = source.table.starts_of(decoded)
-    decoder = ClipDecoder(source, faults)
+    decoder = ClipDecoder(source, faults, hold)
     waiting: dict[int, Sequence[Frame] | None] = {}
     next_position = 0
     try:
@@ -235,6 +246,25 @@ def lane_clips(
             yield int(decoded[position]), waiting.pop(position)
     finally:
         decoder.close()
+
+
+def shards_in_turn(
+    source: ClipSource, orders: Iterable[tuple[int, Ints, Ints]], cache: ClipCache
+) -> list[tuple[int, str]]:
+    """The shards that lanes are going to decode from, as (lane, shard), the first needed first.
+
+    orders: for each lane its number, its clips in order of decoding, and the positions among them that are due.
+    """
+    turns = []
+    for lane, decoded, due in orders:
+        last = ""
+        positions = np.sort(due)
+        for position, video in zip(positions.tolist(), source.table.videos_of(decoded[positions]), strict=True):
+            shard = source.index.videos[video].shard
+            if shard != last and cache.get(int(decoded[position])) is None:
+                turns.append((position, lane, shard))
+                last = shard
+    return [(lane, shard) for _, lane, shard in sorted(turns)]
 
 
 def stack_clips(source: ClipSource, clips: Sequence[Clip]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -407,6 +437,12 @@ class PartsOfStream:
     cache_bytes: int
 
     def __call__(self, worker: int, num_workers: int, first_part: int, faults: Faults) -> Iterator[Part]:
+        with closing(HeldShards(self.source.index.remote)) as shards:
+            yield from self._parts(worker, num_workers, first_part, faults, shards)
+
+    def _parts(
+        self, worker: int, num_workers: int, first_part: int, faults: Faults, shards: HeldShards
+    ) -> Iterator[Part]:
         lanes = lanes_of_worker(
             num_lanes=self.order.num_lanes,
             rank=self.rank,
@@ -422,10 +458,19 @@ class PartsOfStream:
             order = self.order.of_epoch(self.source.table, epoch)
             queues = [
                 lane_clips(
-                    self.source, order.decoded[lane], order.delivered[lane], first_batch * per_lane, faults, cache
+                    self.source,
+                    order.decoded[lane],
+                    order.delivered[lane],
+                    first_batch * per_lane,
+                    faults,
+                    cache,
+                    partial(shards.hold, lane),
                 )
                 for lane in lanes
             ]
+            if self.source.index.remote is not None:
+                due = ((lane, order.decoded[lane], order.delivered[lane][first_batch * per_lane :]) for lane in lanes)
+                shards.expect(shards_in_turn(self.source, due, cache))
             for _ in range(first_batch, num_batches):
                 clips: list[Clip] = []
                 clip_lanes: list[int] = []
@@ -452,11 +497,22 @@ class PartsOfPass:
     num_clips: int
 
     def __call__(self, worker: int, num_workers: int, first_part: int, faults: Faults) -> Iterator[Part]:
+        with closing(HeldShards(self.source.index.remote)) as shards:
+            yield from self._parts(worker, num_workers, first_part, faults, shards)
+
+    def _parts(
+        self, worker: int, num_workers: int, first_part: int, faults: Faults, shards: HeldShards
+    ) -> Iterator[Part]:
         no_cache = ClipCache(0)
+        hold = partial(shards.hold, 0)
         stride = self.batch_size * num_workers
-        for first in range(worker * self.batch_size + first_part * stride, self.num_clips, stride):
-            ids = np.arange(first, min(first + self.batch_size, self.num_clips))
-            clips = list(lane_clips(self.source, ids, np.arange(len(ids)), 0, faults, no_cache))
+        firsts = range(worker * self.batch_size + first_part * stride, self.num_clips, stride)
+        batches = [np.arange(first, min(first + self.batch_size, self.num_clips)) for first in firsts]
+        if self.source.index.remote is not None and batches:
+            due = np.concatenate(batches)
+            shards.expect(shards_in_turn(self.source, [(0, due, np.arange(len(due)))], no_cache))
+        for ids in batches:
+            clips = list(lane_clips(self.source, ids, np.arange(len(ids)), 0, faults, no_cache, hold))
             video, clip_id = stack_clips(self.source, clips)
             yield {"video": video, "clip_id": clip_id, "failures": faults.tell()}
 
@@ -472,7 +528,9 @@ class OrderSettings:
     pool_clips: int
 
     def of_epoch(self, table: ClipTable, epoch: int) -> EpochOrder:
-        return epoch_order(table.first_clip_of_group, epoch=epoch, **asdict(self))
+        return epoch_order(
+            table.first_clip_of_group, epoch=epoch, first_clip_of_shard=table.first_clip_of_shard, **asdict(self)
+        )
 
 
 class _Failures:
@@ -582,6 +640,9 @@ class VideoStream:
         self._cache_bytes = cache_mb * 2**20
         self._decode_timeout_s = decode_timeout_s
         self._failures = _Failures(index, max_bad_fraction)
+        if index.remote is not None:
+            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+            index.remote.check_room(ranks_here * (num_lanes // world_size + max(1, self._num_workers)))
         self.batches_per_epoch = num_clips // batch_size
         facts = [ORDER_VERSION, index.content_hash, asdict(spec), asdict(self._order)]
         self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -628,6 +689,8 @@ def read_all(
     num_clips = source.table.num_clips if max_clips is None else min(max_clips, source.table.num_clips)
     failures = _Failures(index, max_bad_fraction)
     num_workers = min(num_workers, -(-num_clips // batch_size))
+    if index.remote is not None:
+        index.remote.check_room(2 * max(1, num_workers))
     parts = _run_workers(PartsOfPass(source, batch_size, num_clips), num_workers, decode_timeout_s, failures)
     try:
         for part in parts:

@@ -4,20 +4,22 @@ python scripts/bench_stream.py --out bench_stream.json
 
 Clips are nine successive frames that do not overlap. Each measurement runs in a process of its own; the methods take
 turns, --repeats times, and the median is reported. A stream's time runs from the start of its workers to the end of one
-shuffled epoch. Random access keeps long files open, and is timed for --seconds.
+shuffled epoch; that of the case http includes fetching all shards from a server on this machine. Random access keeps
+long files open, and is timed for --seconds.
 """
 
 import argparse
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,6 +33,7 @@ from data_pipelines.clips import ClipSpec, make_clip_table
 from data_pipelines.errors import UserError
 from data_pipelines.index import VideoIndex, load_or_build_index
 from data_pipelines.probe import open_container
+from data_pipelines.shards import load_videos, pack_videos
 from data_pipelines.sources.moving_mnist import write_world
 from data_pipelines.stream import VideoStream
 from worldmodel.checkpoint import write_text
@@ -59,6 +62,16 @@ class Case:
 
 CASES = (
     Case("tiny", "files of nine 64x64 frames, in gray", 1, 64, 64, 4000, 9, 250),
+    Case(
+        "http",
+        "those of tiny, in shards of 1 MiB fetched by HTTP on the loopback, none cached",
+        1,
+        64,
+        64,
+        4000,
+        9,
+        250,
+    ),
     Case("long_gop", "640x480 H.264, a keyframe every 250 frames, in colour at 64 px", 3, 480, 640, 9, 1500, 250),
     Case("short_gop", "640x480 H.264, a keyframe every 2 frames, in colour at 64 px", 3, 480, 640, 9, 500, 2),
 )
@@ -112,11 +125,16 @@ def shrunk(case: Case, fraction: float) -> Case:
 
 def bench(cases: Sequence[Case], data: Path, args: argparse.Namespace) -> list[Row]:
     methods = [(method, workers) for method, workers in methods_here() if method in (args.methods or [method])]
-    plans = [(case, method, workers) for case in cases for method, workers in methods]
+    plans = [
+        (case, method, workers)
+        for case in cases
+        for method, workers in methods
+        if case.name != "http" or method == "stream"
+    ]
     found: dict[tuple[str, str, int], list[Row]] = {}
     for case in cases:
         write_videos(case, data / case.name)
-        load_or_build_index(data / case.name)
+        load_videos(data / case.name)
     with tqdm(total=len(plans) * args.repeats, unit="run") as bar:
         for _ in range(args.repeats):
             for case, method, workers in plans:
@@ -160,6 +178,12 @@ def middle(rows: Sequence[Row]) -> Row:
 
 
 def measure(case: Case, method: str, workers: int, data: Path, seconds: float) -> Row:
+    if case.name == "http":
+        with served(data / case.name) as (url, server_pid), tempfile.TemporaryDirectory(prefix="bench_cache_") as cache:
+            index = load_videos(url, cache_dir=Path(cache), cache_mb=4096, progress=False)
+            clips_per_s, peak_mb = time_stream(case, index, workers)
+            peak_mb -= memory_mb(server_pid, "VmHWM")
+        return Row(case.name, method, workers, clips_per_s, clips_per_s * SPEC.length, peak_mb)
     index = load_or_build_index(data / case.name, progress=False)
     if method == "stream":
         clips_per_s, peak_mb = time_stream(case, index, workers)
@@ -170,6 +194,20 @@ def measure(case: Case, method: str, workers: int, data: Path, seconds: float) -
         timed = time_in_order if way == "in" else time_random
         clips_per_s, peak_mb = timed(case, index, DECODERS[decoder], seconds), memory_mb(os.getpid(), "VmHWM")
     return Row(case.name, method, workers, clips_per_s, clips_per_s * SPEC.length, peak_mb)
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[tuple[str, int]]:
+    """A folder behind HTTP -> its URL, and the process that serves it."""
+    command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        try:
+            assert server.stdout is not None
+            url = re.search(r"http://[\d.:]+", server.stdout.readline())
+            assert url is not None, "the server says where it listens"
+            yield url.group(), server.pid
+        finally:
+            server.kill()
 
 
 # ------------------------------------------------------------------------------------------------------- methods
@@ -316,6 +354,11 @@ def write_videos(case: Case, folder: Path) -> None:
     """Write the case's videos; those that are there stay."""
     if case.name == "tiny":
         write_world(folder, {"train": case.num_videos, "selection": 1, "test": 1}, num_processes=os.cpu_count() or 1)
+        return
+    if case.name == "http":
+        write_videos(Case(**{**asdict(case), "name": "tiny"}), folder.with_name("tiny"))
+        if not folder.exists():
+            pack_videos(folder.with_name("tiny"), folder, shard_mb=1)
         return
     folder.mkdir(parents=True, exist_ok=True)
     for number in tqdm(range(case.num_videos), desc=f"{case.name} videos", unit="file"):

@@ -35,7 +35,7 @@ def main() -> int:
         if args.workers is not None and args.workers < 1:
             raise UserError(f"--workers must be at least 1, not {args.workers}")
         splits = split_folders(args.root)
-        for folder in [args.root] if splits is None else splits.values():
+        for folder in [args.root] if splits is None else map(Path, splits.values()):
             if args.merge:
                 entries = merge_parts(folder)
             else:

@@ -39,10 +39,14 @@ class DataConfig:
     source: Literal["videos", "moving_mnist", "causal"] = "videos"
     """videos: files. The others are worlds of known laws, drawn afresh (data_pipelines/sources)."""
     root: str = "data/videos"
-    """videos: a folder of video files or a LeRobot data set. Its subfolders train/, selection/ (or validation/ or val/)
-    and test/ are the splits where they exist."""
+    """videos: a folder of video files or of tar shards, a LeRobot data set, or the URL of shards (http, s3, ...). Its
+    subfolders train/, selection/ (or validation/ or val/) and test/ are the splits where they exist."""
     camera: str | None = None
     """The camera of a LeRobot data set whose videos are read; none: the first by name."""
+    remote_cache_dir: str | None = None
+    """Folder that keeps shards from a URL; none: in the user's cache."""
+    remote_cache_mb: PositiveInt = 16_384
+    """How much of it they may take; those used least recently go."""
     size_px: Annotated[int, Field(strict=True, ge=8)] = 64
     """Short side resized, centre cropped to a square of this size."""
     channels: PositiveInt = 3

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from data_pipelines.clips import ClipSpec
 from data_pipelines.errors import UserError
-from data_pipelines.index import VideoIndex, load_or_build_index, split_index
+from data_pipelines.index import VideoIndex, split_index
+from data_pipelines.remote import Store, is_url
+from data_pipelines.shards import SHARDS_NAME, load_videos
 from data_pipelines.sources.causal import CausalStream, CausalWorld
 from data_pipelines.sources.moving_mnist import (
     SPLITS,
@@ -90,7 +92,7 @@ def training_stream(
             device=device,
         )
     return VideoStream(
-        read_index(data.root, "train", data.max_bad_fraction, data.camera),
+        read_index(data, "train"),
         clip_spec(data),
         size_px=data.size_px,
         channels=data.channels,
@@ -119,7 +121,7 @@ def evaluation_batches(config: Config, split: Split, num_clips: int) -> Iterator
         batches: Iterator[Batch] = islice(stream.batches(), -(-num_clips // batch_size))
     else:
         batches = read_all(
-            read_index(data.root, split, data.max_bad_fraction, data.camera),
+            read_index(data, split),
             clip_spec(data),
             size_px=data.size_px,
             channels=data.channels,
@@ -169,21 +171,35 @@ def _sprites(split: Split, mnist_dir: str | None) -> Any:
 
 
 @lru_cache(maxsize=4)
-def read_index(root: str, split: Split, max_bad_fraction: float, camera: str | None) -> VideoIndex:
+def read_index(data: DataConfig, split: Split) -> VideoIndex:
     """A split's videos: the folder of its name where all three folders exist, else a share of all videos."""
-    folders = split_folders(Path(root))
-    if folders is None:
-        index = load_or_build_index(Path(root), camera=camera, max_bad_fraction=max_bad_fraction)
-        return split_index(index, split)
-    siblings = list(folders.values())
-    return load_or_build_index(folders[split], camera=camera, siblings=siblings, max_bad_fraction=max_bad_fraction)
+    root = data.root.rstrip("/")
+    folders = split_folders(root)
+    index = load_videos(
+        folders[split] if folders else root,
+        camera=data.camera,
+        siblings=[Path(folder) for folder in folders.values()] if folders else [],
+        max_bad_fraction=data.max_bad_fraction,
+        cache_dir=Path(data.remote_cache_dir) if data.remote_cache_dir else None,
+        cache_mb=data.remote_cache_mb,
+    )
+    return index if folders else split_index(index, split)
 
 
-def split_folders(root: Path) -> dict[Split, Path] | None:
+def split_folders(root: str | Path) -> dict[Split, str] | None:
     """The subfolders that are the splits; validation/ or val/ is another name for selection/. None: not all exist."""
     names: dict[Split, Sequence[str]] = {
         "train": ("train",), "selection": ("selection", "validation", "val"), "test": ("test",),
     }  # fmt: skip
-    found = {split: next(filter(Path.is_dir, (root / name for name in names[split])), None) for split in SPLITS}
-    folders = {split: folder for split, folder in found.items() if folder is not None}
-    return folders if len(folders) == len(SPLITS) else None
+    folders: dict[Split, str] = {}
+    for split in SPLITS:
+        found = next(filter(_is_folder, (f"{root}/{name}" for name in names[split])), None)
+        if found is None:
+            return None
+        folders[split] = found
+    return folders
+
+
+def _is_folder(path: str) -> bool:
+    """Whether there is such a folder; behind a URL, such a folder of shards."""
+    return Store(path).holds(SHARDS_NAME) if is_url(path) else Path(path).is_dir()

@@ -14,6 +14,7 @@ from data_pipelines.clips import (
     make_clip_table,
     pool_shuffle,
     resample,
+    with_shards,
 )
 from data_pipelines.errors import UserError
 from data_pipelines.probe import Video
@@ -212,6 +213,42 @@ def test_order_of_today_is_the_order_of_tomorrow() -> None:
     decoded, delivered = _order(epoch=0)
     assert decoded[0, :6].tolist() == [73, 74, 75, 76, 77, 78]
     assert delivered[0, :6].tolist() == [1, 0, 2, 6, 9, 3]
+
+
+# Groups 0-2, 3-5, 6, 7-9; the last shard but one is empty.
+FIRST_CLIP_OF_SHARD = FIRST_CLIP_OF_GROUP[[0, 3, 6, 7, 7, 10]]
+
+
+def test_groups_of_a_shard_stay_together_in_an_order_that_changes() -> None:
+    shard_orders, group_orders = set(), set()
+    for epoch in range(20):
+        order = epoch_order(
+            FIRST_CLIP_OF_GROUP,
+            seed=5,
+            epoch=epoch,
+            shuffle=True,
+            batch_size=1,
+            num_lanes=1,
+            pool_clips=8,
+            first_clip_of_shard=FIRST_CLIP_OF_SHARD,
+        )
+        clips = order.decoded[0]
+        assert np.array_equal(np.sort(clips), np.arange(97))
+        shards = np.searchsorted(FIRST_CLIP_OF_SHARD, clips, side="right") - 1
+        runs = shards[np.flatnonzero(np.diff(shards, prepend=-1))].tolist()
+        assert sorted(runs) == [0, 1, 2, 4]
+        shard_orders.add(tuple(runs))
+        groups = np.searchsorted(FIRST_CLIP_OF_GROUP, clips, side="right") - 1
+        group_orders.add(tuple(dict.fromkeys(groups[shards == 4].tolist())))
+    assert len(shard_orders) > 8 and len(group_orders) == 6
+    assert runs == [4, 2, 0, 1]  # as above: the order of today is the order of tomorrow
+
+
+def test_shards_are_found_from_the_names_that_videos_carry() -> None:
+    table = make_clip_table(whole(9, 18, 8, 9, 27), [(0,)] * 5, ClipSpec())
+    assert table.first_clip_of_shard is None
+    shards = with_shards(table, ["a", "a", "b", "c", "c"]).first_clip_of_shard
+    assert shards is not None and shards.tolist() == [0, 3, 3, 7]
 
 
 @pytest.mark.parametrize("pool", [1, 2, 16, 64])

@@ -13,6 +13,7 @@ import torch
 from data_pipelines.clips import ClipSpec
 from data_pipelines.errors import UserError
 from data_pipelines.index import VideoIndex, load_or_build_index, split_index
+from data_pipelines.shards import pack_videos
 from data_pipelines.stream import Batch, VideoStream, read_all
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -169,6 +170,11 @@ def test_actions_follow_the_frames_of_a_resampled_video(data_set: Path, read_num
             assert len(set(action[:, 1].tolist())) == 1  # one episode
             num_clips += 1
     assert num_clips > 30
+
+
+def test_files_of_several_episodes_are_not_packed_as_one_video_each(data_set: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a LeRobot data set, whose files hold several episodes"):
+        pack_videos(data_set, tmp_path / "shards", progress=False)
 
 
 def test_few_episodes_are_split_by_time_within_each(data_set: Path, read_numbers: Any) -> None:

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from data_pipelines.errors import UserError
+from data_pipelines.shards import pack_videos
 from data_pipelines.transforms import split_segments
 from worldmodel.config import Config
-from worldmodel.data import evaluation_batches, known_law, split_folders, training_stream
+from worldmodel.data import evaluation_batches, known_law, read_index, split_folders, training_stream
 
 
 def test_both_sources_have_one_batch_layout(tiny_config: Callable[..., Config]) -> None:
@@ -78,11 +79,8 @@ def test_split_folders_go_by_several_names(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     assert split_folders(tmp_path) is None
     (tmp_path / "test").mkdir()
-    assert split_folders(tmp_path) == {
-        "train": tmp_path / "train",
-        "selection": tmp_path / name,
-        "test": tmp_path / "test",
-    }
+    expected = {"train": "train", "selection": name, "test": "test"}
+    assert split_folders(tmp_path) == {split: f"{tmp_path}/{folder}" for split, folder in expected.items()}
 
 
 def test_classes_have_the_same_number_in_every_split(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
@@ -101,3 +99,37 @@ def test_classes_have_the_same_number_in_every_split(tiny_config: Callable[..., 
 def test_a_camera_is_for_lerobot_data_sets_only(tiny_config: Callable[..., Config]) -> None:
     with pytest.raises(UserError, match=r"camera='front': .* is no LeRobot data set"):
         next(iter(evaluation_batches(tiny_config("data.camera=front"), "test", 4)))
+
+
+def test_shards_behind_a_url_serve_in_place_of_a_folder(
+    tiny_config: Callable[..., Config], world: Path, tmp_path: Path
+) -> None:
+    """Splits in folders of their own, as in the plain world; with the packed order, and the same clips."""
+    for split in ("train", "selection", "test"):
+        pack_videos(world / split, tmp_path / "packed" / split, shard_mb=0.02, progress=False)
+    cache = tmp_path / "cache"
+    config = tiny_config(f"data.root=file://{tmp_path}/packed", f"data.remote_cache_dir={cache}", "data.cache_mb=0")
+    assert len(read_index(config.data, "selection").videos) == 32
+    batches = training_stream(config, rank=0, world_size=1, device=torch.device("cpu")).batches()
+    assert next(batches)["video"].shape == (16, 9, 1, 64, 64)
+    batches.close()
+    plain = torch.cat([batch["video"] for batch in evaluation_batches(tiny_config(), "test", 24)])
+    packed = torch.cat([batch["video"] for batch in evaluation_batches(config, "test", 24)])
+    assert sorted(map(hash_of, plain)) == sorted(map(hash_of, packed))
+    assert known_law(config) is None and len(list(cache.glob("*/*.tar"))) > 4
+
+
+def hash_of(clip: torch.Tensor) -> int:
+    return hash(clip.numpy().tobytes())
+
+
+def test_videos_in_one_folder_of_shards_are_split_as_the_plain_ones(
+    tiny_config: Callable[..., Config], world: Path, tmp_path: Path
+) -> None:
+    pack_videos(world / "train", tmp_path / "packed", shard_mb=0.02, progress=False)
+    for split in ("train", "selection", "test"):
+        paths = [
+            {video.path for video in read_index(tiny_config(f"data.root={root}").data, split).videos}
+            for root in (world / "train", tmp_path / "packed", f"file://{tmp_path}/packed")
+        ]
+        assert paths[0] == paths[1] == paths[2] and len(paths[0]) in (6, 52)

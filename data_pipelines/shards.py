@@ -1,0 +1,371 @@
+"""Videos in tar shards, laid out as WebDataset has it: KEY.mp4 and KEY.json (labels) side by side.
+
+Beside the shards stands one index, shards.jsonl: a header; for each shard its name, size and sha256; for each video its
+facts and labels, its shard, and where its bytes start in it. With that a shard is read in place, or fetched from afar,
+and never unpacked.
+"""
+
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from hashlib import file_digest, sha256
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from data_pipelines.errors import UserError
+from data_pipelines.index import VIDEO_EXTENSIONS, VideoIndex, judge_bad_files, load_or_build_index
+from data_pipelines.labels import stack_labels
+from data_pipelines.probe import BadFile, Video, index_member, one_line
+from data_pipelines.remote import RemoteShards, Shard, Store, default_cache_dir, is_url
+
+log = logging.getLogger(__name__)
+
+SHARDS_NAME = "shards.jsonl"
+SHARDS_HEADER = {"format": "worldmodel-shards", "version": 1}
+SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")  # one that needs no quoting in a path or a URL
+MAX_LABELS_BYTES = 2**20
+
+Entry = tuple[Video | BadFile, Mapping[str, Any]]  # and its labels
+
+
+def load_videos(
+    root: str | Path,
+    *,
+    camera: str | None = None,
+    siblings: Sequence[Path] = (),
+    max_bad_fraction: float = 0.1,
+    cache_dir: Path | None = None,
+    cache_mb: int = 0,
+    store: Store | None = None,
+    progress: bool = True,
+) -> VideoIndex:
+    """Index a folder of videos, a folder of shards, or the URL of one (any that fsspec knows).
+
+    camera, siblings, max_bad_fraction: as for load_or_build_index. Shards know no cameras.
+    cache_dir, cache_mb: where shards from a URL are kept, by default in the user's cache, and how much of it is used.
+    store: how to read the URL, to change more than that.
+
+    Raises UserError: as load_or_build_index; a damaged index of shards, one that does not fit them; a URL without one.
+    """
+    in_shards = is_url(root) or holds_shards(Path(root))
+    if camera is not None and in_shards:
+        raise UserError(f"camera={camera!r}: '{root}' holds shards, not a LeRobot data set: leave camera out")
+    if is_url(root):
+        store = store or Store(str(root).rstrip("/"))
+        text = store.read(SHARDS_NAME)
+        if text is None:
+            raise UserError(
+                f"'{store.url}' holds no {SHARDS_NAME}: run scripts/make_shards.py --index on a copy of the shards and "
+                "put the file that it writes beside them (shards of plain videos: scripts/make_shards.py SOURCE OUT)"
+            )
+        shards, entries = _parse(text, f"{store.url}/{SHARDS_NAME}")
+        cache_dir = (cache_dir or default_cache_dir()).absolute()
+        folder = cache_dir / sha256(text).hexdigest()[:16]
+        remote = RemoteShards(store, shards, cache_dir, folder, cache_mb * 2**20)
+        return _make_index(folder, entries, store.url, max_bad_fraction, remote)
+    if not in_shards:
+        return load_or_build_index(
+            root, camera=camera, siblings=siblings, max_bad_fraction=max_bad_fraction, progress=progress
+        )
+    root = Path(root)
+    if not (root / SHARDS_NAME).is_file():
+        index_shards(root, progress=progress)
+    shards, entries = _parse((root / SHARDS_NAME).read_bytes(), str(root / SHARDS_NAME))
+    listed = {name: shard.size_bytes for name, shard in shards.items()}
+    found = {path.name: path.stat().st_size for path in _tars(root)}
+    for name in sorted(listed | found):
+        if listed.get(name) != found.get(name):
+            raise UserError(
+                f"'{root / name}' has {_bytes(found.get(name))}, but {SHARDS_NAME} says {_bytes(listed.get(name))}: "
+                f"copy the shards again, or delete {SHARDS_NAME} to index those that are here"
+            )
+    return _make_index(root, entries, str(root), max_bad_fraction, None)
+
+
+def _bytes(size_bytes: int | None) -> str:
+    return "no file" if size_bytes is None else f"{size_bytes:,} bytes"
+
+
+def holds_shards(root: Path) -> bool:
+    """Whether a folder holds shards: their index, or tars and no videos beside them."""
+    if (root / SHARDS_NAME).is_file():
+        return True
+    suffixes = {path.suffix.lower() for path in root.iterdir()} if root.is_dir() else set()
+    return ".tar" in suffixes and not suffixes & set(VIDEO_EXTENSIONS)
+
+
+def _tars(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.suffix.lower() == ".tar" and path.is_file())
+
+
+def _make_index(
+    root: Path, entries: Iterable[Entry], where: str, max_bad_fraction: float, remote: RemoteShards | None
+) -> VideoIndex:
+    entries = list(entries)
+    videos = [(video, labels) for video, labels in entries if isinstance(video, Video)]
+    bad = [video for video, _ in entries if isinstance(video, BadFile)]
+    if not entries:
+        raise UserError(f"the shards of '{where}' hold no videos ({' '.join(sorted(VIDEO_EXTENSIONS))})")
+    judge_bad_files(where, bad, len(entries), max_bad_fraction)
+    videos.sort(key=lambda entry: (entry[0].shard, entry[0].offset_bytes))
+    rows = [labels for _, labels in videos]
+    if missing := [video.path for video, labels in videos if not labels.keys() >= set().union(*rows)]:
+        log.warning("'%s': labels that not all videos have are left out, '%s' lacks some", where, missing[0])
+    labels = stack_labels(rows)
+    return VideoIndex(root, [video for video, _ in videos], bad, labels, remote=remote)
+
+
+# --------------------------------------------------------------------------------------------------- the index file
+
+
+def _parse(text: bytes, where: str) -> tuple[dict[str, Shard], list[Entry]]:
+    """The shards by name and what they hold. Raises UserError unless each line means something within a shard."""
+    shards: dict[str, Shard] = {}
+    entries: list[Entry] = []
+    paths: set[str] = set()
+    number = 1
+    try:
+        lines = text.decode("utf-8").splitlines()
+        if json.loads(lines[0]) != SHARDS_HEADER:
+            raise ValueError(f"it should be {json.dumps(SHARDS_HEADER)}")
+        for number, line in enumerate(lines[1:], start=2):  # noqa: B007 (the message below tells it)
+            fields = json.loads(line)
+            if "sha256" in fields:
+                shard = Shard(**fields)
+                if not SHARD_NAME.fullmatch(shard.name) or shard.size_bytes < 0:
+                    raise ValueError(f"name {shard.name!r} or size_bytes {shard.size_bytes!r} is impossible")
+                shards[shard.name] = shard
+                continue
+            entry = _entry_from_json(fields)
+            if entry[0].path in paths:
+                raise ValueError(f"'{entry[0].path}' is there twice")
+            if isinstance(entry[0], Video) and not _lies_within(entry[0], shards):
+                raise ValueError("it lies outside of its shard")
+            paths.add(entry[0].path)
+            entries.append(entry)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise UserError(
+            f"'{where}' is damaged in line {number} ({one_line(error)}): make it anew with scripts/make_shards.py "
+            "--index"
+        ) from None
+    return shards, entries
+
+
+def _entry_from_json(fields: dict[str, Any]) -> Entry:
+    labels = fields.pop("labels", {})
+    if "reason" in fields:
+        return BadFile(**fields), {}
+    facts: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    return Video(**facts), dict(labels)
+
+
+def _lies_within(video: Video, shards: Mapping[str, Shard]) -> bool:
+    stop = video.offset_bytes + video.size_bytes
+    return 0 <= video.offset_bytes < stop <= shards[video.shard].size_bytes
+
+
+def _write_index(folder: Path, entries: Iterable[Entry], progress: bool) -> None:
+    """Written aside, then renamed, like the shards."""
+    aside = folder / f".{SHARDS_NAME}.{os.getpid()}.tmp"
+    with open(aside, "w", encoding="utf-8") as out:
+        out.write(json.dumps(SHARDS_HEADER) + "\n")
+        for path in tqdm(_tars(folder), desc="hashing", unit="shard", disable=not progress):
+            with open(path, "rb") as tar:
+                digest = file_digest(tar, "sha256").hexdigest()
+            out.write(json.dumps(asdict(Shard(path.name, path.stat().st_size, digest))) + "\n")
+        for video, labels in entries:
+            fields = asdict(video)
+            out.write(json.dumps(fields | {"labels": labels} if labels else fields) + "\n")
+    os.replace(aside, folder / SHARDS_NAME)
+
+
+# ---------------------------------------------------------------------------------------------------------- packing
+
+
+def pack_videos(
+    source: Path,
+    out: Path,
+    *,
+    siblings: Sequence[Path] = (),
+    shard_mb: float = 64,
+    seed: int = 0,
+    progress: bool = True,
+) -> VideoIndex:
+    """Pack a folder of videos into shards, in an order shuffled by `seed`; `out` appears when it is complete.
+
+    Shards are read one at a time: shuffled, each of them is a sample of the whole. The same source and seed give the
+    same bytes. Labels go along.
+
+    siblings: folders of other splits, as for load_or_build_index.
+
+    Raises UserError: no readable videos, a LeRobot data set (whose files hold several episodes), `out` exists and is
+    not empty, a file that changes meanwhile.
+    """
+    if not shard_mb > 0:
+        raise UserError(f"shard_mb={shard_mb:g} must be more than 0")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"'{out}' is not an empty folder: name another one for the shards")
+    index = load_or_build_index(source, siblings=siblings, progress=progress)
+    if index.episodes is not None:
+        raise UserError(f"'{source}' is a LeRobot data set, whose files hold several episodes: it is read as it is")
+    rows = np.argsort(np.random.Generator(np.random.PCG64(seed)).random(len(index.videos)), kind="stable").tolist()
+    aside = out.absolute().with_name(f".{out.name}.packing")
+    shutil.rmtree(aside, ignore_errors=True)  # what is left of a run that was killed
+    aside.mkdir(parents=True)
+    try:
+        entries: list[Entry] = []
+        with tqdm(total=len(rows), desc="packing", unit="video", disable=not progress) as bar:
+            for number, members in enumerate(_fill_shards(index, rows, int(shard_mb * 2**20))):
+                shard = f"shard-{number:06d}.tar"
+                with tarfile.open(aside / shard, "w", format=tarfile.USTAR_FORMAT) as tar:
+                    for row in members:
+                        entries.append(_add_sample(tar, shard, index, row))
+                        bar.update()
+        _write_index(aside, entries, progress)
+        if out.exists():
+            out.rmdir()
+        os.replace(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return load_videos(out, progress=progress)
+
+
+def _fill_shards(index: VideoIndex, rows: Iterable[int], shard_bytes: int) -> Iterator[list[int]]:
+    """Rows of the index, cut into shards of at most shard_bytes of video, or one video that is larger."""
+    members: list[int] = []
+    size_bytes = 0
+    for row in rows:
+        if members and size_bytes + index.videos[row].size_bytes > shard_bytes:
+            yield members
+            members, size_bytes = [], 0
+        members.append(row)
+        size_bytes += index.videos[row].size_bytes
+    yield members
+
+
+def _add_sample(tar: tarfile.TarFile, shard: str, index: VideoIndex, row: int) -> Entry:
+    video = index.videos[row]
+    path = PurePosixPath(video.path)
+    # A key ends at the first dot; its number keeps apart what becomes equal without odd characters.
+    key = f"{row:08d}_{re.sub(r'[^A-Za-z0-9-]+', '_', str(path.with_suffix('')))[-60:]}"
+    labels = {name: values[row].tolist() for name, values in index.labels.items()}
+    with open(index.root / video.path, "rb") as file:
+        if os.fstat(file.fileno()).st_size != video.size_bytes:
+            raise UserError(f"'{index.root / video.path}' has changed while it was packed: start again")
+        offset = tar.offset + tarfile.BLOCKSIZE
+        tar.addfile(_member(key + path.suffix.lower(), video.size_bytes), file)
+    described = json.dumps({"file_name": video.path, **labels}).encode()
+    tar.addfile(_member(f"{key}.json", len(described)), io.BytesIO(described))
+    fields = asdict(video) | {"mtime_ns": 0, "shard": shard, "offset_bytes": offset}
+    return Video(**fields), labels
+
+
+def _member(name: str, size_bytes: int) -> tarfile.TarInfo:
+    """Without times and owners, so that equal videos make equal shards."""
+    member = tarfile.TarInfo(name)
+    member.size = size_bytes
+    return member
+
+
+# ------------------------------------------------------------------------------------------------- shards of others
+
+
+def index_shards(folder: Path, progress: bool = True) -> None:
+    """Index the shards that are in a folder, by their headers and by probing the videos; writes shards.jsonl there.
+
+    A member that is no video is passed over; one that cannot be used is listed with the reason.
+    Raises UserError: no shards, names that a URL would need to quote, a folder that cannot be written.
+    """
+    tars = _tars(folder) if folder.is_dir() else []
+    if not tars:
+        raise UserError(f"'{folder}' holds no shards (*.tar)")
+    for path in tars:
+        if not SHARD_NAME.fullmatch(path.name):
+            raise UserError(f"shard '{path}': rename it to letters, digits, '.', '-' and '_', ending in .tar")
+    entries = [
+        entry
+        for path in tqdm(tars, desc="indexing", unit="shard", disable=not progress)
+        for entry in _scan_shard(folder, path.name)
+    ]
+    try:
+        _write_index(folder, entries, progress)
+    except OSError as error:
+        raise UserError(
+            f"'{folder / SHARDS_NAME}' cannot be written ({one_line(error)}): index a copy of the shards"
+        ) from None
+
+
+def _scan_shard(folder: Path, shard: str) -> Iterator[Entry]:
+    """Each video of a foreign shard, called SHARD/MEMBER (keys need be unique within a shard only), and its labels."""
+    videos: list[tuple[str, Video | BadFile]] = []
+    labels: dict[str, dict[str, Any]] = {}
+    size_bytes = os.path.getsize(folder / shard)
+    damage = ""
+    try:
+        with tarfile.open(folder / shard, "r:") as tar:
+            for member in tar:
+                key, suffix = _split_name(member.name)
+                path = f"{shard}/{member.name}"
+                if suffix == ".json" and member.isreg() and member.size <= MAX_LABELS_BYTES:
+                    labels[key] = _read_object(tar, member)
+                elif suffix in VIDEO_EXTENSIONS and not os.path.basename(member.name).startswith("."):
+                    if reason := _why_refused(member, size_bytes):
+                        videos.append((key, BadFile(path, member.size, 0, reason)))
+                    else:
+                        videos.append((key, index_member(folder, shard, path, member.offset_data, member.size)))
+            if not _ends_well(folder / shard, tar.offset):
+                damage = f"damaged or cut off at byte {tar.offset:,}"
+    except (tarfile.TarError, OSError, EOFError) as error:
+        damage = f"not a readable tar: {one_line(error)}"
+    if damage:
+        yield BadFile(shard, size_bytes, 0, damage), {}
+    seen: set[str] = set()
+    for key, video in videos:
+        if video.path not in seen:  # of members with one name, the first counts
+            seen.add(video.path)
+            yield video, labels.get(key, {})
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """'a/b.left.mp4' -> 'a/b', '.mp4': WebDataset's key ends at the first dot of the last part."""
+    folder, _, base = name.rpartition("/")
+    return f"{folder}/{base.partition('.')[0]}", os.path.splitext(base)[1].lower()
+
+
+def _why_refused(member: tarfile.TarInfo, shard_bytes: int) -> str:
+    """Why not to read a member of a tar from a stranger, or ''."""
+    if member.name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", member.name):
+        return "its name leads out of the archive"
+    if not member.isreg() or member.issparse():
+        return "a link or no regular file in the archive"
+    if member.size == 0:
+        return "empty file (0 bytes)"
+    if member.offset_data + member.size > shard_bytes:
+        return "cut off by the end of the archive"
+    return ""
+
+
+def _ends_well(path: Path, offset: int) -> bool:
+    """Whether a tar's end mark stands where its last header was looked for; tarfile ends silently at damage."""
+    with open(path, "rb") as tar:
+        tar.seek(offset)
+        return tar.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+
+
+def _read_object(tar: tarfile.TarFile, member: tarfile.TarInfo) -> dict[str, Any]:
+    file = tar.extractfile(member)
+    assert file is not None, f"{member.name} is regular"
+    try:
+        value = json.loads(file.read())
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
