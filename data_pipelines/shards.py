@@ -118,7 +118,8 @@ def _make_index(
     judge_bad_files(where, bad, len(entries), max_bad_fraction)
     videos.sort(key=lambda entry: (entry[0].shard, entry[0].offset_bytes))
     rows = [labels for _, labels in videos]
-    if missing := [video.path for video, labels in videos if not labels.keys() >= set().union(*rows)]:
+    all_names = set().union(*rows)
+    if missing := [video.path for video, labels in videos if not labels.keys() >= all_names]:
         log.warning("'%s': labels that not all videos have are left out, '%s' lacks some", where, missing[0])
     labels = stack_labels(rows)
     return VideoIndex(root, [video for video, _ in videos], bad, labels, remote=remote)
