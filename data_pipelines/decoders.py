@@ -11,6 +11,7 @@ import os
 import re
 import threading
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator
 from itertools import groupby, repeat
 from pathlib import Path
@@ -179,7 +180,11 @@ class PyAVReader:
     def read(self, frame: int) -> Frame:
         if frame != self._next:
             self._go_to(frame)
-        return self._convert(self._decode())
+        decoded = self._decode()
+        if self._next == self._video.num_frames:  # a generator that is left before its end leaks memory in PyAV
+            with contextlib.suppress(*self._av_errors):
+                deque(self._frames, maxlen=0)
+        return self._convert(decoded)
 
     def _go_to(self, frame: int) -> None:
         """Make `frame` the next one: seek to the keyframe before it where that pays, and decode up to it."""
