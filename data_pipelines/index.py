@@ -19,7 +19,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.index_engines import Engine, index_files
 from data_pipelines.labels import read_labels
 from data_pipelines.lerobot import Episodes, is_lerobot, read_episodes
-from data_pipelines.probe import BadFile, Video, one_line
+from data_pipelines.probe import BadFile, Video, entry_from_fields, one_line
 
 if TYPE_CHECKING:
     from data_pipelines.remote import RemoteShards
@@ -348,17 +348,10 @@ def _read_entries(path: Path) -> tuple[dict[str, Any], list[Video | BadFile]]:
         header = json.loads(next(lines, "null"))
         if not isinstance(header, dict) or {name: header.get(name) for name in INDEX_HEADER} != INDEX_HEADER:
             raise _OtherVersion(f"not of version {INDEX_HEADER['version']}")
-        entries = [_entry_from_json(line) for line in lines]
+        entries = [entry_from_fields(json.loads(line)) for line in lines]
     if header.get("content_hash") != _hash_of_entries(entries):
         raise ValueError("content_hash does not fit its content")
     return header, entries
-
-
-def _entry_from_json(line: str) -> Video | BadFile:
-    fields = json.loads(line)
-    if "reason" in fields:
-        return BadFile(**fields)
-    return Video(**fields | {name: tuple(fields[name]) for name in ("keyframes", "keyframe_pts", "frame_ms")})
 
 
 def _hash_of_paths(paths: Iterable[str]) -> str:

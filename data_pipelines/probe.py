@@ -69,6 +69,13 @@ class BadFile:
     reason: str
 
 
+def entry_from_fields(fields: dict[str, Any]) -> Video | BadFile:
+    """What dataclasses.asdict and JSON made of an entry -> the entry. Raises TypeError, KeyError: other fields."""
+    if "reason" in fields:
+        return BadFile(**fields)
+    return Video(**fields | {name: tuple(fields[name]) for name in ("keyframes", "keyframe_pts", "frame_ms")})
+
+
 def video_url(root: str | Path, video: Video) -> str:
     """What FFmpeg opens: the file's path, or the bytes within the shard that hold it."""
     if not video.shard:

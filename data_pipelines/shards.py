@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from data_pipelines.errors import UserError
 from data_pipelines.index import VIDEO_EXTENSIONS, VideoIndex, judge_bad_files, load_or_build_index
 from data_pipelines.labels import stack_labels
-from data_pipelines.probe import BadFile, Video, index_member, one_line
+from data_pipelines.probe import BadFile, Video, entry_from_fields, index_member, one_line
 from data_pipelines.remote import RemoteShards, Shard, Store, default_cache_dir, is_url
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,8 @@ def _parse(text: bytes, where: str) -> tuple[dict[str, Shard], list[Entry]]:
                     raise ValueError(f"name {shard.name!r} or size_bytes {shard.size_bytes!r} is impossible")
                 shards[shard.name] = shard
                 continue
-            entry = _entry_from_json(fields)
+            labels = fields.pop("labels", {})
+            entry = entry_from_fields(fields), dict(labels)
             if entry[0].path in paths:
                 raise ValueError(f"'{entry[0].path}' is there twice")
             if isinstance(entry[0], Video) and not _lies_within(entry[0], shards):
@@ -159,14 +160,6 @@ def _parse(text: bytes, where: str) -> tuple[dict[str, Shard], list[Entry]]:
             "--index"
         ) from None
     return shards, entries
-
-
-def _entry_from_json(fields: dict[str, Any]) -> Entry:
-    labels = fields.pop("labels", {})
-    if "reason" in fields:
-        return BadFile(**fields), {}
-    facts: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    return Video(**facts), dict(labels)
 
 
 def _lies_within(video: Video, shards: Mapping[str, Shard]) -> bool:

@@ -93,14 +93,17 @@ def make_source(index: VideoIndex, spec: ClipSpec, *, size_px: int | None, chann
             raise UserError(
                 f"videos differ in size ('{path_a}' is {a[0]}x{a[1]}, '{path_b}' {b[0]}x{b[1]}): set size_px"
             )
+    return ClipSource(index, spec, clips_of(index, spec), channels, size_px, resolve_decoder(decoder))
+
+
+def clips_of(index: VideoIndex, spec: ClipSpec) -> ClipTable:
+    """Raises UserError: clips longer than every video, a video of unknown rate with spec.fps."""
     ranges: Sequence[tuple[int, int]] = index.frame_ranges
     keyframes: Sequence[Sequence[int]] = [video.keyframes for video in index.videos]
     if spec.fps is not None:
         ranges, keyframes = resample(index.videos, ranges, spec.fps)
     table = make_clip_table(ranges, keyframes, spec)
-    if index.videos[0].shard:
-        table = with_shards(table, [video.shard for video in index.videos])
-    return ClipSource(index, spec, table, channels, size_px, resolve_decoder(decoder))
+    return with_shards(table, [video.shard for video in index.videos]) if index.videos[0].shard else table
 
 
 class Faults:

@@ -29,13 +29,13 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from data_pipelines.clips import ClipSpec, make_clip_table
+from data_pipelines.clips import ClipSpec
 from data_pipelines.errors import UserError
 from data_pipelines.index import VideoIndex, load_or_build_index
 from data_pipelines.probe import open_container
 from data_pipelines.shards import load_videos, pack_videos
 from data_pipelines.sources.moving_mnist import write_world
-from data_pipelines.stream import VideoStream
+from data_pipelines.stream import VideoStream, clips_of
 from worldmodel.checkpoint import write_text
 from worldmodel.cli import report_errors
 from worldmodel.machine import child_processes, memory_mb
@@ -252,7 +252,7 @@ def time_in_order(case: Case, index: VideoIndex, opened: "OpenVideo", seconds: f
 
 def time_random(case: Case, index: VideoIndex, opened: "OpenVideo", seconds: float) -> float:
     """Clips a second in random order, each read by its frame numbers."""
-    table = make_clip_table(index.frame_ranges, [video.keyframes for video in index.videos], SPEC)
+    table = clips_of(index, SPEC)
     clips = np.random.default_rng(0).permutation(table.num_clips)
     readers: dict[int, Any] = {}
     num_clips = 0

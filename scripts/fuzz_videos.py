@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from data_pipelines.clips import ClipSpec, ClipTable, make_clip_table
+from data_pipelines.clips import ClipSpec, ClipTable
 from data_pipelines.errors import UserError
 from data_pipelines.index import VideoIndex, load_or_build_index
-from data_pipelines.stream import VideoStream
+from data_pipelines.stream import VideoStream, clips_of
 from worldmodel.cli import report_errors
 
 SPEC = ClipSpec(num_segments=3, num_frames=3)
@@ -84,7 +84,7 @@ def fuzz(folder: Path, args: argparse.Namespace) -> int:
         spoil(damaged / name, damage_of[name], rng)
 
     counts = Counter({"files": len(list(pristine.iterdir())), "refused by the index": len(index.bad)})
-    table = make_clip_table(index.frame_ranges, [video.keyframes for video in index.videos], SPEC)
+    table = clips_of(index, SPEC)
     clips = deliver(index, args.decoder)
     truth = frames_of(load_or_build_index(pristine, progress=False), args.decoder)
     wrong = [clip for clip, video in clips if differs(video, clip, index, table, truth)]
@@ -185,7 +185,7 @@ def deliver(index: VideoIndex, decoder: str) -> list[tuple[int, torch.Tensor]]:
 
 def frames_of(index: VideoIndex, decoder: str) -> dict[str, torch.Tensor]:
     """All frames of each pristine file, in clips: [clips, T, C, H, W]. Files with the same bytes share them."""
-    table = make_clip_table(index.frame_ranges, [video.keyframes for video in index.videos], SPEC)
+    table = clips_of(index, SPEC)
     clips = dict(deliver(index, decoder))
     found = {}
     for row, video in enumerate(index.videos):

@@ -21,10 +21,10 @@ import pytest
 import torch
 
 from data_pipelines import stream as stream_module
-from data_pipelines.clips import ClipSpec, make_clip_table
+from data_pipelines.clips import ClipSpec
 from data_pipelines.errors import UserError
 from data_pipelines.index import VideoIndex, load_or_build_index
-from data_pipelines.stream import Batch, VideoStream, read_all
+from data_pipelines.stream import Batch, VideoStream, clips_of, read_all
 from tests.data_pipelines.conftest import DECODERS
 
 SETTINGS: dict[str, Any] = {
@@ -48,7 +48,7 @@ def _stream(index: VideoIndex, spec: ClipSpec = SPEC, **changes: Any) -> VideoSt
 
 
 def _table(index: VideoIndex, spec: ClipSpec = SPEC) -> Any:
-    return make_clip_table(index.frame_ranges, [video.keyframes for video in index.videos], spec)
+    return clips_of(index, spec)
 
 
 def _hash(batch: Batch) -> str:
