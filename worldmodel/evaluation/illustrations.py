@@ -1,0 +1,71 @@
+"""What a report draws beside the numbers of metrics.json.
+
+Legend: Q queries, S sampled futures, M draws of the law, H horizon steps, K dimensions of the forecast quantity.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Fans:
+    """Forecasts of a physical quantity at the last frame of each future segment.
+
+    samples [Q, S, H, K]; law [Q, M, H, K], draws of the true law, or None where none is known; true [Q, H, K];
+    origin [Q, K], the quantity in the last context frame. `on_frames`: the quantity is a position (x, y) in pixels of
+    the frames, x right and y down, pixel centres at integers.
+    """
+
+    samples: np.ndarray
+    law: np.ndarray | None
+    true: np.ndarray
+    origin: np.ndarray
+    on_frames: bool
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Inferred r [N, R] of held-out transitions; change [N, K] is what truly changed there, None without labels.
+
+    `change_name` says what changed, such as "velocity change, px/frame"; empty without labels.
+    """
+
+    r: np.ndarray
+    change: np.ndarray | None
+    change_name: str
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Surprise KL(q || p) in nats of every transition of one video.
+
+    frame [N]: the first frame of each target segment, in source frames; time_s [N]: its time, or None where the video
+    states no frame rate. peaks [P]: positions in `frame` of the most surprising transitions, the highest first;
+    peak_frames uint8 [P, T, C, H, W]: the context and target segments there.
+    """
+
+    video: str
+    frame: np.ndarray
+    time_s: np.ndarray | None
+    kl_nats: np.ndarray
+    peaks: np.ndarray
+    peak_frames: np.ndarray
+
+
+@dataclass(frozen=True)
+class Illustrations:
+    """A handful (at most 6) of queries to draw, and what the figures of the whole evaluation need.
+
+    frames uint8 [Q, (1 + H) * num_frames, C, H, W], C 1 or 3: the context segment and the H that followed.
+    neighbours uint8 [Q, L, N, num_frames, C, H, W]: for each of the horizon steps `neighbour_steps` (L of them, counted
+    from 1) the real segments nearest to N sampled futures.
+    """
+
+    frames: np.ndarray
+    num_frames: int
+    fans: Fans | None
+    neighbours: np.ndarray
+    neighbour_steps: tuple[int, ...]
+    latents: Latents | None
+    timeline: Timeline | None
