@@ -60,7 +60,7 @@ def evaluate(run: Path, which: str, compare: Path | None, device: torch.device) 
         metrics=metrics,
         config_yaml=to_yaml(trained.config),
         history=read_metrics(run),
-        examples=evaluation.examples,
+        illustrations=evaluation.illustrations,
         versions=versions(),
     )
     print(f"\n{table}\n\n{run / 'report.html'}\n{run / 'metrics.json'}")
