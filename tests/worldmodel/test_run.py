@@ -12,7 +12,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.sources.law import Quantity
 from tests.conftest import REPO
 from worldmodel import TrainedRun, load
-from worldmodel.evaluation.forecast import Readout
+from worldmodel.evaluation.readout import Readout
 from worldmodel.evaluation.readout_file import load_readout, save_readout
 from worldmodel.surprise import SEGMENTS_AT_ONCE
 
@@ -80,10 +80,10 @@ def test_a_forecast_needs_an_evaluation_of_the_same_checkpoint_with_labels(train
     with pytest.raises(UserError, match="evaluated at step 2, and the checkpoint loaded is of step 6"):
         run.forecast(x, 1, 2)
     (run.folder / "readout.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="readout.safetensors is damaged"):
+    with pytest.raises(UserError, match="is damaged, evaluate the run again"):
         run.forecast(x, 1, 2)
     (run.folder / "readout.safetensors").unlink()
-    with pytest.raises(UserError, match="was not evaluated: python scripts/evaluate.py --run"):
+    with pytest.raises(UserError, match="was not evaluated: python scripts/evaluate"):
         run.forecast(x, 1, 2)
     (run.folder / "metrics.json").write_text("{}")
     with pytest.raises(UserError, match="have no labels"):

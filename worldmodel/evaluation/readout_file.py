@@ -10,7 +10,7 @@ from safetensors.torch import save as serialise
 from data_pipelines.errors import UserError
 from data_pipelines.sources.law import Quantity
 from worldmodel.checkpoint import write_bytes
-from worldmodel.evaluation.forecast import Readout
+from worldmodel.evaluation.readout import Readout
 
 READOUT_NAME = "readout.safetensors"
 _TENSORS = ("centre", "scale", "weight", "bias")
