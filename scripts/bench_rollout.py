@@ -2,8 +2,8 @@
 
 python scripts/bench_rollout.py --config configs/demo.yaml --out bench_rollout.json
 
-Latency is that of sampling --samples futures of --steps segments of one clip, on one thread of the CPU, once the model is
-loaded. Throughput counts queries x samples x steps a second, on one thread and on all that this process may use: one
+Latency is that of sampling --samples futures of --steps segments of one clip, on one thread of the CPU, once the model
+is loaded. Throughput counts queries x samples x steps a second, on one thread and on all that this process may use: one
 rollout of all samples of --queries clips at once, and a loop that calls the same rollout for each sample of each clip.
 The two take turns, --repeats times; medians are reported. Without --run the weights are random, which costs the same.
 """

@@ -1,6 +1,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import REPO, run_script
 from tests.worldmodel.test_scripts import assert_one_line
 
@@ -15,8 +17,8 @@ def test_reports_latency_and_the_ratio_of_batch_and_loop(trained_run: Path, tmp_
     assert result["clip"] == [3, 1, 64, 64] and result["latency_ms"] > 0
     assert result["throughput"][0]["num_threads"] == 1
     for row in result["throughput"]:
-        assert row["batched_per_s"] * row["batched_s"][0] == 2 * 4 * 2
-        assert row["ratio"] == row["loop_s"][0] / row["batched_s"][0]
+        assert row["batched_per_s"] * row["batched_s"][0] == pytest.approx(2 * 4 * 2)
+        assert row["ratio"] == pytest.approx(row["loop_s"][0] / row["batched_s"][0])
         assert f"{row['ratio']:.1f} x" in done.stdout
     assert f"{result['latency_ms']:.1f} ms for 4 rollouts of 2 segments" in done.stdout
 
