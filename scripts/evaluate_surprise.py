@@ -2,8 +2,8 @@
 
 python scripts/evaluate_surprise.py --run runs/kicked
 
-For runs on the kicked world. Prints the AUROC over transitions, by event, of KL(q || p) and of the posterior's prediction
-error, and writes them to surprise_events.json in the run's folder.
+For runs on the kicked world. Prints the AUROC over transitions, by event, of KL(q || p) and of the posterior's
+prediction error, and writes them to surprise_events.json in the run's folder.
 """
 
 import argparse

@@ -5,8 +5,8 @@
 - appearance: one more digit is there from one frame to the next.
 - digit_change: each digit turns into one of another class, at the same place and with the same velocity.
 
-Each segment on its own may be seen in some video of this world, but for those with a digit too many or at rest: only what
-lies on both sides of the boundary does not belong together. From the event on the law of the world holds again.
+Each segment on its own may be seen in some video of this world, but for those with a digit too many or at rest: only
+what lies on both sides of the boundary does not belong together. From the event on the law of the world holds again.
 """
 
 from dataclasses import dataclass

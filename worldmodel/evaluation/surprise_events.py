@@ -1,4 +1,4 @@
-"""How well surprise finds impossible events, planted in videos of test identities (data_pipelines/sources/planted.py)."""
+"""How well surprise finds impossible events planted in videos of test identities (data_pipelines/sources/planted.py)."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from worldmodel.scores import auroc
 from worldmodel.surprise import Transitions, check_latent, score_transitions
 
 MEASURES = ("kl_nats", "prediction_error")
-MIN_SEGMENTS = 4  # an event needs two before it and one after it
+MIN_SEGMENTS = 4  # an event has two before it and two from it on
 
 
 def detect_events(run: TrainedRun, num_videos: int, seed: int) -> dict[str, dict[str, float]]:
@@ -36,8 +36,8 @@ def detect_events(run: TrainedRun, num_videos: int, seed: int) -> dict[str, dict
     law = known_law(run.config)
     if not isinstance(law, KickedMnistLaw) or law.borders != "bounce":
         raise UserError(
-            f"events are planted in the kicked world with bouncing borders, and the run {run.folder} was trained on "
-            f"{run.config.data.root}: make_moving_mnist.py writes that world"
+            f"events are planted in the kicked world with bouncing borders, and the run {run.folder} is not of it, or not "
+            "cut as it is: train one on what make_moving_mnist.py --world kicked writes"
         )
     world = read_world(Path(run.config.data.root))
     assert world is not None
