@@ -45,13 +45,11 @@ def plant(event: Event, sprites: Sprites, videos: Videos, frame: int, generator:
     num_frames = centres.shape[1]
     assert 0 < frame < num_frames and frame % SEGMENT_FRAMES == 0, (frame, num_frames)
     centre, velocity = centres[:, frame - 1], velocities[:, frame - 1]
-    sprite, digit, last = videos.sprite, videos.digit, frame
-    at_rest = centre[:, None][:, :0]
+    sprite, digit, last, still = videos.sprite, videos.digit, frame, 0
     if event == "teleport":
         centre = jump(centre)
     elif event == "freeze":
         still = min(FREEZE_SEGMENTS * SEGMENT_FRAMES, num_frames - frame)
-        at_rest = centre[:, None].expand(-1, still, -1, -1)
         last = min(frame + still, num_frames - 1)  # the first frame that moves again
     elif event == "appearance":
         more = sample_videos(sprites, len(videos), 1, SEGMENT_FRAMES, "bounce", generator)
@@ -62,7 +60,8 @@ def plant(event: Event, sprites: Sprites, videos: Videos, frame: int, generator:
     else:
         sprite = another_class(sprites, digit, generator)
         digit = sprites.digits[sprite]
-    rest = (num_frames - frame - at_rest.shape[1]) // SEGMENT_FRAMES
+    at_rest = centre[:, None].expand(-1, still, -1, -1)
+    rest = (num_frames - frame - still) // SEGMENT_FRAMES
     after = torch.cat([at_rest, simulate(centre, velocity, digit, rest, "bounce", generator).centre], dim=1)
     parts = [
         render_digits(sprites.images[videos.sprite], centres[:, :frame]),

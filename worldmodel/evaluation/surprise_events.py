@@ -1,4 +1,4 @@
-"""How well surprise finds impossible events planted in videos of test identities (data_pipelines/sources/planted.py)."""
+"""How well surprise finds impossible events, planted in videos of test identities (data_pipelines.sources.planted)."""
 
 from pathlib import Path
 
@@ -33,11 +33,11 @@ def detect_events(run: TrainedRun, num_videos: int, seed: int) -> dict[str, dict
             not Gaussian.
     """
     check_latent(run.model)
-    law = known_law(run.config)
+    law = known_law(run.config, "test")
     if not isinstance(law, KickedMnistLaw) or law.borders != "bounce":
         raise UserError(
-            f"events are planted in the kicked world with bouncing borders, and the run {run.folder} is not of it, or not "
-            "cut as it is: train one on what make_moving_mnist.py --world kicked writes"
+            f"events are planted in the kicked world with bouncing borders, and the run {run.folder} is not of it, or "
+            "not cut as it is: train one on what make_moving_mnist.py --world kicked writes"
         )
     world = read_world(Path(run.config.data.root))
     assert world is not None
