@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from data_pipelines.errors import UserError
-from worldmodel import load
+from worldmodel import TrainedRun, load
 from worldmodel.checkpoint import write_text
 from worldmodel.cli import report_errors
 from worldmodel.config import to_yaml
@@ -20,7 +20,6 @@ from worldmodel.evaluation.factors import evaluate_factors, factors_table
 from worldmodel.evaluation.forecast import evaluate_forecasts
 from worldmodel.evaluation.report import markdown_table, write_report
 from worldmodel.machine import keep_freed_memory
-from worldmodel.model import TrainedRun
 from worldmodel.tracking import read_metrics, versions
 
 
