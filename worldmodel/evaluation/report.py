@@ -151,7 +151,7 @@ def horizon_charts(metrics: Mapping[str, Any]) -> list[tuple[str, str, Picture]]
             "Energy Score over the oracle's",
             "ratio_to_oracle",
             "× oracle",
-            "Close to the run: others may lie above.",
+            "Zoomed in on the run: worse forecasts lie above.",
             (1,),
         ),
         ("CRPS", "crps", unit, "Each dimension by itself, then their mean.", ()),

@@ -298,9 +298,9 @@ def headline(metrics: Mapping[str, Any]) -> list[Number]:
     parts.append(Number(f" {space}"))
     if far:
         parts += [
-            Number(" one segment ahead and "),
+            Number(" at horizon 1 and "),
             number_at(metrics, f"forecasts.model.energy_score.{last}"),
-            Number(f" {last + 1} segments ahead"),
+            Number(f" at horizon {last + 1}"),
         ]
     for name, what in {
         "simulator_oracle": "of the true law itself",
@@ -341,7 +341,7 @@ def tiles(metrics: Mapping[str, Any]) -> list[tuple[str, list[Number]]]:
         for step in steps
     ]
     ratios = [number_at(metrics, f"{folder}.ratio_to_oracle.{step}", 2) for step in steps]
-    found.append((f"times the oracle's{ahead}", _between(ratios, " and ")))
+    found.append((f"times the oracle's{ahead}", _between(ratios, " → ")))
     found.append(_coverage_tile(metrics, last))
     found += [
         ("KL, nats", [number_at(metrics, "kl_nats", 2)]),
