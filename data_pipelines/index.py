@@ -121,7 +121,15 @@ def load_or_build_index(
     bad = [entry for entry in entries if isinstance(entry, BadFile)]
     judge_bad_files(root, bad, len(entries), max_bad_fraction)
     class_names = _class_names([root, *siblings])
-    return VideoIndex(root=root, videos=videos, bad=bad, labels=read_labels(root, videos, class_names))
+    labels = read_labels(root, videos, class_names)
+    return VideoIndex(
+        root=root,
+        videos=videos,
+        bad=bad,
+        labels=labels.of_videos,
+        frame_labels=labels.of_frames,
+        frame_label_offsets=labels.offsets,
+    )
 
 
 def index_folder(

@@ -8,7 +8,7 @@ import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,20 +20,31 @@ log = logging.getLogger(__name__)
 Row = tuple[str, dict[str, Any]]  # file_name and the other fields
 
 
-def read_labels(root: Path, videos: Sequence[Video], class_names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Labels of videos: int64 or float32, [N] or [N, K].
+class Labels(NamedTuple):
+    """of_videos: int64 or float32 [N] or [N, K]; of_frames: [F, K] for the F frames of all videos, one after the other.
+
+    Frame f of video n has the row offsets[n] + f of of_frames; offsets is None where there are none.
+    """
+
+    of_videos: dict[str, torch.Tensor]
+    of_frames: dict[str, torch.Tensor]
+    offsets: torch.Tensor | None
+
+
+def read_labels(root: Path, videos: Sequence[Video], class_names: Sequence[str]) -> Labels:
+    """Labels of videos and of their frames.
 
     From metadata.jsonl, metadata.csv or metadata.parquet in root or in folders of videos: the numeric and
-    list-of-number fields that every video has; `file_name` is relative to the metadata's folder. Without any, where
-    all videos are in subfolders of root and those are several, "label" is the number of a video's subfolder among
-    class_names.
+    list-of-number fields that every video has; `file_name` is relative to the metadata's folder. A list that holds one
+    list of numbers for each frame of its video labels the frames. Without any, where all videos are in subfolders of
+    root and those are several, "label" is the number of a video's subfolder among class_names.
 
     Raises UserError: broken metadata, two kinds of it in a folder, .parquet without pyarrow.
     """
     folders = {folder for video in videos for folder in PurePosixPath(video.path).parents}
     metadata = [path for folder in sorted(folders) if (path := _metadata_in(root / folder)) is not None]
     if not metadata:
-        return _labels_of_classes(videos, class_names)
+        return Labels(_labels_of_classes(videos, class_names), {}, None)
     rows: dict[str, dict[str, Any]] = {}
     for path in metadata:
         prefix = path.parent.relative_to(root).as_posix()
@@ -44,19 +55,29 @@ def read_labels(root: Path, videos: Sequence[Video], class_names: Sequence[str])
             "'%s' has no line for %d of %d videos, '%s' for one: labels are left out",
             metadata[0], len(missing), len(videos), missing[0],
         )  # fmt: skip
-        return {}
-    return stack_labels([rows[video.path] for video in videos])
+        return Labels({}, {}, None)
+    return stack_labels([rows[video.path] for video in videos], [video.num_frames for video in videos])
 
 
-def stack_labels(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """One row of labels a video -> the numeric and list-of-number fields that every row has."""
-    labels = {}
+def stack_labels(rows: Sequence[Mapping[str, Any]], num_frames: Sequence[int]) -> Labels:
+    """One row of labels a video, and its number of frames -> the fields that every row has."""
+    of_videos, of_frames = {}, {}
     for name in rows[0]:
         values = [row.get(name) for row in rows]
-        tensor = _numbers_to_tensor(values)
+        if all(map(_has_a_list_for_each, values, num_frames)):
+            tensor = _numbers_to_tensor([frame for value in values for frame in value])
+            into = of_frames
+        else:
+            tensor = _numbers_to_tensor(values)
+            into = of_videos
         if tensor is not None:
-            labels[name] = tensor
-    return labels
+            into[name] = tensor
+    lengths = torch.tensor([0, *num_frames[:-1]])
+    return Labels(of_videos, of_frames, lengths.cumsum(0) if of_frames else None)
+
+
+def _has_a_list_for_each(value: Any, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count and all(isinstance(part, list) for part in value)
 
 
 def _labels_of_classes(videos: Sequence[Video], class_names: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -121,8 +121,16 @@ def _make_index(
     all_names = set().union(*rows)
     if missing := [video.path for video, labels in videos if not labels.keys() >= all_names]:
         log.warning("'%s': labels that not all videos have are left out, '%s' lacks some", where, missing[0])
-    labels = stack_labels(rows)
-    return VideoIndex(root, [video for video, _ in videos], bad, labels, remote=remote)
+    labels = stack_labels(rows, [video.num_frames for video, _ in videos])
+    return VideoIndex(
+        root=root,
+        videos=[video for video, _ in videos],
+        bad=bad,
+        labels=labels.of_videos,
+        frame_labels=labels.of_frames,
+        frame_label_offsets=labels.offsets,
+        remote=remote,
+    )
 
 
 # --------------------------------------------------------------------------------------------------- the index file
@@ -252,6 +260,10 @@ def _add_sample(tar: tarfile.TarFile, shard: str, index: VideoIndex, row: int) -
     # A key ends at the first dot; its number keeps apart what becomes equal without odd characters.
     key = f"{row:08d}_{re.sub(r'[^A-Za-z0-9-]+', '_', str(path.with_suffix('')))[-60:]}"
     labels = {name: values[row].tolist() for name, values in index.labels.items()}
+    if index.frame_label_offsets is not None:
+        first = int(index.frame_label_offsets[row])
+        frames = slice(first, first + video.num_frames)
+        labels |= {name: values[frames].tolist() for name, values in index.frame_labels.items()}
     with open(index.root / video.path, "rb") as file:
         if os.fstat(file.fileno()).st_size != video.size_bytes:
             raise UserError(f"'{index.root / video.path}' has changed while it was packed: start again")

@@ -500,7 +500,7 @@ class PartsOfPass:
 
     source: ClipSource
     batch_size: int
-    num_clips: int
+    clips: Ints
 
     def __call__(self, worker: int, num_workers: int, first_part: int, faults: Faults) -> Iterator[Part]:
         with closing(HeldShards(self.source.index.remote)) as shards:
@@ -512,8 +512,8 @@ class PartsOfPass:
         no_cache = ClipCache(0)
         hold = partial(shards.hold, 0)
         stride = self.batch_size * num_workers
-        firsts = range(worker * self.batch_size + first_part * stride, self.num_clips, stride)
-        batches = [np.arange(first, min(first + self.batch_size, self.num_clips)) for first in firsts]
+        firsts = range(worker * self.batch_size + first_part * stride, len(self.clips), stride)
+        batches = [self.clips[first : first + self.batch_size] for first in firsts]
         if self.source.index.remote is not None and batches:
             due = np.concatenate(batches)
             shards.expect(shards_in_turn(self.source, [(0, due, np.arange(len(due)))], no_cache))
@@ -687,17 +687,18 @@ def read_all(
     max_bad_fraction: float = 0.1,
     decode_timeout_s: float = DECODE_TIMEOUT_S,
 ) -> Iterator[Batch]:
-    """Every clip (or the first max_clips) once, in order of clip ids; the last batch may be short.
+    """Every clip (or max_clips of them, spread evenly) once, in order of clip ids; the last batch may be short.
 
     Batches and errors as in VideoStream.batches.
     """
     source = make_source(index, spec, size_px=size_px, channels=channels, decoder=decoder)
     num_clips = source.table.num_clips if max_clips is None else min(max_clips, source.table.num_clips)
+    clips = np.arange(num_clips) * source.table.num_clips // max(1, num_clips)
     failures = _Failures(index, max_bad_fraction)
     num_workers = min(num_workers, -(-num_clips // batch_size))
     if index.remote is not None:
         index.remote.check_room(2 * max(1, num_workers))
-    parts = _run_workers(PartsOfPass(source, batch_size, num_clips), num_workers, decode_timeout_s, failures)
+    parts = _run_workers(PartsOfPass(source, batch_size, clips), num_workers, decode_timeout_s, failures)
     try:
         for part in parts:
             failures.add(part["failures"])

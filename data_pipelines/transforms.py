@@ -1,6 +1,7 @@
 """Frames as the model wants them: float [B, T, C, H, W], cut into segments."""
 
 import torch
+from einops import rearrange
 
 
 def to_float(video: torch.Tensor) -> torch.Tensor:
@@ -11,7 +12,7 @@ def to_float(video: torch.Tensor) -> torch.Tensor:
     return video.to(torch.float32)
 
 
-def split_segments(video: torch.Tensor, num_segments: int) -> tuple[torch.Tensor, ...]:
-    """[B, T, C, H, W] -> consecutive segments in order of time, each [B, T / num_segments, C, H, W]."""
+def split_segments(video: torch.Tensor, num_segments: int) -> torch.Tensor:
+    """[B, S * T, C, H, W] -> consecutive segments in order of time, [B, S, T, C, H, W] with S = num_segments."""
     assert video.shape[1] % num_segments == 0, f"{video.shape[1]} frames are no {num_segments} equal segments"
-    return video.chunk(num_segments, dim=1)
+    return rearrange(video, "b (s t) c h w -> b s t c h w", s=num_segments)

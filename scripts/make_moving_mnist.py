@@ -1,6 +1,8 @@
-"""Write stochastic Moving-MNIST as thousands of H.264 files with their labels.
+"""Write Moving-MNIST as H.264 files with their labels: thousands of short videos with one random change, or longer ones
+in which digits are kicked again and again.
 
 python scripts/make_moving_mnist.py --out data/moving_mnist
+python scripts/make_moving_mnist.py --world kicked --out data/kicked_mnist
 """
 
 import argparse
@@ -8,28 +10,41 @@ import os
 import sys
 from pathlib import Path
 
-from data_pipelines.sources.moving_mnist import Split, write_world
+from data_pipelines.errors import UserError
+from data_pipelines.sources import kicked_mnist, moving_mnist
+from data_pipelines.sources.digits import Split
+from data_pipelines.sources.moving_mnist import SEGMENT_FRAMES
 from worldmodel.cli import report_errors
+
+COUNTS: dict[str, dict[Split, int]] = {
+    "single": {"train": 16_384, "selection": 2_048, "test": 1_024},
+    "kicked": {"train": 3_072, "selection": 512, "test": 512},
+}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--train", type=int, default=16_384, help="training videos")
-    parser.add_argument("--selection", type=int, default=2_048, help="videos for choices during development")
-    parser.add_argument("--test", type=int, default=1_024, help="videos for reported scores")
-    parser.add_argument("--setting", choices=["A", "B"], default="A", help="how the changed axis is drawn")
+    parser.add_argument("--world", choices=["single", "kicked"], default="single", help="one change, or many kicks")
+    parser.add_argument("--train", type=int, help="training videos (16,384; kicked: 3,072)")
+    parser.add_argument("--selection", type=int, help="videos for choices during development (2,048; kicked: 512)")
+    parser.add_argument("--test", type=int, help="videos for reported scores (1,024; kicked: 512)")
+    parser.add_argument("--setting", choices=["A", "B"], help="single: how the changed axis is drawn (A)")
+    parser.add_argument("--num-frames", type=int, help="kicked: frames in a video (60)")
+    parser.add_argument("--num-digits", type=int, choices=[1, 2], help="kicked: digits in a video (1)")
+    parser.add_argument("--borders", choices=["bounce", "crop"], help="kicked: what digits do there (bounce)")
     parser.add_argument("--mnist-dir", type=Path, help="MNIST's IDX files; without it scikit-learn's bundled digits")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--overwrite", action="store_true", help="replace a world of other parameters")
     args = parser.parse_args()
-    counts: dict[Split, int] = {"train": args.train, "selection": args.selection, "test": args.test}
+    counts = {split: getattr(args, split) or count for split, count in COUNTS[args.world].items()}
     with report_errors():
-        write_world(
+        world = moving_mnist if args.world == "single" else kicked_mnist
+        world.write_world(
             args.out,
             counts,
-            setting=args.setting,
+            **own_options(args),
             mnist_dir=args.mnist_dir,
             seed=args.seed,
             num_processes=args.num_processes,
@@ -37,6 +52,24 @@ def main() -> int:
         )
         print(f"{sum(counts.values()):,} videos in {args.out}")
     return 0
+
+
+def own_options(args: argparse.Namespace) -> dict[str, object]:
+    """The options that only the chosen world has, as far as they are given.
+
+    Raises:
+        UserError: one belongs to the other world, or the frames do not divide into segments.
+    """
+    of_world = {"single": ("setting",), "kicked": ("num_frames", "num_digits", "borders")}
+    given = {
+        name: getattr(args, name) for names in of_world.values() for name in names if getattr(args, name) is not None
+    }
+    for name, value in given.items():
+        if name not in of_world[args.world]:
+            raise UserError(f"--{name.replace('_', '-')} {value} is no option of --world {args.world}")
+    if (num_frames := given.get("num_frames", SEGMENT_FRAMES)) < 1 or num_frames % SEGMENT_FRAMES:
+        raise UserError(f"--num-frames {num_frames} must be a multiple of {SEGMENT_FRAMES}, the frames of a segment")
+    return given
 
 
 if __name__ == "__main__":

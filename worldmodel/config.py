@@ -52,6 +52,7 @@ class DataConfig:
     channels: PositiveInt = 3
     """1 is luma, 3 is RGB; observations of the causal world have 6."""
     num_segments: Literal[2, 3] = 3
+    """Segments that one step of prediction takes; further steps of a rollout take one more each."""
     num_frames: PositiveInt = 3
     frame_stride: PositiveInt = 1
     clip_step: PositiveInt | None = None
@@ -89,6 +90,8 @@ class ModelConfig:
     encoder: Literal["conv3d", "resnet", "mlp"] = "conv3d"
     width: PositiveFloat = 1.0
     """Multiplies the encoder's channels."""
+    coordinates: bool = False
+    """The encoder of videos also sees the coordinates of each pixel, so that its features can say where things are."""
     embedding_dim: PositiveInt = 128
     embedding_norm: Literal["sphere", "standard", "white"] = "sphere"
     """sphere: every embedding has the length sqrt(embedding_dim). standard: each dimension has mean 0 and variance 1
@@ -125,6 +128,10 @@ class ObjectiveConfig:
     """infonce, aninfonce, hinfonce: what similarities are divided by."""
     sigreg_weight: NonNegativeFloat = 0.1
     """sigreg: weight of the test of normality."""
+    rollout_steps: PositiveInt = 1
+    """Segments predicted one after the other in training, each from the prediction before it; the paper has one."""
+    step_weights: tuple[NonNegativeFloat, ...] | None = None
+    """Weight of each of these steps in the loss, relative to the others; none: the same for all."""
     ema_momentum: Fraction = 0.996
     """byol, ressl, ssl_hsic: the teacher keeps this share of itself at each step."""
     ema_schedule: Literal["constant", "cosine"] = "constant"
@@ -157,6 +164,10 @@ class TrainConfig:
 class EvaluationConfig:
     """The Energy Score protocol: numbers of clips, all of disjoint identities."""
 
+    horizon: PositiveInt = 1
+    """Segments that are forecast."""
+    label: str | None = None
+    """Label of frames, a list of numbers each, that is forecast where no law is known; none: embeddings only."""
     queries: Annotated[int, Field(strict=True, ge=2)] = 1024
     num_samples: Annotated[int, Field(strict=True, ge=2)] = 64
     """Sampled futures a query."""
@@ -189,10 +200,9 @@ class Config:
 
 
 # The one way of cutting and showing clips to which that world's labels belong.
-MOVING_MNIST_FORMAT = {"size_px": 64, "channels": 1, "num_segments": 3, "num_frames": 3, "frame_stride": 1}
 FORMATS: dict[str, dict[str, int]] = {
     "videos": {},
-    "moving_mnist": MOVING_MNIST_FORMAT,
+    "moving_mnist": {"size_px": 64, "channels": 1, "num_segments": 3, "num_frames": 3, "frame_stride": 1},
     "causal": {"channels": NUM_FACTORS, "num_segments": 3, "num_frames": 1},
 }
 
@@ -239,11 +249,18 @@ def validate(tree: Mapping[str, Any], source: str) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    return dataclasses.asdict(config)
+    """Nested dicts of what YAML and JSON know: tuples become lists."""
+    return _with_lists(dataclasses.asdict(config))
 
 
 def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def _with_lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_lists(part) for key, part in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -310,6 +327,16 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"data.channels={data.channels}: a video has 1 (luma) or 3 (RGB)"
     if (model.encoder == "mlp") != (data.source == "causal"):
         yield f"model.encoder={model.encoder} does not fit data.source={data.source}: mlp is for causal, and only it"
+    if data.source != "videos" and (config.objective.rollout_steps > 1 or config.evaluation.horizon > 1):
+        yield f"data.source={data.source} has one step: objective.rollout_steps and evaluation.horizon must be 1"
+    if model.latent == "oracle" and config.objective.rollout_steps > 1:
+        yield "model.latent=oracle knows the r of one step: it needs objective.rollout_steps=1"
+    weights = config.objective.step_weights
+    if weights is not None and (len(weights) != config.objective.rollout_steps or not sum(weights)):
+        yield (
+            f"objective.step_weights={list(weights)} needs a number for each of "
+            f"objective.rollout_steps={config.objective.rollout_steps} steps, not all of them 0"
+        )
     if model.editor == "sum" and model.latent != "none" and model.latent_dim != model.embedding_dim:
         yield (
             f"model.editor=sum adds r to the embedding: model.latent_dim={model.latent_dim} must equal "

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,36 +18,30 @@ from data_pipelines.errors import UserError
 from data_pipelines.index import VideoIndex, split_index
 from data_pipelines.remote import Store, is_url
 from data_pipelines.shards import SHARDS_NAME, load_videos
+from data_pipelines.sources import kicked_mnist, moving_mnist
 from data_pipelines.sources.causal import CausalStream, CausalWorld
-from data_pipelines.sources.moving_mnist import (
-    SPLITS,
-    MovingMnistLaw,
-    MovingMnistStream,
-    Split,
-    load_sprites,
-    read_law,
-)
+from data_pipelines.sources.digits import SPLITS, Split, load_sprites
+from data_pipelines.sources.kicked_mnist import KickedMnistLaw
+from data_pipelines.sources.law import Law
+from data_pipelines.sources.moving_mnist import MovingMnistLaw, MovingMnistStream
+from data_pipelines.sources.written import read_sprites, read_world
 from data_pipelines.stream import Batch, VideoStream, read_all
 from data_pipelines.transforms import split_segments, to_float
-from worldmodel.config import MOVING_MNIST_FORMAT, Config, DataConfig
+from worldmodel.config import Config, DataConfig
 
 logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 128
 
 
-class Segments(NamedTuple):
-    """The segments of a batch of clips, each float32 [B, T, C, H, W]: x, x+ and x++. Of two segments, x++ is x+."""
-
-    x: Tensor
-    target: Tensor
-    later: Tensor
+def segments_of(batch: Batch, num_segments: int, device: torch.device) -> Tensor:
+    """A batch's clips on the device, in [0, 1], cut into segments: [B, num_segments, T, C, H, W]."""
+    return split_segments(to_float(batch["video"].to(device, non_blocking=True)), num_segments)
 
 
-def segments_of(batch: Batch, num_segments: int, device: torch.device) -> Segments:
-    """A batch's clips on the device, in [0, 1], cut into segments."""
-    parts = split_segments(to_float(batch["video"].to(device, non_blocking=True)), num_segments)
-    return Segments(parts[0], parts[1], parts[-1])
+def num_segments(config: Config, steps: int) -> int:
+    """Segments of a clip in which `steps` steps of prediction are made."""
+    return config.data.num_segments + steps - 1
 
 
 def oracle_r(batch: Batch, config: Config, device: torch.device) -> Tensor | None:
@@ -93,7 +87,7 @@ def training_stream(
         )
     return VideoStream(
         read_index(data, "train"),
-        clip_spec(data),
+        clip_spec(config, config.objective.rollout_steps),
         size_px=data.size_px,
         channels=data.channels,
         batch_size=data.batch_size,
@@ -110,8 +104,11 @@ def training_stream(
     )
 
 
-def evaluation_batches(config: Config, split: Split, num_clips: int) -> Iterator[Batch]:
-    """The first `num_clips` clips of a split, or all that there are, in a fixed order."""
+def evaluation_batches(config: Config, split: Split, num_clips: int, horizon: int = 1) -> Iterator[Batch]:
+    """`num_clips` clips of a split, or all that there are, in a fixed order; each for `horizon` steps of prediction.
+
+    Clips of videos are spread evenly over the split.
+    """
     data = config.data
     if data.source == "moving_mnist":
         batch_size = min(EVALUATION_BATCH, num_clips)
@@ -122,7 +119,7 @@ def evaluation_batches(config: Config, split: Split, num_clips: int) -> Iterator
     else:
         batches = read_all(
             read_index(data, split),
-            clip_spec(data),
+            clip_spec(config, horizon),
             size_px=data.size_px,
             channels=data.channels,
             batch_size=EVALUATION_BATCH,
@@ -139,13 +136,33 @@ def evaluation_batches(config: Config, split: Split, num_clips: int) -> Iterator
             return
 
 
-def known_law(config: Config) -> MovingMnistLaw | None:
+def known_law(config: Config) -> Law | None:
     """The true law behind the test clips; None for videos from elsewhere, or cut otherwise than the labels say."""
-    if config.data.source == "moving_mnist":
-        return MovingMnistLaw(config.data.setting, _sprites("test", config.data.mnist_dir))
-    if any(getattr(config.data, name) != value for name, value in MOVING_MNIST_FORMAT.items()):
+    data = config.data
+    if data.source == "moving_mnist":
+        return MovingMnistLaw(data.setting, _sprites("test", data.mnist_dir))
+    if is_url(data.root) or (world := read_world(Path(data.root))) is None:
         return None
-    return read_law(Path(config.data.root))
+    sprites = read_sprites(Path(data.root) / "test")
+    law: Law
+    if world["world"] == moving_mnist.WORLD:
+        law = MovingMnistLaw(world["setting"], sprites)
+    elif world["world"] == kicked_mnist.WORLD:
+        law = KickedMnistLaw(world["borders"], sprites)
+    else:
+        raise UserError(f"{data.root} is a world that is not known here: {world['world']!r}")
+    return law if _fits(config, law) else None
+
+
+def _fits(config: Config, law: Law) -> bool:
+    """Whether clips are cut and shown as the law's labels say."""
+    data, cut = config.data, law.clip_format
+    shown = (data.num_frames, data.size_px, data.channels, data.frame_stride, data.fps, data.num_segments)
+    if shown != (cut.num_frames, cut.size_px, 1, 1, None, 3):
+        return False
+    if law.max_horizon is not None and config.evaluation.horizon > law.max_horizon:
+        return False
+    return cut.whole_videos or clip_spec(config, config.evaluation.horizon).step % cut.num_frames == 0
 
 
 def causal_world(config: Config) -> CausalWorld:
@@ -153,8 +170,10 @@ def causal_world(config: Config) -> CausalWorld:
     return CausalWorld(config.data.change, config.seed)
 
 
-def clip_spec(data: DataConfig) -> ClipSpec:
-    return ClipSpec(data.num_segments, data.num_frames, data.frame_stride, data.clip_step, data.fps)
+def clip_spec(config: Config, steps: int) -> ClipSpec:
+    """How clips for `steps` steps of prediction are cut."""
+    data = config.data
+    return ClipSpec(num_segments(config, steps), data.num_frames, data.frame_stride, data.clip_step, data.fps)
 
 
 def _first_rows(batch: Batch, count: int) -> Batch:

@@ -160,10 +160,13 @@ class Embedder(nn.Module):
         hidden_dims: Sequence[int],
         embedding_dim: int,
         norm: Literal["sphere", "standard", "white"],
+        *,
+        coordinates: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.norm = norm
+        self.coordinates = coordinates
         dims = [encoder.num_features, *hidden_dims, embedding_dim]
         self.projector = mlp(dims, final_norm=norm != "white")
         if norm == "white":
@@ -171,8 +174,12 @@ class Embedder(nn.Module):
 
     def forward(self, video: Tensor) -> Tensor:
         """video [B, T, C, H, W] in [0, 1] -> embedding float32 [B, D]."""
-        embedding = self.projector(self.encoder(video)).float()
+        embedding = self.projector(self.features(video)).float()
         return normalise(embedding) if self.norm == "sphere" else embedding
+
+    def features(self, video: Tensor) -> Tensor:
+        """video [B, T, C, H, W] in [0, 1] -> the encoder's features [B, F], before the projector."""
+        return self.encoder(with_coordinates(video) if self.coordinates else video)
 
 
 class Whitening(nn.Module):
@@ -207,6 +214,19 @@ class Whitening(nn.Module):
             floor = 1e-4 * covariance.diagonal().mean() + 1e-12
             stable = covariance + floor * torch.eye(len(mean), device=mean.device)
             return torch.linalg.solve_triangular(torch.linalg.cholesky(stable), (values - mean).T, upper=False).T
+
+
+def with_coordinates(video: Tensor) -> Tensor:
+    """Two more channels, x and y from -1 to 1: [B, T, C, H, W] -> [B, T, C + 2, H, W].
+
+    CoordConv (Liu et al., arXiv 1807.03247). The mean over all pixels at the end of an encoder leaves no trace of where
+    something is, unless its features carry it.
+    """
+    height, width = video.shape[-2:]
+    y = torch.linspace(-1, 1, height, device=video.device, dtype=video.dtype)[:, None].expand(height, width)
+    x = torch.linspace(-1, 1, width, device=video.device, dtype=video.dtype).expand(height, width)
+    places = torch.stack([x, y]).expand(*video.shape[:2], 2, height, width)
+    return torch.cat([video, places], dim=2)
 
 
 def normalise(embedding: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from data_pipelines.errors import UserError
 from worldmodel.checkpoint import load_checkpoint, load_run_config
 from worldmodel.config import Config
-from worldmodel.data import Segments
 from worldmodel.editors import make_editor
 from worldmodel.encoders import ENCODERS, Embedder, normalise
 from worldmodel.latents import Inference, make_latent
@@ -33,9 +32,13 @@ class WorldModel(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         model, data, objective = config.model, config.data, config.objective
-        encoder = ENCODERS[model.encoder](data.channels, data.num_frames, model.width)
+        encoder = ENCODERS[model.encoder](data.channels + 2 * model.coordinates, data.num_frames, model.width)
         self.embedder = Embedder(
-            encoder, [model.hidden_dim] * model.projector_layers, model.embedding_dim, model.embedding_norm
+            encoder,
+            [model.hidden_dim] * model.projector_layers,
+            model.embedding_dim,
+            model.embedding_norm,
+            coordinates=model.coordinates,
         )
         self.latent = make_latent(
             model.latent,
@@ -60,19 +63,30 @@ class WorldModel(nn.Module):
             predictor=self.objective.needs_predictor,
         )
         self.on_sphere = model.embedding_norm == "sphere"
-        self.third_view: Literal["later", "target"] = "target" if data.num_segments == 2 else model.posterior_sees
+        self.num_steps = objective.rollout_steps
+        weights = objective.step_weights or (1.0,) * self.num_steps
+        self.step_weights = [weight / sum(weights) for weight in weights]
+        # The segment that the posterior sees beside the first one: x++, or x+ itself.
+        self.seen_at = 1 if data.num_segments == 2 or model.posterior_sees == "target" else 2
 
     def encode(self, video: Tensor) -> Tensor:
         """video [B, T, C, H, W] in [0, 1] -> embedding [B, D], normalised as model.embedding_norm says."""
         return self.embedder(video)
 
     def infer(
-        self, context: Tensor, segments: Segments, known_r: Tensor | None, generator: torch.Generator | None = None
+        self,
+        context: Tensor,
+        segments: Tensor,
+        known_r: Tensor | None,
+        generator: torch.Generator | None = None,
     ) -> Inference:
-        """What training saw of clips whose context f(x) [B, D] is known: r [B, R], R = 0 without a latent."""
+        """What training sees of clips [B, S, T, C, H, W] whose context f(x) [B, D] is known: r [B, R] of one step.
+
+        R is 0 without a latent.
+        """
         if self.latent is None:
             return Inference(context[:, :0], None, None)
-        seen = self.encode(getattr(segments, self.third_view)) if self.latent.sees_later else None
+        seen = self.encode(segments[:, self.seen_at]) if self.latent.sees_later else None
         return self.latent.infer(context, seen, known_r, generator)
 
     def sample(self, context: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -86,19 +100,33 @@ class WorldModel(nn.Module):
         edited = self.editor(context, r).float()
         return normalise(edited) if self.on_sphere else edited
 
-    def prior_mean_forecast(self, context: Tensor) -> Tensor:
-        """context [B, D] -> the one future [B, D] at the mean of the prior."""
-        r = self.latent.prior(context).mean if self.latent else context[:, :0]
-        return self.edit(context, r)
+    def prior_mean_rollout(self, context: Tensor, horizon: int) -> Tensor:
+        """The one future at the mean of the prior, step by step: [B, D] -> [B, horizon, D]."""
+        state = context
+        steps = []
+        for _ in range(horizon):
+            state = self.edit(state, self.latent.prior(state).mean if self.latent else state[:, :0])
+            steps.append(state)
+        return torch.stack(steps, dim=1)
 
     def rollout_embedding(
-        self, context: Tensor, horizon: int, num_samples: int, generator: torch.Generator | None = None
+        self,
+        context: Tensor,
+        horizon: int,
+        num_samples: int,
+        generator: torch.Generator | None = None,
+        *,
+        shuffle: bool = False,
     ) -> Tensor:
-        """Futures of an embedding, each step from a fresh draw of the prior: [B, D] -> [B, S, horizon, D]."""
+        """Futures of an embedding, each step from a fresh draw of the prior: [B, D] -> [B, S, horizon, D].
+
+        `shuffle`: each row gets the r that was drawn for another clip, a control.
+        """
         state = repeat(context, "b d -> (b s) d", s=num_samples)
         steps = []
         for _ in range(horizon):
-            state = self.edit(state, self.sample(state, generator))
+            r = self.sample(state, generator)
+            state = self.edit(state, r.roll(num_samples, dims=0) if shuffle else r)
             steps.append(state)
         return rearrange(torch.stack(steps, dim=1), "(b s) h d -> b s h d", s=num_samples)
 
@@ -106,35 +134,66 @@ class WorldModel(nn.Module):
         """Sampled futures of a clip: x [B, T, C, H, W] in [0, 1] -> embeddings [B, S, horizon, D]."""
         return self.rollout_embedding(self.encode(x), horizon, num_samples, generator)
 
+    def targets_of(self, segments: Tensor) -> Tensor:
+        """The targets of each step of prediction: [B, S, T, C, H, W] -> [K * B, T, C, H, W], step by step."""
+        return rearrange(segments[:, 1 : self.num_steps + 1], "b k ... -> (k b) ...")
+
     def forward(
         self,
-        segments: Segments,
-        teacher_target: Tensor | None,
+        segments: Tensor,
+        teacher_targets: Tensor | None,
         known_r: Tensor | None,
         beta: float,
         generator: torch.Generator | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The training losses, all scalars, of which "loss" is the one to minimise; and the targets [B, D] they saw.
+        """The training losses, all scalars, of which "loss" is the one to minimise; and the targets [K * B, D].
 
-        teacher_target [B, D] is the teacher's embedding of x+; without one the target is the encoder's own. known_r
-        [B, R] is what an oracle latent takes. The encoder also learns through the posterior: without that gradient,
-        forecasts are far worse (docs/experiments.md).
+        segments [B, S, T, C, H, W]; K steps are predicted, each from the prediction before it and the r that the
+        posterior infers there; the losses are means over steps by their weights. teacher_targets [K * B, D] are the
+        teacher's embeddings of `targets_of(segments)`; without them the targets are the encoder's own. known_r [B, R]
+        is what an oracle latent takes. The encoder also learns through the posterior: without that gradient, forecasts
+        are far worse (docs/experiments.md).
         """
-        clips = {"x": segments.x}
-        if teacher_target is None:
-            clips["target"] = segments.target
+        clips = [segments[:, 0]]
+        if teacher_targets is None:
+            clips.append(self.targets_of(segments))
         if self.latent is not None and self.latent.sees_later:
-            clips[self.third_view] = getattr(segments, self.third_view)
+            clips.append(rearrange(segments[:, self.seen_at :][:, : self.num_steps], "b k ... -> (k b) ..."))
         # One call for all: batch statistics over all segments, and one pass through the encoder.
-        embeddings = dict(zip(clips, self.encode(torch.cat(list(clips.values()))).chunk(len(clips)), strict=True))
-        context = embeddings["x"]
-        target = embeddings["target"] if teacher_target is None else teacher_target
-        r, penalty, nll = context[:, :0], None, None
+        embeddings = list(self.encode(torch.cat(clips)).split([len(clip) for clip in clips]))
+        state = embeddings.pop(0)
+        targets = embeddings.pop(0) if teacher_targets is None else teacher_targets
+        seen = embeddings.pop(0).chunk(self.num_steps) if embeddings else [None] * self.num_steps
+        steps = []
+        for target, seen_there in zip(targets.chunk(self.num_steps), seen, strict=True):
+            state, terms = self._predict(state, target, seen_there, known_r, beta, generator)
+            steps.append(terms)
+        weighted = {
+            name: sum((weight * terms[name] for weight, terms in zip(self.step_weights, steps, strict=True)), 0 * value)
+            for name, value in steps[0].items()
+        }
+        loss = weighted.pop("loss")
+        logged = {name: value.detach() for name, value in weighted.items()}
+        if self.num_steps > 1:
+            logged |= {f"alignment_{k}": terms["alignment"].detach() for k, terms in enumerate(steps, start=1)}
+        return {"loss": loss} | logged, targets.detach()
+
+    def _predict(
+        self,
+        state: Tensor,
+        target: Tensor,
+        seen: Tensor | None,
+        known_r: Tensor | None,
+        beta: float,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step: state, target, seen [B, D] -> the predicted embedding [B, D], and "loss" with its terms."""
+        r, penalty, nll = state[:, :0], None, None
         if self.latent is not None:
-            r, penalty, nll = self.latent.infer(context, embeddings.get(self.third_view), known_r, generator)
-        edited = self.edit(context, r)
-        with torch.autocast(context.device.type, enabled=False):
-            terms = self.objective(edited, target, context, generator)
+            r, penalty, nll = self.latent.infer(state, seen, known_r, generator)
+        edited = self.edit(state, r)
+        with torch.autocast(state.device.type, enabled=False):
+            terms = self.objective(edited, target, state, generator)
         loss = terms["prediction_loss"]
         terms["alignment"] = F.cosine_similarity(edited, target, dim=-1).mean()
         if penalty is not None:
@@ -147,7 +206,7 @@ class WorldModel(nn.Module):
         if "information_nats" in terms and "kl_nats" in terms:
             # I(f(x); f(x+)) = I(f(x), r; f(x+)) - I(r; f(x+) | f(x)), and the KL bounds the second term from above.
             terms["information_nats"] = terms["information_nats"] - terms["kl_nats"]
-        return {"loss": loss} | {name: value.detach() for name, value in terms.items()}, target.detach()
+        return edited, {"loss": loss} | terms
 
 
 @dataclass(frozen=True)

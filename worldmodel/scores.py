@@ -1,10 +1,69 @@
-"""Scores of forecasts and embeddings: pure functions of tensors.
+"""Scores of forecasts and embeddings: pure functions of tensors on the CPU.
 
-Legend: Q queries, S sampled forecasts, M draws of the truth, D dimensions.
+Legend: Q queries, S sampled forecasts, M draws of the truth, H horizon steps, D embedding dimensions, K dimensions of
+any quantity, N items.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
+
+INTERVAL_LEVELS = (0.5, 0.8, 0.9)
+RANK_BINS = 10
+RETRIEVAL_CUTOFFS = (1, 5, 10)
+# Queries that meet all targets at once: 64 of them, 64 samples each, against 1,024 targets are 16 MiB.
+RETRIEVAL_QUERIES = 64
+
+
+def forecast_scores(
+    samples: Tensor, observed: Tensor, oracle: list[float] | None = None, *, mean_over_dimensions: bool = False
+) -> dict[str, Any]:
+    """Every score of a probability forecast at each horizon step, as plain numbers.
+
+    samples [Q, S, H, K], observed [Q, M, H, K]; oracle [H] is the Energy Score of the true law, where one is known, and
+    adds ratio_to_oracle. Scores by dimension are [H][K], or [H][1] with `mean_over_dimensions`, for dimensions that are
+    many and nameless. coverage, width, spread_skill and rank_histogram of a single sample are None.
+    """
+    # A step at a time: in embedding space a copy of all steps is half a gigabyte.
+    steps = [
+        _step_scores(samples[:, :, step], observed[:, :, step], mean_over_dimensions)
+        for step in range(samples.shape[2])
+    ]
+    scores: dict[str, Any] = {name: [step[name] for step in steps] for name in steps[0]}
+    if oracle is not None:
+        scores["ratio_to_oracle"] = [
+            score / reference for score, reference in zip(scores["energy_score"], oracle, strict=True)
+        ]
+    if samples.shape[1] == 1:
+        return scores | dict.fromkeys(("coverage", "width", "spread_skill", "rank_histogram"))
+    for name in ("coverage", "width"):
+        scores[name] = {level: [step[name][level] for step in steps] for level in steps[0][name]}
+    return scores
+
+
+def _step_scores(samples: Tensor, observed: Tensor, mean_over_dimensions: bool) -> dict[str, Any]:
+    """Scores at one horizon step, [Q, S, K] and [Q, M, K]; those of the spread only where there is more than a sample."""
+
+    def by_dimension(values: Tensor) -> list[float]:
+        return values.mean(dim=0, keepdim=True).tolist() if mean_over_dimensions else values.tolist()
+
+    ordered = _ordered(samples)
+    scores: dict[str, Any] = {
+        "energy_score": float(energy_score(samples, observed).mean()),
+        "crps": by_dimension(_crps(ordered, observed).mean(dim=0)),
+        "best_of": float(best_of(samples, observed).mean()),
+    }
+    if samples.shape[1] == 1:
+        return scores
+    ends = {f"{100 * level:.0f}": _interval(ordered, level) for level in INTERVAL_LEVELS}
+    return scores | {
+        "coverage": {level: by_dimension(_share_inside(*end, observed)) for level, end in ends.items()},
+        "width": {level: by_dimension((upper - lower).mean(dim=0)) for level, (lower, upper) in ends.items()},
+        "spread_skill": spread_skill(samples, observed),
+        "rank_histogram": _rank_shares(ordered, observed, RANK_BINS).tolist(),
+    }
 
 
 def energy_score(forecasts: Tensor, observed: Tensor) -> Tensor:
@@ -22,29 +81,105 @@ def energy_score(forecasts: Tensor, observed: Tensor) -> Tensor:
     return to_truth - within / 2
 
 
+def crps(forecasts: Tensor, observed: Tensor) -> Tensor:
+    """Continuous ranked probability score of each query and dimension: [Q, S, K], [Q, M, K] -> [Q, K]; lower is better.
+
+    The Energy Score in one dimension: mean |X - y| - (1/2) mean_{s != s'} |X_s - X_s'|, fair to an ensemble of any size
+    (Ferro 2014, "Fair scores for ensemble forecasts", eq. 8; Gneiting and Raftery 2007, eq. 21). The score of a single
+    forecast is its absolute error. O(S log S + S M) time and O(S + M) memory a query and dimension.
+    """
+    return _crps(_ordered(forecasts), observed)
+
+
+def spread_skill(samples: Tensor, observed: Tensor) -> float:
+    """Spread of the samples over the RMSE of their mean, 1 if calibrated: [Q, S, K], [Q, M, K] -> number; S above 1.
+
+    Below 1 the forecast is overconfident. Spread is the root of the mean unbiased variance, times sqrt((S + 1) / S):
+    the mean of S samples itself errs (Fortin et al. 2014, "Why should ensemble spread match the RMSE of the ensemble
+    mean?", eq. 15). Squares are pooled over queries and dimensions.
+    """
+    num_samples = samples.shape[1]
+    variance = samples.var(dim=1).mean()
+    squared_error = (observed - samples.mean(dim=1, keepdim=True)).square().mean()
+    return float((variance * (num_samples + 1) / num_samples / squared_error).sqrt())
+
+
+def rank_histogram(samples: Tensor, observed: Tensor, num_bins: int = RANK_BINS) -> Tensor:
+    """Shares of the ranks of observed among samples, pooled over dimensions: [Q, S, K], [Q, M, K] -> [num_bins], sum 1.
+
+    Flat if calibrated, whatever S and the number of bins: rank i of 0 to S has probability 1 / (S + 1) and is spread
+    evenly over [i, i + 1] / (S + 1), which bins of [0, 1] cut as they may. An observation that equals samples is spread
+    over all the ranks it may hold. This is the nonrandomised PIT histogram of the samples (Czado, Gneiting and Held
+    2009, section 2.1; rank histograms: Hamill 2001).
+    """
+    return _rank_shares(_ordered(samples), observed, num_bins)
+
+
+def best_of(samples: Tensor, observed: Tensor) -> Tensor:
+    """Distance from an observation to the nearest sample, mean over observations: [Q, S, D], [Q, M, D] -> [Q].
+
+    It rewards coverage of the modes and never punishes spread: no proper score, to be read beside one.
+    """
+    return _distances(samples, observed).amin(dim=1).mean(dim=1)
+
+
+def retrieval(forecasts: Tensor, targets: Tensor) -> dict[str, float]:
+    """How high the true future ranks among those of all queries: forecasts [Q, S, D], targets [Q, D] -> mrr, hit_k.
+
+    Each query's Q candidates, its own target and Q - 1 distractors, are ranked by a Gaussian kernel density estimate of
+    its forecast, log mean_s exp(-|X_s - y|^2 / 2 h^2). Of equally likely candidates the density says which one came;
+    the distance to the mean of the samples would prefer what lies between two modes, the distance to the nearest sample
+    what a single stray sample happened on. The bandwidth h, the mean distance from a sample to its nearest other
+    sample, follows the dimension that samples fill in truth. One sample, or equal ones, rank by distance.
+
+    mrr is the mean of 1 / rank, hit_k the share of ranks up to k, as in Bordes et al. 2013. Tied candidates share their
+    ranks in expectation, so that a collapsed embedding scores as chance does: hit_k = k / Q.
+    """
+    num_queries = len(targets)
+    # Distances by matrix products lose digits far from the origin. Equal targets become exact zeros.
+    forecasts, targets = forecasts - targets[0], targets - targets[0]
+    above, tied = [], []
+    for rows in torch.arange(num_queries).split(RETRIEVAL_QUERIES):
+        density = _log_density(forecasts[rows], targets)
+        own = density.gather(1, rows[:, None])
+        above.append((density > own).sum(dim=1))
+        tied.append((density == own).sum(dim=1))
+    first, count = torch.cat(above).double(), torch.cat(tied).double()
+    # The true one holds each of the ranks first + 1 ... first + count with the same probability.
+    harmonic = torch.cat([torch.zeros(1), 1 / torch.arange(1, num_queries + 1).double()]).cumsum(dim=0)
+    reciprocal = (harmonic[(first + count).long()] - harmonic[first.long()]) / count
+    hits = {f"hit_{k}": float(((k - first) / count).clamp(0, 1).mean()) for k in RETRIEVAL_CUTOFFS}
+    return {"mrr": float(reciprocal.mean()), **hits}
+
+
+def retrieval_scores(samples: Tensor, targets: Tensor) -> dict[str, list[float]]:
+    """`retrieval` at each horizon step: samples [Q, S, H, D], targets [Q, H, D] -> lists [H]."""
+    steps = [retrieval(samples[:, :, step], targets[:, step]) for step in range(targets.shape[1])]
+    return {name: [step[name] for step in steps] for name in steps[0]}
+
+
+def auroc(scores: Tensor, positive: Tensor) -> float:
+    """Area under the ROC curve: the probability that a positive scores above a negative; [N], bool [N] -> 0 to 1.
+
+    Ties count half (Mann-Whitney; Hanley and McNeil 1982). NaN where one of the two kinds is missing.
+    """
+    negatives, positives = scores[~positive].sort().values, scores[positive]
+    below = torch.searchsorted(negatives, positives, right=False) + torch.searchsorted(negatives, positives, right=True)
+    return float(below.double().mean() / 2 / len(negatives)) if len(negatives) else float("nan")
+
+
 def central_interval(samples: Tensor, level: float) -> tuple[Tensor, Tensor]:
     """Ends of the central interval of each query and dimension: samples [Q, S, D] -> lower, upper [Q, D].
 
     Quantiles at ranks p (S + 1) of the sorted samples (Hyndman and Fan 1996, type 6): for samples of a continuous law a
     fresh draw then falls inside with probability `level` exactly, at any S of at least 2 / (1 - level) - 1.
     """
-    ordered = samples.sort(dim=1).values
-    last = samples.shape[1] - 1
-
-    def quantile(probability: float) -> Tensor:
-        rank = min(max(probability * (last + 2) - 1, 0.0), float(last))
-        below = int(rank)
-        above = min(below + 1, last)
-        return torch.lerp(ordered[:, below], ordered[:, above], rank - below)
-
-    return quantile((1 - level) / 2), quantile((1 + level) / 2)
+    return _interval(_ordered(samples), level)
 
 
 def interval_coverage(samples: Tensor, observed: Tensor, level: float) -> Tensor:
     """Share of observed draws inside the central interval, by dimension: [Q, S, D], [Q, M, D] -> [D]."""
-    lower, upper = central_interval(samples, level)
-    inside = (observed >= lower[:, None]) & (observed <= upper[:, None])
-    return inside.float().mean(dim=(0, 1))
+    return _share_inside(*central_interval(samples, level), observed)
 
 
 def interval_width(samples: Tensor, level: float) -> Tensor:
@@ -93,6 +228,74 @@ def dci(importance: Tensor) -> tuple[float, float]:
     return float((weights * purity(importance)).sum()), float(purity(importance.T).mean())
 
 
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distances of all pairs, to full precision: [Q, N, D], [Q, M, D] -> [Q, N, M]."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _ordered(samples: Tensor) -> Tensor:
+    """Samples in ascending order, by dimension: [Q, S, K] -> [Q, K, S]."""
+    # NumPy sorts short rows several times faster than torch, which carries indices along.
+    return torch.from_numpy(np.sort(samples.transpose(1, 2).contiguous().numpy(), axis=-1))
+
+
+def _crps(ordered: Tensor, observed: Tensor) -> Tensor:
+    """`crps` of ordered samples [Q, K, S]."""
+    num_samples = ordered.shape[2]
+    to_truth = torch.stack([(ordered - draw[..., None]).abs().mean(dim=2) for draw in observed.unbind(dim=1)]).mean(dim=0)
+    if num_samples == 1:
+        return to_truth
+    # The i-th of S ordered samples enters the sum of differences i - 1 times with a plus, S - i times with a minus.
+    weights = torch.arange(1 - num_samples, num_samples, 2, dtype=ordered.dtype)
+    return to_truth - ordered @ weights / (num_samples * (num_samples - 1))
+
+
+def _interval(ordered: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    """`central_interval` of ordered samples [Q, K, S]."""
+    last = ordered.shape[2] - 1
+
+    def quantile(probability: float) -> Tensor:
+        rank = min(max(probability * (last + 2) - 1, 0.0), float(last))
+        below = int(rank)
+        above = min(below + 1, last)
+        return torch.lerp(ordered[..., below], ordered[..., above], rank - below)
+
+    return quantile((1 - level) / 2), quantile((1 + level) / 2)
+
+
+def _share_inside(lower: Tensor, upper: Tensor, observed: Tensor) -> Tensor:
+    """Ends [Q, D], observed [Q, M, D] -> [D]."""
+    inside = (observed >= lower[:, None]) & (observed <= upper[:, None])
+    return inside.float().mean(dim=(0, 1))
+
+
+def _rank_shares(ordered: Tensor, observed: Tensor, num_bins: int) -> Tensor:
+    """`rank_histogram` of ordered samples [Q, K, S]."""
+    num_ranks = ordered.shape[2] + 1
+    truth = observed.transpose(1, 2).contiguous()
+    least, greatest = (torch.searchsorted(ordered, truth, right=right) for right in (False, True))
+    # How often each pair of a least and a greatest rank occurs; the few pairs are then laid over the bins.
+    counts = torch.bincount((least * num_ranks + greatest).flatten(), minlength=num_ranks**2).double()
+    pairs = counts.nonzero().squeeze(1)
+    start = (pairs // num_ranks).double()[:, None] / num_ranks
+    end = (pairs % num_ranks + 1).double()[:, None] / num_ranks
+    edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)
+    overlap = (torch.minimum(end, edges[1:]) - torch.maximum(start, edges[:-1])).clamp(min=0) / (end - start)
+    return counts[pairs] @ overlap / counts.sum()
+
+
+def _log_density(forecasts: Tensor, targets: Tensor) -> Tensor:
+    """Log of the kernel density, up to a constant of the query: [Q, S, D], targets [N, D] -> [Q, N]."""
+    num_samples = forecasts.shape[1]
+    squares = forecasts.square().sum(dim=2)[..., None] - 2 * forecasts @ targets.T + targets.square().sum(dim=1)
+    if num_samples == 1:
+        return -squares[:, 0]
+    within = torch.cdist(forecasts, forecasts)
+    within.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    bandwidth = within.amin(dim=2).mean(dim=1)[:, None, None].clamp(min=1e-6)
+    return (-squares / (2 * bandwidth.square())).logsumexp(dim=1)
+
+
 def _mean_distance(a: Tensor, b: Tensor) -> Tensor:
     """Mean Euclidean distance over all pairs: [Q, N, D], [Q, M, D] -> [Q]."""
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").mean(dim=(1, 2))
+    return _distances(a, b).mean(dim=(1, 2))

@@ -30,7 +30,7 @@ from worldmodel.checkpoint import (
     save_checkpoint,
 )
 from worldmodel.config import Config, TrainConfig
-from worldmodel.data import oracle_r, segments_of, training_stream
+from worldmodel.data import num_segments, oracle_r, segments_of, training_stream
 from worldmodel.evaluation import factors, forecast
 from worldmodel.machine import computes_bf16, fair_share_of_cores, keep_freed_memory
 from worldmodel.model import WorldModel
@@ -133,18 +133,18 @@ class Trainer:
                 raise UserError(
                     f"too few clips of the batch at step {self.step} could be decoded: see the log for the files"
                 )
-            segments = segments_of(batch, config.data.num_segments, accelerator.device)
+            segments = segments_of(batch, num_segments(config, config.objective.rollout_steps), accelerator.device)
             r = oracle_r(batch, config, accelerator.device)
             with accelerator.accumulate(self.model):
                 with accelerator.autocast():
-                    teacher_target = self.teacher(segments.target) if self.teacher else None
-                losses, target = self.model(segments, teacher_target, r, self.beta_at(self.step), generator)
+                    targets = self.teacher(self.student.targets_of(segments)) if self.teacher else None
+                losses, target = self.model(segments, targets, r, self.beta_at(self.step), generator)
                 accelerator.backward(losses["loss"])
                 if accelerator.sync_gradients and config.train.clip_norm:
                     accelerator.clip_grad_norm_(self.model.parameters(), config.train.clip_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            self.sums.add(losses, target, len(target))
+            self.sums.add(losses, target, len(segments))
         if self.teacher:
             momentum = ema_momentum(
                 self.step, config.train.steps, config.objective.ema_momentum, config.objective.ema_schedule

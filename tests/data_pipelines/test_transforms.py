@@ -13,5 +13,5 @@ def test_to_float_maps_bytes_onto_the_unit_interval_and_leaves_floats() -> None:
 def test_split_segments_keeps_the_order_of_time() -> None:
     video = torch.arange(9).reshape(1, 9, 1, 1, 1).expand(2, 9, 1, 4, 4)
     segments = split_segments(video, 3)
-    assert [segment.shape for segment in segments] == [(2, 3, 1, 4, 4)] * 3
-    assert [segment[0, :, 0, 0, 0].tolist() for segment in segments] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert segments.shape == (2, 3, 3, 1, 4, 4)
+    assert segments[0, :, :, 0, 0, 0].tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]

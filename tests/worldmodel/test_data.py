@@ -29,7 +29,7 @@ def test_both_sources_have_one_batch_layout(tiny_config: Callable[..., Config]) 
 def test_segments_of_a_video_come_in_order(tiny_config: Callable[..., Config]) -> None:
     """The digit's centroid moves by v within x and by v' into x+ and on: the labels say which segment is which."""
     batch = next(iter(evaluation_batches(tiny_config(), "selection", 32)))
-    x, target, later = split_segments(batch["video"].float() / 255, 3)
+    x, target, later = split_segments(batch["video"].float() / 255, 3).unbind(1)
     labels = batch["labels"]
     inside = (labels["centre"] + 2 * labels["velocity"] + 6 * labels["velocity_after"]).amax(dim=1) < 50
 

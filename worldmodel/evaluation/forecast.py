@@ -1,49 +1,43 @@
-"""The Energy Score protocol: sampled futures of held-out clips, scored as a probability forecast beside controls.
+"""The forecast protocol: sampled futures of held-out clips over a horizon of segments, scored as a probability forecast.
 
-A ridge readout from embeddings of real target segments to the velocity in them is fitted on training identities and its
-regularisation chosen on selection identities, never on forecasts. Forecasts of test identities are then read through it
-and scored against fresh draws of the true law. Where no law is known, forecasts are scored in embedding space.
+A ridge readout from embeddings of real target segments to a physical quantity is fitted on training identities and its
+regularisation chosen on selection identities, never on forecasts. Rollouts from test identities are then read through it
+and scored at each step of the horizon, against fresh draws of the true law where it is known and otherwise against what
+came, beside controls. In embedding space forecasts are always scored, with or without labels.
 
-Legend: N clips, Q queries, S sampled futures, M draws of the law, D embedding dimensions.
+Legend: N clips, Q queries, S sampled futures, M draws of the law, H horizon steps, F frames in a segment, D embedding
+dimensions, K dimensions of the quantity.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from einops import repeat
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
-from data_pipelines.sources.moving_mnist import (
-    MovingMnistLaw,
-    Split,
-    centroid_velocity,
-    last_context_centre,
-)
-from data_pipelines.transforms import to_float
+from data_pipelines.sources.digits import Split
+from data_pipelines.sources.law import Law, Quantity
 from worldmodel.config import Config
-from worldmodel.data import evaluation_batches, known_law, oracle_r, segments_of
-from worldmodel.evaluation.report import ForecastExamples
+from worldmodel.data import evaluation_batches, known_law, num_segments, oracle_r, segments_of
+from worldmodel.evaluation.illustrations import Fans, Illustrations, Latents
+from worldmodel.evaluation.probes import Parts, probe_all
+from worldmodel.evaluation.readout import Readout, choose_readout, fit_ridge
 from worldmodel.model import WorldModel
-from worldmodel.scores import (
-    effective_rank,
-    energy_score,
-    interval_coverage,
-    interval_width,
-    r_squared,
-)
+from worldmodel.scores import effective_rank, energy_score, forecast_scores, r_squared, retrieval
 
-RIDGE_STRENGTHS = (1e-6, 1e-4, 1e-2, 1.0, 100.0)
-INTERVAL_LEVEL = 0.9
 ENCODE_BATCH = 512
 BANK_CLIPS = 512
 NUM_EXAMPLES = 6
 NUM_NEIGHBOURS = 4
+MAX_CLIMATOLOGY = 64
+# Every future of the encode-decode oracle is rendered and encoded; the score is unbiased at any number.
+ENCODE_DECODE_SAMPLES = 16
 DEVELOPMENT_FIT_CLIPS = 2048
 DEVELOPMENT_QUERIES = 256
 
@@ -52,113 +46,110 @@ DEVELOPMENT_QUERIES = 256
 class EmbeddedClips:
     """Clips of one split after the encoders. All on the CPU.
 
-    context [N, D] is the student's embedding of x; persistence and target [N, D] are those of x and x+ in the space of
-    targets, prior_mean [N, D] is the forecast of x+ at the prior's mean; r [N, R] is inferred as in training, at a
-    penalty [N] that is None where none is paid. frames holds pixels of the first clips, uint8 [<= N, T, C, H, W].
-    centroid_velocity [N, 2] px/frame is what the pixels of x show, where the law is known.
+    context [N, D] is the student's embedding of x and backbone [N, features] what its encoder gave the projector;
+    persistence [N, D] and targets [N, H, D] are embeddings of x and of each later segment in the space of targets;
+    r [N, R] is inferred as in training, at a penalty [N] that is None where none is paid. frames holds pixels of the
+    first clips, uint8 [<= N, (1 + H) * F, C, H, W]. extrapolated [N, H, K] is where the motion seen in the pixels of x
+    leads, None where no law is known.
     """
 
     context: Tensor
+    backbone: Tensor
     persistence: Tensor
-    target: Tensor
-    prior_mean: Tensor
+    targets: Tensor
     r: Tensor
     penalty: Tensor | None
     clip_id: Tensor
     labels: dict[str, Tensor]
     frames: Tensor
-    centroid_velocity: Tensor | None
+    extrapolated: Tensor | None
 
     def __len__(self) -> int:
         return len(self.context)
 
 
 @dataclass(frozen=True)
-class Readout:
-    """Ridge regression on standardised inputs: [..., D] -> [..., K]."""
-
-    centre: Tensor
-    scale: Tensor
-    weight: Tensor
-    bias: Tensor
-    strength: float
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        return (inputs - self.centre) / self.scale @ self.weight + self.bias
-
-    def standardised_norm(self, inputs: Tensor) -> Tensor:
-        """Length of the standardised inputs, [..., D] -> [...]: how far they lie from the clips of the fit."""
-        return ((inputs - self.centre) / self.scale).norm(dim=-1)
-
-
-@dataclass(frozen=True)
 class Evaluation:
-    """metrics is what metrics.json holds; examples is what the report draws."""
+    """metrics is what metrics.json holds, illustrations what the report draws; readout and quantity are None where
+    there are no labels."""
 
     metrics: dict[str, Any]
-    examples: ForecastExamples
+    illustrations: Illustrations
+    readout: Readout | None
+    quantity: Quantity | None
 
 
 def evaluate_forecasts(
     config: Config, student: WorldModel, target_encoder: nn.Module, device: torch.device
 ) -> Evaluation:
-    """Score a trained model on the test split, by the known law where there is one, and in embedding space always.
+    """Score a trained model on the test split: in physical space where there are labels, in embedding space always.
 
     Raises:
-        UserError: a split has too few clips.
+        UserError: a split has too few clips, or no such label as evaluation.label.
     """
     sizes = config.evaluation
     law = known_law(config)
     with frozen(student, target_encoder):
-        queries = embed_clips(config, student, target_encoder, "test", sizes.queries, device, frames=NUM_EXAMPLES)
-        selection = embed_clips(
-            config, student, target_encoder, "selection", sizes.selection_clips, device, frames=BANK_CLIPS
-        )
+
+        def embed(split: Split, num_clips: int, horizon: int = 1, frames: int = 0) -> EmbeddedClips:
+            return embed_clips(
+                config, student, target_encoder, split, num_clips, device, horizon=horizon, frames=frames
+            )
+
+        queries = embed("test", sizes.queries, sizes.horizon, frames=NUM_EXAMPLES)
+        selection = embed("selection", sizes.selection_clips, frames=BANK_CLIPS)
+        fit = embed("train", sizes.fit_clips) if law or sizes.label else None
         generator = torch.Generator().manual_seed(sizes.seed)
-        samples = sample_futures(student, queries.context, sizes.num_samples, generator, device)
-        embedding = embedding_scores(queries, samples, generator)
-        metrics: dict[str, Any] = {
-            "seed": config.seed,
-            "queries": len(queries),
-            "queries_sha256": _queries_hash(queries),
-            "num_samples": samples.shape[1],
-            **mean_penalty(student, queries.penalty),
-            "embedding": embedding,
-        }
-        examples = _examples(config, queries, selection, samples)
-        if law is None:
-            metrics |= {"space": "embedding", "forecasts": embedding["forecasts"]}
-            return Evaluation(metrics, examples)
-        fit = embed_clips(config, student, target_encoder, "train", sizes.fit_clips, device)
-        readout = choose_readout(
-            fit.target, fit.labels["velocity_after"], selection.target, selection.labels["velocity_after"]
-        )
-        draws = law.sample(queries.labels, sizes.law_samples, generator)
-        velocities = readout(samples)
-        forecasts = {
-            "model": velocities,
-            "prior_mean": readout(queries.prior_mean)[:, None],
-            "persistence": readout(queries.persistence)[:, None],
-            "encode_decode_oracle": _encode_decode(
-                law, queries, readout, target_encoder, sizes.num_samples, generator, device
-            ),
-            "simulator_oracle": law.sample(queries.labels, sizes.num_samples, generator),
-        }
-        if queries.centroid_velocity is not None:
-            forecasts["pixel_constant_velocity"] = queries.centroid_velocity[:, None]
-    oracle = float(energy_score(forecasts["simulator_oracle"], draws).mean())
-    limit = readout.standardised_norm(fit.target).quantile(0.99)
-    metrics |= {
-        "space": "velocity, px/frame",
-        "forecasts": {name: velocity_scores(values, draws, oracle) for name, values in forecasts.items()},
-        "beyond_fit_norm_99": float((readout.standardised_norm(samples) > limit).float().mean()),
-        "readout": {
-            "strength": readout.strength,
-            "velocity_after_r2": r_squared(readout(queries.target), queries.labels["velocity_after"]),
+        quantity = quantity_of(config, law, queries.labels)
+        physical = Physical.fitted(config, law, fit, selection, queries, generator) if fit and quantity else None
+        targets = queries.targets[:, None]
+        retrievals, in_embedding, values = {}, {}, {}
+        samples_shown = torch.empty(0)
+        beyond: list[float] = []
+        futures = _futures(config, law, student, target_encoder, queries, generator, device)
+        for name, samples in tqdm(futures, desc="scoring forecasts", unit="forecast", total=5 + (law is not None)):
+            in_embedding[name] = forecast_scores(samples, targets, mean_over_dimensions=True)
+            retrievals[name] = retrieve(samples, queries.targets)
+            if name == "model":
+                samples_shown = samples[: len(queries.frames), :NUM_NEIGHBOURS].clone()
+                beyond = physical.beyond_fit(samples) if physical else []
+            if physical and name != "climatology":
+                values[name] = physical.readout(samples)
+    metrics: dict[str, Any] = {
+        "seed": config.seed,
+        "queries": len(queries),
+        "queries_sha256": _queries_hash(queries),
+        "num_samples": sizes.num_samples if student.latent else 1,
+        "horizon": sizes.horizon,
+        "segment_frames": config.data.num_frames,
+        **mean_penalty(student, queries.penalty),
+        "embedding": {
+            "forecasts": in_embedding,
+            "retrieval": {"distractors": len(queries) - 1, "forecasts": retrievals},
+            "effective_rank": effective_rank(queries.targets[:, 0]),
+            "std": float(queries.targets[:, 0].std(dim=0).mean()),
         },
-        "probes": _probes(fit, selection, queries),
     }
-    return Evaluation(metrics, _with_velocities(examples, queries, velocities, draws))
+    if physical is None or quantity is None or fit is None:
+        metrics |= {"space": "embedding", "quantity": None, "forecasts": in_embedding}
+    else:
+        metrics |= {
+            "space": f"{quantity.name}, {quantity.unit}" if quantity.unit else quantity.name,
+            "quantity": {"name": quantity.name, "unit": quantity.unit, "dimensions": list(quantity.dimensions)},
+            "forecasts": physical.scores(values),
+            "beyond_fit_norm_99": beyond,
+            "readout": {"strength": physical.readout.strength, "r2": physical.readout_r2},
+            "probes": _probes(law, fit, selection, queries),
+        }
+    illustrations = Illustrations(
+        frames=queries.frames.numpy(),
+        num_frames=config.data.num_frames,
+        fans=physical.fans(values["model"], len(queries.frames)) if physical else None,
+        **_neighbours(config, selection, samples_shown),
+        latents=_latents(law, quantity, queries),
+        timeline=None,
+    )
+    return Evaluation(metrics, illustrations, physical.readout if physical else None, quantity)
 
 
 def development_scores(
@@ -167,31 +158,41 @@ def development_scores(
     """A quick score on selection identities, for choosing checkpoints and for learning curves.
 
     relative_energy_score is the Energy Score over that of the true law, or, where no law is known, over that of
-    climatology (other clips' targets) in embedding space. Lower is better.
+    climatology (other clips' targets) in embedding space; both are means over the horizon. Lower is better.
     """
     sizes = config.evaluation
     law = known_law(config)
     num_queries = min(DEVELOPMENT_QUERIES, sizes.selection_clips)
     with frozen(student, target_encoder):
-        queries = embed_clips(config, student, target_encoder, "selection", num_queries, device, progress=False)
+        queries = embed_clips(
+            config, student, target_encoder, "selection", num_queries, device, horizon=sizes.horizon, progress=False
+        )
         generator = torch.Generator().manual_seed(sizes.seed)
-        samples = sample_futures(student, queries.context, sizes.num_samples, generator, device)
-        scores = {"effective_rank": effective_rank(queries.target), **mean_penalty(student, queries.penalty)}
+        num_samples = sizes.num_samples if student.latent else 1
+        samples = roll_out(student, queries.context, sizes.horizon, num_samples, generator, device)
+        scores = {"effective_rank": effective_rank(queries.targets[:, 0]), **mean_penalty(student, queries.penalty)}
         if law is None:
-            forecasts = embedding_scores(queries, samples, generator)["forecasts"]
-            score, reference = (forecasts[name]["energy_score"] for name in ("model", "climatology"))
+            observed = queries.targets[:, None]
+            score, reference = (mean_score(values, observed) for values in (samples, _climatology(queries, generator)))
         else:
             num_fit = min(DEVELOPMENT_FIT_CLIPS, sizes.fit_clips)
             fit = embed_clips(config, student, target_encoder, "train", num_fit, device, progress=False)
-            readout = fit_ridge(fit.target, fit.labels["velocity_after"], strength=1.0)
-            draws = law.sample(queries.labels, sizes.law_samples, generator)
-            truth = law.sample(queries.labels, sizes.num_samples, generator)
-            score = float(energy_score(readout(samples), draws).mean())
-            reference = float(energy_score(truth, draws).mean())
+            readout = fit_ridge(fit.targets[:, 0], law.truth(fit.labels, 1)[:, 0], strength=1.0)
+            draws, truth = (
+                _draw(law, queries.labels, sizes.horizon, count, generator)
+                for count in (sizes.law_samples, sizes.num_samples)
+            )
+            score, reference = mean_score(readout(samples), draws), mean_score(truth, draws)
     return scores | {"energy_score": score, "relative_energy_score": score / max(reference, 1e-9)}
 
 
-# ----------------------------------------------------------------------------------------------------- forecasts
+def mean_score(samples: Tensor, observed: Tensor) -> float:
+    """Energy Score, the mean over queries and horizon: [Q, S, H, K], [Q, M, H, K]."""
+    steps = zip(samples.unbind(2), observed.unbind(2), strict=True)
+    return float(torch.stack([energy_score(forecast, truth).mean() for forecast, truth in steps]).mean())
+
+
+# --------------------------------------------------------------------------------------------------- embedded clips
 
 
 def embed_clips(
@@ -202,116 +203,67 @@ def embed_clips(
     num_clips: int,
     device: torch.device,
     *,
+    horizon: int = 1,
     frames: int = 0,
     progress: bool = True,
 ) -> EmbeddedClips:
-    """Encode the first clips of a split, keeping the pixels of the first `frames` of them."""
+    """Encode clips of a split with `horizon` segments to forecast, keeping the pixels of the first `frames` of them."""
     parts: dict[str, list[Tensor]] = {
         name: []
         for name in (
-            *("context", "persistence", "target", "prior_mean", "r", "penalty"),
-            *("clip_id", "frames", "centroid_velocity"),
+            *("context", "backbone", "persistence", "targets", "r", "penalty"),
+            *("clip_id", "frames", "extrapolated"),
         )
     }
     labels: dict[str, list[Tensor]] = {}
-    has_law = known_law(config) is not None
+    law = known_law(config)
     generator = torch.Generator(device).manual_seed(config.evaluation.seed)
     batches = tqdm(
-        evaluation_batches(config, split, num_clips),
+        evaluation_batches(config, split, num_clips, horizon),
         desc=f"encoding {split}",
         unit="batch",
         disable=not progress,
     )
     kept = 0
     for batch in batches:
-        segments = segments_of(batch, config.data.num_segments, device)
-        context = student.encode(segments.x)
+        segments = segments_of(batch, num_segments(config, horizon), device)
+        context = student.encode(segments[:, 0])
         inference = student.infer(context, segments, oracle_r(batch, config, device), generator)
+        shown = segments[:, : horizon + 1]
         parts["context"].append(context.cpu())
-        parts["prior_mean"].append(student.prior_mean_forecast(context).cpu())
+        parts["backbone"].append(student.embedder.features(segments[:, 0]).float().cpu())
         parts["r"].append(inference.r.cpu())
         if inference.penalty is not None:
             parts["penalty"].append(inference.penalty.cpu())
-        parts["persistence"].append(target_encoder(segments.x).cpu())
-        parts["target"].append(target_encoder(segments.target).cpu())
+        parts["persistence"].append(target_encoder(segments[:, 0]).cpu())
+        parts["targets"].append(target_encoder(shown[:, 1:].flatten(0, 1)).unflatten(0, (-1, horizon)).cpu())
         parts["clip_id"].append(batch["clip_id"])
         if kept < frames:
-            video = batch["video"][: frames - kept]
-            parts["frames"].append((to_float(video) * 255).round().byte())
+            video = shown[: frames - kept].flatten(1, 2)
+            parts["frames"].append((video * 255).round().byte().cpu())
             kept += len(video)
-        if has_law:
-            parts["centroid_velocity"].append(centroid_velocity(segments.x).cpu())
+        if law:
+            parts["extrapolated"].append(law.extrapolate(segments[:, 0], horizon).cpu())
         for name, values in batch["labels"].items():
             labels.setdefault(name, []).append(values)
     if sum(len(part) for part in parts["context"]) < 2:
         raise UserError(
-            f"the {split} split of {config.data.root} has fewer than 2 clips: add videos or lower data.clip_step"
+            f"the {split} split of {config.data.root} has fewer than 2 clips of {num_segments(config, horizon)} segments: "
+            "add videos, or lower data.clip_step or evaluation.horizon"
         )
     whole = {name: torch.cat(values) for name, values in parts.items() if values}
     return EmbeddedClips(
         context=whole["context"],
+        backbone=whole["backbone"],
         persistence=whole["persistence"],
-        target=whole["target"],
-        prior_mean=whole["prior_mean"],
+        targets=whole["targets"],
         r=whole["r"],
         penalty=whole.get("penalty"),
         clip_id=whole["clip_id"],
         labels={name: torch.cat(values) for name, values in labels.items()},
         frames=whole.get("frames", torch.empty(0)),
-        centroid_velocity=whole.get("centroid_velocity"),
+        extrapolated=whole.get("extrapolated"),
     )
-
-
-def sample_futures(
-    student: WorldModel, context: Tensor, num_samples: int, generator: torch.Generator, device: torch.device
-) -> Tensor:
-    """One-step futures: context [Q, D] -> [Q, S, D] on the CPU; S is 1 for a model without a latent."""
-    if student.latent is None:
-        num_samples = 1
-    on_device = _generator_on(device, generator)
-    chunks = [
-        student.rollout_embedding(chunk.to(device), 1, num_samples, on_device)[:, :, 0].cpu()
-        for chunk in context.split(ENCODE_BATCH)
-    ]
-    return torch.cat(chunks)
-
-
-def velocity_scores(forecast: Tensor, draws: Tensor, oracle: float) -> dict[str, Any]:
-    """Scores of velocities: forecast [Q, S, 2], draws of the law [Q, M, 2], oracle's Energy Score in px/frame."""
-    score = float(energy_score(forecast, draws).mean())
-    spread = forecast.shape[1] > 1
-    return {
-        "energy_score": score,
-        "ratio_to_oracle": score / oracle,
-        "coverage_90": interval_coverage(forecast, draws, INTERVAL_LEVEL).tolist() if spread else None,
-        "width_90": interval_width(forecast, INTERVAL_LEVEL).tolist() if spread else None,
-    }
-
-
-def embedding_scores(queries: EmbeddedClips, samples: Tensor, generator: torch.Generator) -> dict[str, Any]:
-    """Scores in embedding space against the one future that came: samples [Q, S, D]."""
-    num_others = min(samples.shape[1] if samples.shape[1] > 1 else 64, len(queries) - 1)
-    shift = 1 + torch.randint(len(queries) - 1, (len(queries), num_others), generator=generator)
-    others = (torch.arange(len(queries))[:, None] + shift) % len(queries)
-    forecasts = {
-        "model": samples,
-        "prior_mean": queries.prior_mean[:, None],
-        "persistence": queries.persistence[:, None],
-        "climatology": queries.target[others],
-    }
-    observed = queries.target[:, None]
-    return {
-        "forecasts": {
-            name: {"energy_score": float(energy_score(values, observed).mean())} for name, values in forecasts.items()
-        },
-        "effective_rank": effective_rank(queries.target),
-        "std": float(queries.target.std(dim=0).mean()),
-    }
-
-
-def _generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
-    """A generator on `device` that the next number of a CPU generator seeds."""
-    return torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
 
 def mean_penalty(student: WorldModel, penalty: Tensor | None) -> dict[str, float]:
@@ -322,129 +274,262 @@ def mean_penalty(student: WorldModel, penalty: Tensor | None) -> dict[str, float
     return {student.latent.penalty_name: float(penalty.mean())}
 
 
-def _encode_decode(
-    law: MovingMnistLaw,
-    queries: EmbeddedClips,
-    readout: Readout,
+# ----------------------------------------------------------------------------------------------------- forecasts
+
+
+def _futures(
+    config: Config,
+    law: Law | None,
+    student: WorldModel,
     target_encoder: nn.Module,
+    queries: EmbeddedClips,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Iterator[tuple[str, Tensor]]:
+    """Forecasts in the space of targets by name, [Q, S, H, D] each, one after the other as they are large."""
+    sizes = config.evaluation
+    horizon = sizes.horizon
+    if student.latent is None:
+        yield "model", roll_out(student, queries.context, horizon, 1, generator, device)
+    else:
+        yield "model", roll_out(student, queries.context, horizon, sizes.num_samples, generator, device)
+        shuffled = roll_out(student, queries.context, horizon, sizes.num_samples, generator, device, shuffle=True)
+        yield "shuffled_r", shuffled
+        yield "prior_mean", student.prior_mean_rollout(queries.context.to(device), horizon)[:, None].cpu()
+    yield "persistence", repeat(queries.persistence, "q d -> q 1 h d", h=horizon)
+    yield "climatology", _climatology(queries, generator)
+    if law:
+        yield "encode_decode_oracle", _encode_decode(law, queries, target_encoder, horizon, generator, device)
+
+
+def roll_out(
+    student: WorldModel,
+    context: Tensor,
+    horizon: int,
     num_samples: int,
     generator: torch.Generator,
     device: torch.device,
+    *,
+    shuffle: bool = False,
 ) -> Tensor:
-    """True futures rendered, encoded and read: what a perfect forecaster in this embedding would score. [Q, S, 2]"""
-    futures = law.sample(queries.labels, num_samples, generator)
-    per_chunk = max(1, ENCODE_BATCH // num_samples)
-    read = []
+    """Sampled futures: context [Q, D] -> [Q, S, H, D] on the CPU. `shuffle` as in WorldModel.rollout_embedding."""
+    on_device = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    chunks = [
+        student.rollout_embedding(chunk.to(device), horizon, num_samples, on_device, shuffle=shuffle).cpu()
+        for chunk in context.split(ENCODE_BATCH)
+    ]
+    return torch.cat(chunks)
+
+
+def _climatology(queries: EmbeddedClips, generator: torch.Generator) -> Tensor:
+    """Targets of other queries, at the same step of the horizon: [Q, S, H, D]."""
+    count = len(queries)
+    num_others = min(MAX_CLIMATOLOGY, count - 1)
+    shift = 1 + torch.randint(count - 1, (count, num_others), generator=generator)
+    return queries.targets[(torch.arange(count)[:, None] + shift) % count]
+
+
+def _encode_decode(
+    law: Law,
+    queries: EmbeddedClips,
+    target_encoder: nn.Module,
+    horizon: int,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Tensor:
+    """True futures rendered and encoded: what a perfect forecaster in this embedding would say. [Q, S, H, D]"""
+    centres = law.sample(queries.labels, horizon, ENCODE_DECODE_SAMPLES, generator)
+    per_chunk = max(1, 4 * ENCODE_BATCH // (ENCODE_DECODE_SAMPLES * horizon))
+    encoded = []
     for start in tqdm(range(0, len(queries), per_chunk), desc="encode-decode oracle", unit="batch"):
         rows = slice(start, start + per_chunk)
         labels = {name: values[rows] for name, values in queries.labels.items()}
-        embeddings = target_encoder(law.render_targets(labels, futures[rows]).to(device)).cpu()
-        read.append(readout(embeddings).unflatten(0, (-1, num_samples)))
-    return torch.cat(read)
+        video = law.render(labels, centres[rows]).flatten(0, 1).unflatten(1, (horizon, -1)).flatten(0, 1)
+        embeddings = target_encoder(video.to(device)).cpu()
+        encoded.append(embeddings.unflatten(0, (-1, ENCODE_DECODE_SAMPLES, horizon)))
+    return torch.cat(encoded)
 
 
-# ------------------------------------------------------------------------------------------------------- readout
+def retrieve(samples: Tensor, targets: Tensor) -> dict[str, list[float]]:
+    """Retrieval scores at each step: samples [Q, S, H, D], targets [Q, H, D] -> {"mrr": [H], "hit_1": [H], ...}."""
+    steps = [retrieval(forecast, target) for forecast, target in zip(samples.unbind(2), targets.unbind(1), strict=True)]
+    return {name: [step[name] for step in steps] for name in steps[0]}
 
 
-def fit_ridge(inputs: Tensor, outputs: Tensor, strength: float) -> Readout:
-    """Ridge in closed form, in float64: inputs [N, D], outputs [N, K]; standardised inputs, `strength` added to X'X."""
-    inputs, outputs = inputs.double(), outputs.double()
-    centre, scale = inputs.mean(dim=0), inputs.std(dim=0).clamp(min=1e-6)
-    bias = outputs.mean(dim=0)
-    x = (inputs - centre) / scale
-    gram = x.T @ x + strength * torch.eye(x.shape[1], dtype=x.dtype)
-    weight = torch.linalg.solve(gram, x.T @ (outputs - bias))
-    return Readout(centre.float(), scale.float(), weight.float(), bias.float(), strength)
+# ------------------------------------------------------------------------------------------------ physical space
 
 
-def choose_readout(
-    fit_inputs: Tensor, fit_outputs: Tensor, selection_inputs: Tensor, selection_outputs: Tensor
-) -> Readout:
-    """The ridge whose strength gives the least squared error on selection clips."""
-    readouts = [fit_ridge(fit_inputs, fit_outputs, strength) for strength in RIDGE_STRENGTHS]
-    return min(readouts, key=lambda readout: float((readout(selection_inputs) - selection_outputs).square().mean()))
+def quantity_of(config: Config, law: Law | None, labels: Mapping[str, Tensor]) -> Quantity | None:
+    """What is forecast in physical space; None for videos without labels.
+
+    Raises:
+        UserError: the clips have no such label of frames as evaluation.label.
+    """
+    name = config.evaluation.label
+    if law:
+        return law.quantity
+    if name is None:
+        return None
+    if name not in labels or labels[name].ndim != 3:
+        has = ", ".join(sorted(key for key, values in labels.items() if values.ndim == 3)) or "none"
+        raise UserError(f"evaluation.label={name!r} is no label of frames: these videos have {has}")
+    return Quantity(name, "", tuple(str(k) for k in range(labels[name].shape[-1])))
 
 
-def _probes(fit: EmbeddedClips, selection: EmbeddedClips, queries: EmbeddedClips) -> dict[str, Any]:
-    """What can be read off frozen embeddings of held-out clips.
+def outcomes(config: Config, law: Law | None, labels: dict[str, Tensor], horizon: int) -> Tensor:
+    """The quantity as it came, at the end of each target segment: [N, H, K]."""
+    if law:
+        return law.truth(labels, horizon)
+    assert config.evaluation.label is not None
+    num_frames = config.data.num_frames
+    return labels[config.evaluation.label].float()[:, 2 * num_frames - 1 :: num_frames][:, :horizon]
 
-    From the context, linearly: accuracy of the digit, R^2 of the velocity. From what stands for the future (context and
-    r, or the one prediction of a model without a latent): R^2 of the change of velocity, by a linear and an MLP probe.
+
+def _draw(law: Law, labels: dict[str, Tensor], horizon: int, num_samples: int, generator: torch.Generator) -> Tensor:
+    """The quantity under fresh futures: [Q, M, H, K]."""
+    return law.measure(labels, law.sample(labels, horizon, num_samples, generator))
+
+
+@dataclass(frozen=True)
+class Physical:
+    """The readout of the quantity and what forecasts of it are scored against.
+
+    observed [Q, M, H, K] are draws of the law, or the one future that came; oracle [Q, S, H, K] more draws of the law.
+    origin [Q, K] is the quantity in the last context frame.
     """
 
-    def linear(inputs: Callable[[EmbeddedClips], Tensor], outputs: Callable[[EmbeddedClips], Tensor]) -> Tensor:
-        readout = choose_readout(inputs(fit), outputs(fit), inputs(selection), outputs(selection))
-        return readout(inputs(queries))
+    law: Law | None
+    queries: EmbeddedClips
+    readout: Readout
+    readout_r2: float
+    fit_norm_99: Tensor
+    observed: Tensor
+    oracle: Tensor | None
+    truth: Tensor
+    origin: Tensor
 
-    def context(clips: EmbeddedClips) -> Tensor:
-        return clips.context
+    @classmethod
+    def fitted(
+        cls,
+        config: Config,
+        law: Law | None,
+        fit: EmbeddedClips,
+        selection: EmbeddedClips,
+        queries: EmbeddedClips,
+        generator: torch.Generator,
+    ) -> "Physical":
+        sizes = config.evaluation
+        clips = (fit, selection, queries)
+        outputs = [outcomes(config, law, part.labels, part.targets.shape[1]) for part in clips]
+        readout = choose_readout(fit.targets[:, 0], outputs[0][:, 0], selection.targets[:, 0], outputs[1][:, 0])
+        if law:
+            observed = _draw(law, queries.labels, sizes.horizon, sizes.law_samples, generator)
+            oracle = _draw(law, queries.labels, sizes.horizon, sizes.num_samples, generator)
+            origin = law.origin(queries.labels)
+        else:
+            assert sizes.label is not None
+            observed, oracle = outputs[2][:, None], None
+            origin = queries.labels[sizes.label].float()[:, config.data.num_frames - 1]
+        return cls(
+            law=law,
+            queries=queries,
+            readout=readout,
+            readout_r2=r_squared(readout(queries.targets[:, 0]), outputs[2][:, 0]),
+            fit_norm_99=readout.standardised_norm(fit.targets[:, 0]).quantile(0.99),
+            observed=observed,
+            oracle=oracle,
+            truth=outputs[2],
+            origin=origin,
+        )
 
-    def future(clips: EmbeddedClips) -> Tensor:
-        return torch.cat([clips.context, clips.r], dim=1) if clips.r.shape[1] else clips.prior_mean
+    def scores(self, values: dict[str, Tensor]) -> dict[str, Any]:
+        """SCORES of forecasts that were read, [Q, S, H, K] each, and of those that need no reading."""
+        forecasts = dict(values)
+        oracle_score = None
+        if self.oracle is not None:
+            forecasts["simulator_oracle"] = self.oracle
+            oracle_score = forecast_scores(self.oracle, self.observed)["energy_score"]
+        if self.queries.extrapolated is not None:
+            forecasts["pixel_constant_velocity"] = self.queries.extrapolated[:, None]
+        return {name: forecast_scores(part, self.observed, oracle_score) for name, part in forecasts.items()}
 
-    def change(clips: EmbeddedClips) -> Tensor:
-        return clips.labels["velocity_after"] - clips.labels["velocity"]
+    def beyond_fit(self, samples: Tensor) -> list[float]:
+        """Share of predicted embeddings [Q, S, H, D] longer than 99% of those of the fit, at each step."""
+        return [
+            float((self.readout.standardised_norm(step) > self.fit_norm_99).float().mean())
+            for step in samples.unbind(2)
+        ]
 
-    digit = linear(context, lambda clips: F.one_hot(clips.labels["digit"].long(), 10).float())
-    velocity = linear(context, lambda clips: clips.labels["velocity"])
-    truth = change(queries)
-    return {
-        "digit_accuracy": float((digit.argmax(dim=1) == queries.labels["digit"]).float().mean()),
-        "velocity_r2": r_squared(velocity, queries.labels["velocity"]),
-        "velocity_change_r2": {
-            "linear": r_squared(linear(future, change), truth),
-            "mlp": r_squared(fit_mlp(future(fit), change(fit))(future(queries)), truth),
-        },
+    def fans(self, values: Tensor, count: int) -> Fans:
+        """What the report draws of the first queries: values [Q, S, H, K]."""
+        parts = {
+            "samples": values[:count],
+            "law": self.observed[:count] if self.law else None,
+            "true": self.truth[:count, None],
+        }
+        if self.law:
+            labels = {name: label[:count] for name, label in self.queries.labels.items()}
+            parts = {name: self.law.positions(labels, part) for name, part in parts.items() if part is not None}
+        law = parts["law"]
+        return Fans(
+            samples=parts["samples"].numpy(),
+            law=None if law is None else law.numpy(),
+            true=parts["true"][:, 0].numpy(),
+            origin=self.origin[:count].numpy(),
+            on_frames=self.law is not None,
+        )
+
+
+# -------------------------------------------------------------------------------------------------------- probes
+
+
+def _probes(law: Law | None, fit: EmbeddedClips, selection: EmbeddedClips, queries: EmbeddedClips) -> dict[str, Any]:
+    """What frozen representations tell of the labels of held-out clips."""
+    parts = (fit, selection, queries)
+    representations: dict[str, Parts] = {
+        "backbone": tuple(part.backbone for part in parts),
+        "embedding": tuple(part.context for part in parts),
     }
+    if fit.r.shape[1]:
+        representations["r"] = tuple(part.r for part in parts)
+        representations["embedding_and_r"] = tuple(torch.cat([part.context, part.r], dim=1) for part in parts)
+    labels = [law.probe_targets(part.labels) if law else _probe_targets(part.labels) for part in parts]
+    targets: dict[str, Parts] = {name: tuple(part[name] for part in labels) for name in labels[0]}
+    return probe_all(representations, targets)
 
 
-def fit_mlp(inputs: Tensor, outputs: Tensor) -> Callable[[Tensor], Tensor]:
-    """A probe with one hidden layer of 256 units: [N, D], [N, K] -> a function [M, D] -> [M, K]."""
-    from sklearn.neural_network import MLPRegressor
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    probe = make_pipeline(
-        StandardScaler(), MLPRegressor(hidden_layer_sizes=(256,), early_stopping=True, max_iter=100, random_state=0)
-    )
-    probe.fit(inputs.numpy(), outputs.numpy())
-    return lambda values: torch.from_numpy(probe.predict(values.numpy())).float()
+def _probe_targets(labels: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Labels of videos that vary: whole numbers are classes, others measures [N, K]."""
+    whole = {name: values for name, values in labels.items() if values.ndim < 3 and len(values.unique()) > 1}
+    return {
+        name: values if not values.is_floating_point() and values.ndim == 1 else values.float().reshape(len(values), -1)
+        for name, values in whole.items()
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ pictures
 
 
-def _examples(config: Config, queries: EmbeddedClips, bank: EmbeddedClips, samples: Tensor) -> ForecastExamples:
-    """Queries to draw, each with the real target segments of the bank nearest to its first sampled futures."""
-    count = len(queries.frames)
-    num_frames = config.data.num_frames
-    shown = samples[:count, :NUM_NEIGHBOURS]
-    bank_targets = bank.target[: len(bank.frames)]
-    nearest = torch.cdist(shown, bank_targets[None].expand(count, -1, -1)).argmin(dim=-1)
-    return ForecastExamples(
-        frames=queries.frames.numpy(),
-        num_frames=num_frames,
-        velocity_samples=None,
-        velocity_law=None,
-        velocity_true=None,
-        last_centre=None,
-        neighbours=bank.frames[nearest][:, :, num_frames : 2 * num_frames].numpy(),
-    )
+def _neighbours(config: Config, bank: EmbeddedClips, samples: Tensor) -> dict[str, Any]:
+    """The real target segments of the bank nearest to sampled futures [Q, N, H, D], at some steps of the horizon."""
+    horizon, num_frames = config.evaluation.horizon, config.data.num_frames
+    steps = tuple(sorted({1, (horizon + 1) // 2, horizon}))
+    bank_targets = bank.targets[: len(bank.frames), 0]
+    shown = samples[:, :, [step - 1 for step in steps]].transpose(1, 2)
+    nearest = torch.cdist(shown, bank_targets.expand(*shown.shape[:2], -1, -1)).argmin(dim=-1)
+    return {
+        "neighbours": bank.frames[nearest][:, :, :, num_frames : 2 * num_frames].numpy(),
+        "neighbour_steps": steps,
+    }
 
 
-def _with_velocities(
-    examples: ForecastExamples, queries: EmbeddedClips, velocities: Tensor, draws: Tensor
-) -> ForecastExamples:
-    count = len(examples.frames)
-    return ForecastExamples(
-        frames=examples.frames,
-        num_frames=examples.num_frames,
-        velocity_samples=velocities[:count].numpy(),
-        velocity_law=draws[:count].numpy(),
-        velocity_true=queries.labels["velocity_after"][:count].numpy(),
-        last_centre=last_context_centre(queries.labels)[:count].numpy(),
-        neighbours=examples.neighbours,
-    )
+def _latents(law: Law | None, quantity: Quantity | None, queries: EmbeddedClips) -> Latents | None:
+    if not queries.r.shape[1]:
+        return None
+    targets = law.probe_targets(queries.labels) if law else {}
+    if "velocity_change" not in targets:
+        return Latents(queries.r.numpy(), None, "")
+    return Latents(queries.r.numpy(), targets["velocity_change"].numpy(), "velocity change, px/frame")
 
 
 def _queries_hash(queries: EmbeddedClips) -> str:

@@ -10,22 +10,18 @@ import torch.nn.functional as F
 
 from data_pipelines.decoders import read_frames
 from data_pipelines.errors import UserError
+from data_pipelines.sources.digits import SPLITS, Split, Sprites, load_sprites, render
 from data_pipelines.sources.moving_mnist import (
-    SPLITS,
     MovingMnistLaw,
     MovingMnistStream,
-    Split,
-    Sprites,
     centre_path,
     centroid_velocity,
     last_context_centre,
-    load_sprites,
-    read_law,
-    render,
     sample_law,
     sample_trajectories,
     write_world,
 )
+from data_pipelines.sources.written import read_sprites
 from worldmodel.scores import energy_score
 
 MNIST = Path(__file__).resolve().parents[4] / "shared" / "data" / "mnist"
@@ -117,8 +113,12 @@ def test_velocity_is_seen_in_the_pixels(sprites: Sprites) -> None:
 def test_target_segments_of_the_true_future_are_the_clip(sprites: Sprites) -> None:
     t = sample_trajectories(sprites, 4, "A", generator())
     whole = render(sprites.images[t.sprite], centre_path(t))
-    targets = MovingMnistLaw("A", sprites).render_targets(t.labels(), t.velocity_after[:, None])
-    torch.testing.assert_close(targets, whole[:, 3:6])
+    law = MovingMnistLaw("A", sprites)
+    true_path = centre_path(t)[:, None, 3:6, None]
+    torch.testing.assert_close(law.render(t.labels(), true_path)[:, 0], whole[:, 3:6])
+    torch.testing.assert_close(law.measure(t.labels(), true_path)[:, 0], law.truth(t.labels(), 1))
+    ends = law.positions(t.labels(), law.truth(t.labels(), 1)[:, None])
+    torch.testing.assert_close(ends[:, 0, 0], true_path[:, 0, -1, 0])
 
 
 def test_batches_are_a_function_of_seed_and_number_and_ranks_share_them(sprites: Sprites) -> None:
@@ -143,8 +143,11 @@ def test_published_oracle_and_pixel_constant_velocity() -> None:
     sprites = load_sprites("test", MNIST)
     t = sample_trajectories(sprites, 8192, "A", generator())
     law = MovingMnistLaw("A", sprites)
-    draws = law.sample(t.labels(), 128, generator(1))
-    oracle = energy_score(law.sample(t.labels(), 64, generator(2)), draws).mean().item()
+    draws, forecasts = (
+        law.measure(t.labels(), law.sample(t.labels(), 1, count, generator(seed)))[:, :, 0]
+        for count, seed in ((128, 1), (64, 2))
+    )
+    oracle = energy_score(forecasts, draws).mean().item()
     seen = torch.cat(
         [
             centroid_velocity(render(sprites.images[part], path))
@@ -184,14 +187,13 @@ def test_mnist_files_that_are_missing_cut_or_no_idx(tmp_path: Path) -> None:
 def test_a_written_world_holds_what_its_labels_say(world: Path) -> None:
     rows = [json.loads(line) for line in (world / "test" / "metadata.jsonl").read_text().splitlines()]
     assert len(rows) == 24 and next(iter(rows[0])) == "file_name"
-    law = read_law(world)
-    assert law is not None
+    sprites = read_sprites(world / "test")
     for row in rows[:4]:
         frames = np.stack(list(read_frames(world / "test" / row["file_name"], channels=1, size_px=None)))
         centre, before, after = (torch.tensor([row[key]]) for key in ("centre", "velocity", "velocity_after"))
         context = centre[:, None] + torch.arange(3)[:, None] * before
         later = context[:, -1:] + torch.arange(1, 7)[:, None] * after
-        drawn = render(law.sprites.images[row["sprite"]][None], torch.cat([context, later], dim=1))[0]
+        drawn = render(sprites.images[row["sprite"]][None], torch.cat([context, later], dim=1))[0]
         error = np.abs(frames / 255 - drawn.numpy())
         assert frames.shape == (9, 1, 64, 64)
         assert error.mean() < 0.01 and error.max() < 0.25  # H.264 is lossy
@@ -212,7 +214,3 @@ def test_writing_goes_on_where_it_stopped_and_refuses_other_parameters(tmp_path:
         write_world(tmp_path / "w", counts, seed=1, num_processes=1)
     with pytest.raises(UserError, match="holds no world"):
         write_world(tmp_path, counts, num_processes=1)
-
-
-def test_a_folder_of_other_videos_has_no_known_law(tmp_path: Path) -> None:
-    assert read_law(tmp_path) is None
