@@ -18,7 +18,8 @@ from worldmodel.cli import report_errors
 from worldmodel.config import to_yaml
 from worldmodel.evaluation.factors import evaluate_factors, factors_table
 from worldmodel.evaluation.forecast import evaluate_forecasts
-from worldmodel.evaluation.report import markdown_table, write_report
+from worldmodel.evaluation.report import write_report
+from worldmodel.evaluation.tables import markdown_table
 from worldmodel.machine import keep_freed_memory
 from worldmodel.model import TrainedRun
 from worldmodel.tracking import read_metrics, versions
@@ -60,7 +61,7 @@ def evaluate(run: Path, which: str, compare: Path | None, device: torch.device) 
         metrics=metrics,
         config_yaml=to_yaml(trained.config),
         history=read_metrics(run),
-        examples=evaluation.examples,
+        illustrations=evaluation.illustrations,
         versions=versions(),
     )
     print(f"\n{table}\n\n{run / 'report.html'}\n{run / 'metrics.json'}")

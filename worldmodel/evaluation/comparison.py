@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from worldmodel.evaluation.report import DASH
+from worldmodel.evaluation.tables import DASH
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -272,7 +272,7 @@ def markdown_table(metrics: Mapping[str, Any]) -> str:
         if key == "energy_score" and best is not None:
             cells[title][best] = [f"**{text}**" for text in cells[title][best]]
     labels = {name: label(name).replace("|", "\\|") for name in names}
-    if len(steps) == 1:
+    if len(steps) == 1 or not names:
         return aligned_table(
             [["forecast", *kinds], *([labels[name], *(cells[title][name][0] for title in kinds)] for name in names)]
         )
@@ -470,6 +470,11 @@ def facts(metrics: Mapping[str, Any]) -> list[tuple[str, list[Number]]]:
         for key, value in mapping(metrics.get(folder)).items()
         if not isinstance(value, Mapping)
     ]
-    if "beyond_fit_norm_99" in metrics:
-        found.append((label("beyond_fit_norm_99"), _between(numbers_at(metrics, "beyond_fit_norm_99"), " / ")))
+    beyond = numbers_at(metrics, "beyond_fit_norm_99")
+    if len(beyond) > 1:
+        found.append(
+            (f"{label('beyond_fit_norm_99')}, horizons 1 → {len(beyond)}", _between(beyond[:: len(beyond) - 1], " → "))
+        )
+    elif "beyond_fit_norm_99" in metrics:
+        found.append((label("beyond_fit_norm_99"), beyond))
     return found
