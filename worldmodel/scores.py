@@ -242,9 +242,7 @@ def _ordered(samples: Tensor) -> Tensor:
 def _crps(ordered: Tensor, observed: Tensor) -> Tensor:
     """`crps` of ordered samples [Q, K, S]."""
     num_samples = ordered.shape[2]
-    to_truth = torch.stack([(ordered - draw[..., None]).abs().mean(dim=2) for draw in observed.unbind(dim=1)]).mean(
-        dim=0
-    )
+    to_truth = torch.stack([(ordered - draw[..., None]).abs().mean(dim=2) for draw in observed.unbind(dim=1)]).mean(dim=0)
     if num_samples == 1:
         return to_truth
     # The i-th of S ordered samples enters the sum of differences i - 1 times with a plus, S - i times with a minus.

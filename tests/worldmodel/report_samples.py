@@ -123,7 +123,7 @@ def make_illustrations(
     labels: bool = True,
     on_frames: bool = True,
     num_neighbours: int = 2,
-    noise: bool = False,
+    texture: bool = False,
 ) -> Illustrations:
     """A bright square drifts over each video; sampled paths spread around its own."""
     rng = np.random.default_rng(0)
@@ -136,8 +136,9 @@ def make_illustrations(
         for t in range(num_total):
             x, y = (origin[query] + (t - num_frames + 1) * direction[query]).round().astype(int)
             frames[query, t, :, max(0, y - half) : y + half, max(0, x - half) : x + half] = 230
-    if noise:
-        frames = rng.integers(0, 256, frames.shape, dtype=np.uint8)
+    if texture:  # that changes in every frame, in patches of 4 pixels
+        patches = rng.integers(0, 256, (queries, num_total, channels, size_px // 4, size_px // 4), dtype=np.uint8)
+        frames = patches.repeat(4, axis=-2).repeat(4, axis=-1)
     steps = np.arange(1, num_steps + 1)[:, None]
     true = origin[:, None] + steps * num_frames * direction[:, None]
 

@@ -56,7 +56,7 @@ def browser() -> Iterator[Any]:
     assert CHROMIUM is not None
     options.binary_location = CHROMIUM
     # In containers Chromium's sandbox and shared memory are often missing; the page is our own.
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))

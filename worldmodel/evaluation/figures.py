@@ -30,6 +30,7 @@ Theme = Mapping[str, str]
 MAX_FRAMES_SHOWN = 4  # of each segment, so that a frame stays large on a phone
 MAX_FRAMES_MOVING = 32  # of an animation
 ANIMATION_PX, CHART_DPI = 320, 200
+MAX_ANIMATION_BYTES = 300_000
 CONTEXT_MS, FUTURE_MS, PAUSE_MS = 300, 160, 1800
 SIDE_IN = 3.9  # width of a chart, for 10 pt to be legible on a phone
 
@@ -149,7 +150,7 @@ def shown_frames(num_frames: int) -> list[int]:
     return [round(i * (num_frames - 1) / (MAX_FRAMES_SHOWN - 1)) for i in range(MAX_FRAMES_SHOWN)]
 
 
-def strip(frames: np.ndarray, alt: str, *, max_px: int = 128) -> Picture:
+def strip(frames: np.ndarray, alt: str, *, max_px: int = 96) -> Picture:
     """Frames uint8 [n, C, H, W] side by side, at most `max_px` wide each; the page enlarges small ones."""
     from PIL import Image
 
@@ -164,7 +165,7 @@ def strip(frames: np.ndarray, alt: str, *, max_px: int = 128) -> Picture:
     for i, tile in enumerate(tiles):
         whole.paste(tile, (i * (width + gap), 0))
     buffer = BytesIO()
-    whole.save(buffer, format="webp", **({"lossless": True} if frames.shape[1] == 1 else {"quality": 82}))
+    whole.save(buffer, format="webp", **({"lossless": True} if frames.shape[1] == 1 else {"quality": 70}))
     uri = data_uri(buffer.getvalue())
     return Picture(uri, uri, alt, *whole.size)
 
@@ -545,10 +546,20 @@ def animation(frames: np.ndarray, num_frames: int, alt: str, *, fans: Fans | Non
             images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
             durations_ms.append(FUTURE_MS if future else CONTEXT_MS)
     durations_ms[-1] = PAUSE_MS
-    moving, still = BytesIO(), BytesIO()
-    images[0].save(
-        moving, format="webp", save_all=True, append_images=images[1:], duration=durations_ms, loop=0, quality=72
-    )
+    for quality, shrink in ((72, 1), (45, 1), (45, 2)):  # as fine as fits: restless video would make the page heavy
+        moving, sized = BytesIO(), [image.reduce(shrink) for image in images]
+        sized[0].save(
+            moving,
+            format="webp",
+            save_all=True,
+            append_images=sized[1:],
+            duration=durations_ms,
+            loop=0,
+            quality=quality,
+        )
+        if moving.tell() <= MAX_ANIMATION_BYTES:
+            break
+    still = BytesIO()
     images[-1].save(still, format="webp", quality=82)
     uri = data_uri(moving.getvalue())
     return Picture(uri, uri, alt, *images[0].size, still=data_uri(still.getvalue()))
