@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from tests.worldmodel.report_samples import make_history, make_illustrations, make_metrics
+from worldmodel.evaluation.comparison import Run, flat_numbers
+from worldmodel.evaluation.comparison_page import write_comparison_page
 from worldmodel.evaluation.report import write_report
 from worldmodel.evaluation.tables import value_at
 
@@ -45,6 +47,18 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         illustrations=make_illustrations(queries=1, num_steps=4, size_px=32),
         versions={"torch": "2.13.0"},
     )
+    return path
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("comparison") / "compare.html"
+    runs = [
+        Run(objective, latent, seed, flat_numbers(make_metrics(4)))
+        for objective, latent in (("byol", "none"), ("infonce_with_a_long_name", "gaussian"))
+        for seed in (0, 1)
+    ]
+    write_comparison_page(path, title="grid", runs=runs, histories=[make_history()] * len(runs))
     return path
 
 
@@ -129,6 +143,24 @@ def test_the_dark_page_and_less_motion_get_pictures_of_their_own(browser: Any, p
     assert light != dark
     moves = [b"ANIM" in base64.b64decode(uri.split(",")[1])[:64] for uri in (moving, still)]
     assert moves == [True, False]
+
+
+def test_the_comparison_keeps_the_same_promises(browser: Any, comparison: Path) -> None:
+    for scheme in ("light", "dark"):
+        browser.get_log("browser")
+        visit(browser, comparison, scheme=scheme)
+        assert browser.get_log("browser") == []
+        assert [found for found in browser.execute_script(CONTRASTS) if found[0] < 4.5] == []
+    pictures = browser.execute_script("return [...document.images].map(i => [i.naturalWidth, i.alt])")
+    assert len(pictures) == 2 + 2 + 2 + 4  # over the horizon, calibration, ranks of each, learning curves
+    assert all(width > 0 and len(alt) > 20 for width, alt in pictures)
+    cells = browser.execute_script(
+        "return [...document.querySelectorAll('#runs ~ .scroll td')].map(e => e.textContent)"
+    )
+    assert cells[:3] == ["2", "0.659 ± 0.000", "1.550 ± 0.000"]
+    for width_px in (360, 1280):
+        visit(browser, comparison, width_px=width_px)
+        assert browser.execute_script("return document.documentElement.scrollWidth") == width_px
 
 
 def test_it_is_whole_without_javascript(browser: Any, page: Path) -> None:

@@ -30,7 +30,7 @@ Theme = Mapping[str, str]
 MAX_FRAMES_SHOWN = 4  # of each segment, so that a frame stays large on a phone
 MAX_FRAMES_MOVING = 32  # of an animation
 ANIMATION_PX, CHART_DPI = 320, 200
-MAX_ANIMATION_BYTES = 300_000
+MAX_ANIMATION_BYTES = 250_000
 CONTEXT_MS, FUTURE_MS, PAUSE_MS = 300, 160, 1800
 SIDE_IN = 3.9  # width of a chart, for 10 pt to be legible on a phone
 
@@ -267,6 +267,9 @@ class Line:
     width: float = 1.5
 
 
+# Of series that have no colour of their own, in their order.
+SERIES_COLOURS = ("model", "truth", "teal", "violet", "olive", "pink", "sky", "brown", "text", "law")
+
 # How each forecast is drawn, wherever it is.
 FORECAST_LINES: dict[str, tuple[str, str | tuple[int, tuple[float, ...]], float]] = {
     "model": ("model", "-", 2.6),
@@ -364,8 +367,8 @@ def calibration_chart(curves: Sequence[tuple[str, Sequence[float], Sequence[floa
         for i, (name, nominal, empirical) in enumerate(curves):
             axes.plot(
                 *(nominal, empirical),
-                color=theme[("model", "teal", "truth")[i % 3]],
-                marker="os^"[i % 3],
+                color=theme[SERIES_COLOURS[i % len(SERIES_COLOURS)]],
+                marker="os^Dv"[i % 5],
                 markersize=5,
                 label=name,
             )

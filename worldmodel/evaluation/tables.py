@@ -193,8 +193,9 @@ def marked_steps(num_steps: int) -> list[int]:
 
 
 def unit(metrics: Mapping[str, Any]) -> str:
-    """'px', or 'embedding space' where forecasts are of no physical quantity."""
-    return str(mapping(metrics.get("quantity")).get("unit") or "embedding space")
+    """'px', the quantity's name where it has no unit, or 'embedding space' where forecasts are of no quantity."""
+    quantity = mapping(metrics.get("quantity"))
+    return str(quantity.get("unit") or quantity.get("name") or "embedding space")
 
 
 def dimensions(metrics: Mapping[str, Any]) -> str:
