@@ -5,6 +5,8 @@ python scripts/compare.py --config configs/demo.yaml --out runs/compare \\
 
 Run folders are OUT/OBJECTIVE-LATENT/seed_N, with what the run printed beside them in seed_N.log.txt. The same command
 again goes on where it stopped; more seeds, objectives or latents add their runs only.
+
+python scripts/compare.py --runs RUN RUN ... --out FOLDER compares runs that are evaluated and trains nothing.
 """
 
 import argparse
@@ -40,7 +42,9 @@ from worldmodel.evaluation.comparison import (
     png,
     summarise_cells,
 )
+from worldmodel.evaluation.comparison_page import write_comparison_page
 from worldmodel.machine import fair_share_of_cores
+from worldmodel.tracking import read_metrics as read_history
 from worldmodel.train import Interrupted, stop_signals
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -81,10 +85,10 @@ class Failure:
 
 
 def main() -> int:
-    args = parse(sys.argv[1:])
+    argv = sys.argv[1:]
     with report_errors():
         try:
-            return compare(args)
+            return compare_folders(parse_folders(argv)) if "--runs" in argv else compare(parse(argv))
         except Interrupted as interrupted:
             print(f"stopped by {interrupted}; the same command goes on", file=sys.stderr)
             return interrupted.exit_code
@@ -117,16 +121,44 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args([*overrides, *(argument for argument in argv if argument not in overrides)])
 
 
+def parse_folders(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", type=Path, required=True, help="folders of evaluated runs")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the tables, the figure and the page")
+    return parser.parse_args(argv)
+
+
+def compare_folders(args: argparse.Namespace) -> int:
+    """Compare evaluated runs, each a row under its folder's name.
+
+    Raises: UserError: a folder holds no evaluated run, or --out cannot be written.
+    """
+    made = []
+    for folder in args.runs:
+        metrics = read_metrics(folder)
+        if metrics is None:
+            raise UserError(f"--runs {folder}: there is no metrics.json, evaluate the run first")
+        config = load_run_config(folder)
+        made.append(MadeRun(folder, Run(str(folder), config.model.latent, config.seed, flat_numbers(metrics)), metrics))
+    make_folder(args.out)
+    write_comparison(args.out, made, {"runs_given": [str(folder) for folder in args.runs]})
+    return 0
+
+
+def make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {out}: {error.strerror}") from error
+
+
 def compare(args: argparse.Namespace) -> int:
     check_arguments(args)
     share = max(1, fair_share_of_cores() // args.jobs) if args.jobs > 1 else None
     grid, refused = make_grid(args)
     if refused:
         print(f"skipped, as the config refuses {refused}", file=sys.stderr)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from error
+    make_folder(args.out)
     with only_writer(args.out) as lock:
         grid = [keep_threads(run, share) for run in grid]
         check_same_configs(grid)
@@ -134,7 +166,8 @@ def compare(args: argparse.Namespace) -> int:
         failures = run_all(todo, len(grid), args.jobs, args.launch, lock)
         done = [run for run in grid if is_done(run)]
         if done:
-            write_comparison(args, done, failures, refused)
+            made = [MadeRun(run.folder, *scored(run)) for run in done]
+            write_comparison(args.out, made, provenance(args, failures, refused))
     if not failures:
         return 0
     names = ", ".join(failure.run.name for failure in failures)
@@ -263,12 +296,12 @@ def check_same_configs(grid: Sequence[GridRun]) -> None:
 
 def is_done(run: GridRun) -> bool:
     """Whether the run's metrics are those of this config, at its last step."""
-    metrics = read_metrics(run)
+    metrics = read_metrics(run.folder)
     return metrics is not None and metrics["train"]["steps"] == run.config.train.steps and not changed_keys(run)
 
 
-def read_metrics(run: GridRun) -> dict[str, Any] | None:
-    path = run.folder / "metrics.json"
+def read_metrics(folder: Path) -> dict[str, Any] | None:
+    path = folder / "metrics.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
@@ -405,36 +438,51 @@ def failure_of(job: Running) -> Failure:
 # ------------------------------------------------------------------------------------------------------- results
 
 
-def write_comparison(args: argparse.Namespace, done: Sequence[GridRun], failures: list[Failure], refused: str) -> None:
-    """comparison.json, comparison.md and comparison.png of the runs that are done."""
-    metrics = [read_metrics(run) or {} for run in done]
-    runs = [
-        Run(run.objective, run.latent, run.seed, flat_numbers(numbers))
-        for run, numbers in zip(done, metrics, strict=True)
-    ]
-    if len({numbers.get("queries_sha256") for numbers in metrics}) > 1:
-        print("warning: these runs were scored on different queries", file=sys.stderr)
-    grid = {name: value for name, value in vars(args).items() if name not in ("config", "out")}
-    content = {
-        "grid": grid,
+@dataclass(frozen=True)
+class MadeRun:
+    """An evaluated run in its folder; `metrics` is what metrics.json holds."""
+
+    folder: Path
+    run: Run
+    metrics: dict[str, Any]
+
+
+def scored(run: GridRun) -> tuple[Run, dict[str, Any]]:
+    metrics = read_metrics(run.folder) or {}
+    return Run(run.objective, run.latent, run.seed, flat_numbers(metrics)), metrics
+
+
+def provenance(args: argparse.Namespace, failures: list[Failure], refused: str) -> dict[str, Any]:
+    """What comparison.json says of the grid that the runs are of."""
+    return {
+        "grid": {name: value for name, value in vars(args).items() if name not in ("config", "out")},
         "config": args.config,
         "config_text": Path(args.config).read_text(encoding="utf-8"),
-        "runs": [
-            {"folder": str(made.folder.relative_to(args.out)), **dataclasses.asdict(run)}
-            for made, run in zip(done, runs, strict=True)
-        ],
-        "cells": [dataclasses.asdict(cell) for cell in summarise_cells(runs)],
         "failed": {failure.run.name: failure.message for failure in failures},
         "refused": refused,
     }
+
+
+def write_comparison(out: Path, made: Sequence[MadeRun], about: dict[str, Any]) -> None:
+    """comparison.json, comparison.md, comparison.png and compare.html of evaluated runs."""
+    runs = [one.run for one in made]
+    if len({one.metrics.get("queries_sha256") for one in made}) > 1:
+        print("warning: these runs were scored on different queries", file=sys.stderr)
+    content = {
+        **about,
+        "runs": [{"folder": os.path.relpath(one.folder, out), **dataclasses.asdict(one.run)} for one in made],
+        "cells": [dataclasses.asdict(cell) for cell in summarise_cells(runs)],
+    }
     markdown, figure = comparison_markdown(runs), comparison_figure(runs)
-    paths = [args.out / "comparison.json", args.out / "comparison.md", args.out / "comparison.png"]
+    paths = [out / name for name in ("comparison.json", "comparison.md", "compare.html", "comparison.png")]
     write_text(paths[0], json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     write_text(paths[1], markdown + "\n")
+    histories = [read_history(one.folder) for one in made]
+    write_comparison_page(paths[2], title=out.name, runs=runs, histories=histories)
     if figure is None:
         paths.pop().unlink(missing_ok=True)
     else:
-        write_bytes(paths[2], png(figure))
+        write_bytes(paths[3], png(figure))
     print("\n".join(["", markdown, "", *map(str, paths)]))
 
 

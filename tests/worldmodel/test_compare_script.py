@@ -72,9 +72,11 @@ def test_a_grid_then_nothing_then_a_new_seed_only(world: Path, tmp_path: Path) -
         ["", "gaussian", "1"],
     ]
     for name, row, cell in zip(names, rows, content["cells"], strict=True):
-        score = json.loads((out / name / "seed_0" / "metrics.json").read_text())["forecasts"]["model"]["energy_score"]
+        score = json.loads((out / name / "seed_0" / "metrics.json").read_text())["forecasts"]["model"]["energy_score"][
+            0
+        ]
         assert row[3] == f"{score:.3f}"
-        assert cell["stats"]["forecasts.model.energy_score"] == {"mean": score, "sd": None, "n": 1}
+        assert cell["stats"]["forecasts.model.energy_score.0"] == {"mean": score, "sd": None, "n": 1}
         rate = "0.003" if name == "byol-none" else "0.002"
         assert f"lr: {rate}\n" in (out / name / "seed_0" / "config.yaml").read_text()
         assert (out / name / "seed_0.log.txt").stat().st_size > 0
@@ -164,6 +166,31 @@ def test_mistakes_are_told_before_anything_is_written(
 def test_a_bad_objective_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert_one_line(*grid(tmp_path / "out", objectives="byol simclr"), tells="--objectives simclr")
     assert not (tmp_path / "out").exists()
+
+
+def test_folders_of_evaluated_runs_are_compared_without_training(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, _ = script.make_grid(parse(script, *grid(tmp_path / "made", objectives="byol")))
+    for run, shift in zip(runs, (0.0, 0.5), strict=True):
+        run.folder.mkdir(parents=True)
+        (run.folder / "config.yaml").write_text(script.to_yaml(run.config))  # type: ignore[attr-defined]
+        scores = {"energy_score": [0.5 + shift, 1.0 + shift]}
+        (run.folder / "metrics.json").write_text(json.dumps({"forecasts": {"model": scores}}))
+        (run.folder / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": 2.0}\n')
+    out = tmp_path / "out"
+    arguments = ["--runs", *(str(run.folder) for run in runs), "--out", str(out)]
+    assert script.compare_folders(script.parse_folders(arguments)) == 0
+    rows = json.loads((out / "comparison.json").read_text())["cells"]
+    assert [row["objective"] for row in rows] == [str(run.folder) for run in runs]
+    assert [row["stats"]["forecasts.model.energy_score.1"]["mean"] for row in rows] == [1.0, 1.5]
+    page = (out / "compare.html").read_text()
+    assert (
+        "Energy Score at horizon 2" in page and "1.500" in page and str(out / "compare.html") in capsys.readouterr().out
+    )
+    (runs[0].folder / "metrics.json").unlink()
+    with pytest.raises(UserError, match=r"--runs .*seed_0: there is no metrics\.json, evaluate the run first"):
+        script.compare_folders(script.parse_folders(arguments))
 
 
 def test_overrides_from_the_general_to_the_particular(script: ModuleType, tmp_path: Path) -> None:

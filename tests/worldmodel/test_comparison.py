@@ -35,9 +35,9 @@ def run(objective: str, latent: str, seed: int, ratio: float, **more: Any) -> Ru
     metrics = {
         "run": "text is no number",
         "forecasts": {
-            "model": {"energy_score": ratio * 0.5, "ratio_to_oracle": ratio, "coverage_90": None},
-            "pixel_constant_velocity": {"energy_score": 0.65, "ratio_to_oracle": 1.3},
-            "simulator_oracle": {"energy_score": 0.5, "ratio_to_oracle": 1.0},
+            "model": {"energy_score": [ratio * 0.5], "ratio_to_oracle": [ratio], "coverage": None},
+            "pixel_constant_velocity": {"energy_score": [0.65], "ratio_to_oracle": [1.3]},
+            "simulator_oracle": {"energy_score": [0.5], "ratio_to_oracle": [1.0]},
         },
         **more,
     }
@@ -77,7 +77,7 @@ def test_cells_are_in_the_order_given_with_objectives_together() -> None:
         ("infonce", "sparse", (0,)),
         ("byol", "none", (0,)),
     ]
-    assert cells[1].stats["forecasts.model.ratio_to_oracle"].mean == pytest.approx(7 / 3)
+    assert cells[1].stats["forecasts.model.ratio_to_oracle.0"].mean == pytest.approx(7 / 3)
     assert "kl_nats" not in cells[0].stats and cells[1].stats["kl_nats"].n == 2
 
 
@@ -102,7 +102,7 @@ def test_table_of_a_world_with_other_metrics() -> None:
     metrics = {
         "factors": {"in_distribution_r2": 0.9, "out_of_distribution_r2": 0.8},
         "dci": {"disentanglement": 0.7, "completeness": 0.6},
-        "probes": {"velocity_change_r2": {"linear": 0.5, "mlp": 0.4}},
+        "probes": {"embedding_and_r": {"velocity_change": {"linear": 0.5, "mlp": 0.4}}},
         "train": {"seconds": 12.4},
     }
     text = comparison_markdown([Run("byol", "sparse", 0, flat_numbers(metrics))])
@@ -122,10 +122,26 @@ def test_table_of_a_world_with_other_metrics() -> None:
     assert "Energy Score" not in text
 
 
+def test_over_a_horizon_the_first_and_the_last_step_have_columns_and_marks() -> None:
+    numbers = {"energy_score": [0.5, 0.75, 2.0], "ratio_to_oracle": [1.0, 1.25, 1.5]}
+    runs = [Run("byol", "none", 0, flat_numbers({"forecasts": {"model": numbers}}))]
+    head, _, row = [
+        [part.strip() for part in line.strip("|").split("|")] for line in comparison_markdown(runs).splitlines()[:3]
+    ]
+    assert dict(zip(head[3:], row[3:], strict=True)) == {
+        "Energy Score": "0.500",
+        "Energy Score at horizon 3": "2.000",
+        "x oracle": "1.000",
+        "x oracle at horizon 3": "1.500",
+    }
+    dots = artists(drawn(runs).axes[0], "seeds")
+    assert [list(line.get_xdata()) for line in dots.values()] == [[1.0], [1.5]]
+
+
 def test_what_no_run_forecasts_stands_below_the_table() -> None:
     assert references(RUNS) == [
         "Simulator oracle: Energy Score 0.500, 1.000 x oracle.",
-        "Pixel constant velocity: Energy Score 0.650, 1.300 x oracle.",
+        "Constant velocity: Energy Score 0.650, 1.300 x oracle.",
     ]
     assert comparison_markdown(RUNS).endswith(" ".join(references(RUNS)))
 
@@ -139,7 +155,7 @@ def artists(axes: Any, kind: str) -> dict[str, Any]:
 def test_figure_shows_every_seed_their_mean_and_the_references() -> None:
     figure = drawn(RUNS)
     (axes,) = figure.axes
-    path = "forecasts.model.ratio_to_oracle"
+    path = "forecasts.model.ratio_to_oracle.0"
     dots, means = artists(axes, "seeds"), artists(axes, "mean")
     assert {name: list(line.get_xdata()) for name, line in dots.items()} == {
         f"infonce/none/{path}": [1.5],

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from worldmodel.evaluation.report import DASH
+from worldmodel.evaluation.tables import DASH, aligned_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,25 +25,31 @@ CONSTANT_VELOCITY_RATIO = "forecasts.pixel_constant_velocity.ratio_to_oracle"
 
 @dataclass(frozen=True)
 class Column:
-    """A number of every run: `path` is its dotted place in metrics.json, list indices included; `spec` a format."""
+    """A number of every run: `path` is its dotted place in metrics.json, list indices included; `spec` a format.
+
+    LAST in a path is the index of the last horizon step: such a column is for runs with more steps than one.
+    """
 
     title: str
     path: str
     spec: str
 
 
+LAST = "{last}"
 COLUMNS = (
-    Column("Energy Score", "forecasts.model.energy_score", ".3f"),
-    Column("x oracle", RATIO, ".3f"),
-    Column("encode-decode x oracle", "forecasts.encode_decode_oracle.ratio_to_oracle", ".3f"),
-    Column("90% coverage x", "forecasts.model.coverage_90.0", ".2f"),
-    Column("90% coverage y", "forecasts.model.coverage_90.1", ".2f"),
+    Column("Energy Score", "forecasts.model.energy_score.0", ".3f"),
+    Column("Energy Score at horizon {H}", f"forecasts.model.energy_score.{LAST}", ".3f"),
+    Column("x oracle", f"{RATIO}.0", ".3f"),
+    Column("x oracle at horizon {H}", f"{RATIO}.{LAST}", ".3f"),
+    Column("encode-decode x oracle", "forecasts.encode_decode_oracle.ratio_to_oracle.0", ".3f"),
+    Column("90% coverage x", "forecasts.model.coverage.90.0.0", ".2f"),
+    Column("90% coverage y", "forecasts.model.coverage.90.0.1", ".2f"),
     Column("KL, nats", "kl_nats", ".2f"),
     Column("expected L0", "expected_l0", ".2f"),
-    Column("digit accuracy", "probes.digit_accuracy", ".3f"),
-    Column("velocity R²", "probes.velocity_r2", ".3f"),
-    Column("velocity change R², linear", "probes.velocity_change_r2.linear", ".3f"),
-    Column("velocity change R², MLP", "probes.velocity_change_r2.mlp", ".3f"),
+    Column("digit accuracy", "probes.embedding.digit.linear", ".3f"),
+    Column("velocity R²", "probes.embedding.velocity.linear", ".3f"),
+    Column("velocity change R², linear", "probes.embedding_and_r.velocity_change.linear", ".3f"),
+    Column("velocity change R², MLP", "probes.embedding_and_r.velocity_change.mlp", ".3f"),
     Column("factors R², in distribution", "factors.in_distribution_r2", ".3f"),
     Column("factors R², out of distribution", "factors.out_of_distribution_r2", ".3f"),
     Column("disentanglement", "dci.disentanglement", ".3f"),
@@ -54,7 +60,7 @@ COLUMNS = (
 # What a line of text below the table says of forecasts that no run makes: label, folder of its numbers.
 REFERENCES = (
     ("Simulator oracle", "forecasts.simulator_oracle"),
-    ("Pixel constant velocity", "forecasts.pixel_constant_velocity"),
+    ("Constant velocity", "forecasts.pixel_constant_velocity"),
 )
 
 
@@ -135,6 +141,13 @@ def summarise_cells(runs: Sequence[Run]) -> list[Cell]:
     return cells
 
 
+def num_steps(runs: Iterable[Run | Cell]) -> int:
+    """The most horizon steps that any run was scored at; 0 where none has forecasts."""
+    prefix = "forecasts.model.energy_score."
+    paths = (path for run in runs for path in (run.numbers if isinstance(run, Run) else run.stats))
+    return max((int(path.removeprefix(prefix)) + 1 for path in paths if path.startswith(prefix)), default=0)
+
+
 # --------------------------------------------------------------------------------------------------------- table
 
 
@@ -146,33 +159,48 @@ def format_stat(stat: Stat | None, spec: str, num_runs: int) -> str:
     return text if stat.n == num_runs else f"{text} (n={stat.n})"
 
 
+def columns_of(cells: Sequence[Cell]) -> list[Column]:
+    """The columns that any cell has numbers for, their paths and titles filled in."""
+    steps = num_steps(cells)
+    filled = [
+        Column(column.title.format(H=steps), column.path.replace(LAST, str(steps - 1)), column.spec)
+        for column in COLUMNS
+        if LAST not in column.path or steps > 1
+    ]
+    return [column for column in filled if any(column.path in cell.stats for cell in cells)]
+
+
+def table_rows(cells: Sequence[Cell]) -> list[list[str]]:
+    """The head and a row a cell: objective, latent, number of seeds, and the columns."""
+    columns = columns_of(cells)
+    return [
+        ["objective", "latent", "seeds", *(column.title for column in columns)],
+        *(
+            [
+                *(cell.objective, cell.latent, str(len(cell.seeds))),
+                *(format_stat(cell.stats.get(column.path), column.spec, len(cell.seeds)) for column in columns),
+            ]
+            for cell in cells
+        ),
+    ]
+
+
 def comparison_table(cells: Sequence[Cell]) -> str:
     """An aligned Markdown table, also for a console. An objective is named in the first of its rows."""
-    columns = [column for column in COLUMNS if any(column.path in cell.stats for cell in cells)]
-    rows = [["objective", "latent", "seeds", *(column.title for column in columns)]]
-    previous = None
-    for cell in cells:
-        numbers = [format_stat(cell.stats.get(column.path), column.spec, len(cell.seeds)) for column in columns]
-        rows.append(["" if cell.objective == previous else cell.objective, cell.latent, str(len(cell.seeds)), *numbers])
-        previous = cell.objective
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    aligned = [
-        [
-            text.ljust(width) if i < 2 else text.rjust(width)
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        for row in [rows[0], rule, *rows[1:]]
+    head, *rows = table_rows(cells)
+    named = [
+        ["" if before is not None and before[0] == row[0] else row[0], *row[1:]]
+        for before, row in zip([None, *rows], rows, strict=False)
     ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in aligned)
+    return aligned_table([head, *named], num_left=2)
 
 
 def references(runs: Sequence[Run]) -> list[str]:
     """One sentence for each forecast that no run makes, its means taken over all runs."""
     sentences = []
     for label, folder in REFERENCES:
-        score = summarise(run.numbers.get(f"{folder}.energy_score") for run in runs)
-        ratio = summarise(run.numbers.get(f"{folder}.ratio_to_oracle") for run in runs)
+        score = summarise(run.numbers.get(f"{folder}.energy_score.0") for run in runs)
+        ratio = summarise(run.numbers.get(f"{folder}.ratio_to_oracle.0") for run in runs)
         if score and ratio:
             sentences.append(f"{label}: Energy Score {score.mean:.3f}, {ratio.mean:.3f} x oracle.")
     return sentences
@@ -181,7 +209,7 @@ def references(runs: Sequence[Run]) -> list[str]:
 def comparison_markdown(runs: Sequence[Run]) -> str:
     """The table and what it needs to be read."""
     note = "Mean ± sample SD over seeds. Energy Score: lower is better."
-    if not any("forecasts.model.energy_score" in run.numbers for run in runs):
+    if not num_steps(runs):
         note = "Mean ± sample SD over seeds."
     return "\n\n".join([comparison_table(summarise_cells(runs)), " ".join([note, *references(runs)])])
 
@@ -209,20 +237,27 @@ class Panel:
     lines: tuple[tuple[float | str, str, str], ...] = ()
 
 
-PANELS = (
-    Panel(
-        "Energy Score, x simulator oracle (lower is better)",
-        ((RATIO, "", True),),
-        ((1.0, "simulator oracle", "-"), (CONSTANT_VELOCITY_RATIO, "constant velocity", "--")),
-    ),
-    Panel(
-        "R² of the factors (higher is better)",
-        (
-            ("factors.in_distribution_r2", "in distribution", True),
-            ("factors.out_of_distribution_r2", "out of distribution", False),
+def panels_of(runs: Sequence[Run]) -> list[Panel]:
+    """The panels that any run has numbers for."""
+    steps = num_steps(runs)
+    ratios: tuple[tuple[str, str, bool], ...] = ((f"{RATIO}.0", "", True),)
+    if steps > 1:
+        ratios = ((f"{RATIO}.0", "horizon 1", True), (f"{RATIO}.{steps - 1}", f"horizon {steps}", False))
+    panels = (
+        Panel(
+            "Energy Score, x simulator oracle (lower is better)",
+            ratios,
+            ((1.0, "simulator oracle", "-"), (f"{CONSTANT_VELOCITY_RATIO}.0", "constant velocity", "--")),
         ),
-    ),
-)
+        Panel(
+            "R² of the factors (higher is better)",
+            (
+                ("factors.in_distribution_r2", "in distribution", True),
+                ("factors.out_of_distribution_r2", "out of distribution", False),
+            ),
+        ),
+    )
+    return [panel for panel in panels if any(_values(runs, path) for path, _, _ in panel.series)]
 
 
 def comparison_figure(runs: Sequence[Run]) -> Figure | None:
@@ -230,7 +265,7 @@ def comparison_figure(runs: Sequence[Run]) -> Figure | None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    panels = [panel for panel in PANELS if any(_values(runs, path) for path, _, _ in panel.series)]
+    panels = panels_of(runs)
     if not panels:
         return None
     cells = summarise_cells(runs)

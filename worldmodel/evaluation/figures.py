@@ -9,7 +9,8 @@ Legend: Q queries, S sampled futures, M draws of the law, H horizon steps, K dim
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -17,16 +18,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from worldmodel.evaluation.illustrations import Timeline
+from worldmodel.evaluation.illustrations import Fans, Latents, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 Theme = Mapping[str, str]
 
 MAX_FRAMES_SHOWN = 4  # of each segment, so that a frame stays large on a phone
-STRIP_DPI, CHART_DPI = 100, 200
+MAX_FRAMES_MOVING = 32  # of an animation
+ANIMATION_PX, CHART_DPI = 320, 200
+MAX_ANIMATION_BYTES = 250_000
+CONTEXT_MS, FUTURE_MS, PAUSE_MS = 300, 160, 1800
+SIDE_IN = 3.9  # width of a chart, for 10 pt to be legible on a phone
 
 # Over frames of a video, whatever the page's colours.
 FAN, TRUTH = "#5cb8ff", "#ffb020"
@@ -38,6 +44,12 @@ THEMES: dict[str, Theme] = {
         "text": "#4a525c",
         "grid": "#e3e6ea",
         "surface": "#ffffff",
+        "violet": "#7c4dbd",
+        "pink": "#c2255c",
+        "teal": "#0b7a75",
+        "brown": "#a65a00",
+        "olive": "#6b6b2a",
+        "sky": "#3a9ad9",
     },
     "dark": {
         "model": "#7ab2ff",
@@ -46,6 +58,12 @@ THEMES: dict[str, Theme] = {
         "text": "#aab3bd",
         "grid": "#2b323b",
         "surface": "#171c22",
+        "violet": "#b79cf0",
+        "pink": "#f783ac",
+        "teal": "#4fc7b8",
+        "brown": "#e0a060",
+        "olive": "#c5c57a",
+        "sky": "#8fd0ff",
     },
 }
 
@@ -112,7 +130,7 @@ def style(theme: Theme) -> Iterator[Theme]:
         yield theme
 
 
-def chart(draw: Callable[[Figure, Theme], None], alt: str, *, size_in: tuple[float, float] = (3.9, 2.7)) -> Picture:
+def chart(draw: Callable[[Figure, Theme], None], alt: str, *, size_in: tuple[float, float] = (SIDE_IN, 2.7)) -> Picture:
     """A chart in both themes; `draw(figure, colours)` draws it."""
     from matplotlib.figure import Figure
 
@@ -132,31 +150,35 @@ def shown_frames(num_frames: int) -> list[int]:
     return [round(i * (num_frames - 1) / (MAX_FRAMES_SHOWN - 1)) for i in range(MAX_FRAMES_SHOWN)]
 
 
-def strip(frames: np.ndarray, alt: str, *, tile_px: int) -> Picture:
-    """Frames uint8 [n, C, H, W] side by side, each about `tile_px` wide.
+def strip(frames: np.ndarray, alt: str, *, max_px: int = 96) -> Picture:
+    """Frames uint8 [n, C, H, W] side by side, at most `max_px` wide each; the page enlarges small ones."""
+    from PIL import Image
 
-    Small frames are enlarged by a whole factor with nearest neighbours, so that their pixels stay crisp.
-    """
-    from matplotlib.figure import Figure
+    tiles = []
+    for frame in frames:
+        image = Image.fromarray(_pixels(frame)).convert("RGBA")
+        image.thumbnail((max_px, max_px))
+        tiles.append(image)
+    width, height = tiles[0].size
+    gap = max(1, width // 24)
+    whole = Image.new("RGBA", (len(tiles) * (width + gap) - gap, height))
+    for i, tile in enumerate(tiles):
+        whole.paste(tile, (i * (width + gap), 0))
+    buffer = BytesIO()
+    whole.save(buffer, format="webp", **({"lossless": True} if frames.shape[1] == 1 else {"quality": 70}))
+    uri = data_uri(buffer.getvalue())
+    return Picture(uri, uri, alt, *whole.size)
 
-    num, channels, height, width = frames.shape
-    factor = tile_px / max(width, height)
-    factor = float(max(1, round(factor))) if factor >= 0.75 else factor
-    tile_w, tile_h, gap = width * factor, height * factor, max(4.0, width * factor / 32)
-    total_w = num * tile_w + (num - 1) * gap
-    with style(THEMES["light"]):
-        figure = Figure(figsize=(total_w / STRIP_DPI, tile_h / STRIP_DPI))
-        for i, frame in enumerate(frames):
-            show_frame(figure.add_axes((i * (tile_w + gap) / total_w, 0, tile_w / total_w, 1)), frame)
-        uri, width_px, height_px = _picture_uri(figure, dpi=STRIP_DPI, lossless=channels == 1)
-    return Picture(uri, uri, alt, width_px, height_px)
+
+def _pixels(frame: np.ndarray) -> np.ndarray:
+    """A frame uint8 [C, H, W] as [H, W], or [H, W, 3] where it has colour."""
+    return frame[0] if len(frame) == 1 else np.moveaxis(frame, 0, -1)
 
 
-def show_frame(axes: Axes, frame: np.ndarray) -> None:
+def show_frame(axes: Axes, frame: np.ndarray) -> AxesImage:
     """A frame uint8 [C, H, W] that fills the axes; pixel centres are at integers."""
     axes.set_axis_off()
-    pixels = frame[0] if len(frame) == 1 else np.moveaxis(frame, 0, -1)
-    axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
+    return axes.imshow(_pixels(frame), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
 
 
 # -------------------------------------------------------------------------------------------------------- surprise
@@ -229,3 +251,376 @@ def timeline_figure(timeline: Timeline) -> Figure:
                 x = left_in + j * (tile_w + gap_in) + (3 * gap_in if j >= len(shown) else 0)
                 show_frame(figure.add_axes(box(x, top_in + title_in, tile_w, tile_h)), frame)
     return figure
+
+
+# ---------------------------------------------------------------------------------------------------------- charts
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart; `colour` is one of a theme's names."""
+
+    label: str
+    values: np.ndarray
+    colour: str
+    dashes: str | tuple[int, tuple[float, ...]] = "-"
+    width: float = 1.5
+
+
+# Of series that have no colour of their own, in their order.
+SERIES_COLOURS = ("model", "truth", "teal", "violet", "olive", "pink", "sky", "brown", "text", "law")
+
+# How each forecast is drawn, wherever it is.
+FORECAST_LINES: dict[str, tuple[str, str | tuple[int, tuple[float, ...]], float]] = {
+    "model": ("model", "-", 2.6),
+    "prior_mean": ("violet", "-", 1.4),
+    "shuffled_r": ("sky", "-", 1.4),
+    "no_latent": ("pink", "-", 1.4),
+    "pixel_constant_velocity": ("teal", "-", 1.4),
+    "persistence": ("brown", "-", 1.4),
+    "climatology": ("olive", "-", 1.4),
+    "encode_decode_oracle": ("text", (0, (4, 2)), 1.4),
+    "simulator_oracle": ("text", "-", 1.8),
+}
+
+
+def forecast_line(name: str, label: str, values: np.ndarray) -> Line:
+    colour, dashes, width = FORECAST_LINES.get(name, ("law", "-", 1.4))
+    return Line(label, values, colour, dashes, width)
+
+
+def spread_labels(places: Sequence[float], gap: float) -> list[float]:
+    """The places from 0 to 1 of labels that would stand at `places`, moved as little as keeps them `gap` apart."""
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    placed = [0.0] * len(places)
+    floor = -math.inf
+    for i in order:
+        placed[i] = floor = max(places[i], floor + gap)
+    ceiling = max(1.0, gap * (len(places) - 1))
+    for i in reversed(order):
+        placed[i] = ceiling = min(placed[i], ceiling)
+        ceiling -= gap
+    return placed
+
+
+def horizon_chart(
+    lines: Sequence[Line],
+    *,
+    ylabel: str,
+    xlabel: str,
+    alt: str,
+    levels: Sequence[float] = (),
+    ylim: tuple[float | None, float | None] = (None, None),
+) -> Picture:
+    """Lines against the horizon, each named at its right end; `levels` are dashed horizontal lines of reference."""
+
+    from matplotlib.ticker import MaxNLocator
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.add_subplot()
+        for level in levels:
+            axes.axhline(level, color=theme["law"], linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+        ends = []
+        for line in lines:
+            steps = np.arange(1, len(line.values) + 1)
+            order = 3 if line.colour == "model" else 2
+            axes.plot(
+                *(steps, line.values),
+                color=theme[line.colour],
+                linestyle=line.dashes,
+                linewidth=line.width,
+                marker="o",
+                markersize=line.width + 1.6,
+                zorder=order,
+            )
+            finite = line.values[np.isfinite(line.values)]
+            ends.append(finite[-1] if len(finite) else math.nan)
+        axes.set_ylim(*ylim)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        low, high = axes.get_ylim()
+        named = [(line, (end - low) / (high - low)) for line, end in zip(lines, ends, strict=True)]
+        named = [(line, place) for line, place in named if -0.02 <= place <= 1.02]
+        places = spread_labels([place for _, place in named], 0.085)
+        for (line, _), place in zip(named, places, strict=True):
+            bold = "bold" if line.colour == "model" else "normal"
+            axes.annotate(
+                line.label,
+                (1.02, place),
+                xycoords="axes fraction",
+                color=theme[line.colour],
+                fontsize=8.5,
+                va="center",
+                fontweight=bold,
+            )
+
+    return chart(draw, alt, size_in=(SIDE_IN, 2.9))
+
+
+def calibration_chart(curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], alt: str) -> Picture:
+    """How often intervals of each nominal level hold the truth: `curves` are (name, nominal, empirical)."""
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.add_subplot()
+        axes.plot([0, 1], [0, 1], color=theme["law"], linewidth=1, linestyle=(0, (2, 2)))
+        axes.annotate("calibrated", (0.13, 0.15), color=theme["text"], fontsize=8.5, rotation=45, ha="left")
+        for i, (name, nominal, empirical) in enumerate(curves):
+            axes.plot(
+                *(nominal, empirical),
+                color=theme[SERIES_COLOURS[i % len(SERIES_COLOURS)]],
+                marker="os^Dv"[i % 5],
+                markersize=5,
+                label=name,
+            )
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="nominal level", ylabel="share within", box_aspect=1)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
+        axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8.5, handlelength=1.4)
+
+    return chart(draw, alt, size_in=(SIDE_IN, 2.9))
+
+
+def rank_chart(histograms: Sequence[tuple[str, np.ndarray]], alt: str) -> Picture:
+    """Histograms of the truth's rank among the samples: (name, shares); flat is calibrated."""
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        panels = figure.subplots(len(histograms), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (name, shares) in zip(panels, histograms, strict=True):
+            edges = np.linspace(0, 1, len(shares) + 1)
+            axes.bar(edges[:-1], shares, width=0.88 / len(shares), align="edge", color=theme["model"], alpha=0.85)
+            axes.axhline(1 / len(shares), color=theme["truth"], linewidth=1.2, linestyle=(0, (4, 2)))
+            axes.set_ylabel(f"share\n{name}" if name else "share")
+            axes.set_ylim(0, max(2 / len(shares), 1.08 * float(np.nanmax(shares))))
+            axes.grid(axis="x", visible=False)
+            axes.set_xticks([0, 0.5, 1], ["lowest", "middle", "highest"])
+        panels[-1].set_xlabel("rank of the truth among the samples")
+
+    return chart(draw, alt, size_in=(SIDE_IN, 2.9))
+
+
+def curve_chart(curves: Sequence[tuple[str, str, np.ndarray, np.ndarray]], alt: str) -> Picture:
+    """Learning curves (name, colour, steps, values): many points as a moving average over the noise of batches."""
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.add_subplot()
+        for name, colour, steps, values in curves:
+            width = len(steps) // 40
+            if width > 1:
+                if len(curves) <= 2:
+                    axes.plot(steps, values, color=theme["law"], linewidth=0.8, alpha=0.45)
+                mean = np.convolve(values, np.ones(width) / width, mode="valid")
+                steps, values = steps[width // 2 : width // 2 + len(mean)], mean
+            dots = "o" if len(steps) <= 40 else ""
+            axes.plot(steps, values, color=theme[colour], marker=dots, markersize=3.5, label=name)
+        if len(curves) > 1:
+            axes.legend(fontsize=8.5)
+        axes.set_xlabel("step")
+
+    return chart(draw, alt)
+
+
+# ------------------------------------------------------------------------------------------------------- forecasts
+
+
+def fan_chart(fans: Fans, query: int, dimensions: Sequence[str], unit: str, alt: str) -> Picture:
+    """Each dimension of the quantity against the horizon: 50% and 90% of the samples, of the law, and the truth."""
+    from matplotlib.ticker import MaxNLocator
+
+    origin = fans.origin[query]
+
+    def bands(values: np.ndarray, k: int, level: float) -> tuple[np.ndarray, np.ndarray]:
+        tail = 50 * (1 - level)
+        low, high = np.nanpercentile(values[..., k], [tail, 100 - tail], axis=0)
+        return np.concatenate([origin[k : k + 1], low]), np.concatenate([origin[k : k + 1], high])
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        panels = figure.subplots(len(dimensions), 1, sharex=True, squeeze=False)[:, 0]
+        steps = np.arange(fans.true.shape[1] + 1)
+        for k, (axes, name) in enumerate(zip(panels, dimensions, strict=True)):
+            if fans.law is not None:
+                for edge in bands(fans.law[query], k, 0.9):
+                    axes.plot(steps, edge, color=theme["text"], linewidth=1.1, linestyle=(0, (3, 2)))
+            for level, alpha in ((0.9, 0.2), (0.5, 0.4)):
+                axes.fill_between(
+                    steps, *bands(fans.samples[query], k, level), color=theme["model"], alpha=alpha, linewidth=0
+                )
+            truth = np.concatenate([origin[k : k + 1], fans.true[query, :, k]])
+            axes.plot(steps, truth, color=theme["truth"], marker="o", markersize=3.5)
+            axes.set_ylabel(f"{name}, {unit}" if unit else name)
+            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+            if fans.on_frames and k == 1:
+                axes.invert_yaxis()
+        panels[-1].set_xlabel("horizon, segments")
+        figure.align_ylabels()
+
+    return chart(draw, alt, size_in=(SIDE_IN, 0.7 + 1.15 * len(dimensions)))
+
+
+def fan_words(fans: Fans, query: int, dimensions: Sequence[str], unit: str) -> str:
+    """The message of a fan: mean and SD of the samples and of the law, and the truth, at the first and last step."""
+
+    def spread(values: np.ndarray) -> str:
+        return f"{np.nanmean(values):.1f} ± {np.nanstd(values):.1f}"
+
+    parts = []
+    for step in sorted({0, fans.true.shape[1] - 1}):
+        words = []
+        for k, name in enumerate(dimensions):
+            law = "" if fans.law is None else f" (law {spread(fans.law[query, :, step, k])})"
+            sampled = spread(fans.samples[query, :, step, k])
+            words.append(f"{name} {sampled}{law}, true {fans.true[query, step, k]:.1f}")
+        parts.append(f"Horizon {step + 1}: {'; '.join(words)}.")
+    return f"{fans.samples.shape[1]} sampled futures, mean ± SD, in {unit or 'their own unit'}. {' '.join(parts)}"
+
+
+def path_until(origin: np.ndarray, ends: np.ndarray, segments: float) -> np.ndarray:
+    """[..., P, 2] the path from `origin` [2] through `ends` [..., H, 2] until `segments` segments after the origin.
+
+    Between the ends of segments, where it is known, it goes straight.
+    """
+    whole, part = int(segments), segments - int(segments)
+    points = np.concatenate([np.broadcast_to(origin, (*ends.shape[:-2], 1, 2)), ends], axis=-2)
+    path = points[..., : whole + 1, :]
+    if part > 0:
+        tip = points[..., whole, :] + part * (points[..., whole + 1, :] - points[..., whole, :])
+        path = np.concatenate([path, tip[..., None, :]], axis=-2)
+    return path
+
+
+def animation(frames: np.ndarray, num_frames: int, alt: str, *, fans: Fans | None = None, query: int = 0) -> Picture:
+    """A context segment and what followed, uint8 [T, C, H, W], as an animated WebP with a still of its end.
+
+    Sampled paths of `fans`, positions on the frames, grow frame by frame over what followed. A bar at the bottom fills
+    with the segments: the context first.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    total, (height, width) = len(frames), frames.shape[-2:]
+    num_segments = total // num_frames
+    shown = np.unique(np.linspace(0, total - 1, min(total, MAX_FRAMES_MOVING)).round().astype(int))
+    scale = ANIMATION_PX / max(height, width)
+    bar_px = 12
+    wide, high = round(width * scale), round(height * scale)
+    images, durations_ms = [], []
+    with style(THEMES["dark"]):
+        figure = Figure(figsize=(wide / 100, (high + bar_px) / 100), dpi=100, facecolor="#0b0e12")
+        canvas = FigureCanvasAgg(figure)
+        axes = figure.add_axes((0, bar_px / (high + bar_px), 1, high / (high + bar_px)))
+        image = show_frame(axes, frames[0])
+        axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+        bar = figure.add_axes((0, 0, 1, bar_px / (high + bar_px)))
+        bar.set_axis_off()
+        bar.set(xlim=(0, total), ylim=(0, 1))
+        for segment in range(num_segments):
+            bar.axvspan(segment * num_frames + 0.1, (segment + 1) * num_frames - 0.1, 0.3, 0.8, color="#323a44", lw=0)
+        if fans is not None:
+            alpha = float(np.clip(14 / fans.samples.shape[1], 0.1, 0.9))
+            paths = LineCollection([], colors=FAN, linewidths=1.3, alpha=alpha)
+            axes.add_collection(paths)
+            (heads,) = axes.plot([], [], ".", color=FAN, markersize=7, alpha=min(0.85, 3 * alpha), markeredgewidth=0)
+            (trace,) = axes.plot([], [], color=TRUTH, linewidth=1.8)
+            (ring,) = axes.plot([], [], "o", color=TRUTH, markersize=16, markerfacecolor="none", markeredgewidth=2)
+        for index in shown:
+            future = index >= num_frames
+            frame = frames[index]
+            if fans is not None and future:
+                segments = (index + 1 - num_frames) / num_frames
+                frame = (frame * 0.6).astype(np.uint8)  # for the paths to stand out
+                sampled = path_until(fans.origin[query], fans.samples[query], segments)
+                truth = path_until(fans.origin[query], fans.true[query], segments)
+                paths.set_segments(list(sampled))
+                heads.set_data(sampled[:, -1, 0], sampled[:, -1, 1])
+                trace.set_data(truth[:, 0], truth[:, 1])
+                ring.set_data(truth[-1:, 0], truth[-1:, 1])
+            image.set_data(_pixels(frame))
+            left = index // num_frames * num_frames
+            bar.axvspan(
+                left + 0.1,
+                min(index + 0.9, left + num_frames - 0.1),
+                0.3,
+                0.8,
+                color=TRUTH if future else "#ffffff",
+                lw=0,
+            )
+            canvas.draw()
+            images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
+            durations_ms.append(FUTURE_MS if future else CONTEXT_MS)
+    durations_ms[-1] = PAUSE_MS
+    for quality, shrink in ((72, 1), (45, 1), (45, 2)):  # as fine as fits: restless video would make the page heavy
+        moving, sized = BytesIO(), [image.reduce(shrink) for image in images]
+        sized[0].save(
+            moving,
+            format="webp",
+            save_all=True,
+            append_images=sized[1:],
+            duration=durations_ms,
+            loop=0,
+            quality=quality,
+        )
+        if moving.tell() <= MAX_ANIMATION_BYTES:
+            break
+    still = BytesIO()
+    images[-1].save(still, format="webp", quality=82)
+    uri = data_uri(moving.getvalue())
+    return Picture(uri, uri, alt, *images[0].size, still=data_uri(still.getvalue()))
+
+
+# --------------------------------------------------------------------------------------------------------- latents
+
+MAX_POINTS = 1500
+
+
+def principal_components(r: np.ndarray) -> tuple[np.ndarray, float]:
+    """[N, 2] the coordinates of r [N, R] along its two leading directions, and the share of variance they hold."""
+    centred = r - r.mean(axis=0)
+    _, singular, directions = np.linalg.svd(centred, full_matrices=False)
+    held = float((singular[:2] ** 2).sum() / max((singular**2).sum(), 1e-12))
+    plane = centred @ directions[:2].T
+    return np.pad(plane, ((0, 0), (0, 2 - plane.shape[1]))), held
+
+
+def latent_charts(latents: Latents) -> list[tuple[str, Picture]]:
+    """Inferred r in its leading plane: a title and a chart for each dimension of what truly changed, or one plain."""
+    if len(latents.r) < 3 or latents.r.shape[1] == 0:
+        return []
+    plane, held = principal_components(latents.r.astype(float))
+    keep = np.linspace(0, len(plane) - 1, min(len(plane), MAX_POINTS)).round().astype(int)
+    about = f"{len(plane):,} inferred r in the plane that holds {held:.0%} of their variance"
+    if latents.change is None:
+        return [("r", chart(lambda f, t: _scatter(f, t, plane[keep], None), f"{about}."))]
+    charts = []
+    inputs = np.column_stack([plane, np.ones(len(plane))])
+    for k in range(latents.change.shape[1]):
+        change = latents.change[:, k].astype(float)
+        fit = inputs @ np.linalg.lstsq(inputs, change, rcond=None)[0]
+        r2 = 1 - ((change - fit) ** 2).sum() / max(((change - change.mean()) ** 2).sum(), 1e-12)
+        name = f"{latents.change_name}, dimension {k + 1}" if latents.change.shape[1] > 1 else latents.change_name
+        alt = f"{about}, coloured by {name}: a straight line across the plane explains {max(r2, 0.0):.0%} of it."
+
+        def draw(figure: Figure, theme: Theme, change: np.ndarray = change) -> None:
+            _scatter(figure, theme, plane[keep], change[keep])
+
+        charts.append((name, chart(draw, alt)))
+    return charts
+
+
+def _scatter(figure: Figure, theme: Theme, points: np.ndarray, colour: np.ndarray | None) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    axes = figure.add_subplot()
+    if colour is None:
+        axes.scatter(points[:, 0], points[:, 1], s=7, color=theme["model"], alpha=0.6, linewidths=0)
+    else:
+        # The middle is grey, not white, so that it shows on both pages.
+        diverging = LinearSegmentedColormap.from_list("change", [theme["model"], theme["law"], theme["truth"]])
+        limit = max(float(np.nanpercentile(np.abs(colour), 98)), 1e-9)
+        drawn = axes.scatter(
+            points[:, 0], points[:, 1], s=8, c=colour, cmap=diverging, vmin=-limit, vmax=limit, alpha=0.85, linewidths=0
+        )
+        scale = figure.colorbar(drawn, ax=axes, fraction=0.05, pad=0.03)
+        scale.outline.set_visible(False)
+        scale.ax.grid(False)
+    axes.set(xlabel="first component of r", ylabel="second component")

@@ -10,7 +10,7 @@ dimensions, K dimensions of the quantity.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -480,15 +480,21 @@ class Physical:
 def _probes(law: Law | None, fit: EmbeddedClips, selection: EmbeddedClips, queries: EmbeddedClips) -> dict[str, Any]:
     """What frozen representations tell of the labels of held-out clips."""
     parts = (fit, selection, queries)
-    representations: dict[str, Splits] = {
-        "backbone": tuple(part.backbone for part in parts),
-        "embedding": tuple(part.context for part in parts),
+
+    def of_all(measure: Callable[[EmbeddedClips], Tensor]) -> Splits:
+        return measure(fit), measure(selection), measure(queries)
+
+    representations = {
+        "backbone": of_all(lambda clips: clips.backbone),
+        "embedding": of_all(lambda clips: clips.context),
     }
     if fit.r.shape[1]:
-        representations["r"] = tuple(part.r for part in parts)
-        representations["embedding_and_r"] = tuple(torch.cat([part.context, part.r], dim=1) for part in parts)
+        representations |= {
+            "r": of_all(lambda clips: clips.r),
+            "embedding_and_r": of_all(lambda clips: torch.cat([clips.context, clips.r], dim=1)),
+        }
     labels = [law.probe_targets(part.labels) if law else _probe_targets(part.labels) for part in parts]
-    targets: dict[str, Splits] = {name: tuple(part[name] for part in labels) for name in labels[0]}
+    targets: dict[str, Splits] = {name: (labels[0][name], labels[1][name], labels[2][name]) for name in labels[0]}
     return probe_all(representations, targets)
 
 

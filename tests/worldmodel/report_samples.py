@@ -1,0 +1,180 @@
+"""Made-up metrics and illustrations of an evaluated run, for the tests of what is written from them."""
+
+from typing import Any
+
+import numpy as np
+
+from worldmodel.evaluation.illustrations import Fans, Illustrations, Latents, Timeline
+
+ONE_FUTURE = ("prior_mean", "no_latent", "pixel_constant_velocity", "persistence")
+RATIOS = {
+    "model": 1.1021,
+    "prior_mean": 1.5279,
+    "shuffled_r": 1.2461,
+    "no_latent": 1.8968,
+    "pixel_constant_velocity": 1.3334,
+    "persistence": 2.7063,
+    "encode_decode_oracle": 1.0398,
+    "simulator_oracle": 1.0,
+}
+
+
+def make_scores(name: str, ratio: float, num_steps: int, num_dimensions: int, *, oracle: bool) -> dict[str, Any]:
+    steps = np.arange(1, num_steps + 1)
+    errors = 0.5982 * ratio * (1 + 0.45 * (steps - 1))
+    many = name not in ONE_FUTURE
+    level = {"50": 0.47, "80": 0.765, "90": 0.881}
+    bins = np.array([0.14, 0.11, 0.09, 0.08, 0.08, 0.08, 0.09, 0.09, 0.11, 0.13])
+    return {
+        "energy_score": errors.tolist(),
+        **({"ratio_to_oracle": (ratio + 0.01 * (steps - 1)).tolist()} if oracle else {}),
+        "crps": [[float(e * (0.6 + 0.03 * k)) for k in range(num_dimensions)] for e in errors],
+        "best_of": (errors / 3).tolist(),
+        "coverage": {
+            key: [[v - 0.006 * h + 0.011 * k for k in range(num_dimensions)] for h in range(num_steps)]
+            for key, v in level.items()
+        }
+        if many
+        else None,
+        "width": {
+            key: [[2 * v + h for _ in range(num_dimensions)] for h in range(num_steps)] for key, v in level.items()
+        }
+        if many
+        else None,
+        "spread_skill": (0.97 - 0.02 * (steps - 1) * (ratio - 0.9)).tolist() if many else None,
+        "rank_histogram": [bins.tolist()] * num_steps if many else None,
+    }
+
+
+def make_metrics(num_steps: int = 8) -> dict[str, Any]:
+    """Of a run on a world with labels and a known law."""
+    steps = np.arange(1, num_steps + 1)
+    embedding = {"model": 0.4321, "prior_mean": 0.5678, "persistence": 0.9512, "climatology": 0.8765}
+    probes = ("linear", "knn", "mlp", "few_shot_1", "few_shot_5", "few_shot_10")
+    return {
+        "run": "demo",
+        "seed": 17,
+        "queries": 1024,
+        "queries_sha256": "0123456789abcdef",
+        "num_samples": 64,
+        "train": {"seconds": 211.4, "steps": 1200},
+        "kl_nats": 2.3456,
+        "horizon": num_steps,
+        "segment_frames": 3,
+        "segment_s": 0.12,
+        "space": "centroid, px",
+        "quantity": {"name": "centroid", "unit": "px", "dimensions": ["x", "y"]},
+        "forecasts": {name: make_scores(name, ratio, num_steps, 2, oracle=True) for name, ratio in RATIOS.items()},
+        "embedding": {
+            "forecasts": {
+                name: make_scores(name, value, num_steps, 1, oracle=False) for name, value in embedding.items()
+            },
+            "retrieval": {
+                "distractors": 1023,
+                "forecasts": {
+                    name: {
+                        key: (base / (1 + 0.3 * (steps - 1)) * scale).tolist()
+                        for key, scale in (("mrr", 0.5), ("hit_1", 0.3), ("hit_5", 0.7), ("hit_10", 0.9))
+                    }
+                    for name, base in (("model", 0.9), ("prior_mean", 0.8), ("persistence", 0.3))
+                },
+            },
+            "effective_rank": 37.2111,
+            "std": 0.9871,
+        },
+        "readout": {"strength": 0.01, "r2": [0.9812, 0.9854]},
+        "beyond_fit_norm_99": (0.0125 * steps).tolist(),
+        "probes": {
+            name: {
+                target: {probe: round(base - 0.03 * i, 4) for i, probe in enumerate(probes)}
+                for target in ("digit", "velocity", "velocity_change")
+            }
+            for name, base in (("backbone", 0.93), ("embedding", 0.9437), ("r", 0.41), ("embedding_and_r", 0.9591))
+        },
+    }
+
+
+def make_unlabelled_metrics(num_steps: int = 8) -> dict[str, Any]:
+    """The same run where nothing is known but the video."""
+    metrics = make_metrics(num_steps)
+    forecasts = metrics["embedding"]["forecasts"]
+    kept = {key: value for key, value in metrics.items() if key not in ("readout", "probes", "beyond_fit_norm_99")}
+    return kept | {"space": "embedding", "quantity": None, "forecasts": forecasts, "segment_s": None}
+
+
+def make_history() -> list[dict[str, Any]]:
+    train = [
+        {"step": s, "split": "train", "loss": 2 / (1 + s / 200), "kl_nats": s / 500, "effective_rank": 30.0 + s / 200}
+        for s in range(0, 1200, 10)
+    ]
+    return train + [
+        {"step": s, "split": "selection", "loss": 2.1 / (1 + s / 200), "energy_score": 1 - s / 3000}
+        for s in range(0, 1200, 300)
+    ]
+
+
+def make_illustrations(
+    *,
+    queries: int = 2,
+    num_steps: int = 8,
+    num_frames: int = 3,
+    channels: int = 1,
+    size_px: int = 64,
+    labels: bool = True,
+    on_frames: bool = True,
+    num_neighbours: int = 2,
+    texture: bool = False,
+) -> Illustrations:
+    """A bright square drifts over each video; sampled paths spread around its own."""
+    rng = np.random.default_rng(0)
+    num_total = (1 + num_steps) * num_frames
+    origin = rng.uniform(0.35, 0.65, (queries, 2)) * size_px
+    direction = rng.normal(0, 0.25 * size_px / max(1, num_steps * num_frames), (queries, 2))
+    frames = np.zeros((queries, num_total, channels, size_px, size_px), dtype=np.uint8)
+    half = size_px // 8
+    for query in range(queries):
+        for t in range(num_total):
+            x, y = (origin[query] + (t - num_frames + 1) * direction[query]).round().astype(int)
+            frames[query, t, :, max(0, y - half) : y + half, max(0, x - half) : x + half] = 230
+    if texture:  # that changes in every frame, in patches of 4 pixels
+        patches = rng.integers(0, 256, (queries, num_total, channels, size_px // 4, size_px // 4), dtype=np.uint8)
+        frames = patches.repeat(4, axis=-2).repeat(4, axis=-1)
+    steps = np.arange(1, num_steps + 1)[:, None]
+    true = origin[:, None] + steps * num_frames * direction[:, None]
+
+    def spread(count: int, width: float) -> np.ndarray:
+        walk = np.cumsum(rng.normal(0, width * size_px / 40, (queries, count, num_steps, 2)), axis=2)
+        return true[:, None] + walk
+
+    steps_shown = tuple(sorted({1, (num_steps + 1) // 2, num_steps}))
+    which = rng.integers(0, max(queries, 1), (queries, len(steps_shown), num_neighbours))
+    near = (
+        np.stack(
+            [frames[which[:, i], step * num_frames : (step + 1) * num_frames] for i, step in enumerate(steps_shown)],
+            axis=1,
+        )
+        if queries
+        else np.zeros((0, 1, 1, num_frames, channels, size_px, size_px), dtype=np.uint8)
+    )
+    change = rng.normal(0, 1, (300, 2))
+    r = change @ rng.normal(0, 1, (2, 8)) + rng.normal(0, 0.4, (300, 8))
+    kl_nats = np.abs(rng.normal(1, 0.3, 80))
+    kl_nats[[20, 60]] = 5.0, 4.0
+    return Illustrations(
+        frames=frames,
+        num_frames=num_frames,
+        fans=Fans(spread(64, 1.1), spread(128, 1.3), true, origin, on_frames) if labels else None,
+        neighbours=near,
+        neighbour_steps=steps_shown,
+        latents=Latents(r, change if labels else None, "velocity change, px/frame" if labels else ""),
+        timeline=Timeline(
+            video="walk.mp4",
+            frame=np.arange(80) * num_frames + num_frames,
+            time_s=(np.arange(80) + 1) * 0.12 if labels else None,
+            kl_nats=kl_nats,
+            peaks=np.array([20, 60]),
+            peak_frames=np.repeat(frames[:1, : 2 * num_frames], 2, axis=0)
+            if queries
+            else np.zeros((2, 2 * num_frames, channels, size_px, size_px), dtype=np.uint8),
+        ),
+    )
