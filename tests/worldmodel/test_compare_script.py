@@ -174,7 +174,7 @@ def test_folders_of_evaluated_runs_are_compared_without_training(
     runs, _ = script.make_grid(parse(script, *grid(tmp_path / "made", objectives="byol")))
     for run, shift in zip(runs, (0.0, 0.5), strict=True):
         run.folder.mkdir(parents=True)
-        (run.folder / "config.yaml").write_text(script.to_yaml(run.config))  # type: ignore[attr-defined]
+        (run.folder / "config.yaml").write_text(script.to_yaml(run.config))
         scores = {"energy_score": [0.5 + shift, 1.0 + shift]}
         (run.folder / "metrics.json").write_text(json.dumps({"forecasts": {"model": scores}}))
         (run.folder / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": 2.0}\n')
@@ -229,7 +229,7 @@ def test_metrics_count_only_for_the_same_config_and_the_last_step(script: Module
     folder = tmp_path / "byol-none" / "seed_0"
     folder.mkdir(parents=True)
     assert not script.is_done(run)
-    (folder / "config.yaml").write_text(script.to_yaml(run.config))  # type: ignore[attr-defined]
+    (folder / "config.yaml").write_text(script.to_yaml(run.config))
     (folder / "metrics.json").write_text('{"train": {"steps": 8}}')
     assert script.is_done(run) and script.is_done(only_run("train.steps=8", "data.num_workers=0"))
     changed = only_run("train.steps=8", "train.lr=5e-3")

@@ -26,8 +26,8 @@ def model(
             run_dir="",
             data=DataConfig(channels=1, num_segments=num_segments),  # type: ignore[arg-type]
             model=ModelConfig(width=0.125, latent=latent, **{**defaults, **changes}),  # type: ignore[arg-type]
-            objective=ObjectiveConfig(  # type: ignore[arg-type]
-                name=objective,
+            objective=ObjectiveConfig(
+                name=objective,  # type: ignore[arg-type]
                 rollout_steps=len(step_weights),
                 step_weights=step_weights,
             ),

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from einops import repeat
 from torch import Tensor, nn
@@ -456,19 +457,15 @@ class Physical:
 
     def fans(self, values: Tensor, count: int) -> Fans:
         """What the report draws of the first queries: values [Q, S, H, K]."""
-        parts = {
-            "samples": values[:count],
-            "law": self.observed[:count] if self.law else None,
-            "true": self.truth[:count, None],
-        }
-        if self.law:
-            labels = {name: label[:count] for name, label in self.queries.labels.items()}
-            parts = {name: self.law.positions(labels, part) for name, part in parts.items() if part is not None}
-        law = parts["law"]
+        labels = {name: label[:count] for name, label in self.queries.labels.items()}
+
+        def shown(part: Tensor) -> np.ndarray:
+            return (self.law.positions(labels, part[:count]) if self.law else part[:count]).numpy()
+
         return Fans(
-            samples=parts["samples"].numpy(),
-            law=None if law is None else law.numpy(),
-            true=parts["true"][:, 0].numpy(),
+            samples=shown(values),
+            law=shown(self.observed) if self.law else None,
+            true=shown(self.truth[:, None])[:, 0],
             origin=self.origin[:count].numpy(),
             on_frames=self.law is not None,
         )
