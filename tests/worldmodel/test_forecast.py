@@ -3,7 +3,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,36 +12,12 @@ from worldmodel import WorldModel, load
 from worldmodel.config import Config
 from worldmodel.data import Segments
 from worldmodel.evaluation import forecast
-from worldmodel.evaluation.forecast import choose_readout, development_scores, evaluate_forecasts, fit_ridge
+from worldmodel.evaluation.forecast import development_scores, evaluate_forecasts
 from worldmodel.latents import Inference
 from worldmodel.teacher import Teacher
 from worldmodel.train import train
 
 CPU = torch.device("cpu")
-
-
-def test_ridge_equals_the_normal_equations_in_numpy() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(50, 4, generator=generator) * 3 + 1, torch.randn(50, 2, generator=generator)
-    standard = ((x - x.mean(0)) / x.std(0)).double().numpy()
-    centred = (y - y.mean(0)).double().numpy()
-    weight = np.linalg.inv(standard.T @ standard + 7 * np.eye(4)) @ standard.T @ centred
-    expected = standard @ weight + y.mean(0).numpy()
-    np.testing.assert_allclose(fit_ridge(x, y, 7.0)(x).numpy(), expected, atol=1e-5)
-
-
-def test_strength_is_chosen_on_selection_clips() -> None:
-    """Many noisy inputs, few clips: the least regularised fit is best on the fit clips and worst elsewhere."""
-    generator = torch.Generator().manual_seed(0)
-    truth = torch.zeros(60, 1)
-    truth[0] = 1
-
-    def clips(count: int) -> tuple[Tensor, Tensor]:
-        x = torch.randn(count, 60, generator=generator)
-        return x, x @ truth + 3 * torch.randn(count, 1, generator=generator)
-
-    readout = choose_readout(*clips(70), *clips(500))
-    assert readout.strength == 100.0
 
 
 class OracleStudent(WorldModel):

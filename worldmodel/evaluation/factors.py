@@ -11,7 +11,8 @@ from torch import Tensor
 from data_pipelines.sources.causal import WIDER
 from worldmodel.config import Config
 from worldmodel.data import causal_world, oracle_r, segments_of
-from worldmodel.evaluation.forecast import Readout, choose_readout, frozen, mean_penalty
+from worldmodel.evaluation.forecast import frozen, mean_penalty
+from worldmodel.evaluation.readout import Readout, choose_readout
 from worldmodel.model import WorldModel
 from worldmodel.scores import dci, r_squared
 

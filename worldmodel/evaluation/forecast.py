@@ -28,6 +28,8 @@ from data_pipelines.sources.moving_mnist import (
 from data_pipelines.transforms import to_float
 from worldmodel.config import Config
 from worldmodel.data import evaluation_batches, known_law, oracle_r, segments_of
+from worldmodel.evaluation.probes import fit_mlp
+from worldmodel.evaluation.readout import Readout, choose_readout, fit_ridge
 from worldmodel.evaluation.report import ForecastExamples
 from worldmodel.model import WorldModel
 from worldmodel.scores import (
@@ -38,7 +40,6 @@ from worldmodel.scores import (
     r_squared,
 )
 
-RIDGE_STRENGTHS = (1e-6, 1e-4, 1e-2, 1.0, 100.0)
 INTERVAL_LEVEL = 0.9
 ENCODE_BATCH = 512
 BANK_CLIPS = 512
@@ -71,24 +72,6 @@ class EmbeddedClips:
 
     def __len__(self) -> int:
         return len(self.context)
-
-
-@dataclass(frozen=True)
-class Readout:
-    """Ridge regression on standardised inputs: [..., D] -> [..., K]."""
-
-    centre: Tensor
-    scale: Tensor
-    weight: Tensor
-    bias: Tensor
-    strength: float
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        return (inputs - self.centre) / self.scale @ self.weight + self.bias
-
-    def standardised_norm(self, inputs: Tensor) -> Tensor:
-        """Length of the standardised inputs, [..., D] -> [...]: how far they lie from the clips of the fit."""
-        return ((inputs - self.centre) / self.scale).norm(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -343,26 +326,7 @@ def _encode_decode(
     return torch.cat(read)
 
 
-# ------------------------------------------------------------------------------------------------------- readout
-
-
-def fit_ridge(inputs: Tensor, outputs: Tensor, strength: float) -> Readout:
-    """Ridge in closed form, in float64: inputs [N, D], outputs [N, K]; standardised inputs, `strength` added to X'X."""
-    inputs, outputs = inputs.double(), outputs.double()
-    centre, scale = inputs.mean(dim=0), inputs.std(dim=0).clamp(min=1e-6)
-    bias = outputs.mean(dim=0)
-    x = (inputs - centre) / scale
-    gram = x.T @ x + strength * torch.eye(x.shape[1], dtype=x.dtype)
-    weight = torch.linalg.solve(gram, x.T @ (outputs - bias))
-    return Readout(centre.float(), scale.float(), weight.float(), bias.float(), strength)
-
-
-def choose_readout(
-    fit_inputs: Tensor, fit_outputs: Tensor, selection_inputs: Tensor, selection_outputs: Tensor
-) -> Readout:
-    """The ridge whose strength gives the least squared error on selection clips."""
-    readouts = [fit_ridge(fit_inputs, fit_outputs, strength) for strength in RIDGE_STRENGTHS]
-    return min(readouts, key=lambda readout: float((readout(selection_inputs) - selection_outputs).square().mean()))
+# -------------------------------------------------------------------------------------------------------- probes
 
 
 def _probes(fit: EmbeddedClips, selection: EmbeddedClips, queries: EmbeddedClips) -> dict[str, Any]:
@@ -396,19 +360,6 @@ def _probes(fit: EmbeddedClips, selection: EmbeddedClips, queries: EmbeddedClips
             "mlp": r_squared(fit_mlp(future(fit), change(fit))(future(queries)), truth),
         },
     }
-
-
-def fit_mlp(inputs: Tensor, outputs: Tensor) -> Callable[[Tensor], Tensor]:
-    """A probe with one hidden layer of 256 units: [N, D], [N, K] -> a function [M, D] -> [M, K]."""
-    from sklearn.neural_network import MLPRegressor
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    probe = make_pipeline(
-        StandardScaler(), MLPRegressor(hidden_layer_sizes=(256,), early_stopping=True, max_iter=100, random_state=0)
-    )
-    probe.fit(inputs.numpy(), outputs.numpy())
-    return lambda values: torch.from_numpy(probe.predict(values.numpy())).float()
 
 
 # ------------------------------------------------------------------------------------------------------ pictures
