@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipelines.decoders import read_frames
 from data_pipelines.errors import UserError
@@ -131,8 +131,10 @@ def test_the_prediction_error_is_what_the_best_r_leaves() -> None:
     context, later = embeddings(4, 1), embeddings(4, 3)
     assert isinstance(model.latent, GaussianLatent)
     with torch.no_grad():
-        model.latent.posterior_net[-1].weight[3:] = 0
-        model.latent.posterior_net[-1].bias[3:] = -30  # no spread
+        last = model.latent.posterior_net[-1]
+        assert isinstance(last, nn.Linear)
+        last.weight[3:] = 0
+        last.bias[3:] = -30  # no spread
         reached = model.edit(context, model.latent.posterior(context, later).mean)
         assert float(measure(model, context, reached, later)[1].abs().max()) < 1e-4
         torch.testing.assert_close(
@@ -168,9 +170,10 @@ def test_frames_and_times_are_those_of_the_source(long_video: Path) -> None:
 @pytest.mark.parametrize("latent", ["none", "sparse", "oracle"])
 def test_only_a_gaussian_latent_has_a_surprise(latent: str, long_video: Path) -> None:
     config, model = tiny(latent=latent, editor="low_rank")
-    for surprise, video in ((video_surprise, long_video), (clip_surprise, clip(12))):
-        with pytest.raises(UserError, match=r"needs a run with model\.latent=gaussian"):
-            surprise(config, model, model.embedder, video)  # type: ignore[operator]
+    with pytest.raises(UserError, match=r"needs a run with model\.latent=gaussian"):
+        video_surprise(config, model, model.embedder, long_video)
+    with pytest.raises(UserError, match=r"needs a run with model\.latent=gaussian"):
+        clip_surprise(config, model, model.embedder, clip(12))
 
 
 def test_what_cannot_be_scored_is_told_in_one_line(long_video: Path, tmp_path: Path) -> None:
