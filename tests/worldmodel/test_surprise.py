@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipelines.decoders import read_frames
 from data_pipelines.errors import UserError
@@ -132,7 +132,7 @@ def test_the_prediction_error_is_what_the_best_r_leaves() -> None:
     assert isinstance(model.latent, GaussianLatent)
     with torch.no_grad():
         last = model.latent.posterior_net[-1]
-        assert isinstance(last, torch.nn.Linear)
+        assert isinstance(last, nn.Linear)
         last.weight[3:] = 0
         last.bias[3:] = -30  # no spread
         reached = model.edit(context, model.latent.posterior(context, later).mean)
