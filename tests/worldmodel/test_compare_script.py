@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -221,7 +222,7 @@ def test_combinations_that_the_config_refuses(script: ModuleType, tmp_path: Path
 
 
 def test_metrics_count_only_for_the_same_config_and_the_last_step(script: ModuleType, tmp_path: Path) -> None:
-    def only_run(*overrides: str) -> object:
+    def only_run(*overrides: str) -> Any:
         runs, _ = script.make_grid(parse(script, *grid(tmp_path, *overrides, objectives="byol")))
         return runs[0]
 

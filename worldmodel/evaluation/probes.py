@@ -7,6 +7,7 @@ protocol tunes the encoder too; here it stays frozen and the few-shot probe is l
 Legend: N clips, D dimensions of a representation, K dimensions of a target, C classes.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from itertools import product
 
@@ -105,6 +106,7 @@ def nearest_clips(inputs: Tensor, fit: Tensor, count: int) -> Tensor:
 
 def fit_mlp(inputs: Tensor, outputs: Tensor, max_iterations: int = 100) -> Callable[[Tensor], Tensor]:
     """A probe with one hidden layer of 256 units: [N, D], [N, K] -> a function [M, D] -> [M, K]."""
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.neural_network import MLPRegressor
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -113,7 +115,9 @@ def fit_mlp(inputs: Tensor, outputs: Tensor, max_iterations: int = 100) -> Calla
         StandardScaler(),
         MLPRegressor(hidden_layer_sizes=(256,), early_stopping=True, max_iter=max_iterations, random_state=0),
     )
-    mlp.fit(inputs.numpy(), outputs.numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the cap is meant
+        mlp.fit(inputs.numpy(), outputs.squeeze(1).numpy())
     return lambda values: torch.from_numpy(mlp.predict(values.numpy())).float().reshape(-1, outputs.shape[1])
 
 
