@@ -52,7 +52,7 @@ def plant(event: Event, sprites: Sprites, videos: Videos, frame: int, generator:
         still = min(FREEZE_SEGMENTS * SEGMENT_FRAMES, num_frames - frame)
         last = min(frame + still, num_frames - 1)  # the first frame that moves again
     elif event == "appearance":
-        more = sample_videos(sprites, len(videos), 1, SEGMENT_FRAMES, "bounce", generator)
+        more = sample_videos(sprites, len(videos), 1, 2 * SEGMENT_FRAMES, "bounce", generator)
         sprite, digit = torch.cat([sprite, more.sprite], dim=1), torch.cat([digit, more.digit], dim=1)
         centre = torch.cat([centre, more.motion.centre[:, -1]], dim=1)
         velocity = torch.cat([velocity, more.motion.velocity[:, -1]], dim=1)
@@ -61,8 +61,9 @@ def plant(event: Event, sprites: Sprites, videos: Videos, frame: int, generator:
         sprite = another_class(sprites, digit, generator)
         digit = sprites.digits[sprite]
     at_rest = centre[:, None].expand(-1, still, -1, -1)
-    rest = (num_frames - frame - still) // SEGMENT_FRAMES
-    after = torch.cat([at_rest, simulate(centre, velocity, digit, rest, "bounce", generator).centre], dim=1)
+    rest = num_frames - frame
+    moving = simulate(centre, velocity, digit, rest // SEGMENT_FRAMES, "bounce", generator).centre
+    after = torch.cat([at_rest, moving], dim=1)[:, :rest]
     parts = [
         render_digits(sprites.images[videos.sprite], centres[:, :frame]),
         render_digits(sprites.images[sprite], after),
