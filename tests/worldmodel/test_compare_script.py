@@ -174,7 +174,7 @@ def test_folders_of_evaluated_runs_are_compared_without_training(
     runs, _ = script.make_grid(parse(script, *grid(tmp_path / "made", objectives="byol")))
     for run, shift in zip(runs, (0.0, 0.5), strict=True):
         run.folder.mkdir(parents=True)
-        (run.folder / "config.yaml").write_text(script.to_yaml(run.config))  # type: ignore[attr-defined]
+        (run.folder / "config.yaml").write_text(script.to_yaml(run.config))
         scores = {"energy_score": [0.5 + shift, 1.0 + shift]}
         (run.folder / "metrics.json").write_text(json.dumps({"forecasts": {"model": scores}}))
         (run.folder / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": 2.0}\n')
