@@ -549,7 +549,7 @@ def animation(frames: np.ndarray, num_frames: int, alt: str, *, fans: Fans | Non
             images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
             durations_ms.append(FUTURE_MS if future else CONTEXT_MS)
     durations_ms[-1] = PAUSE_MS
-    for quality, shrink in ((72, 1), (45, 1), (45, 2)):  # as fine as fits: restless video would make the page heavy
+    for quality, shrink in ((72, 1), (45, 1), (30, 2)):  # as fine as fits: restless video would make the page heavy
         moving, sized = BytesIO(), [image.reduce(shrink) for image in images]
         sized[0].save(
             moving,

@@ -144,9 +144,10 @@ def line_words(lines: Sequence[Line], digits: int = 2) -> str:
 def horizon_charts(metrics: Mapping[str, Any]) -> list[tuple[str, str, Picture]]:
     """Title, what to look for, and chart, of each score that changes over the horizon; none for one step."""
     unit, last = tables.unit(metrics), tables.horizon(metrics)
+    floor = "The simulator oracle is the floor." if "simulator_oracle" in tables.forecast_names(metrics) else ""
     charts = []
     for title, key, ylabel, about, levels in (
-        ("Energy Score", "energy_score", unit, "The simulator oracle is the floor.", ()),
+        ("Energy Score", "energy_score", unit, floor, ()),
         (
             "Energy Score over the oracle's",
             "ratio_to_oracle",
