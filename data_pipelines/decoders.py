@@ -112,6 +112,15 @@ def open_video(path: str | Path, video: Video, *, channels: int, size_px: int | 
     return PyAVReader(path, video, channels=channels, size_px=size_px)
 
 
+def read_facts(path: str | Path) -> Video:
+    """The facts of a single file that needs no index. Raises UserError: it is missing or unreadable."""
+    path = Path(path)
+    video = index_file(path.parent, path.name)
+    if isinstance(video, BadFile):
+        raise UserError(f"video '{path}' cannot be read: {video.reason}")
+    return video
+
+
 def read_frames(
     path: str | Path,
     start_frame: int = 0,
@@ -121,18 +130,17 @@ def read_frames(
     size_px: int | None,
     decoder: str = "auto",
     fps: float | None = None,
+    video: Video | None = None,
 ) -> Iterator[Frame]:
     """Frames [start_frame, stop_frame) of a single file that needs no index, each uint8 [C, H, W].
 
     fps: as in ClipSpec; frames are then counted in the resampled video.
+    video: what `read_facts` said of the file, to save finding it out again.
 
     Raises UserError: the file is missing, unreadable, damaged, or shorter than stop_frame.
     """
     decoder = resolve_decoder(decoder)
-    path = Path(path)
-    video = index_file(path.parent, path.name)
-    if isinstance(video, BadFile):
-        raise UserError(f"video '{path}' cannot be read: {video.reason}")
+    video = read_facts(path) if video is None else video
     source_frames = frames_on_screen(video, fps).tolist()
     stop_frame = len(source_frames) if stop_frame is None else stop_frame
     if not 0 <= start_frame <= stop_frame <= len(source_frames):

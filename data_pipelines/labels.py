@@ -61,9 +61,10 @@ def read_labels(root: Path, videos: Sequence[Video], class_names: Sequence[str])
 
 def stack_labels(rows: Sequence[Mapping[str, Any]], num_frames: Sequence[int]) -> Labels:
     """One row of labels a video, and its number of frames -> the fields that every row has."""
-    of_videos, of_frames = {}, {}
+    of_videos: dict[str, torch.Tensor] = {}
+    of_frames: dict[str, torch.Tensor] = {}
     for name in rows[0]:
-        values = [row.get(name) for row in rows]
+        values: list[Any] = [row.get(name) for row in rows]
         if all(map(_has_a_list_for_each, values, num_frames)):
             tensor = _numbers_to_tensor([frame for value in values for frame in value])
             into = of_frames

@@ -4,6 +4,7 @@ python scripts/evaluate.py --run runs/demo [--compare runs/demo_byol]
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -12,17 +13,22 @@ from typing import Any
 import torch
 
 from data_pipelines.errors import UserError
-from worldmodel import load
+from worldmodel import TrainedRun, load
 from worldmodel.checkpoint import write_text
 from worldmodel.cli import report_errors
 from worldmodel.config import to_yaml
+from worldmodel.data import clip_spec, read_index
 from worldmodel.evaluation.factors import evaluate_factors, factors_table
 from worldmodel.evaluation.forecast import evaluate_forecasts
+from worldmodel.evaluation.illustrations import Timeline
+from worldmodel.evaluation.readout_file import save_readout
 from worldmodel.evaluation.report import write_report
 from worldmodel.evaluation.tables import markdown_table
+from worldmodel.latents import GaussianLatent
 from worldmodel.machine import keep_freed_memory
-from worldmodel.model import TrainedRun
 from worldmodel.tracking import read_metrics, versions
+
+MIN_TIMELINE_TRANSITIONS = 4
 
 
 def main() -> int:
@@ -52,6 +58,8 @@ def evaluate(run: Path, which: str, compare: Path | None, device: torch.device) 
     }
     if compare is not None:
         metrics["forecasts"]["no_latent"] = compared_forecast(compare, metrics)
+    if evaluation.readout is not None and evaluation.quantity is not None:
+        save_readout(run, evaluation.readout, evaluation.quantity, trained.state["step"])
     write_text(run / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     table = markdown_table(metrics)
     write_text(run / "forecasts.md", table + "\n")
@@ -61,10 +69,23 @@ def evaluate(run: Path, which: str, compare: Path | None, device: torch.device) 
         metrics=metrics,
         config_yaml=to_yaml(trained.config),
         history=read_metrics(run),
-        illustrations=evaluation.illustrations,
+        illustrations=dataclasses.replace(evaluation.illustrations, timeline=test_timeline(trained)),
         versions=versions(),
     )
     print(f"\n{table}\n\n{run / 'report.html'}\n{run / 'metrics.json'}")
+
+
+def test_timeline(trained: TrainedRun) -> Timeline | None:
+    """Surprise along the first test video that holds several transitions; None without a posterior, or such a video."""
+    config = trained.config
+    if config.data.source != "videos" or not isinstance(trained.model.latent, GaussianLatent):
+        return None
+    index = read_index(config.data, "test")
+    length = clip_spec(config, MIN_TIMELINE_TRANSITIONS).span
+    for video in index.videos:
+        if not video.shard and video.num_frames >= length:
+            return trained.surprise(index.root / video.path, progress=True)
+    return None
 
 
 def training_facts(run: Path, trained: TrainedRun) -> dict[str, Any]:
@@ -89,6 +110,8 @@ def compared_forecast(compare: Path, metrics: dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist: evaluate that run first")
     other = json.loads(path.read_text(encoding="utf-8"))
+    if other["quantity"] is None:
+        raise UserError("--compare needs videos with labels: embeddings of two runs have no common scale")
     if other["queries_sha256"] != metrics["queries_sha256"]:
         raise UserError(f"{compare} was scored on other queries: evaluate both runs on the same data and settings")
     return other["forecasts"]["model"]

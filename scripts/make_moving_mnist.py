@@ -21,6 +21,8 @@ COUNTS: dict[str, dict[Split, int]] = {
     "kicked": {"train": 3_072, "selection": 512, "test": 512},
 }
 
+MIN_FRAMES = 2 * SEGMENT_FRAMES
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,8 +69,8 @@ def own_options(args: argparse.Namespace) -> dict[str, object]:
     for name, value in given.items():
         if name not in of_world[args.world]:
             raise UserError(f"--{name.replace('_', '-')} {value} is no option of --world {args.world}")
-    if (num_frames := given.get("num_frames", SEGMENT_FRAMES)) < 1 or num_frames % SEGMENT_FRAMES:
-        raise UserError(f"--num-frames {num_frames} must be a multiple of {SEGMENT_FRAMES}, the frames of a segment")
+    if (num_frames := given.get("num_frames", MIN_FRAMES)) < MIN_FRAMES or num_frames % SEGMENT_FRAMES:
+        raise UserError(f"--num-frames {num_frames} must be a multiple of {SEGMENT_FRAMES}, at least {MIN_FRAMES}")
     return given
 
 

@@ -33,12 +33,9 @@ def main() -> int:
             if getattr(args, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
         trained = load(args.run, device=args.device)
-        context = read_context(trained, args.video, args.start_frame).to(args.device)
-        generator = torch.Generator(args.device).manual_seed(args.seed)
-        with torch.no_grad():
-            embedding = trained.model.encode(context)
-            futures = trained.model.rollout(context, args.horizon, args.num_samples, generator)[0]
-        save(args.out, embedding[0], futures)
+        context = read_context(trained, args.video, args.start_frame)
+        futures = trained.rollout(context, args.horizon, args.num_samples, args.seed)[0]
+        save(args.out, trained.encode(context)[0], futures)
         spread = futures.std(dim=0).mean(dim=-1).tolist() if len(futures) > 1 else [0.0] * args.horizon
         print(f"{args.out}: futures {list(futures.shape)} = [samples, horizon, embedding]")
         print("standard deviation over samples, by step: " + " ".join(f"{value:.3f}" for value in spread))

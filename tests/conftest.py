@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from data_pipelines.sources import kicked_mnist
 from data_pipelines.sources.moving_mnist import write_world
 from worldmodel.config import Config, load_config
 
@@ -46,6 +47,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 training, 32 selection and 24 test videos of nine frames, with labels."""
     root = tmp_path_factory.mktemp("world") / "moving_mnist"
     write_world(root, {"train": 64, "selection": 32, "test": 24}, num_processes=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def kicked_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8 training, 4 selection and 4 test videos of 24 frames with a kick every three, with labels."""
+    root = tmp_path_factory.mktemp("world") / "kicked_mnist"
+    kicked_mnist.write_world(root, {"train": 8, "selection": 4, "test": 4}, num_frames=24, num_processes=1)
     return root
 
 

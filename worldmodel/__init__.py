@@ -1,6 +1,7 @@
 """Video world models whose futures are many: joint-embedding prediction with a latent variable."""
 
-from worldmodel.model import TrainedRun, WorldModel, load
+from worldmodel.model import WorldModel
+from worldmodel.run import TrainedRun, load
 
 __version__ = "0.1.0"
 

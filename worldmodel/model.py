@@ -3,23 +3,16 @@
 Legend: B clips, T frames, C channels, H = W pixels, D embedding dimensions, R latent dimensions, S samples.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from data_pipelines.errors import UserError
-from worldmodel.checkpoint import load_checkpoint, load_run_config
 from worldmodel.config import Config
 from worldmodel.editors import make_editor
 from worldmodel.encoders import ENCODERS, Embedder, normalise
 from worldmodel.latents import Inference, make_latent
 from worldmodel.objectives import make_objective
-from worldmodel.teacher import Teacher
 
 
 class WorldModel(nn.Module):
@@ -207,41 +200,3 @@ class WorldModel(nn.Module):
             # I(f(x); f(x+)) = I(f(x), r; f(x+)) - I(r; f(x+) | f(x)), and the KL bounds the second term from above.
             terms["information_nats"] = terms["information_nats"] - terms["kl_nats"]
         return edited, {"loss": loss} | terms
-
-
-@dataclass(frozen=True)
-class TrainedRun:
-    """A run's config, its networks in evaluation mode, and the state of the checkpoint they came from."""
-
-    config: Config
-    model: WorldModel
-    teacher: Teacher | None
-    """None where the objective has no teacher."""
-    state: dict[str, Any]
-
-    @property
-    def target_encoder(self) -> nn.Module:
-        """What embeds targets: clip [B, T, C, H, W] -> [B, D]."""
-        return self.teacher or self.model.embedder
-
-
-def load(
-    run: str | Path, *, which: Literal["latest", "best"] = "latest", device: str | torch.device = "cpu"
-) -> TrainedRun:
-    """Load a run folder.
-
-    Raises:
-        UserError: no run is there, it has no checkpoint yet, or the checkpoint is damaged.
-    """
-    config = load_run_config(run)
-    checkpoint = load_checkpoint(Path(run), which)
-    if checkpoint is None:
-        raise UserError(f"the run {run} has no checkpoint yet: train it first")
-    model = WorldModel(config)
-    model.load_state_dict(checkpoint.model)
-    teacher = None
-    if model.objective.needs_teacher:
-        teacher = Teacher(model.embedder)
-        teacher.load_state_dict(checkpoint.teacher)
-        teacher = teacher.to(device)
-    return TrainedRun(config, model.to(device).eval(), teacher, checkpoint.state)

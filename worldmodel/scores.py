@@ -44,7 +44,7 @@ def forecast_scores(
 
 
 def _step_scores(samples: Tensor, observed: Tensor, mean_over_dimensions: bool) -> dict[str, Any]:
-    """Scores at one horizon step, [Q, S, K] and [Q, M, K]; those of the spread only where there is more than a sample."""
+    """Scores at one step, [Q, S, K] and [Q, M, K]; those of the spread only where there is more than one sample."""
 
     def by_dimension(values: Tensor) -> list[float]:
         return values.mean(dim=0, keepdim=True).tolist() if mean_over_dimensions else values.tolist()
@@ -242,7 +242,9 @@ def _ordered(samples: Tensor) -> Tensor:
 def _crps(ordered: Tensor, observed: Tensor) -> Tensor:
     """`crps` of ordered samples [Q, K, S]."""
     num_samples = ordered.shape[2]
-    to_truth = torch.stack([(ordered - draw[..., None]).abs().mean(dim=2) for draw in observed.unbind(dim=1)]).mean(dim=0)
+    to_truth = torch.stack([(ordered - draw[..., None]).abs().mean(dim=2) for draw in observed.unbind(dim=1)]).mean(
+        dim=0
+    )
     if num_samples == 1:
         return to_truth
     # The i-th of S ordered samples enters the sum of differences i - 1 times with a plus, S - i times with a minus.

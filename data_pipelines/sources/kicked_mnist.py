@@ -109,8 +109,6 @@ def simulate(
         part = _move(centre, kicked, SEGMENT_FRAMES, borders)
         parts.append(part._replace(kick=(kicked - velocity).unsqueeze(-3).expand_as(part.kick)))
         centre, velocity = part.centre[..., -1, :, :], part.velocity[..., -1, :, :]
-    if not parts:
-        return _move(centre, velocity, 0, borders)
     return Motion(*(torch.cat(values, dim=-3) for values in zip(*parts, strict=True)))
 
 
@@ -133,9 +131,8 @@ def _move(centre: Tensor, velocity: Tensor, num_frames: int, borders: Borders) -
             centre = reflect(centre)
         centres.append(centre)
         velocities.append(velocity)
-    shape = (*centre.shape[:-2], num_frames, *centre.shape[-2:])
-    stacked = [torch.stack(values, dim=-3) if values else centre.new_empty(shape) for values in (centres, velocities)]
-    return Motion(*stacked, torch.zeros(shape))
+    places = torch.stack(centres, dim=-3)
+    return Motion(places, torch.stack(velocities, dim=-3), torch.zeros_like(places))
 
 
 def reflect(position: Tensor) -> Tensor:
@@ -185,7 +182,11 @@ class KickedMnistLaw:
         last = SEGMENT_FRAMES - 1
         centre, velocity = (labels[name][:, last].unflatten(-1, (-1, 2)) for name in ("centre", "velocity"))
         digit = _per_digit(labels["digit"])
-        state = (values[:, None].expand(-1, num_samples, *values.shape[1:]) for values in (centre, velocity, digit))
+
+        def repeated(values: Tensor) -> Tensor:
+            return values[:, None].expand(-1, num_samples, *values.shape[1:])
+
+        state = repeated(centre), repeated(velocity), repeated(digit)
         return simulate(*state, horizon, self.borders, generator).centre
 
     def truth(self, labels: dict[str, Tensor], horizon: int) -> Tensor:

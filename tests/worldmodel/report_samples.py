@@ -172,6 +172,7 @@ def make_illustrations(
             frame=np.arange(80) * num_frames + num_frames,
             time_s=(np.arange(80) + 1) * 0.12 if labels else None,
             kl_nats=kl_nats,
+            prediction_error=kl_nats / 10,
             peaks=np.array([20, 60]),
             peak_frames=np.repeat(frames[:1, : 2 * num_frames], 2, axis=0)
             if queries

@@ -6,6 +6,8 @@ import torch
 
 from data_pipelines.errors import UserError
 from data_pipelines.shards import pack_videos
+from data_pipelines.sources.kicked_mnist import KickedMnistLaw
+from data_pipelines.sources.moving_mnist import MovingMnistLaw
 from data_pipelines.transforms import split_segments
 from worldmodel.config import Config
 from worldmodel.data import evaluation_batches, known_law, read_index, split_folders, training_stream
@@ -64,13 +66,37 @@ def test_evaluation_gives_the_asked_number_of_clips_always_the_same(
 
 def test_the_law_is_known_for_both_sources(tiny_config: Callable[..., Config]) -> None:
     for source in ("videos", "moving_mnist"):
-        law = known_law(tiny_config(f"data.source={source}"))
-        assert law is not None and law.setting == "A" and len(law.sprites) == 250
+        law = known_law(tiny_config(f"data.source={source}"), "test")
+        assert isinstance(law, MovingMnistLaw) and law.setting == "A" and len(law.sprites) == 250
 
 
 def test_labels_do_not_hold_for_clips_that_are_cut_otherwise(tiny_config: Callable[..., Config]) -> None:
-    for override in ("data.num_segments=2", "data.num_frames=2", "data.size_px=32", "data.channels=3"):
-        assert known_law(tiny_config(override)) is None
+    overrides = ("data.num_segments=2", "data.num_frames=2", "data.size_px=32", "data.channels=3", "data.fps=5.0")
+    for override in (*overrides, "evaluation.horizon=2"):
+        assert known_law(tiny_config(override), "test") is None
+
+
+def test_the_kicked_law_holds_for_clips_that_begin_at_kicks(
+    tiny_config: Callable[..., Config], kicked_world: Path
+) -> None:
+    kicked = (f"data.root={kicked_world}", "evaluation.horizon=4")
+    assert isinstance(known_law(tiny_config(*kicked, "data.clip_step=6"), "test"), KickedMnistLaw)
+    assert known_law(tiny_config(*kicked, "data.clip_step=4"), "test") is None
+
+
+def test_clips_are_as_long_as_their_rollouts(tiny_config: Callable[..., Config], kicked_world: Path) -> None:
+    config = tiny_config(f"data.root={kicked_world}", "objective.rollout_steps=2", "data.batch_size=4")
+    batches = training_stream(config, rank=0, world_size=1, device=torch.device("cpu")).batches()
+    assert next(batches)["video"].shape[1] == 12
+    batches.close()
+    assert next(evaluation_batches(config, "test", 4, horizon=3))["video"].shape[1] == 15
+
+
+def test_clips_for_evaluation_are_spread_over_the_split(tiny_config: Callable[..., Config], kicked_world: Path) -> None:
+    config = tiny_config(f"data.root={kicked_world}")
+    [batch] = evaluation_batches(config, "train", 8)
+    sprites = batch["labels"]["sprite"].tolist()
+    assert len(sprites) == 8 and len(set(sprites)) == 8
 
 
 @pytest.mark.parametrize("name", ["selection", "validation", "val"])
@@ -116,7 +142,7 @@ def test_shards_behind_a_url_serve_in_place_of_a_folder(
     plain = torch.cat([batch["video"] for batch in evaluation_batches(tiny_config(), "test", 24)])
     packed = torch.cat([batch["video"] for batch in evaluation_batches(config, "test", 24)])
     assert sorted(map(hash_of, plain)) == sorted(map(hash_of, packed))
-    assert known_law(config) is None and len(list(cache.glob("*/*.tar"))) > 4
+    assert known_law(config, "test") is None and len(list(cache.glob("*/*.tar"))) > 4
 
 
 def hash_of(clip: torch.Tensor) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tests.conftest import REPO, run_script
 from tests.data_pipelines.sources.test_causal import unmix
 from worldmodel.config import Config, load_config
-from worldmodel.data import Segments, causal_world
+from worldmodel.data import causal_world
 from worldmodel.evaluation.factors import development_scores, evaluate_factors, tree_importance
 from worldmodel.latents import Inference
 from worldmodel.model import WorldModel
@@ -32,7 +32,7 @@ class Unmixer(WorldModel):
         return torch.tanh(self.warp * factors) / self.warp if self.warp else factors
 
     def infer(
-        self, context: Tensor, segments: Segments, known_r: Tensor | None, generator: torch.Generator | None = None
+        self, context: Tensor, segments: Tensor, known_r: Tensor | None, generator: torch.Generator | None = None
     ) -> Inference:
         return Inference(context[:, :0], None, None)
 

@@ -1,110 +1,90 @@
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from data_pipelines.errors import UserError
+from data_pipelines.sources.digits import pixel_centroid
+from data_pipelines.sources.kicked_mnist import KickedMnistLaw
+from data_pipelines.sources.moving_mnist import centroid_velocity, sample_law
 from worldmodel import WorldModel, load
 from worldmodel.config import Config
-from worldmodel.data import Segments
+from worldmodel.data import known_law
 from worldmodel.evaluation import forecast
-from worldmodel.evaluation.forecast import choose_readout, development_scores, evaluate_forecasts, fit_ridge
+from worldmodel.evaluation.forecast import development_scores, evaluate_forecasts
 from worldmodel.latents import Inference
 from worldmodel.teacher import Teacher
 from worldmodel.train import train
 
 CPU = torch.device("cpu")
+KICKED = ("evaluation.horizon=4", "data.clip_step=3", "evaluation.queries=16", "evaluation.fit_clips=48")
 
 
-def test_ridge_equals_the_normal_equations_in_numpy() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(50, 4, generator=generator) * 3 + 1, torch.randn(50, 2, generator=generator)
-    standard = ((x - x.mean(0)) / x.std(0)).double().numpy()
-    centred = (y - y.mean(0)).double().numpy()
-    weight = np.linalg.inv(standard.T @ standard + 7 * np.eye(4)) @ standard.T @ centred
-    expected = standard @ weight + y.mean(0).numpy()
-    np.testing.assert_allclose(fit_ridge(x, y, 7.0)(x).numpy(), expected, atol=1e-5)
+class Pixels(nn.Module):
+    """An embedding that is where the ink is, and how it moves: [B, T, 1, H, W] -> [B, 4] px and px/frame."""
 
+    def forward(self, video: Tensor) -> Tensor:
+        return torch.cat([pixel_centroid(video[:, -1, 0]), centroid_velocity(video)], dim=1)
 
-def test_strength_is_chosen_on_selection_clips() -> None:
-    """Many noisy inputs, few clips: the least regularised fit is best on the fit clips and worst elsewhere."""
-    generator = torch.Generator().manual_seed(0)
-    truth = torch.zeros(60, 1)
-    truth[0] = 1
-
-    def clips(count: int) -> tuple[Tensor, Tensor]:
-        x = torch.randn(count, 60, generator=generator)
-        return x, x @ truth + 3 * torch.randn(count, 1, generator=generator)
-
-    readout = choose_readout(*clips(70), *clips(500))
-    assert readout.strength == 100.0
+    def features(self, video: Tensor) -> Tensor:
+        return self(video)
 
 
 class OracleStudent(WorldModel):
-    """Knows the law: its embedding of a context is the velocity that the pixels show, and its latent draws v'."""
+    """Knows the law: its embedding of a context is what the pixels show, and its latent draws what the law does."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
         self.latent = nn.Identity()  # type: ignore[assignment]
-
-    def encode(self, video: Tensor) -> Tensor:
-        return forecast.centroid_velocity(video)
+        self.embedder = Pixels()  # type: ignore[assignment]
 
     def rollout_embedding(
-        self, context: Tensor, horizon: int, num_samples: int, generator: torch.Generator | None = None
+        self,
+        context: Tensor,
+        horizon: int,
+        num_samples: int,
+        generator: torch.Generator | None = None,
+        *,
+        shuffle: bool = False,
     ) -> Tensor:
-        digit = torch.zeros(len(context), dtype=torch.int64)
-        assert generator is not None
-        return forecast_law(context, digit, num_samples, generator)[:, :, None]
+        assert generator is not None and horizon == 1
+        velocity = context[:, 2:].roll(1, dims=0) if shuffle else context[:, 2:]
+        after = sample_law(velocity, torch.zeros(len(context), dtype=torch.int64), num_samples, "A", generator)
+        return torch.cat([context[:, None, :2] + 3 * after, after], dim=-1)[:, :, None]
 
-    def prior_mean_forecast(self, context: Tensor) -> Tensor:
-        return context
+    def prior_mean_rollout(self, context: Tensor, horizon: int) -> Tensor:
+        return torch.cat([context[:, :2] + 3 * context[:, 2:], context[:, 2:]], dim=-1)[:, None]
 
     def infer(
-        self, context: Tensor, segments: Segments, known_r: Tensor | None, generator: torch.Generator | None = None
+        self, context: Tensor, segments: Tensor, known_r: Tensor | None, generator: torch.Generator | None = None
     ) -> Inference:
-        return Inference(context, None, None)
-
-
-class CentroidTeacher(nn.Module):
-    """An embedding that is the velocity seen in the pixels."""
-
-    def forward(self, video: Tensor) -> Tensor:
-        return forecast.centroid_velocity(video)
-
-
-def forecast_law(velocity: Tensor, digit: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    from data_pipelines.sources.moving_mnist import sample_law
-
-    return sample_law(velocity, digit, count, "A", generator)
+        return Inference(context[:, 2:], None, None)
 
 
 def test_a_model_that_knows_the_law_scores_as_the_oracle_does(tiny_config: Callable[..., Config]) -> None:
-    """The whole protocol, with the velocity itself as the embedding: every forecast's score is known beforehand."""
+    """The whole protocol, with pixel measurements as the embedding: every forecast's score is known beforehand."""
     sizes = ("evaluation.queries=512", "evaluation.num_samples=64", "evaluation.law_samples=128")
     config = tiny_config(
         "data.source=moving_mnist", *sizes, "evaluation.fit_clips=512", "evaluation.selection_clips=256"
     )
-    result = evaluate_forecasts(config, OracleStudent(), CentroidTeacher(), CPU)
-    scores = result.metrics["forecasts"]
-    oracle = scores["simulator_oracle"]
-    assert oracle["energy_score"] == pytest.approx(0.61, abs=0.04)
-    assert oracle["ratio_to_oracle"] == 1
-    assert scores["model"]["energy_score"] == pytest.approx(oracle["energy_score"], rel=0.03)
-    for covered in (*oracle["coverage_90"], *scores["model"]["coverage_90"]):
-        assert covered == pytest.approx(0.9, abs=0.02)
-    assert scores["persistence"]["energy_score"] == pytest.approx(scores["prior_mean"]["energy_score"], rel=1e-4)
-    assert scores["persistence"]["energy_score"] == pytest.approx(
-        scores["pixel_constant_velocity"]["energy_score"], rel=0.02
-    )
-    assert scores["pixel_constant_velocity"]["energy_score"] > 1.2 * oracle["energy_score"]
-    assert scores["persistence"]["coverage_90"] is None
-    assert result.metrics["probes"]["velocity_r2"] > 0.999
+    result = evaluate_forecasts(config, OracleStudent(), Pixels(), CPU)
+    scores = {name: dict(values) for name, values in result.metrics["forecasts"].items()}
+    energy = {name: values["energy_score"][0] for name, values in scores.items()}
+    assert energy["simulator_oracle"] == pytest.approx(0.61, abs=0.04)
+    assert scores["simulator_oracle"]["ratio_to_oracle"] == [1]
+    assert energy["model"] == pytest.approx(energy["simulator_oracle"], rel=0.03)
+    for name in ("simulator_oracle", "model"):
+        for covered in scores[name]["coverage"]["90"][0]:
+            assert covered == pytest.approx(0.9, abs=0.02)
+    assert energy["persistence"] == pytest.approx(energy["prior_mean"], rel=0.02)
+    assert energy["persistence"] == pytest.approx(energy["pixel_constant_velocity"], rel=0.02)
+    assert energy["shuffled_r"] > energy["pixel_constant_velocity"] > 1.2 * energy["simulator_oracle"]
+    assert scores["persistence"]["coverage"] is None
+    assert result.metrics["probes"]["embedding"]["velocity"]["linear"] > 0.999
     assert result.metrics["queries"] == 512
 
 
@@ -113,28 +93,63 @@ def trained(tiny_config: Callable[..., Config]) -> Any:
     return load(train(tiny_config()))
 
 
+@pytest.fixture
+def kicked(tiny_config: Callable[..., Config], kicked_world: Path) -> Any:
+    return load(train(tiny_config(f"data.root={kicked_world}", *KICKED, "objective.rollout_steps=2")))
+
+
+CONTROLS = {"model", "prior_mean", "shuffled_r", "persistence"}
+ORACLES = {"encode_decode_oracle", "simulator_oracle"}
+
+
 def test_metrics_of_a_trained_run(trained: Any) -> None:
     result = evaluate_forecasts(trained.config, trained.model, trained.target_encoder, CPU)
     metrics = result.metrics
-    assert set(metrics["forecasts"]) == {
-        "model",
-        "prior_mean",
-        "persistence",
-        "pixel_constant_velocity",
-        "encode_decode_oracle",
-        "simulator_oracle",
-    }
-    assert len(metrics["forecasts"]["model"]["coverage_90"]) == 2
-    assert metrics["kl_nats"] > 0 and metrics["queries"] == 24
-    assert result.examples.frames.shape == (6, 9, 1, 64, 64)
-    assert result.examples.neighbours is not None and result.examples.neighbours.shape == (6, 4, 3, 1, 64, 64)
-    assert result.examples.velocity_samples is not None and result.examples.velocity_samples.shape == (
-        6,
-        8,
-        2,
-    )
+    assert set(metrics["forecasts"]) == CONTROLS | ORACLES | {"pixel_constant_velocity"}
+    assert set(metrics["embedding"]["forecasts"]) == CONTROLS | {"climatology", "encode_decode_oracle"}
+    assert metrics["kl_nats"] > 0 and metrics["queries"] == 24 and metrics["horizon"] == 1
+    assert set(metrics["probes"]) == {"backbone", "embedding", "r", "embedding_and_r"}
+    assert set(metrics["probes"]["r"]) == {"digit", "velocity", "velocity_change", "position"}
+    shown = result.illustrations
+    assert shown.frames.shape == (6, 6, 1, 64, 64)
+    assert shown.neighbours.shape == (6, 1, 4, 3, 1, 64, 64)
+    assert shown.fans is not None and shown.fans.samples.shape == (6, 8, 1, 2) and shown.fans.on_frames
     again = evaluate_forecasts(trained.config, trained.model, trained.target_encoder, CPU)
     assert again.metrics == metrics
+
+
+def test_a_run_is_scored_at_every_step_of_its_horizon(kicked: Any) -> None:
+    result = evaluate_forecasts(kicked.config, kicked.model, kicked.target_encoder, CPU)
+    metrics = result.metrics
+    assert metrics["space"] == "centroid, px" and metrics["horizon"] == 4
+    for forecasts in (metrics["forecasts"], metrics["embedding"]["forecasts"]):
+        for scores in forecasts.values():
+            assert len(scores["energy_score"]) == len(scores["crps"]) == 4
+    assert [len(row) for row in metrics["forecasts"]["model"]["coverage"]["90"]] == [2] * 4
+    assert len(metrics["embedding"]["retrieval"]["forecasts"]["model"]["mrr"]) == 4
+    assert result.illustrations.frames.shape == (6, 15, 1, 64, 64)
+    assert result.illustrations.neighbour_steps == (1, 2, 4)
+    fans = result.illustrations.fans
+    assert fans is not None and fans.law is not None
+    law = known_law(kicked.config, "test")
+    assert isinstance(law, KickedMnistLaw)
+    # What is drawn is where the ink is in the frames shown.
+    seen = pixel_centroid(torch.from_numpy(result.illustrations.frames[:, 2::3, 0]).float())
+    torch.testing.assert_close(torch.from_numpy(fans.origin), seen[:, 0], atol=0.3, rtol=0)
+    torch.testing.assert_close(torch.from_numpy(fans.true), seen[:, 1:], atol=0.3, rtol=0)
+
+
+def test_a_label_of_frames_is_forecast_where_no_law_is_known(kicked: Any, tiny_config: Callable[..., Config]) -> None:
+    def labelled(name: str) -> Config:
+        root = f"data.root={kicked.config.data.root}"
+        return tiny_config(root, *KICKED, "data.clip_step=4", f"evaluation.label={name}", "objective.rollout_steps=2")
+
+    metrics = evaluate_forecasts(labelled("velocity"), kicked.model, kicked.target_encoder, CPU).metrics
+    assert metrics["quantity"] == {"name": "velocity", "unit": "", "dimensions": ["0", "1"]}
+    assert set(metrics["forecasts"]) == CONTROLS
+    assert metrics["forecasts"]["model"]["energy_score"][3] > 0
+    with pytest.raises(UserError, match=r"evaluation.label='digit' is no label of frames: these videos have centre, "):
+        evaluate_forecasts(labelled("digit"), kicked.model, kicked.target_encoder, CPU)
 
 
 def test_development_scores_leave_the_networks_training(tiny_config: Callable[..., Config]) -> None:
@@ -150,42 +165,15 @@ def test_development_scores_leave_the_networks_training(tiny_config: Callable[..
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
-@contextmanager
-def without_law(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with monkeypatch.context() as patch:
-        patch.setattr(forecast, "known_law", lambda config: None)
-        yield
-
-
 def test_videos_without_a_law_are_scored_in_embedding_space(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with without_law(monkeypatch):
-        result = evaluate_forecasts(trained.config, trained.model, trained.target_encoder, CPU)
-        scores = development_scores(trained.config, trained.model, trained.target_encoder, CPU)
-    assert result.metrics["space"] == "embedding"
-    assert set(result.metrics["forecasts"]) == {"model", "prior_mean", "persistence", "climatology"}
-    assert result.examples.velocity_samples is None
+    monkeypatch.setattr(forecast, "known_law", lambda config, split: None)
+    result = evaluate_forecasts(trained.config, trained.model, trained.target_encoder, CPU)
+    scores = development_scores(trained.config, trained.model, trained.target_encoder, CPU)
+    assert result.metrics["space"] == "embedding" and result.metrics["quantity"] is None
+    assert result.metrics["forecasts"] == result.metrics["embedding"]["forecasts"]
+    assert set(result.metrics["forecasts"]) == CONTROLS | {"climatology"}
+    assert result.illustrations.fans is None and result.readout is None
     assert scores["relative_energy_score"] > 0
-
-
-def test_a_perfect_forecast_in_embedding_space_scores_zero() -> None:
-    target = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
-    clips = forecast.EmbeddedClips(
-        context=target,
-        persistence=-target,
-        target=target,
-        prior_mean=target,
-        r=target[:, :0],
-        penalty=None,
-        clip_id=torch.arange(10),
-        labels={},
-        frames=torch.empty(0),
-        centroid_velocity=None,
-    )
-    scores = forecast.embedding_scores(clips, target[:, None].expand(-1, 5, -1), torch.Generator())["forecasts"]
-    assert scores["model"]["energy_score"] == pytest.approx(0, abs=1e-5)
-    expected = 2 * target.norm(dim=1).mean().item()
-    assert scores["persistence"]["energy_score"] == pytest.approx(expected, rel=1e-5)
-    assert scores["climatology"]["energy_score"] > 0.1
 
 
 def test_too_few_clips_is_one_line(tiny_config: Callable[..., Config]) -> None:

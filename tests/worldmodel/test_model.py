@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from worldmodel.config import Config, DataConfig, ModelConfig, ObjectiveConfig
-from worldmodel.data import Segments
 from worldmodel.latents import Gaussian, GaussianLatent, Mixture, gaussian_kl
 from worldmodel.model import WorldModel
 from worldmodel.objectives import OBJECTIVES
@@ -13,7 +12,13 @@ from worldmodel.objectives import OBJECTIVES
 LATENTS = ("none", "gaussian", "sparse", "oracle")
 
 
-def model(latent: str = "gaussian", objective: str = "byol", num_segments: int = 3, **changes: object) -> WorldModel:
+def model(
+    latent: str = "gaussian",
+    objective: str = "byol",
+    num_segments: int = 3,
+    step_weights: tuple[float, ...] = (1.0,),
+    **changes: object,
+) -> WorldModel:
     torch.manual_seed(0)
     defaults = {"embedding_dim": 16, "hidden_dim": 32, "latent_dim": 3}
     return WorldModel(
@@ -21,7 +26,11 @@ def model(latent: str = "gaussian", objective: str = "byol", num_segments: int =
             run_dir="",
             data=DataConfig(channels=1, num_segments=num_segments),  # type: ignore[arg-type]
             model=ModelConfig(width=0.125, latent=latent, **{**defaults, **changes}),  # type: ignore[arg-type]
-            objective=ObjectiveConfig(name=objective),  # type: ignore[arg-type]
+            objective=ObjectiveConfig(
+                name=objective,  # type: ignore[arg-type]
+                rollout_steps=len(step_weights),
+                step_weights=step_weights,
+            ),
         )
     )
 
@@ -30,8 +39,8 @@ def clip(batch: int = 4, seed: int = 0) -> torch.Tensor:
     return torch.rand(batch, 3, 1, 64, 64, generator=torch.Generator().manual_seed(seed))
 
 
-def segments(batch: int = 4) -> Segments:
-    return Segments(clip(batch, 0), clip(batch, 1), clip(batch, 2))
+def segments(batch: int = 4, count: int = 3) -> torch.Tensor:
+    return torch.stack([clip(batch, seed) for seed in range(count)], dim=1)
 
 
 def embeddings(batch: int = 4, dims: int = 16, seed: int = 1) -> torch.Tensor:
@@ -101,7 +110,7 @@ def test_samples_come_from_the_prior() -> None:
 
 def test_loss_is_prediction_plus_beta_kl() -> None:
     world = model().eval()  # running statistics: the parts can be computed one by one
-    x, _, later = segments()
+    x, _, later = segments().unbind(1)
     target = embeddings()
     seen = losses(world, beta=0.25)
     assert isinstance(world.latent, GaussianLatent)
@@ -120,7 +129,7 @@ def test_the_bound_on_information_is_that_of_the_edited_embedding_minus_the_kl()
     """Chain rule: a latent may explain the target only at the price of what it says beyond the past."""
     world = model(objective="infonce").eval()
     seen = losses(world)
-    x, target, _ = segments()
+    x, target, _ = segments().unbind(1)
     context = world.encode(x)
     r = world.infer(context, segments(), None, torch.Generator().manual_seed(0)).r
     edited = world.edit(context, r)
@@ -146,10 +155,9 @@ def test_every_parameter_learns(objective: str, latent: str, editor: str) -> Non
 def test_the_encoder_learns_through_the_posterior() -> None:
     """The loss has a gradient in x++. With running statistics no other way than the posterior leads there."""
     world = model().eval()
-    x, target, later = segments()
-    later.requires_grad_()
-    world(Segments(x, target, later), embeddings(), None, 0.1, torch.Generator().manual_seed(0))[0]["loss"].backward()
-    assert later.grad is not None and later.grad.abs().max() > 0
+    clips = segments().requires_grad_()
+    world(clips, embeddings(), None, 0.1, torch.Generator().manual_seed(0))[0]["loss"].backward()
+    assert clips.grad is not None and clips.grad[:, 2].abs().max() > 0
 
 
 @pytest.mark.parametrize("latent", ["sparse", "oracle"])
@@ -169,11 +177,11 @@ def test_a_fitted_prior_sends_no_gradient_to_the_rest(latent: str) -> None:
 def test_a_shared_encoder_learns_from_the_target_too() -> None:
     for objective, kind in OBJECTIVES.items():
         world = model("none", objective).eval()
-        x, target, later = segments()
-        target.requires_grad_()
+        clips = segments().requires_grad_()
         teacher_target = embeddings() if kind.needs_teacher else None
-        world(Segments(x, target, later), teacher_target, None, 0.1)[0]["loss"].backward()
-        assert (target.grad is None) == kind.needs_teacher, objective
+        world(clips, teacher_target, None, 0.1)[0]["loss"].backward()
+        assert clips.grad is not None
+        assert (clips.grad[:, 1].abs().max() == 0) == kind.needs_teacher, objective
 
 
 @pytest.mark.parametrize(("sees", "num_segments"), [("later", 3), ("target", 3), ("later", 2)])
@@ -181,8 +189,11 @@ def test_the_third_view_is_a_choice(sees: str, num_segments: int) -> None:
     """Only the segment that the posterior sees moves r; of two segments it is the target."""
     for objective in ("byol", "infonce"):
         world = model(objective=objective, posterior_sees=sees, num_segments=num_segments).eval()
-        x, target, later = segments()
-        moved = {"target": Segments(x, clip(seed=9), later), "later": Segments(x, target, clip(seed=9))}
+        x, target, later = segments().unbind(1)
+        moved = {
+            "target": torch.stack([x, clip(seed=9), later], dim=1),
+            "later": torch.stack([x, target, clip(seed=9)], dim=1),
+        }
         kl = {"before": losses(world)["kl_nats"]}
         for name, changed in moved.items():
             teacher_target = embeddings() if world.objective.needs_teacher else None
@@ -217,3 +228,64 @@ def test_r_moves_with_both_segments(latent: str) -> None:
 def test_oracle_r_is_what_the_labels_say() -> None:
     world = model("oracle").eval()
     assert torch.equal(world.infer(embeddings(), segments(), known_r()).r, known_r())
+
+
+@pytest.mark.parametrize(("sees", "num_segments"), [("later", 3), ("target", 3), ("later", 2)])
+def test_the_loss_of_a_rollout_is_that_of_its_steps_each_from_the_prediction_before_it(
+    sees: str, num_segments: int
+) -> None:
+    """Computed here step by step: the posterior's segment moves along, and the steps have their weights."""
+    weights = (1.0, 0.5, 2.0)
+    world = model(num_segments=num_segments, posterior_sees=sees, step_weights=weights).eval()
+    clips = segments(count=num_segments + 2)
+    targets = [embeddings(seed=seed) for seed in (5, 6, 7)]
+    seen, returned = world(clips, torch.cat(targets), None, 0.25, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    assert isinstance(world.latent, GaussianLatent)
+    state, total = world.encode(clips[:, 0]), torch.zeros(())
+    first_seen = 1 if sees == "target" or num_segments == 2 else 2
+    for k, (weight, target) in enumerate(zip(weights, targets, strict=True)):
+        r, kl, _ = world.latent.infer(state, world.encode(clips[:, first_seen + k]), None, generator)
+        assert kl is not None
+        state = world.edit(state, r)
+        alignment = F.cosine_similarity(state, target, dim=-1).mean()
+        torch.testing.assert_close(seen[f"alignment_{k + 1}"], alignment.detach())
+        total = total + weight / 3.5 * (0.25 * kl.mean() - alignment)
+    torch.testing.assert_close(seen["loss"], total)
+    assert torch.equal(returned, torch.cat(targets))
+
+
+def test_targets_of_a_rollout_come_step_by_step() -> None:
+    clips = segments(count=5)
+    expected = torch.cat([clips[:, 1], clips[:, 2], clips[:, 3]])
+    assert torch.equal(model(step_weights=(1.0, 1.0, 1.0)).targets_of(clips), expected)
+
+
+def test_later_steps_teach_the_encoder_of_the_context() -> None:
+    """Only the last step counts: the gradient comes back through the whole rollout."""
+    world = model(step_weights=(0.0, 0.0, 1.0)).eval()
+    clips = segments(count=5).requires_grad_()
+    targets = embeddings(12)
+    world(clips, targets, None, 0.0, torch.Generator().manual_seed(0))[0]["loss"].backward()
+    assert clips.grad is not None and clips.grad[:, 0].abs().max() > 0
+
+
+def test_shuffling_gives_each_clip_the_r_of_another() -> None:
+    world = model().eval()
+    context = embeddings()
+    with torch.no_grad():
+        shuffled = world.rollout_embedding(context, 1, 3, torch.Generator().manual_seed(0), shuffle=True)
+        r = world.sample(context.repeat_interleave(3, dim=0), torch.Generator().manual_seed(0))
+        expected = world.edit(context.repeat_interleave(3, dim=0), r.roll(3, dims=0))
+    torch.testing.assert_close(shuffled[:, :, 0].flatten(0, 1), expected)
+
+
+def test_the_prior_mean_is_rolled_out_step_by_step() -> None:
+    world = model().eval()
+    assert world.latent is not None
+    context = embeddings()
+    with torch.no_grad():
+        rolled = world.prior_mean_rollout(context, 2)
+        first = world.edit(context, world.latent.prior(context).mean)
+        second = world.edit(first, world.latent.prior(first).mean)
+    torch.testing.assert_close(rolled, torch.stack([first, second], dim=1))

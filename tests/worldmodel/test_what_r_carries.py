@@ -8,7 +8,8 @@ import torch
 from tests.conftest import REPO
 from worldmodel import load
 from worldmodel.config import load_config
-from worldmodel.evaluation.forecast import embed_clips, fit_mlp
+from worldmodel.evaluation.forecast import embed_clips
+from worldmodel.evaluation.probes import fit_mlp
 from worldmodel.scores import r_squared
 from worldmodel.train import train
 

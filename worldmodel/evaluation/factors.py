@@ -11,7 +11,8 @@ from torch import Tensor
 from data_pipelines.sources.causal import WIDER
 from worldmodel.config import Config
 from worldmodel.data import causal_world, oracle_r, segments_of
-from worldmodel.evaluation.forecast import Readout, choose_readout, frozen, mean_penalty
+from worldmodel.evaluation.forecast import frozen, mean_penalty
+from worldmodel.evaluation.readout import Readout, choose_readout
 from worldmodel.model import WorldModel
 from worldmodel.scores import dci, r_squared
 
@@ -74,7 +75,7 @@ def _embed(
 ) -> _Embedded:
     batch = causal_world(config).draw_batch(count, generator, width)
     segments = segments_of(batch, config.data.num_segments, device)
-    context = student.encode(segments.x)
+    context = student.encode(segments[:, 0])
     on_device = torch.Generator(device).manual_seed(config.evaluation.seed)
     penalty = student.infer(context, segments, oracle_r(batch, config, device), on_device).penalty
     return _Embedded(context.cpu(), batch["labels"]["factors"], None if penalty is None else penalty.cpu())

@@ -1,20 +1,21 @@
-"""The forecast protocol: sampled futures of held-out clips over a horizon of segments, scored as a probability forecast.
+"""The forecast protocol: sampled futures of held-out clips over a horizon, scored as a probability forecast.
 
 A ridge readout from embeddings of real target segments to a physical quantity is fitted on training identities and its
-regularisation chosen on selection identities, never on forecasts. Rollouts from test identities are then read through it
-and scored at each step of the horizon, against fresh draws of the true law where it is known and otherwise against what
-came, beside controls. In embedding space forecasts are always scored, with or without labels.
+regularisation chosen on selection identities, never on forecasts. Rollouts from test identities are then read through
+it and scored at each step of the horizon, against fresh draws of the true law where it is known and otherwise against
+what came, beside controls. In embedding space forecasts are always scored, with or without labels.
 
 Legend: N clips, Q queries, S sampled futures, M draws of the law, H horizon steps, F frames in a segment, D embedding
 dimensions, K dimensions of the quantity.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from einops import repeat
 from torch import Tensor, nn
@@ -26,10 +27,10 @@ from data_pipelines.sources.law import Law, Quantity
 from worldmodel.config import Config
 from worldmodel.data import evaluation_batches, known_law, num_segments, oracle_r, segments_of
 from worldmodel.evaluation.illustrations import Fans, Illustrations, Latents
-from worldmodel.evaluation.probes import Parts, probe_all
+from worldmodel.evaluation.probes import Splits, probe_all
 from worldmodel.evaluation.readout import Readout, choose_readout, fit_ridge
 from worldmodel.model import WorldModel
-from worldmodel.scores import effective_rank, energy_score, forecast_scores, r_squared, retrieval
+from worldmodel.scores import effective_rank, energy_score, forecast_scores, r_squared, retrieval_scores
 
 ENCODE_BATCH = 512
 BANK_CLIPS = 512
@@ -88,7 +89,7 @@ def evaluate_forecasts(
         UserError: a split has too few clips, or no such label as evaluation.label.
     """
     sizes = config.evaluation
-    law = known_law(config)
+    law = known_law(config, "test")
     with frozen(student, target_encoder):
 
         def embed(split: Split, num_clips: int, horizon: int = 1, frames: int = 0) -> EmbeddedClips:
@@ -109,7 +110,7 @@ def evaluate_forecasts(
         futures = _futures(config, law, student, target_encoder, queries, generator, device)
         for name, samples in tqdm(futures, desc="scoring forecasts", unit="forecast", total=5 + (law is not None)):
             in_embedding[name] = forecast_scores(samples, targets, mean_over_dimensions=True)
-            retrievals[name] = retrieve(samples, queries.targets)
+            retrievals[name] = retrieval_scores(samples, queries.targets)
             if name == "model":
                 samples_shown = samples[: len(queries.frames), :NUM_NEIGHBOURS].clone()
                 beyond = physical.beyond_fit(samples) if physical else []
@@ -161,7 +162,7 @@ def development_scores(
     climatology (other clips' targets) in embedding space; both are means over the horizon. Lower is better.
     """
     sizes = config.evaluation
-    law = known_law(config)
+    law = known_law(config, "selection")
     num_queries = min(DEVELOPMENT_QUERIES, sizes.selection_clips)
     with frozen(student, target_encoder):
         queries = embed_clips(
@@ -216,7 +217,7 @@ def embed_clips(
         )
     }
     labels: dict[str, list[Tensor]] = {}
-    law = known_law(config)
+    law = known_law(config, split)
     generator = torch.Generator(device).manual_seed(config.evaluation.seed)
     batches = tqdm(
         evaluation_batches(config, split, num_clips, horizon),
@@ -248,8 +249,8 @@ def embed_clips(
             labels.setdefault(name, []).append(values)
     if sum(len(part) for part in parts["context"]) < 2:
         raise UserError(
-            f"the {split} split of {config.data.root} has fewer than 2 clips of {num_segments(config, horizon)} segments: "
-            "add videos, or lower data.clip_step or evaluation.horizon"
+            f"the {split} split of {config.data.root} has fewer than 2 clips of {num_segments(config, horizon)} "
+            "segments: add videos, or lower data.clip_step or evaluation.horizon"
         )
     whole = {name: torch.cat(values) for name, values in parts.items() if values}
     return EmbeddedClips(
@@ -348,12 +349,6 @@ def _encode_decode(
         embeddings = target_encoder(video.to(device)).cpu()
         encoded.append(embeddings.unflatten(0, (-1, ENCODE_DECODE_SAMPLES, horizon)))
     return torch.cat(encoded)
-
-
-def retrieve(samples: Tensor, targets: Tensor) -> dict[str, list[float]]:
-    """Retrieval scores at each step: samples [Q, S, H, D], targets [Q, H, D] -> {"mrr": [H], "hit_1": [H], ...}."""
-    steps = [retrieval(forecast, target) for forecast, target in zip(samples.unbind(2), targets.unbind(1), strict=True)]
-    return {name: [step[name] for step in steps] for name in steps[0]}
 
 
 # ------------------------------------------------------------------------------------------------ physical space
@@ -462,19 +457,15 @@ class Physical:
 
     def fans(self, values: Tensor, count: int) -> Fans:
         """What the report draws of the first queries: values [Q, S, H, K]."""
-        parts = {
-            "samples": values[:count],
-            "law": self.observed[:count] if self.law else None,
-            "true": self.truth[:count, None],
-        }
-        if self.law:
-            labels = {name: label[:count] for name, label in self.queries.labels.items()}
-            parts = {name: self.law.positions(labels, part) for name, part in parts.items() if part is not None}
-        law = parts["law"]
+        labels = {name: label[:count] for name, label in self.queries.labels.items()}
+
+        def shown(part: Tensor) -> np.ndarray:
+            return (self.law.positions(labels, part[:count]) if self.law else part[:count]).numpy()
+
         return Fans(
-            samples=parts["samples"].numpy(),
-            law=None if law is None else law.numpy(),
-            true=parts["true"][:, 0].numpy(),
+            samples=shown(values),
+            law=shown(self.observed) if self.law else None,
+            true=shown(self.truth[:, None])[:, 0],
             origin=self.origin[:count].numpy(),
             on_frames=self.law is not None,
         )
@@ -486,15 +477,21 @@ class Physical:
 def _probes(law: Law | None, fit: EmbeddedClips, selection: EmbeddedClips, queries: EmbeddedClips) -> dict[str, Any]:
     """What frozen representations tell of the labels of held-out clips."""
     parts = (fit, selection, queries)
-    representations: dict[str, Parts] = {
-        "backbone": tuple(part.backbone for part in parts),
-        "embedding": tuple(part.context for part in parts),
+
+    def of_all(measure: Callable[[EmbeddedClips], Tensor]) -> Splits:
+        return measure(fit), measure(selection), measure(queries)
+
+    representations = {
+        "backbone": of_all(lambda clips: clips.backbone),
+        "embedding": of_all(lambda clips: clips.context),
     }
     if fit.r.shape[1]:
-        representations["r"] = tuple(part.r for part in parts)
-        representations["embedding_and_r"] = tuple(torch.cat([part.context, part.r], dim=1) for part in parts)
+        representations |= {
+            "r": of_all(lambda clips: clips.r),
+            "embedding_and_r": of_all(lambda clips: torch.cat([clips.context, clips.r], dim=1)),
+        }
     labels = [law.probe_targets(part.labels) if law else _probe_targets(part.labels) for part in parts]
-    targets: dict[str, Parts] = {name: tuple(part[name] for part in labels) for name in labels[0]}
+    targets: dict[str, Splits] = {name: (labels[0][name], labels[1][name], labels[2][name]) for name in labels[0]}
     return probe_all(representations, targets)
 
 

@@ -41,14 +41,16 @@ class Timeline:
     """Surprise KL(q || p) in nats of every transition of one video.
 
     frame [N]: the first frame of each target segment, in source frames; time_s [N]: its time, or None where the video
-    states no frame rate. peaks [P]: positions in `frame` of the most surprising transitions, the highest first;
-    peak_frames uint8 [P, T, C, H, W]: the context and target segments there.
+    states no frame rate. prediction_error [N], 0 to 2, is worldmodel.surprise's second measure. peaks [P]: positions in
+    `frame` of the most surprising transitions, the highest first; peak_frames uint8 [P, T, C, H, W]: the context and
+    target segments there.
     """
 
     video: str
     frame: np.ndarray
     time_s: np.ndarray | None
     kl_nats: np.ndarray
+    prediction_error: np.ndarray
     peaks: np.ndarray
     peak_frames: np.ndarray
 

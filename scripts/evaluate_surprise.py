@@ -1,0 +1,52 @@
+"""Measure how well the surprise of a run finds impossible events: teleports, freezes, appearances, changes of digit.
+
+python scripts/evaluate_surprise.py --run runs/kicked
+
+For runs on the kicked world. Prints the AUROC over transitions, by event, of KL(q || p) and of the posterior's
+prediction error, and writes them to surprise_events.json in the run's folder.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from data_pipelines.errors import UserError
+from worldmodel import load
+from worldmodel.checkpoint import write_text
+from worldmodel.cli import report_errors
+from worldmodel.evaluation.surprise_events import MEASURES, detect_events
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder of a run trained on the kicked world")
+    parser.add_argument("--num-videos", type=int, default=64, help="videos of each event, and without one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint", choices=["latest", "best"], default="latest")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    with report_errors():
+        if args.num_videos < 1:
+            raise UserError(f"--num-videos must be at least 1, not {args.num_videos}")
+        run = load(args.run, which=args.checkpoint, device=args.device)
+        result = detect_events(run, args.num_videos, args.seed)
+        facts = {"num_videos": args.num_videos, "seed": args.seed, "step": run.state["step"]}
+        out = args.run / "surprise_events.json"
+        write_text(out, json.dumps(facts | {"auroc": result}, indent=1) + "\n")
+        print(f"\n{table(result)}\n\n{out}")
+    return 0
+
+
+def table(result: dict[str, dict[str, float]]) -> str:
+    lines = [f"{'AUROC':<14} {'KL':>6} {'prediction error':>17}"]
+    for event in result[MEASURES[0]]:
+        kl, error = (result[measure][event] for measure in MEASURES)
+        lines.append(f"{event.replace('_', ' '):<14} {kl:>6.3f} {error:>17.3f}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

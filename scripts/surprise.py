@@ -1,0 +1,83 @@
+"""Find the moments of a video that surprise a trained run: KL(q || p) of every transition.
+
+python scripts/surprise.py --run runs/demo --video FILE --out surprises
+
+Writes surprise.csv, a row a transition, and a picture of the timeline with the frames of its peaks (surprise.png,
+surprise.webp) into --out. prediction_error is what even the posterior's r does not explain (worldmodel/surprise.py).
+"""
+
+import argparse
+import csv
+import io
+import sys
+from pathlib import Path
+
+import torch
+
+from data_pipelines.errors import UserError
+from worldmodel import load
+from worldmodel.checkpoint import write_text
+from worldmodel.cli import report_errors
+from worldmodel.evaluation.figures import timeline_figure
+from worldmodel.evaluation.illustrations import Timeline
+
+PICTURE_DPI = 150
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder of a trained run with a Gaussian latent")
+    parser.add_argument("--video", type=Path, required=True, help="a video file")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder to write to; default: this one")
+    parser.add_argument("--peaks", type=int, default=5, help="how many of the most surprising moments to show")
+    parser.add_argument("--step-frames", type=int, help="frames between transitions; default: segments tile the video")
+    parser.add_argument("--checkpoint", choices=["latest", "best"], default="latest")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    with report_errors():
+        for name in ("peaks", "step_frames"):
+            value = getattr(args, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        trained = load(args.run, which=args.checkpoint, device=args.device)
+        timeline = trained.surprise(args.video, num_peaks=args.peaks, step_frames=args.step_frames, progress=True)
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            write_text(args.out / "surprise.csv", csv_of(timeline))
+            figure = timeline_figure(timeline)
+            for suffix in ("png", "webp"):
+                figure.savefig(args.out / f"surprise.{suffix}", dpi=PICTURE_DPI)
+        except OSError as error:
+            raise UserError(f"cannot write to {args.out}: {error.strerror}") from error
+        print(f"\n{table_of_peaks(timeline)}\n\n{args.out / 'surprise.csv'}\n{args.out / 'surprise.png'}")
+    return 0
+
+
+def csv_of(timeline: Timeline) -> str:
+    """A row a transition; time_s is empty where the video states no frame rate."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["transition", "frame", "time_s", "kl_nats", "prediction_error", "is_peak"])
+    peaks = set(timeline.peaks.tolist())
+    for row, frame in enumerate(timeline.frame.tolist()):
+        kl, error = f"{timeline.kl_nats[row]:.6g}", f"{timeline.prediction_error[row]:.6g}"
+        writer.writerow([row, frame, _time(timeline, row), kl, error, int(row in peaks)])
+    return text.getvalue()
+
+
+def table_of_peaks(timeline: Timeline) -> str:
+    lines = [f"{'peak':>4} {'frame':>9} {'time, s':>10} {'KL, nats':>9} {'prediction error':>17}"]
+    for rank, peak in enumerate(timeline.peaks.tolist(), start=1):
+        lines.append(
+            f"{rank:>4} {timeline.frame[peak]:>9} {_time(timeline, peak) or '-':>10} {timeline.kl_nats[peak]:>9.3f} "
+            f"{timeline.prediction_error[peak]:>17.3f}"
+        )
+    return "\n".join(lines)
+
+
+def _time(timeline: Timeline, row: int) -> str:
+    return "" if timeline.time_s is None else f"{timeline.time_s[row]:.3f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""How well surprise finds impossible events, planted in videos of test identities (data_pipelines.sources.planted)."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from data_pipelines.errors import UserError
+from data_pipelines.sources.kicked_mnist import KickedMnistLaw, render_digits, sample_videos
+from data_pipelines.sources.moving_mnist import SEGMENT_FRAMES
+from data_pipelines.sources.planted import EVENTS, Planted, plant
+from data_pipelines.sources.written import read_world
+from worldmodel.data import known_law
+from worldmodel.run import TrainedRun
+from worldmodel.scores import auroc
+from worldmodel.surprise import Transitions, check_latent, score_transitions
+
+MEASURES = ("kl_nats", "prediction_error")
+MIN_SEGMENTS = 4  # an event has two before it and two from it on
+
+
+def detect_events(run: TrainedRun, num_videos: int, seed: int) -> dict[str, dict[str, float]]:
+    """AUROC over transitions, by measure of worldmodel.surprise and by event: {measure: {event: AUROC, "all": AUROC}}.
+
+    num_videos videos for each event and as many without one. Positive are the transitions whose segments lie on both
+    sides of the event's first frame, negative those of all these videos that show nothing of it; the others do not
+    count. Frames are as rendered: no codec has seen them.
+
+    Raises:
+        UserError: the run's videos are not of the kicked world with bouncing borders, or too short, or its latent is
+            not Gaussian.
+    """
+    check_latent(run.model)
+    law = known_law(run.config, "test")
+    if not isinstance(law, KickedMnistLaw) or law.borders != "bounce":
+        raise UserError(
+            f"events are planted in the kicked world with bouncing borders, and the run {run.folder} is not of it, or "
+            "not cut as it is: train one on what make_moving_mnist.py --world kicked writes"
+        )
+    world = read_world(Path(run.config.data.root))
+    assert world is not None
+    num_digits, num_frames = world["num_digits"], world["num_frames"]
+    if num_frames < MIN_SEGMENTS * SEGMENT_FRAMES:
+        raise UserError(
+            f"the videos of {run.config.data.root} have {num_frames} frames, and events need at least "
+            f"{MIN_SEGMENTS * SEGMENT_FRAMES}: write longer ones"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    sprites = law.sprites
+    length = (run.model.seen_at + 1) * SEGMENT_FRAMES
+
+    def score(video: Tensor) -> Transitions:
+        frames = (video * 255).round().byte().numpy()
+        return score_transitions(run.config, run.model, run.target_encoder, frames, len(frames), name="a video")
+
+    untouched: list[Transitions] = []
+    scored: dict[str, list[tuple[Transitions, Planted]]] = {event: [] for event in EVENTS}
+    for _ in tqdm(range(num_videos), desc="planted events", unit="video"):
+        plain = sample_videos(sprites, 1, num_digits, num_frames, "bounce", generator)
+        untouched.append(score(render_digits(sprites.images[plain.sprite], plain.motion.centre)[0]))
+        for event in EVENTS:
+            videos = sample_videos(sprites, 1, num_digits, num_frames, "bounce", generator)
+            segment = int(torch.randint(2, num_frames // SEGMENT_FRAMES - 1, (), generator=generator))
+            planted = plant(event, sprites, videos, segment * SEGMENT_FRAMES, generator)
+            scored[event].append((score(planted.video[0]), planted))
+    return event_aurocs(untouched, scored, length)
+
+
+def event_aurocs(
+    untouched: list[Transitions], scored: dict[str, list[tuple[Transitions, Planted]]], length: int
+) -> dict[str, dict[str, float]]:
+    """Scores of videos without an event, and of videos with each -> AUROCs; a transition is `length` frames long."""
+    result: dict[str, dict[str, float]] = {}
+    for measure in MEASURES:
+        negatives = [getattr(found, measure) for found in untouched]
+        positives: dict[str, list[np.ndarray]] = {event: [] for event in scored}
+        own_negatives: dict[str, list[np.ndarray]] = {event: [] for event in scored}
+        for event, videos in scored.items():
+            for found, planted in videos:
+                values = getattr(found, measure)
+                positives[event].append(values[touches(found.start, length, planted.frame, planted.frame)])
+                own_negatives[event].append(values[~touches(found.start, length, planted.frame, planted.last)])
+        result[measure] = {event: _auroc(positives[event], negatives + own_negatives[event]) for event in scored}
+        result[measure]["all"] = _auroc(
+            [part for parts in positives.values() for part in parts],
+            negatives + [part for parts in own_negatives.values() for part in parts],
+        )
+    return result
+
+
+def touches(start: np.ndarray, length: int, first: int, last: int) -> np.ndarray:
+    """Which transitions [start, start + length) show the change from one frame to the next at any of first ... last."""
+    return (start < last) & (start + length > first)
+
+
+def _auroc(positives: list[np.ndarray], negatives: list[np.ndarray]) -> float:
+    scores = torch.from_numpy(np.concatenate(positives + negatives))
+    return auroc(scores, torch.arange(len(scores)) < sum(map(len, positives)))
