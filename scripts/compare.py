@@ -129,17 +129,18 @@ def parse_folders(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def compare_folders(args: argparse.Namespace) -> int:
-    """Compare evaluated runs, each a row under its folder's name.
+    """Compare evaluated runs, each a row under its folder's name, from where their paths part.
 
     Raises: UserError: a folder holds no evaluated run, or --out cannot be written.
     """
     made = []
+    above = os.path.commonpath([folder.resolve().parent for folder in args.runs])
     for folder in args.runs:
         metrics = read_metrics(folder)
         if metrics is None:
             raise UserError(f"--runs {folder}: there is no metrics.json, evaluate the run first")
-        config = load_run_config(folder)
-        made.append(MadeRun(folder, Run(str(folder), config.model.latent, config.seed, flat_numbers(metrics)), metrics))
+        config, name = load_run_config(folder), os.path.relpath(folder.resolve(), above)
+        made.append(MadeRun(folder, Run(name, config.model.latent, config.seed, flat_numbers(metrics)), metrics))
     make_folder(args.out)
     write_comparison(args.out, made, {"runs_given": [str(folder) for folder in args.runs]})
     return 0

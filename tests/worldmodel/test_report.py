@@ -110,6 +110,14 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page]:
     )
 
 
+@pytest.fixture
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts take seconds and are drawn in other tests: here they are only asked for, with their words."""
+    monkeypatch.setattr(
+        "worldmodel.evaluation.figures.chart", lambda draw, alt, **_: Picture("data:image/", "data:image/", alt, 1, 1)
+    )
+
+
 def text_of_headline(metrics: dict[str, Any]) -> str:
     return "".join(part.text for part in headline(metrics))
 
@@ -254,7 +262,7 @@ def test_the_ring_is_drawn_where_the_frames_show_the_truth() -> None:
 
 
 @pytest.mark.parametrize("num_frames", [1, 7])
-def test_unlabelled_colour_video(tmp_path: Path, num_frames: int) -> None:
+def test_unlabelled_colour_video(tmp_path: Path, no_charts: None, num_frames: int) -> None:
     metrics = make_unlabelled_metrics(2) | {"kl_nats": None, "embedding": {"effective_rank": math.nan}}
     drawn = make_illustrations(
         queries=1, num_steps=2, channels=3, num_frames=num_frames, size_px=24, labels=False, num_neighbours=1
@@ -278,13 +286,7 @@ def drop(metrics: dict[str, Any], key: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("key", ["horizon", "quantity", "forecasts", "embedding", "readout", "probes", "train"])
 @pytest.mark.parametrize("missing", ["absent", "null"])
-def test_any_part_of_the_metrics_may_be_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, missing: str
-) -> None:
-    # Charts are drawn elsewhere: here it is what they are asked to draw.
-    monkeypatch.setattr(
-        "worldmodel.evaluation.figures.chart", lambda draw, alt, **_: Picture("data:image/", "data:image/", alt, 1, 1)
-    )
+def test_any_part_of_the_metrics_may_be_missing(tmp_path: Path, no_charts: None, key: str, missing: str) -> None:
     metrics = drop(make_metrics(2), key) | ({key: None} if missing == "null" else {})
     _, page = report(tmp_path / "report.html", metrics=metrics)
     assert "How it was made" in page.text

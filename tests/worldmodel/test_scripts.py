@@ -38,7 +38,7 @@ def test_train_evaluate_and_roll_out(tiny_overrides: list[str], world: Path, tmp
     twin_metrics = json.loads((tmp_path / "byol" / "metrics.json").read_text())
     assert metrics["forecasts"]["no_latent"] == twin_metrics["forecasts"]["model"]
     assert metrics["train"]["seconds"] > 0 and metrics["train"]["steps"] == 6 and metrics["seed"] == 3
-    assert f"{metrics['forecasts']['model']['energy_score']:.3f}" in evaluated.stdout
+    assert f"{metrics['forecasts']['model']['energy_score'][0]:.3f}" in evaluated.stdout
     assert str(run / "report.html") in evaluated.stdout and (run / "report.html").stat().st_size < 5e6
 
     out = tmp_path / "futures.npz"

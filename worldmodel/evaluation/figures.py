@@ -289,6 +289,11 @@ def forecast_line(name: str, label: str, values: np.ndarray) -> Line:
     return Line(label, values, colour, dashes, width)
 
 
+def short(label: str) -> str:
+    """The label, or its end where it is too long to stand beside a chart."""
+    return label if len(label) <= 24 else "…" + label[-23:]
+
+
 def spread_labels(places: Sequence[float], gap: float) -> list[float]:
     """The places from 0 to 1 of labels that would stand at `places`, moved as little as keeps them `gap` apart."""
     order = sorted(range(len(places)), key=lambda i: places[i])
@@ -345,7 +350,7 @@ def horizon_chart(
         for (line, _), place in zip(named, places, strict=True):
             bold = "bold" if line.colour == "model" else "normal"
             axes.annotate(
-                line.label,
+                short(line.label),
                 (1.02, place),
                 xycoords="axes fraction",
                 color=theme[line.colour],
@@ -370,7 +375,7 @@ def calibration_chart(curves: Sequence[tuple[str, Sequence[float], Sequence[floa
                 color=theme[SERIES_COLOURS[i % len(SERIES_COLOURS)]],
                 marker="os^Dv"[i % 5],
                 markersize=5,
-                label=name,
+                label=short(name),
             )
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="nominal level", ylabel="share within", box_aspect=1)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
@@ -411,7 +416,7 @@ def curve_chart(curves: Sequence[tuple[str, str, np.ndarray, np.ndarray]], alt: 
                 mean = np.convolve(values, np.ones(width) / width, mode="valid")
                 steps, values = steps[width // 2 : width // 2 + len(mean)], mean
             dots = "o" if len(steps) <= 40 else ""
-            axes.plot(steps, values, color=theme[colour], marker=dots, markersize=3.5, label=name)
+            axes.plot(steps, values, color=theme[colour], marker=dots, markersize=3.5, label=short(name))
         if len(curves) > 1:
             axes.legend(fontsize=8.5)
         axes.set_xlabel("step")
