@@ -7,6 +7,7 @@ protocol tunes the encoder too; here it stays frozen and the few-shot probe is l
 Legend: N clips, D dimensions of a representation, K dimensions of a target, C classes.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from itertools import product
 
@@ -58,7 +59,8 @@ def probe(
     Integer outputs [N] are classes, scored by accuracy and fitted by squared error to one-hot codes; outputs [N, K] of
     floats are scored by R^2, the mean over dimensions. few_shot_p is the linear probe of p % of the fit clips, drawn
     with a fixed seed from each class alike. The ridge strength and the number of neighbours are the best ones of the
-    selection clips; the MLP stops early on a tenth of its own clips, the first MLP_FIT_CLIPS of the fit.
+    selection clips. The MLP, to stay cheap, is fitted on the first MLP_FIT_CLIPS for at most MLP_ITERATIONS epochs and
+    stops early on a tenth of them: its score is a lower bound.
     """
     centre, scale = fit_inputs.mean(dim=0), fit_inputs.std(dim=0).clamp(min=1e-6)
     fit, selection, test = ((x - centre) / scale for x in (fit_inputs, selection_inputs, test_inputs))
@@ -105,6 +107,7 @@ def nearest_clips(inputs: Tensor, fit: Tensor, count: int) -> Tensor:
 
 def fit_mlp(inputs: Tensor, outputs: Tensor, max_iterations: int = 100) -> Callable[[Tensor], Tensor]:
     """A probe with one hidden layer of 256 units: [N, D], [N, K] -> a function [M, D] -> [M, K]."""
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.neural_network import MLPRegressor
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -113,7 +116,11 @@ def fit_mlp(inputs: Tensor, outputs: Tensor, max_iterations: int = 100) -> Calla
         StandardScaler(),
         MLPRegressor(hidden_layer_sizes=(256,), early_stopping=True, max_iter=max_iterations, random_state=0),
     )
-    mlp.fit(inputs.numpy(), outputs.numpy())
+    with warnings.catch_warnings():
+        # Reaching `max_iterations` is a budget that was chosen, nothing to tell the user.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        # sklearn takes one output as a vector.
+        mlp.fit(inputs.numpy(), outputs.squeeze(1).numpy())
     return lambda values: torch.from_numpy(mlp.predict(values.numpy())).float().reshape(-1, outputs.shape[1])
 
 
