@@ -44,7 +44,7 @@ def forecast_scores(
 
 
 def _step_scores(samples: Tensor, observed: Tensor, mean_over_dimensions: bool) -> dict[str, Any]:
-    """Scores at one step, [Q, S, K] and [Q, M, K]; those of the spread only where there is more than one sample."""
+    """Scores at one horizon step, [Q, S, K] and [Q, M, K]; without those of the spread for a single sample."""
 
     def by_dimension(values: Tensor) -> list[float]:
         return values.mean(dim=0, keepdim=True).tolist() if mean_over_dimensions else values.tolist()
@@ -142,8 +142,10 @@ def retrieval(forecasts: Tensor, targets: Tensor) -> dict[str, float]:
     for rows in torch.arange(num_queries).split(RETRIEVAL_QUERIES):
         density = _log_density(forecasts[rows], targets)
         own = density.gather(1, rows[:, None])
-        above.append((density > own).sum(dim=1))
-        tied.append((density == own).sum(dim=1))
+        # Equal targets may differ in the last digits: vectorised sums end in other instructions than they begin.
+        is_tied = torch.isclose(density, own, rtol=1e-6, atol=0.0)
+        above.append(((density > own) & ~is_tied).sum(dim=1))
+        tied.append(is_tied.sum(dim=1))
     first, count = torch.cat(above).double(), torch.cat(tied).double()
     # The true one holds each of the ranks first + 1 ... first + count with the same probability.
     harmonic = torch.cat([torch.zeros(1), 1 / torch.arange(1, num_queries + 1).double()]).cumsum(dim=0)

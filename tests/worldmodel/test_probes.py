@@ -2,64 +2,90 @@ import pytest
 import torch
 from torch import Tensor
 
-from worldmodel.evaluation.probes import few_clips, probe, probe_all
+from worldmodel.evaluation.probes import Splits, few_clips, fit_mlp, nearest_clips, probe, probe_all
 
-SIZES = (600, 200, 200)
+NAMES = {"linear", "knn", "mlp", "few_shot_1", "few_shot_5", "few_shot_10"}
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
+def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def splits(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    fit, selection, test = values.split(SIZES)
-    return fit, selection, test
+def inputs(num_dims: int) -> Splits:
+    return normal(1000, num_dims, seed=0), normal(300, num_dims, seed=1), normal(400, num_dims, seed=2)
 
 
-def scores_of(inputs: Tensor, outputs: Tensor) -> dict[str, float]:
-    (a, b, c), (x, y, z) = splits(inputs), splits(outputs)
-    return probe(a, x, b, y, c, z)
+def of(splits: Splits, outputs: list[Tensor]) -> dict[str, float]:
+    return probe(splits[0], outputs[0], splits[1], outputs[1], splits[2], outputs[2])
 
 
-def test_what_is_linear_is_read_by_every_probe_and_best_by_the_linear_one() -> None:
-    inputs = normal(1000, 6)
-    found = scores_of(inputs, inputs @ normal(6, 2, seed=1))
-    assert set(found) == {"linear", "knn", "mlp", "few_shot_1", "few_shot_5", "few_shot_10"}
-    assert found["linear"] > 0.999 and found["few_shot_5"] > 0.99
-    assert 0.5 < found["knn"] < found["linear"] and found["mlp"] > 0.8
+def test_a_linear_factor_is_read_by_a_linear_probe_and_better_from_more_labels() -> None:
+    weight = normal(12, 2, seed=3)
+    scores = of(inputs(12), [x @ weight + 2 * normal(len(x), 2, seed=4) for x in inputs(12)])
+    assert set(scores) == NAMES
+    assert scores["linear"] > 0.5 > scores["few_shot_1"] + 0.1
+    assert scores["linear"] > scores["few_shot_10"] > scores["few_shot_1"]
 
 
-def test_what_is_not_linear_is_left_to_the_others() -> None:
-    inputs = normal(1000, 2)
-    classes = (inputs[:, 0] * inputs[:, 1] > 0).long()
-    found = scores_of(inputs, classes)
-    assert found["linear"] < 0.65 and found["knn"] > 0.85 and found["mlp"] > 0.85
+def test_a_curved_factor_needs_the_neighbours_or_the_mlp() -> None:
+    scores = of(inputs(2), [x.square().sum(dim=1, keepdim=True) for x in inputs(2)])
+    assert scores["linear"] < 0.1 and scores["knn"] > 0.9 and scores["mlp"] > 0.5
 
 
-def test_noise_tells_nothing_and_few_labels_tell_less() -> None:
-    inputs = normal(1000, 40)
-    assert scores_of(inputs, normal(1000, 1, seed=1))["linear"] < 0.05
-    found = scores_of(inputs, inputs[:, :1] + normal(1000, 1, seed=2))
-    assert found["few_shot_1"] < found["few_shot_10"] < found["linear"]
+def test_classes_are_scored_by_accuracy() -> None:
+    """Four quadrants: every probe finds them; labels drawn at random: none does better than chance."""
+    quadrants = [((x[:, 0] > 0) * 2 + (x[:, 1] > 0)).long() for x in inputs(2)]
+    found = of(inputs(2), quadrants)
+    assert set(found) == NAMES and min(found[name] for name in ("linear", "knn", "mlp", "few_shot_10")) > 0.85
+    noise = [torch.randint(4, (len(x),), generator=torch.Generator().manual_seed(len(x))) for x in inputs(2)]
+    for score in of(inputs(2), noise).values():
+        assert score == pytest.approx(0.25, abs=0.08)
 
 
-def test_scales_of_inputs_do_not_matter() -> None:
-    inputs, outputs = normal(1000, 4), normal(1000, 1, seed=1)
-    outputs = outputs + inputs[:, :1]
-    scaled = scores_of(inputs * torch.tensor([1e3, 1.0, 1e-3, 5.0]) + 7, outputs)
-    for name, score in scores_of(inputs, outputs).items():
-        assert scaled[name] == pytest.approx(score, abs=0.02), name
+def test_scales_of_the_features_do_not_matter() -> None:
+    """A loud dimension that tells nothing would drown the neighbours of the one that tells."""
+    factor = [x[:, :1] for x in inputs(2)]
+    loud = tuple(x * torch.tensor([1e-2, 1e3]) + 5 for x in inputs(2))
+    assert of((loud[0], loud[1], loud[2]), factor) == pytest.approx(of(inputs(2), factor), abs=1e-3)
 
 
-def test_few_clips_are_of_each_class_alike() -> None:
-    classes = torch.tensor([0] * 900 + [1] * 95 + [2] * 5)
-    rows = few_clips(classes, 10)
-    assert classes[rows].bincount().tolist() == [90, 10, 1]
-    assert torch.equal(rows, few_clips(classes, 10))
-    assert len(few_clips(normal(50, 2), 1)) == 2
+def test_hyperparameters_are_not_chosen_on_test_clips() -> None:
+    """Noise as the selection outputs asks for many neighbours and much shrinkage, though test outputs ask for few."""
+    truth = [x @ normal(4, 1, seed=3) for x in inputs(4)]
+    honest = of(inputs(4), truth)
+    misled = of(inputs(4), [truth[0], normal(300, 1, seed=9), truth[2]])
+    assert misled["knn"] < honest["knn"] - 0.02 and misled["linear"] < honest["linear"] - 0.02
+    assert misled["mlp"] == honest["mlp"]
 
 
-def test_every_target_is_probed_from_every_representation() -> None:
-    inputs = normal(1000, 3)
-    found = probe_all({"a": splits(inputs), "b": splits(inputs.flip(1))}, {"sign": splits((inputs[:, 0] > 0).long())})
-    assert set(found) == {"a", "b"} and found["a"]["sign"]["linear"] == pytest.approx(found["b"]["sign"]["linear"])
+def test_few_clips_take_each_class_alike_and_at_least_one() -> None:
+    labels = torch.cat([torch.zeros(800), torch.ones(200), torch.full((3,), 2.0)]).long()
+    assert labels[few_clips(labels, 1)].bincount().tolist() == [8, 2, 1]
+    assert labels[few_clips(labels, 10)].bincount().tolist() == [80, 20, 1]
+    assert torch.equal(few_clips(labels, 10), few_clips(labels, 10))
+    assert len(few_clips(torch.zeros(1000, 2), 5)) == 50
+    assert len(few_clips(torch.zeros(20, 2), 1)) == 2
+
+
+def test_nearest_clips_are_in_order_and_no_more_than_there_are() -> None:
+    fit = torch.tensor([[0.0], [1.0], [5.0]])
+    assert nearest_clips(torch.tensor([[4.0], [-1.0]]), fit, 50).tolist() == [[2, 1, 0], [0, 1, 2]]
+
+
+def test_an_mlp_of_one_output_keeps_its_dimension() -> None:
+    assert fit_mlp(normal(60, 3, seed=0), normal(60, 1, seed=1), 2)(normal(7, 3, seed=2)).shape == (7, 1)
+
+
+def test_probe_all_pairs_every_representation_with_every_target() -> None:
+    full = inputs(3)
+    blind = (normal(1000, 2, seed=5), normal(300, 2, seed=6), normal(400, 2, seed=7))
+    targets: dict[str, Splits] = {
+        "sign": ((full[0][:, 0] > 0).long(), (full[1][:, 0] > 0).long(), (full[2][:, 0] > 0).long()),
+        "position": (full[0][:, 1:], full[1][:, 1:], full[2][:, 1:]),
+    }
+    scores = probe_all({"embedding": full, "r": blind}, targets)
+    assert {name: set(row) for name, row in scores.items()} == {
+        name: {"sign", "position"} for name in ("embedding", "r")
+    }
+    assert scores["embedding"]["position"]["linear"] > 0.99 and scores["r"]["position"]["linear"] < 0.05
+    assert scores["embedding"]["sign"]["linear"] > 0.95 and scores["r"]["sign"]["linear"] < 0.6

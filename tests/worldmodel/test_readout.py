@@ -27,3 +27,10 @@ def test_strength_is_chosen_on_selection_clips() -> None:
 
     readout = choose_readout(*clips(70), *clips(500))
     assert readout.strength == 100.0
+
+
+def test_more_strengths_may_be_asked_for() -> None:
+    """Where outputs are noise, the strongest shrinkage is best, and every one on offer is tried."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(200, 20, generator=generator), torch.randn(200, 1, generator=generator)
+    assert choose_readout(x[:100], y[:100], x[100:], y[100:], (1.0, 1e6, 10.0)).strength == 1e6

@@ -4,22 +4,28 @@ import numpy as np
 import pytest
 import scoringrules
 import torch
-from torch import Tensor
 
-from worldmodel import scores
 from worldmodel.scores import (
+    auroc,
+    best_of,
     central_interval,
+    crps,
     dci,
     effective_rank,
     energy_score,
+    forecast_scores,
     interval_coverage,
     interval_width,
     r_squared,
+    rank_histogram,
+    retrieval,
+    retrieval_scores,
+    spread_skill,
 )
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_energy_score_equals_brute_force_loops() -> None:
@@ -105,114 +111,150 @@ def test_effective_rank_of_known_spectra() -> None:
     assert effective_rank(orthogonal) == pytest.approx(8, abs=0.1)
 
 
-# ------------------------------------------------------------------------------------- probability forecasts
+def test_energy_score_and_crps_equal_those_of_scoringrules() -> None:
+    forecasts, observed = normal(20, 7, 3, seed=0).double(), normal(20, 4, 3, seed=1).double()
+    energy, by_dimension = [], []
+    for draw in observed.unbind(dim=1):
+        truth, ensemble = draw.numpy(), forecasts.numpy()
+        energy.append(scoringrules.es_ensemble(truth, ensemble, estimator="fair"))
+        by_dimension.append(scoringrules.crps_ensemble(truth, ensemble.swapaxes(1, 2), estimator="fair"))
+    np.testing.assert_allclose(energy_score(forecasts, observed).numpy(), np.mean(energy, axis=0), atol=1e-6)
+    np.testing.assert_allclose(crps(forecasts, observed).numpy(), np.mean(by_dimension, axis=0), atol=1e-6)
 
 
-@pytest.mark.parametrize("num_dims", [1, 2, 16])
-def test_energy_score_and_crps_agree_with_scoringrules(num_dims: int) -> None:
-    samples, observed = normal(20, 9, num_dims), normal(20, 4, num_dims, seed=1) + 0.5
-    ours, ours_crps = scores.energy_score(samples, observed), scores.crps(samples, observed)
-    each = [
-        scoringrules.es_ensemble(observed[:, m].numpy(), samples.numpy(), estimator="fair")
-        for m in range(observed.shape[1])
-    ]
-    np.testing.assert_allclose(ours.numpy(), np.mean(each, axis=0), atol=1e-6)
-    each = [
-        scoringrules.crps_ensemble(observed[:, m].numpy(), samples.transpose(1, 2).numpy(), estimator="fair")
-        for m in range(observed.shape[1])
-    ]
-    np.testing.assert_allclose(ours_crps.numpy(), np.mean(each, axis=0), atol=1e-6)
+def test_crps_is_the_energy_score_of_each_dimension_alone() -> None:
+    forecasts, observed = 30 + normal(5, 16, 2, seed=0), 30 + normal(5, 3, 2, seed=1)
+    for count in (16, 1):
+        alone = [energy_score(forecasts[:, :count, k, None], observed[..., k, None]) for k in range(2)]
+        torch.testing.assert_close(crps(forecasts[:, :count], observed), torch.stack(alone, dim=1), atol=1e-5, rtol=0)
 
 
-def test_scores_over_a_horizon_agree_with_scoringrules() -> None:
-    """What metrics.json holds, of float32 samples as an evaluation has them."""
-    samples, observed = normal(30, 8, 3, 2).float(), normal(30, 1, 3, 2, seed=1).float()
-    found = scores.forecast_scores(samples, observed)
+@pytest.mark.parametrize("num_samples", [2, 8, 64])
+def test_crps_is_fair_to_a_small_ensemble(num_samples: int) -> None:
+    """CRPS of N(0, 1) at y: y (2 Phi(y) - 1) + 2 phi(y) - 1 / sqrt(pi), whatever the size of the ensemble."""
+    y = 0.7
+    cdf, density = (1 + math.erf(y / math.sqrt(2))) / 2, math.exp(-(y**2) / 2) / math.sqrt(2 * math.pi)
+    expected = y * (2 * cdf - 1) + 2 * density - 1 / math.sqrt(math.pi)
+    score = crps(normal(40000, num_samples, 1, seed=0), torch.full((40000, 1, 1), y)).mean()
+    assert score.item() == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("num_samples", [2, 8, 64])
+def test_spread_over_skill_of_a_calibrated_forecast_is_one_at_any_ensemble_size(num_samples: int) -> None:
+    samples, observed = normal(20000, num_samples, 2, seed=0), normal(20000, 1, 2, seed=1)
+    assert spread_skill(samples, observed) == pytest.approx(1, abs=0.02)
+    assert spread_skill(samples / 2, observed) < 0.75
+
+
+@pytest.mark.parametrize(("num_samples", "num_bins"), [(64, 10), (19, 10), (6, 10), (64, 13)])
+def test_ranks_of_a_calibrated_forecast_are_flat_whatever_the_bins(num_samples: int, num_bins: int) -> None:
+    shares = rank_histogram(normal(4000, num_samples, 2, seed=0), normal(4000, 8, 2, seed=1), num_bins)
+    assert shares.sum().item() == pytest.approx(1)
+    assert (shares * num_bins - 1).abs().max().item() < 0.04
+
+
+def test_ranks_show_bias_and_too_little_spread() -> None:
+    samples, observed = normal(1000, 19, 1, seed=0), normal(1000, 4, 1, seed=1)
+    low, narrow = rank_histogram(samples - 1, observed), rank_histogram(samples / 2, observed)
+    assert low[-1] > 0.3 and low[0] < 0.03
+    assert narrow[0] > 0.15 and narrow[-1] > 0.15 and narrow[5] < 0.09
+
+
+def test_an_observation_equal_to_samples_is_spread_over_their_ranks() -> None:
+    samples, observed = torch.tensor([[[0.0], [1.0], [1.0]]]), torch.ones(1, 1, 1)
+    torch.testing.assert_close(rank_histogram(samples, observed, 4), torch.tensor([0, 1, 1, 1]).double() / 3)
+
+
+def test_best_of_is_the_distance_to_the_nearest_sample() -> None:
+    samples = torch.tensor([[[0.0, 0.0], [10.0, 0.0]]])
+    observed = torch.tensor([[[3.0, 4.0], [10.0, 1.0]]])
+    assert best_of(samples, observed).tolist() == [3.0]
+
+
+def test_retrieval_by_hand() -> None:
+    """Targets at 0, 1, ... 19 on a line, each forecast 0.6 beyond its own: one other is nearer, but for the last."""
+    targets = torch.arange(20.0)[:, None]
+    scores = retrieval(targets[:, None] + 0.6, targets)
+    assert scores == pytest.approx({"mrr": (19 / 2 + 1) / 20, "hit_1": 1 / 20, "hit_5": 1, "hit_10": 1})
+
+
+def test_retrieval_asks_for_density_not_for_a_stray_sample_nor_for_the_mean() -> None:
+    """Two modes at -5 and 5 and one stray: a candidate midway and one at the stray lose to one in a mode."""
+    modes = torch.cat([normal(10, 1, seed=0) / 2 - 5, normal(10, 1, seed=1) / 2 + 5, torch.tensor([[20.0]])])
+    targets = torch.tensor([[4.9], [0.0], [20.001]])
+    forecasts = torch.stack([modes, torch.zeros(21, 1), torch.full((21, 1), 20.0)])
+    assert retrieval(forecasts, targets)["hit_1"] == 1
+
+
+@pytest.mark.parametrize("num_samples", [1, 8])
+def test_retrieval_of_a_constant_forecast_or_a_collapsed_embedding_is_chance(num_samples: int) -> None:
+    chance = {"mrr": sum(1 / rank for rank in range(1, 101)) / 100, "hit_1": 0.01, "hit_5": 0.05, "hit_10": 0.1}
+    constant = normal(1, num_samples, 4, seed=0).expand(100, -1, -1)
+    assert retrieval(constant, normal(100, 4, seed=1)) == pytest.approx(chance)
+    forecasts = normal(100, num_samples, 4, seed=2)
+    assert retrieval(forecasts, torch.full((100, 4), 0.3)) == pytest.approx(chance)
+
+
+def test_retrieval_scores_are_by_horizon_step() -> None:
+    targets = 10 * normal(50, 2, 8, seed=0)
+    samples = torch.stack([targets[:, 0], -targets[:, 1]], dim=1)[:, None] + normal(50, 16, 2, 8, seed=1)
+    scores = retrieval_scores(samples, targets)
+    assert list(scores) == ["mrr", "hit_1", "hit_5", "hit_10"]
+    assert scores["hit_1"][0] == 1 and scores["hit_1"][1] < 0.2
+
+
+def test_auroc_by_hand() -> None:
+    positive = torch.tensor([True, True, False, False])
+    assert auroc(torch.tensor([3.0, 2.0, 1.0, 0.0]), positive) == 1
+    assert auroc(torch.tensor([3.0, 1.0, 2.0, 0.0]), positive) == 0.75
+    assert auroc(torch.ones(4), positive) == 0.5
+    assert math.isnan(auroc(torch.ones(4), torch.ones(4, dtype=torch.bool)))
+    assert math.isnan(auroc(torch.ones(4), torch.zeros(4, dtype=torch.bool)))
+
+
+def test_forecast_scores_are_those_of_each_step() -> None:
+    samples, observed = normal(30, 19, 3, 2, seed=0), normal(30, 5, 3, 2, seed=1)
+    scores = forecast_scores(samples, observed, oracle=[0.5, 1.0, 2.0])
+    last, truth = samples[:, :, 2], observed[:, :, 2]
+    assert scores["energy_score"][2] == pytest.approx(energy_score(last, truth).mean().item())
+    assert scores["ratio_to_oracle"][2] == scores["energy_score"][2] / 2
+    assert scores["crps"][2] == pytest.approx(crps(last, truth).mean(dim=0).tolist())
+    assert scores["best_of"][2] == pytest.approx(best_of(last, truth).mean().item())
+    assert scores["spread_skill"][2] == spread_skill(last, truth)
+    assert scores["rank_histogram"][2] == rank_histogram(last, truth).tolist()
+    for level in (50, 80, 90):
+        assert scores["coverage"][str(level)][2] == interval_coverage(last, truth, level / 100).tolist()
+        assert scores["width"][str(level)][2] == interval_width(last, level / 100).tolist()
+    assert {len(values) for values in scores.values() if isinstance(values, list)} == {3}
+    assert "ratio_to_oracle" not in forecast_scores(samples, observed)
+
+
+def test_forecast_scores_average_over_dimensions_on_request() -> None:
+    samples, observed = normal(30, 19, 2, 4, seed=0), normal(30, 1, 2, 4, seed=1)
+    by_dimension, mean = (
+        forecast_scores(samples, observed),
+        forecast_scores(samples, observed, mean_over_dimensions=True),
+    )
+    assert mean["crps"] == [pytest.approx([np.mean(step)]) for step in by_dimension["crps"]]
+    for name in ("coverage", "width"):
+        assert mean[name]["90"] == [pytest.approx([np.mean(step)]) for step in by_dimension[name]["90"]]
+
+
+def test_forecast_of_one_sample_has_no_spread_to_score() -> None:
+    scores = forecast_scores(normal(30, 1, 2, 4, seed=0), normal(30, 3, 2, 4, seed=1))
+    assert {name for name, values in scores.items() if values is None} == {
+        *("coverage", "width", "spread_skill", "rank_histogram")
+    }
+    assert len(scores["crps"]) == 2 and len(scores["crps"][0]) == 4
+
+
+def test_what_metrics_hold_agrees_with_scoringrules() -> None:
+    """float32 samples over a horizon, as an evaluation has them."""
+    samples, observed = normal(30, 8, 3, 2, seed=0), normal(30, 1, 3, 2, seed=1)
+    found = forecast_scores(samples, observed)
     for h in range(3):
         truth, forecast = observed[:, 0, h].double().numpy(), samples[:, :, h].double().numpy()
         energy = scoringrules.es_ensemble(truth, forecast, estimator="fair").mean()
-        crps = scoringrules.crps_ensemble(truth, forecast.swapaxes(1, 2), estimator="fair").mean(axis=0)
+        by_dimension = scoringrules.crps_ensemble(truth, forecast.swapaxes(1, 2), estimator="fair").mean(axis=0)
         assert found["energy_score"][h] == pytest.approx(energy, abs=1e-6)
-        np.testing.assert_allclose(found["crps"][h], crps, atol=1e-6)
-
-
-def test_crps_of_a_normal_law_in_closed_form() -> None:
-    """The expected CRPS of a calibrated N(0, 1) forecast is 1 / sqrt(pi) (Gneiting and Raftery 2007, eq. 21)."""
-    found = scores.crps(normal(4_000, 50, 1), normal(4_000, 1, 1, seed=1)).mean()
-    assert float(found) == pytest.approx(1 / math.sqrt(math.pi), rel=0.03)
-
-
-def test_crps_of_one_sample_is_the_absolute_error() -> None:
-    samples, observed = normal(5, 1, 2), normal(5, 3, 2, seed=1)
-    torch.testing.assert_close(scores.crps(samples, observed), (samples - observed).abs().mean(dim=1))
-
-
-@pytest.mark.parametrize(("stretch", "expected"), [(1.0, 1.0), (0.5, 0.5), (2.0, 2.0)])
-def test_spread_and_skill_match_where_the_forecast_is_calibrated(stretch: float, expected: float) -> None:
-    """Around a centre that the forecast knows; with few samples the correction matters: without it 10% are lost."""
-    centre = normal(6_000, 1, 2, seed=3)
-    samples = centre + stretch * normal(6_000, 5, 2)
-    found = scores.spread_skill(samples, centre + normal(6_000, 1, 2, seed=1))
-    error = math.sqrt((1 + stretch**2 / 5) / (1 + 1 / 5))  # the mean of few wide samples is itself in error
-    assert found == pytest.approx(expected / error, rel=0.03)
-
-
-@pytest.mark.parametrize("num_samples", [7, 10, 64])
-def test_ranks_are_flat_where_the_forecast_is_calibrated_whatever_the_number_of_samples(num_samples: int) -> None:
-    samples, observed = normal(3_000, num_samples, 2), normal(3_000, 2, 2, seed=1)
-    shares = scores.rank_histogram(samples, observed)
-    assert float(shares.sum()) == pytest.approx(1)
-    torch.testing.assert_close(shares, torch.full_like(shares, 1 / len(shares)), atol=0.012, rtol=0)
-    narrow = scores.rank_histogram(samples / 3, observed)
-    assert narrow[0] > 2 * narrow[4] and narrow[-1] > 2 * narrow[4]
-
-
-def test_ranks_of_ties_are_shared() -> None:
-    shares = scores.rank_histogram(torch.zeros(4, 9, 1), torch.zeros(4, 1, 1))
-    torch.testing.assert_close(shares, torch.full_like(shares, 1 / len(shares)))
-
-
-def test_the_best_sample_is_the_nearest() -> None:
-    samples = torch.tensor([[[0.0, 0.0], [3.0, 0.0], [0.0, 5.0]]])
-    observed = torch.tensor([[[3.0, 4.0], [0.0, 0.0]]])
-    assert scores.best_of(samples, observed).tolist() == pytest.approx([(math.sqrt(10) + 0) / 2])
-
-
-def test_retrieval_of_exact_forecasts_and_of_constant_ones() -> None:
-    targets = normal(40, 6)
-    exact = scores.retrieval(targets[:, None] + 1e-3 * normal(40, 5, 6, seed=1), targets)
-    assert exact == {"mrr": 1.0, "hit_1": 1.0, "hit_5": 1.0, "hit_10": 1.0}
-    constant = scores.retrieval(torch.zeros(40, 5, 6), torch.zeros(40, 6))
-    chance = {"mrr": sum(1 / k for k in range(1, 41)) / 40, "hit_1": 1 / 40, "hit_5": 5 / 40, "hit_10": 10 / 40}
-    assert constant == pytest.approx(chance)
-
-
-def test_retrieval_prefers_the_modes_of_a_forecast_to_their_middle() -> None:
-    """Samples around +3 and -3: what came is at +3, another candidate in the middle, which is nearer to their mean."""
-    around = torch.cat([3 + 0.1 * normal(20, 1), -3 + 0.1 * normal(20, 1, seed=1)])[None]
-    forecasts = torch.cat([around, 50 + around])
-    found = scores.retrieval(forecasts, torch.tensor([[3.0], [0.0]], dtype=torch.float64))
-    assert found["mrr"] == pytest.approx((1 + 0.5) / 2)
-
-
-def test_auroc_counts_pairs_and_ties_half() -> None:
-    values = torch.tensor([3.0, 1.0, 2.0, 2.0, 0.0])
-    positive = torch.tensor([True, False, True, False, False])
-    assert scores.auroc(values, positive) == pytest.approx((3 + 2.5) / 6)
-    assert math.isnan(scores.auroc(values, torch.zeros(5, dtype=torch.bool)))
-
-
-def test_a_forecast_of_one_sample_has_no_spread() -> None:
-    found = scores.forecast_scores(normal(6, 1, 2, 3), normal(6, 4, 2, 3, seed=1), oracle=[1.0, 2.0])
-    assert found["coverage"] is None and found["rank_histogram"] is None
-    assert found["ratio_to_oracle"] == pytest.approx([found["energy_score"][0], found["energy_score"][1] / 2])
-
-
-def test_means_over_dimensions_are_those_of_each_dimension() -> None:
-    samples, observed = normal(50, 9, 2, 4), normal(50, 1, 2, 4, seed=1)
-    each = scores.forecast_scores(samples, observed)
-    mean = scores.forecast_scores(samples, observed, mean_over_dimensions=True)
-    for h in range(2):
-        assert mean["crps"][h] == pytest.approx([np.mean(each["crps"][h])])
-        assert mean["coverage"]["80"][h] == pytest.approx([np.mean(each["coverage"]["80"][h])])
-    assert mean["energy_score"] == each["energy_score"]
+        np.testing.assert_allclose(found["crps"][h], by_dimension, atol=1e-6)

@@ -59,7 +59,8 @@ def probe(
     Integer outputs [N] are classes, scored by accuracy and fitted by squared error to one-hot codes; outputs [N, K] of
     floats are scored by R^2, the mean over dimensions. few_shot_p is the linear probe of p % of the fit clips, drawn
     with a fixed seed from each class alike. The ridge strength and the number of neighbours are the best ones of the
-    selection clips; the MLP stops early on a tenth of its own clips, the first MLP_FIT_CLIPS of the fit.
+    selection clips. The MLP, to stay cheap, is fitted on the first MLP_FIT_CLIPS for at most MLP_ITERATIONS epochs and
+    stops early on a tenth of them: its score is a lower bound.
     """
     centre, scale = fit_inputs.mean(dim=0), fit_inputs.std(dim=0).clamp(min=1e-6)
     fit, selection, test = ((x - centre) / scale for x in (fit_inputs, selection_inputs, test_inputs))
@@ -116,7 +117,9 @@ def fit_mlp(inputs: Tensor, outputs: Tensor, max_iterations: int = 100) -> Calla
         MLPRegressor(hidden_layer_sizes=(256,), early_stopping=True, max_iter=max_iterations, random_state=0),
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the cap is meant
+        # Reaching `max_iterations` is a budget that was chosen, nothing to tell the user.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        # sklearn takes one output as a vector.
         mlp.fit(inputs.numpy(), outputs.squeeze(1).numpy())
     return lambda values: torch.from_numpy(mlp.predict(values.numpy())).float().reshape(-1, outputs.shape[1])
 
