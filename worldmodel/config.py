@@ -90,9 +90,6 @@ class ModelConfig:
     encoder: Literal["conv3d", "resnet", "mlp"] = "conv3d"
     width: PositiveFloat = 1.0
     """Multiplies the encoder's channels."""
-    pool_grid: PositiveInt = 1
-    """conv3d: features are means over a grid of this many cells a side, and so say where things are; the paper has one
-    cell, all pixels."""
     coordinates: bool = False
     """The encoder of videos also sees the coordinates of each pixel, so that its features can say where things are."""
     embedding_dim: PositiveInt = 128
@@ -340,15 +337,6 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"objective.step_weights={list(weights)} needs a number for each of "
             f"objective.rollout_steps={config.objective.rollout_steps} steps, not all of them 0"
         )
-    if model.pool_grid > 1:
-        map_px = -(-data.size_px // 8)
-        if model.encoder != "conv3d":
-            yield f"model.pool_grid={model.pool_grid} is for model.encoder=conv3d, not {model.encoder}"
-        elif map_px % model.pool_grid:
-            yield (
-                f"model.pool_grid={model.pool_grid} must divide the encoder's last map, {map_px} pixels a side for "
-                f"data.size_px={data.size_px}"
-            )
     if model.editor == "sum" and model.latent != "none" and model.latent_dim != model.embedding_dim:
         yield (
             f"model.editor=sum adds r to the embedding: model.latent_dim={model.latent_dim} must equal "

@@ -17,15 +17,14 @@ class Conv3dEncoder(nn.Module):
     """The video encoder of AdaSSL (arXiv 2602.02381, appendix D.5): five convolutions, each with BN and ReLU.
 
     Channels 32, 64, 128, 128, 256 times `width`; kernels space, space, time, time, space; spatial strides 2, 2, 1, 1,
-    2; the number of frames is kept. Means over the cells of a grid of `pool_grid` cells a side leave F = channels * T *
-    pool_grid^2 features. The paper has one cell, the mean over all pixels, which forgets where things are.
+    2; the number of frames is kept. The mean over height and width leaves F = channels * T features.
     """
 
     CHANNELS = (32, 64, 128, 128, 256)
     KERNELS = ((1, 3, 3), (1, 3, 3), (3, 1, 1), (3, 1, 1), (1, 3, 3))
     STRIDES = (2, 2, 1, 1, 2)
 
-    def __init__(self, in_channels: int, num_frames: int, width: float, pool_grid: int = 1) -> None:
+    def __init__(self, in_channels: int, num_frames: int, width: float) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = in_channels
@@ -39,15 +38,13 @@ class Conv3dEncoder(nn.Module):
             ]
             channels = out_channels
         self.layers = nn.Sequential(*layers).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        self.pool_grid = pool_grid
-        self.num_features = channels * num_frames * pool_grid**2
+        self.num_features = channels * num_frames
 
     def forward(self, video: Tensor) -> Tensor:
         """video [B, T, C, H, W] in [0, 1] -> features [B, F]."""
         volume = rearrange(video, "b t c h w -> b c t h w").contiguous(memory_format=torch.channels_last_3d)
-        grid = self.pool_grid
-        cells = rearrange(self.layers(volume), "b c t (i h) (j w) -> (b t i j) (h w) c", i=grid, j=grid)
-        return rearrange(_mean_over_pixels(cells), "(b t i j) c -> b (c t i j)", b=len(video), i=grid, j=grid)
+        pooled = _mean_over_pixels(rearrange(self.layers(volume), "b c t h w -> (b t) (h w) c"))
+        return rearrange(pooled, "(b t) c -> b (c t)", b=len(video))
 
 
 class ResNetEncoder(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from worldmodel.config import Config
 from worldmodel.editors import make_editor
-from worldmodel.encoders import ENCODERS, Conv3dEncoder, Embedder, normalise
+from worldmodel.encoders import ENCODERS, Embedder, normalise
 from worldmodel.latents import Inference, make_latent
 from worldmodel.objectives import make_objective
 
@@ -25,10 +25,7 @@ class WorldModel(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         model, data, objective = config.model, config.data, config.objective
-        shape = data.channels + 2 * model.coordinates, data.num_frames, model.width
-        encoder = (
-            Conv3dEncoder(*shape, model.pool_grid) if model.encoder == "conv3d" else ENCODERS[model.encoder](*shape)
-        )
+        encoder = ENCODERS[model.encoder](data.channels + 2 * model.coordinates, data.num_frames, model.width)
         self.embedder = Embedder(
             encoder,
             [model.hidden_dim] * model.projector_layers,

@@ -3,7 +3,16 @@ from typing import Literal
 import pytest
 import torch
 
-from worldmodel.encoders import ENCODERS, Conv3dEncoder, Embedder, MlpEncoder, Whitening, mlp, normalise
+from worldmodel.encoders import (
+    ENCODERS,
+    Conv3dEncoder,
+    Embedder,
+    MlpEncoder,
+    Whitening,
+    mlp,
+    normalise,
+    with_coordinates,
+)
 
 
 def clip(batch: int = 3, frames: int = 3, channels: int = 1, size_px: int = 64) -> torch.Tensor:
@@ -39,6 +48,28 @@ def test_features_are_means_over_pixels() -> None:
     encoder = Conv3dEncoder(1, 3, 0.125)
     values = encoder.layers(clip().transpose(1, 2))
     torch.testing.assert_close(encoder(clip()), values.mean(dim=(3, 4)).flatten(1))
+
+
+def test_coordinates_are_two_more_channels_the_same_for_every_clip() -> None:
+    video = clip(2, 3, 1, 5)
+    shown = with_coordinates(video)
+    assert shown.shape == (2, 3, 3, 5, 5)
+    assert torch.equal(shown[:, :, :1], video)
+    torch.testing.assert_close(shown[1, 2, 1, 3], torch.linspace(-1, 1, 5))  # x along a row
+    torch.testing.assert_close(shown[0, 0, 2, :, 4], torch.linspace(-1, 1, 5))  # y along a column
+
+
+def test_with_coordinates_a_shifted_picture_has_other_features() -> None:
+    """Without them the mean over pixels forgets the place of what is far from the borders."""
+    torch.manual_seed(0)
+    video = torch.zeros(1, 3, 1, 64, 64)
+    video[..., 24:30, 24:30] = 1
+    moved = video.roll(8, dims=-1)
+    for coordinates in (False, True):
+        encoder = Conv3dEncoder(1 + 2 * coordinates, 3, 0.125)
+        embedder = Embedder(encoder, [], 8, "sphere", coordinates=coordinates).eval()
+        same = torch.allclose(embedder.features(video), embedder.features(moved), atol=1e-6)
+        assert same != coordinates
 
 
 def test_embeddings_have_one_length() -> None:
