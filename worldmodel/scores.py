@@ -85,7 +85,7 @@ def crps(forecasts: Tensor, observed: Tensor) -> Tensor:
     """Continuous ranked probability score of each query and dimension: [Q, S, K], [Q, M, K] -> [Q, K]; lower is better.
 
     The Energy Score in one dimension: mean |X - y| - (1/2) mean_{s != s'} |X_s - X_s'|, fair to an ensemble of any size
-    (Ferro 2014, "Fair scores for ensemble forecasts", eq. 8; Gneiting and Raftery 2007, eq. 21). The score of a single
+    (Ferro 2014, "Fair scores for ensemble forecasts"; Gneiting and Raftery 2007, eq. 21). The score of a single
     forecast is its absolute error. O(S log S + S M) time and O(S + M) memory a query and dimension.
     """
     return _crps(_ordered(forecasts), observed)
@@ -96,7 +96,7 @@ def spread_skill(samples: Tensor, observed: Tensor) -> float:
 
     Below 1 the forecast is overconfident. Spread is the root of the mean unbiased variance, times sqrt((S + 1) / S):
     the mean of S samples itself errs (Fortin et al. 2014, "Why should ensemble spread match the RMSE of the ensemble
-    mean?", eq. 15). Squares are pooled over queries and dimensions.
+    mean?"). Squares are pooled over queries and dimensions.
     """
     num_samples = samples.shape[1]
     variance = samples.var(dim=1).mean()
@@ -110,7 +110,7 @@ def rank_histogram(samples: Tensor, observed: Tensor, num_bins: int = RANK_BINS)
     Flat if calibrated, whatever S and the number of bins: rank i of 0 to S has probability 1 / (S + 1) and is spread
     evenly over [i, i + 1] / (S + 1), which bins of [0, 1] cut as they may. An observation that equals samples is spread
     over all the ranks it may hold. This is the nonrandomised PIT histogram of the samples (Czado, Gneiting and Held
-    2009, section 2.1; rank histograms: Hamill 2001).
+    2009; rank histograms: Hamill 2001).
     """
     return _rank_shares(_ordered(samples), observed, num_bins)
 
@@ -132,7 +132,7 @@ def retrieval(forecasts: Tensor, targets: Tensor) -> dict[str, float]:
     what a single stray sample happened on. The bandwidth h, the mean distance from a sample to its nearest other
     sample, follows the dimension that samples fill in truth. One sample, or equal ones, rank by distance.
 
-    mrr is the mean of 1 / rank, hit_k the share of ranks up to k, as in Bordes et al. 2013. Tied candidates share their
+    mrr is the mean of 1 / rank, hit_k the share of ranks up to k. Tied candidates share their
     ranks in expectation, so that a collapsed embedding scores as chance does: hit_k = k / Q.
     """
     num_queries = len(targets)
