@@ -230,7 +230,7 @@ def test_metrics_count_only_for_the_same_config_and_the_last_step(script: Module
     folder = tmp_path / "byol-none" / "seed_0"
     folder.mkdir(parents=True)
     assert not script.is_done(run)
-    (folder / "config.yaml").write_text(script.to_yaml(run.config))  # type: ignore[attr-defined]
+    (folder / "config.yaml").write_text(script.to_yaml(run.config))
     (folder / "metrics.json").write_text('{"train": {"steps": 8}}')
     assert script.is_done(run) and script.is_done(only_run("train.steps=8", "data.num_workers=0"))
     changed = only_run("train.steps=8", "train.lr=5e-3")
