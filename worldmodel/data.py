@@ -163,7 +163,9 @@ def _fits(config: Config, law: Law) -> bool:
         return False
     if law.max_horizon is not None and config.evaluation.horizon > law.max_horizon:
         return False
-    return cut.whole_videos or clip_spec(config, config.evaluation.horizon).step % cut.num_frames == 0
+    if cut.whole_videos:
+        return data.num_segments == 3
+    return clip_spec(config, config.evaluation.horizon).step % cut.num_frames == 0
 
 
 def causal_world(config: Config) -> CausalWorld:

@@ -167,11 +167,12 @@ def test_it_is_whole_without_javascript(browser: Any, page: Path) -> None:
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
         browser.get(page.as_uri())
-        document = browser.execute_cdp_cmd("DOM.getDocument", {})["root"]["nodeId"]
-        tree = browser.execute_cdp_cmd("DOM.getOuterHTML", {"nodeId": document})["outerHTML"]
-        images = browser.execute_cdp_cmd("DOM.querySelectorAll", {"nodeId": document, "selector": "img.moving"})
-        box = browser.execute_cdp_cmd("DOM.getBoxModel", {"nodeId": images["nodeIds"][0]})["model"]
+        seen = browser.execute_cdp_cmd("DOMSnapshot.captureSnapshot", {"computedStyles": []})
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
-    assert "Forecasts reach an Energy Score" in tree
-    assert box["width"] > 100 and box["height"] > 100
+    strings, document = seen["strings"], seen["documents"][0]
+    assert any("Forecasts reach an Energy Score" in text for text in strings)
+    layout, names = document["layout"], document["nodes"]["nodeName"]
+    boxes = zip(layout["nodeIndex"], layout["bounds"], strict=True)
+    sizes = [bounds[2:] for node, bounds in boxes if strings[names[node]] == "IMG"]
+    assert any(width > 100 and height > 100 for width, height in sizes)

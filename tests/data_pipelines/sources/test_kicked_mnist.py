@@ -89,7 +89,7 @@ def test_reflection_folds_a_straight_path_back() -> None:
 
 @pytest.mark.parametrize("num_digits", [1, 2])
 def test_the_centroid_is_where_the_pixels_have_it(sprites: Sprites, num_digits: int) -> None:
-    videos = sample_videos(sprites, 200, num_digits, 3, "bounce", generator(1))
+    videos = sample_videos(sprites, 200, num_digits, 6, "bounce", generator(1))
     images = sprites.images[videos.sprite]
     apart = torch.ones(200, dtype=torch.bool)
     if num_digits == 2:  # where digits overlap, ink is clipped
