@@ -295,7 +295,8 @@ def test_damage_is_an_error_and_not_a_picture(tmp_path: Path, write_video: Any, 
         for i in range(40):
             num_wrong += not np.array_equal(reader.read(i), good[i])
     assert num_wrong <= (0 if decoder == "pyav" else 1)
-    assert 15 <= caught.value.frame <= 25
+    # decord's own thread reads ahead, and on a busy machine meets the damage before its frame is asked for.
+    assert (0 if decoder == "decord" else 15) <= caught.value.frame <= 25
     assert "\n" not in str(caught.value)
 
 
