@@ -69,13 +69,13 @@ def evaluate(run: Path, which: str, compare: Path | None, device: torch.device) 
         metrics=metrics,
         config_yaml=to_yaml(trained.config),
         history=read_metrics(run),
-        illustrations=dataclasses.replace(evaluation.illustrations, timeline=test_timeline(trained)),
+        illustrations=dataclasses.replace(evaluation.illustrations, timeline=timeline_of_test_video(trained)),
         versions=versions(),
     )
     print(f"\n{table}\n\n{run / 'report.html'}\n{run / 'metrics.json'}")
 
 
-def test_timeline(trained: TrainedRun) -> Timeline | None:
+def timeline_of_test_video(trained: TrainedRun) -> Timeline | None:
     """Surprise along the first test video that holds several transitions; None without a posterior, or such a video."""
     config = trained.config
     if config.data.source != "videos" or not isinstance(trained.model.latent, GaussianLatent):

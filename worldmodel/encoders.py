@@ -174,12 +174,16 @@ class Embedder(nn.Module):
 
     def forward(self, video: Tensor) -> Tensor:
         """video [B, T, C, H, W] in [0, 1] -> embedding float32 [B, D]."""
-        embedding = self.projector(self.features(video)).float()
-        return normalise(embedding) if self.norm == "sphere" else embedding
+        return self.project(self.features(video))
 
     def features(self, video: Tensor) -> Tensor:
         """video [B, T, C, H, W] in [0, 1] -> the encoder's features [B, F], before the projector."""
         return self.encoder(with_coordinates(video) if self.coordinates else video)
+
+    def project(self, features: Tensor) -> Tensor:
+        """The encoder's features [B, F] -> embedding float32 [B, D]."""
+        embedding = self.projector(features).float()
+        return normalise(embedding) if self.norm == "sphere" else embedding
 
 
 class Whitening(nn.Module):

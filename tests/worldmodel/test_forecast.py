@@ -33,6 +33,9 @@ class Pixels(nn.Module):
     def features(self, video: Tensor) -> Tensor:
         return self(video)
 
+    def project(self, features: Tensor) -> Tensor:
+        return features
+
 
 class OracleStudent(WorldModel):
     """Knows the law: its embedding of a context is what the pixels show, and its latent draws what the law does."""

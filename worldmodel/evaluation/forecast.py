@@ -120,7 +120,7 @@ def evaluate_forecasts(
         "seed": config.seed,
         "queries": len(queries),
         "queries_sha256": _queries_hash(queries),
-        "num_samples": sizes.num_samples if student.latent else 1,
+        "num_samples": num_futures(config, student),
         "horizon": sizes.horizon,
         "segment_frames": config.data.num_frames,
         **mean_penalty(student, queries.penalty),
@@ -169,7 +169,7 @@ def development_scores(
             config, student, target_encoder, "selection", num_queries, device, horizon=sizes.horizon, progress=False
         )
         generator = torch.Generator().manual_seed(sizes.seed)
-        num_samples = sizes.num_samples if student.latent else 1
+        num_samples = num_futures(config, student)
         samples = roll_out(student, queries.context, sizes.horizon, num_samples, generator, device)
         scores = {"effective_rank": effective_rank(queries.targets[:, 0]), **mean_penalty(student, queries.penalty)}
         if law is None:
@@ -228,11 +228,12 @@ def embed_clips(
     kept = 0
     for batch in batches:
         segments = segments_of(batch, num_segments(config, horizon), device)
-        context = student.encode(segments[:, 0])
+        backbone = student.embedder.features(segments[:, 0])
+        context = student.embedder.project(backbone)
         inference = student.infer(context, segments, oracle_r(batch, config, device), generator)
         shown = segments[:, : horizon + 1]
         parts["context"].append(context.cpu())
-        parts["backbone"].append(student.embedder.features(segments[:, 0]).float().cpu())
+        parts["backbone"].append(backbone.float().cpu())
         parts["r"].append(inference.r.cpu())
         if inference.penalty is not None:
             parts["penalty"].append(inference.penalty.cpu())
@@ -288,19 +289,21 @@ def _futures(
     device: torch.device,
 ) -> Iterator[tuple[str, Tensor]]:
     """Forecasts in the space of targets by name, [Q, S, H, D] each, one after the other as they are large."""
-    sizes = config.evaluation
-    horizon = sizes.horizon
-    if student.latent is None:
-        yield "model", roll_out(student, queries.context, horizon, 1, generator, device)
-    else:
-        yield "model", roll_out(student, queries.context, horizon, sizes.num_samples, generator, device)
-        shuffled = roll_out(student, queries.context, horizon, sizes.num_samples, generator, device, shuffle=True)
+    horizon, num_samples = config.evaluation.horizon, num_futures(config, student)
+    yield "model", roll_out(student, queries.context, horizon, num_samples, generator, device)
+    if student.latent is not None:
+        shuffled = roll_out(student, queries.context, horizon, num_samples, generator, device, shuffle=True)
         yield "shuffled_r", shuffled
         yield "prior_mean", student.prior_mean_rollout(queries.context.to(device), horizon)[:, None].cpu()
     yield "persistence", repeat(queries.persistence, "q d -> q 1 h d", h=horizon)
     yield "climatology", _climatology(queries, generator)
     if law:
         yield "encode_decode_oracle", _encode_decode(law, queries, target_encoder, horizon, generator, device)
+
+
+def num_futures(config: Config, student: WorldModel) -> int:
+    """Futures drawn for each query: without a latent there is one."""
+    return config.evaluation.num_samples if student.latent is not None else 1
 
 
 def roll_out(
