@@ -90,8 +90,9 @@ class ModelConfig:
     encoder: Literal["conv3d", "resnet", "mlp"] = "conv3d"
     width: PositiveFloat = 1.0
     """Multiplies the encoder's channels."""
-    coordinates: bool = False
-    """The encoder of videos also sees the coordinates of each pixel, so that its features can say where things are."""
+    pooling: Literal["mean", "moments"] = "mean"
+    """What an encoder of videos keeps of its last feature maps: their means, as published, or also the first and second
+    moments of their pixels' coordinates, which say where things are."""
     embedding_dim: PositiveInt = 128
     embedding_norm: Literal["sphere", "standard", "white"] = "sphere"
     """sphere: every embedding has the length sqrt(embedding_dim). standard: each dimension has mean 0 and variance 1
@@ -327,6 +328,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"data.channels={data.channels}: a video has 1 (luma) or 3 (RGB)"
     if (model.encoder == "mlp") != (data.source == "causal"):
         yield f"model.encoder={model.encoder} does not fit data.source={data.source}: mlp is for causal, and only it"
+    if model.pooling == "moments" and model.encoder == "mlp":
+        yield "model.pooling=moments is for encoders of videos: model.encoder=mlp needs mean"
     if data.source != "videos" and (config.objective.rollout_steps > 1 or config.evaluation.horizon > 1):
         yield f"data.source={data.source} has one step: objective.rollout_steps and evaluation.horizon must be 1"
     if model.latent == "oracle" and config.objective.rollout_steps > 1:

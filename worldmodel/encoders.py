@@ -12,20 +12,27 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+Pooling = Literal["mean", "moments"]
+NUM_MOMENTS = {"mean": 1, "moments": 6}
+"""Numbers that pooling keeps of each feature map. The mean forgets where a feature is; first moments tell its place,
+second ones its extent."""
+
 
 class Conv3dEncoder(nn.Module):
     """The video encoder of AdaSSL (arXiv 2602.02381, appendix D.5): five convolutions, each with BN and ReLU.
 
     Channels 32, 64, 128, 128, 256 times `width`; kernels space, space, time, time, space; spatial strides 2, 2, 1, 1,
-    2; the number of frames is kept. The mean over height and width leaves F = channels * T features.
+    2; the number of frames is kept. The mean over height and width, or more moments, leaves F = channels * moments * T
+    features.
     """
 
     CHANNELS = (32, 64, 128, 128, 256)
     KERNELS = ((1, 3, 3), (1, 3, 3), (3, 1, 1), (3, 1, 1), (1, 3, 3))
     STRIDES = (2, 2, 1, 1, 2)
 
-    def __init__(self, in_channels: int, num_frames: int, width: float) -> None:
+    def __init__(self, in_channels: int, num_frames: int, width: float, pooling: Pooling = "mean") -> None:
         super().__init__()
+        self.pooling = pooling
         layers: list[nn.Module] = []
         channels = in_channels
         for base, kernel, stride in zip(self.CHANNELS, self.KERNELS, self.STRIDES, strict=True):
@@ -38,12 +45,12 @@ class Conv3dEncoder(nn.Module):
             ]
             channels = out_channels
         self.layers = nn.Sequential(*layers).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        self.num_features = channels * num_frames
+        self.num_features = channels * NUM_MOMENTS[pooling] * num_frames
 
     def forward(self, video: Tensor) -> Tensor:
         """video [B, T, C, H, W] in [0, 1] -> features [B, F]."""
         volume = rearrange(video, "b t c h w -> b c t h w").contiguous(memory_format=torch.channels_last_3d)
-        pooled = _mean_over_pixels(rearrange(self.layers(volume), "b c t h w -> (b t) (h w) c"))
+        pooled = _pooled(rearrange(self.layers(volume), "b c t h w -> (b t) c h w"), self.pooling)
         return rearrange(pooled, "(b t) c -> b (c t)", b=len(video))
 
 
@@ -51,14 +58,15 @@ class ResNetEncoder(nn.Module):
     """For larger frames (128 px and up): a residual network on each frame, then a convolution over time.
 
     Four stages of two basic blocks (He et al., arXiv 1512.03385, table 1, ResNet-18) at channels 64, 128, 256, 512
-    times `width`, total stride 32. The mean over height and width leaves [B, C, T]; one convolution over time mixes
-    the frames; F = channels * T features.
+    times `width`, total stride 32. The mean over height and width, or more moments, leaves [B, C * moments, T]; one
+    convolution over time mixes the frames; F = channels * T features.
     """
 
     CHANNELS = (64, 128, 256, 512)
 
-    def __init__(self, in_channels: int, num_frames: int, width: float) -> None:
+    def __init__(self, in_channels: int, num_frames: int, width: float, pooling: Pooling = "mean") -> None:
         super().__init__()
+        self.pooling = pooling
         channels = _scaled(self.CHANNELS[0], width)
         layers: list[nn.Module] = [
             nn.Conv2d(in_channels, channels, 7, 2, 3, bias=False),
@@ -75,7 +83,7 @@ class ResNetEncoder(nn.Module):
             channels = out_channels
         self.frames = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.time = nn.Sequential(
-            nn.Conv1d(channels, channels, 3, padding=1, bias=False),
+            nn.Conv1d(channels * NUM_MOMENTS[pooling], channels, 3, padding=1, bias=False),
             nn.BatchNorm1d(channels),
             nn.ReLU(inplace=True),
         )
@@ -84,7 +92,7 @@ class ResNetEncoder(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         """video [B, T, C, H, W] in [0, 1] -> features [B, F]."""
         images = rearrange(video, "b t c h w -> (b t) c h w").contiguous(memory_format=torch.channels_last)
-        pooled = _mean_over_pixels(rearrange(self.frames(images), "n c h w -> n (h w) c"))
+        pooled = _pooled(self.frames(images), self.pooling)
         return self.time(rearrange(pooled, "(b t) c -> b c t", b=len(video))).flatten(1)
 
 
@@ -114,8 +122,9 @@ class _BasicBlock(nn.Module):
 class MlpEncoder(nn.Module):
     """For observations that are vectors: a clip [B, T, C, 1, 1] through three layers of 256 times `width` units."""
 
-    def __init__(self, in_channels: int, num_frames: int, width: float) -> None:
+    def __init__(self, in_channels: int, num_frames: int, width: float, pooling: Pooling = "mean") -> None:
         super().__init__()
+        assert pooling == "mean", "an observation that is a vector has one pixel"
         self.num_features = _scaled(256, width)
         # Leaky, and without batch norm: what is learned goes on in a straight line outside the range of training.
         dims = [in_channels * num_frames, self.num_features, self.num_features, self.num_features]
@@ -160,13 +169,10 @@ class Embedder(nn.Module):
         hidden_dims: Sequence[int],
         embedding_dim: int,
         norm: Literal["sphere", "standard", "white"],
-        *,
-        coordinates: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.norm = norm
-        self.coordinates = coordinates
         dims = [encoder.num_features, *hidden_dims, embedding_dim]
         self.projector = mlp(dims, final_norm=norm != "white")
         if norm == "white":
@@ -178,7 +184,7 @@ class Embedder(nn.Module):
 
     def features(self, video: Tensor) -> Tensor:
         """video [B, T, C, H, W] in [0, 1] -> the encoder's features [B, F], before the projector."""
-        return self.encoder(with_coordinates(video) if self.coordinates else video)
+        return self.encoder(video)
 
     def project(self, features: Tensor) -> Tensor:
         """The encoder's features [B, F] -> embedding float32 [B, D]."""
@@ -220,32 +226,30 @@ class Whitening(nn.Module):
             return torch.linalg.solve_triangular(torch.linalg.cholesky(stable), (values - mean).T, upper=False).T
 
 
-def with_coordinates(video: Tensor) -> Tensor:
-    """Two more channels, x and y from -1 to 1: [B, T, C, H, W] -> [B, T, C + 2, H, W].
-
-    CoordConv (Liu et al., arXiv 1807.03247). The mean over all pixels at the end of an encoder leaves no trace of where
-    something is, unless its features carry it.
-    """
-    height, width = video.shape[-2:]
-    y = torch.linspace(-1, 1, height, device=video.device, dtype=video.dtype)[:, None].expand(height, width)
-    x = torch.linspace(-1, 1, width, device=video.device, dtype=video.dtype).expand(height, width)
-    places = torch.stack([x, y]).expand(*video.shape[:2], 2, height, width)
-    return torch.cat([video, places], dim=2)
-
-
 def normalise(embedding: Tensor) -> Tensor:
     """[..., D] -> float32 [..., D] of Euclidean length sqrt(D)."""
     return F.normalize(embedding.float(), dim=-1) * embedding.shape[-1] ** 0.5
 
 
-def _mean_over_pixels(values: Tensor) -> Tensor:
-    """[N, P, C] -> [N, C], as a product with ones.
+def _pooled(maps: Tensor, pooling: Pooling) -> Tensor:
+    """[N, C, H, W] -> [N, C * NUM_MOMENTS[pooling]], as a product with the pixels' weights.
 
     Its gradient is dense and lies in memory as channels-last values do. That of `mean` is one number for all pixels,
     spread by strides, with which the layers below took a quarter of a CPU step longer.
     """
-    ones = values.new_ones(1, 1, values.shape[1]).expand(len(values), -1, -1)
-    return (ones @ values).squeeze(1) / values.shape[1]
+    weights = moment_weights(*maps.shape[-2:], pooling).to(maps)
+    moments = weights.expand(len(maps), -1, -1) @ rearrange(maps, "n c h w -> n (h w) c")
+    return rearrange(moments, "n k c -> n (c k)")
+
+
+def moment_weights(height: int, width: int, pooling: Pooling) -> Tensor:
+    """What pixels count for each moment, [K, H * W]: 1, and with "moments" x, y, x^2, x y, y^2, over the number of
+    pixels; x and y run from -1 to 1."""
+    y = torch.linspace(-1, 1, height)[:, None].expand(height, width)
+    x = torch.linspace(-1, 1, width).expand(height, width)
+    ones = torch.ones(height, width)
+    moments = [ones] if pooling == "mean" else [ones, x, y, x * x, x * y, y * y]
+    return torch.stack(moments).flatten(1) / (height * width)
 
 
 def _scaled(channels: int, width: float) -> int:

@@ -25,13 +25,12 @@ class WorldModel(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         model, data, objective = config.model, config.data, config.objective
-        encoder = ENCODERS[model.encoder](data.channels + 2 * model.coordinates, data.num_frames, model.width)
+        encoder = ENCODERS[model.encoder](data.channels, data.num_frames, model.width, model.pooling)
         self.embedder = Embedder(
             encoder,
             [model.hidden_dim] * model.projector_layers,
             model.embedding_dim,
             model.embedding_norm,
-            coordinates=model.coordinates,
         )
         self.latent = make_latent(
             model.latent,

@@ -5,13 +5,14 @@ import torch
 
 from worldmodel.encoders import (
     ENCODERS,
+    NUM_MOMENTS,
     Conv3dEncoder,
     Embedder,
     MlpEncoder,
+    ResNetEncoder,
     Whitening,
     mlp,
     normalise,
-    with_coordinates,
 )
 
 
@@ -50,26 +51,33 @@ def test_features_are_means_over_pixels() -> None:
     torch.testing.assert_close(encoder(clip()), values.mean(dim=(3, 4)).flatten(1))
 
 
-def test_coordinates_are_two_more_channels_the_same_for_every_clip() -> None:
-    video = clip(2, 3, 1, 5)
-    shown = with_coordinates(video)
-    assert shown.shape == (2, 3, 3, 5, 5)
-    assert torch.equal(shown[:, :, :1], video)
-    torch.testing.assert_close(shown[1, 2, 1, 3], torch.linspace(-1, 1, 5))  # x along a row
-    torch.testing.assert_close(shown[0, 0, 2, :, 4], torch.linspace(-1, 1, 5))  # y along a column
+@pytest.mark.parametrize("name", ["conv3d", "resnet"])
+def test_moments_are_means_of_maps_times_powers_of_coordinates(name: str) -> None:
+    torch.manual_seed(0)
+    encoder = ENCODERS[name](1, 2, 0.125, "moments")
+    video = clip(2, 2, 1, 96)
+    maps = encoder.layers(video.transpose(1, 2)).transpose(1, 2) if name == "conv3d" else None
+    if maps is None:
+        maps = encoder.frames(video.flatten(0, 1)).unflatten(0, (2, 2))
+    y, x = torch.meshgrid(*(torch.linspace(-1, 1, size) for size in maps.shape[-2:]), indexing="ij")
+    moments = torch.stack([(maps * power).mean(dim=(3, 4)) for power in (x**0, x, y, x**2, x * y, y**2)], dim=-1)
+    assert moments.shape[-1] == NUM_MOMENTS["moments"]
+    assert isinstance(encoder, Conv3dEncoder | ResNetEncoder)
+    if name == "conv3d":
+        expected = moments.permute(0, 2, 3, 1).flatten(1)
+    else:
+        expected = encoder.time(moments.permute(0, 2, 3, 1).flatten(1, 2)).flatten(1)
+    torch.testing.assert_close(encoder(video), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_with_coordinates_a_shifted_picture_has_other_features() -> None:
-    """Without them the mean over pixels forgets the place of what is far from the borders."""
+def test_moments_tell_the_place_that_the_mean_forgets() -> None:
     torch.manual_seed(0)
     video = torch.zeros(1, 3, 1, 64, 64)
     video[..., 24:30, 24:30] = 1
     moved = video.roll(8, dims=-1)
-    for coordinates in (False, True):
-        encoder = Conv3dEncoder(1 + 2 * coordinates, 3, 0.125)
-        embedder = Embedder(encoder, [], 8, "sphere", coordinates=coordinates).eval()
-        same = torch.allclose(embedder.features(video), embedder.features(moved), atol=1e-6)
-        assert same != coordinates
+    for pooling in ("mean", "moments"):
+        encoder = Conv3dEncoder(1, 3, 0.125, pooling).eval()
+        assert torch.allclose(encoder(video), encoder(moved), atol=1e-6) == (pooling == "mean")
 
 
 def test_embeddings_have_one_length() -> None:
