@@ -18,7 +18,7 @@ Coordinates are (x, y) in px, x to the right and y down, pixel centres at intege
 import math
 from collections.abc import Mapping
 from itertools import permutations
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import gymnasium
 import numpy as np
@@ -207,7 +207,7 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
     Raises UserError: a value out of range, an unknown option, a state or a goal within a wall.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 10}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
 
     def __init__(
         self,
@@ -274,7 +274,7 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         return self._picture(self._goal)
 
     def exploration_policy(self, rng: np.random.Generator) -> Policy:
-        """A policy for one episode: a smooth random walk, or, in a third of all episodes, wandering through the door."""
+        """A policy for one episode: a smooth random walk or, in a third of all episodes, wandering through the door."""
         if rng.random() < 1 / 3:
             return wander(rng)
         return smooth_walk(self.action_space, rng)
