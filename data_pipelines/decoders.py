@@ -168,7 +168,7 @@ class PyAVReader:
         self._format = "gray" if channels == 1 else "gbrp"  # planar: nothing to transpose
         # As stored; pictures are turned last.
         self._size = (video.width, video.height) if video.quarter_turns % 2 else (video.height, video.width)
-        self._scaled_size = _scaled_size(self._size, size_px)
+        self._scaled_size = scaled_size(self._size, size_px)
         self._frame_of_pts = dict(zip(video.keyframe_pts, video.keyframes, strict=False))
         self._open()
 
@@ -307,7 +307,7 @@ def _reformat(decoded: "VideoFrame", format_name: str, size: tuple[int, int]) ->
     return np.stack([_plane(frame, plane) for plane in order])
 
 
-def _scaled_size(size: tuple[int, int], size_px: int | None) -> tuple[int, int]:
+def scaled_size(size: tuple[int, int], size_px: int | None) -> tuple[int, int]:
     """(height, width) with the short side at size_px and the same aspect, or as it is."""
     if size_px is None:
         return size
@@ -462,7 +462,7 @@ def _without_place(error: Exception) -> str:
 
 def _from_rgb(rgb: Frame, channels: int, size_px: int | None) -> Frame:
     """RGB [H, W, 3] -> [C, H, W], resized and cropped."""
-    size = _scaled_size((rgb.shape[0], rgb.shape[1]), size_px)
+    size = scaled_size((rgb.shape[0], rgb.shape[1]), size_px)
     if size != rgb.shape[:2]:
         image = torch.from_numpy(rgb).permute(2, 0, 1)[None]
         image = F.interpolate(image, size=size, mode="bilinear", antialias=True)

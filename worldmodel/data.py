@@ -24,7 +24,7 @@ from data_pipelines.sources.digits import SPLITS, Split, load_sprites
 from data_pipelines.sources.kicked_mnist import KickedMnistLaw
 from data_pipelines.sources.law import Law
 from data_pipelines.sources.moving_mnist import MovingMnistLaw, MovingMnistStream
-from data_pipelines.sources.written import read_sprites, read_world
+from data_pipelines.sources.written import RECORDED, read_sprites, read_world
 from data_pipelines.stream import Batch, VideoStream, read_all
 from data_pipelines.transforms import split_segments, to_float
 from worldmodel.config import Config, DataConfig
@@ -141,7 +141,7 @@ def known_law(config: Config, split: Split) -> Law | None:
     data = config.data
     if data.source == "moving_mnist":
         return MovingMnistLaw(data.setting, _sprites(split, data.mnist_dir))
-    if is_url(data.root) or (world := read_world(Path(data.root))) is None:
+    if is_url(data.root) or (world := read_world(Path(data.root))) is None or world["world"] == RECORDED:
         return None
     sprites = read_sprites(Path(data.root) / split)
     law: Law

@@ -3,9 +3,11 @@
 import json
 import multiprocessing
 import shutil
+import signal
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ from data_pipelines.errors import UserError
 from data_pipelines.sources.digits import SPLITS, Split, Sprites
 
 WORLD_NAME = "world.json"
+METADATA_NAME = "metadata.jsonl"
 SPRITES_NAME = "sprites.safetensors"
+RECORDED = "recorded"  # what world.json calls a recorded environment, which has neither sprites nor a law
 MAX_PENDING_CHUNKS = 16
 
 
@@ -49,22 +53,46 @@ def write_videos(
     Raises:
         UserError: `out` holds a world of other parameters, or something else, and `overwrite` is not given.
     """
+    unfinished = start_world(out, world, overwrite=overwrite)
+    if not unfinished:
+        return
+    with ending_pool(num_processes) as pool:
+        for split in unfinished:
+            _write_split(out / split, draw_split(split), pool)
+
+
+def start_world(out: Path, world: Mapping[str, Any], *, overwrite: bool) -> list[Split]:
+    """Mark the folder with what it is to hold, or find the same world in it -> the splits that are not complete.
+
+    Raises:
+        UserError: `out` holds a world of other parameters, or something else, and `overwrite` is not given.
+    """
     marker = out / WORLD_NAME
     if marker.is_file() and read_world(out) != world and not overwrite:
         raise UserError(f"{out} holds a world of other parameters: choose another folder, or pass --overwrite")
-    if not marker.is_file() and out.is_dir() and any(out.iterdir()):
+    if not marker.is_file() and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
         raise UserError(f"{out} is not empty and holds no world of this script: choose another folder")
     if overwrite and marker.is_file():
         for split in SPLITS:
             shutil.rmtree(out / split, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     marker.write_text(json.dumps(world, indent=1) + "\n", encoding="utf-8")
-    unfinished = [split for split in SPLITS if not (out / split / "metadata.jsonl").is_file()]
-    if not unfinished:
-        return
-    with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for split in unfinished:
-            _write_split(out / split, draw_split(split), pool)
+    return [split for split in SPLITS if not (out / split / METADATA_NAME).is_file()]
+
+
+@contextmanager
+def ending_pool(num_processes: int) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes that leave Ctrl-C to the main one; after an error they end once the jobs in hand are done."""
+    pool = ProcessPoolExecutor(
+        num_processes,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    )
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def read_world(root: Path) -> dict[str, Any] | None:
@@ -81,52 +109,82 @@ def read_sprites(folder: Path) -> Sprites:
 
 def _write_split(folder: Path, split: WorldSplit, pool: ProcessPoolExecutor) -> None:
     folder.mkdir(exist_ok=True)
-    names = [f"{row:06d}.mp4" for row in range(len(split.labels))]
+    names = video_names(len(split.labels))
     missing = [row for row, name in enumerate(names) if not (folder / name).is_file()]
-    chunks = [missing[start : start + 64] for start in range(0, len(missing), 64)]
-    done = len(names) - len(missing)
-    with tqdm(total=len(names), initial=done, desc=f"{folder.name} videos", unit="file") as bar:
-        pending: deque[tuple[Future[None], int]] = deque()
-        for rows in chunks:
-            paths = [folder / names[row] for row in rows]
-            pending.append((pool.submit(_encode_chunk, paths, split.render(rows)), len(rows)))
-            _finish(pending, bar, leave=MAX_PENDING_CHUNKS)
-        _finish(pending, bar, leave=0)
+
+    def start(rows: list[int]) -> Future[None]:
+        return pool.submit(_encode_chunk, [folder / names[row] for row in rows], split.render(rows))
+
+    run_chunks(start, missing, len(names), folder.name, chunk_size=64)
     images = (split.sprites.images * 255).round().byte()
     save_file({"images": images, "digits": split.sprites.digits}, folder / SPRITES_NAME)
-    rows_text = "".join(
-        json.dumps({"file_name": name, **row}) + "\n" for name, row in zip(names, split.labels, strict=True)
-    )
-    # Written last and as a whole: a split with this file is complete.
+    finish_split(folder, names, split.labels)
+
+
+def video_names(count: int) -> list[str]:
+    """The file names of a split's videos."""
+    return [f"{row:06d}.mp4" for row in range(count)]
+
+
+def finish_split(folder: Path, names: Sequence[str], labels: Iterable[Mapping[str, Any]]) -> None:
+    """Write the labels, last and as a whole: a split with this file is complete."""
     aside = folder / ".metadata.partial"
-    aside.write_text(rows_text, encoding="utf-8")
-    aside.replace(folder / "metadata.jsonl")
+    with open(aside, "w", encoding="utf-8") as out:
+        out.writelines(json.dumps({"file_name": name, **row}) + "\n" for name, row in zip(names, labels, strict=True))
+    aside.replace(folder / METADATA_NAME)
 
 
-def _finish(pending: "deque[tuple[Future[None], int]]", bar: tqdm, leave: int) -> None:
-    """Wait for the oldest jobs until `leave` are left: rendered frames are large."""
-    while len(pending) > leave:
-        job, count = pending.popleft()
-        job.result()
-        bar.update(count)
+def run_chunks(
+    start: Callable[[list[int]], Future[None]], rows: Sequence[int], num_videos: int, split: str, *, chunk_size: int
+) -> None:
+    """Start a job for each chunk of the rows that are left of a split's, and wait for all, with a progress bar.
+
+    Few jobs are pending at a time, as rendered frames are large. The first error of a job is raised.
+    """
+    done = num_videos - len(rows)
+    pending: deque[tuple[Future[None], int]] = deque()
+    with tqdm(total=num_videos, initial=done, desc=f"{split} videos", unit="file") as bar:
+
+        def wait(leave: int) -> None:
+            while len(pending) > leave:
+                job, count = pending.popleft()
+                job.result()
+                bar.update(count)
+
+        for first in range(0, len(rows), chunk_size):
+            chunk = list(rows[first : first + chunk_size])
+            pending.append((start(chunk), len(chunk)))
+            wait(leave=MAX_PENDING_CHUNKS)
+        wait(leave=0)
 
 
 def _encode_chunk(paths: list[Path], frames: np.ndarray) -> None:
     for path, video in zip(paths, frames, strict=True):
-        aside = path.with_suffix(".partial")
-        encode_gray_h264(aside, video)
-        aside.replace(path)
+        write_whole(path, video)
 
 
-def encode_gray_h264(path: Path, frames: np.ndarray, fps: int = 10) -> None:
-    """Write uint8 [T, H, W] as an H.264 .mp4 file (constant rate factor 18)."""
+def write_whole(path: Path, frames: np.ndarray, fps: int = 10) -> None:
+    """encode_h264, so that the file appears complete or not at all."""
+    aside = path.with_suffix(".partial")
+    encode_h264(aside, frames, fps)
+    aside.replace(path)
+
+
+def encode_h264(path: Path, frames: np.ndarray, fps: int = 10) -> None:
+    """Write uint8 frames as an H.264 .mp4 file: gray [T, H, W] with even sides, or RGB [T, H, W, 3] of any size.
+
+    RGB keeps its colours at full resolution (4:4:4) and is of higher quality (constant rate factor 12, gray 18): where
+    chroma is halved, what is a few pixels wide smears into its neighbours of another colour.
+    """
     import av
 
+    gray = frames.ndim == 3
     with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "18", "preset": "veryfast"})
-        stream.height, stream.width = frames.shape[1:]
-        stream.pix_fmt = "yuv420p"
+        options = {"crf": "18" if gray else "12", "preset": "veryfast"}
+        stream = container.add_stream("libx264", rate=fps, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p" if gray else "yuv444p"
         stream.codec_context.thread_count = 1
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="gray")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="gray" if gray else "rgb24")))
         container.mux(stream.encode(None))

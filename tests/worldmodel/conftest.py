@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 
 from data_pipelines.sources.digits import load_sprites
 from data_pipelines.sources.kicked_mnist import render_digits, sample_videos
-from data_pipelines.sources.written import encode_gray_h264
+from data_pipelines.sources.written import encode_h264
 from tests.conftest import REPO, TINY
 from worldmodel.config import load_config
 from worldmodel.train import train
@@ -29,5 +29,5 @@ def long_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     videos = sample_videos(sprites, 1, 1, 36, "bounce", torch.Generator().manual_seed(0))
     frames = render_digits(sprites.images[videos.sprite], videos.motion.centre)[0, :, 0]
     path = tmp_path_factory.mktemp("long") / "long.mp4"
-    encode_gray_h264(path, (frames * 255).round().byte().numpy())
+    encode_h264(path, (frames * 255).round().byte().numpy())
     return path
