@@ -183,6 +183,28 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, config=_KNOWN_KEYS)
+class PlanningConfig:
+    """How actions are chosen (worldmodel/planners.py); a decision compares iterations * candidates rollouts."""
+
+    planner: Literal["cem", "icem", "mppi"] = "icem"
+    horizon: PositiveInt = 20
+    """Actions in a sequence."""
+    candidates: PositiveInt = 300
+    """Sequences compared at a time."""
+    iterations: PositiveInt = 5
+    elites: PositiveInt = 30
+    """cem, icem: the cheapest candidates, which the next ones are drawn after."""
+    init_std: PositiveFloat = 0.5
+    """Standard deviation of a candidate's actions around the mean, in the first iteration; mppi: in all."""
+    temperature: PositiveFloat = 0.3
+    """mppi: what costs are divided by, in standard deviations of the costs of an episode's candidates."""
+    noise_beta: NonNegativeFloat = 2.0
+    """icem: noise of frequency f has the power f^-noise_beta; 0 is white, and larger is smoother in time."""
+    action_set: Literal["ball", "box"] = "ball"
+    """Where actions lie. ball: their norm is at most 1. box: so is each coordinate."""
+
+
+@dataclass(frozen=True, config=_KNOWN_KEYS)
 class TrackingConfig:
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "worldmodel"
@@ -197,6 +219,7 @@ class Config:
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    planning: PlanningConfig = dataclasses.field(default_factory=PlanningConfig)
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
 
 
@@ -350,6 +373,8 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"model.prior=flow is for model.latent=gaussian: with model.latent={model.latent} r is exactly zero at "
             "times, and a flow has no density for that"
         )
+    if config.planning.elites >= config.planning.candidates:
+        yield f"planning.elites={config.planning.elites} must be below planning.candidates={config.planning.candidates}"
     if objective.needs_sphere and model.embedding_norm != "sphere":
         yield f"{name} compares directions only and leaves lengths undetermined: it needs model.embedding_norm=sphere"
     if config.train.grad_accumulation > 1 and (objective.needs_negatives or objective.needs_batch_statistics):

@@ -31,6 +31,7 @@ GROUPS = {
     "ObjectiveConfig": "objective.",
     "TrainConfig": "train.",
     "EvaluationConfig": "evaluation.",
+    "PlanningConfig": "planning.",
     "TrackingConfig": "tracking.",
     "Config": "",
 }
