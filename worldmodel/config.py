@@ -75,6 +75,8 @@ class DataConfig:
     """A decoding process that takes longer for one clip is replaced, and the frame it hung at left out."""
     max_bad_fraction: Fraction = 0.1
     """Share of unreadable videos above which a run stops."""
+    action_label: str = "action"
+    """With model.action_dim: the label of frames that holds the action taken at each, which leads to the next frame."""
     mnist_dir: str | None = None
     """moving_mnist: folder with MNIST's IDX files; none: scikit-learn's bundled digits."""
     setting: Literal["A", "B"] = "A"
@@ -106,14 +108,18 @@ class ModelConfig:
     latent_dim: PositiveInt = 2
     posterior_sees: Literal["later", "target"] = "later"
     """The segment, besides x, that r is inferred from: x++ or the target x+ itself."""
+    action_dim: NonNegativeInt = 0
+    """Numbers of an action, the label data.action_label of frames, on which editor, prior and posterior are
+    conditioned; 0: the model is passive, and learns from video alone."""
     oracle_label: str = "velocity_change"
     """oracle: the label that is the true r."""
     prior: Literal["mixture", "flow"] = "mixture"
     """flow: a conditional normalising flow, for a Gaussian latent."""
     prior_components: PositiveInt = 1
     """mixture: components of the prior; the paper has one."""
-    editor: Literal["mlp", "sum", "low_rank"] = "mlp"
-    """t(z, r). mlp: of both. sum: z + r. low_rank: z plus one low-rank module for each coordinate of r."""
+    editor: Literal["mlp", "residual", "sum", "low_rank"] = "mlp"
+    """t(z, r). mlp: of both. residual: z plus an mlp of both. sum: z + r. low_rank: z plus one low-rank module for each
+    coordinate of r."""
 
 
 @dataclass(frozen=True, config=_KNOWN_KEYS)
@@ -129,6 +135,15 @@ class ObjectiveConfig:
     """infonce, aninfonce, hinfonce: what similarities are divided by."""
     sigreg_weight: NonNegativeFloat = 0.1
     """sigreg: weight of the test of normality."""
+    vicreg_weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (25.0, 25.0, 1.0)
+    """vicreg: weights of invariance, variance and covariance."""
+    smoothness_weight: NonNegativeFloat = 0.0
+    """Weight of the squared distance between successive embeddings: near in time becomes near in space."""
+    inverse_dynamics_weight: NonNegativeFloat = 0.0
+    """Weight of the squared error of the action that is read from two successive embeddings; needs model.action_dim."""
+    time_variance_weight: NonNegativeFloat = 0.0
+    """Weight of a hinge that keeps each clip's embeddings apart over time, so that what is constant in a clip is not all
+    that is kept."""
     rollout_steps: PositiveInt = 1
     """Segments predicted one after the other in training, each from the prediction before it; the paper has one."""
     step_weights: tuple[NonNegativeFloat, ...] | None = None
@@ -355,6 +370,15 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "model.pooling=moments is for encoders of videos: model.encoder=mlp needs mean"
     if data.source != "videos" and (config.objective.rollout_steps > 1 or config.evaluation.horizon > 1):
         yield f"data.source={data.source} has one step: objective.rollout_steps and evaluation.horizon must be 1"
+    if model.action_dim and (data.source != "videos" or data.frame_stride != 1 or data.fps is not None):
+        yield (
+            f"model.action_dim={model.action_dim} needs the action at every frame: data.source=videos with "
+            "data.frame_stride=1 and no data.fps"
+        )
+    if model.action_dim and model.editor not in ("mlp", "residual"):
+        yield f"model.editor={model.editor} takes no actions: with model.action_dim it must be mlp or residual"
+    if config.objective.inverse_dynamics_weight and not model.action_dim:
+        yield "objective.inverse_dynamics_weight reads actions: it needs model.action_dim"
     if model.latent == "oracle" and config.objective.rollout_steps > 1:
         yield "model.latent=oracle knows the r of one step: it needs objective.rollout_steps=1"
     weights = config.objective.step_weights

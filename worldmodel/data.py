@@ -62,6 +62,28 @@ def oracle_r(batch: Batch, config: Config, device: torch.device) -> Tensor | Non
     return r.to(device)
 
 
+def actions_of(batch: Batch, config: Config, steps: int, device: torch.device) -> Tensor | None:
+    """The actions between the first segments of each clip, for `steps` steps of prediction: [B, steps, A].
+
+    Those of a segment's last frame up to the next segment's last but one, which lead from one to the other. None for a
+    passive model.
+
+    Raises:
+        UserError: the videos have no such label of frames, or not of that size.
+    """
+    size = config.model.action_dim
+    if not size:
+        return None
+    name, labels, num_frames = config.data.action_label, batch["labels"], config.data.num_frames
+    if name not in labels or labels[name].ndim != 3:
+        has = ", ".join(sorted(key for key, values in labels.items() if values.ndim == 3)) or "none"
+        raise UserError(f"data.action_label={name!r} is no label of frames: these videos have {has}")
+    if labels[name].shape[2] != size:
+        raise UserError(f"the label {name!r} has {labels[name].shape[2]} numbers: set model.action_dim to that")
+    taken = labels[name][:, num_frames - 1 : (steps + 1) * num_frames - 1].float()
+    return taken.unflatten(1, (steps, num_frames)).flatten(2).to(device)
+
+
 def training_stream(
     config: Config, *, rank: int, world_size: int, device: torch.device
 ) -> VideoStream | MovingMnistStream | CausalStream:

@@ -27,6 +27,18 @@ class MlpEditor(nn.Module):
         return self.net(torch.cat([context, r], dim=-1))
 
 
+class ResidualEditor(nn.Module):
+    """t = f(x) + MLP([f(x), r]): small changes of state from step to step, as planning over many steps wants them."""
+
+    def __init__(self, embedding_dim: int, hidden_dim: int, latent_dim: int) -> None:
+        super().__init__()
+        self.net = mlp([embedding_dim + latent_dim, hidden_dim, hidden_dim, embedding_dim])
+
+    def forward(self, context: Tensor, r: Tensor) -> Tensor:
+        """context [B, D], r [B, R] -> edited [B, D]."""
+        return context + self.net(torch.cat([context, r], dim=-1))
+
+
 class SumEditor(nn.Module):
     """t = f(x) + r, the plain sum (AdaSSL, arXiv 2602.02381); R is D, or 0 without a latent."""
 
@@ -59,6 +71,8 @@ def make_editor(name: str, *, embedding_dim: int, hidden_dim: int, latent_dim: i
     """The editor by its name in the config, with a predictor after it where one is needed and the editor is none."""
     if name == "mlp":
         return MlpEditor(embedding_dim, hidden_dim, latent_dim)
+    if name == "residual":
+        return ResidualEditor(embedding_dim, hidden_dim, latent_dim)
     # Without a latent there is nothing to add, and no module to add it.
     plain = LowRankEditor(embedding_dim, latent_dim) if name == "low_rank" and latent_dim else SumEditor()
     return WithPredictor(plain, embedding_dim, hidden_dim) if predictor else plain

@@ -228,11 +228,18 @@ class GaussianLatent(nn.Module):
     penalty_name = "kl_nats"
     sees_later = True
 
-    def __init__(self, embedding_dim: int, hidden_dim: int, latent_dim: int, prior: MixturePrior | FlowPrior) -> None:
+    def __init__(
+        self,
+        context_dim: int,
+        embedding_dim: int,
+        hidden_dim: int,
+        latent_dim: int,
+        prior: MixturePrior | FlowPrior,
+    ) -> None:
         super().__init__()
         self.latent_dim = latent_dim
         self.prior = prior
-        self.posterior_net = mlp([2 * embedding_dim, hidden_dim, 2 * latent_dim])
+        self.posterior_net = mlp([context_dim + embedding_dim, hidden_dim, 2 * latent_dim])
 
     def posterior(self, context: Tensor, later: Tensor) -> Gaussian:
         """context, later [B, D] -> q(r | f(x), f(x++))."""
@@ -258,11 +265,13 @@ class SparseLatent(nn.Module):
     penalty_name = "expected_l0"
     sees_later = True
 
-    def __init__(self, embedding_dim: int, hidden_dim: int, latent_dim: int, prior: SpikeAndSlabPrior) -> None:
+    def __init__(
+        self, context_dim: int, embedding_dim: int, hidden_dim: int, latent_dim: int, prior: SpikeAndSlabPrior
+    ) -> None:
         super().__init__()
         self.latent_dim = latent_dim
         self.prior = prior
-        self.net = mlp([2 * embedding_dim, hidden_dim, 2 * latent_dim])
+        self.net = mlp([context_dim + embedding_dim, hidden_dim, 2 * latent_dim])
 
     def infer(
         self, context: Tensor, later: Tensor | None, known: Tensor | None, generator: torch.Generator | None = None
@@ -297,9 +306,18 @@ Latent = GaussianLatent | SparseLatent | OracleLatent
 
 
 def make_latent(
-    name: str, *, embedding_dim: int, hidden_dim: int, latent_dim: int, prior: str, prior_components: int
+    name: str,
+    *,
+    context_dim: int,
+    embedding_dim: int,
+    hidden_dim: int,
+    latent_dim: int,
+    prior: str,
+    prior_components: int,
 ) -> Latent | None:
     """The latent by its name in the config; None for "none".
+
+    context_dim: numbers of what r is conditioned on, an embedding, or an embedding and an action.
 
     Raises:
         UserError: the prior needs a package that is not installed.
@@ -308,15 +326,15 @@ def make_latent(
         return None
     if name == "gaussian":
         smooth = (
-            FlowPrior(embedding_dim, hidden_dim, latent_dim)
+            FlowPrior(context_dim, hidden_dim, latent_dim)
             if prior == "flow"
-            else MixturePrior(embedding_dim, hidden_dim, latent_dim, prior_components)
+            else MixturePrior(context_dim, hidden_dim, latent_dim, prior_components)
         )
-        return GaussianLatent(embedding_dim, hidden_dim, latent_dim, smooth)
+        return GaussianLatent(context_dim, embedding_dim, hidden_dim, latent_dim, smooth)
     # A sparse r is exactly zero at times, and so is a true one (an axis that does not change).
-    spiked = SpikeAndSlabPrior(embedding_dim, hidden_dim, latent_dim, prior_components)
+    spiked = SpikeAndSlabPrior(context_dim, hidden_dim, latent_dim, prior_components)
     if name == "sparse":
-        return SparseLatent(embedding_dim, hidden_dim, latent_dim, spiked)
+        return SparseLatent(context_dim, embedding_dim, hidden_dim, latent_dim, spiked)
     return OracleLatent(latent_dim, spiked)
 
 

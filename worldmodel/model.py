@@ -1,6 +1,10 @@
 """The world model: encode a past, infer or sample r, edit the embedding into a future's, roll that out.
 
-Legend: B clips, T frames, C channels, H = W pixels, D embedding dimensions, R latent dimensions, S samples.
+An action, where the model is conditioned on them, is what an agent did from the last frame of one segment to that of the
+next: the actions at its frames, one after the other.
+
+Legend: B clips, T frames, C channels, H = W pixels, D embedding dimensions, R latent dimensions, A numbers of an
+action (0 without actions), S samples.
 """
 
 import torch
@@ -12,7 +16,7 @@ from worldmodel.config import Config
 from worldmodel.editors import make_editor
 from worldmodel.encoders import ENCODERS, Embedder, normalise
 from worldmodel.latents import Inference, make_latent
-from worldmodel.objectives import make_objective
+from worldmodel.objectives import SequenceTerms, make_objective
 
 
 class WorldModel(nn.Module):
@@ -32,8 +36,10 @@ class WorldModel(nn.Module):
             model.embedding_dim,
             model.embedding_norm,
         )
+        self.action_dim = model.action_dim * data.num_frames
         self.latent = make_latent(
             model.latent,
+            context_dim=model.embedding_dim + self.action_dim,
             embedding_dim=model.embedding_dim,
             hidden_dim=model.hidden_dim,
             latent_dim=model.latent_dim,
@@ -46,12 +52,23 @@ class WorldModel(nn.Module):
             hidden_dim=model.hidden_dim,
             temperature=objective.temperature,
             sigreg_weight=objective.sigreg_weight,
+            vicreg_weights=objective.vicreg_weights,
+        )
+        self.sequence_terms = SequenceTerms(
+            {
+                "smoothness": objective.smoothness_weight,
+                "inverse_dynamics": objective.inverse_dynamics_weight,
+                "time_variance": objective.time_variance_weight,
+            },
+            model.embedding_dim,
+            model.hidden_dim,
+            self.action_dim,
         )
         self.editor = make_editor(
             model.editor,
             embedding_dim=model.embedding_dim,
             hidden_dim=model.hidden_dim,
-            latent_dim=self.latent.latent_dim if self.latent else 0,
+            latent_dim=(self.latent.latent_dim if self.latent else 0) + self.action_dim,
             predictor=self.objective.needs_predictor,
         )
         self.on_sphere = model.embedding_norm == "sphere"
@@ -71,33 +88,43 @@ class WorldModel(nn.Module):
         segments: Tensor,
         known_r: Tensor | None,
         generator: torch.Generator | None = None,
+        *,
+        action: Tensor | None = None,
     ) -> Inference:
         """What training sees of clips [B, S, T, C, H, W] whose context f(x) [B, D] is known: r [B, R] of one step.
 
-        R is 0 without a latent.
+        R is 0 without a latent; action [B, A].
         """
         if self.latent is None:
             return Inference(context[:, :0], None, None)
         seen = self.encode(segments[:, self.seen_at]) if self.latent.sees_later else None
-        return self.latent.infer(context, seen, known_r, generator)
+        return self.latent.infer(joined(context, action), seen, known_r, generator)
 
-    def sample(self, context: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """context [B, D] -> one draw r [B, R] from the prior for each row."""
+    def sample(
+        self, context: Tensor, generator: torch.Generator | None = None, *, action: Tensor | None = None
+    ) -> Tensor:
+        """context [B, D], action [B, A] -> one draw r [B, R] from the prior for each row."""
         if self.latent is None:
             return context[:, :0]
-        return self.latent.prior(context).draw(generator)
+        return self.latent.prior(joined(context, action)).draw(generator)
 
-    def edit(self, context: Tensor, r: Tensor) -> Tensor:
-        """context [B, D], r [B, R] -> embedding float32 [B, D] of the next segment, normalised as the encoder's are."""
-        edited = self.editor(context, r).float()
+    def prior_mean(self, context: Tensor, action: Tensor | None = None) -> Tensor:
+        """context [B, D], action [B, A] -> the mean of the prior, r [B, R]."""
+        return self.latent.prior(joined(context, action)).mean if self.latent else context[:, :0]
+
+    def edit(self, context: Tensor, r: Tensor, action: Tensor | None = None) -> Tensor:
+        """context [B, D], r [B, R], action [B, A] -> embedding float32 [B, D] of the next segment, normalised as the
+        encoder's are."""
+        edited = self.editor(context, joined(r, action)).float()
         return normalise(edited) if self.on_sphere else edited
 
-    def prior_mean_rollout(self, context: Tensor, horizon: int) -> Tensor:
-        """The one future at the mean of the prior, step by step: [B, D] -> [B, horizon, D]."""
+    def prior_mean_rollout(self, context: Tensor, horizon: int, actions: Tensor | None = None) -> Tensor:
+        """The one future at the mean of the prior, step by step: [B, D], actions [B, horizon, A] -> [B, horizon, D]."""
         state = context
         steps = []
-        for _ in range(horizon):
-            state = self.edit(state, self.latent.prior(state).mean if self.latent else state[:, :0])
+        for step in range(horizon):
+            action = None if actions is None else actions[:, step]
+            state = self.edit(state, self.prior_mean(state, action), action)
             steps.append(state)
         return torch.stack(steps, dim=1)
 
@@ -108,23 +135,34 @@ class WorldModel(nn.Module):
         num_samples: int,
         generator: torch.Generator | None = None,
         *,
+        actions: Tensor | None = None,
         shuffle: bool = False,
     ) -> Tensor:
         """Futures of an embedding, each step from a fresh draw of the prior: [B, D] -> [B, S, horizon, D].
 
-        `shuffle`: each row gets the r that was drawn for another clip, a control.
+        actions [B, horizon, A] where the model is conditioned on them. `shuffle`: each row gets the r that was drawn for another clip, a control.
         """
         state = repeat(context, "b d -> (b s) d", s=num_samples)
+        repeated = None if actions is None else repeat(actions, "b h a -> (b s) h a", s=num_samples)
         steps = []
-        for _ in range(horizon):
-            r = self.sample(state, generator)
-            state = self.edit(state, r.roll(num_samples, dims=0) if shuffle else r)
+        for step in range(horizon):
+            action = None if repeated is None else repeated[:, step]
+            r = self.sample(state, generator, action=action)
+            state = self.edit(state, r.roll(num_samples, dims=0) if shuffle else r, action)
             steps.append(state)
         return rearrange(torch.stack(steps, dim=1), "(b s) h d -> b s h d", s=num_samples)
 
-    def rollout(self, x: Tensor, horizon: int, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+    def rollout(
+        self,
+        x: Tensor,
+        horizon: int,
+        num_samples: int,
+        generator: torch.Generator | None = None,
+        *,
+        actions: Tensor | None = None,
+    ) -> Tensor:
         """Sampled futures of a clip: x [B, T, C, H, W] in [0, 1] -> embeddings [B, S, horizon, D]."""
-        return self.rollout_embedding(self.encode(x), horizon, num_samples, generator)
+        return self.rollout_embedding(self.encode(x), horizon, num_samples, generator, actions=actions)
 
     def targets_of(self, segments: Tensor) -> Tensor:
         """The targets of each step of prediction: [B, S, T, C, H, W] -> [K * B, T, C, H, W], step by step."""
@@ -137,13 +175,15 @@ class WorldModel(nn.Module):
         known_r: Tensor | None,
         beta: float,
         generator: torch.Generator | None = None,
+        *,
+        actions: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The training losses, all scalars, of which "loss" is the one to minimise; and the targets [K * B, D].
 
         segments [B, S, T, C, H, W]; K steps are predicted, each from the prediction before it and the r that the
         posterior infers there; the losses are means over steps by their weights. teacher_targets [K * B, D] are the
         teacher's embeddings of `targets_of(segments)`; without them the targets are the encoder's own. known_r [B, R]
-        is what an oracle latent takes. The encoder also learns through the posterior: without that gradient, forecasts
+        is what an oracle latent takes, actions [B, K, A] what the model is conditioned on. The encoder also learns through the posterior: without that gradient, forecasts
         are far worse (docs/experiments.md).
         """
         clips = [segments[:, 0]]
@@ -156,16 +196,22 @@ class WorldModel(nn.Module):
         state = embeddings.pop(0)
         targets = embeddings.pop(0) if teacher_targets is None else teacher_targets
         seen = embeddings.pop(0).chunk(self.num_steps) if embeddings else [None] * self.num_steps
+        real = torch.stack([state, *targets.chunk(self.num_steps)], dim=1)
+        of_steps = [None] * self.num_steps if actions is None else actions.unbind(1)
         steps = []
-        for target, seen_there in zip(targets.chunk(self.num_steps), seen, strict=True):
-            state, terms = self._predict(state, target, seen_there, known_r, beta, generator)
+        for k, (seen_there, action) in enumerate(zip(seen, of_steps, strict=True)):
+            state, terms = self._predict(
+                state, real[:, k], real[:, k + 1], seen_there, known_r, action, beta, generator
+            )
             steps.append(terms)
         weighted = {
             name: sum((weight * terms[name] for weight, terms in zip(self.step_weights, steps, strict=True)), 0 * value)
             for name, value in steps[0].items()
         }
-        loss = weighted.pop("loss")
-        logged = {name: value.detach() for name, value in weighted.items()}
+        with torch.autocast(state.device.type, enabled=False):
+            of_sequence = self.sequence_terms(real, actions)
+        loss = weighted.pop("loss") + self.sequence_terms.total(of_sequence)
+        logged = {name: value.detach() for name, value in (weighted | of_sequence).items()}
         if self.num_steps > 1:
             logged |= {f"alignment_{k}": terms["alignment"].detach() for k, terms in enumerate(steps, start=1)}
         return {"loss": loss} | logged, targets.detach()
@@ -173,19 +219,22 @@ class WorldModel(nn.Module):
     def _predict(
         self,
         state: Tensor,
+        context: Tensor,
         target: Tensor,
         seen: Tensor | None,
         known_r: Tensor | None,
+        action: Tensor | None,
         beta: float,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step: state, target, seen [B, D] -> the predicted embedding [B, D], and "loss" with its terms."""
+        """One step from `state`, a prediction or the context itself: all [B, D] -> the predicted embedding [B, D], and
+        "loss" with its terms. context is the embedding of the segment that state stands for."""
         r, penalty, nll = state[:, :0], None, None
         if self.latent is not None:
-            r, penalty, nll = self.latent.infer(state, seen, known_r, generator)
-        edited = self.edit(state, r)
+            r, penalty, nll = self.latent.infer(joined(state, action), seen, known_r, generator)
+        edited = self.edit(state, r, action)
         with torch.autocast(state.device.type, enabled=False):
-            terms = self.objective(edited, target, state, generator)
+            terms = self.objective(edited, target, context, generator)
         loss = terms["prediction_loss"]
         terms["alignment"] = F.cosine_similarity(edited, target, dim=-1).mean()
         if penalty is not None:
@@ -199,3 +248,8 @@ class WorldModel(nn.Module):
             # I(f(x); f(x+)) = I(f(x), r; f(x+)) - I(r; f(x+) | f(x)), and the KL bounds the second term from above.
             terms["information_nats"] = terms["information_nats"] - terms["kl_nats"]
         return edited, {"loss": loss} | terms
+
+
+def joined(values: Tensor, action: Tensor | None) -> Tensor:
+    """values [B, K], action [B, A] or None -> [B, K + A]."""
+    return values if action is None else torch.cat([values, action], dim=-1)

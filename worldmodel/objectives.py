@@ -11,6 +11,7 @@ Legend: B clips, D embedding dimensions.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -221,16 +222,18 @@ def _without_diagonal(square: Tensor) -> Tensor:
 
 
 class Vicreg(Objective):
-    """Variance, invariance, covariance (Bardes et al., arXiv 2105.04906, weights 25, 25, 1).
+    """Variance, invariance, covariance (Bardes et al., arXiv 2105.04906; the paper's weights are 25, 25, 1).
 
     Invariance is the mean over clips and dimensions; the two variance terms are averaged, the covariances summed. The
     regularisers act on f(x) and f(x+), not on the prediction, whose spread must be free to be smaller.
     """
 
-    INVARIANCE, VARIANCE, COVARIANCE = 25.0, 25.0, 1.0
-
     needs_batch_statistics = True
     default_beta = 0.05
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        super().__init__()
+        self.weights = weights
 
     def forward(
         self, edited: Tensor, target: Tensor, context: Tensor, generator: torch.Generator | None = None
@@ -239,8 +242,9 @@ class Vicreg(Objective):
         invariance = F.mse_loss(edited, target)
         variance = (variance_hinge(context) + variance_hinge(target)) / 2
         covariance = covariance_penalty(context) + covariance_penalty(target)
+        of_invariance, of_variance, of_covariance = self.weights
         return {
-            "prediction_loss": self.INVARIANCE * invariance + self.VARIANCE * variance + self.COVARIANCE * covariance,
+            "prediction_loss": of_invariance * invariance + of_variance * variance + of_covariance * covariance,
             "invariance": invariance.detach(),
             "variance": variance.detach(),
             "covariance": covariance.detach(),
@@ -306,6 +310,44 @@ def epps_pulley(samples: Tensor) -> Tensor:
     return len(samples) * ((real - normal).square() + imaginary.square()) @ (weight * normal)
 
 
+# ------------------------------------------------------------------------------------ terms of successive embeddings
+
+
+class SequenceTerms(nn.Module):
+    """What shapes distances between embeddings of one clip, so that they can be planned in; each with a weight.
+
+    smoothness: mean squared difference of successive embeddings. With a variance that is kept up, what is few steps
+    away is near, walls counted in (slow features: Wiskott and Sejnowski 2002). inverse_dynamics: mean squared error of
+    the action, read by an MLP from the two embeddings around it; what an agent controls stays in the embedding.
+    time_variance: the variance hinge, of embeddings less their clip's mean; what does not change in a clip cannot be
+    all that they hold.
+    """
+
+    def __init__(self, weights: Mapping[str, float], embedding_dim: int, hidden_dim: int, action_dim: int) -> None:
+        super().__init__()
+        self.weights = {name: weight for name, weight in weights.items() if weight}
+        self.action_net = (
+            mlp([2 * embedding_dim, hidden_dim, action_dim]) if "inverse_dynamics" in self.weights else None
+        )
+
+    def forward(self, embeddings: Tensor, actions: Tensor | None) -> dict[str, Tensor]:
+        """embeddings [B, K + 1, D] of successive segments, actions [B, K, A] between them -> the terms, unweighted."""
+        terms: dict[str, Tensor] = {}
+        if "smoothness" in self.weights:
+            terms["smoothness"] = F.mse_loss(embeddings[:, 1:], embeddings[:, :-1])
+        if "time_variance" in self.weights:
+            terms["time_variance"] = variance_hinge((embeddings - embeddings.mean(dim=1, keepdim=True)).flatten(0, 1))
+        if self.action_net is not None:
+            assert actions is not None
+            pairs = torch.cat([embeddings[:, :-1], embeddings[:, 1:]], dim=-1).flatten(0, 1)
+            terms["inverse_dynamics"] = F.mse_loss(self.action_net(pairs).float(), actions.flatten(0, 1))
+        return terms
+
+    def total(self, terms: Mapping[str, Tensor]) -> Tensor | float:
+        """The weighted sum."""
+        return sum(self.weights[name] * value for name, value in terms.items())
+
+
 OBJECTIVES: dict[str, type[Objective]] = {
     "byol": Byol,
     "infonce": InfoNce,
@@ -319,9 +361,17 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def make_objective(
-    name: str, *, embedding_dim: int, hidden_dim: int, temperature: float, sigreg_weight: float
+    name: str,
+    *,
+    embedding_dim: int,
+    hidden_dim: int,
+    temperature: float,
+    sigreg_weight: float,
+    vicreg_weights: Sequence[float],
 ) -> Objective:
     kind = OBJECTIVES[name]
     if issubclass(kind, InfoNce):
         return kind(embedding_dim, hidden_dim, temperature)
+    if kind is Vicreg:
+        return Vicreg(vicreg_weights)
     return SigReg(sigreg_weight) if kind is SigReg else kind()

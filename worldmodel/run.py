@@ -58,19 +58,30 @@ class TrainedRun:
         return self.model.encode(self._segments(video))
 
     @torch.no_grad()
-    def rollout(self, clip: Tensor, horizon: int, num_samples: int, seed: int = 0) -> Tensor:
+    def rollout(
+        self, clip: Tensor, horizon: int, num_samples: int, seed: int = 0, *, actions: Tensor | None = None
+    ) -> Tensor:
         """Sampled futures of context segments: [B, T, C, H, W] -> embeddings [B, S, horizon, D].
 
+        actions [B, horizon, A] go with a run that is conditioned on them, and only with it.
+
         Raises:
-            UserError: horizon or num_samples is below 1.
+            UserError: horizon or num_samples is below 1; actions are missing, not wanted, or of another shape.
         """
         for name, value in (("horizon", horizon), ("num_samples", num_samples)):
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
+        wanted = (len(clip), horizon, self.model.action_dim) if self.model.action_dim else None
+        given = None if actions is None else tuple(actions.shape)
+        if given != wanted:
+            raise UserError(f"actions of shape {given} do not fit the run {self.folder}: it takes {wanted}")
         generator = torch.Generator(self.device).manual_seed(seed)
-        return self.model.rollout(self._segments(clip), horizon, num_samples, generator)
+        taken = None if actions is None else actions.float().to(self.device)
+        return self.model.rollout(self._segments(clip), horizon, num_samples, generator, actions=taken)
 
-    def forecast(self, clip: Tensor, horizon: int, num_samples: int, seed: int = 0) -> Tensor:
+    def forecast(
+        self, clip: Tensor, horizon: int, num_samples: int, seed: int = 0, *, actions: Tensor | None = None
+    ) -> Tensor:
         """Sampled futures of the labelled quantity: [B, T, C, H, W] -> [B, S, horizon, K], in the quantity's unit.
 
         Each is the `rollout` of the same seed, read through the ridge readout that the evaluation of the run fitted.
@@ -79,7 +90,7 @@ class TrainedRun:
             UserError: as rollout; the run was not evaluated at this checkpoint, or its videos have no labels.
         """
         readout, _ = load_readout(self.folder, self.state["step"], self.device)
-        return readout(self.rollout(clip, horizon, num_samples, seed))
+        return readout(self.rollout(clip, horizon, num_samples, seed, actions=actions))
 
     def surprise(
         self, video: str | Path | Tensor, *, num_peaks: int = 5, step_frames: int | None = None, progress: bool = False

@@ -136,6 +136,10 @@ def check_latent(model: WorldModel) -> None:
     """Raises UserError: the model has no posterior to compare with its prior."""
     if not isinstance(model.latent, GaussianLatent):
         raise UserError("surprise is KL(q || p): it needs a run with model.latent=gaussian, and this one has another")
+    if model.action_dim:
+        raise UserError(
+            "surprise of a video needs a passive run: this one is conditioned on actions (model.action_dim)"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- transitions

@@ -30,7 +30,7 @@ from worldmodel.checkpoint import (
     save_checkpoint,
 )
 from worldmodel.config import Config, TrainConfig
-from worldmodel.data import num_segments, oracle_r, segments_of, training_stream
+from worldmodel.data import actions_of, num_segments, oracle_r, segments_of, training_stream
 from worldmodel.evaluation import factors, forecast
 from worldmodel.machine import computes_bf16, fair_share_of_cores, keep_freed_memory
 from worldmodel.model import WorldModel
@@ -135,10 +135,11 @@ class Trainer:
                 )
             segments = segments_of(batch, num_segments(config, config.objective.rollout_steps), accelerator.device)
             r = oracle_r(batch, config, accelerator.device)
+            actions = actions_of(batch, config, config.objective.rollout_steps, accelerator.device)
             with accelerator.accumulate(self.model):
                 with accelerator.autocast():
                     targets = self.teacher(self.student.targets_of(segments)) if self.teacher else None
-                losses, target = self.model(segments, targets, r, self.beta_at(self.step), generator)
+                losses, target = self.model(segments, targets, r, self.beta_at(self.step), generator, actions=actions)
                 accelerator.backward(losses["loss"])
                 if accelerator.sync_gradients and config.train.clip_norm:
                     accelerator.clip_grad_norm_(self.model.parameters(), config.train.clip_norm)

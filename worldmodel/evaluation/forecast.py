@@ -25,7 +25,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.sources.digits import Split
 from data_pipelines.sources.law import Law, Quantity
 from worldmodel.config import Config
-from worldmodel.data import evaluation_batches, known_law, num_segments, oracle_r, segments_of
+from worldmodel.data import actions_of, evaluation_batches, known_law, num_segments, oracle_r, segments_of
 from worldmodel.evaluation.illustrations import Fans, Illustrations, Latents
 from worldmodel.evaluation.probes import Splits, probe_all
 from worldmodel.evaluation.readout import Readout, choose_readout, fit_ridge
@@ -49,7 +49,8 @@ class EmbeddedClips:
 
     context [N, D] is the student's embedding of x and backbone [N, features] what its encoder gave the projector;
     persistence [N, D] and targets [N, H, D] are embeddings of x and of each later segment in the space of targets;
-    r [N, R] is inferred as in training, at a penalty [N] that is None where none is paid. frames holds pixels of the
+    r [N, R] is inferred as in training, at a penalty [N] that is None where none is paid. actions [N, H, A] are those
+    that the model is conditioned on, None for a passive one. frames holds pixels of the
     first clips, uint8 [<= N, (1 + H) * F, C, H, W]. extrapolated [N, H, K] is where the motion seen in the pixels of x
     leads, None where no law is known.
     """
@@ -60,6 +61,7 @@ class EmbeddedClips:
     targets: Tensor
     r: Tensor
     penalty: Tensor | None
+    actions: Tensor | None
     clip_id: Tensor
     labels: dict[str, Tensor]
     frames: Tensor
@@ -170,7 +172,7 @@ def development_scores(
         )
         generator = torch.Generator().manual_seed(sizes.seed)
         num_samples = num_futures(config, student)
-        samples = roll_out(student, queries.context, sizes.horizon, num_samples, generator, device)
+        samples = roll_out(student, queries, sizes.horizon, num_samples, generator, device)
         scores = {"effective_rank": effective_rank(queries.targets[:, 0]), **mean_penalty(student, queries.penalty)}
         if law is None:
             observed = queries.targets[:, None]
@@ -212,7 +214,7 @@ def embed_clips(
     parts: dict[str, list[Tensor]] = {
         name: []
         for name in (
-            *("context", "backbone", "persistence", "targets", "r", "penalty"),
+            *("context", "backbone", "persistence", "targets", "r", "penalty", "actions"),
             *("clip_id", "frames", "extrapolated"),
         )
     }
@@ -230,13 +232,17 @@ def embed_clips(
         segments = segments_of(batch, num_segments(config, horizon), device)
         backbone = student.embedder.features(segments[:, 0])
         context = student.embedder.project(backbone)
-        inference = student.infer(context, segments, oracle_r(batch, config, device), generator)
+        actions = actions_of(batch, config, horizon, device)
+        first = None if actions is None else actions[:, 0]
+        inference = student.infer(context, segments, oracle_r(batch, config, device), generator, action=first)
         shown = segments[:, : horizon + 1]
         parts["context"].append(context.cpu())
         parts["backbone"].append(backbone.float().cpu())
         parts["r"].append(inference.r.cpu())
         if inference.penalty is not None:
             parts["penalty"].append(inference.penalty.cpu())
+        if actions is not None:
+            parts["actions"].append(actions.cpu())
         parts["persistence"].append(target_encoder(segments[:, 0]).cpu())
         parts["targets"].append(target_encoder(shown[:, 1:].flatten(0, 1)).unflatten(0, (-1, horizon)).cpu())
         parts["clip_id"].append(batch["clip_id"])
@@ -261,6 +267,7 @@ def embed_clips(
         targets=whole["targets"],
         r=whole["r"],
         penalty=whole.get("penalty"),
+        actions=whole.get("actions"),
         clip_id=whole["clip_id"],
         labels={name: torch.cat(values) for name, values in labels.items()},
         frames=whole.get("frames", torch.empty(0)),
@@ -290,11 +297,12 @@ def _futures(
 ) -> Iterator[tuple[str, Tensor]]:
     """Forecasts in the space of targets by name, [Q, S, H, D] each, one after the other as they are large."""
     horizon, num_samples = config.evaluation.horizon, num_futures(config, student)
-    yield "model", roll_out(student, queries.context, horizon, num_samples, generator, device)
+    yield "model", roll_out(student, queries, horizon, num_samples, generator, device)
     if student.latent is not None:
-        shuffled = roll_out(student, queries.context, horizon, num_samples, generator, device, shuffle=True)
+        shuffled = roll_out(student, queries, horizon, num_samples, generator, device, shuffle=True)
         yield "shuffled_r", shuffled
-        yield "prior_mean", student.prior_mean_rollout(queries.context.to(device), horizon)[:, None].cpu()
+        actions = None if queries.actions is None else queries.actions.to(device)
+        yield "prior_mean", student.prior_mean_rollout(queries.context.to(device), horizon, actions)[:, None].cpu()
     yield "persistence", repeat(queries.persistence, "q d -> q 1 h d", h=horizon)
     yield "climatology", _climatology(queries, generator)
     if law:
@@ -308,7 +316,7 @@ def num_futures(config: Config, student: WorldModel) -> int:
 
 def roll_out(
     student: WorldModel,
-    context: Tensor,
+    queries: EmbeddedClips,
     horizon: int,
     num_samples: int,
     generator: torch.Generator,
@@ -316,12 +324,15 @@ def roll_out(
     *,
     shuffle: bool = False,
 ) -> Tensor:
-    """Sampled futures: context [Q, D] -> [Q, S, H, D] on the CPU. `shuffle` as in WorldModel.rollout_embedding."""
+    """Sampled futures of Q queries: [Q, S, H, D] on the CPU. `shuffle` as in WorldModel.rollout_embedding."""
     on_device = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
-    chunks = [
-        student.rollout_embedding(chunk.to(device), horizon, num_samples, on_device, shuffle=shuffle).cpu()
-        for chunk in context.split(ENCODE_BATCH)
-    ]
+    chunks = []
+    for start in range(0, len(queries), ENCODE_BATCH):
+        rows = slice(start, start + ENCODE_BATCH)
+        actions = None if queries.actions is None else queries.actions[rows].to(device)
+        context = queries.context[rows].to(device)
+        futures = student.rollout_embedding(context, horizon, num_samples, on_device, actions=actions, shuffle=shuffle)
+        chunks.append(futures.cpu())
     return torch.cat(chunks)
 
 
