@@ -7,15 +7,10 @@ python scripts/record_env.py --import gym_pusht --env gym_pusht/PushT-v0 --polic
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from data_pipelines.errors import UserError
 from data_pipelines.sources.digits import SPLITS
-from data_pipelines.sources.recorder import POLICIES, Recording, record
+from data_pipelines.sources.recorder import POLICIES, Recording, parse_kwargs, record
 from worldmodel.cli import report_errors
 
 
@@ -58,20 +53,6 @@ def main() -> int:
         record(args.out, counts, recording, num_processes=args.num_processes, overwrite=args.overwrite)
         print(f"{sum(counts.values()):,} episodes in {args.out}")
     return 0
-
-
-def parse_kwargs(texts: Sequence[str]) -> dict[str, Any]:
-    """["slip=0.1", "layout=random"] -> {"slip": 0.1, "layout": "random"}; values are YAML. Raises UserError."""
-    kwargs = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        try:
-            if not (name.isidentifier() and equals):
-                raise ValueError
-            kwargs[name] = yaml.safe_load(value)
-        except (ValueError, yaml.YAMLError):
-            raise UserError(f"--env-kwargs {text!r} must read NAME=VALUE, such as slip=0.1") from None
-    return kwargs
 
 
 if __name__ == "__main__":

@@ -142,8 +142,8 @@ class ObjectiveConfig:
     inverse_dynamics_weight: NonNegativeFloat = 0.0
     """Weight of the squared error of the action that is read from two successive embeddings; needs model.action_dim."""
     time_variance_weight: NonNegativeFloat = 0.0
-    """Weight of a hinge that keeps each clip's embeddings apart over time, so that what is constant in a clip is not all
-    that is kept."""
+    """Weight of a hinge that keeps each clip's embeddings apart over time, so that what is constant in a clip is not
+    all that is kept."""
     rollout_steps: PositiveInt = 1
     """Segments predicted one after the other in training, each from the prediction before it; the paper has one."""
     step_weights: tuple[NonNegativeFloat, ...] | None = None
@@ -213,6 +213,12 @@ class PlanningConfig:
     """Standard deviation of a candidate's actions around the mean, in the first iteration; mppi: in all."""
     temperature: PositiveFloat = 0.3
     """mppi: what costs are divided by, in standard deviations of the costs of an episode's candidates."""
+    cost: Literal["sum", "last"] = "sum"
+    """Squared distance to the goal's embedding, summed over the steps of the horizon or of the last alone."""
+    num_samples: NonNegativeInt = 0
+    """Futures that are imagined for each candidate, by draws from the prior; 0: one, at the prior's mean."""
+    risk_quantile: Fraction | None = None
+    """The quantile of these futures' costs that counts; none: their mean."""
     noise_beta: NonNegativeFloat = 2.0
     """icem: noise of frequency f has the power f^-noise_beta; 0 is white, and larger is smoother in time."""
     action_set: Literal["ball", "box"] = "ball"
@@ -273,7 +279,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     if not isinstance(tree, dict):
         raise UserError(f"config {path} must hold keys and values, not {type(tree).__name__}")
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     return validate(tree, source=str(path))
 
 
@@ -313,7 +319,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one key of nested dicts from "a.b=value", the value in YAML. Raises UserError: it does not read so."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r} must read key=value, such as train.steps=100")

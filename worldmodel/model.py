@@ -1,7 +1,7 @@
 """The world model: encode a past, infer or sample r, edit the embedding into a future's, roll that out.
 
-An action, where the model is conditioned on them, is what an agent did from the last frame of one segment to that of the
-next: the actions at its frames, one after the other.
+An action, where the model is conditioned on them, is what an agent did from the last frame of one segment to that of
+the next: the actions at its frames, one after the other.
 
 Legend: B clips, T frames, C channels, H = W pixels, D embedding dimensions, R latent dimensions, A numbers of an
 action (0 without actions), S samples.
@@ -140,7 +140,8 @@ class WorldModel(nn.Module):
     ) -> Tensor:
         """Futures of an embedding, each step from a fresh draw of the prior: [B, D] -> [B, S, horizon, D].
 
-        actions [B, horizon, A] where the model is conditioned on them. `shuffle`: each row gets the r that was drawn for another clip, a control.
+        actions [B, horizon, A] where the model is conditioned on them. `shuffle`: each row gets the r that was drawn
+        for another clip, a control.
         """
         state = repeat(context, "b d -> (b s) d", s=num_samples)
         repeated = None if actions is None else repeat(actions, "b h a -> (b s) h a", s=num_samples)
@@ -183,8 +184,8 @@ class WorldModel(nn.Module):
         segments [B, S, T, C, H, W]; K steps are predicted, each from the prediction before it and the r that the
         posterior infers there; the losses are means over steps by their weights. teacher_targets [K * B, D] are the
         teacher's embeddings of `targets_of(segments)`; without them the targets are the encoder's own. known_r [B, R]
-        is what an oracle latent takes, actions [B, K, A] what the model is conditioned on. The encoder also learns through the posterior: without that gradient, forecasts
-        are far worse (docs/experiments.md).
+        is what an oracle latent takes, actions [B, K, A] what the model is conditioned on. The encoder also learns
+        through the posterior: without that gradient, forecasts are far worse (docs/experiments.md).
         """
         clips = [segments[:, 0]]
         if teacher_targets is None:

@@ -4,6 +4,7 @@ Legend: Q queries, S sampled forecasts, M draws of the truth, H horizon steps, D
 any quantity, N items.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -168,6 +169,15 @@ def auroc(scores: Tensor, positive: Tensor) -> float:
     negatives, positives = scores[~positive].sort().values, scores[positive]
     below = torch.searchsorted(negatives, positives, right=False) + torch.searchsorted(negatives, positives, right=True)
     return float(below.double().mean() / 2 / len(negatives)) if len(negatives) else float("nan")
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """The 95% score interval of a rate (Wilson 1927), within [0, 1] also where all or none succeed."""
+    z = 1.959963984540054
+    rate, spread = successes / trials, z * z / trials
+    centre = (rate + spread / 2) / (1 + spread)
+    half = z * math.sqrt(rate * (1 - rate) / trials + spread / trials / 4) / (1 + spread)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def central_interval(samples: Tensor, level: float) -> tuple[Tensor, Tensor]:

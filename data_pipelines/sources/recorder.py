@@ -26,6 +26,7 @@ import gymnasium
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 
 from data_pipelines.decoders import scaled_size
 from data_pipelines.errors import UserError
@@ -130,7 +131,9 @@ def _tried(recording: Recording) -> Recording:
         json.dumps(dict(recording.kwargs))
     except TypeError as error:
         raise UserError(f"kwargs={dict(recording.kwargs)!r} are not what JSON can hold: {error}") from None
-    with contextlib.closing(make_env(recording)) as env:
+    with contextlib.closing(
+        make_env(recording.env, recording.kwargs, num_steps=recording.num_steps, imports=recording.imports)
+    ) as env:
         offers = hasattr(env.unwrapped, "exploration_policy")
         if recording.policy == "own" and not offers:
             raise UserError(f"policy='own': {recording.env} has no exploration_policy: use {', '.join(POLICIES[1:])}")
@@ -139,23 +142,29 @@ def _tried(recording: Recording) -> Recording:
     return recording
 
 
-def make_env(recording: Recording) -> gymnasium.Env:
-    """Raises UserError: a module that is not there, no such environment, arguments that it does not take."""
-    for module in recording.imports:
+def make_env(
+    env: str, kwargs: Mapping[str, Any], *, num_steps: int, imports: Sequence[str] = ()
+) -> gymnasium.Env[Any, Any]:
+    """An environment that renders pictures and is cut off after num_steps steps.
+
+    Raises:
+        UserError: a module that is not there, no such environment, arguments that it does not take.
+    """
+    for module in imports:
         try:
             importlib.import_module(module)
         except ImportError as error:
             raise UserError(f"module {module!r} cannot be imported: {one_line(error)}") from None
     try:
         return gymnasium.make(
-            recording.env,
+            env,
             render_mode="rgb_array",
-            max_episode_steps=recording.num_steps,
+            max_episode_steps=num_steps,
             disable_env_checker=True,
-            **recording.kwargs,
+            **kwargs,
         )
     except (gymnasium.error.Error, ImportError, TypeError) as error:
-        raise UserError(f"environment {recording.env!r} cannot be made: {one_line(error)}") from None
+        raise UserError(f"environment {env!r} cannot be made: {one_line(error)}") from None
 
 
 def record_episode(
@@ -245,7 +254,9 @@ def _numbers_of(info: Mapping[str, Any]) -> dict[str, int | float]:
 def _env_of_process(facts: str) -> tuple[gymnasium.Env, Recording]:
     fields = json.loads(facts)
     recording = Recording(**fields | {"imports": tuple(fields["imports"])})
-    return make_env(recording), recording
+    return make_env(
+        recording.env, recording.kwargs, num_steps=recording.num_steps, imports=recording.imports
+    ), recording
 
 
 def _record_episodes(facts: str, folder: Path, episodes: Sequence[int]) -> None:
@@ -264,3 +275,17 @@ def _record_episodes(facts: str, folder: Path, episodes: Sequence[int]) -> None:
 
 def _row_path(folder: Path, episode: int) -> Path:
     return folder / ROWS_NAME / f"{episode:06d}.json"
+
+
+def parse_kwargs(texts: Sequence[str]) -> dict[str, Any]:
+    """["slip=0.1", "layout=random"] -> {"slip": 0.1, "layout": "random"}; values are YAML. Raises UserError."""
+    kwargs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        try:
+            if not (name.isidentifier() and equals):
+                raise ValueError
+            kwargs[name] = yaml.safe_load(value)
+        except (ValueError, yaml.YAMLError):
+            raise UserError(f"--env-kwargs {text!r} must read NAME=VALUE, such as slip=0.1") from None
+    return kwargs

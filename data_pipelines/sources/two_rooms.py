@@ -16,7 +16,7 @@ Coordinates are (x, y) in px, x to the right and y down, pixel centres at intege
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import permutations
 from typing import Any, Literal
 
@@ -273,6 +273,16 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         """The observation with the dot at the goal: uint8 [64, 64, 3]."""
         return self._picture(self._goal)
 
+    def shortest_path_px(self) -> float:
+        """Length of the shortest way from here to where the goal counts as reached."""
+        whole = float(shortest_path_px(self._state, self._goal, self._wall_x, self._door_y))
+        return max(0.0, whole - self.goal_radius_px)
+
+    @staticmethod
+    def privileged_cost(envs: "Sequence[TwoRoomsEnv]") -> "PrivilegedCost":
+        """What sequences of actions cost from where these environments are, by the law and the shortest ways."""
+        return PrivilegedCost(envs)
+
     def exploration_policy(self, rng: np.random.Generator) -> Policy:
         """A policy for one episode: a smooth random walk or, in a third of all episodes, wandering through the door."""
         if rng.random() < 1 / 3:
@@ -337,6 +347,41 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
             "door_y_px": self._door_y,
             "is_success": self._meets(self._state, self._goal),
         }
+
+
+class PrivilegedCost:
+    """The distance left to the goal, summed over the steps: actions [E, N, H, 2] in units of 4 px -> cost [E, N] px.
+
+    Distances are looked up in a grid of 1 px, made once for each episode; slips are not foreseen.
+    """
+
+    def __init__(self, envs: Sequence[TwoRoomsEnv]) -> None:
+        self.envs = list(envs)
+        places = torch.arange(LOW_PX, HIGH_PX + 1)
+        grid = torch.stack(torch.meshgrid(places, places, indexing="xy"), dim=-1)
+        left = []
+        for env in self.envs:
+            wall_x, door_y = env._wall_x, env._door_y
+            distance = shortest_path_px(grid, env._goal, wall_x, door_y).float()
+            left.append(torch.where(is_free(grid, wall_x, door_y), distance, distance.new_tensor(2 * CANVAS_PX)))
+        self.left = torch.stack(left)
+
+    def __call__(self, actions: Tensor) -> Tensor:
+        state = torch.stack([env._state for env in self.envs])[:, None].expand(*actions.shape[:2], 2)
+        wall_x = torch.tensor([env._wall_x for env in self.envs])[:, None]
+        door_y = torch.tensor([env._door_y for env in self.envs])[:, None]
+        rows = torch.arange(len(self.envs))[:, None]
+        cost = torch.zeros(actions.shape[:2])
+        for action in actions.unbind(2):
+            state = move(state, step_of_action(action), wall_x, door_y)
+            x, y = (state - LOW_PX).round().long().unbind(-1)
+            cost += self.left[rows, y, x]
+        return cost
+
+    def keep(self, going_on: Tensor) -> None:
+        """Drop the episodes that have ended: bool [E]."""
+        self.envs = [env for env, stays in zip(self.envs, going_on.tolist(), strict=True) if stays]
+        self.left = self.left[going_on]
 
 
 def _check_range(name: str, value: Any, low: float, high: float) -> None:

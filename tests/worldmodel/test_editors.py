@@ -1,6 +1,6 @@
 import torch
 
-from worldmodel.editors import LowRankEditor, MlpEditor, SumEditor, WithPredictor, make_editor
+from worldmodel.editors import LowRankEditor, MlpEditor, ResidualEditor, SumEditor, WithPredictor, make_editor
 
 
 def batch(seed: int, *shape: int) -> torch.Tensor:
@@ -11,6 +11,13 @@ def test_sum_is_the_sum_and_without_a_latent_the_context() -> None:
     context, r = batch(0, 5, 4), batch(1, 5, 4)
     torch.testing.assert_close(SumEditor()(context, r) - r, context)
     assert torch.equal(SumEditor()(context, context[:, :0]), context)
+
+
+def test_residual_adds_its_network_to_the_context() -> None:
+    torch.manual_seed(0)
+    editor = ResidualEditor(6, 8, 3).eval()
+    context, r = batch(0, 5, 6), batch(1, 5, 3)
+    torch.testing.assert_close(editor(context, r) - context, editor.net(torch.cat([context, r], dim=1)))
 
 
 def test_low_rank_equals_its_modules_one_by_one() -> None:
@@ -48,10 +55,11 @@ def test_the_name_in_the_config_makes_the_editor() -> None:
     sizes = {"embedding_dim": 6, "hidden_dim": 8}
     kinds = {
         (name, predictor): type(make_editor(name, **sizes, latent_dim=6, predictor=predictor))
-        for name in ("mlp", "sum", "low_rank")
+        for name in ("mlp", "residual", "sum", "low_rank")
         for predictor in (False, True)
     }
     assert kinds["mlp", False] is kinds["mlp", True] is MlpEditor
+    assert kinds["residual", False] is kinds["residual", True] is ResidualEditor
     assert kinds["sum", False] is SumEditor and kinds["low_rank", False] is LowRankEditor
     assert kinds["sum", True] is kinds["low_rank", True] is WithPredictor
     assert type(make_editor("low_rank", **sizes, latent_dim=0, predictor=False)) is SumEditor

@@ -32,7 +32,13 @@ class Unmixer(WorldModel):
         return torch.tanh(self.warp * factors) / self.warp if self.warp else factors
 
     def infer(
-        self, context: Tensor, segments: Tensor, known_r: Tensor | None, generator: torch.Generator | None = None
+        self,
+        context: Tensor,
+        segments: Tensor,
+        known_r: Tensor | None,
+        generator: torch.Generator | None = None,
+        *,
+        action: Tensor | None = None,
     ) -> Inference:
         return Inference(context[:, :0], None, None)
 

@@ -52,6 +52,7 @@ class OracleStudent(WorldModel):
         num_samples: int,
         generator: torch.Generator | None = None,
         *,
+        actions: Tensor | None = None,
         shuffle: bool = False,
     ) -> Tensor:
         assert generator is not None and horizon == 1
@@ -59,11 +60,17 @@ class OracleStudent(WorldModel):
         after = sample_law(velocity, torch.zeros(len(context), dtype=torch.int64), num_samples, "A", generator)
         return torch.cat([context[:, None, :2] + 3 * after, after], dim=-1)[:, :, None]
 
-    def prior_mean_rollout(self, context: Tensor, horizon: int) -> Tensor:
+    def prior_mean_rollout(self, context: Tensor, horizon: int, actions: Tensor | None = None) -> Tensor:
         return torch.cat([context[:, :2] + 3 * context[:, 2:], context[:, 2:]], dim=-1)[:, None]
 
     def infer(
-        self, context: Tensor, segments: Tensor, known_r: Tensor | None, generator: torch.Generator | None = None
+        self,
+        context: Tensor,
+        segments: Tensor,
+        known_r: Tensor | None,
+        generator: torch.Generator | None = None,
+        *,
+        action: Tensor | None = None,
     ) -> Inference:
         return Inference(context[:, 2:], None, None)
 

@@ -76,8 +76,8 @@ def flow_prior(latent_dim: int) -> FlowPrior:
 
 def make(name: str, prior: str = "mixture", latent_dim: int = 3, prior_components: int = 2) -> Latent:
     torch.manual_seed(0)
-    sizes = {"embedding_dim": 8, "hidden_dim": 16, "latent_dim": latent_dim, "prior_components": prior_components}
-    latent = make_latent(name, prior=prior, **sizes)
+    sizes = {"hidden_dim": 16, "latent_dim": latent_dim, "prior_components": prior_components}
+    latent = make_latent(name, context_dim=8, embedding_dim=8, prior=prior, **sizes)
     assert latent is not None
     return latent
 
@@ -371,8 +371,8 @@ def test_the_name_in_the_config_makes_the_latent_and_its_prior(name: str, prior:
 
 
 def test_no_latent_is_made_of_none() -> None:
-    sizes = {"embedding_dim": 8, "hidden_dim": 16, "latent_dim": 3, "prior_components": 1}
-    assert make_latent("none", prior="mixture", **sizes) is None
+    sizes = {"hidden_dim": 16, "latent_dim": 3, "prior_components": 1}
+    assert make_latent("none", context_dim=8, embedding_dim=8, prior="mixture", **sizes) is None
 
 
 @pytest.mark.parametrize("num_components", [1, 4])

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from worldmodel.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from worldmodel.latents import Gaussian, GaussianLatent, Mixture, gaussian_kl
 from worldmodel.model import WorldModel
-from worldmodel.objectives import OBJECTIVES
+from worldmodel.objectives import OBJECTIVES, covariance_penalty
 
 LATENTS = ("none", "gaussian", "sparse", "oracle")
 
@@ -289,3 +289,61 @@ def test_the_prior_mean_is_rolled_out_step_by_step() -> None:
         first = world.edit(context, world.latent.prior(context).mean)
         second = world.edit(first, world.latent.prior(first).mean)
     torch.testing.assert_close(rolled, torch.stack([first, second], dim=1))
+
+
+def test_actions_condition_prior_posterior_and_editor() -> None:
+    """Three numbers an action and frame, three frames: what each network sees is the embedding, then the action."""
+    world = model(action_dim=3, editor="residual").eval()
+    assert world.action_dim == 9 and isinstance(world.latent, GaussianLatent)
+    context, action, later = embeddings(), embeddings(dims=9, seed=3), embeddings(seed=4)
+    with_action = torch.cat([context, action], dim=1)
+    generator = torch.Generator().manual_seed(0)
+    r = world.sample(context, torch.Generator().manual_seed(0), action=action)
+    assert torch.equal(r, world.latent.prior(with_action).draw(generator))
+    expected = world.editor(context, torch.cat([r, action], dim=1))
+    torch.testing.assert_close(world.edit(context, r, action), F.normalize(expected, dim=-1) * 4)
+    q = world.latent.posterior(with_action, later)
+    assert not torch.allclose(q.mean, world.latent.posterior(torch.cat([context, -action], dim=1), later).mean)
+
+
+def test_a_rollout_takes_the_actions_in_their_order() -> None:
+    world = model("none", action_dim=1, editor="residual").eval()
+    context, actions = embeddings(), embeddings(dims=6, seed=3).unflatten(1, (2, 3))
+    rolled = world.rollout_embedding(context, 2, 3, actions=actions)
+    first = world.edit(context, context[:, :0], actions[:, 0])
+    second = world.edit(first, context[:, :0], actions[:, 1])
+    for sample in range(3):
+        torch.testing.assert_close(rolled[:, sample], torch.stack([first, second], dim=1))
+    torch.testing.assert_close(world.prior_mean_rollout(context, 2, actions), rolled[:, 0])
+
+
+def test_the_loss_of_a_model_with_actions_is_that_of_its_steps_and_of_its_sequence_terms() -> None:
+    torch.manual_seed(0)
+    world = WorldModel(
+        Config(
+            run_dir="",
+            data=DataConfig(channels=1, num_segments=2),
+            model=ModelConfig(
+                width=0.125, latent="none", embedding_dim=16, hidden_dim=32, action_dim=1, editor="residual",
+                embedding_norm="standard",
+            ),
+            objective=ObjectiveConfig(
+                name="vicreg", vicreg_weights=(1.0, 0.0, 0.5), rollout_steps=2, smoothness_weight=2.0,
+                inverse_dynamics_weight=3.0,
+            ),
+        )
+    ).eval()  # fmt: skip
+    clips, actions = segments(count=3), embeddings(dims=6, seed=3).unflatten(1, (2, 3))
+    values, _ = world(clips, None, None, 0.0, actions=actions)
+    real = torch.stack([world.encode(clips[:, k]) for k in range(3)], dim=1)
+    state, total = real[:, 0], torch.zeros(())
+    for k in range(2):
+        state = world.edit(state, state[:, :0], actions[:, k])
+        covariance = covariance_penalty(real[:, k]) + covariance_penalty(real[:, k + 1])
+        total = total + (F.mse_loss(state, real[:, k + 1]) + 0.5 * covariance) / 2
+    smoothness = (real[:, 1:] - real[:, :-1]).square().mean()
+    assert world.sequence_terms.action_net is not None
+    read = world.sequence_terms.action_net(torch.cat([real[:, :-1], real[:, 1:]], dim=-1).flatten(0, 1))
+    total = total + 2 * smoothness + 3 * (read - actions.flatten(0, 1)).square().mean()
+    torch.testing.assert_close(values["loss"], total, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(values["smoothness"], smoothness.detach())

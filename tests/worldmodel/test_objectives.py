@@ -14,6 +14,7 @@ from worldmodel.objectives import (
     HInfoNce,
     InfoNce,
     Ressl,
+    SequenceTerms,
     SslHsic,
     Vicreg,
     covariance_penalty,
@@ -35,7 +36,12 @@ def batch(seed: int, *shape: int) -> Tensor:
 def make(name: str, embedding_dim: int = 4, temperature: float = 0.5) -> AnyObjective:
     torch.manual_seed(0)
     objective = make_objective(
-        name, embedding_dim=embedding_dim, hidden_dim=5, temperature=temperature, sigreg_weight=0.3
+        name,
+        embedding_dim=embedding_dim,
+        hidden_dim=5,
+        temperature=temperature,
+        sigreg_weight=0.3,
+        vicreg_weights=(25, 25, 1),
     )
     return objective.double()
 
@@ -366,7 +372,7 @@ def test_vicreg_equals_numpy() -> None:
         variance += np.mean([max(0, 1 - math.sqrt(np.var(view[:, d], ddof=1) + 1e-4)) for d in range(4)]) / 2
         matrix = np.cov(view, rowvar=False)
         covariance += sum(matrix[i, j] ** 2 for i in range(4) for j in range(4) if i != j) / 4
-    values = evaluate(Vicreg(), edited, target, context)
+    values = evaluate(Vicreg((25, 25, 1)), edited, target, context)
     assert variance > 0.01
     assert values["invariance"].item() == pytest.approx(invariance)
     assert values["variance"].item() == pytest.approx(variance)
@@ -377,8 +383,8 @@ def test_vicreg_equals_numpy() -> None:
 def test_vicreg_is_zero_for_matched_embeddings_that_are_white() -> None:
     centred = batch(0, 32, 4) - batch(0, 32, 4).mean(dim=0)
     white = torch.linalg.qr(centred).Q * math.sqrt(31)
-    assert loss(Vicreg(), white, white, white) == pytest.approx(0, abs=1e-12)
-    assert loss(Vicreg(), 3 * white, 3 * white, 3 * white) == pytest.approx(0, abs=1e-12)
+    assert loss(Vicreg((25, 25, 1)), white, white, white) == pytest.approx(0, abs=1e-12)
+    assert loss(Vicreg((25, 25, 1)), 3 * white, 3 * white, 3 * white) == pytest.approx(0, abs=1e-12)
 
 
 def test_vicreg_penalises_collapse_to_a_point_and_to_a_line() -> None:
@@ -456,3 +462,34 @@ def test_sigreg_draws_its_directions_from_the_generator() -> None:
         for seed in (0, 0, 1)
     )
     assert first == again != other
+
+
+def test_sequence_terms_equal_loops_over_clips_and_steps() -> None:
+    embeddings, actions = batch(0, 5, 4, 3), batch(1, 5, 3, 2)
+    torch.manual_seed(0)
+    terms = SequenceTerms({"smoothness": 2.0, "inverse_dynamics": 3.0, "time_variance": 0.5}, 3, 8, 2).double().eval()
+    values = terms(embeddings, actions)
+    assert terms.action_net is not None
+    steps, errors, centred = [], [], []
+    for clip in range(5):
+        centred += [embeddings[clip, step] - embeddings[clip].mean(dim=0) for step in range(4)]
+        for step in range(3):
+            before, after = embeddings[clip, step], embeddings[clip, step + 1]
+            steps.append((after - before).square().mean())
+            read = terms.action_net(torch.cat([before, after])[None])[0]
+            errors.append((read.double() - actions[clip, step]).square().mean())
+    spread = torch.stack(centred).var(dim=0)
+    expected = {
+        "smoothness": torch.stack(steps).mean(),
+        "inverse_dynamics": torch.stack(errors).mean(),
+        "time_variance": (1 - (spread + 1e-4).sqrt()).clamp(min=0).mean(),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(values[name], value, atol=1e-6, rtol=1e-6)
+    total = 2 * expected["smoothness"] + 3 * expected["inverse_dynamics"] + 0.5 * expected["time_variance"]
+    torch.testing.assert_close(terms.total(values), total, atol=1e-6, rtol=1e-6)
+
+
+def test_sequence_terms_without_weight_are_not_there() -> None:
+    terms = SequenceTerms({"smoothness": 0.0, "inverse_dynamics": 0.0, "time_variance": 0.0}, 3, 8, 0)
+    assert terms(batch(0, 5, 4, 3), None) == {} and terms.total({}) == 0 and not list(terms.parameters())

@@ -21,6 +21,7 @@ from worldmodel.scores import (
     retrieval,
     retrieval_scores,
     spread_skill,
+    wilson_interval,
 )
 
 
@@ -258,3 +259,12 @@ def test_what_metrics_hold_agrees_with_scoringrules() -> None:
         by_dimension = scoringrules.crps_ensemble(truth, forecast.swapaxes(1, 2), estimator="fair").mean(axis=0)
         assert found["energy_score"][h] == pytest.approx(energy, abs=1e-6)
         np.testing.assert_allclose(found["crps"][h], by_dimension, atol=1e-6)
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 50), (7, 50), (245, 250), (250, 250)])
+def test_wilson_interval_holds_the_rates_that_a_score_test_does_not_reject(successes: int, trials: int) -> None:
+    """Its ends solve |rate - p| = z sqrt(p (1 - p) / n): scipy has the same interval."""
+    from scipy.stats import binomtest
+
+    expected = binomtest(successes, trials).proportion_ci(0.95, method="wilson")
+    assert wilson_interval(successes, trials) == pytest.approx((expected.low, expected.high), abs=1e-9)

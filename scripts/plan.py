@@ -1,0 +1,118 @@
+"""Plan with a trained run: how often it reaches its goals in an environment, against chance and the true simulator.
+
+python scripts/plan.py --run runs/two_rooms --env data_pipelines.sources.two_rooms:worldmodel/TwoRooms-v0
+
+Prints success with its 95 % interval over all episodes and the whole protocol, and writes both to planning.json in the
+run's folder. Keys of the config's section planning can be overridden: planning.horizon=12.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import torch
+
+from data_pipelines.errors import UserError
+from data_pipelines.sources.recorder import parse_kwargs
+from worldmodel import load
+from worldmodel.checkpoint import write_text
+from worldmodel.cli import report_errors
+from worldmodel.config import to_dict, validate
+from worldmodel.evaluation.planning import (
+    PlanningProtocol,
+    Policy,
+    PrivilegedPolicy,
+    RandomPolicy,
+    describe,
+    evaluate_policy,
+    has_ceiling,
+)
+from worldmodel.planning import LatentPolicy
+
+CEILING_CANDIDATES, CEILING_HORIZON = 100, 12  # the true simulator is slow, and its distances see around corners
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder of a run that is conditioned on actions")
+    parser.add_argument("--env", required=True, metavar="ID", help="the environment; MODULE:ID imports MODULE first")
+    parser.add_argument("--env-kwargs", nargs="+", default=[], metavar="NAME=VALUE", help="for gymnasium.make")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--episodes", type=int, default=50, help="of each seed, planned together (50)")
+    parser.add_argument("--budget", type=int, default=50, help="steps of an episode (50)")
+    parser.add_argument("--first-seed", type=int, default=0, help="another number gives other episodes")
+    parser.add_argument("--checkpoint", choices=["latest", "best"], default="latest")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("overrides", nargs="*", metavar="planning.KEY=VALUE")
+    args = parser.parse_args()
+    with report_errors():
+        for name in ("seeds", "episodes", "budget"):
+            if getattr(args, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+        run = load(args.run, which=args.checkpoint, device=args.device)
+        config = planning_config(to_dict(run.config), args.overrides)
+        protocol = PlanningProtocol(
+            env=args.env,
+            env_kwargs=parse_kwargs(args.env_kwargs),
+            seeds=args.seeds,
+            episodes=args.episodes,
+            budget=args.budget,
+            first_seed=args.first_seed,
+        )
+
+        def model(seed: int, envs: Sequence[gymnasium.Env]) -> Policy:
+            return LatentPolicy(run, config, seed)
+
+        def chance(seed: int, envs: Sequence[gymnasium.Env]) -> Policy:
+            return RandomPolicy(envs, seed)
+
+        def truth(seed: int, envs: Sequence[gymnasium.Env]) -> Policy:
+            smaller = dataclasses.replace(config, candidates=CEILING_CANDIDATES, horizon=CEILING_HORIZON)
+            return PrivilegedPolicy(envs, smaller, seed)
+
+        result: dict[str, Any] = evaluate_policy(protocol, model, label="planning")
+        result["random_floor"] = evaluate_policy(protocol, chance, label="random")
+        result["oracle_ceiling"] = (
+            evaluate_policy(protocol, truth, label="privileged") if has_ceiling(protocol) else None
+        )
+        result["protocol"] = describe(protocol, config) | {"step": run.state["step"]}
+        out = args.run / "planning.json"
+        write_text(out, json.dumps(result, indent=1) + "\n")
+        print(f"\n{table(result)}\n\n{json.dumps(result['protocol'])}\n\n{out}")
+    return 0
+
+
+def planning_config(tree: dict[str, Any], overrides: Sequence[str]) -> Any:
+    """The section `planning` of a run's config, with overrides. Raises UserError: one is of another section, or bad."""
+    from worldmodel.config import apply_override
+
+    for override in overrides:
+        if not override.startswith("planning."):
+            raise UserError(f"override {override!r}: only planning.KEY=VALUE can differ from the run's config")
+        apply_override(tree, override)
+    return validate(tree, source="the run's config").planning
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [f"{'policy':<12} {'success':>8} {'95 % interval':>16} {'steps':>6} {'path':>6} {'ms':>7}  per seed"]
+    rows = {"model": result, "random": result["random_floor"], "privileged": result["oracle_ceiling"]}
+    for name, row in rows.items():
+        if row is None:
+            continue
+        low, high = row["ci95"]
+        path = "-" if row["path_ratio"] is None else f"{row['path_ratio']:.2f}"
+        seeds = " ".join(f"{value:.2f}" for value in row["per_seed"])
+        lines.append(
+            f"{name:<12} {row['success_rate']:>8.3f} {f'{low:.3f} - {high:.3f}':>16} {row['steps']:>6.1f} {path:>6} "
+            f"{row['ms_per_decision']:>7.2f}  {seeds}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
