@@ -1,6 +1,7 @@
 """Plan with a trained run: how often it reaches its goals in an environment, against chance and the true simulator.
 
 python scripts/plan.py --run runs/two_rooms --env data_pipelines.sources.two_rooms:worldmodel/TwoRooms-v0
+python scripts/plan.py --run runs/two_rooms_latent --labels 1000 --env ...      # r as a latent action
 
 Prints success with its 95 % interval over all episodes and the whole protocol, and writes both to planning.json in the
 run's folder. Keys of the config's section planning can be overridden: planning.horizon=12.
@@ -32,6 +33,7 @@ from worldmodel.evaluation.planning import (
     evaluate_policy,
     has_ceiling,
 )
+from worldmodel.latent_actions import fit_action_decoder
 from worldmodel.planning import LatentPolicy
 
 CEILING_CANDIDATES, CEILING_HORIZON = 100, 12  # the true simulator is slow, and its distances see around corners
@@ -42,6 +44,9 @@ def main() -> int:
     parser.add_argument("--run", type=Path, required=True, help="folder of a run that is conditioned on actions")
     parser.add_argument("--env", required=True, metavar="ID", help="the environment; MODULE:ID imports MODULE first")
     parser.add_argument("--env-kwargs", nargs="+", default=[], metavar="NAME=VALUE", help="for gymnasium.make")
+    parser.add_argument(
+        "--labels", type=int, metavar="N", help="for a passive run: labelled transitions to decode r by"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--episodes", type=int, default=50, help="of each seed, planned together (50)")
     parser.add_argument("--budget", type=int, default=50, help="steps of an episode (50)")
@@ -65,8 +70,10 @@ def main() -> int:
             first_seed=args.first_seed,
         )
 
+        decoder = None if args.labels is None else fit_action_decoder(run, args.labels, run.config.seed)
+
         def model(seed: int, envs: Sequence[gymnasium.Env]) -> Policy:
-            return LatentPolicy(run, config, seed)
+            return LatentPolicy(run, config, seed, decoder)
 
         def chance(seed: int, envs: Sequence[gymnasium.Env]) -> Policy:
             return RandomPolicy(envs, seed)
@@ -80,7 +87,7 @@ def main() -> int:
         result["oracle_ceiling"] = (
             evaluate_policy(protocol, truth, label="privileged") if has_ceiling(protocol) else None
         )
-        result["protocol"] = describe(protocol, config) | {"step": run.state["step"]}
+        result["protocol"] = describe(protocol, config) | {"step": run.state["step"], "labels": args.labels}
         out = args.run / "planning.json"
         write_text(out, json.dumps(result, indent=1) + "\n")
         print(f"\n{table(result)}\n\n{json.dumps(result['protocol'])}\n\n{out}")

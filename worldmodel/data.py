@@ -62,26 +62,35 @@ def oracle_r(batch: Batch, config: Config, device: torch.device) -> Tensor | Non
     return r.to(device)
 
 
-def actions_of(batch: Batch, config: Config, steps: int, device: torch.device) -> Tensor | None:
-    """The actions between the first segments of each clip, for `steps` steps of prediction: [B, steps, A].
+def labelled_actions(batch: Batch, config: Config, steps: int) -> Tensor:
+    """The actions between the first segments of each clip, for `steps` steps of prediction: float32 [B, steps, A].
 
-    Those of a segment's last frame up to the next segment's last but one, which lead from one to the other. None for a
-    passive model.
+    Those of a segment's last frame up to the next segment's last but one, which lead from one to the other.
 
     Raises:
-        UserError: the videos have no such label of frames, or not of that size.
+        UserError: the videos have no such label of frames.
     """
-    size = config.model.action_dim
-    if not size:
-        return None
     name, labels, num_frames = config.data.action_label, batch["labels"], config.data.num_frames
     if name not in labels or labels[name].ndim != 3:
         has = ", ".join(sorted(key for key, values in labels.items() if values.ndim == 3)) or "none"
         raise UserError(f"data.action_label={name!r} is no label of frames: these videos have {has}")
-    if labels[name].shape[2] != size:
-        raise UserError(f"the label {name!r} has {labels[name].shape[2]} numbers: set model.action_dim to that")
     taken = labels[name][:, num_frames - 1 : (steps + 1) * num_frames - 1].float()
-    return taken.unflatten(1, (steps, num_frames)).flatten(2).to(device)
+    return taken.unflatten(1, (steps, num_frames)).flatten(2)
+
+
+def actions_of(batch: Batch, config: Config, steps: int, device: torch.device) -> Tensor | None:
+    """The actions that the model is conditioned on, [B, steps, A]; None for a passive model.
+
+    Raises:
+        UserError: the videos have no such label of frames, or not of that size.
+    """
+    if not config.model.action_dim:
+        return None
+    actions = labelled_actions(batch, config, steps)
+    size = actions.shape[2] // config.data.num_frames
+    if size != config.model.action_dim:
+        raise UserError(f"the label {config.data.action_label!r} has {size} numbers: set model.action_dim={size}")
+    return actions.to(device)
 
 
 def training_stream(

@@ -15,6 +15,7 @@ from torch import Tensor
 from data_pipelines.errors import UserError
 from data_pipelines.transforms import to_float
 from worldmodel.config import PlanningConfig
+from worldmodel.latent_actions import ActionDecoder
 from worldmodel.machine import computes_bf16
 from worldmodel.model import WorldModel
 from worldmodel.planners import Plan, improve, shift, start
@@ -23,9 +24,13 @@ from worldmodel.run import TrainedRun
 
 @dataclass(frozen=True)
 class LatentCost:
-    """What candidates cost: context, goal [E, D] -> a function of actions [E, N, H, A] to [E, N]."""
+    """What candidates cost: context, goal [E, D] -> a function of actions [E, N, H, A] to [E, N].
+
+    With a decoder, actions reach a passive model as the r that they amount to.
+    """
 
     model: WorldModel
+    decoder: ActionDecoder | None
     config: PlanningConfig
     context: Tensor
     goal: Tensor
@@ -39,8 +44,7 @@ class LatentCost:
         cost = state.new_zeros(len(state))
         with torch.autocast(state.device.type, torch.bfloat16, enabled=computes_bf16()):
             for action in flat.unbind(1):
-                r = self._r(state, action)
-                state = self.model.edit(state, r, action)
+                state = self._step(state, action)
                 if self.config.cost == "sum":
                     cost += (state - goal).square().mean(dim=-1)
         if self.config.cost == "last":
@@ -50,22 +54,35 @@ class LatentCost:
             return futures.quantile(self.config.risk_quantile, dim=-1)
         return futures.mean(dim=-1)
 
-    def _r(self, state: Tensor, action: Tensor) -> Tensor:
+    def _step(self, state: Tensor, action: Tensor) -> Tensor:
+        if self.decoder is not None:
+            return self.model.edit(state, self.decoder(state, action))
         if self.config.num_samples:
-            return self.model.sample(state, self.generator, action=action)
-        return self.model.prior_mean(state, action)
+            return self.model.edit(state, self.model.sample(state, self.generator, action=action), action)
+        return self.model.edit(state, self.model.prior_mean(state, action), action)
 
 
 class LatentPolicy:
     """Acts towards pictures of goals in a batch of episodes, planning anew at every step from the last plan.
 
     Raises:
-        UserError: the run is not conditioned on actions, or sees more than one frame at a time.
+        UserError: the run is not conditioned on actions and has no decoder of them, or sees more than one frame at a
+            time.
     """
 
-    def __init__(self, run: TrainedRun, config: PlanningConfig, seed: int) -> None:
-        if not run.model.action_dim:
-            raise UserError(f"the run {run.folder} knows no actions: train it with model.action_dim")
+    def __init__(
+        self, run: TrainedRun, config: PlanningConfig, seed: int, decoder: ActionDecoder | None = None
+    ) -> None:
+        self.decoder, self.action_dim = decoder, decoder.action_dim if decoder else run.model.action_dim
+        if not self.action_dim:
+            raise UserError(
+                f"the run {run.folder} knows no actions: train it with model.action_dim, or give --labels to one with "
+                "a latent"
+            )
+        if decoder and config.num_samples:
+            raise UserError(
+                f"planning.num_samples={config.num_samples}: r stands for the action here, and is not drawn"
+            )
         if run.config.data.num_frames != 1:
             raise UserError(f"the run {run.folder} has data.num_frames={run.config.data.num_frames}: plans take 1")
         self.run, self.config, self.seed = run, config, seed
@@ -75,7 +92,7 @@ class LatentPolicy:
         """Pictures of the goals of E episodes, uint8 [E, C, F, W]."""
         self.generator = torch.Generator().manual_seed(self.seed)
         self.goal = self._embed(goals, target=True)
-        self.plan = start(self.config, len(goals), self.run.model.action_dim, self.run.device)
+        self.plan = start(self.config, len(goals), self.action_dim, self.run.device)
 
     def act(self, frames: Tensor) -> Tensor:
         """What the episodes show now, uint8 [E, C, F, W] -> the next action of each, [E, A] on the CPU."""
@@ -83,7 +100,7 @@ class LatentPolicy:
         on_device = torch.Generator(self.run.device).manual_seed(
             int(torch.randint(2**62, (), generator=self.generator))
         )
-        cost = LatentCost(self.run.model, self.config, context, self.goal, on_device)
+        cost = LatentCost(self.run.model, self.decoder, self.config, context, self.goal, on_device)
         plan, actions, _ = improve(self.config, self.plan, cost, self.generator)
         self.plan = shift(plan)
         return actions[:, 0].cpu()

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,12 @@ from tests.conftest import REPO
 from worldmodel import config as config_module
 from worldmodel import load
 from worldmodel.config import Config, flatten, load_config
+from worldmodel.data import actions_of
 from worldmodel.evaluation.factors import evaluate_factors
 from worldmodel.evaluation.forecast import evaluate_forecasts
+from worldmodel.model import WorldModel
+from worldmodel.planning import LatentPolicy
+from worldmodel.run import TrainedRun
 from worldmodel.train import train
 
 CAUSAL = [
@@ -68,6 +73,17 @@ def train_and_evaluate(config: Config) -> None:
     evaluate_forecasts(trained.config, trained.model, trained.target_encoder, torch.device("cpu"))
 
 
+def plan_once(config: Config) -> None:
+    """One decision of a model that is conditioned on actions, untrained."""
+    labels = {config.data.action_label: torch.zeros(2, 2, config.model.action_dim)}
+    assert actions_of({"labels": labels}, config, 1, torch.device("cpu")) is not None  # type: ignore[typeddict-item]
+    run = TrainedRun(Path("run"), config, WorldModel(config).eval(), None, {})
+    policy = LatentPolicy(run, config.planning, seed=0)
+    frames = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    policy.begin(frames)
+    assert policy.act(frames).shape == (2, config.model.action_dim)
+
+
 def test_every_key_of_every_shipped_config_is_read(
     tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,6 +97,7 @@ def test_every_key_of_every_shipped_config_is_read(
         causal = [*CAUSAL, f"run_dir={fresh.run_dir}_causal"]
         trained = load(train(load_config(REPO / "configs" / "causal" / "heteroscedastic.yaml", causal)))
         evaluate_factors(trained.config, trained.model, torch.device("cpu"))
+        plan_once(load_config(REPO / "configs" / "two_rooms.yaml", ["planning.candidates=40", "planning.iterations=2"]))
     for path in (REPO / "configs").rglob("*.yaml"):
         unread = set(flatten(yaml.safe_load(path.read_text()))) - reads
         assert not unread, f"{path.name} sets keys that nothing reads: {sorted(unread)}"

@@ -28,7 +28,7 @@ def normal(seed: int, *shape: int) -> Tensor:
 def costs(model: WorldModel, actions: Tensor, **options: object) -> Tensor:
     config = PlanningConfig(horizon=4, **options)  # type: ignore[arg-type]
     with torch.no_grad():
-        cost = LatentCost(model, config, normal(1, 3, 8), normal(2, 3, 8), torch.Generator().manual_seed(0))
+        cost = LatentCost(model, None, config, normal(1, 3, 8), normal(2, 3, 8), torch.Generator().manual_seed(0))
         return cost(actions)
 
 
