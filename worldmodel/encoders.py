@@ -237,7 +237,7 @@ def _pooled(maps: Tensor, pooling: Pooling) -> Tensor:
     Its gradient is dense and lies in memory as channels-last values do. That of `mean` is one number for all pixels,
     spread by strides, with which the layers below took a quarter of a CPU step longer.
     """
-    weights = moment_weights(*maps.shape[-2:], pooling).to(maps)
+    weights = moment_weights(maps.shape[2], maps.shape[3], pooling).to(maps)
     moments = weights.expand(len(maps), -1, -1) @ rearrange(maps, "n c h w -> n (h w) c")
     return rearrange(moments, "n k c -> n (c k)")
 

@@ -51,23 +51,25 @@ def test_features_are_means_over_pixels() -> None:
     torch.testing.assert_close(encoder(clip()), values.mean(dim=(3, 4)).flatten(1))
 
 
-@pytest.mark.parametrize("name", ["conv3d", "resnet"])
-def test_moments_are_means_of_maps_times_powers_of_coordinates(name: str) -> None:
-    torch.manual_seed(0)
-    encoder = ENCODERS[name](1, 2, 0.125, "moments")
-    video = clip(2, 2, 1, 96)
-    maps = encoder.layers(video.transpose(1, 2)).transpose(1, 2) if name == "conv3d" else None
-    if maps is None:
-        maps = encoder.frames(video.flatten(0, 1)).unflatten(0, (2, 2))
+def moments_of(maps: torch.Tensor) -> torch.Tensor:
+    """[..., C, H, W] -> [..., C, 6], map by map."""
     y, x = torch.meshgrid(*(torch.linspace(-1, 1, size) for size in maps.shape[-2:]), indexing="ij")
-    moments = torch.stack([(maps * power).mean(dim=(3, 4)) for power in (x**0, x, y, x**2, x * y, y**2)], dim=-1)
-    assert moments.shape[-1] == NUM_MOMENTS["moments"]
-    assert isinstance(encoder, Conv3dEncoder | ResNetEncoder)
-    if name == "conv3d":
-        expected = moments.permute(0, 2, 3, 1).flatten(1)
-    else:
-        expected = encoder.time(moments.permute(0, 2, 3, 1).flatten(1, 2)).flatten(1)
-    torch.testing.assert_close(encoder(video), expected, atol=1e-4, rtol=1e-4)
+    powers = (torch.ones_like(x), x, y, x**2, x * y, y**2)
+    return torch.stack([(maps * power).mean(dim=(-2, -1)) for power in powers], dim=-1)
+
+
+def test_moments_are_means_of_maps_times_powers_of_coordinates() -> None:
+    torch.manual_seed(0)
+    video = clip(2, 2, 1, 96)
+    spatial = Conv3dEncoder(1, 2, 0.125, "moments")
+    maps = spatial.layers(video.transpose(1, 2)).transpose(1, 2)
+    assert spatial.num_features == NUM_MOMENTS["moments"] * 32 * 2
+    expected = moments_of(maps).permute(0, 2, 3, 1).flatten(1)  # channel, moment, frame
+    torch.testing.assert_close(spatial(video), expected, atol=1e-4, rtol=1e-4)
+    residual = ResNetEncoder(1, 2, 0.125, "moments")
+    frames = residual.frames(video.flatten(0, 1)).unflatten(0, (2, 2))
+    expected = residual.time(moments_of(frames).permute(0, 2, 3, 1).flatten(1, 2)).flatten(1)
+    torch.testing.assert_close(residual(video), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_moments_tell_the_place_that_the_mean_forgets() -> None:

@@ -9,6 +9,7 @@ Legend: E episodes, A numbers of an action, C channels, H = W pixels.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import gymnasium
@@ -82,7 +83,7 @@ def run_episodes(
         raise UserError(f"the environment {protocol.env} has no goal_frame(): there is no goal to plan for")
     policy = make_policy(envs)
     policy.begin(_pictures([env.unwrapped.goal_frame() for env in envs]))  # type: ignore[attr-defined]
-    frames = [env.render() for env in envs]
+    frames: list[Any] = [env.render() for env in envs]
     states = [[info["state"]] for _, info in starts]
     shortest = np.array([float(getattr(env.unwrapped, "shortest_path_px", lambda: np.nan)()) for env in envs])
     success, steps = np.zeros(len(envs), bool), np.full(len(envs), protocol.budget)
@@ -121,7 +122,7 @@ def evaluate_policy(
     own time, divided by decisions.
     """
     runs = [
-        run_episodes(protocol, seed, lambda envs, seed=seed: make_policy(seed, envs), label=f"{label}, seed {seed}")
+        run_episodes(protocol, seed, partial(make_policy, seed), label=f"{label}, seed {seed}")
         for seed in range(protocol.seeds)
     ]
     success = np.concatenate([run.success for run in runs])
