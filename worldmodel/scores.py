@@ -177,7 +177,8 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     rate, spread = successes / trials, z * z / trials
     centre = (rate + spread / 2) / (1 + spread)
     half = z * math.sqrt(rate * (1 - rate) / trials + spread / trials / 4) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # The ends that are exactly 0 and 1 miss it by rounding.
+    return 0.0 if successes == 0 else centre - half, 1.0 if successes == trials else centre + half
 
 
 def central_interval(samples: Tensor, level: float) -> tuple[Tensor, Tensor]:

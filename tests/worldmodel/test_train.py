@@ -110,9 +110,9 @@ def test_each_segment_goes_where_it_belongs(
     seen: dict[str, torch.Tensor] = {}
     forward, teach = WorldModel.forward, Teacher.forward
 
-    def model_spy(self: WorldModel, segments: torch.Tensor, *rest: Any) -> Any:
+    def model_spy(self: WorldModel, segments: torch.Tensor, *rest: Any, **named: Any) -> Any:
         seen["segments"] = segments.clone()
-        return forward(self, segments, *rest)
+        return forward(self, segments, *rest, **named)
 
     def teacher_spy(self: Teacher, video: torch.Tensor) -> torch.Tensor:
         seen.setdefault("target", video.clone())  # evaluation comes after
