@@ -24,8 +24,8 @@ from worldmodel.evaluation.illustrations import Timeline
 from worldmodel.evaluation.readout_file import save_readout
 from worldmodel.evaluation.report import write_report
 from worldmodel.evaluation.tables import markdown_table
-from worldmodel.latents import GaussianLatent
 from worldmodel.machine import keep_freed_memory
+from worldmodel.surprise import obstacle
 from worldmodel.tracking import read_metrics, versions
 
 MIN_TIMELINE_TRANSITIONS = 4
@@ -76,9 +76,9 @@ def evaluate(run: Path, which: str, compare: Path | None, device: torch.device) 
 
 
 def timeline_of_test_video(trained: TrainedRun) -> Timeline | None:
-    """Surprise along the first test video that holds several transitions; None without a posterior, or such a video."""
+    """Surprise along the first test video that holds several transitions; None without one, or where none is scored."""
     config = trained.config
-    if config.data.source != "videos" or not isinstance(trained.model.latent, GaussianLatent):
+    if config.data.source != "videos" or obstacle(trained.model):
         return None
     index = read_index(config.data, "test")
     length = clip_spec(config, MIN_TIMELINE_TRANSITIONS).span

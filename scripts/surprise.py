@@ -1,9 +1,10 @@
-"""Find the moments of a video that surprise a trained run: KL(q || p) of every transition.
+"""Find the moments of a video that surprise a trained run: what every transition costs by the training loss.
 
 python scripts/surprise.py --run runs/demo --video FILE --out surprises
 
 Writes surprise.csv, a row a transition, and a picture of the timeline with the frames of its peaks (surprise.png,
-surprise.webp) into --out. prediction_error is what even the posterior's r does not explain (worldmodel/surprise.py).
+surprise.webp) into --out. surprise = kl_nats + prediction_error / beta, in nats: how far r was from what was expected,
+and what even that r does not explain; without a latent the prediction error alone (worldmodel/surprise.py).
 """
 
 import argparse
@@ -26,7 +27,7 @@ PICTURE_DPI = 150
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="folder of a trained run with a Gaussian latent")
+    parser.add_argument("--run", type=Path, required=True, help="folder of a trained run, its latent Gaussian or none")
     parser.add_argument("--video", type=Path, required=True, help="a video file")
     parser.add_argument("--out", type=Path, default=Path(), help="folder to write to; default: this one")
     parser.add_argument("--peaks", type=int, default=5, help="how many of the most surprising moments to show")
@@ -57,19 +58,21 @@ def csv_of(timeline: Timeline) -> str:
     """A row a transition; time_s is empty where the video states no frame rate."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["transition", "frame", "time_s", "kl_nats", "prediction_error", "is_peak"])
+    writer.writerow(["transition", "frame", "time_s", "surprise", "kl_nats", "prediction_error", "is_peak"])
     peaks = set(timeline.peaks.tolist())
     for row, frame in enumerate(timeline.frame.tolist()):
-        kl, error = f"{timeline.kl_nats[row]:.6g}", f"{timeline.prediction_error[row]:.6g}"
-        writer.writerow([row, frame, _time(timeline, row), kl, error, int(row in peaks)])
+        scores = [f"{values[row]:.6g}" for values in (timeline.surprise, timeline.kl_nats, timeline.prediction_error)]
+        writer.writerow([row, frame, _time(timeline, row), *scores, int(row in peaks)])
     return text.getvalue()
 
 
 def table_of_peaks(timeline: Timeline) -> str:
-    lines = [f"{'peak':>4} {'frame':>9} {'time, s':>10} {'KL, nats':>9} {'prediction error':>17}"]
+    heading = f"surprise, {timeline.unit}"
+    lines = [f"{'peak':>4} {'frame':>9} {'time, s':>10}  {heading} {'KL, nats':>9} {'prediction error':>17}"]
     for rank, peak in enumerate(timeline.peaks.tolist(), start=1):
         lines.append(
-            f"{rank:>4} {timeline.frame[peak]:>9} {_time(timeline, peak) or '-':>10} {timeline.kl_nats[peak]:>9.3f} "
+            f"{rank:>4} {timeline.frame[peak]:>9} {_time(timeline, peak) or '-':>10}  "
+            f"{timeline.surprise[peak]:>{len(heading)}.3f} {timeline.kl_nats[peak]:>9.3f} "
             f"{timeline.prediction_error[peak]:>17.3f}"
         )
     return "\n".join(lines)

@@ -54,6 +54,8 @@ class WorldModel(nn.Module):
             sigreg_weight=objective.sigreg_weight,
             vicreg_weights=objective.vicreg_weights,
         )
+        # Of the latent's penalty, after its warm-up.
+        self.beta = self.objective.default_beta if objective.beta is None else objective.beta
         self.sequence_terms = SequenceTerms(
             {
                 "smoothness": objective.smoothness_weight,
@@ -75,8 +77,9 @@ class WorldModel(nn.Module):
         self.num_steps = objective.rollout_steps
         weights = objective.step_weights or (1.0,) * self.num_steps
         self.step_weights = [weight / sum(weights) for weight in weights]
-        # The segment that the posterior sees beside the first one: x++, or x+ itself.
-        self.seen_at = 1 if data.num_segments == 2 or model.posterior_sees == "target" else 2
+        # The last segment of a transition, which the posterior sees beside the first one: x++, or x+ itself.
+        sees_target = data.num_segments == 2 or model.posterior_sees == "target" or self.latent is None
+        self.seen_at = 1 if sees_target else 2
 
     def encode(self, video: Tensor) -> Tensor:
         """video [B, T, C, H, W] in [0, 1] -> embedding [B, D], normalised as model.embedding_norm says."""

@@ -45,6 +45,14 @@ class Objective(nn.Module):
         """edited, target, context [B, D] -> {"prediction_loss": scalar, ...}."""
         raise NotImplementedError
 
+    def prediction_error(self, edited: Tensor, target: Tensor, context: Tensor) -> Tensor:
+        """What each clip's own distance from its target adds to the loss, 0 where there is none: [B, D] each -> [B].
+
+        In the units of the loss and with its weight there. What the loss makes of the clips of a batch together is left
+        out: the error of a clip does not depend on the others.
+        """
+        raise NotImplementedError
+
 
 # --------------------------------------------------------------------------------------------------- distillation
 
@@ -61,6 +69,10 @@ class Byol(Objective):
     ) -> dict[str, Tensor]:
         """edited, target [B, D] -> "prediction_loss" in [-1, 1]."""
         return {"prediction_loss": -F.cosine_similarity(edited, target, dim=-1).mean()}
+
+    def prediction_error(self, edited: Tensor, target: Tensor, context: Tensor) -> Tensor:
+        """1 - cosine, 0 to 2."""
+        return 1 - F.cosine_similarity(edited, target, dim=-1)
 
 
 class Ressl(Objective):
@@ -87,6 +99,10 @@ class Ressl(Objective):
         student = _without_diagonal(edited @ target.T) / self.STUDENT_TEMPERATURE
         teacher = _without_diagonal(target @ target.T) / self.TEACHER_TEMPERATURE
         return {"prediction_loss": F.cross_entropy(student, teacher.softmax(dim=-1))}
+
+    def prediction_error(self, edited: Tensor, target: Tensor, context: Tensor) -> Tensor:
+        """1 - cosine, 0 to 2, which stands in: this loss compares a clip with others alone, never with its target."""
+        return 1 - F.cosine_similarity(edited, target, dim=-1)
 
 
 class SslHsic(Objective):
@@ -119,6 +135,11 @@ class SslHsic(Objective):
             "hsic_identity": identity.detach(),
             "hsic_self": own.detach(),
         }
+
+    def prediction_error(self, edited: Tensor, target: Tensor, context: Tensor) -> Tensor:
+        """1 - kernel, of the part of the loss that is the mean kernel within a clip."""
+        difference = F.normalize(edited, dim=-1) - F.normalize(target, dim=-1)
+        return 1 - (1 + difference.square().sum(dim=-1)).rsqrt()
 
 
 def inverse_multiquadric_kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -182,6 +203,14 @@ class InfoNce(Objective):
         distances = squared_distances(rows, columns, metric.expand(len(rows), rows.shape[1]))
         scale = 2 * rows.shape[1] * self.temperature
         return (1 / self.temperature - distances / scale).clamp(-MAX_LOGIT, MAX_LOGIT)
+
+    def prediction_error(self, edited: Tensor, target: Tensor, context: Tensor) -> Tensor:
+        """How far the logit of the pair is below its largest value, in nats, before logits are clamped.
+
+        That is the attraction. The repulsion, a log sum over the batch, is left out.
+        """
+        distance = (self.metric(context) * (edited - target).square()).sum(dim=-1)
+        return distance / (2 * edited.shape[1] * self.temperature)
 
 
 class AnInfoNce(InfoNce):
@@ -250,6 +279,10 @@ class Vicreg(Objective):
             "covariance": covariance.detach(),
         }
 
+    def prediction_error(self, edited: Tensor, target: Tensor, context: Tensor) -> Tensor:
+        """The mean squared difference times the weight of invariance."""
+        return self.weights[0] * (edited - target).square().mean(dim=-1)
+
 
 def variance_hinge(embeddings: Tensor) -> Tensor:
     """Mean over dimensions of max(0, 1 - standard deviation): [B, D] -> scalar."""
@@ -292,6 +325,10 @@ class SigReg(Objective):
             "invariance": invariance.detach(),
             "normality": normality.detach(),
         }
+
+    def prediction_error(self, edited: Tensor, target: Tensor, context: Tensor) -> Tensor:
+        """The mean squared difference."""
+        return (edited - target).square().mean(dim=-1)
 
 
 def epps_pulley(samples: Tensor) -> Tensor:

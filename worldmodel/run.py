@@ -95,13 +95,15 @@ class TrainedRun:
     def surprise(
         self, video: str | Path | Tensor, *, num_peaks: int = 5, step_frames: int | None = None, progress: bool = False
     ) -> Timeline:
-        """KL(q || p) in nats at every transition of a video file, or of a clip [T, C, H, W] of any number of frames.
+        """Surprise at every transition of a video file, or of a clip [T, C, H, W] of any number of frames.
 
-        See worldmodel.surprise; step_frames is the distance of successive transitions in source frames, without it
+        What it costs by the training loss: KL(q || p) + prediction error / beta, in nats; without a latent the error
+        alone (worldmodel.surprise). step_frames is the distance of successive transitions in source frames, without it
         segments tile the video.
 
         Raises:
-            UserError: the latent is not Gaussian, the video cannot be read or is too short for one transition.
+            UserError: the latent is sparse or an oracle, the run takes actions, the video cannot be read or is too
+                short for one transition.
         """
         networks = self.config, self.model, self.target_encoder
         if isinstance(video, Tensor):

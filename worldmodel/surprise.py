@@ -1,13 +1,23 @@
-"""How surprising each transition of a video is to a model with a Gaussian latent.
+"""How surprising each transition of a video is: what it costs by the training loss.
 
-A transition is three successive segments: the context x, the target x+ and, where the posterior sees it, x++. Two
-numbers are measured for each:
+A transition is three successive segments: the context x, the target x+ and, where the posterior sees it, x++.
+
+    surprise = KL(q || p) + prediction error / beta, in nats
+
+That is the training loss over beta, as far as it is a clip's own: up to a constant the negative ELBO, for a
+likelihood of the target that falls as exp(-prediction error / beta). Its two parts find different things
+(docs/experiments.md):
 
 - KL(q || p) in nats, "Bayesian surprise" (Itti and Baldi 2009): how far seeing what came moves the belief about r from
   what x led to expect. It is high where something rare happened of a kind that r encodes.
-- The posterior's prediction error, 1 - cos(t(f(x), r ~ q), target embedding of x+), 0 to 2: what even the best r does
-  not explain. It is high where something happened that no r stands for, such as one object turning into another; there
-  the KL may stay low. It does not tell the rare from the usual.
+- The posterior's prediction error of t(f(x), r ~ q) against the target embedding of x+, in the units of the loss
+  (Objective.prediction_error; BYOL: 1 - cosine): what even the best r does not explain. It is high where something
+  happened that no r stands for, such as one object turning into another; there the KL may stay low. It does not tell
+  the rare from the usual.
+
+Of contrastive objectives the attraction alone counts: what a loss makes of a batch as a whole is no clip's own.
+Without a latent, where the KL is 0, or with a beta of 0, the loss weighs no KL: surprise is then the prediction error
+itself, in the units of the loss.
 
 Legend: N transitions, B of them at once, D embedding dimensions, R latent dimensions, C channels, H = W pixels.
 """
@@ -20,7 +30,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -40,9 +49,10 @@ SEED = 0
 
 
 class Transitions(NamedTuple):
-    """start [N]: the first frame of each context segment; kl_nats, prediction_error [N]."""
+    """start [N]: the first frame of each context segment; surprise, kl_nats, prediction_error [N]."""
 
     start: np.ndarray
+    surprise: np.ndarray
     kl_nats: np.ndarray
     prediction_error: np.ndarray
 
@@ -63,10 +73,11 @@ def video_surprise(
     of a segment, so that segments tile the video and each is embedded once. Memory grows by 2 D numbers a segment.
 
     Raises:
-        UserError: the latent is not Gaussian, the video is missing, unreadable, or too short for one transition.
+        UserError: the model is none of those that score videos (`obstacle`); the video is missing, unreadable, or too
+            short for one transition.
     """
     data = config.data
-    check_latent(model)
+    check_model(model)
     if data.source == "causal":
         raise UserError("surprise of a video file needs a run on videos: this one has data.source=causal")
     video = read_facts(path)
@@ -88,6 +99,8 @@ def video_surprise(
         video=path.name,
         frame=target_frame,
         time_s=video.shown_s()[target_frame] if video.fps else None,
+        unit=surprise_unit(model),
+        surprise=found.surprise,
         kl_nats=found.kl_nats,
         prediction_error=found.prediction_error,
         peaks=peaks,
@@ -111,7 +124,7 @@ def clip_surprise(
     progress: bool = False,
 ) -> Timeline:
     """As `video_surprise`, of frames in memory: [T, C, H, W], uint8 or in [0, 1], of any T that holds a transition."""
-    check_latent(model)
+    check_model(model)
     found = score_transitions(
         config, model, target_encoder, clip.cpu().numpy(), len(clip),
         name="the clip", step_frames=step_frames, progress=progress,
@@ -123,6 +136,8 @@ def clip_surprise(
         video="clip",
         frame=found.start + span,
         time_s=None,
+        unit=surprise_unit(model),
+        surprise=found.surprise,
         kl_nats=found.kl_nats,
         prediction_error=found.prediction_error,
         peaks=peaks,
@@ -132,14 +147,30 @@ def clip_surprise(
     )
 
 
-def check_latent(model: WorldModel) -> None:
-    """Raises UserError: the model has no posterior to compare with its prior."""
-    if not isinstance(model.latent, GaussianLatent):
-        raise UserError("surprise is KL(q || p): it needs a run with model.latent=gaussian, and this one has another")
+def obstacle(model: WorldModel) -> str | None:
+    """Why the model cannot score videos, in a sentence; None where it can."""
+    if model.latent is not None and not isinstance(model.latent, GaussianLatent):
+        return "surprise needs a run with model.latent=gaussian or none: an r of another kind has no KL(q || p)"
     if model.action_dim:
-        raise UserError(
-            "surprise of a video needs a passive run: this one is conditioned on actions (model.action_dim)"
-        )
+        return "surprise of a video needs a passive run: this one is conditioned on actions (model.action_dim)"
+    return None
+
+
+def check_model(model: WorldModel) -> None:
+    """Raises UserError: the model cannot score videos."""
+    reason = obstacle(model)
+    if reason:
+        raise UserError(reason)
+
+
+def weighs_kl(model: WorldModel) -> bool:
+    """Whether there is a KL in the training loss, so that beta says what an error is worth in nats."""
+    return model.latent is not None and model.beta > 0
+
+
+def surprise_unit(model: WorldModel) -> str:
+    """As Timeline.unit has it."""
+    return "nats" if weighs_kl(model) else "units of the loss"
 
 
 # ---------------------------------------------------------------------------------------------------- transitions
@@ -177,29 +208,32 @@ def score_transitions(
             as_target.append(own[-1] if target_encoder is model.embedder else target_encoder(video))
             bar.update(len(batch))
     own_of, target_of = torch.cat(own), torch.cat(as_target)
-    kl_nats, errors = [], []
+    scores = []
     for part in np.split(starts, range(TRANSITIONS_AT_ONCE, len(starts), TRANSITIONS_AT_ONCE)):
         context, target, seen = (np.searchsorted(segments, part + span * at) for at in (0, 1, model.seen_at))
-        kl, error = measure(model, own_of[context], target_of[target], own_of[seen])
-        kl_nats.append(kl.cpu())
-        errors.append(error.cpu())
-    return Transitions(starts, torch.cat(kl_nats).numpy(), torch.cat(errors).numpy())
+        scores.append(torch.stack(measure(model, own_of[context], target_of[target], own_of[seen])).cpu())
+    return Transitions(starts, *torch.cat(scores, dim=1).numpy())
 
 
-def measure(model: WorldModel, context: Tensor, target: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(q || p) in nats and the posterior's prediction error, both [B], of embeddings [B, D].
+def measure(model: WorldModel, context: Tensor, target: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Surprise, KL(q || p) in nats and the posterior's prediction error, all [B], of embeddings [B, D].
 
-    Closed form for a single Gaussian as prior; otherwise, and for the error, the mean over NUM_DRAWS draws of q. All
-    transitions take the same standard normal numbers, so that none depends on which others are scored with it.
+    The KL is in closed form for a single Gaussian as prior; otherwise, and the error always, a mean over NUM_DRAWS
+    draws of q. All transitions take the same standard normal numbers, so that none depends on which others are scored
+    with it. Without a latent the KL is 0.
     """
-    assert isinstance(model.latent, GaussianLatent)
-    posterior, prior = model.latent.posterior(context, seen), model.latent.prior(context)
-    generator = torch.Generator().manual_seed(SEED)
-    noise = torch.randn(NUM_DRAWS, model.latent.latent_dim, generator=generator).to(context.device)
-    draws = [posterior.mean + posterior.scale * row for row in noise]
-    kl = torch.stack([kl_divergence(posterior, prior, r) for r in draws])
-    likeness = torch.stack([F.cosine_similarity(model.edit(context, r), target, dim=-1) for r in draws])
-    return kl.mean(dim=0), 1 - likeness.mean(dim=0)
+    if model.latent is None:
+        kl, draws = context.new_zeros(len(context)), [context[:, :0]]
+    else:
+        assert isinstance(model.latent, GaussianLatent)
+        posterior, prior = model.latent.posterior(context, seen), model.latent.prior(context)
+        generator = torch.Generator().manual_seed(SEED)
+        noise = torch.randn(NUM_DRAWS, model.latent.latent_dim, generator=generator).to(context.device)
+        draws = [posterior.mean + posterior.scale * row for row in noise]
+        kl = torch.stack([kl_divergence(posterior, prior, r) for r in draws]).mean(dim=0)
+    errors = [model.objective.prediction_error(model.edit(context, r), target, context) for r in draws]
+    error = torch.stack(errors).mean(dim=0)
+    return kl + error / model.beta if weighs_kl(model) else error, kl, error
 
 
 def cut_segments(
@@ -225,18 +259,18 @@ def segment_span(data: DataConfig) -> int:
 
 
 def find_peaks(found: Transitions, data: DataConfig, num_peaks: int) -> np.ndarray:
-    """Positions of the highest local maxima of the KL, the highest first, at most num_peaks.
+    """Positions of the highest local maxima of the surprise, the highest first, at most num_peaks.
 
     A maximum is as high as all transitions whose segments touch its own; no two peaks touch each other. Raises
     UserError: num_peaks is below 1.
     """
     if num_peaks < 1:
         raise UserError(f"num_peaks={num_peaks} must be at least 1")
-    kl, start = found.kl_nats, found.start
+    surprise, start = found.surprise, found.start
     peaks: list[int] = []
-    for candidate in np.argsort(-kl, kind="stable").tolist():
+    for candidate in np.argsort(-surprise, kind="stable").tolist():
         near = np.abs(start - start[candidate]) <= segment_span(data)
-        if kl[candidate] >= kl[near].max() and not near[peaks].any():
+        if surprise[candidate] >= surprise[near].max() and not near[peaks].any():
             peaks.append(candidate)
             if len(peaks) == num_peaks:
                 break

@@ -98,8 +98,6 @@ class Trainer:
         model = WorldModel(config)
         # The teacher starts as the student and is no part of the wrapped module.
         self.teacher = Teacher(model.embedder).to(accelerator.device) if model.objective.needs_teacher else None
-        beta = config.objective.beta
-        self.beta = model.objective.default_beta if beta is None else beta
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         optimizer = torch.optim.AdamW(parameter_groups(model, config.train.weight_decay), config.train.lr, fused=True)
@@ -156,7 +154,7 @@ class Trainer:
     def beta_at(self, step: int) -> float:
         """beta with its linear warm-up from zero."""
         warmup_steps = self.config.objective.beta_warmup_steps
-        return self.beta * (step / warmup_steps if step < warmup_steps else 1.0)
+        return self.student.beta * (step / warmup_steps if step < warmup_steps else 1.0)
 
     def log_evaluate_save(self, bar: tqdm) -> None:
         """Whatever is due after this step."""

@@ -158,8 +158,8 @@ def make_illustrations(
     )
     change = rng.normal(0, 1, (300, 2))
     r = change @ rng.normal(0, 1, (2, 8)) + rng.normal(0, 0.4, (300, 8))
-    kl_nats = np.abs(rng.normal(1, 0.3, 80))
-    kl_nats[[20, 60]] = 5.0, 4.0
+    surprise = np.abs(rng.normal(1, 0.3, 80))
+    surprise[[20, 60]] = 5.0, 4.0
     return Illustrations(
         frames=frames,
         num_frames=num_frames,
@@ -171,8 +171,10 @@ def make_illustrations(
             video="walk.mp4",
             frame=np.arange(80) * num_frames + num_frames,
             time_s=(np.arange(80) + 1) * 0.12 if labels else None,
-            kl_nats=kl_nats,
-            prediction_error=kl_nats / 10,
+            unit="nats" if labels else "units of the loss",
+            surprise=surprise,
+            kl_nats=surprise / 2,
+            prediction_error=surprise / 20,
             peaks=np.array([20, 60]),
             peak_frames=np.repeat(frames[:1, : 2 * num_frames], 2, axis=0)
             if queries

@@ -141,6 +141,43 @@ def test_the_length_of_either_side_matters_unless_the_sphere_is_asked_for(name: 
         assert ignored is objective.needs_sphere
 
 
+@every_objective
+def test_a_clip_s_prediction_error_is_its_own_and_nothing_where_the_target_is_met(name: str) -> None:
+    edited, target, context = (batch(seed, 6, 4) for seed in (0, 1, 2))
+    objective = make(name).eval()
+    errors = objective.prediction_error(edited, target, context)
+    assert errors.shape == (6,) and bool((errors > 0).all())
+    torch.testing.assert_close(objective.prediction_error(edited[2:3], target[2:3], context[2:3]), errors[2:3])
+    assert bool((objective.prediction_error(target, target, context).abs() < 1e-12).all())
+
+
+@pytest.mark.parametrize("name", ["byol", "vicreg", "sigreg"])
+def test_the_mean_prediction_error_is_what_the_loss_would_lose_with_it(name: str) -> None:
+    edited, target, context = (batch(seed, 6, 4) for seed in (0, 1, 2))
+    objective = make(name)
+    expected = loss(objective, edited, target, context) - loss(objective, target, target, context)
+    assert float(objective.prediction_error(edited, target, context).mean()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["infonce", "aninfonce", "hinfonce"])
+def test_the_contrastive_prediction_error_is_what_the_pair_s_logit_lacks(name: str) -> None:
+    edited, target, context = (batch(seed, 6, 4) for seed in (0, 1, 2))
+    objective = make(name)
+    assert isinstance(objective, InfoNce)
+    with torch.no_grad():
+        for weight in objective.parameters():
+            weight.add_(batch(3, *weight.shape))
+    logits = objective.logits(edited, target, objective.metric(context)).diagonal()
+    assert bool((logits > -20).all())
+    torch.testing.assert_close(objective.prediction_error(edited, target, context), 1 / objective.temperature - logits)
+
+
+def test_the_prediction_error_of_ssl_hsic_is_what_the_kernel_within_a_clip_lacks() -> None:
+    edited, target = (torch.nn.functional.normalize(batch(seed, 6, 4), dim=-1) for seed in (0, 1))
+    within = inverse_multiquadric_kernel(edited, target).diagonal()
+    torch.testing.assert_close(make("ssl_hsic").prediction_error(3 * edited, 0.5 * target, edited), 1 - within)
+
+
 # ------------------------------------------------------------------------------------------------- distillation
 
 

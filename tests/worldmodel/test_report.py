@@ -361,7 +361,7 @@ def test_the_picture_of_surprise_has_the_frames_of_every_peak() -> None:
     assert len(figure.axes) == 1 + 2 * 6
     assert "5.00 nats at frame 63, 2.52 s" in [text.get_text() for text in figure.texts]
     curve: Any = figure.axes[0].lines[0]
-    assert np.array_equal(curve.get_ydata(), timeline.kl_nats)
+    assert np.array_equal(curve.get_ydata(), timeline.surprise)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from data_pipelines.decoders import read_frames
 from data_pipelines.errors import UserError
+from scripts.evaluate import timeline_of_test_video
 from tests.conftest import run_script
 from tests.worldmodel.test_scripts import assert_one_line
-from worldmodel import load
-from worldmodel.config import Config, DataConfig, ModelConfig
+from worldmodel import TrainedRun, load
+from worldmodel.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from worldmodel.latents import GaussianLatent, gaussian_kl
 from worldmodel.model import WorldModel
 from worldmodel.surprise import (
@@ -23,14 +24,22 @@ from worldmodel.surprise import (
     find_peaks,
     measure,
     score_transitions,
+    surprise_unit,
     video_surprise,
 )
 
 
-def tiny(data: DataConfig | None = None, **changes: object) -> tuple[Config, WorldModel]:
+def tiny(
+    data: DataConfig | None = None, objective: ObjectiveConfig | None = None, **changes: object
+) -> tuple[Config, WorldModel]:
     torch.manual_seed(0)
     model = {"width": 0.125, "embedding_dim": 16, "hidden_dim": 32, "latent_dim": 3, **changes}
-    config = Config(run_dir="", data=data or DataConfig(channels=1), model=ModelConfig(**model))  # type: ignore[arg-type]
+    config = Config(
+        run_dir="",
+        data=data or DataConfig(channels=1),
+        model=ModelConfig(**model),  # type: ignore[arg-type]
+        objective=objective or ObjectiveConfig(),
+    )
     return config, WorldModel(config).eval()
 
 
@@ -86,7 +95,7 @@ def test_each_transition_is_scored_on_its_own_segments(
     assert found.start.tolist() == list(range(0, 26 - length + 1, step))
     assert isinstance(model.latent, GaussianLatent)
     with torch.no_grad():
-        for start, kl, error in zip(*found, strict=True):
+        for start, surprise, kl, error in zip(*found, strict=True):
             segments = [video[None, start + k * span :][:, : span : data.frame_stride] for k in range(num_segments)]
             context, target, seen = (model.encode(segments[k]) for k in (0, 1, num_segments - 1))
             prior = model.latent.prior(context).components
@@ -94,7 +103,8 @@ def test_each_transition_is_scored_on_its_own_segments(
                 model.latent.posterior(context, seen), type(prior)(prior.mean[:, 0], prior.scale[:, 0])
             )
             assert kl == pytest.approx(float(expected), rel=1e-4, abs=1e-5)
-            assert error == pytest.approx(float(measure(model, context, target, seen)[1]), abs=1e-5)
+            assert error == pytest.approx(float(measure(model, context, target, seen)[2]), abs=1e-5)
+            assert surprise == pytest.approx(kl + error / 0.001, rel=1e-5)  # byol's default beta
 
 
 def test_segments_that_tile_are_embedded_once() -> None:
@@ -115,7 +125,7 @@ def test_kl_from_a_mixture_is_the_mean_over_draws_and_no_matter_of_company() -> 
     context, target, later = embeddings(40, 1), embeddings(40, 2), embeddings(40, 3)
     assert isinstance(model.latent, GaussianLatent)
     with torch.no_grad():
-        kl, error = measure(model, context, target, later)
+        surprise, kl, error = measure(model, context, target, later)
         posterior, prior = model.latent.posterior(context, later), model.latent.prior(context)
         generator = torch.Generator().manual_seed(5)
         draws = [posterior.draw(generator) for _ in range(4000)]
@@ -123,7 +133,7 @@ def test_kl_from_a_mixture_is_the_mean_over_draws_and_no_matter_of_company() -> 
         alone = measure(model, context[7:8], target[7:8], later[7:8])
     assert float((kl - each.mean(dim=0)).abs().max()) < 4 * float(each.std(dim=0).max()) / 16**0.5
     assert float((kl - each.mean(dim=0)).abs().mean()) < 0.5 * float(each.std(dim=0).mean())  # one draw: 0.8
-    torch.testing.assert_close(torch.cat(alone), torch.stack([kl[7], error[7]]))
+    torch.testing.assert_close(torch.cat(alone), torch.stack([surprise[7], kl[7], error[7]]))
 
 
 def test_the_prediction_error_is_what_the_best_r_leaves() -> None:
@@ -131,19 +141,73 @@ def test_the_prediction_error_is_what_the_best_r_leaves() -> None:
     context, later = embeddings(4, 1), embeddings(4, 3)
     assert isinstance(model.latent, GaussianLatent)
     with torch.no_grad():
-        last = model.latent.posterior_net[-1]
-        assert isinstance(last, nn.Linear)
-        last.weight[3:] = 0
-        last.bias[3:] = -30  # no spread
+        without_spread(model.latent)
         reached = model.edit(context, model.latent.posterior(context, later).mean)
-        assert float(measure(model, context, reached, later)[1].abs().max()) < 1e-4
+        assert float(measure(model, context, reached, later)[2].abs().max()) < 1e-4
         torch.testing.assert_close(
-            measure(model, context, -reached, later)[1], torch.full((4,), 2.0), atol=1e-4, rtol=0
+            measure(model, context, -reached, later)[2], torch.full((4,), 2.0), atol=1e-4, rtol=0
         )
 
 
-def found(kl: list[float], step: int = 3) -> Transitions:
-    return Transitions(np.arange(len(kl)) * step, np.array(kl), np.zeros(len(kl)))
+def without_spread(latent: GaussianLatent) -> None:
+    last = latent.posterior_net[-1]
+    assert isinstance(last, nn.Linear)
+    last.weight[latent.latent_dim :] = 0
+    last.bias[latent.latent_dim :] = -30
+
+
+@pytest.mark.parametrize(
+    ("objective", "beta"),
+    [
+        (ObjectiveConfig(), 0.001),
+        (ObjectiveConfig(beta=0.2), 0.2),
+        (ObjectiveConfig("vicreg", beta=0.2, vicreg_weights=(7.0, 25.0, 1.0)), 0.2),
+        (ObjectiveConfig("sigreg"), 0.002),
+        (ObjectiveConfig("infonce", temperature=0.5), 0.01),
+    ],
+)
+def test_surprise_is_the_kl_and_the_objective_s_own_error_over_beta(objective: ObjectiveConfig, beta: float) -> None:
+    """Computed by hand where the posterior is a point, whose error is that of one edit."""
+    _, model = tiny(objective=objective)
+    context, target, later = embeddings(6, 1), embeddings(6, 2), embeddings(6, 3)
+    assert isinstance(model.latent, GaussianLatent)
+    with torch.no_grad():
+        without_spread(model.latent)
+        posterior, prior = model.latent.posterior(context, later), model.latent.prior(context).components
+        kl = gaussian_kl(posterior, type(prior)(prior.mean[:, 0], prior.scale[:, 0]))
+        edited = model.edit(context, posterior.mean)
+        error = {
+            "byol": 1 - (edited * target).sum(dim=1) / edited.norm(dim=1) / target.norm(dim=1),
+            "vicreg": 7 * (edited - target).square().mean(dim=1),
+            "sigreg": (edited - target).square().mean(dim=1),
+            "infonce": (edited - target).square().mean(dim=1) / 2 / 0.5,
+        }[objective.name]
+        surprise, *parts = measure(model, context, target, later)
+    torch.testing.assert_close(parts, [kl, error], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(surprise, kl + error / beta, rtol=1e-4, atol=1e-4 / beta)
+    assert surprise_unit(model) == "nats"
+
+
+def test_where_the_loss_has_no_kl_surprise_is_the_prediction_error(long_video: Path) -> None:
+    config, model = tiny(latent="none")
+    found = scored(config, model, clip(15))
+    assert found.start.tolist() == [0, 3, 6, 9]  # two segments each: nothing is inferred from a third
+    with torch.no_grad():
+        segments = model.encode(clip(15).unflatten(0, (5, 3)))
+        expected = 1 - torch.cosine_similarity(model.edit(segments[:-1], segments[:-1, :0]), segments[1:], dim=-1)
+    np.testing.assert_allclose(found.surprise, expected, atol=1e-5)
+    np.testing.assert_array_equal(found.surprise, found.prediction_error)
+    assert not found.kl_nats.any()
+    assert video_surprise(config, model, model.embedder, long_video).unit == "units of the loss"
+    config, model = tiny(objective=ObjectiveConfig(beta=0.0))
+    found = scored(config, model, clip(15))
+    np.testing.assert_array_equal(found.surprise, found.prediction_error)
+    assert found.kl_nats.all() and clip_surprise(config, model, model.embedder, clip(15)).unit == "units of the loss"
+
+
+def found(surprise: list[float], step: int = 3) -> Transitions:
+    others = -np.array(surprise)
+    return Transitions(np.arange(len(surprise)) * step, np.array(surprise), others, others)
 
 
 def test_peaks_are_the_highest_maxima_that_do_not_touch() -> None:
@@ -167,13 +231,38 @@ def test_frames_and_times_are_those_of_the_source(long_video: Path) -> None:
     np.testing.assert_array_equal(timeline.peak_frames[0], source[timeline.frame[peak] - 6 :][:12:2])
 
 
-@pytest.mark.parametrize("latent", ["none", "sparse", "oracle"])
-def test_only_a_gaussian_latent_has_a_surprise(latent: str, long_video: Path) -> None:
-    config, model = tiny(latent=latent, editor="low_rank")
-    with pytest.raises(UserError, match=r"needs a run with model\.latent=gaussian"):
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"latent": "sparse"}, r"needs a run with model\.latent=gaussian or none"),
+        ({"latent": "oracle"}, r"needs a run with model\.latent=gaussian or none"),
+        ({"action_dim": 2, "editor": "residual"}, r"needs a passive run"),
+        ({"latent": "none", "action_dim": 2, "editor": "residual"}, r"needs a passive run"),
+    ],
+)
+def test_a_model_that_cannot_score_videos_says_why(changes: dict[str, object], reason: str, long_video: Path) -> None:
+    config, model = tiny(**changes)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=reason):
         video_surprise(config, model, model.embedder, long_video)
-    with pytest.raises(UserError, match=r"needs a run with model\.latent=gaussian"):
+    with pytest.raises(UserError, match=reason):
         clip_surprise(config, model, model.embedder, clip(12))
+
+
+@pytest.mark.parametrize(
+    ("changes", "unit"),
+    [
+        ({}, "nats"),
+        ({"latent": "none"}, "units of the loss"),
+        ({"latent": "sparse"}, None),
+        ({"action_dim": 2, "editor": "residual"}, None),
+    ],
+)
+def test_an_evaluation_has_a_timeline_of_every_model_that_scores_videos(
+    changes: dict[str, object], unit: str | None, kicked_world: Path
+) -> None:
+    config, model = tiny(DataConfig(root=str(kicked_world), channels=1), **changes)  # type: ignore[arg-type]
+    timeline = timeline_of_test_video(TrainedRun(kicked_world, config, model, None, {}))
+    assert (timeline and timeline.unit) == unit
 
 
 def test_what_cannot_be_scored_is_told_in_one_line(long_video: Path, tmp_path: Path) -> None:
@@ -199,10 +288,11 @@ def test_the_script_writes_a_row_a_transition_and_pictures(trained_run: Path, lo
     assert [int(row["frame"]) for row in rows] == list(range(3, 31, 3))
     assert [int(row["transition"]) for row in rows] == list(range(10))
     np.testing.assert_allclose([float(row["time_s"]) for row in rows], np.arange(3, 31, 3) / 10, atol=2e-3)
-    for name in ("kl_nats", "prediction_error"):
+    assert list(rows[0])[3:] == ["surprise", "kl_nats", "prediction_error", "is_peak"]
+    for name in ("surprise", "kl_nats", "prediction_error"):
         np.testing.assert_allclose([float(row[name]) for row in rows], getattr(timeline, name), rtol=1e-4, atol=1e-6)
     assert {row for row in range(10) if rows[row]["is_peak"] == "1"} == set(timeline.peaks.tolist())
-    assert f"{timeline.kl_nats[timeline.peaks[0]]:.3f}" in done.stdout
+    assert "surprise, nats" in done.stdout and f"{timeline.surprise[timeline.peaks[0]]:.3f}" in done.stdout
     assert (tmp_path / "out" / "surprise.png").read_bytes()[1:4] == b"PNG"
     assert (tmp_path / "out" / "surprise.webp").read_bytes()[8:12] == b"WEBP"
 

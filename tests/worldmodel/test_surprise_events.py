@@ -37,16 +37,16 @@ def test_which_transitions_show_a_change_between_frames() -> None:
     assert STARTS[touches(STARTS, 9, 12, 21)].tolist() == [6, 9, 12, 15, 18]
 
 
-def transitions(kl: np.ndarray) -> Transitions:
-    return Transitions(STARTS, kl, -kl)
+def transitions(surprise: np.ndarray) -> Transitions:
+    return Transitions(STARTS, surprise, surprise, -surprise)
 
 
 def marked(frame: int, last: int, event: float, rest: float) -> tuple[Transitions, Planted]:
     """Scores of `event` where the event's first frame is shown, of `rest` where something else of it is, else noise."""
-    kl = np.random.default_rng(frame).normal(size=len(STARTS))
-    kl[touches(STARTS, 9, frame, last)] = rest
-    kl[touches(STARTS, 9, frame, frame)] = event
-    return transitions(kl), Planted(torch.empty(0), frame, last)
+    surprise = np.random.default_rng(frame).normal(size=len(STARTS))
+    surprise[touches(STARTS, 9, frame, last)] = rest
+    surprise[touches(STARTS, 9, frame, frame)] = event
+    return transitions(surprise), Planted(torch.empty(0), frame, last)
 
 
 def test_events_that_are_seen_score_1_others_a_half_and_what_follows_does_not_count() -> None:
@@ -57,15 +57,16 @@ def test_events_that_are_seen_score_1_others_a_half_and_what_follows_does_not_co
         "missed": [marked(12, 12, -100.0, -100.0)],
     }
     aurocs = event_aurocs(noise, scored, 9)
-    assert aurocs["kl_nats"]["seen"] == aurocs["kl_nats"]["lasting"] == 1
-    assert aurocs["kl_nats"]["missed"] == 0 and aurocs["prediction_error"]["missed"] == 1
-    assert aurocs["kl_nats"]["all"] == pytest.approx(8 / 10)  # two transitions of each of five videos
+    assert aurocs["surprise"]["seen"] == aurocs["surprise"]["lasting"] == 1
+    assert aurocs["surprise"]["missed"] == 0 and aurocs["prediction_error"]["missed"] == 1
+    assert aurocs["kl_nats"] == aurocs["surprise"]
+    assert aurocs["surprise"]["all"] == pytest.approx(8 / 10)  # two transitions of each of five videos
 
 
 def test_detects_on_a_run_deterministically(kicked_run: Path) -> None:
     run = load(kicked_run)
     found = detect_events(run, 3, seed=1)
-    assert set(found) == set(MEASURES)
+    assert list(found) == list(MEASURES) == ["surprise", "kl_nats", "prediction_error"]
     for measure in MEASURES:
         assert set(found[measure]) == {*EVENTS, "all"}
         assert all(0 <= value <= 1 for value in found[measure].values())
@@ -79,7 +80,9 @@ def test_the_script_writes_and_prints_the_table(kicked_run: Path, tmp_path: Path
     stored = json.loads((tmp_path / "run" / "surprise_events.json").read_text())
     assert stored["num_videos"] == 2 and stored["seed"] == 0 and stored["step"] == 6
     assert all(math.isfinite(value) for values in stored["auroc"].values() for value in values.values())
-    assert f"digit change   {stored['auroc']['kl_nats']['digit_change']:>6.3f}" in done.stdout
+    of_change = [stored["auroc"][measure]["digit_change"] for measure in ("surprise", "kl_nats", "prediction_error")]
+    (row,) = [line.split() for line in done.stdout.splitlines() if line.startswith("digit change")]
+    assert row[2:] == [f"{value:.3f}" for value in of_change]
     assert_one_line("evaluate_surprise.py", "--run", str(kicked_run), "--num-videos", "0", tells="not 0")
 
 

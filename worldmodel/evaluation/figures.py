@@ -185,23 +185,23 @@ def show_frame(axes: Axes, frame: np.ndarray) -> AxesImage:
 
 
 def draw_timeline(axes: Axes, theme: Theme, timeline: Timeline) -> None:
-    """KL against time, the peaks marked with their numbers."""
+    """Surprise against time, the peaks marked with their numbers."""
     x = timeline_axis(timeline)
-    axes.fill_between(x, timeline.kl_nats, color=theme["model"], alpha=0.12, linewidth=0)
-    axes.plot(x, timeline.kl_nats, color=theme["model"], linewidth=1.3)
+    axes.fill_between(x, timeline.surprise, color=theme["model"], alpha=0.12, linewidth=0)
+    axes.plot(x, timeline.surprise, color=theme["model"], linewidth=1.3)
     for rank, peak in enumerate(timeline.peaks, start=1):
-        axes.plot(x[peak], timeline.kl_nats[peak], marker="o", markersize=5, color=theme["truth"])
+        axes.plot(x[peak], timeline.surprise[peak], marker="o", markersize=5, color=theme["truth"])
         axes.annotate(
             str(rank),
-            (x[peak], timeline.kl_nats[peak]),
+            (x[peak], timeline.surprise[peak]),
             xytext=(0, 6),
             textcoords="offset points",
             ha="center",
             color=theme["truth"],
             fontweight="bold",
         )
-    axes.set(xlabel="frame" if timeline.time_s is None else "time, s", ylabel="surprise, nats")
-    axes.set_ylim(min(0.0, float(np.nanmin(timeline.kl_nats, initial=0.0))), None)
+    axes.set(xlabel="frame" if timeline.time_s is None else "time, s", ylabel=f"surprise, {timeline.unit}")
+    axes.set_ylim(min(0.0, float(np.nanmin(timeline.surprise, initial=0.0))), None)
     axes.margins(x=0.02, y=0.18)
 
 
@@ -212,7 +212,7 @@ def timeline_axis(timeline: Timeline) -> np.ndarray:
 
 def timeline_moment(timeline: Timeline, index: int) -> str:
     """When transition `index` is and what it scored: '5.00 nats at frame 12, 0.48 s'."""
-    moment = f"{timeline.kl_nats[index]:.2f} nats at frame {timeline.frame[index]:,}"
+    moment = f"{timeline.surprise[index]:.2f} {timeline.unit} at frame {timeline.frame[index]:,}"
     return moment if timeline.time_s is None else f"{moment}, {timeline.time_s[index]:.2f} s"
 
 
@@ -224,7 +224,7 @@ def timeline_figure(timeline: Timeline) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    width_in, left_in, right_in, gap_in, title_in, curve_in = 7.0, 0.6, 0.2, 0.05, 0.3, 2.4
+    width_in, left_in, right_in, gap_in, title_in, curve_in = 7.0, 0.75, 0.2, 0.05, 0.3, 2.4
     num_frames = timeline.peak_frames.shape[1] // 2
     shown = shown_frames(num_frames)
     columns = [*shown, *(num_frames + i for i in shown)]

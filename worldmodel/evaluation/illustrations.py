@@ -38,17 +38,19 @@ class Latents:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Surprise KL(q || p) in nats of every transition of one video.
+    """The surprise of every transition of one video (worldmodel.surprise).
 
     frame [N]: the first frame of each target segment, in source frames; time_s [N]: its time, or None where the video
-    states no frame rate. prediction_error [N], 0 to 2, is worldmodel.surprise's second measure. peaks [P]: positions in
-    `frame` of the most surprising transitions, the highest first; peak_frames uint8 [P, T, C, H, W]: the context and
-    target segments there.
+    states no frame rate. surprise [N], in `unit`: "nats", or "units of the loss" where that weighs no KL. kl_nats and
+    prediction_error [N], in the units of the loss, are its parts. peaks [P]: positions in `frame` of the most
+    surprising transitions, the highest first; peak_frames uint8 [P, T, C, H, W]: the context and target segments there.
     """
 
     video: str
     frame: np.ndarray
     time_s: np.ndarray | None
+    unit: str
+    surprise: np.ndarray
     kl_nats: np.ndarray
     prediction_error: np.ndarray
     peaks: np.ndarray

@@ -313,14 +313,14 @@ def neighbour_pictures(illustrations: Illustrations) -> list[list[tuple[int, Pic
 def timeline_pictures(illustrations: Illustrations) -> dict[str, Any] | None:
     """The chart of surprise against time, and the frames of each peak with when it was."""
     timeline = illustrations.timeline
-    if timeline is None or not len(timeline.kl_nats):
+    if timeline is None or not len(timeline.surprise):
         return None
     shown = figures.shown_frames(illustrations.num_frames)
     both = [*shown, *(illustrations.num_frames + i for i in shown)]
     moments = [figures.timeline_moment(timeline, peak) for peak in timeline.peaks]
     alt = (
-        f"Surprise of {len(timeline.kl_nats):,} transitions of {timeline.video}, median "
-        f"{np.nanmedian(timeline.kl_nats):.2f} nats. Peaks: {'; '.join(moments) or 'none'}."
+        f"Surprise of {len(timeline.surprise):,} transitions of {timeline.video}, median "
+        f"{np.nanmedian(timeline.surprise):.2f} {timeline.unit}. Peaks: {'; '.join(moments) or 'none'}."
     )
 
     def draw(figure: Any, theme: figures.Theme) -> None:
@@ -328,6 +328,7 @@ def timeline_pictures(illustrations: Illustrations) -> dict[str, Any] | None:
 
     return {
         "video": timeline.video,
+        "has_kl": timeline.unit == "nats",
         "chart": figures.chart(draw, alt, size_in=(5.2, 2.2)),
         "peaks": [
             (moment, figures.strip(frames[both], f"Peak {i + 1}, {moment}: the context, then what surprised."))

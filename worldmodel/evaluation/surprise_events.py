@@ -15,9 +15,9 @@ from data_pipelines.sources.written import read_world
 from worldmodel.data import known_law
 from worldmodel.run import TrainedRun
 from worldmodel.scores import auroc
-from worldmodel.surprise import Transitions, check_latent, score_transitions
+from worldmodel.surprise import Transitions, check_model, score_transitions
 
-MEASURES = ("kl_nats", "prediction_error")
+MEASURES = ("surprise", "kl_nats", "prediction_error")
 MIN_SEGMENTS = 4  # an event has two before it and two from it on
 
 
@@ -29,10 +29,10 @@ def detect_events(run: TrainedRun, num_videos: int, seed: int) -> dict[str, dict
     count. Frames are as rendered: no codec has seen them.
 
     Raises:
-        UserError: the run's videos are not of the kicked world with bouncing borders, or too short, or its latent is
-            not Gaussian.
+        UserError: the run's videos are not of the kicked world with bouncing borders, or too short, or its model cannot
+            score videos.
     """
-    check_latent(run.model)
+    check_model(run.model)
     law = known_law(run.config, "test")
     if not isinstance(law, KickedMnistLaw) or law.borders != "bounce":
         raise UserError(
