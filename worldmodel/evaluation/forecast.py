@@ -39,6 +39,7 @@ NUM_NEIGHBOURS = 4
 MAX_CLIMATOLOGY = 64
 # Every future of the encode-decode oracle is rendered and encoded; the score is unbiased at any number.
 ENCODE_DECODE_SAMPLES = 16
+MAX_CLASSES = 1024  # of a label that is probed for
 DEVELOPMENT_FIT_CLIPS = 2048
 DEVELOPMENT_QUERIES = 256
 
@@ -505,17 +506,23 @@ def _probes(law: Law | None, fit: EmbeddedClips, selection: EmbeddedClips, queri
             "embedding_and_r": of_all(lambda clips: torch.cat([clips.context, clips.r], dim=1)),
         }
     labels = [law.probe_targets(part.labels) if law else _probe_targets(part.labels) for part in parts]
-    targets: dict[str, Splits] = {name: (labels[0][name], labels[1][name], labels[2][name]) for name in labels[0]}
+    common = [name for name in labels[0] if name in labels[1] and name in labels[2]]
+    targets: dict[str, Splits] = {name: (labels[0][name], labels[1][name], labels[2][name]) for name in common}
     return probe_all(representations, targets)
 
 
 def _probe_targets(labels: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Labels of videos that vary: whole numbers are classes, others measures [N, K]."""
-    whole = {name: values for name, values in labels.items() if values.ndim < 3 and len(values.unique()) > 1}
-    return {
-        name: values if not values.is_floating_point() and values.ndim == 1 else values.float().reshape(len(values), -1)
-        for name, values in whole.items()
-    }
+    """Labels of videos that vary: whole numbers below MAX_CLASSES are classes, and larger ones nothing to be probed
+    for, such as a recording's seeds; others are measures [N, K]."""
+    targets = {}
+    for name, values in labels.items():
+        if values.ndim >= 3 or len(values.unique()) < 2:
+            continue
+        if values.is_floating_point() or values.ndim == 2:
+            targets[name] = values.float().reshape(len(values), -1)
+        elif values.min() >= 0 and values.max() < MAX_CLASSES:
+            targets[name] = values
+    return targets
 
 
 # ------------------------------------------------------------------------------------------------------ pictures
