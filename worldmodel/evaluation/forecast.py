@@ -395,6 +395,12 @@ def outcomes(config: Config, law: Law | None, labels: dict[str, Tensor], horizon
     return labels[config.evaluation.label].float()[:, 2 * num_frames - 1 :: num_frames][:, :horizon]
 
 
+def fitted_readout(config: Config, law: Law | None, fit: EmbeddedClips, selection: EmbeddedClips) -> Readout:
+    """The readout of the quantity from embeddings of real targets, fitted on one split and chosen on another."""
+    outputs = [outcomes(config, law, clips.labels, 1)[:, 0] for clips in (fit, selection)]
+    return choose_readout(fit.targets[:, 0], outputs[0], selection.targets[:, 0], outputs[1])
+
+
 def _draw(law: Law, labels: dict[str, Tensor], horizon: int, num_samples: int, generator: torch.Generator) -> Tensor:
     """The quantity under fresh futures: [Q, M, H, K]."""
     return law.measure(labels, law.sample(labels, horizon, num_samples, generator))
@@ -429,26 +435,25 @@ class Physical:
         generator: torch.Generator,
     ) -> "Physical":
         sizes = config.evaluation
-        clips = (fit, selection, queries)
-        outputs = [outcomes(config, law, part.labels, part.targets.shape[1]) for part in clips]
-        readout = choose_readout(fit.targets[:, 0], outputs[0][:, 0], selection.targets[:, 0], outputs[1][:, 0])
+        readout = fitted_readout(config, law, fit, selection)
+        truth = outcomes(config, law, queries.labels, queries.targets.shape[1])
         if law:
             observed = _draw(law, queries.labels, sizes.horizon, sizes.law_samples, generator)
             oracle = _draw(law, queries.labels, sizes.horizon, sizes.num_samples, generator)
             origin = law.origin(queries.labels)
         else:
             assert sizes.label is not None
-            observed, oracle = outputs[2][:, None], None
+            observed, oracle = truth[:, None], None
             origin = queries.labels[sizes.label].float()[:, config.data.num_frames - 1]
         return cls(
             law=law,
             queries=queries,
             readout=readout,
-            readout_r2=r_squared(readout(queries.targets[:, 0]), outputs[2][:, 0]),
+            readout_r2=r_squared(readout(queries.targets[:, 0]), truth[:, 0]),
             fit_norm_99=readout.standardised_norm(fit.targets[:, 0]).quantile(0.99),
             observed=observed,
             oracle=oracle,
-            truth=outputs[2],
+            truth=truth,
             origin=origin,
         )
 
