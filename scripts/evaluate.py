@@ -16,17 +16,16 @@ from data_pipelines.errors import UserError
 from worldmodel import TrainedRun, load
 from worldmodel.checkpoint import write_text
 from worldmodel.cli import report_errors
-from worldmodel.config import to_yaml
 from worldmodel.data import clip_spec, read_index
 from worldmodel.evaluation.factors import evaluate_factors, factors_table
 from worldmodel.evaluation.forecast import evaluate_forecasts
 from worldmodel.evaluation.illustrations import Timeline
+from worldmodel.evaluation.illustrations_file import ILLUSTRATIONS_NAME, save_parts
 from worldmodel.evaluation.readout_file import save_readout
-from worldmodel.evaluation.report import write_report
+from worldmodel.evaluation.report import report_of_run
 from worldmodel.evaluation.tables import markdown_table
 from worldmodel.machine import keep_freed_memory
 from worldmodel.surprise import obstacle
-from worldmodel.tracking import read_metrics, versions
 
 MIN_TIMELINE_TRANSITIONS = 4
 
@@ -60,19 +59,12 @@ def evaluate(run: Path, which: str, compare: Path | None, device: torch.device) 
         metrics["forecasts"]["no_latent"] = compared_forecast(compare, metrics)
     if evaluation.readout is not None and evaluation.quantity is not None:
         save_readout(run, evaluation.readout, evaluation.quantity, trained.state["step"])
+    illustrations = dataclasses.replace(evaluation.illustrations, timeline=timeline_of_test_video(trained))
+    save_parts(run / ILLUSTRATIONS_NAME, [illustrations])
     write_text(run / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     table = markdown_table(metrics)
     write_text(run / "forecasts.md", table + "\n")
-    write_report(
-        run / "report.html",
-        title=run.name,
-        metrics=metrics,
-        config_yaml=to_yaml(trained.config),
-        history=read_metrics(run),
-        illustrations=dataclasses.replace(evaluation.illustrations, timeline=timeline_of_test_video(trained)),
-        versions=versions(),
-    )
-    print(f"\n{table}\n\n{run / 'report.html'}\n{run / 'metrics.json'}")
+    print(f"\n{table}\n\n{report_of_run(run)}\n{run / 'metrics.json'}")
 
 
 def timeline_of_test_video(trained: TrainedRun) -> Timeline | None:

@@ -1,10 +1,11 @@
 """Plan with a trained run: how often it reaches its goals in an environment, against chance and the true simulator.
 
 python scripts/plan.py --run runs/two_rooms --env data_pipelines.sources.two_rooms:worldmodel/TwoRooms-v0
-python scripts/plan.py --run runs/two_rooms_latent --labels 1000 --env ...      # r as a latent action
+python scripts/plan.py --run runs/two_rooms_latent --labels 100 1000 --env ...      # r as a latent action
 
 Prints success with its 95 % interval over all episodes and the whole protocol, and writes both to planning.json in the
-run's folder. Keys of the config's section planning can be overridden: planning.horizon=12.
+run's folder, a few episodes to planning.safetensors, and all of it into report.html. Keys of the config's section
+planning can be overridden: planning.horizon=12.
 """
 
 import argparse
@@ -23,19 +24,27 @@ from data_pipelines.sources.recorder import parse_kwargs
 from worldmodel import load
 from worldmodel.checkpoint import write_text
 from worldmodel.cli import report_errors
-from worldmodel.config import to_dict, validate
+from worldmodel.config import PlanningConfig, apply_override, to_dict, validate
+from worldmodel.evaluation.illustrations_file import PLANNED_NAME, save_parts
+from worldmodel.evaluation.planned_episodes import planned_episodes
 from worldmodel.evaluation.planning import (
+    Episodes,
     PlanningProtocol,
     Policy,
     PrivilegedPolicy,
     RandomPolicy,
     describe,
     evaluate_policy,
-    has_ceiling,
+    offered,
+    run_seeds,
+    summary,
 )
-from worldmodel.latent_actions import fit_action_decoder
+from worldmodel.evaluation.report import report_of_run
+from worldmodel.latent_actions import ActionDecoder, fit_action_decoder
 from worldmodel.planning import LatentPolicy
+from worldmodel.run import TrainedRun
 
+CURVE_KEYS = ("success_rate", "ci95", "per_seed", "ms_per_decision")
 CEILING_CANDIDATES, CEILING_HORIZON = 100, 12  # the true simulator is slow, and its distances see around corners
 
 
@@ -45,7 +54,11 @@ def main() -> int:
     parser.add_argument("--env", required=True, metavar="ID", help="the environment; MODULE:ID imports MODULE first")
     parser.add_argument("--env-kwargs", nargs="+", default=[], metavar="NAME=VALUE", help="for gymnasium.make")
     parser.add_argument(
-        "--labels", type=int, metavar="N", help="for a passive run: labelled transitions to decode r by"
+        "--labels",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="for a passive run: labelled transitions to decode r by; of several counts the last is the run's own",
     )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--episodes", type=int, default=50, help="of each seed, planned together (50)")
@@ -70,11 +83,6 @@ def main() -> int:
             first_seed=args.first_seed,
         )
 
-        decoder = None if args.labels is None else fit_action_decoder(run, args.labels, run.config.seed)
-
-        def model(seed: int, envs: Sequence[gymnasium.Env]) -> Policy:
-            return LatentPolicy(run, config, seed, decoder)
-
         def chance(seed: int, envs: Sequence[gymnasium.Env]) -> Policy:
             return RandomPolicy(envs, seed)
 
@@ -82,22 +90,42 @@ def main() -> int:
             smaller = dataclasses.replace(config, candidates=CEILING_CANDIDATES, horizon=CEILING_HORIZON)
             return PrivilegedPolicy(envs, smaller, seed)
 
-        result: dict[str, Any] = evaluate_policy(protocol, model, label="planning")
+        counts = args.labels or [None]
+        if len(set(counts)) < len(counts):
+            raise UserError(f"--labels {' '.join(map(str, counts))}: a count is given twice")
+        decoders = [None if count is None else fit_action_decoder(run, count, run.config.seed) for count in counts]
+        curve: list[dict[str, Any]] = []
+        for count, decoder in zip(counts, decoders, strict=True):
+            label = "planning" if count is None else f"planning, {count} labels"
+            policy, first, result = plan(run, config, protocol, decoder, label=label)
+            curve.append({"labels": count} | {key: result[key] for key in CURVE_KEYS})
         result["random_floor"] = evaluate_policy(protocol, chance, label="random")
         result["oracle_ceiling"] = (
-            evaluate_policy(protocol, truth, label="privileged") if has_ceiling(protocol) else None
+            evaluate_policy(protocol, truth, label="privileged") if offered(protocol, "privileged_cost") else None
         )
-        result["protocol"] = describe(protocol, config) | {"step": run.state["step"], "labels": args.labels}
+        result["protocol"] = describe(protocol, config) | {"step": run.state["step"], "labels": counts[-1]}
+        if args.labels:
+            result["curve"] = curve
         out = args.run / "planning.json"
+        (args.run / PLANNED_NAME).unlink(missing_ok=True)  # of earlier episodes
         write_text(out, json.dumps(result, indent=1) + "\n")
-        print(f"\n{table(result)}\n\n{json.dumps(result['protocol'])}\n\n{out}")
+        print(f"\n{table(result)}\n\n{json.dumps(result['protocol'])}\n")
+        save_parts(args.run / PLANNED_NAME, planned_episodes(run, policy, first, offered(protocol, "state_px")))
+        print(f"{out}\n{report_of_run(args.run)}")
     return 0
 
 
-def planning_config(tree: dict[str, Any], overrides: Sequence[str]) -> Any:
-    """The section `planning` of a run's config, with overrides. Raises UserError: one is of another section, or bad."""
-    from worldmodel.config import apply_override
+def plan(
+    run: TrainedRun, config: PlanningConfig, protocol: PlanningProtocol, decoder: ActionDecoder | None, *, label: str
+) -> tuple[LatentPolicy, Episodes, dict[str, Any]]:
+    """Plan the episodes of every seed -> the policy and the episodes of the first one, and the summary of all."""
+    policies = [LatentPolicy(run, config, seed, decoder) for seed in range(protocol.seeds)]
+    runs = run_seeds(protocol, lambda seed, envs: policies[seed], label=label, keep_frames=True)
+    return policies[0], runs[0], summary(runs)
 
+
+def planning_config(tree: dict[str, Any], overrides: Sequence[str]) -> PlanningConfig:
+    """The section `planning` of a run's config, with overrides. Raises UserError: one is of another section, or bad."""
     for override in overrides:
         if not override.startswith("planning."):
             raise UserError(f"override {override!r}: only planning.KEY=VALUE can differ from the run's config")
@@ -106,16 +134,20 @@ def planning_config(tree: dict[str, Any], overrides: Sequence[str]) -> Any:
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [f"{'policy':<12} {'success':>8} {'95 % interval':>16} {'steps':>6} {'path':>6} {'ms':>7}  per seed"]
-    rows = {"model": result, "random": result["random_floor"], "privileged": result["oracle_ceiling"]}
-    for name, row in rows.items():
+    lines = [f"{'policy':<19} {'success':>8} {'95 % interval':>16} {'steps':>6} {'path':>6} {'ms':>7}  per seed"]
+    rows = [(f"{entry['labels']} labels", entry) for entry in result.get("curve", [])[:-1]]
+    labels = result["protocol"]["labels"]
+    rows.append(("model" if labels is None else f"{labels} labels", result))
+    rows += [("random", result["random_floor"]), ("privileged", result["oracle_ceiling"])]
+    for name, row in rows:
         if row is None:
             continue
         low, high = row["ci95"]
-        path = "-" if row["path_ratio"] is None else f"{row['path_ratio']:.2f}"
+        steps = f"{row['steps']:.1f}" if "steps" in row else "-"
+        path = "-" if row.get("path_ratio") is None else f"{row['path_ratio']:.2f}"
         seeds = " ".join(f"{value:.2f}" for value in row["per_seed"])
         lines.append(
-            f"{name:<12} {row['success_rate']:>8.3f} {f'{low:.3f} - {high:.3f}':>16} {row['steps']:>6.1f} {path:>6} "
+            f"{name:<19} {row['success_rate']:>8.3f} {f'{low:.3f} - {high:.3f}':>16} {steps:>6} {path:>6} "
             f"{row['ms_per_decision']:>7.2f}  {seeds}"
         )
     return "\n".join(lines)

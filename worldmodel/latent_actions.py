@@ -21,6 +21,7 @@ BATCH = 256
 LEARNING_RATE = 2e-3
 CHECK_EVERY = 50
 HELD_OUT_SHARE = 0.1
+MIN_TRANSITIONS = 20
 
 
 class ActionDecoder(nn.Module):
@@ -50,11 +51,11 @@ def fit_action_decoder(run: TrainedRun, num_transitions: int, seed: int) -> Acti
     """
     if run.model.action_dim or run.model.latent is None:
         raise UserError(f"labels are for a passive run with a latent, and {run.folder} is not: leave --labels out")
+    if num_transitions < MIN_TRANSITIONS:
+        raise UserError(f"--labels {num_transitions}: at least {MIN_TRANSITIONS} transitions are needed")
     context, action, target = labelled_transitions(run, num_transitions)
-    if len(context) < max(num_transitions, 20):
-        raise UserError(
-            f"--labels {num_transitions}: the training split has {len(context)} transitions, and at least 20 are needed"
-        )
+    if len(context) < num_transitions:
+        raise UserError(f"--labels {num_transitions}: the training split has {len(context)} transitions")
     torch.manual_seed(seed)
     decoder = ActionDecoder(context.shape[1], action.shape[1], run.model.latent.latent_dim).to(run.device)
     generator = torch.Generator().manual_seed(seed)

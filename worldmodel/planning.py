@@ -7,7 +7,9 @@ Legend: E episodes, N candidates, M imagined futures, H steps of the horizon, A 
 dimensions, C channels, F = W pixels.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,12 +24,32 @@ from worldmodel.planners import Plan, improve, shift, start
 from worldmodel.run import TrainedRun
 
 
+def imagine(
+    model: WorldModel,
+    decoder: ActionDecoder | None,
+    context: Tensor,
+    actions: Tensor,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Where actions [B, H, A] are imagined to lead from context [B, D]: embeddings [B, D], step by step.
+
+    They are at the prior's mean or, with a generator, at draws from it. With a decoder, actions reach a passive model
+    as the r that they amount to.
+    """
+    state = context
+    for action in actions.unbind(1):
+        if decoder is not None:
+            state = model.edit(state, decoder(state, action))
+        elif generator is not None:
+            state = model.edit(state, model.sample(state, generator, action=action), action)
+        else:
+            state = model.edit(state, model.prior_mean(state, action), action)
+        yield state
+
+
 @dataclass(frozen=True)
 class LatentCost:
-    """What candidates cost: context, goal [E, D] -> a function of actions [E, N, H, A] to [E, N].
-
-    With a decoder, actions reach a passive model as the r that they amount to.
-    """
+    """What candidates cost: context, goal [E, D] -> a function of actions [E, N, H, A] to [E, N]."""
 
     model: WorldModel
     decoder: ActionDecoder | None
@@ -40,11 +62,11 @@ class LatentCost:
         num_candidates, num_futures = actions.shape[1], max(1, self.config.num_samples)
         flat = actions.flatten(0, 1).repeat_interleave(num_futures, dim=0)
         goal = self.goal.repeat_interleave(num_candidates * num_futures, dim=0)
-        state = self.context.repeat_interleave(num_candidates * num_futures, dim=0)
-        cost = state.new_zeros(len(state))
-        with torch.autocast(state.device.type, torch.bfloat16, enabled=computes_bf16()):
-            for action in flat.unbind(1):
-                state = self._step(state, action)
+        context = self.context.repeat_interleave(num_candidates * num_futures, dim=0)
+        cost = context.new_zeros(len(context))
+        drawn = self.generator if self.config.num_samples else None
+        with torch.autocast(context.device.type, torch.bfloat16, enabled=computes_bf16()):
+            for state in imagine(self.model, self.decoder, context, flat, drawn):
                 if self.config.cost == "sum":
                     cost += (state - goal).square().mean(dim=-1)
         if self.config.cost == "last":
@@ -54,16 +76,19 @@ class LatentCost:
             return futures.quantile(self.config.risk_quantile, dim=-1)
         return futures.mean(dim=-1)
 
-    def _step(self, state: Tensor, action: Tensor) -> Tensor:
-        if self.decoder is not None:
-            return self.model.edit(state, self.decoder(state, action))
-        if self.config.num_samples:
-            return self.model.edit(state, self.model.sample(state, self.generator, action=action), action)
-        return self.model.edit(state, self.model.prior_mean(state, action), action)
+
+class Decision(NamedTuple):
+    """What a decision began from and came to: episodes [E], their numbers; context [E, D]; actions [E, H, A]."""
+
+    episodes: Tensor
+    context: Tensor
+    actions: Tensor
 
 
 class LatentPolicy:
     """Acts towards pictures of goals in a batch of episodes, planning anew at every step from the last plan.
+
+    `decisions` holds what was decided at each step, for `imagined`.
 
     Raises:
         UserError: the run is not conditioned on actions and has no decoder of them, or sees more than one frame at a
@@ -87,12 +112,14 @@ class LatentPolicy:
             raise UserError(f"the run {run.folder} has data.num_frames={run.config.data.num_frames}: plans take 1")
         self.run, self.config, self.seed = run, config, seed
         self.plan: Plan
+        self.decisions: list[Decision]
 
     def begin(self, goals: Tensor) -> None:
         """Pictures of the goals of E episodes, uint8 [E, C, F, W]."""
         self.generator = torch.Generator().manual_seed(self.seed)
         self.goal = self._embed(goals, target=True)
         self.plan = start(self.config, len(goals), self.action_dim, self.run.device)
+        self.episodes, self.decisions = torch.arange(len(goals)), []
 
     def act(self, frames: Tensor) -> Tensor:
         """What the episodes show now, uint8 [E, C, F, W] -> the next action of each, [E, A] on the CPU."""
@@ -103,12 +130,34 @@ class LatentPolicy:
         cost = LatentCost(self.run.model, self.decoder, self.config, context, self.goal, on_device)
         plan, actions, _ = improve(self.config, self.plan, cost, self.generator)
         self.plan = shift(plan)
+        self.decisions.append(Decision(self.episodes, context, actions))
         return actions[:, 0].cpu()
 
     def keep(self, going_on: Tensor) -> None:
         """Drop the episodes that have ended: bool [E]."""
-        self.goal = self.goal[going_on]
+        self.goal, self.episodes = self.goal[going_on], self.episodes[going_on]
         self.plan = Plan(*(part[going_on] for part in self.plan))
+
+    @torch.no_grad()
+    def imagined(self, episode: int) -> Tensor:
+        """Where each decision's plan was imagined to lead in one of the episodes: [T, M, H, D] for T decisions.
+
+        The futures are those that a cost averages: M drawn ones, or the one at the prior's mean.
+        """
+        num_futures = max(1, self.config.num_samples)
+        own = [decision.episodes == episode for decision in self.decisions]
+        context = torch.cat([decision.context[rows] for decision, rows in zip(self.decisions, own, strict=True)])
+        actions = torch.cat([decision.actions[rows] for decision, rows in zip(self.decisions, own, strict=True)])
+        generator = torch.Generator(self.run.device).manual_seed(self.seed) if self.config.num_samples else None
+        with torch.autocast(self.run.device.type, torch.bfloat16, enabled=computes_bf16()):
+            steps = imagine(
+                self.run.model,
+                self.decoder,
+                context.repeat_interleave(num_futures, dim=0),
+                actions.repeat_interleave(num_futures, dim=0),
+                generator,
+            )
+            return torch.stack(list(steps), dim=1).unflatten(0, (-1, num_futures))
 
     @torch.no_grad()
     def _embed(self, frames: Tensor, target: bool) -> Tensor:

@@ -279,6 +279,11 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         return max(0.0, whole - self.goal_radius_px)
 
     @staticmethod
+    def state_px(states: NDArray[Any]) -> NDArray[Any]:
+        """Where the dot is in its pictures, [..., 2] px, of states [..., 2]: they are just that."""
+        return states
+
+    @staticmethod
     def privileged_cost(envs: "Sequence[TwoRoomsEnv]") -> "PrivilegedCost":
         """What sequences of actions cost from where these environments are, by the law and the shortest ways."""
         return PrivilegedCost(envs)

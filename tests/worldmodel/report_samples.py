@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from worldmodel.evaluation.illustrations import Fans, Illustrations, Latents, Timeline
+from worldmodel.evaluation.illustrations import Fans, Illustrations, Latents, PlannedEpisode, Timeline
 
 ONE_FUTURE = ("prior_mean", "no_latent", "pixel_constant_velocity", "persistence")
 RATIOS = {
@@ -100,6 +100,71 @@ def make_unlabelled_metrics(num_steps: int = 8) -> dict[str, Any]:
     forecasts = metrics["embedding"]["forecasts"]
     kept = {key: value for key, value in metrics.items() if key not in ("readout", "probes", "beyond_fit_norm_99")}
     return kept | {"space": "embedding", "quantity": None, "forecasts": forecasts, "segment_s": None}
+
+
+def make_planning(labels: tuple[int, ...] = (100, 1000, 10_000)) -> dict[str, Any]:
+    """planning.json of a run whose actions were decoded by `labels`, or that was trained on actions."""
+
+    def scores(rate: float, *, steps: float | None = None) -> dict[str, Any]:
+        found = {
+            "success_rate": rate,
+            "ci95": [rate - 0.0631, rate + 0.0417],
+            "per_seed": [rate - 0.02, rate, rate + 0.02],
+            "ms_per_decision": 12.3456 * rate,
+        }
+        return found if steps is None else found | {"path_ratio": 1.2345, "steps": steps}
+
+    protocol = {
+        "env": "data_pipelines.sources.two_rooms:worldmodel/TwoRooms-v0",
+        "env_kwargs": {},
+        "seeds": 3,
+        "episodes": 1250,
+        "budget": 50,
+        "first_seed": 0,
+        "planning": {"planner": "icem", "horizon": 20, "init_std": 0.5, "risk_quantile": None, "num_samples": 4},
+        "step": 3000,
+        "labels": labels[-1] if labels else None,
+    }
+    curve = [{"labels": count, **scores(0.9 - 0.1 * (len(labels) - i))} for i, count in enumerate(labels)]
+    return {
+        **scores(0.8, steps=17.25),
+        "random_floor": scores(0.132, steps=45.3),
+        "oracle_ceiling": scores(0.95, steps=9.1),
+        "protocol": protocol,
+        **({"curve": curve} if labels else {}),
+    }
+
+
+def make_episodes(
+    count: int = 2, *, size_px: int = 32, num_steps: int = 6, positions: bool = True, texture: bool = False
+) -> list[PlannedEpisode]:
+    """A bright dot goes straight to a goal, which the last episode fails to reach; plans wander around its way."""
+    rng = np.random.default_rng(1)
+    episodes = []
+    for number in range(count):
+        begin, goal = rng.uniform(4, size_px - 4, (2, 2))
+        share = np.linspace(0, 1 if number < count - 1 else 0.5, num_steps + 1)[:, None]
+        way = (begin + share * (goal - begin)).astype(np.float32)
+
+        def picture(point: np.ndarray) -> np.ndarray:
+            frame = rng.integers(0, 256, (3, size_px, size_px)) if texture else np.zeros((3, size_px, size_px))
+            x, y = point.round().astype(int)
+            frame[1, y - 1 : y + 2, x - 1 : x + 2] = 255
+            return frame.astype(np.uint8)
+
+        plans = way[:-1, None, None] + np.cumsum(rng.normal(0, 1, (num_steps, 3, 5, 2)), axis=2)
+        episodes.append(
+            PlannedEpisode(
+                number=number,
+                success=number < count - 1,
+                frames=np.stack([picture(point) for point in way]),
+                goal=picture(goal),
+                way_px=way if positions else None,
+                goal_px=goal.astype(np.float32) if positions else None,
+                imagined_px=plans if positions else None,
+            )
+        )
+    return episodes
 
 
 def make_history() -> list[dict[str, Any]]:

@@ -191,3 +191,18 @@ def test_too_few_clips_is_one_line(tiny_config: Callable[..., Config]) -> None:
     student = WorldModel(config)
     with pytest.raises(UserError, match="fewer than 2 clips"):
         forecast.embed_clips(config, student.eval(), Teacher(student.embedder).eval(), "test", 1, CPU)
+
+
+def test_labels_that_name_clips_or_do_not_vary_are_not_probed_for() -> None:
+    labels = {
+        "seed": torch.tensor([1570558271, 12, 7]),
+        "kind": torch.tensor([0, 2, 1]),
+        "same": torch.tensor([5, 5, 5]),
+        "wall_x_px": torch.tensor([30.5, 20.0, 31.0]),
+        "state": torch.rand(3, 4, 2),
+    }
+    targets = forecast._probe_targets(labels)
+    assert {name: (tuple(values.shape), values.dtype) for name, values in targets.items()} == {
+        "kind": ((3,), torch.int64),
+        "wall_x_px": ((3, 1), torch.float32),
+    }

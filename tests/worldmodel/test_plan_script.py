@@ -1,6 +1,8 @@
 """From recorded videos to plans: scripts/plan.py, its controls, and a model that learns to reach its goals."""
 
 import json
+import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from accelerate.state import AcceleratorState
 from data_pipelines.sources.recorder import Recording, record
 from tests.conftest import REPO, TINY, run_script
 from worldmodel.config import PlanningConfig, load_config
+from worldmodel.evaluation.illustrations import PlannedEpisode
+from worldmodel.evaluation.illustrations_file import load_parts
 from worldmodel.evaluation.planning import (
     PlanningProtocol,
     PrivilegedPolicy,
@@ -20,6 +24,7 @@ from worldmodel.evaluation.planning import (
     evaluate_policy,
     run_episodes,
 )
+from worldmodel.evaluation.tables import value_at
 from worldmodel.train import train
 
 ENV = "data_pipelines.sources.two_rooms:worldmodel/TwoRooms-v0"
@@ -37,13 +42,28 @@ def recording(root: Path, train_episodes: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def planner(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of six updates on a few recorded episodes."""
+def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few recorded episodes."""
+    return recording(tmp_path_factory.mktemp("plan") / "rooms", 16)
+
+
+def trained_in(rooms: Path, config: Path, run: Path) -> Path:
+    """The folder of a run of six updates."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    folder = tmp_path_factory.mktemp("plan")
-    root = recording(folder / "rooms", 16)
-    tiny = [*TINY, "data.num_lanes=4", f"data.root={root}", f"run_dir={folder / 'run'}", "data.cache_mb=0"]
-    return train(load_config(CONFIG, [*tiny, "planning.candidates=16", "planning.elites=4", "planning.horizon=4"]))
+    tiny = [*TINY, "data.num_lanes=4", f"data.root={rooms}", f"run_dir={run}", "data.cache_mb=0"]
+    return train(load_config(config, [*tiny, "planning.candidates=16", "planning.elites=4", "planning.horizon=4"]))
+
+
+@pytest.fixture(scope="module")
+def planner(rooms: Path) -> Path:
+    """A run that is conditioned on actions."""
+    return trained_in(rooms, CONFIG, rooms.parent / "run")
+
+
+@pytest.fixture(scope="module")
+def passive(rooms: Path) -> Path:
+    """A run with r as a latent action."""
+    return trained_in(rooms, REPO / "configs" / "two_rooms_latent.yaml", rooms.parent / "passive")
 
 
 def test_the_script_prints_and_writes_success_its_controls_and_the_protocol(planner: Path) -> None:
@@ -58,6 +78,63 @@ def test_the_script_prints_and_writes_success_its_controls_and_the_protocol(plan
     assert result["protocol"]["planning"]["candidates"] == 16 and result["protocol"]["step"] == 6
     assert {"random_floor", "oracle_ceiling"} <= result.keys()
     assert f"{result['success_rate']:.3f}" in done.stdout and '"budget": 4' in done.stdout
+    assert "curve" not in result and str(planner / "report.html") in done.stdout
+
+
+def test_the_report_has_the_planning_by_itself_and_beside_the_forecasts(planner: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(planner, run)
+    arguments = ["--run", str(run), "--env", ENV, "--seeds", "1", "--episodes", "6", "--budget", "3"]
+    for script, headings in (
+        (["plan.py", *arguments, "planning.iterations=1"], ["Planning"]),
+        (["evaluate.py", "--run", str(run)], ["Forecasts", "Planning"]),
+    ):
+        done = run_script(*script)
+        assert done.returncode == 0, done.stderr
+        page = (run / "report.html").read_text()
+        assert [name for name in ("Forecasts", "Planning") if f">{name}</h2>" in page] == headings
+        metrics = {"planning": json.loads((run / "planning.json").read_text())}
+        shown = re.findall(r'data-metric="(planning\.[^"]*)">([^<]*)<', page)
+        assert {"planning.success_rate", "planning.ci95.0", "planning.oracle_ceiling.steps"} <= dict(shown).keys()
+        for path, text in shown:
+            assert f"{value_at(metrics, path):.{len(text.partition('.')[2])}f}" == text, path
+    episodes = load_parts(run / "planning.safetensors", PlannedEpisode)
+    assert len(episodes) == 4 and not all(episode.success for episode in episodes)
+    for episode in episodes:
+        assert episode.imagined_px is not None and episode.way_px is not None and episode.goal_px is not None
+        steps = len(episode.frames) - 1
+        assert episode.frames.shape[1:] == (3, 64, 64) and (steps == 3 or episode.success)
+        assert episode.imagined_px.shape == (steps, 1, 4, 2) and np.isfinite(episode.imagined_px).all()
+        for frame, place in ((episode.frames[-1], episode.way_px[-1]), (episode.goal, episode.goal_px)):
+            y, x = np.unravel_index(frame[1].argmax(), frame[1].shape)  # the dot is green
+            assert np.abs(np.array([x, y]) - place).max() <= 0.6
+
+
+def test_several_counts_of_labels_make_a_curve(passive: Path) -> None:
+    arguments = ["--run", str(passive), "--env", ENV, "--seeds", "2", "--episodes", "2", "--budget", "2"]
+    done = run_script("plan.py", *arguments, "--labels", "40", "20", "--checkpoint", "latest")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((passive / "planning.json").read_text())
+    assert [entry["labels"] for entry in result["curve"]] == [40, 20] and result["protocol"]["labels"] == 20
+    keys = {"success_rate", "ci95", "per_seed", "ms_per_decision"}
+    assert all(entry.keys() == {"labels", *keys} for entry in result["curve"])
+    assert {key: result["curve"][-1][key] for key in keys} == {key: result[key] for key in keys}
+    page = (passive / "report.html").read_text()
+    assert "This run, 40 labels" in page and "Success against labels, with 95% intervals: 40 labels" in page
+    assert "40 labels" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("labels", "tells"),
+    [
+        (["100", "0"], "--labels 0: at least 20"),
+        (["30", "30"], "30 30: a count is given twice"),
+        (["9999"], "--labels 9999: the training split has"),
+    ],
+)
+def test_counts_of_labels_that_cannot_be(passive: Path, labels: list[str], tells: str) -> None:
+    done = run_script("plan.py", "--run", str(passive), "--env", ENV, "--labels", *labels)
+    assert done.returncode == 2 and tells in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
@@ -13,23 +14,39 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.worldmodel.report_samples import make_history, make_illustrations, make_metrics, make_unlabelled_metrics
+from data_pipelines.errors import UserError
+from tests.conftest import REPO
+from tests.worldmodel.report_samples import (
+    make_episodes,
+    make_history,
+    make_illustrations,
+    make_metrics,
+    make_planning,
+    make_unlabelled_metrics,
+)
+from worldmodel.checkpoint import write_text
+from worldmodel.config import load_config, to_yaml
 from worldmodel.evaluation.figures import (
     Picture,
     animation,
+    imagined_paths,
     path_until,
+    planning_animation,
     principal_components,
     spread_labels,
     timeline_figure,
 )
-from worldmodel.evaluation.illustrations import Fans, Illustrations
-from worldmodel.evaluation.report import write_report
+from worldmodel.evaluation.illustrations import NO_ILLUSTRATIONS, Fans, Illustrations, PlannedEpisode
+from worldmodel.evaluation.illustrations_file import ILLUSTRATIONS_NAME, PLANNED_NAME, save_parts
+from worldmodel.evaluation.report import report_of_run, write_report
 from worldmodel.evaluation.tables import (
     duration,
     headline,
     markdown_table,
     marked_steps,
     number,
+    planning_table,
+    protocol_facts,
     score_table,
     text_of,
     value_at,
@@ -86,6 +103,7 @@ def report(
     history: list[dict[str, Any]] | None = None,
     illustrations: Illustrations | None = None,
     config_yaml: str = "seed: 17\n",
+    episodes: Sequence[PlannedEpisode] = (),
 ) -> tuple[str, Page]:
     write_report(
         path,
@@ -95,6 +113,7 @@ def report(
         history=history or [],
         illustrations=illustrations or make_illustrations(queries=0, num_steps=2),
         versions={"torch": "2.13.0"},
+        episodes=episodes,
     )
     html = path.read_text(encoding="utf-8")
     return html, Page(html)
@@ -104,9 +123,10 @@ def report(
 def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page]:
     return report(
         tmp_path_factory.mktemp("report") / "new" / "report.html",
-        metrics=make_metrics(3),
+        metrics=make_metrics(3) | {"planning": make_planning()},
         history=make_history(),
         illustrations=make_illustrations(queries=1, num_steps=3, size_px=32),
+        episodes=make_episodes(2),
     )
 
 
@@ -123,7 +143,7 @@ def text_of_headline(metrics: dict[str, Any]) -> str:
 
 
 def test_every_number_with_a_path_is_the_one_in_the_metrics(full: tuple[str, Page]) -> None:
-    metrics = json.loads(json.dumps(make_metrics(3)))
+    metrics = json.loads(json.dumps(make_metrics(3) | {"planning": make_planning()}))
     shown = full[1].metrics
     assert {
         "forecasts.model.energy_score.0",
@@ -136,6 +156,13 @@ def test_every_number_with_a_path_is_the_one_in_the_metrics(full: tuple[str, Pag
         "kl_nats",
         "queries",
         "seed",
+        "planning.success_rate",
+        "planning.ci95.1",
+        "planning.per_seed.2",
+        "planning.path_ratio",
+        "planning.curve.0.success_rate",
+        "planning.random_floor.steps",
+        "planning.oracle_ceiling.ms_per_decision",
     } <= set(shown)
     for path, texts in shown.items():
         for text in texts:
@@ -212,7 +239,15 @@ def test_page_is_whole_and_needs_nothing_else(full: tuple[str, Page]) -> None:
     assert "http://" not in html and "https://" not in html
     assert "@import" not in html and "url(" not in html
     assert page.headings[0] == "h1" and page.headings.count("h1") == 1 and page.headings[1] == "h2"
-    for heading in ("Sampled futures", "Over the horizon", "Calibration", "What r says", "Retrieval", "Surprise"):
+    for heading in (
+        "Sampled futures",
+        "Over the horizon",
+        "Calibration",
+        "What r says",
+        "Retrieval",
+        "Surprise",
+        "Planning",
+    ):
         assert heading in page.text
 
 
@@ -230,7 +265,7 @@ def test_the_animation_plays_all_frames_and_has_a_still(full: tuple[str, Page]) 
     (source,) = [i["src"] or "" for i in page.images if "under sampled paths" in (i["alt"] or "")]
     moving = Image.open(BytesIO(base64.b64decode(source.split(",")[1])))
     assert getattr(moving, "n_frames") == 4 * 3 and moving.info["loop"] == 0  # noqa: B009
-    assert html.count("prefers-reduced-motion: reduce") == 1
+    assert html.count("prefers-reduced-motion: reduce") == 1 + 2  # and two episodes of planning
 
 
 def test_paths_grow_straight_between_the_ends_of_segments() -> None:
@@ -304,7 +339,163 @@ def test_six_queries_of_restless_colour_stay_under_the_limit(tmp_path: Path) -> 
     drawn = make_illustrations(queries=1, size_px=128, channels=3, texture=True, num_neighbours=4)
     drawn = replace(drawn, latents=None, timeline=None)  # one of each, however many queries
     html, _ = report(tmp_path / "report.html", metrics={}, illustrations=drawn)
-    assert 6 * len(html.encode()) < 5_000_000  # six queries are the most that are drawn
+    metrics = {"planning": make_planning(())}
+    restless = make_episodes(1, size_px=128, num_steps=50, texture=True)
+    planned, _ = report(tmp_path / "planned.html", metrics=metrics, illustrations=NO_ILLUSTRATIONS, episodes=restless)
+    # Six queries and four episodes are the most that are drawn.
+    assert 6 * len(html.encode()) + 4 * len(planned.encode()) < 5_000_000
+
+
+def moving_image(picture: Picture) -> Any:
+    return Image.open(BytesIO(base64.b64decode(picture.light.split(",")[1])))
+
+
+def test_the_protocol_of_planning_is_shown_whole(full: tuple[str, Page]) -> None:
+    facts = {
+        "env": "data_pipelines.sources.two_rooms:worldmodel/TwoRooms-v0",
+        "env_kwargs": "–",
+        "seeds": "3",
+        "episodes": "1250",
+        "budget": "50",
+        "first_seed": "0",
+        "planning.planner": "icem",
+        "planning.horizon": "20",
+        "planning.init_std": "0.5",
+        "planning.risk_quantile": "–",
+        "planning.num_samples": "4",
+        "step": "3000",
+        "labels": "10000",
+    }
+    assert dict(protocol_facts({"planning": make_planning()})) == facts
+    assert " ".join(f"{name} {value}" for name, value in facts.items()) in full[1].text
+
+
+def test_planning_is_told_beside_chance_and_the_ceiling(full: tuple[str, Page]) -> None:
+    metrics = {"planning": make_planning()}
+    assert text_of_headline(metrics) == (
+        "Plans reach 0.800 of their goals (95% interval 0.737 to 0.842), random actions 0.132."
+    )
+    assert "Plans reach 0.800 of their goals" in full[1].text
+    table = planning_table(metrics)
+    assert [row.label for row in table.rows] == [
+        "This run, 100 labels",
+        "This run, 1,000 labels",
+        "This run, 10,000 labels",
+        "Random actions",
+        "Privileged planner",
+    ]
+    assert [text_of(cell) for cell in table.rows[2].cells] == [
+        *("0.800", "0.737", "0.842", "1.23", "17.2", "9.88", "0.78 / 0.80 / 0.82")
+    ]
+    assert [text_of(cell) for cell in table.rows[0].cells[3:5]] == ["–", "–"]
+    without = make_planning(()) | {"oracle_ceiling": None}
+    assert [row.label for row in planning_table({"planning": without}).rows] == ["This run", "Random actions"]
+    assert planning_table({}).rows == []
+
+
+@pytest.mark.parametrize(("labels", "drawn"), [((), False), ((100,), False), ((100, 1000), True)])
+def test_success_against_labels_is_drawn_for_several_counts(
+    tmp_path: Path, no_charts: None, labels: tuple[int, ...], drawn: bool
+) -> None:
+    _, page = report(tmp_path / "report.html", metrics={"planning": make_planning(labels)})
+    alts = " ".join(image["alt"] or "" for image in page.images)
+    assert ("100 labels 0.700 (0.637 to 0.742); 1,000 labels 0.800 (0.737 to 0.842)" in alts) == drawn
+    assert ("Success against labels" in page.text) == drawn and "Planning" in page.text
+
+
+def test_an_episode_moves_through_all_its_frames_and_says_what_came_of_it(full: tuple[str, Page]) -> None:
+    reached, failed = [image for image in full[1].images if "the goal is" in (image["alt"] or "")]
+    assert "Episode 1: the goal is reached after 6 steps, of at most 50." in (reached["alt"] or "")
+    assert "and ends 0.0 px from it. The first plan is imagined to come within" in (reached["alt"] or "")
+    assert "Episode 2: the goal is not reached in 6 steps" in (failed["alt"] or "")
+    moving = Image.open(BytesIO(base64.b64decode((reached["src"] or "").split(",")[1])))
+    assert getattr(moving, "n_frames") == 6 + 1 and moving.info["loop"] == 0  # noqa: B009
+    assert sum("the picture of the goal" in (image["alt"] or "") for image in full[1].images) == 2
+
+
+def test_long_episodes_are_thinned_from_their_first_frame_to_their_last() -> None:
+    (episode,) = make_episodes(1, size_px=16, num_steps=200)
+    assert moving_image(planning_animation(episode, "alt")).n_frames == 64
+
+
+def test_the_way_the_goal_and_the_plan_are_drawn_where_they_are() -> None:
+    """Blue from the agent to where the plan leads, a pink cross at the goal, orange behind the agent."""
+    way = np.array([[10.0, 10.0], [20.0, 10.0]])
+    plan = np.array([[[[20.0, 40.0], [50.0, 40.0]]]])
+    frames = np.zeros((2, 3, 64, 64), np.uint8)
+    episode = PlannedEpisode(0, True, frames, frames[0], way, np.array([50.0, 20.0]), plan)
+    assert imagined_paths(episode, 0).tolist() == [[[10, 10], [20, 40], [50, 40]]]
+    moving = moving_image(planning_animation(episode, "alt"))
+
+    def seen(number: int) -> dict[str, np.ndarray]:
+        moving.seek(number)
+        red, green, blue = np.moveaxis(np.asarray(moving.convert("RGB")).astype(int)[:320], -1, 0)
+        return {
+            "plan": np.argwhere((blue > 150) & (red < 140)),
+            "goal": np.argwhere((red > 150) & (blue > 120) & (green < 150)),
+            "way": np.argwhere((red > 180) & (blue < 90)),
+        }
+
+    def at(x: float, y: float) -> np.ndarray:
+        return 5 * np.array([y, x]) + 2
+
+    first, last = seen(0), seen(1)
+    assert np.abs(first["plan"].min(axis=0) - at(10, 10)).max() < 5
+    assert np.abs(first["plan"].max(axis=0) - at(50, 40)).max() < 8
+    assert np.abs(first["goal"].mean(axis=0) - at(50, 20)).max() < 3
+    assert len(first["way"]) == 0 and len(last["plan"]) == 0
+    assert np.abs(last["way"].min(axis=0) - at(10, 10)).max() < 5
+    assert np.abs(last["way"].max(axis=0) - at(20, 10)).max() < 5
+
+
+def test_episodes_without_positions_show_frames_only(tmp_path: Path) -> None:
+    metrics = {"planning": make_planning(())}
+    _, page = report(tmp_path / "report.html", metrics=metrics, episodes=make_episodes(1, positions=False))
+    assert "the way so far" not in page.text and "px from it" not in (page.images[0]["alt"] or "")
+    assert moving_image(planning_animation(make_episodes(1, positions=False)[0], "alt")).n_frames == 7
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    run = tmp_path / "demo"
+    run.mkdir()
+    write_text(run / "config.yaml", to_yaml(load_config(REPO / "configs" / "demo.yaml")))
+    return run
+
+
+def headings(run: Path) -> set[str]:
+    page = Page(report_of_run(run).read_text(encoding="utf-8"))
+    return {name for name in ("Forecasts", "Sampled futures", "Planning", "Episodes") if name in page.words}
+
+
+def test_the_report_of_a_run_has_what_lies_in_its_folder(run_folder: Path, no_charts: None) -> None:
+    assert headings(run_folder) == set()
+    write_text(run_folder / "planning.json", json.dumps(make_planning()))
+    assert headings(run_folder) == {"Planning"}
+    save_parts(run_folder / PLANNED_NAME, make_episodes(1))
+    assert headings(run_folder) == {"Planning", "Episodes"}
+    write_text(run_folder / "metrics.json", json.dumps(make_metrics(2)))
+    save_parts(run_folder / ILLUSTRATIONS_NAME, [make_illustrations(queries=1, num_steps=2, size_px=16)])
+    assert headings(run_folder) == {"Forecasts", "Sampled futures", "Planning", "Episodes"}
+    (run_folder / "planning.json").unlink()
+    assert headings(run_folder) == {"Forecasts", "Sampled futures"}
+
+
+def test_pictures_that_an_older_evaluation_did_not_keep_are_missed_aloud(
+    run_folder: Path, no_charts: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_text(run_folder / "metrics.json", json.dumps(make_metrics(2)))
+    assert headings(run_folder) == {"Forecasts"}
+    assert "evaluate the run again" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["planning.json", "metrics.json"])
+@pytest.mark.parametrize("content", ["{", "3"])
+def test_damaged_results_are_one_line(run_folder: Path, name: str, content: str) -> None:
+    write_text(run_folder / name, content)
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        report_of_run(run_folder)
+    assert not (run_folder / "report.html").exists()
 
 
 def test_texts_are_escaped(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.worldmodel.report_samples import make_history, make_illustrations, make_metrics
+from tests.worldmodel.report_samples import make_episodes, make_history, make_illustrations, make_metrics, make_planning
 from worldmodel.evaluation.comparison import Run, flat_numbers
 from worldmodel.evaluation.comparison_page import write_comparison_page
 from worldmodel.evaluation.report import write_report
@@ -41,11 +41,12 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_report(
         path,
         title="demo",
-        metrics=make_metrics(4),
+        metrics=make_metrics(4) | {"planning": make_planning()},
         config_yaml="seed: 17\n" + "a_long_key: " + "x" * 300,
         history=make_history(),
         illustrations=make_illustrations(queries=1, num_steps=4, size_px=32),
         versions={"torch": "2.13.0"},
+        episodes=make_episodes(2),
     )
     return path
 
@@ -111,8 +112,8 @@ def test_numbers_are_those_of_the_metrics(browser: Any, page: Path) -> None:
     shown = browser.execute_script(
         "return [...document.querySelectorAll('[data-metric]')].map(e => [e.dataset.metric, e.textContent])"
     )
-    metrics = make_metrics(4)
-    assert len(shown) > 100
+    metrics = make_metrics(4) | {"planning": make_planning()}
+    assert len(shown) > 100 and any(path.startswith("planning.curve.") for path, _ in shown)
     for path, text in shown:
         plain = text.replace(",", "")
         assert f"{value_at(metrics, path):.{len(plain.partition('.')[2])}f}" == plain, path

@@ -18,24 +18,27 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from worldmodel.evaluation.illustrations import Fans, Latents, Timeline
+from worldmodel.evaluation.illustrations import Fans, Latents, PlannedEpisode, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
+    from PIL.Image import Image as PillowImage
 
 Theme = Mapping[str, str]
 
 MAX_FRAMES_SHOWN = 4  # of each segment, so that a frame stays large on a phone
-MAX_FRAMES_MOVING = 32  # of an animation
+MAX_FRAMES_MOVING, MAX_STEPS_MOVING = 32, 64  # of an animation: of a video, of an episode of planning
 ANIMATION_PX, CHART_DPI = 320, 200
-MAX_ANIMATION_BYTES = 250_000
-CONTEXT_MS, FUTURE_MS, PAUSE_MS = 300, 160, 1800
+MAX_ANIMATION_BYTES, MAX_EPISODE_BYTES = 250_000, 120_000
+CONTEXT_MS, FUTURE_MS, STEP_MS, PAUSE_MS = 300, 160, 200, 1800
+BAR_PX = 12  # height of the bar that fills below an animation
+DIMMED = 0.6  # frames under paths, for these to stand out
 SIDE_IN = 3.9  # width of a chart, for 10 pt to be legible on a phone
 
 # Over frames of a video, whatever the page's colours.
-FAN, TRUTH = "#5cb8ff", "#ffb020"
+FAN, TRUTH, GOAL = "#5cb8ff", "#ffb020", "#ff6ad5"
 THEMES: dict[str, Theme] = {
     "light": {
         "model": "#1f5fd6",
@@ -492,85 +495,180 @@ def path_until(origin: np.ndarray, ends: np.ndarray, segments: float) -> np.ndar
     return path
 
 
-def animation(frames: np.ndarray, num_frames: int, alt: str, *, fans: Fans | None = None, query: int = 0) -> Picture:
-    """A context segment and what followed, uint8 [T, C, H, W], as an animated WebP with a still of its end.
+class Screen:
+    """Frames of height x width px, enlarged, with room for paths over them and a bar below that fills."""
 
-    Sampled paths of `fans`, positions on the frames, grow frame by frame over what followed. A bar at the bottom fills
-    with the segments: the context first.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.collections import LineCollection
-    from matplotlib.figure import Figure
-    from PIL import Image
+    def __init__(self, height: int, width: int) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
-    total, (height, width) = len(frames), frames.shape[-2:]
-    num_segments = total // num_frames
-    shown = np.unique(np.linspace(0, total - 1, min(total, MAX_FRAMES_MOVING)).round().astype(int))
-    scale = ANIMATION_PX / max(height, width)
-    bar_px = 12
-    wide, high = round(width * scale), round(height * scale)
-    images, durations_ms = [], []
-    with style(THEMES["dark"]):
-        figure = Figure(figsize=(wide / 100, (high + bar_px) / 100), dpi=100, facecolor="#0b0e12")
-        canvas = FigureCanvasAgg(figure)
-        axes = figure.add_axes((0, bar_px / (high + bar_px), 1, high / (high + bar_px)))
-        image = show_frame(axes, frames[0])
-        axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
-        bar = figure.add_axes((0, 0, 1, bar_px / (high + bar_px)))
-        bar.set_axis_off()
-        bar.set(xlim=(0, total), ylim=(0, 1))
-        for segment in range(num_segments):
-            bar.axvspan(segment * num_frames + 0.1, (segment + 1) * num_frames - 0.1, 0.3, 0.8, color="#323a44", lw=0)
-        if fans is not None:
-            alpha = float(np.clip(14 / fans.samples.shape[1], 0.1, 0.9))
-            paths = LineCollection([], colors=FAN, linewidths=1.3, alpha=alpha)
-            axes.add_collection(paths)
-            (heads,) = axes.plot([], [], ".", color=FAN, markersize=7, alpha=min(0.85, 3 * alpha), markeredgewidth=0)
-            (trace,) = axes.plot([], [], color=TRUTH, linewidth=1.8)
-            (ring,) = axes.plot([], [], "o", color=TRUTH, markersize=16, markerfacecolor="none", markeredgewidth=2)
-        for index in shown:
-            future = index >= num_frames
-            frame = frames[index]
-            if fans is not None and future:
-                segments = (index + 1 - num_frames) / num_frames
-                frame = (frame * 0.6).astype(np.uint8)  # for the paths to stand out
-                sampled = path_until(fans.origin[query], fans.samples[query], segments)
-                truth = path_until(fans.origin[query], fans.true[query], segments)
-                paths.set_segments(list(sampled))
-                heads.set_data(sampled[:, -1, 0], sampled[:, -1, 1])
-                trace.set_data(truth[:, 0], truth[:, 1])
-                ring.set_data(truth[-1:, 0], truth[-1:, 1])
-            image.set_data(_pixels(frame))
-            left = index // num_frames * num_frames
-            bar.axvspan(
-                left + 0.1,
-                min(index + 0.9, left + num_frames - 0.1),
-                0.3,
-                0.8,
-                color=TRUTH if future else "#ffffff",
-                lw=0,
-            )
-            canvas.draw()
-            images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
-            durations_ms.append(FUTURE_MS if future else CONTEXT_MS)
-    durations_ms[-1] = PAUSE_MS
-    for quality, shrink in ((72, 1), (45, 1), (30, 2)):  # as fine as fits: restless video would make the page heavy
+        scale = ANIMATION_PX / max(height, width)
+        wide, high = round(width * scale), round(height * scale)
+        self.figure = Figure(figsize=(wide / 100, (high + BAR_PX) / 100), dpi=100, facecolor="#0b0e12")
+        self.canvas = FigureCanvasAgg(self.figure)
+        self.axes = self.figure.add_axes((0, BAR_PX / (high + BAR_PX), 1, high / (high + BAR_PX)))
+        self.image = show_frame(self.axes, np.zeros((1, height, width), np.uint8))
+        self.axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+        self.bar = self.figure.add_axes((0, 0, 1, BAR_PX / (high + BAR_PX)))
+        self.bar.set_axis_off()
+        self.bar.set(ylim=(0, 1))
+
+    def fill(self, left: float, right: float, colour: str) -> None:
+        """Colour a stretch of the bar."""
+        self.bar.axvspan(left, right, 0.3, 0.8, color=colour, lw=0)
+
+    def paths(self, count: int) -> Callable[[np.ndarray], None]:
+        """What draws `count` imagined paths [count, P, 2], thinner the more they are, with their heads."""
+        from matplotlib.collections import LineCollection
+
+        alpha = float(np.clip(14 / count, 0.1, 0.9))
+        lines = LineCollection([], colors=FAN, linewidths=1.3, alpha=alpha)
+        self.axes.add_collection(lines)
+        (heads,) = self.axes.plot([], [], ".", color=FAN, markersize=7, alpha=min(0.85, 3 * alpha), markeredgewidth=0)
+
+        def draw(paths: np.ndarray) -> None:
+            lines.set_segments(list(paths))
+            heads.set_data(paths[:, -1, 0], paths[:, -1, 1])
+
+        return draw
+
+    def shot(self, frame: np.ndarray, *, dimmed: bool) -> PillowImage:
+        """The screen as it is, over a frame uint8 [C, H, W]."""
+        from PIL import Image
+
+        self.image.set_data(_pixels((frame * DIMMED).astype(np.uint8) if dimmed else frame))
+        self.canvas.draw()
+        return Image.fromarray(np.asarray(self.canvas.buffer_rgba())[..., :3].copy())
+
+
+def moving_picture(
+    images: Sequence[PillowImage], durations_ms: Sequence[int], still: PillowImage, alt: str, *, max_bytes: int
+) -> Picture:
+    """Images as an animated WebP: as fine as fits, as restless video would make the page heavy."""
+    for quality, shrink in ((72, 1), (45, 1), (30, 2), (30, 4)):
         moving, sized = BytesIO(), [image.reduce(shrink) for image in images]
         sized[0].save(
             moving,
             format="webp",
             save_all=True,
             append_images=sized[1:],
-            duration=durations_ms,
+            duration=list(durations_ms),
             loop=0,
             quality=quality,
         )
-        if moving.tell() <= MAX_ANIMATION_BYTES:
+        if moving.tell() <= max_bytes:
             break
-    still = BytesIO()
-    images[-1].save(still, format="webp", quality=82)
+    stands = BytesIO()
+    still.save(stands, format="webp", quality=82)
     uri = data_uri(moving.getvalue())
-    return Picture(uri, uri, alt, *images[0].size, still=data_uri(still.getvalue()))
+    return Picture(uri, uri, alt, *images[0].size, still=data_uri(stands.getvalue()))
+
+
+def spread_over(total: int, most: int) -> np.ndarray:
+    """At most `most` of the indices below `total`, from the first to the last."""
+    return np.unique(np.linspace(0, total - 1, min(total, most)).round().astype(int))
+
+
+def animation(frames: np.ndarray, num_frames: int, alt: str, *, fans: Fans | None = None, query: int = 0) -> Picture:
+    """A context segment and what followed, uint8 [T, C, H, W], as an animated WebP with a still of its end.
+
+    Sampled paths of `fans`, positions on the frames, grow frame by frame over what followed. A bar at the bottom fills
+    with the segments: the context first.
+    """
+    total = len(frames)
+    images, durations_ms = [], []
+    with style(THEMES["dark"]):
+        screen = Screen(*frames.shape[-2:])
+        screen.bar.set_xlim(0, total)
+        for left in range(0, total, num_frames):
+            screen.fill(left + 0.1, left + num_frames - 0.1, "#323a44")
+        if fans is not None:
+            draw_paths = screen.paths(fans.samples.shape[1])
+            (trace,) = screen.axes.plot([], [], color=TRUTH, linewidth=1.8)
+            (ring,) = screen.axes.plot([], [], "o", color=TRUTH, markersize=16, markerfacecolor="none", mew=2)
+        for index in spread_over(total, MAX_FRAMES_MOVING):
+            future = index >= num_frames
+            if fans is not None and future:
+                segments = (index + 1 - num_frames) / num_frames
+                truth = path_until(fans.origin[query], fans.true[query], segments)
+                draw_paths(path_until(fans.origin[query], fans.samples[query], segments))
+                trace.set_data(truth[:, 0], truth[:, 1])
+                ring.set_data(truth[-1:, 0], truth[-1:, 1])
+            left = index // num_frames * num_frames
+            right = min(index + 0.9, left + num_frames - 0.1)
+            screen.fill(left + 0.1, right, TRUTH if future else "#ffffff")
+            images.append(screen.shot(frames[index], dimmed=fans is not None and future))
+            durations_ms.append(FUTURE_MS if future else CONTEXT_MS)
+    durations_ms[-1] = PAUSE_MS
+    return moving_picture(images, durations_ms, images[-1], alt, max_bytes=MAX_ANIMATION_BYTES)
+
+
+# -------------------------------------------------------------------------------------------------------- planning
+
+
+def imagined_paths(episode: PlannedEpisode, step: int) -> np.ndarray:
+    """[S, 1 + H, 2] px: from where the agent is at a step to where its plan there is imagined to lead."""
+    assert episode.way_px is not None and episode.imagined_px is not None
+    imagined = episode.imagined_px[step]
+    here = np.broadcast_to(episode.way_px[step], (len(imagined), 1, 2))
+    return np.concatenate([here, imagined], axis=1)
+
+
+def planning_animation(episode: PlannedEpisode, alt: str) -> Picture:
+    """An episode as an animated WebP: a cross at the goal, the way so far, and the path imagined for the plan.
+
+    The still has the whole way, and the path imagined at the first step. A bar at the bottom fills with the steps.
+    """
+    total, drawn = len(episode.frames), episode.imagined_px is not None
+    images = []
+    with style(THEMES["dark"]):
+        screen = Screen(*episode.frames.shape[-2:])
+        screen.bar.set_xlim(0, total)
+        screen.fill(0.1, total - 0.1, "#323a44")
+        if episode.imagined_px is not None:
+            draw_paths = screen.paths(episode.imagined_px.shape[1])
+        (way,) = screen.axes.plot([], [], color=TRUTH, linewidth=1.8)
+        if episode.goal_px is not None:
+            screen.axes.plot(*episode.goal_px, "x", color=GOAL, markersize=11, markeredgewidth=2.2)
+
+        def shot(step: int, planned_at: int | None) -> PillowImage:
+            if episode.way_px is not None:
+                way.set_data(*episode.way_px[: step + 1].T)
+            if drawn:
+                draw_paths(imagined_paths(episode, planned_at) if planned_at is not None else np.empty((0, 1, 2)))
+            return screen.shot(episode.frames[step], dimmed=drawn)
+
+        for step in spread_over(total, MAX_STEPS_MOVING):
+            screen.fill(0.1, min(step + 0.9, total - 0.1), TRUTH)
+            images.append(shot(int(step), int(step) if step < total - 1 else None))
+        still = shot(total - 1, 0)
+    durations_ms = [*[STEP_MS] * (len(images) - 1), PAUSE_MS]
+    return moving_picture(images, durations_ms, still, alt, max_bytes=MAX_EPISODE_BYTES)
+
+
+def interval_chart(
+    points: Sequence[tuple[float, float, float, float]], levels: Mapping[str, float], *, xlabel: str, alt: str
+) -> Picture:
+    """Rates with their intervals, (x, rate, low, high), against x on a logarithmic axis; levels have names."""
+    from matplotlib.ticker import NullLocator
+
+    x, rate, low, high = np.array(sorted(points)).T
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.add_subplot()
+        for name, level in levels.items():
+            axes.axhline(level, color=theme["law"], linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+            axes.annotate(
+                name, (0.99, level), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
+                ha="right", color=theme["text"], fontsize=8.5,
+            )  # fmt: skip
+        axes.vlines(x, low, high, color=theme["model"], linewidth=1.6)
+        axes.plot(x, rate, color=theme["model"], marker="o", markersize=5)
+        axes.set(xscale="log", ylim=(0, 1.08), xlabel=xlabel, ylabel="success")
+        axes.set_xticks(x, [f"{value:,.0f}" for value in x])
+        axes.xaxis.set_minor_locator(NullLocator())
+
+    return chart(draw, alt)
 
 
 # --------------------------------------------------------------------------------------------------------- latents

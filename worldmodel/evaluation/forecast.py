@@ -39,6 +39,7 @@ NUM_NEIGHBOURS = 4
 MAX_CLIMATOLOGY = 64
 # Every future of the encode-decode oracle is rendered and encoded; the score is unbiased at any number.
 ENCODE_DECODE_SAMPLES = 16
+MAX_CLASSES = 1024  # of a label that is probed for
 DEVELOPMENT_FIT_CLIPS = 2048
 DEVELOPMENT_QUERIES = 256
 
@@ -394,6 +395,12 @@ def outcomes(config: Config, law: Law | None, labels: dict[str, Tensor], horizon
     return labels[config.evaluation.label].float()[:, 2 * num_frames - 1 :: num_frames][:, :horizon]
 
 
+def fitted_readout(config: Config, law: Law | None, fit: EmbeddedClips, selection: EmbeddedClips) -> Readout:
+    """The readout of the quantity from embeddings of real targets, fitted on one split and chosen on another."""
+    outputs = [outcomes(config, law, clips.labels, 1)[:, 0] for clips in (fit, selection)]
+    return choose_readout(fit.targets[:, 0], outputs[0], selection.targets[:, 0], outputs[1])
+
+
 def _draw(law: Law, labels: dict[str, Tensor], horizon: int, num_samples: int, generator: torch.Generator) -> Tensor:
     """The quantity under fresh futures: [Q, M, H, K]."""
     return law.measure(labels, law.sample(labels, horizon, num_samples, generator))
@@ -428,26 +435,25 @@ class Physical:
         generator: torch.Generator,
     ) -> "Physical":
         sizes = config.evaluation
-        clips = (fit, selection, queries)
-        outputs = [outcomes(config, law, part.labels, part.targets.shape[1]) for part in clips]
-        readout = choose_readout(fit.targets[:, 0], outputs[0][:, 0], selection.targets[:, 0], outputs[1][:, 0])
+        readout = fitted_readout(config, law, fit, selection)
+        truth = outcomes(config, law, queries.labels, queries.targets.shape[1])
         if law:
             observed = _draw(law, queries.labels, sizes.horizon, sizes.law_samples, generator)
             oracle = _draw(law, queries.labels, sizes.horizon, sizes.num_samples, generator)
             origin = law.origin(queries.labels)
         else:
             assert sizes.label is not None
-            observed, oracle = outputs[2][:, None], None
+            observed, oracle = truth[:, None], None
             origin = queries.labels[sizes.label].float()[:, config.data.num_frames - 1]
         return cls(
             law=law,
             queries=queries,
             readout=readout,
-            readout_r2=r_squared(readout(queries.targets[:, 0]), outputs[2][:, 0]),
+            readout_r2=r_squared(readout(queries.targets[:, 0]), truth[:, 0]),
             fit_norm_99=readout.standardised_norm(fit.targets[:, 0]).quantile(0.99),
             observed=observed,
             oracle=oracle,
-            truth=outputs[2],
+            truth=truth,
             origin=origin,
         )
 
@@ -505,17 +511,23 @@ def _probes(law: Law | None, fit: EmbeddedClips, selection: EmbeddedClips, queri
             "embedding_and_r": of_all(lambda clips: torch.cat([clips.context, clips.r], dim=1)),
         }
     labels = [law.probe_targets(part.labels) if law else _probe_targets(part.labels) for part in parts]
-    targets: dict[str, Splits] = {name: (labels[0][name], labels[1][name], labels[2][name]) for name in labels[0]}
+    common = [name for name in labels[0] if name in labels[1] and name in labels[2]]
+    targets: dict[str, Splits] = {name: (labels[0][name], labels[1][name], labels[2][name]) for name in common}
     return probe_all(representations, targets)
 
 
 def _probe_targets(labels: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Labels of videos that vary: whole numbers are classes, others measures [N, K]."""
-    whole = {name: values for name, values in labels.items() if values.ndim < 3 and len(values.unique()) > 1}
-    return {
-        name: values if not values.is_floating_point() and values.ndim == 1 else values.float().reshape(len(values), -1)
-        for name, values in whole.items()
-    }
+    """Labels of videos that vary: whole numbers below MAX_CLASSES are classes, and larger ones nothing to be probed
+    for, such as a recording's seeds; others are measures [N, K]."""
+    targets = {}
+    for name, values in labels.items():
+        if values.ndim >= 3 or len(values.unique()) < 2:
+            continue
+        if values.is_floating_point() or values.ndim == 2:
+            targets[name] = values.float().reshape(len(values), -1)
+        elif values.min() >= 0 and values.max() < MAX_CLASSES:
+            targets[name] = values
+    return targets
 
 
 # ------------------------------------------------------------------------------------------------------ pictures

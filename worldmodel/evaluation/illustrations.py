@@ -1,6 +1,7 @@
 """What a report draws beside the numbers of metrics.json.
 
-Legend: Q queries, S sampled futures, M draws of the law, H horizon steps, K dimensions of the forecast quantity.
+Legend: Q queries, S sampled futures, M draws of the law, H horizon steps, K dimensions of the forecast quantity, T
+frames.
 """
 
 from dataclasses import dataclass
@@ -73,3 +74,33 @@ class Illustrations:
     neighbour_steps: tuple[int, ...]
     latents: Latents | None
     timeline: Timeline | None
+
+
+NO_ILLUSTRATIONS = Illustrations(
+    frames=np.zeros((0, 2, 1, 1, 1), np.uint8),
+    num_frames=1,
+    fans=None,
+    neighbours=np.zeros((0, 0, 0, 1, 1, 1, 1), np.uint8),
+    neighbour_steps=(),
+    latents=None,
+    timeline=None,
+)
+
+
+@dataclass(frozen=True)
+class PlannedEpisode:
+    """An episode of planning; `number` counts within its seed, from 0.
+
+    frames uint8 [T, C, H, W], what was seen before each of T - 1 steps and after the last; goal uint8 [C, H, W], the
+    picture that is planned for. Positions (x, y) are in pixels of the frames, as those of Fans, and None where states
+    are no positions: way_px [T, 2]; goal_px [2]; imagined_px [T - 1, S, H, 2], where each decision's plan was imagined
+    to lead.
+    """
+
+    number: int
+    success: bool
+    frames: np.ndarray
+    goal: np.ndarray
+    way_px: np.ndarray | None
+    goal_px: np.ndarray | None
+    imagined_px: np.ndarray | None

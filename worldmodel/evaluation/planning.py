@@ -58,19 +58,30 @@ class PlanningProtocol:
 @dataclass(frozen=True)
 class Episodes:
     """What became of E episodes: success [E]; steps [E], the budget where the goal was not reached; the length of the
-    way [E] and of the shortest one [E], NaN where the environment does not tell; states of each, [steps + 1, 2]."""
+    way [E] and of the shortest one [E], NaN where the environment does not tell; states of each, [steps + 1, 2].
+
+    goals uint8 [E, C, H, W] are the pictures of the goals, and goal_states their states, None where the environment
+    does not tell. frames holds what was seen of each, uint8 [steps + 1, C, H, W]; nothing where it was not kept."""
 
     success: np.ndarray
     steps: np.ndarray
     path: np.ndarray
     shortest: np.ndarray
     states: list[np.ndarray]
+    goals: np.ndarray
+    goal_states: list[np.ndarray | None]
+    frames: list[np.ndarray]
     decision_s: float
     decisions: int
 
 
 def run_episodes(
-    protocol: PlanningProtocol, seed: int, make_policy: Callable[[Sequence[gymnasium.Env]], Policy], *, label: str = ""
+    protocol: PlanningProtocol,
+    seed: int,
+    make_policy: Callable[[Sequence[gymnasium.Env]], Policy],
+    *,
+    label: str = "",
+    keep_frames: bool = False,
 ) -> Episodes:
     """The episodes of one seed under a policy, all at once.
 
@@ -82,8 +93,10 @@ def run_episodes(
     if not all(hasattr(env.unwrapped, "goal_frame") for env in envs):
         raise UserError(f"the environment {protocol.env} has no goal_frame(): there is no goal to plan for")
     policy = make_policy(envs)
-    policy.begin(_pictures([env.unwrapped.goal_frame() for env in envs]))  # type: ignore[attr-defined]
+    goals = _pictures([env.unwrapped.goal_frame() for env in envs])  # type: ignore[attr-defined]
+    policy.begin(goals)
     frames: list[Any] = [env.render() for env in envs]
+    seen = [[np.array(frame)] for frame in frames]
     states = [[info["state"]] for _, info in starts]
     shortest = np.array([float(getattr(env.unwrapped, "shortest_path_px", lambda: np.nan)()) for env in envs])
     success, steps = np.zeros(len(envs), bool), np.full(len(envs), protocol.budget)
@@ -99,6 +112,8 @@ def run_episodes(
             _, _, terminated, _, info = envs[row].step(action)
             frames[row] = envs[row].render()
             states[row].append(info["state"])
+            if keep_frames:
+                seen[row].append(np.array(frames[row]))
             ended.append(terminated)
             if terminated:
                 success[row], steps[row] = True, step + 1
@@ -110,21 +125,47 @@ def run_episodes(
         env.close()
     ways = [np.stack(way) for way in states]
     path = np.array([np.linalg.norm(np.diff(way, axis=0), axis=1).sum() for way in ways])
-    return Episodes(success, steps, path, shortest, ways, decision_s, decisions)
+    return Episodes(
+        success=success,
+        steps=steps,
+        path=path,
+        shortest=shortest,
+        states=ways,
+        goals=goals.numpy(),
+        goal_states=[info.get("goal") for _, info in starts],
+        frames=[_pictures(pictures).numpy() for pictures in seen] if keep_frames else [],
+        decision_s=decision_s,
+        decisions=decisions,
+    )
 
 
-def evaluate_policy(
-    protocol: PlanningProtocol, make_policy: Callable[[int, Sequence[gymnasium.Env]], Policy], *, label: str
-) -> dict[str, Any]:
-    """Success over all seeds -> success_rate, ci95 (Wilson), per_seed, path_ratio, steps, ms_per_decision.
+def run_seeds(
+    protocol: PlanningProtocol,
+    make_policy: Callable[[int, Sequence[gymnasium.Env]], Policy],
+    *,
+    label: str,
+    keep_frames: bool = False,
+) -> list[Episodes]:
+    """The episodes of each seed of the protocol; frames are kept of the first alone, as they are many."""
+    return [
+        run_episodes(
+            protocol,
+            seed,
+            partial(make_policy, seed),
+            label=f"{label}, seed {seed}",
+            keep_frames=keep_frames and seed == 0,
+        )
+        for seed in range(protocol.seeds)
+    ]
+
+
+def summary(runs: Sequence[Episodes]) -> dict[str, Any]:
+    """Success over the episodes of all seeds -> success_rate, ci95 (Wilson), per_seed, path_ratio, steps,
+    ms_per_decision.
 
     path_ratio is the mean length of ways that reached the goal over that of the shortest; ms_per_decision the policy's
     own time, divided by decisions.
     """
-    runs = [
-        run_episodes(protocol, seed, partial(make_policy, seed), label=f"{label}, seed {seed}")
-        for seed in range(protocol.seeds)
-    ]
     success = np.concatenate([run.success for run in runs])
     ratio = np.concatenate([run.path / run.shortest for run in runs])[success]
     return {
@@ -135,6 +176,13 @@ def evaluate_policy(
         "steps": float(np.concatenate([run.steps for run in runs]).mean()),
         "ms_per_decision": 1000 * sum(run.decision_s for run in runs) / sum(run.decisions for run in runs),
     }
+
+
+def evaluate_policy(
+    protocol: PlanningProtocol, make_policy: Callable[[int, Sequence[gymnasium.Env]], Policy], *, label: str
+) -> dict[str, Any]:
+    """The summary of the episodes of all seeds."""
+    return summary(run_seeds(protocol, make_policy, label=label))
 
 
 # ------------------------------------------------------------------------------------------------------ controls
@@ -184,11 +232,16 @@ class PrivilegedPolicy:
         self.cost.keep(going_on)
 
 
-def has_ceiling(protocol: PlanningProtocol) -> bool:
-    """Whether the environment tells what the privileged planner needs."""
+def offered(protocol: PlanningProtocol, name: str) -> Any:
+    """What the environment's class offers beyond Gymnasium by this name, or None.
+
+    - privileged_cost(envs): see PrivilegedPolicy.
+    - state_px(states): positions (x, y) in px of its pictures, float [..., 2], x right and y down, pixel centres at
+      integers, of states [..., K], which info["state"] holds and, of the goal, info["goal"].
+    """
     env = make_env(protocol.env, protocol.env_kwargs, num_steps=protocol.budget)
     env.close()
-    return hasattr(type(env.unwrapped), "privileged_cost")
+    return getattr(type(env.unwrapped), name, None)
 
 
 def describe(protocol: PlanningProtocol, config: PlanningConfig) -> dict[str, Any]:

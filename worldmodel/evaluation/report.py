@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from worldmodel.checkpoint import write_text
+from data_pipelines.errors import UserError
+from worldmodel.checkpoint import load_run_config, write_text
+from worldmodel.config import to_yaml
 from worldmodel.evaluation import figures, tables
 from worldmodel.evaluation.figures import Line, Picture
-from worldmodel.evaluation.illustrations import Illustrations
+from worldmodel.evaluation.illustrations import NO_ILLUSTRATIONS, Illustrations, PlannedEpisode
+from worldmodel.evaluation.illustrations_file import ILLUSTRATIONS_NAME, PLANNED_NAME, load_parts
+from worldmodel.tracking import read_metrics, versions
+
+logger = logging.getLogger(__name__)
 
 CURVES = {
     "loss": "Loss",
@@ -22,6 +29,40 @@ CURVES = {
     "energy_score": "Energy Score at evaluations",
 }
 LEVELS = (50, 80, 90)
+
+
+def report_of_run(run: Path) -> Path:
+    """Write the report.html of a run folder from what evaluations left in it -> its path.
+
+    metrics.json and illustrations.safetensors are of scripts/evaluate.py, planning.json and planning.safetensors of
+    scripts/plan.py; what is not there is left out. Raises UserError: one of them is damaged.
+    """
+    metrics, planning = (_read_json(run / name) for name in ("metrics.json", "planning.json"))
+    drawn = load_parts(run / ILLUSTRATIONS_NAME, Illustrations) if metrics else []
+    if metrics and not drawn:
+        logger.warning("%s has no %s: evaluate the run again for the report's pictures", run, ILLUSTRATIONS_NAME)
+    path = run / "report.html"
+    write_report(
+        path,
+        title=run.name,
+        metrics=(metrics or {}) | ({"planning": planning} if planning else {}),
+        config_yaml=to_yaml(load_run_config(run)),
+        history=read_metrics(run),
+        illustrations=drawn[0] if drawn else NO_ILLUSTRATIONS,
+        episodes=load_parts(run / PLANNED_NAME, PlannedEpisode) if planning else [],
+        versions=versions(),
+    )
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """What a file holds, None where there is none."""
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged, write it again by the script that did: {error}") from error
 
 
 def write_report(
@@ -33,10 +74,12 @@ def write_report(
     history: Sequence[Mapping[str, Any]],
     illustrations: Illustrations,
     versions: Mapping[str, str],
+    episodes: Sequence[PlannedEpisode] = (),
 ) -> None:
     """Write the report of a run to `path`, one HTML file that needs nothing else.
 
-    `metrics` is what metrics.json holds and `history` the rows of metrics.jsonl; what they lack is left out,
+    `metrics` is what metrics.json holds, with what planning.json does as "planning", `history` the rows of
+    metrics.jsonl and `episodes` what is shown of the planning; what they lack is left out,
     and a missing number is shown as a dash. The file appears whole or not at all. Raises OSError when
     it cannot be written.
     """
@@ -63,6 +106,12 @@ def write_report(
         retrieval_chart=retrieval_chart(plain_metrics),
         neighbours=neighbour_pictures(illustrations),
         timeline=timeline_pictures(illustrations),
+        planning=tables.planning_table(plain_metrics),
+        protocol=tables.protocol_facts(plain_metrics),
+        episodes=planning_pictures(episodes, plain_metrics),
+        has_ways=any(episode.way_px is not None for episode in episodes),
+        has_imagined=any(episode.imagined_px is not None for episode in episodes),
+        labels_chart=labels_chart(plain_metrics),
         curves=curve_pictures(history),
         probes=tables.probe_tables(plain_metrics),
         embedding_table=tables.score_table(plain_metrics, "embedding.forecasts")
@@ -88,7 +137,9 @@ def write_page(path: Path, template: str, **content: Any) -> None:
     )
     colours = {f"{name}_{key}": colour for name, theme in figures.THEMES.items() for key, colour in theme.items()}
     page = environment.get_template(template).render(
-        colours={"fan": figures.FAN, "followed": figures.TRUTH, **colours}, dash=tables.DASH, **content
+        colours={"fan": figures.FAN, "followed": figures.TRUTH, "goal": figures.GOAL, **colours},
+        dash=tables.DASH,
+        **content,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
@@ -335,6 +386,51 @@ def timeline_pictures(illustrations: Illustrations) -> dict[str, Any] | None:
             for i, (moment, frames) in enumerate(zip(moments, timeline.peak_frames, strict=True))
         ],
     }
+
+
+def planning_pictures(
+    episodes: Sequence[PlannedEpisode], metrics: Mapping[str, Any]
+) -> list[tuple[str, Picture, Picture]]:
+    """For each shown episode what came of it, its animation, and the picture of its goal beside its last frame."""
+    budget = tables.value_at(metrics, "planning.protocol.budget")
+    pictures = []
+    for episode in episodes:
+        steps = len(episode.frames) - 1
+        outcome = f"reached after {steps} steps" if episode.success else f"not reached in {steps} steps"
+        alt = f"Episode {episode.number + 1}: the goal is {outcome}, of at most {tables.number(budget)}."
+        if episode.way_px is not None and episode.goal_px is not None:
+            left_px = np.linalg.norm(episode.way_px[[0, -1]] - episode.goal_px, axis=1)
+            alt += f" The agent begins {left_px[0]:.1f} px from it and ends {left_px[1]:.1f} px from it."
+            if episode.imagined_px is not None:
+                nearest_px = np.linalg.norm(episode.imagined_px[0] - episode.goal_px, axis=-1).min(axis=-1).mean()
+                alt += f" The first plan is imagined to come within {nearest_px:.1f} px of it."
+        both = np.stack([episode.goal, episode.frames[-1]])
+        words = f"Episode {episode.number + 1}: the picture of the goal, then the last frame."
+        pictures.append(
+            (
+                f"Episode {episode.number + 1}: {outcome}",
+                figures.planning_animation(episode, alt),
+                figures.strip(both, words),
+            )
+        )
+    return pictures
+
+
+def labels_chart(metrics: Mapping[str, Any]) -> Picture | None:
+    """Success against the number of labels, where there are several."""
+    curve = tables.value_at(metrics, "planning.curve") or []
+    if len(curve) < 2:
+        return None
+    points = [(entry["labels"], entry["success_rate"], *entry["ci95"]) for entry in curve]
+    levels = {
+        name: value
+        for name, key in (("random", "random_floor"), ("privileged", "oracle_ceiling"))
+        if isinstance(value := tables.value_at(metrics, f"planning.{key}.success_rate"), int | float)
+    }
+    words = "; ".join(f"{n:,} labels {rate:.3f} ({low:.3f} to {high:.3f})" for n, rate, low, high in points)
+    others = "".join(f" {name.capitalize()}: {level:.3f}." for name, level in levels.items())
+    alt = f"Success against labels, with 95% intervals: {words}.{others}"
+    return figures.interval_chart(points, levels, xlabel="labelled transitions", alt=alt)
 
 
 def history_series(history: Sequence[Mapping[str, Any]], key: str, *, train: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -289,9 +289,20 @@ def markdown_table(metrics: Mapping[str, Any]) -> str:
 
 
 def headline(metrics: Mapping[str, Any]) -> list[Number]:
-    """One sentence in parts: the score, and what it is relative to the oracle, or without one to a plain forecast."""
+    """The message in parts: the score, and what it is relative to the oracle, or without one to a plain forecast; and
+    how often planning reaches its goals, where that was asked."""
+    sentences = [part for part in (_forecast_sentence(metrics), planning_sentence(metrics)) if part]
+    return _joined(sentences, " ") or [Number("This run has no forecast score.")]
+
+
+def _joined(groups: Sequence[Sequence[Number]], word: str) -> list[Number]:
+    """The parts of all groups with a word between one group and the next."""
+    return [part for i, group in enumerate(groups) for part in ([Number(word)] if i else []) + list(group)]
+
+
+def _forecast_sentence(metrics: Mapping[str, Any]) -> list[Number]:
     if not math.isfinite(score(metrics, "model")):
-        return [Number("This run has no forecast score.")]
+        return []
     last = horizon(metrics) - 1
     far = last > 0 and math.isfinite(score(metrics, "model", last))
     space = "in embedding space" if unit(metrics) == "embedding space" else unit(metrics)
@@ -351,6 +362,7 @@ def tiles(metrics: Mapping[str, Any]) -> list[tuple[str, list[Number]]]:
             [Number(duration(value_at(metrics, "train.seconds")))],
         ),
         ("held-out queries", [number_at(metrics, "queries")]),
+        ("of goals reached by planning", [number_at(metrics, "planning.success_rate")]),
     ]
     return [(name, parts) for name, parts in found if parts and all(part.text != DASH for part in parts)]
 
@@ -370,7 +382,7 @@ def _coverage_tile(metrics: Mapping[str, Any], last: int) -> tuple[str, list[Num
 
 def _between(parts: Sequence[Number], word: str) -> list[Number]:
     """The parts with a word between them."""
-    return [piece for i, part in enumerate(parts) for piece in ([Number(word), part] if i else [part])]
+    return _joined([[part] for part in parts], word)
 
 
 def score_table(metrics: Mapping[str, Any], folder: str = "forecasts") -> Table:
@@ -479,3 +491,63 @@ def facts(metrics: Mapping[str, Any]) -> list[tuple[str, list[Number]]]:
     elif "beyond_fit_norm_99" in metrics:
         found.append((label("beyond_fit_norm_99"), beyond))
     return found
+
+
+# ------------------------------------------------------------------------------------------------------ planning
+
+
+def planning_sentence(metrics: Mapping[str, Any]) -> list[Number]:
+    """How often goals are reached, with the interval, and by chance; nothing where no planning was evaluated."""
+    success, chance = (number_at(metrics, f"planning.{key}success_rate") for key in ("", "random_floor."))
+    if success.text == DASH:
+        return []
+    interval = _between(numbers_at(metrics, "planning.ci95"), " to ")
+    parts = [Number("Plans reach "), success, Number(" of their goals (95% interval "), *interval, Number(")")]
+    if chance.text != DASH:
+        parts += [Number(", random actions "), chance]
+    return [*parts, Number(".")]
+
+
+def planning_table(metrics: Mapping[str, Any]) -> Table:
+    """A row for the run, or for each count of labels; then the floor and the ceiling."""
+    curve = value_at(metrics, "planning.curve") or []
+    rows = [
+        *((_with_labels(entry.get("labels")), f"planning.curve.{i}", "") for i, entry in enumerate(curve[:-1])),
+        (_with_labels(value_at(metrics, "planning.protocol.labels")), "planning", "model"),
+        ("Random actions", "planning.random_floor", ""),
+        ("Privileged planner", "planning.oracle_ceiling", "oracle"),
+    ]
+    columns = [
+        ("", "Success", "success_rate", 3),
+        ("95% interval", "from", "ci95.0", 3),
+        ("95% interval", "to", "ci95.1", 3),
+        ("", "Path ratio", "path_ratio", 2),
+        ("", "Steps", "steps", 1),
+        ("", "ms a decision", "ms_per_decision", 2),
+        ("", "Success of each seed", "per_seed", 2),
+    ]
+    return _table(
+        [(group, title) for group, title, _, _ in columns],
+        [
+            Row(name, [numbers_at(metrics, f"{folder}.{key}", digits) for _, _, key, digits in columns], kind)
+            for name, folder, kind in rows
+        ],
+    )
+
+
+def _with_labels(count: Any) -> str:
+    return "This run" if count is None else f"This run, {number(count)} labels"
+
+
+def protocol_facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Everything in the planning's protocol, by its dotted name."""
+
+    def leaves(value: Any, name: str) -> list[tuple[str, str]]:
+        if isinstance(value, Mapping) and value:
+            return [leaf for key, part in value.items() for leaf in leaves(part, f"{name}.{key}")]
+        if value is None or value == {}:
+            return [(name, DASH)]
+        return [(name, f"{value:g}" if isinstance(value, float) else str(value))]
+
+    protocol = mapping(value_at(metrics, "planning.protocol"))
+    return [leaf for key, value in protocol.items() for leaf in leaves(value, str(key))]
