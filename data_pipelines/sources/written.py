@@ -171,17 +171,17 @@ def write_whole(path: Path, frames: np.ndarray, fps: int = 10) -> None:
 
 
 def encode_h264(path: Path, frames: np.ndarray, fps: int = 10) -> None:
-    """Write uint8 frames as an H.264 .mp4 file: gray [T, H, W] with even sides, or RGB [T, H, W, 3] of any size.
+    """Write uint8 frames as an H.264 .mp4 file without loss: gray [T, H, W] with even sides, or RGB [T, H, W, 3].
 
-    RGB keeps its colours at full resolution (4:4:4) and is of higher quality (constant rate factor 12, gray 18): where
-    chroma is halved, what is a few pixels wide smears into its neighbours of another colour.
+    Only the conversion to YUV rounds, by a gray level or two and the same way in every frame. A lossy file of these
+    small, plain frames is less than half as large, and its artefacts are all that some embeddings come to hold
+    (docs/experiments.md). RGB keeps its colours at full resolution (4:4:4).
     """
     import av
 
     gray = frames.ndim == 3
     with av.open(str(path), "w", format="mp4") as container:
-        options = {"crf": "18" if gray else "12", "preset": "veryfast"}
-        stream = container.add_stream("libx264", rate=fps, options=options)
+        stream = container.add_stream("libx264", rate=fps, options={"qp": "0", "preset": "veryfast"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p" if gray else "yuv444p"
         stream.codec_context.thread_count = 1
