@@ -94,7 +94,7 @@ class ModelConfig:
     """Multiplies the encoder's channels."""
     pooling: Literal["mean", "moments"] = "mean"
     """What an encoder of videos keeps of its last feature maps: their means, as published, or also the first and second
-    moments of their pixels' coordinates, which say where things are."""
+    moments of their pixels' coordinates, weighed by the map, which say where things are."""
     embedding_dim: PositiveInt = 128
     embedding_norm: Literal["sphere", "standard", "white"] = "sphere"
     """sphere: every embedding has the length sqrt(embedding_dim). standard: each dimension has mean 0 and variance 1
@@ -120,6 +120,8 @@ class ModelConfig:
     editor: Literal["mlp", "residual", "sum", "low_rank"] = "mlp"
     """t(z, r). mlp: of both. residual: z plus an mlp of both. sum: z + r. low_rank: z plus one low-rank module for each
     coordinate of r."""
+    editor_norm: Literal["batch", "layer"] = "batch"
+    """Inside the editor's mlp: batch norm and ReLU, as published, or layer norm and GELU, for mlp and residual."""
 
 
 @dataclass(frozen=True, config=_KNOWN_KEYS)

@@ -5,11 +5,15 @@ An editor may end in a predictor, an MLP that only the prediction passes through
 Legend: B clips, D embedding dimensions, R latent dimensions.
 """
 
+from typing import Literal
+
 import torch
 from einops import einsum
 from torch import Tensor, nn
 
 from worldmodel.encoders import mlp
+
+Norm = Literal["batch", "layer"]
 
 
 class MlpEditor(nn.Module):
@@ -18,9 +22,9 @@ class MlpEditor(nn.Module):
     It is itself a predictor. With latent_dim 0 it is BYOL's: one future for each past.
     """
 
-    def __init__(self, embedding_dim: int, hidden_dim: int, latent_dim: int) -> None:
+    def __init__(self, embedding_dim: int, hidden_dim: int, latent_dim: int, norm: Norm = "batch") -> None:
         super().__init__()
-        self.net = mlp([embedding_dim + latent_dim, hidden_dim, hidden_dim, embedding_dim])
+        self.net = mlp([embedding_dim + latent_dim, hidden_dim, hidden_dim, embedding_dim], norm=norm)
 
     def forward(self, context: Tensor, r: Tensor) -> Tensor:
         """context [B, D], r [B, R] -> edited [B, D]."""
@@ -30,9 +34,9 @@ class MlpEditor(nn.Module):
 class ResidualEditor(nn.Module):
     """t = f(x) + MLP([f(x), r]): small changes of state from step to step, as planning over many steps wants them."""
 
-    def __init__(self, embedding_dim: int, hidden_dim: int, latent_dim: int) -> None:
+    def __init__(self, embedding_dim: int, hidden_dim: int, latent_dim: int, norm: Norm = "batch") -> None:
         super().__init__()
-        self.net = mlp([embedding_dim + latent_dim, hidden_dim, hidden_dim, embedding_dim])
+        self.net = mlp([embedding_dim + latent_dim, hidden_dim, hidden_dim, embedding_dim], norm=norm)
 
     def forward(self, context: Tensor, r: Tensor) -> Tensor:
         """context [B, D], r [B, R] -> edited [B, D]."""
@@ -67,12 +71,14 @@ class LowRankEditor(nn.Module):
         return context + einsum(reduced, self.up, "b i k, i k d -> b d") + gate @ self.shift
 
 
-def make_editor(name: str, *, embedding_dim: int, hidden_dim: int, latent_dim: int, predictor: bool) -> nn.Module:
+def make_editor(
+    name: str, *, embedding_dim: int, hidden_dim: int, latent_dim: int, predictor: bool, norm: Norm = "batch"
+) -> nn.Module:
     """The editor by its name in the config, with a predictor after it where one is needed and the editor is none."""
     if name == "mlp":
-        return MlpEditor(embedding_dim, hidden_dim, latent_dim)
+        return MlpEditor(embedding_dim, hidden_dim, latent_dim, norm)
     if name == "residual":
-        return ResidualEditor(embedding_dim, hidden_dim, latent_dim)
+        return ResidualEditor(embedding_dim, hidden_dim, latent_dim, norm)
     # Without a latent there is nothing to add, and no module to add it.
     plain = LowRankEditor(embedding_dim, latent_dim) if name == "low_rank" and latent_dim else SumEditor()
     return WithPredictor(plain, embedding_dim, hidden_dim) if predictor else plain

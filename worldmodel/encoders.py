@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 Pooling = Literal["mean", "moments"]
 NUM_MOMENTS = {"mean": 1, "moments": 6}
-"""Numbers that pooling keeps of each feature map. The mean forgets where a feature is; first moments tell its place,
-second ones its extent."""
+"""Numbers that pooling keeps of each feature map. The mean forgets where a feature is; first moments, of the pixels'
+coordinates weighed by the map, tell its place, and second ones its extent."""
 
 
 class Conv3dEncoder(nn.Module):
@@ -140,19 +140,21 @@ Encoder = Conv3dEncoder | ResNetEncoder | MlpEncoder
 ENCODERS: dict[str, type[Encoder]] = {"conv3d": Conv3dEncoder, "resnet": ResNetEncoder, "mlp": MlpEncoder}
 
 
-def mlp(dims: Sequence[int], *, final_norm: bool = False) -> nn.Sequential:
-    """Linear layers with BN and ReLU between them: [B, dims[0]] -> [B, dims[-1]].
+def mlp(dims: Sequence[int], *, final_norm: bool = False, norm: Literal["batch", "layer"] = "batch") -> nn.Sequential:
+    """Linear layers, with BN and ReLU or LN and GELU between them: [B, dims[0]] -> [B, dims[-1]].
 
     `final_norm` ends in BN instead of a bare Linear layer. A Linear layer before BN has no bias, which BN would cancel.
     """
     layers: list[nn.Module] = []
     for index, (fan_in, fan_out) in enumerate(pairwise(dims)):
         last = index == len(dims) - 2
-        layers.append(nn.Linear(fan_in, fan_out, bias=last and not final_norm))
-        if not last or final_norm:
-            layers.append(nn.BatchNorm1d(fan_out))
-        if not last:
-            layers.append(nn.ReLU(inplace=True))
+        layers.append(nn.Linear(fan_in, fan_out, bias=not final_norm if last else norm == "layer"))
+        if last:
+            layers += [nn.BatchNorm1d(fan_out)] if final_norm else []
+        elif norm == "batch":
+            layers += [nn.BatchNorm1d(fan_out), nn.ReLU(inplace=True)]
+        else:
+            layers += [nn.LayerNorm(fan_out), nn.GELU()]
     return nn.Sequential(*layers)
 
 
@@ -237,19 +239,30 @@ def _pooled(maps: Tensor, pooling: Pooling) -> Tensor:
     Its gradient is dense and lies in memory as channels-last values do. That of `mean` is one number for all pixels,
     spread by strides, with which the layers below took a quarter of a CPU step longer.
     """
-    weights = moment_weights(maps.shape[2], maps.shape[3], pooling).to(maps)
-    moments = weights.expand(len(maps), -1, -1) @ rearrange(maps, "n c h w -> n (h w) c")
-    return rearrange(moments, "n k c -> n (c k)")
+    num_pixels = maps.shape[2] * maps.shape[3]
+    weights = pixel_weights(maps.shape[2], maps.shape[3], pooling).to(maps.device)
+    pixels = rearrange(maps, "n c h w -> n (h w) c")
+    if pooling == "mean":
+        sums = weights.to(maps).expand(len(maps), -1, -1) @ pixels
+        return rearrange(sums / num_pixels, "n k c -> n (c k)")
+    # In bf16 a place would be a tenth of a pixel off.
+    with torch.autocast(maps.device.type, enabled=False):
+        mass, moments = (weights.expand(len(maps), -1, -1) @ pixels.float()).split([1, len(weights) - 1], dim=1)
+        pooled = torch.cat([mass / num_pixels, moments / (mass + EMPTY_MASS)], dim=1)
+        return rearrange(pooled, "n k c -> n (c k)")
 
 
-def moment_weights(height: int, width: int, pooling: Pooling) -> Tensor:
-    """What pixels count for each moment, [K, H * W]: 1, and with "moments" x, y, x^2, x y, y^2, over the number of
-    pixels; x and y run from -1 to 1."""
+EMPTY_MASS = 0.05
+"""Added to the sum of a map, which is never negative, so that an empty one has its centre in the middle."""
+
+
+def pixel_weights(height: int, width: int, pooling: Pooling) -> Tensor:
+    """What pixels count for each number that pooling keeps, [K, H * W]: 1, and with "moments" x, y, x^2, x y, y^2; x
+    and y run from -1 to 1."""
     y = torch.linspace(-1, 1, height)[:, None].expand(height, width)
     x = torch.linspace(-1, 1, width).expand(height, width)
     ones = torch.ones(height, width)
-    moments = [ones] if pooling == "mean" else [ones, x, y, x * x, x * y, y * y]
-    return torch.stack(moments).flatten(1) / (height * width)
+    return torch.stack([ones] if pooling == "mean" else [ones, x, y, x * x, x * y, y * y]).flatten(1)
 
 
 def _scaled(channels: int, width: float) -> int:

@@ -72,6 +72,7 @@ class WorldModel(nn.Module):
             hidden_dim=model.hidden_dim,
             latent_dim=(self.latent.latent_dim if self.latent else 0) + self.action_dim,
             predictor=self.objective.needs_predictor,
+            norm=model.editor_norm,
         )
         self.on_sphere = model.embedding_norm == "sphere"
         self.num_steps = objective.rollout_steps

@@ -51,6 +51,15 @@ def test_low_rank_starts_as_the_identity_and_a_zero_coordinate_does_nothing() ->
     torch.testing.assert_close(editor(context, torch.zeros(5, 3)), context)
 
 
+def test_with_layer_norm_no_clip_depends_on_the_others() -> None:
+    torch.manual_seed(0)
+    context, r = batch(0, 5, 6), batch(1, 5, 3)
+    for kind in (MlpEditor, ResidualEditor):
+        by_batch, by_layer = kind(6, 8, 3), kind(6, 8, 3, "layer")
+        for editor, alone in ((by_batch, False), (by_layer, True)):
+            assert torch.allclose(editor(context, r)[:2], editor(context[:2], r[:2]), atol=1e-6) == alone
+
+
 def test_the_name_in_the_config_makes_the_editor() -> None:
     sizes = {"embedding_dim": 6, "hidden_dim": 8}
     kinds = {

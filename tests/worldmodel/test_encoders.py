@@ -54,11 +54,12 @@ def test_features_are_means_over_pixels() -> None:
 def moments_of(maps: torch.Tensor) -> torch.Tensor:
     """[..., C, H, W] -> [..., C, 6], map by map."""
     y, x = torch.meshgrid(*(torch.linspace(-1, 1, size) for size in maps.shape[-2:]), indexing="ij")
-    powers = (torch.ones_like(x), x, y, x**2, x * y, y**2)
-    return torch.stack([(maps * power).mean(dim=(-2, -1)) for power in powers], dim=-1)
+    mass = maps.sum(dim=(-2, -1))
+    moments = [(maps * power).sum(dim=(-2, -1)) / (mass + 0.05) for power in (x, y, x**2, x * y, y**2)]
+    return torch.stack([maps.mean(dim=(-2, -1)), *moments], dim=-1)
 
 
-def test_moments_are_means_of_maps_times_powers_of_coordinates() -> None:
+def test_moments_are_those_of_coordinates_weighed_by_the_map() -> None:
     torch.manual_seed(0)
     video = clip(2, 2, 1, 96)
     spatial = Conv3dEncoder(1, 2, 0.125, "moments")
