@@ -1,3 +1,5 @@
+from typing import Any
+
 import torch
 
 from worldmodel.editors import LowRankEditor, MlpEditor, ResidualEditor, SumEditor, WithPredictor, make_editor
@@ -61,7 +63,7 @@ def test_with_layer_norm_no_clip_depends_on_the_others() -> None:
 
 
 def test_the_name_in_the_config_makes_the_editor() -> None:
-    sizes = {"embedding_dim": 6, "hidden_dim": 8}
+    sizes: dict[str, Any] = {"embedding_dim": 6, "hidden_dim": 8}
     kinds = {
         (name, predictor): type(make_editor(name, **sizes, latent_dim=6, predictor=predictor))
         for name in ("mlp", "residual", "sum", "low_rank")
