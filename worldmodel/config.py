@@ -121,7 +121,7 @@ class ModelConfig:
     """t(z, r). mlp: of both. residual: z plus an mlp of both. sum: z + r. low_rank: z plus one low-rank module for each
     coordinate of r."""
     editor_norm: Literal["batch", "layer"] = "batch"
-    """Inside the editor's mlp: batch norm and ReLU, as published, or layer norm and GELU, for mlp and residual."""
+    """Inside the editor's mlp, or its predictor: batch norm and ReLU, as published, or layer norm and GELU."""
 
 
 @dataclass(frozen=True, config=_KNOWN_KEYS)

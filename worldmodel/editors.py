@@ -5,15 +5,11 @@ An editor may end in a predictor, an MLP that only the prediction passes through
 Legend: B clips, D embedding dimensions, R latent dimensions.
 """
 
-from typing import Literal
-
 import torch
 from einops import einsum
 from torch import Tensor, nn
 
-from worldmodel.encoders import mlp
-
-Norm = Literal["batch", "layer"]
+from worldmodel.encoders import Norm, mlp
 
 
 class MlpEditor(nn.Module):
@@ -81,16 +77,18 @@ def make_editor(
         return ResidualEditor(embedding_dim, hidden_dim, latent_dim, norm)
     # Without a latent there is nothing to add, and no module to add it.
     plain = LowRankEditor(embedding_dim, latent_dim) if name == "low_rank" and latent_dim else SumEditor()
-    return WithPredictor(plain, embedding_dim, hidden_dim) if predictor else plain
+    return WithPredictor(plain, embedding_dim, hidden_dim, norm) if predictor else plain
 
 
 class WithPredictor(nn.Module):
     """An editor followed by BYOL's predictor (Grill et al., arXiv 2006.07733, section 3)."""
 
-    def __init__(self, editor: SumEditor | LowRankEditor, embedding_dim: int, hidden_dim: int) -> None:
+    def __init__(
+        self, editor: SumEditor | LowRankEditor, embedding_dim: int, hidden_dim: int, norm: Norm = "batch"
+    ) -> None:
         super().__init__()
         self.editor = editor
-        self.predictor = mlp([embedding_dim, hidden_dim, embedding_dim])
+        self.predictor = mlp([embedding_dim, hidden_dim, embedding_dim], norm=norm)
 
     def forward(self, context: Tensor, r: Tensor) -> Tensor:
         """context [B, D], r [B, R] -> edited [B, D]."""

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 Pooling = Literal["mean", "moments"]
+Norm = Literal["batch", "layer"]
 NUM_MOMENTS = {"mean": 1, "moments": 6}
 """Numbers that pooling keeps of each feature map. The mean forgets where a feature is; first moments, of the pixels'
 coordinates weighed by the map, tell its place, and second ones its extent."""
@@ -140,7 +141,7 @@ Encoder = Conv3dEncoder | ResNetEncoder | MlpEncoder
 ENCODERS: dict[str, type[Encoder]] = {"conv3d": Conv3dEncoder, "resnet": ResNetEncoder, "mlp": MlpEncoder}
 
 
-def mlp(dims: Sequence[int], *, final_norm: bool = False, norm: Literal["batch", "layer"] = "batch") -> nn.Sequential:
+def mlp(dims: Sequence[int], *, final_norm: bool = False, norm: Norm = "batch") -> nn.Sequential:
     """Linear layers, with BN and ReLU or LN and GELU between them: [B, dims[0]] -> [B, dims[-1]].
 
     `final_norm` ends in BN instead of a bare Linear layer. A Linear layer before BN has no bias, which BN would cancel.

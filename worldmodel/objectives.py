@@ -11,6 +11,7 @@ Legend: B clips, D embedding dimensions.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -23,7 +24,7 @@ from worldmodel.encoders import mlp
 MAX_LOGIT = 20.0
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """What an objective asks of the model and of the trainer; `forward` is its loss."""
 
     needs_teacher: ClassVar[bool] = False
@@ -39,19 +40,19 @@ class Objective(nn.Module):
     default_beta: ClassVar[float] = 0.001
     """Weight of the latent's regulariser. It goes with how steep the loss is in the squared error of an embedding."""
 
+    @abstractmethod
     def forward(
         self, edited: Tensor, target: Tensor, context: Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         """edited, target, context [B, D] -> {"prediction_loss": scalar, ...}."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prediction_error(self, edited: Tensor, target: Tensor, context: Tensor) -> Tensor:
         """What each clip's own distance from its target adds to the loss, 0 where there is none: [B, D] each -> [B].
 
         In the units of the loss and with its weight there. What the loss makes of the clips of a batch together is left
         out: the error of a clip does not depend on the others.
         """
-        raise NotImplementedError
 
 
 # --------------------------------------------------------------------------------------------------- distillation

@@ -56,8 +56,9 @@ def test_low_rank_starts_as_the_identity_and_a_zero_coordinate_does_nothing() ->
 def test_with_layer_norm_no_clip_depends_on_the_others() -> None:
     torch.manual_seed(0)
     context, r = batch(0, 5, 6), batch(1, 5, 3)
-    for kind in (MlpEditor, ResidualEditor):
-        by_batch, by_layer = kind(6, 8, 3), kind(6, 8, 3, "layer")
+    sizes: dict[str, Any] = {"embedding_dim": 6, "hidden_dim": 8, "latent_dim": 3, "predictor": True}
+    for name in ("mlp", "residual", "low_rank"):
+        by_batch, by_layer = make_editor(name, **sizes), make_editor(name, **sizes, norm="layer")
         for editor, alone in ((by_batch, False), (by_layer, True)):
             assert torch.allclose(editor(context, r)[:2], editor(context[:2], r[:2]), atol=1e-6) == alone
 
