@@ -98,7 +98,8 @@ class ModelConfig:
     embedding_dim: PositiveInt = 128
     embedding_norm: Literal["sphere", "standard", "white"] = "sphere"
     """sphere: every embedding has the length sqrt(embedding_dim). standard: each dimension has mean 0 and variance 1
-    over a batch. white: dimensions are also uncorrelated."""
+    over a batch, and then, but for objectives with a teacher, a learned shift and scale. white: dimensions are also
+    uncorrelated."""
     hidden_dim: PositiveInt = 1024
     """Hidden units of projector, editor, prior and posterior."""
     projector_layers: NonNegativeInt = 2
@@ -128,7 +129,7 @@ class ModelConfig:
 class ObjectiveConfig:
     """The loss between edited and target embeddings (worldmodel/objectives.py), and beta times the latent's penalty."""
 
-    name: Literal["byol", "infonce", "aninfonce", "hinfonce", "vicreg", "sigreg", "ressl", "ssl_hsic"] = "byol"
+    name: Literal["byol", "jepa", "infonce", "aninfonce", "hinfonce", "vicreg", "sigreg", "ressl", "ssl_hsic"] = "byol"
     beta: NonNegativeFloat | None = None
     """Weight of KL(posterior || prior) in nats, or of the expected L0 of a sparse r; none: the objective's default."""
     beta_warmup_steps: NonNegativeInt = 0
@@ -151,7 +152,7 @@ class ObjectiveConfig:
     step_weights: tuple[NonNegativeFloat, ...] | None = None
     """Weight of each of these steps in the loss, relative to the others; none: the same for all."""
     ema_momentum: Fraction = 0.996
-    """byol, ressl, ssl_hsic: the teacher keeps this share of itself at each step."""
+    """byol, jepa, ressl, ssl_hsic: the teacher keeps this share of itself at each step."""
     ema_schedule: Literal["constant", "cosine"] = "constant"
     """cosine: the momentum rises to 1 over the run (BYOL)."""
 
@@ -163,6 +164,11 @@ class TrainConfig:
     warmup_steps: NonNegativeInt = 0
     weight_decay: NonNegativeFloat = 1e-4
     """For matrices and kernels only; one-dimensional parameters have none."""
+    refine_steps: NonNegativeInt = 0
+    """Updates after these in which the encoder stands still and editor and latent go on learning from its embeddings of
+    refine_clips clips, which are free of the noise of batch statistics (worldmodel/refine.py)."""
+    refine_clips: Annotated[int, Field(strict=True, ge=2)] = 65_536
+    refine_lr: PositiveFloat = 1e-3
     clip_norm: NonNegativeFloat = 0.0
     """Largest norm of the gradient; 0 leaves it as it is."""
     grad_accumulation: PositiveInt = 1

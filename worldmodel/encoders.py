@@ -141,17 +141,20 @@ Encoder = Conv3dEncoder | ResNetEncoder | MlpEncoder
 ENCODERS: dict[str, type[Encoder]] = {"conv3d": Conv3dEncoder, "resnet": ResNetEncoder, "mlp": MlpEncoder}
 
 
-def mlp(dims: Sequence[int], *, final_norm: bool = False, norm: Norm = "batch") -> nn.Sequential:
+def mlp(
+    dims: Sequence[int], *, final_norm: bool = False, learned_scale: bool = True, norm: Norm = "batch"
+) -> nn.Sequential:
     """Linear layers, with BN and ReLU or LN and GELU between them: [B, dims[0]] -> [B, dims[-1]].
 
-    `final_norm` ends in BN instead of a bare Linear layer. A Linear layer before BN has no bias, which BN would cancel.
+    `final_norm` ends in BN instead of a bare Linear layer, with a scale and shift that are learned or, without
+    `learned_scale`, 1 and 0. A Linear layer before BN has no bias, which BN would cancel.
     """
     layers: list[nn.Module] = []
     for index, (fan_in, fan_out) in enumerate(pairwise(dims)):
         last = index == len(dims) - 2
         layers.append(nn.Linear(fan_in, fan_out, bias=not final_norm if last else norm == "layer"))
         if last:
-            layers += [nn.BatchNorm1d(fan_out)] if final_norm else []
+            layers += [nn.BatchNorm1d(fan_out, affine=learned_scale)] if final_norm else []
         elif norm == "batch":
             layers += [nn.BatchNorm1d(fan_out), nn.ReLU(inplace=True)]
         else:
@@ -172,12 +175,13 @@ class Embedder(nn.Module):
         hidden_dims: Sequence[int],
         embedding_dim: int,
         norm: Literal["sphere", "standard", "white"],
+        learned_scale: bool = True,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.norm = norm
         dims = [encoder.num_features, *hidden_dims, embedding_dim]
-        self.projector = mlp(dims, final_norm=norm != "white")
+        self.projector = mlp(dims, final_norm=norm != "white", learned_scale=learned_scale)
         if norm == "white":
             self.projector.append(Whitening(embedding_dim))
 

@@ -16,7 +16,7 @@ from worldmodel.config import Config
 from worldmodel.editors import make_editor
 from worldmodel.encoders import ENCODERS, Embedder, normalise
 from worldmodel.latents import Inference, make_latent
-from worldmodel.objectives import SequenceTerms, make_objective
+from worldmodel.objectives import OBJECTIVES, SequenceTerms, make_objective
 
 
 class WorldModel(nn.Module):
@@ -35,6 +35,8 @@ class WorldModel(nn.Module):
             [model.hidden_dim] * model.projector_layers,
             model.embedding_dim,
             model.embedding_norm,
+            # A teacher's targets would shrink with it.
+            learned_scale=model.embedding_norm == "sphere" or not OBJECTIVES[objective.name].needs_teacher,
         )
         self.action_dim = model.action_dim * data.num_frames
         self.latent = make_latent(
@@ -171,7 +173,7 @@ class WorldModel(nn.Module):
 
     def targets_of(self, segments: Tensor) -> Tensor:
         """The targets of each step of prediction: [B, S, T, C, H, W] -> [K * B, T, C, H, W], step by step."""
-        return rearrange(segments[:, 1 : self.num_steps + 1], "b k ... -> (k b) ...")
+        return self._flat(segments[:, 1 : self.num_steps + 1])
 
     def forward(
         self,
@@ -191,22 +193,50 @@ class WorldModel(nn.Module):
         is what an oracle latent takes, actions [B, K, A] what the model is conditioned on. The encoder also learns
         through the posterior: without that gradient, forecasts are far worse (docs/experiments.md).
         """
+        real, seen = self.embed(segments, teacher_targets)
+        return self.losses(real, seen, known_r, beta, generator, actions=actions), self._flat(real[:, 1:]).detach()
+
+    def embed(self, segments: Tensor, teacher_targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What `losses` reads of segments [B, S, T, C, H, W], with teacher_targets [K * B, D] as `forward` takes them.
+
+        -> embeddings [B, K + 1, D] of the context and the K targets, and those that the posterior sees, [B, K, D] or
+        None.
+        """
         clips = [segments[:, 0]]
         if teacher_targets is None:
             clips.append(self.targets_of(segments))
         if self.latent is not None and self.latent.sees_later:
-            clips.append(rearrange(segments[:, self.seen_at :][:, : self.num_steps], "b k ... -> (k b) ..."))
+            clips.append(self._flat(segments[:, self.seen_at :][:, : self.num_steps]))
         # One call for all: batch statistics over all segments, and one pass through the encoder.
         embeddings = list(self.encode(torch.cat(clips)).split([len(clip) for clip in clips]))
-        state = embeddings.pop(0)
+        context = embeddings.pop(0)
         targets = embeddings.pop(0) if teacher_targets is None else teacher_targets
-        seen = embeddings.pop(0).chunk(self.num_steps) if embeddings else [None] * self.num_steps
-        real = torch.stack([state, *targets.chunk(self.num_steps)], dim=1)
-        of_steps = [None] * self.num_steps if actions is None else actions.unbind(1)
+        real = torch.stack([context, *targets.chunk(self.num_steps)], dim=1)
+        return real, torch.stack(embeddings[0].chunk(self.num_steps), dim=1) if embeddings else None
+
+    def losses(
+        self,
+        real: Tensor,
+        seen: Tensor | None,
+        known_r: Tensor | None,
+        beta: float,
+        generator: torch.Generator | None = None,
+        *,
+        actions: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The losses of `forward` from what `embed` returns."""
+        state = real[:, 0]
         steps = []
-        for k, (seen_there, action) in enumerate(zip(seen, of_steps, strict=True)):
+        for k in range(self.num_steps):
             state, terms = self._predict(
-                state, real[:, k], real[:, k + 1], seen_there, known_r, action, beta, generator
+                state,
+                real[:, k],
+                real[:, k + 1],
+                None if seen is None else seen[:, k],
+                known_r,
+                None if actions is None else actions[:, k],
+                beta,
+                generator,
             )
             steps.append(terms)
         weighted = {
@@ -219,7 +249,11 @@ class WorldModel(nn.Module):
         logged = {name: value.detach() for name, value in (weighted | of_sequence).items()}
         if self.num_steps > 1:
             logged |= {f"alignment_{k}": terms["alignment"].detach() for k, terms in enumerate(steps, start=1)}
-        return {"loss": loss} | logged, targets.detach()
+        return {"loss": loss} | logged
+
+    @staticmethod
+    def _flat(of_steps: Tensor) -> Tensor:
+        return rearrange(of_steps, "b k ... -> (k b) ...")
 
     def _predict(
         self,

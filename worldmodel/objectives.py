@@ -76,6 +76,28 @@ class Byol(Objective):
         return 1 - F.cosine_similarity(edited, target, dim=-1)
 
 
+class Jepa(Objective):
+    """Half the mean squared error to an EMA teacher's embedding, each dimension of which has variance 1 over a batch.
+
+    Joint-embedding prediction by squared error (I-JEPA, Assran et al., arXiv 2301.08243, section 3), with targets
+    standardised as in data2vec (Baevski et al., arXiv 2202.03555, section 3.3). Between two points of the sphere it is
+    1 - cosine, BYOL's loss; without the sphere the embedding is not bent by a length that differs from clip to clip.
+    """
+
+    needs_teacher = True
+    needs_predictor = True
+
+    def forward(
+        self, edited: Tensor, target: Tensor, context: Tensor, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """edited, target [B, D] -> "prediction_loss" >= 0."""
+        return {"prediction_loss": F.mse_loss(edited, target) / 2}
+
+    def prediction_error(self, edited: Tensor, target: Tensor, context: Tensor) -> Tensor:
+        """Half the mean squared difference."""
+        return (edited - target).square().mean(dim=-1) / 2
+
+
 class Ressl(Objective):
     """Relational consistency (Zheng et al., arXiv 2107.09282).
 
@@ -388,6 +410,7 @@ class SequenceTerms(nn.Module):
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "byol": Byol,
+    "jepa": Jepa,
     "infonce": InfoNce,
     "aninfonce": AnInfoNce,
     "hinfonce": HInfoNce,

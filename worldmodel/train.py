@@ -9,11 +9,10 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
@@ -34,6 +33,8 @@ from worldmodel.data import actions_of, num_segments, oracle_r, segments_of, tra
 from worldmodel.evaluation import factors, forecast
 from worldmodel.machine import computes_bf16, fair_share_of_cores, keep_freed_memory
 from worldmodel.model import WorldModel
+from worldmodel.optimisation import learning_rate, parameter_groups, set_lr, step_generator
+from worldmodel.refine import embed_clips, refine
 from worldmodel.scores import effective_rank
 from worldmodel.teacher import Teacher, ema_momentum
 from worldmodel.tracking import Tracker
@@ -52,7 +53,7 @@ class Interrupted(Exception):
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Train to config.train.steps updates and return the run folder.
+    """Train to config.train.steps updates, refine, and return the run folder.
 
     Raises:
         UserError: anything the user can mend; see its message.
@@ -82,6 +83,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
                     raise Interrupted(signal_number)
             if trainer.saved_step != trainer.step:
                 trainer.save()
+            if config.train.refine_steps and not trainer.refined:
+                trainer.refine(batches, stop)
         finally:
             batches.close()
             trainer.close()
@@ -105,6 +108,7 @@ class Trainer:
         self.step = 0
         self.saved_step = -1
         self.best_score = math.inf
+        self.refined = False
         self.started_s = time.monotonic()
         self.earlier_s = 0.0
         self.sums = Sums()
@@ -121,7 +125,7 @@ class Trainer:
     def update(self, batches: Iterator[dict[str, Any]]) -> None:
         """One optimiser step on grad_accumulation batches."""
         config, accelerator = self.config, self.accelerator
-        set_lr(self.optimizer, learning_rate(self.step, config.train))
+        set_lr(self.optimizer, self.lr_at(self.step))
         generator = step_generator(config.seed, self.step, accelerator.process_index, accelerator.device)
         for _ in range(config.train.grad_accumulation):
             waited_s = time.monotonic()
@@ -151,6 +155,10 @@ class Trainer:
             self.teacher.update(self.student.embedder, momentum)
         self.step += 1
 
+    def lr_at(self, step: int) -> float:
+        train = self.config.train
+        return learning_rate(step, train.lr, train.warmup_steps, train.steps)
+
     def beta_at(self, step: int) -> float:
         """beta with its linear warm-up from zero."""
         warmup_steps = self.config.objective.beta_warmup_steps
@@ -170,7 +178,7 @@ class Trainer:
     def log(self, bar: tqdm) -> None:
         values = self.sums.means(self.accelerator)
         values |= {
-            "lr": learning_rate(self.step - 1, self.config.train),
+            "lr": self.lr_at(self.step - 1),
             "beta": self.beta_at(self.step - 1),
         }
         self.sums = Sums()
@@ -201,6 +209,28 @@ class Trainer:
                 is_best += 1
         return bool(self.accelerator.reduce(is_best).item())
 
+    def refine(self, batches: Iterator[dict[str, Any]], stop: Callable[[], int]) -> None:
+        """Refinement, by the first process alone: minutes of one processor. Interrupted, it begins anew on a resume."""
+        caught = 0
+        if self.accelerator.is_main_process:
+            device, config = self.accelerator.device, self.config
+            with ExitStack() as opened:
+                if self.accelerator.num_processes > 1:  # `batches` has a share of each batch only
+                    stream = training_stream(config, rank=0, world_size=1, device=device)
+                    whole = stream.batches(self.step * config.train.grad_accumulation)
+                    batches = opened.enter_context(closing(whole))
+                autocast = self.accelerator.autocast
+                clips = embed_clips(config, self.student, self.teacher, batches, device, autocast, stop)
+            caught = refine(config, self.student, clips, device, self.log_refinement, stop)
+        if signal_number := int(self.accelerator.reduce(torch.tensor(caught, device=self.accelerator.device))):
+            raise Interrupted(signal_number)
+        self.refined = True
+        self.save(self.evaluate())
+
+    def log_refinement(self, updates: int, values: dict[str, float]) -> None:
+        if self.tracker:
+            self.tracker.log("refinement", self.step + updates, values)
+
     def save(self, is_best: bool = False) -> None:
         self.saved_step = self.step
         if not self.accelerator.is_main_process:
@@ -211,6 +241,7 @@ class Trainer:
             "train_seconds": self.train_seconds,
             "stream": self.stream_fingerprint,
             "best_score": self.best_score,
+            "refined": self.refined,
             "scaler": scaler.state_dict() if scaler else None,
         }
         checkpoint = Checkpoint(
@@ -239,7 +270,7 @@ class Trainer:
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step = self.saved_step = state["step"]
-        self.best_score = state["best_score"]
+        self.best_score, self.refined = state["best_score"], state.get("refined", False)
         self.earlier_s = state["train_seconds"]
         self.accelerator.print(f"resuming {self.run} at step {self.step}")
 
@@ -316,37 +347,6 @@ class Sums:
             "clips_per_s": self.num_clips * accelerator.num_processes / elapsed_s,
             "data_wait": self.data_wait_s / elapsed_s,
         }
-
-
-# ----------------------------------------------------------------------------------------------------- schedules
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up to config.lr, then a cosine to zero at config.steps."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.lr * (math.cos(math.pi * progress) + 1) / 2
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and kernels, none for biases and norms."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-
-
-def step_generator(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
-    """The random numbers of one step on one process."""
-    mixed = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(mixed >> np.uint64(1)))
 
 
 # ----------------------------------------------------------------------------------------------------- machinery

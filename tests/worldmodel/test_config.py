@@ -17,10 +17,12 @@ def test_shipped_configs_are_valid_and_survive_a_round_trip(path: Path, tmp_path
     assert load_config(copy) == config
 
 
-@pytest.mark.parametrize("name", ["demo", "paper"])
-def test_twins_differ_only_in_the_latent(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "twin_name"), [("demo", "demo_byol"), ("paper", "paper_byol"), ("kicked", "kicked_no_latent")]
+)
+def test_twins_differ_only_in_the_latent(name: str, twin_name: str) -> None:
     config = flatten(to_dict(load_config(REPO / "configs" / f"{name}.yaml")))
-    twin = flatten(to_dict(load_config(REPO / "configs" / f"{name}_byol.yaml")))
+    twin = flatten(to_dict(load_config(REPO / "configs" / f"{twin_name}.yaml")))
     differing = {key for key in config if config[key] != twin[key]}
     assert differing <= {"run_dir", "model.latent", "model.latent_dim", "model.prior_components", "objective.beta"}
     assert twin["model.latent"] == "none"

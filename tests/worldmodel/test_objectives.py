@@ -108,6 +108,7 @@ def test_loss_falls_as_the_prediction_moves_to_the_target(name: str) -> None:
     ("name", "needs"),
     [
         ("byol", {"teacher", "sphere", "predictor"}),
+        ("jepa", {"teacher", "predictor"}),
         ("infonce", {"negatives"}),
         ("aninfonce", {"negatives"}),
         ("hinfonce", {"negatives"}),
@@ -151,7 +152,7 @@ def test_a_clip_s_prediction_error_is_its_own_and_nothing_where_the_target_is_me
     assert bool((objective.prediction_error(target, target, context).abs() < 1e-12).all())
 
 
-@pytest.mark.parametrize("name", ["byol", "vicreg", "sigreg"])
+@pytest.mark.parametrize("name", ["byol", "jepa", "vicreg", "sigreg"])
 def test_the_mean_prediction_error_is_what_the_loss_would_lose_with_it(name: str) -> None:
     edited, target, context = (batch(seed, 6, 4) for seed in (0, 1, 2))
     objective = make(name)
@@ -185,6 +186,14 @@ def test_byol_equals_the_cosine_of_the_angle() -> None:
     edited = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
     target = torch.tensor([[math.cos(0.3), math.sin(0.3)], [0.0, -5.0]], dtype=torch.float64)
     assert loss(make("byol", 2), edited, target, edited) == pytest.approx(-(math.cos(0.3) - 1) / 2)
+
+
+def test_jepa_is_half_the_squared_error_and_one_minus_the_cosine_on_the_sphere() -> None:
+    edited, target = batch(0, 6, 4), batch(1, 6, 4)
+    by_hand = sum((a - b) ** 2 for a, b in zip(edited.flatten().tolist(), target.flatten().tolist(), strict=True))
+    assert loss(make("jepa"), edited, target, edited) == pytest.approx(by_hand / 24 / 2)
+    on_the_sphere = (2 * torch.nn.functional.normalize(vectors, dim=1) for vectors in (edited, target, edited))
+    assert loss(make("jepa"), *on_the_sphere) == pytest.approx(1 + loss(make("byol"), edited, target, edited))
 
 
 def test_ressl_equals_brute_force_loops() -> None:

@@ -18,11 +18,12 @@ from data_pipelines.errors import UserError
 from data_pipelines.transforms import split_segments, to_float
 from tests.conftest import REPO, run_script, script_environment
 from worldmodel import WorldModel, load
-from worldmodel.config import Config, TrainConfig
+from worldmodel.config import Config
 from worldmodel.data import read_index, training_stream
 from worldmodel.teacher import Teacher
-from worldmodel.train import learning_rate, parameter_groups, step_generator, train
+from worldmodel.train import train
 
+REFINED = ["train.refine_steps=2", "train.refine_clips=12"]
 DEMO = ["--config", str(REPO / "configs" / "demo.yaml")]
 
 
@@ -47,40 +48,10 @@ def assert_same_weights(a: Path, b: Path) -> None:
     assert not differing, f"{len(differing)} of {len(one)} tensors differ, such as {differing[0]}"
 
 
-def test_learning_rate_warms_up_and_falls_to_zero() -> None:
-    config = TrainConfig(lr=1.0, steps=110, warmup_steps=10)
-    assert [learning_rate(step, config) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
-    assert learning_rate(60, config) == pytest.approx(0.5)
-    assert learning_rate(109, config) < 0.001
-    assert learning_rate(110, config) == pytest.approx(0, abs=1e-12)
-    shorter_than_its_warm_up = TrainConfig(lr=1.0, steps=5, warmup_steps=10)
-    assert learning_rate(4, shorter_than_its_warm_up) == pytest.approx(0.5)
-
-
 def test_beta_warms_up(tiny_config: Callable[..., Config]) -> None:
     """A logged row says the beta of the step it ends."""
     run = train(tiny_config("objective.beta=0.2", "objective.beta_warmup_steps=4"))
     assert [row["beta"] for row in rows(run)] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2, 0.2])
-
-
-def test_weight_decay_spares_one_dimensional_parameters() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
-    decayed, spared = parameter_groups(model, 0.1)
-    assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0
-    assert [p.ndim for p in decayed["params"]] == [2]
-    assert [p.ndim for p in spared["params"]] == [1, 1, 1]
-
-
-def test_the_random_numbers_of_a_step_depend_on_seed_step_and_rank() -> None:
-    draws = {
-        (seed, step, rank): torch.randn(4, generator=step_generator(seed, step, rank, torch.device("cpu")))
-        for seed in (0, 1)
-        for step in (0, 1)
-        for rank in (0, 1)
-    }
-    assert len({tuple(draw.tolist()) for draw in draws.values()}) == 8
-    again = torch.randn(4, generator=step_generator(1, 0, 1, torch.device("cpu")))
-    assert torch.equal(again, draws[1, 0, 1])
 
 
 def test_a_run_logs_evaluates_and_saves(tiny_config: Callable[..., Config]) -> None:
@@ -258,7 +229,7 @@ def test_two_processes_log_once_and_agree(objective: str, tiny_overrides: list[s
     # On a CPU, `accelerate launch --num_processes 2` starts one process only; torchrun starts both.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*launch, str(REPO / "scripts" / "train.py"), *DEMO, *tiny_overrides, f"objective.name={objective}"],
+        [*launch, str(REPO / "scripts" / "train.py"), *DEMO, *tiny_overrides, f"objective.name={objective}", *REFINED],
         capture_output=True,
         text=True,
         timeout=180,
@@ -268,6 +239,7 @@ def test_two_processes_log_once_and_agree(objective: str, tiny_overrides: list[s
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("2 processes on cpu, fp32") == 1
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows(tmp_path / "run", "refinement")] == [7, 8]
 
 
 def test_resuming_on_other_videos_is_refused(tiny_config: Callable[..., Config], world: Path) -> None:

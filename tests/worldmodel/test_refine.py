@@ -1,0 +1,99 @@
+import signal
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.worldmodel.test_train import assert_same_weights, final_tensors, rows
+from worldmodel import WorldModel
+from worldmodel.config import Config
+from worldmodel.data import segments_of, training_stream
+from worldmodel.refine import EmbeddedClips, embed_clips, refine
+from worldmodel.teacher import Teacher
+from worldmodel.train import Interrupted, train
+
+CPU = torch.device("cpu")
+REFINED = ["train.refine_steps=4", "train.refine_clips=12"]
+
+
+def never() -> int:
+    return 0
+
+
+def embedded(config: Config, model: WorldModel, teacher: nn.Module | None) -> EmbeddedClips:
+    batches = training_stream(config, rank=0, world_size=1, device=CPU).batches(0)
+    try:
+        return embed_clips(config, model, teacher, batches, CPU, lambda: torch.autocast("cpu", enabled=False), never)
+    finally:
+        batches.close()
+
+
+def test_clips_are_embedded_with_running_statistics_by_student_and_teacher(
+    tiny_config: Callable[..., Config],
+) -> None:
+    config = tiny_config(*REFINED)
+    torch.manual_seed(0)
+    model = WorldModel(config)
+    teacher = Teacher(WorldModel(config).embedder)
+    clips = embedded(config, model, teacher)
+    batches = training_stream(config, rank=0, world_size=1, device=CPU).batches(0)
+    segments = torch.cat([segments_of(next(batches), 3, CPU) for _ in range(2)])[:12]
+    batches.close()
+    model.eval(), teacher.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(clips.real[:, 0], model.encode(segments[:, 0]))
+        torch.testing.assert_close(clips.real[:, 1], teacher(segments[:, 1]))
+        assert clips.seen is not None
+        torch.testing.assert_close(clips.seen[:, 0], model.encode(segments[:, 2]))
+    assert clips.known_r is None and clips.actions is None
+
+
+def test_refinement_lowers_the_loss_and_moves_all_but_the_encoder(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config("train.refine_steps=60", "train.refine_clips=12", "train.log_every=20")
+    torch.manual_seed(0)
+    model = WorldModel(config)
+    clips = embedded(config, model, Teacher(model.embedder))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    logged: list[tuple[int, dict[str, float]]] = []
+    assert refine(config, model, clips, CPU, lambda updates, values: logged.append((updates, values)), never) == 0
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == {name for name, _ in model.named_parameters() if not name.startswith("embedder.")}
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items() if "embedder." in name)
+    assert [updates for updates, _ in logged] == [20, 40, 60]
+    assert logged[-1][1]["loss"] < logged[0][1]["loss"] - 0.05
+    assert all(parameter.requires_grad for parameter in model.embedder.parameters())
+
+
+def test_a_signal_ends_refinement(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config(*REFINED)
+    model = WorldModel(config)
+    clips = embedded(config, model, Teacher(model.embedder))
+    calls = count()
+    assert refine(config, model, clips, CPU, lambda *_: None, lambda: 15 if next(calls) == 2 else 0) == 15
+
+
+def test_a_run_is_refined_once_and_an_interrupted_refinement_begins_anew(
+    tiny_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = train(tiny_config(f"run_dir={tmp_path / 'plain'}"))
+    whole = train(tiny_config(f"run_dir={tmp_path / 'whole'}", *REFINED))
+    assert [row["step"] for row in rows(whole, "refinement")] == [7, 8, 9, 10]
+    before, after = final_tensors(plain), final_tensors(whole)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("model/") and "embedder" not in name for name in changed)
+
+    interrupted = tiny_config(f"run_dir={tmp_path / 'interrupted'}", *REFINED)
+    with monkeypatch.context() as patched:
+        patched.setattr("worldmodel.train.refine", lambda *_: signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            train(interrupted)
+    assert_same_weights(plain, tmp_path / "interrupted")
+    train(interrupted, resume=True)
+    assert_same_weights(whole, tmp_path / "interrupted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("worldmodel.train.refine", lambda *_: pytest.fail("a refined run is refined again"))
+        train(interrupted, resume=True)
