@@ -21,6 +21,9 @@ from worldmodel.evaluation.forecast import frozen
 from worldmodel.model import WorldModel
 from worldmodel.optimisation import learning_rate, parameter_groups, set_lr, step_generator
 
+Autocast = Callable[[], AbstractContextManager[None]]
+"""Accelerator.autocast: a context of the precision that training has."""
+
 WARMUP_STEPS = 100
 
 
@@ -44,7 +47,7 @@ def embed_clips(
     teacher: nn.Module | None,
     batches: Iterator[Batch],
     device: torch.device,
-    autocast: Callable[[], AbstractContextManager[None]],
+    autocast: Autocast,
     stop: Callable[[], int],
 ) -> EmbeddedClips:
     """The embeddings of the next train.refine_clips clips of a stream, in evaluation mode.
@@ -74,10 +77,11 @@ def refine(
     model: WorldModel,
     clips: EmbeddedClips,
     device: torch.device,
+    autocast: Autocast,
     log: Callable[[int, dict[str, float]], None],
     stop: Callable[[], int],
 ) -> int:
-    """Train all of the model but its encoder and projector on embedded clips, for train.refine_steps updates in fp32.
+    """Train all of the model but its encoder and projector on embedded clips, for train.refine_steps updates.
 
     Batches of data.batch_size clips are drawn with replacement. `log` gets the number of updates and the mean losses
     since the last call every train.log_every of them; `stop` tells the number of a signal that came, or 0.
@@ -96,7 +100,8 @@ def refine(
         generator = step_generator(config.seed, train.steps + step, 0, device)
         chosen = torch.randint(len(clips.real), (config.data.batch_size,), generator=generator, device=device)
         real, seen, known_r, actions = clips.rows(chosen)
-        losses = model.losses(real, seen, known_r, model.beta, generator, actions=actions)
+        with autocast():
+            losses = model.losses(real, seen, known_r, model.beta, generator, actions=actions)
         losses["loss"].backward()
         if train.clip_norm:
             nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)

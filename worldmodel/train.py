@@ -9,7 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +221,8 @@ class Trainer:
                     batches = opened.enter_context(closing(whole))
                 autocast = self.accelerator.autocast
                 clips = embed_clips(config, self.student, self.teacher, batches, device, autocast, stop)
-            caught = refine(config, self.student, clips, device, self.log_refinement, stop)
+            precise = nullcontext if self.accelerator.scaler else autocast  # what fp16 needs scaling for is fast anyway
+            caught = refine(config, self.student, clips, device, precise, self.log_refinement, stop)
         if signal_number := int(self.accelerator.reduce(torch.tensor(caught, device=self.accelerator.device))):
             raise Interrupted(signal_number)
         self.refined = True

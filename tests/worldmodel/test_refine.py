@@ -23,10 +23,14 @@ def never() -> int:
     return 0
 
 
+def full_precision() -> torch.autocast:
+    return torch.autocast("cpu", enabled=False)
+
+
 def embedded(config: Config, model: WorldModel, teacher: nn.Module | None) -> EmbeddedClips:
     batches = training_stream(config, rank=0, world_size=1, device=CPU).batches(0)
     try:
-        return embed_clips(config, model, teacher, batches, CPU, lambda: torch.autocast("cpu", enabled=False), never)
+        return embed_clips(config, model, teacher, batches, CPU, full_precision, never)
     finally:
         batches.close()
 
@@ -58,7 +62,11 @@ def test_refinement_lowers_the_loss_and_moves_all_but_the_encoder(tiny_config: C
     clips = embedded(config, model, Teacher(model.embedder))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     logged: list[tuple[int, dict[str, float]]] = []
-    assert refine(config, model, clips, CPU, lambda updates, values: logged.append((updates, values)), never) == 0
+
+    def log(updates: int, values: dict[str, float]) -> None:
+        logged.append((updates, values))
+
+    assert refine(config, model, clips, CPU, full_precision, log, never) == 0
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     assert moved == {name for name, _ in model.named_parameters() if not name.startswith("embedder.")}
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items() if "embedder." in name)
@@ -72,7 +80,9 @@ def test_a_signal_ends_refinement(tiny_config: Callable[..., Config]) -> None:
     model = WorldModel(config)
     clips = embedded(config, model, Teacher(model.embedder))
     calls = count()
-    assert refine(config, model, clips, CPU, lambda *_: None, lambda: 15 if next(calls) == 2 else 0) == 15
+    assert (
+        refine(config, model, clips, CPU, full_precision, lambda *_: None, lambda: 15 if next(calls) == 2 else 0) == 15
+    )
 
 
 def test_a_run_is_refined_once_and_an_interrupted_refinement_begins_anew(
