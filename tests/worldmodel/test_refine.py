@@ -80,9 +80,11 @@ def test_a_signal_ends_refinement(tiny_config: Callable[..., Config]) -> None:
     model = WorldModel(config)
     clips = embedded(config, model, Teacher(model.embedder))
     calls = count()
-    assert (
-        refine(config, model, clips, CPU, full_precision, lambda *_: None, lambda: 15 if next(calls) == 2 else 0) == 15
-    )
+
+    def third_time() -> int:
+        return 15 if next(calls) == 2 else 0
+
+    assert refine(config, model, clips, CPU, full_precision, lambda *_: None, third_time) == 15
 
 
 def test_a_run_is_refined_once_and_an_interrupted_refinement_begins_anew(
