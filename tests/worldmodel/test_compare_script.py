@@ -143,7 +143,7 @@ def test_an_interruption_saves_and_the_same_command_goes_on(world: Path, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "tells"),
     [
-        (["--objectives", "simclr"], "--objectives simclr: allowed are byol, infonce"),
+        (["--objectives", "simclr"], "--objectives simclr: allowed are byol, jepa, infonce"),
         (["--latents", "bernoulli"], "--latents bernoulli: allowed are gaussian"),
         (["--set", "infonce:train.lr=1"], "--set infonce:train.lr=1"),
         (["--set", "byol/sparse:train.lr=1"], "OBJECTIVE[/LATENT]"),

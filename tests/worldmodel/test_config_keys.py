@@ -89,7 +89,7 @@ def test_every_key_of_every_shipped_config_is_read(
 ) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     with recorded_reads() as reads:
-        train_and_evaluate(tiny_config())
+        train_and_evaluate(tiny_config("train.refine_steps=2", "train.refine_clips=12"))
         fresh = tiny_config(
             "data.source=moving_mnist", "objective.beta_warmup_steps=3", "objective.ema_schedule=cosine"
         )

@@ -137,6 +137,8 @@ def test_an_interrupted_recording_goes_on_to_the_same_end(rooms: Path, tmp_path:
     with subprocess.Popen(
         [sys.executable, str(REPO / "scripts" / "record_env.py"), *arguments],
         stderr=subprocess.PIPE, text=True, cwd=REPO, env=script_environment(),
+        # A shell's background jobs, this test in one of them, ignore Ctrl-C, and what they start inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         for _ in range(3_000):
             if len(list(out.glob("train/*.mp4"))) >= 2 or process.poll() is not None:
