@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,26 @@ from worldmodel.config import Config, DataConfig
 logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 128
+
+
+class TrainingInputs(NamedTuple):
+    """What the model learns from: segments [B, S, T, C, H, W], the true r [B, R] of an oracle latent, actions [B, K, A]
+    of K steps of prediction; None for what the model does not take."""
+
+    segments: Tensor
+    known_r: Tensor | None
+    actions: Tensor | None
+
+
+def training_inputs(batch: Batch, config: Config, device: torch.device) -> TrainingInputs:
+    """A batch on the device, for the steps of prediction of training. Raises UserError: a label is missing or of
+    another size."""
+    steps = config.objective.rollout_steps
+    return TrainingInputs(
+        segments_of(batch, num_segments(config, steps), device),
+        oracle_r(batch, config, device),
+        actions_of(batch, config, steps, device),
+    )
 
 
 def segments_of(batch: Batch, num_segments: int, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from worldmodel.config import Config
-from worldmodel.data import Batch, actions_of, num_segments, oracle_r, segments_of
+from worldmodel.data import Batch, training_inputs
 from worldmodel.evaluation.forecast import frozen
 from worldmodel.model import WorldModel
 from worldmodel.optimisation import learning_rate, parameter_groups, set_lr, step_generator
@@ -36,7 +36,7 @@ class EmbeddedClips(NamedTuple):
     known_r: Tensor | None
     actions: Tensor | None
 
-    def rows(self, chosen: Tensor) -> "EmbeddedClips":
+    def rows(self, chosen: Tensor | slice) -> "EmbeddedClips":
         seen, known_r, actions = (None if part is None else part[chosen] for part in self[1:])
         return EmbeddedClips(self.real[chosen], seen, known_r, actions)
 
@@ -54,17 +54,15 @@ def embed_clips(
 
     `stop` tells the number of a signal that came, or 0: fewer clips are embedded then.
     """
-    steps, missing = config.objective.rollout_steps, config.train.refine_clips
+    missing = config.train.refine_clips
     parts: list[EmbeddedClips] = []
     with frozen(*filter(None, (model, teacher))), tqdm(total=missing, desc="embedding", unit="clip") as bar:
         while missing > 0 and not (parts and stop()):
-            batch = next(batches)
-            segments = segments_of(batch, num_segments(config, steps), device)
+            segments, known_r, actions = training_inputs(next(batches), config, device)
             with autocast():
                 targets = teacher(model.targets_of(segments)) if teacher else None
                 embedded = model.embed(segments, targets)
-            found = EmbeddedClips(*embedded, oracle_r(batch, config, device), actions_of(batch, config, steps, device))
-            parts.append(found.rows(torch.arange(min(missing, len(segments)), device=device)))
+            parts.append(EmbeddedClips(*embedded, known_r, actions).rows(slice(missing)))
             missing -= len(segments)
             bar.update(len(parts[-1].real))
     real, *others = zip(*parts, strict=True)

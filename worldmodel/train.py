@@ -29,7 +29,7 @@ from worldmodel.checkpoint import (
     save_checkpoint,
 )
 from worldmodel.config import Config, TrainConfig
-from worldmodel.data import actions_of, num_segments, oracle_r, segments_of, training_stream
+from worldmodel.data import training_inputs, training_stream
 from worldmodel.evaluation import factors, forecast
 from worldmodel.machine import computes_bf16, fair_share_of_cores, keep_freed_memory
 from worldmodel.model import WorldModel
@@ -135,9 +135,7 @@ class Trainer:
                 raise UserError(
                     f"too few clips of the batch at step {self.step} could be decoded: see the log for the files"
                 )
-            segments = segments_of(batch, num_segments(config, config.objective.rollout_steps), accelerator.device)
-            r = oracle_r(batch, config, accelerator.device)
-            actions = actions_of(batch, config, config.objective.rollout_steps, accelerator.device)
+            segments, r, actions = training_inputs(batch, config, accelerator.device)
             with accelerator.accumulate(self.model):
                 with accelerator.autocast():
                     targets = self.teacher(self.student.targets_of(segments)) if self.teacher else None
