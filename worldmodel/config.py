@@ -112,6 +112,9 @@ class ModelConfig:
     action_dim: NonNegativeInt = 0
     """Numbers of an action, the label data.action_label of frames, on which editor, prior and posterior are
     conditioned; 0: the model is passive, and learns from video alone."""
+    scene_dim: NonNegativeInt = 0
+    """Numbers that are read from the context's features beside its embedding and kept as they are over a rollout, for
+    what does not change in a clip; editor, prior and posterior are conditioned on them. 0: the embedding is all."""
     oracle_label: str = "velocity_change"
     """oracle: the label that is the true r."""
     prior: Literal["mixture", "flow"] = "mixture"
@@ -121,8 +124,9 @@ class ModelConfig:
     editor: Literal["mlp", "residual", "sum", "low_rank"] = "mlp"
     """t(z, r). mlp: of both. residual: z plus an mlp of both. sum: z + r. low_rank: z plus one low-rank module for each
     coordinate of r."""
-    editor_norm: Literal["batch", "layer"] = "batch"
-    """Inside the editor's mlp, or its predictor: batch norm and ReLU, as published, or layer norm and GELU."""
+    editor_norm: Literal["batch", "layer", "none"] = "batch"
+    """Inside the editor's mlp, or its predictor: batch norm and ReLU, as published, layer norm and GELU, or ReLU alone,
+    which learns sharp changes, such as contacts, from far fewer updates."""
 
 
 @dataclass(frozen=True, config=_KNOWN_KEYS)
@@ -167,6 +171,9 @@ class TrainConfig:
     refine_steps: NonNegativeInt = 0
     """Updates after these in which the encoder stands still and editor and latent go on learning from its embeddings of
     refine_clips clips, which are free of the noise of batch statistics (worldmodel/refine.py)."""
+    refine_horizon: PositiveInt = 1
+    """Steps from which a refined clip's step is drawn, with the scene code from any segment up to there; above 1 for
+    model.scene_dim, so that a code still holds when it is many steps old."""
     refine_clips: Annotated[int, Field(strict=True, ge=2)] = 65_536
     refine_lr: PositiveFloat = 1e-3
     clip_norm: NonNegativeFloat = 0.0
@@ -383,8 +390,12 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"model.encoder={model.encoder} does not fit data.source={data.source}: mlp is for causal, and only it"
     if model.pooling == "moments" and model.encoder == "mlp":
         yield "model.pooling=moments is for encoders of videos: model.encoder=mlp needs mean"
-    if data.source != "videos" and (config.objective.rollout_steps > 1 or config.evaluation.horizon > 1):
-        yield f"data.source={data.source} has one step: objective.rollout_steps and evaluation.horizon must be 1"
+    horizons = config.objective.rollout_steps, config.train.refine_horizon, config.evaluation.horizon
+    if data.source != "videos" and max(horizons) > 1:
+        yield (
+            f"data.source={data.source} has one step: objective.rollout_steps, train.refine_horizon and "
+            "evaluation.horizon must be 1"
+        )
     if model.action_dim and (data.source != "videos" or data.frame_stride != 1 or data.fps is not None):
         yield (
             f"model.action_dim={model.action_dim} needs the action at every frame: data.source=videos with "
@@ -392,10 +403,12 @@ def _contradictions(config: Config) -> Iterator[str]:
         )
     if model.action_dim and model.editor not in ("mlp", "residual"):
         yield f"model.editor={model.editor} takes no actions: with model.action_dim it must be mlp or residual"
+    if model.scene_dim and model.editor not in ("mlp", "residual"):
+        yield f"model.editor={model.editor} takes no scene code: with model.scene_dim it must be mlp or residual"
     if config.objective.inverse_dynamics_weight and not model.action_dim:
         yield "objective.inverse_dynamics_weight reads actions: it needs model.action_dim"
-    if model.latent == "oracle" and config.objective.rollout_steps > 1:
-        yield "model.latent=oracle knows the r of one step: it needs objective.rollout_steps=1"
+    if model.latent == "oracle" and max(config.objective.rollout_steps, config.train.refine_horizon) > 1:
+        yield "model.latent=oracle knows the r of one step: objective.rollout_steps and train.refine_horizon must be 1"
     weights = config.objective.step_weights
     if weights is not None and (len(weights) != config.objective.rollout_steps or not sum(weights)):
         yield (

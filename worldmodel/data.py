@@ -43,10 +43,9 @@ class TrainingInputs(NamedTuple):
     actions: Tensor | None
 
 
-def training_inputs(batch: Batch, config: Config, device: torch.device) -> TrainingInputs:
-    """A batch on the device, for the steps of prediction of training. Raises UserError: a label is missing or of
+def training_inputs(batch: Batch, config: Config, steps: int, device: torch.device) -> TrainingInputs:
+    """A batch on the device, for `steps` steps of prediction. Raises UserError: a label is missing or of
     another size."""
-    steps = config.objective.rollout_steps
     return TrainingInputs(
         segments_of(batch, num_segments(config, steps), device),
         oracle_r(batch, config, device),
@@ -114,9 +113,9 @@ def actions_of(batch: Batch, config: Config, steps: int, device: torch.device) -
 
 
 def training_stream(
-    config: Config, *, rank: int, world_size: int, device: torch.device
+    config: Config, steps: int, *, rank: int, world_size: int, device: torch.device
 ) -> VideoStream | MovingMnistStream | CausalStream:
-    """The endless stream of training batches of one process.
+    """The endless stream of one process's training batches, of clips for `steps` steps of prediction.
 
     Raises:
         UserError: the data cannot be read, or the number of processes does not divide a batch.
@@ -138,7 +137,7 @@ def training_stream(
         )
     return VideoStream(
         read_index(data, "train"),
-        clip_spec(config, config.objective.rollout_steps),
+        clip_spec(config, steps),
         size_px=data.size_px,
         channels=data.channels,
         batch_size=data.batch_size,

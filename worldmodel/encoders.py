@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 Pooling = Literal["mean", "moments"]
-Norm = Literal["batch", "layer"]
+Norm = Literal["batch", "layer", "none"]
 NUM_MOMENTS = {"mean": 1, "moments": 6}
 """Numbers that pooling keeps of each feature map. The mean forgets where a feature is; first moments, of the pixels'
 coordinates weighed by the map, tell its place, and second ones its extent."""
@@ -144,7 +144,7 @@ ENCODERS: dict[str, type[Encoder]] = {"conv3d": Conv3dEncoder, "resnet": ResNetE
 def mlp(
     dims: Sequence[int], *, final_norm: bool = False, learned_scale: bool = True, norm: Norm = "batch"
 ) -> nn.Sequential:
-    """Linear layers, with BN and ReLU or LN and GELU between them: [B, dims[0]] -> [B, dims[-1]].
+    """Linear layers, with BN and ReLU, LN and GELU or ReLU alone between them: [B, dims[0]] -> [B, dims[-1]].
 
     `final_norm` ends in BN instead of a bare Linear layer, with a scale and shift that are learned or, without
     `learned_scale`, 1 and 0. A Linear layer before BN has no bias, which BN would cancel.
@@ -152,13 +152,15 @@ def mlp(
     layers: list[nn.Module] = []
     for index, (fan_in, fan_out) in enumerate(pairwise(dims)):
         last = index == len(dims) - 2
-        layers.append(nn.Linear(fan_in, fan_out, bias=not final_norm if last else norm == "layer"))
+        layers.append(nn.Linear(fan_in, fan_out, bias=not final_norm if last else norm != "batch"))
         if last:
             layers += [nn.BatchNorm1d(fan_out, affine=learned_scale)] if final_norm else []
         elif norm == "batch":
             layers += [nn.BatchNorm1d(fan_out), nn.ReLU(inplace=True)]
-        else:
+        elif norm == "layer":
             layers += [nn.LayerNorm(fan_out), nn.GELU()]
+        else:
+            layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
 
 

@@ -84,7 +84,7 @@ def prediction_error(
     model: WorldModel, decoder: ActionDecoder, context: Tensor, action: Tensor, target: Tensor
 ) -> Tensor:
     """Mean squared error of the embeddings that actions lead to: context, target [N, D], action [N, A] -> scalar."""
-    return F.mse_loss(model.edit(context, decoder(context, action)), target)
+    return F.mse_loss(model.embedding_of(model.edit(context, decoder(context, action))), target)
 
 
 @torch.no_grad()
@@ -94,6 +94,6 @@ def labelled_transitions(run: TrainedRun, count: int) -> tuple[Tensor, Tensor, T
     for batch in evaluation_batches(run.config, "train", count):
         segments = segments_of(batch, 2 if run.config.data.num_segments == 2 else 3, run.device)
         action = labelled_actions(batch, run.config, 1)[:, 0].to(run.device)
-        parts.append((run.model.encode(segments[:, 0]), action, run.target_encoder(segments[:, 1])))
+        parts.append((run.model.observe(segments[:, 0]), action, run.target_encoder(segments[:, 1])))
     context, actions, target = (torch.cat(part) for part in zip(*parts, strict=True))
     return context, actions, target

@@ -1,11 +1,16 @@
 """The world model: encode a past, infer or sample r, edit the embedding into a future's, roll that out.
 
+A future is predicted from a state: the embedding of the past and, where the model has one, a scene code, which is read
+from the same features, is no target of any prediction, and stays as it is while the embedding is edited on and on.
+
 An action, where the model is conditioned on them, is what an agent did from the last frame of one segment to that of
 the next: the actions at its frames, one after the other.
 
-Legend: B clips, T frames, C channels, H = W pixels, D embedding dimensions, R latent dimensions, A numbers of an
-action (0 without actions), S samples.
+Legend: B clips, T frames, C channels, H = W pixels, F features, D embedding dimensions, Z numbers of a scene code (0
+without it), R latent dimensions, A numbers of an action (0 without actions), S samples.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +19,45 @@ from torch import Tensor, nn
 
 from worldmodel.config import Config
 from worldmodel.editors import make_editor
-from worldmodel.encoders import ENCODERS, Embedder, normalise
+from worldmodel.encoders import ENCODERS, Embedder, Norm, mlp, normalise
 from worldmodel.latents import Inference, make_latent
 from worldmodel.objectives import OBJECTIVES, SequenceTerms, make_objective
+
+
+class Embedded(NamedTuple):
+    """What the losses of a batch are computed from.
+
+    real [B, K + 1, D] are the embeddings of the context and of the K targets; seen [B, K, D] those that the posterior
+    sees, or None. features [B, F] are what the encoder made of the segment that the scene code is read from, None where
+    none is read, and age [B] how many steps that segment is before the context; None for the context itself.
+    """
+
+    real: Tensor
+    seen: Tensor | None
+    features: Tensor | None
+    age: Tensor | None
+
+
+class SceneCode(nn.Module):
+    """What is read from the features of one segment and kept for a rollout: what a clip keeps.
+
+    Its last number tells its age: n / (n + 1) where it was read n steps ago.
+    """
+
+    def __init__(self, num_features: int, hidden_dim: int, scene_dim: int, norm: Norm) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.BatchNorm1d(num_features), *mlp([num_features, hidden_dim, scene_dim], norm=norm))
+
+    def forward(self, features: Tensor, age: Tensor | None = None) -> Tensor:
+        """features [B, F], age [B] in steps, 0 without it -> the code, float32 [B, Z]."""
+        code = self.net(features).float()
+        steps = code.new_zeros(len(code)) if age is None else age.to(code)
+        return torch.cat([code, (steps / (steps + 1))[:, None]], dim=1)
+
+    @staticmethod
+    def aged(code: Tensor) -> Tensor:
+        """code [B, Z], one step later."""
+        return torch.cat([code[:, :-1], 1 / (2 - code[:, -1:])], dim=1)
 
 
 class WorldModel(nn.Module):
@@ -38,10 +79,16 @@ class WorldModel(nn.Module):
             # A teacher's targets would shrink with it.
             learned_scale=model.embedding_norm == "sphere" or not OBJECTIVES[objective.name].needs_teacher,
         )
+        self.scene = (
+            SceneCode(encoder.num_features, model.hidden_dim, model.scene_dim, model.editor_norm)
+            if model.scene_dim
+            else None
+        )
+        self.embedding_dim, self.scene_dim = model.embedding_dim, model.scene_dim + 1 if model.scene_dim else 0
         self.action_dim = model.action_dim * data.num_frames
         self.latent = make_latent(
             model.latent,
-            context_dim=model.embedding_dim + self.action_dim,
+            context_dim=model.embedding_dim + self.scene_dim + self.action_dim,
             embedding_dim=model.embedding_dim,
             hidden_dim=model.hidden_dim,
             latent_dim=model.latent_dim,
@@ -72,7 +119,7 @@ class WorldModel(nn.Module):
             model.editor,
             embedding_dim=model.embedding_dim,
             hidden_dim=model.hidden_dim,
-            latent_dim=(self.latent.latent_dim if self.latent else 0) + self.action_dim,
+            latent_dim=(self.latent.latent_dim if self.latent else 0) + self.scene_dim + self.action_dim,
             predictor=self.objective.needs_predictor,
             norm=model.editor_norm,
         )
@@ -88,55 +135,68 @@ class WorldModel(nn.Module):
         """video [B, T, C, H, W] in [0, 1] -> embedding [B, D], normalised as model.embedding_norm says."""
         return self.embedder(video)
 
+    def observe(self, video: Tensor) -> Tensor:
+        """video [B, T, C, H, W] in [0, 1] -> the state [B, D + Z] that a future is predicted from."""
+        return self.state_of(self.embedder.features(video))
+
+    def state_of(self, features: Tensor) -> Tensor:
+        """The encoder's features [B, F] -> the state [B, D + Z]: the embedding and, after it, the scene code."""
+        return joined(self.embedder.project(features), self.scene(features) if self.scene else None)
+
+    def embedding_of(self, state: Tensor) -> Tensor:
+        """States [..., D + Z] -> embeddings [..., D]."""
+        return state[..., : self.embedding_dim]
+
     def infer(
         self,
-        context: Tensor,
+        state: Tensor,
         segments: Tensor,
         known_r: Tensor | None,
         generator: torch.Generator | None = None,
         *,
         action: Tensor | None = None,
     ) -> Inference:
-        """What training sees of clips [B, S, T, C, H, W] whose context f(x) [B, D] is known: r [B, R] of one step.
+        """What training sees of clips [B, S, T, C, H, W] from a known state [B, D + Z]: r [B, R] of one step.
 
         R is 0 without a latent; action [B, A].
         """
         if self.latent is None:
-            return Inference(context[:, :0], None, None)
+            return Inference(state[:, :0], None, None)
         seen = self.encode(segments[:, self.seen_at]) if self.latent.sees_later else None
-        return self.latent.infer(joined(context, action), seen, known_r, generator)
+        return self.latent.infer(joined(state, action), seen, known_r, generator)
 
     def sample(
-        self, context: Tensor, generator: torch.Generator | None = None, *, action: Tensor | None = None
+        self, state: Tensor, generator: torch.Generator | None = None, *, action: Tensor | None = None
     ) -> Tensor:
-        """context [B, D], action [B, A] -> one draw r [B, R] from the prior for each row."""
+        """state [B, D + Z], action [B, A] -> one draw r [B, R] from the prior for each row."""
         if self.latent is None:
-            return context[:, :0]
-        return self.latent.prior(joined(context, action)).draw(generator)
+            return state[:, :0]
+        return self.latent.prior(joined(state, action)).draw(generator)
 
-    def prior_mean(self, context: Tensor, action: Tensor | None = None) -> Tensor:
-        """context [B, D], action [B, A] -> the mean of the prior, r [B, R]."""
-        return self.latent.prior(joined(context, action)).mean if self.latent else context[:, :0]
+    def prior_mean(self, state: Tensor, action: Tensor | None = None) -> Tensor:
+        """state [B, D + Z], action [B, A] -> the mean of the prior, r [B, R]."""
+        return self.latent.prior(joined(state, action)).mean if self.latent else state[:, :0]
 
-    def edit(self, context: Tensor, r: Tensor, action: Tensor | None = None) -> Tensor:
-        """context [B, D], r [B, R], action [B, A] -> embedding float32 [B, D] of the next segment, normalised as the
-        encoder's are."""
-        edited = self.editor(context, joined(r, action)).float()
-        return normalise(edited) if self.on_sphere else edited
+    def edit(self, state: Tensor, r: Tensor, action: Tensor | None = None) -> Tensor:
+        """state [B, D + Z], r [B, R], action [B, A] -> the next segment's state, float32 [B, D + Z]: its embedding,
+        normalised as the encoder's are, and the same scene code, a step older."""
+        embedding, scene = state.tensor_split([self.embedding_dim], dim=1)
+        edited = self.editor(embedding, torch.cat([r, joined(scene, action)], dim=1)).float()
+        return joined(normalise(edited) if self.on_sphere else edited, SceneCode.aged(scene) if self.scene else None)
 
-    def prior_mean_rollout(self, context: Tensor, horizon: int, actions: Tensor | None = None) -> Tensor:
-        """The one future at the mean of the prior, step by step: [B, D], actions [B, horizon, A] -> [B, horizon, D]."""
-        state = context
+    def prior_mean_rollout(self, state: Tensor, horizon: int, actions: Tensor | None = None) -> Tensor:
+        """The one future at the mean of the prior, step by step: [B, D + Z], actions [B, horizon, A] -> embeddings
+        [B, horizon, D]."""
         steps = []
         for step in range(horizon):
             action = None if actions is None else actions[:, step]
             state = self.edit(state, self.prior_mean(state, action), action)
-            steps.append(state)
+            steps.append(self.embedding_of(state))
         return torch.stack(steps, dim=1)
 
     def rollout_embedding(
         self,
-        context: Tensor,
+        state: Tensor,
         horizon: int,
         num_samples: int,
         generator: torch.Generator | None = None,
@@ -144,19 +204,19 @@ class WorldModel(nn.Module):
         actions: Tensor | None = None,
         shuffle: bool = False,
     ) -> Tensor:
-        """Futures of an embedding, each step from a fresh draw of the prior: [B, D] -> [B, S, horizon, D].
+        """Futures of a state, each step from a fresh draw of the prior: [B, D + Z] -> embeddings [B, S, horizon, D].
 
         actions [B, horizon, A] where the model is conditioned on them. `shuffle`: each row gets the r that was drawn
         for another clip, a control.
         """
-        state = repeat(context, "b d -> (b s) d", s=num_samples)
+        state = repeat(state, "b d -> (b s) d", s=num_samples)
         repeated = None if actions is None else repeat(actions, "b h a -> (b s) h a", s=num_samples)
         steps = []
         for step in range(horizon):
             action = None if repeated is None else repeated[:, step]
             r = self.sample(state, generator, action=action)
             state = self.edit(state, r.roll(num_samples, dims=0) if shuffle else r, action)
-            steps.append(state)
+            steps.append(self.embedding_of(state))
         return rearrange(torch.stack(steps, dim=1), "(b s) h d -> b s h d", s=num_samples)
 
     def rollout(
@@ -169,7 +229,7 @@ class WorldModel(nn.Module):
         actions: Tensor | None = None,
     ) -> Tensor:
         """Sampled futures of a clip: x [B, T, C, H, W] in [0, 1] -> embeddings [B, S, horizon, D]."""
-        return self.rollout_embedding(self.encode(x), horizon, num_samples, generator, actions=actions)
+        return self.rollout_embedding(self.observe(x), horizon, num_samples, generator, actions=actions)
 
     def targets_of(self, segments: Tensor) -> Tensor:
         """The targets of each step of prediction: [B, S, T, C, H, W] -> [K * B, T, C, H, W], step by step."""
@@ -193,31 +253,29 @@ class WorldModel(nn.Module):
         is what an oracle latent takes, actions [B, K, A] what the model is conditioned on. The encoder also learns
         through the posterior: without that gradient, forecasts are far worse (docs/experiments.md).
         """
-        real, seen = self.embed(segments, teacher_targets)
-        return self.losses(real, seen, known_r, beta, generator, actions=actions), self._flat(real[:, 1:]).detach()
+        embedded = self.embed(segments, teacher_targets)
+        losses = self.losses(embedded, known_r, beta, generator, actions=actions)
+        return losses, self._flat(embedded.real[:, 1:]).detach()
 
-    def embed(self, segments: Tensor, teacher_targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What `losses` reads of segments [B, S, T, C, H, W], with teacher_targets [K * B, D] as `forward` takes them.
-
-        -> embeddings [B, K + 1, D] of the context and the K targets, and those that the posterior sees, [B, K, D] or
-        None.
-        """
+    def embed(self, segments: Tensor, teacher_targets: Tensor | None) -> "Embedded":
+        """What `losses` reads of segments [B, S, T, C, H, W], with teacher_targets [K * B, D] as in `forward`."""
         clips = [segments[:, 0]]
         if teacher_targets is None:
             clips.append(self.targets_of(segments))
         if self.latent is not None and self.latent.sees_later:
             clips.append(self._flat(segments[:, self.seen_at :][:, : self.num_steps]))
         # One call for all: batch statistics over all segments, and one pass through the encoder.
-        embeddings = list(self.encode(torch.cat(clips)).split([len(clip) for clip in clips]))
+        features = self.embedder.features(torch.cat(clips))
+        embeddings = list(self.embedder.project(features).split([len(clip) for clip in clips]))
         context = embeddings.pop(0)
         targets = embeddings.pop(0) if teacher_targets is None else teacher_targets
         real = torch.stack([context, *targets.chunk(self.num_steps)], dim=1)
-        return real, torch.stack(embeddings[0].chunk(self.num_steps), dim=1) if embeddings else None
+        seen = torch.stack(embeddings[0].chunk(self.num_steps), dim=1) if embeddings else None
+        return Embedded(real, seen, features[: len(context)] if self.scene else None, None)
 
     def losses(
         self,
-        real: Tensor,
-        seen: Tensor | None,
+        embedded: "Embedded",
         known_r: Tensor | None,
         beta: float,
         generator: torch.Generator | None = None,
@@ -225,7 +283,11 @@ class WorldModel(nn.Module):
         actions: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The losses of `forward` from what `embed` returns."""
+        real, seen, features, age = embedded
         state = real[:, 0]
+        if self.scene is not None:
+            assert features is not None
+            state = joined(state, self.scene(features, age))
         steps = []
         for k in range(self.num_steps):
             state, terms = self._predict(
@@ -266,12 +328,13 @@ class WorldModel(nn.Module):
         beta: float,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step from `state`, a prediction or the context itself: all [B, D] -> the predicted embedding [B, D], and
-        "loss" with its terms. context is the embedding of the segment that state stands for."""
+        """One step from `state` [B, D + Z], a predicted one or the context's; the others [B, D] -> the predicted state
+        [B, D + Z], and "loss" with its terms. context is the embedding of the segment that state stands for."""
         r, penalty, nll = state[:, :0], None, None
         if self.latent is not None:
             r, penalty, nll = self.latent.infer(joined(state, action), seen, known_r, generator)
-        edited = self.edit(state, r, action)
+        next_state = self.edit(state, r, action)
+        edited = self.embedding_of(next_state)
         with torch.autocast(state.device.type, enabled=False):
             terms = self.objective(edited, target, context, generator)
         loss = terms["prediction_loss"]
@@ -286,7 +349,7 @@ class WorldModel(nn.Module):
         if "information_nats" in terms and "kl_nats" in terms:
             # I(f(x); f(x+)) = I(f(x), r; f(x+)) - I(r; f(x+) | f(x)), and the KL bounds the second term from above.
             terms["information_nats"] = terms["information_nats"] - terms["kl_nats"]
-        return edited, {"loss": loss} | terms
+        return next_state, {"loss": loss} | terms
 
 
 def joined(values: Tensor, action: Tensor | None) -> Tensor:

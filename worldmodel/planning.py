@@ -44,7 +44,7 @@ def imagine(
             state = model.edit(state, model.sample(state, generator, action=action), action)
         else:
             state = model.edit(state, model.prior_mean(state, action), action)
-        yield state
+        yield model.embedding_of(state)
 
 
 @dataclass(frozen=True)
@@ -162,4 +162,4 @@ class LatentPolicy:
     @torch.no_grad()
     def _embed(self, frames: Tensor, target: bool) -> Tensor:
         video = to_float(frames[:, None].to(self.run.device))
-        return self.run.target_encoder(video) if target else self.run.model.encode(video)
+        return self.run.target_encoder(video) if target else self.run.model.observe(video)

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from worldmodel.config import Config
 from worldmodel.data import Batch, training_inputs
 from worldmodel.evaluation.forecast import frozen
-from worldmodel.model import WorldModel
+from worldmodel.model import Embedded, WorldModel
 from worldmodel.optimisation import learning_rate, parameter_groups, set_lr, step_generator
 
 Autocast = Callable[[], AbstractContextManager[None]]
@@ -28,46 +28,85 @@ WARMUP_STEPS = 100
 
 
 class EmbeddedClips(NamedTuple):
-    """real [N, K + 1, D] and seen [N, K, D] as WorldModel.embed has them, known_r [N, R], actions [N, K, A]; None for
-    what the model does not take."""
+    """N clips of L segments after the encoders, in evaluation mode.
 
-    real: Tensor
-    seen: Tensor | None
+    own [N, L, D] are the model's embeddings of all segments, targets [N, L, D] those in the space of targets, and
+    features [N, L, F] what the encoder made of them, None where no scene code is read; known_r [N, R] is what an oracle
+    latent takes, actions [N, H + K - 1, A] what the model is conditioned on.
+    """
+
+    own: Tensor
+    targets: Tensor
+    features: Tensor | None
     known_r: Tensor | None
     actions: Tensor | None
 
     def rows(self, chosen: Tensor | slice) -> "EmbeddedClips":
-        seen, known_r, actions = (None if part is None else part[chosen] for part in self[1:])
-        return EmbeddedClips(self.real[chosen], seen, known_r, actions)
+        features, known_r, actions = (None if part is None else part[chosen] for part in self[2:])
+        return EmbeddedClips(self.own[chosen], self.targets[chosen], features, known_r, actions)
 
 
 def embed_clips(
     config: Config,
     model: WorldModel,
-    teacher: nn.Module | None,
+    target_encoder: nn.Module,
     batches: Iterator[Batch],
     device: torch.device,
     autocast: Autocast,
     stop: Callable[[], int],
 ) -> EmbeddedClips:
-    """The embeddings of the next train.refine_clips clips of a stream, in evaluation mode.
+    """The embeddings of train.refine_clips clips of a stream, each for steps_of(config) steps.
 
     `stop` tells the number of a signal that came, or 0: fewer clips are embedded then.
     """
     missing = config.train.refine_clips
     parts: list[EmbeddedClips] = []
-    with frozen(*filter(None, (model, teacher))), tqdm(total=missing, desc="embedding", unit="clip") as bar:
+    with frozen(model, target_encoder), tqdm(total=missing, desc="embedding", unit="clip") as bar:
         while missing > 0 and not (parts and stop()):
-            segments, known_r, actions = training_inputs(next(batches), config, device)
+            segments, known_r, actions = training_inputs(next(batches), config, steps_of(config), device)
+            flat = segments.flatten(0, 1)
             with autocast():
-                targets = teacher(model.targets_of(segments)) if teacher else None
-                embedded = model.embed(segments, targets)
-            parts.append(EmbeddedClips(*embedded, known_r, actions).rows(slice(missing)))
+                encoded = model.embedder.features(flat)
+                own = model.embedder.project(encoded)
+                targets = own if target_encoder is model.embedder else target_encoder(flat)
+            own, targets, encoded = (part.unflatten(0, segments.shape[:2]) for part in (own, targets, encoded))
+            read_from = None if model.scene is None else encoded
+            parts.append(EmbeddedClips(own, targets, read_from, known_r, actions).rows(slice(missing)))
             missing -= len(segments)
-            bar.update(len(parts[-1].real))
-    real, *others = zip(*parts, strict=True)
-    seen, known_r, actions = (None if column[0] is None else torch.cat(column) for column in others)
-    return EmbeddedClips(torch.cat(real), seen, known_r, actions)
+            bar.update(len(parts[-1].own))
+    columns = list(zip(*parts, strict=True))
+    features, known_r, actions = (None if column[0] is None else torch.cat(column) for column in columns[2:])
+    return EmbeddedClips(torch.cat(columns[0]), torch.cat(columns[1]), features, known_r, actions)
+
+
+def steps_of(config: Config) -> int:
+    """Steps of prediction that a refined clip has segments for."""
+    return config.train.refine_horizon + config.objective.rollout_steps - 1
+
+
+def draw_steps(
+    clips: EmbeddedClips, config: Config, model: WorldModel, generator: torch.Generator
+) -> tuple[Embedded, Tensor | None, Tensor | None]:
+    """A batch of data.batch_size clips, drawn with replacement, each from a step of its own: what the losses are
+    computed from, known_r and actions."""
+    device, count, num_steps = clips.own.device, config.data.batch_size, model.num_steps
+    clip = torch.randint(len(clips.own), (count,), generator=generator, device=device)
+    first = torch.randint(config.train.refine_horizon, (count,), generator=generator, device=device)
+    read_at = (torch.rand(count, generator=generator, device=device) * (first + 1)).long()
+
+    def successive(part: Tensor, begin: int) -> Tensor:
+        return part[clip[:, None], first[:, None] + torch.arange(begin, begin + num_steps, device=device)]
+
+    real = torch.cat([clips.own[clip, first][:, None], successive(clips.targets, 1)], dim=1)
+    sees_later = model.latent is not None and model.latent.sees_later
+    embedded = Embedded(
+        real,
+        successive(clips.own, model.seen_at) if sees_later else None,
+        None if clips.features is None else clips.features[clip, read_at],
+        first - read_at,
+    )
+    known_r = None if clips.known_r is None else clips.known_r[clip]
+    return embedded, known_r, None if clips.actions is None else successive(clips.actions, 0)
 
 
 def refine(
@@ -81,7 +120,7 @@ def refine(
 ) -> int:
     """Train all of the model but its encoder and projector on embedded clips, for train.refine_steps updates.
 
-    Batches of data.batch_size clips are drawn with replacement. `log` gets the number of updates and the mean losses
+    `log` gets the number of updates and the mean losses
     since the last call every train.log_every of them; `stop` tells the number of a signal that came, or 0.
 
     Returns: the number of the signal that ended it early, or 0.
@@ -96,10 +135,9 @@ def refine(
             break
         set_lr(optimizer, learning_rate(step, train.refine_lr, WARMUP_STEPS, train.refine_steps))
         generator = step_generator(config.seed, train.steps + step, 0, device)
-        chosen = torch.randint(len(clips.real), (config.data.batch_size,), generator=generator, device=device)
-        real, seen, known_r, actions = clips.rows(chosen)
+        embedded, known_r, actions = draw_steps(clips, config, model, generator)
         with autocast():
-            losses = model.losses(real, seen, known_r, model.beta, generator, actions=actions)
+            losses = model.losses(embedded, known_r, model.beta, generator, actions=actions)
         losses["loss"].backward()
         if train.clip_norm:
             nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)

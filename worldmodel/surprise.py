@@ -204,14 +204,17 @@ def score_transitions(
     with tqdm(total=len(segments), desc="surprise", unit="segment", disable=not progress) as bar:
         while batch := list(islice(cut, SEGMENTS_AT_ONCE)):
             video = to_float(torch.from_numpy(np.stack(batch)).to(device))
-            own.append(model.encode(video))
-            as_target.append(own[-1] if target_encoder is model.embedder else target_encoder(video))
+            own.append(model.observe(video))
+            shared = target_encoder is model.embedder
+            as_target.append(model.embedding_of(own[-1]) if shared else target_encoder(video))
             bar.update(len(batch))
     own_of, target_of = torch.cat(own), torch.cat(as_target)
     scores = []
     for part in np.split(starts, range(TRANSITIONS_AT_ONCE, len(starts), TRANSITIONS_AT_ONCE)):
         context, target, seen = (np.searchsorted(segments, part + span * at) for at in (0, 1, model.seen_at))
-        scores.append(torch.stack(measure(model, own_of[context], target_of[target], own_of[seen])).cpu())
+        scores.append(
+            torch.stack(measure(model, own_of[context], target_of[target], model.embedding_of(own_of[seen]))).cpu()
+        )
     return Transitions(starts, *torch.cat(scores, dim=1).numpy())
 
 
@@ -231,7 +234,12 @@ def measure(model: WorldModel, context: Tensor, target: Tensor, seen: Tensor) ->
         noise = torch.randn(NUM_DRAWS, model.latent.latent_dim, generator=generator).to(context.device)
         draws = [posterior.mean + posterior.scale * row for row in noise]
         kl = torch.stack([kl_divergence(posterior, prior, r) for r in draws]).mean(dim=0)
-    errors = [model.objective.prediction_error(model.edit(context, r), target, context) for r in draws]
+    errors = [
+        model.objective.prediction_error(
+            model.embedding_of(model.edit(context, r)), target, model.embedding_of(context)
+        )
+        for r in draws
+    ]
     error = torch.stack(errors).mean(dim=0)
     return kl + error / model.beta if weighs_kl(model) else error, kl, error
 

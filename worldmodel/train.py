@@ -9,7 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from worldmodel.evaluation import factors, forecast
 from worldmodel.machine import computes_bf16, fair_share_of_cores, keep_freed_memory
 from worldmodel.model import WorldModel
 from worldmodel.optimisation import learning_rate, parameter_groups, set_lr, step_generator
-from worldmodel.refine import embed_clips, refine
+from worldmodel.refine import embed_clips, refine, steps_of
 from worldmodel.scores import effective_rank
 from worldmodel.teacher import Teacher, ema_momentum
 from worldmodel.tracking import Tracker
@@ -65,7 +65,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     rank, world_size = accelerator.process_index, accelerator.num_processes
     # The first process indexes the videos and makes the run folder; the others find both.
     with accelerator.main_process_first():
-        stream = training_stream(config, rank=rank, world_size=world_size, device=accelerator.device)
+        stream = training_stream(
+            config, config.objective.rollout_steps, rank=rank, world_size=world_size, device=accelerator.device
+        )
         run = open_run(config, resume=resume or rank > 0, overwrite=overwrite and rank == 0)
     trainer = Trainer(config, accelerator, run, stream.fingerprint)
     if resume:
@@ -84,7 +86,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
             if trainer.saved_step != trainer.step:
                 trainer.save()
             if config.train.refine_steps and not trainer.refined:
-                trainer.refine(batches, stop)
+                batches.close()  # its memory for decoded clips, and its processes
+                trainer.refine(stop)
         finally:
             batches.close()
             trainer.close()
@@ -135,7 +138,7 @@ class Trainer:
                 raise UserError(
                     f"too few clips of the batch at step {self.step} could be decoded: see the log for the files"
                 )
-            segments, r, actions = training_inputs(batch, config, accelerator.device)
+            segments, r, actions = training_inputs(batch, config, config.objective.rollout_steps, accelerator.device)
             with accelerator.accumulate(self.model):
                 with accelerator.autocast():
                     targets = self.teacher(self.student.targets_of(segments)) if self.teacher else None
@@ -207,18 +210,15 @@ class Trainer:
                 is_best += 1
         return bool(self.accelerator.reduce(is_best).item())
 
-    def refine(self, batches: Iterator[dict[str, Any]], stop: Callable[[], int]) -> None:
+    def refine(self, stop: Callable[[], int]) -> None:
         """Refinement, by the first process alone: minutes of one processor. Interrupted, it begins anew on a resume."""
         caught = 0
         if self.accelerator.is_main_process:
             device, config = self.accelerator.device, self.config
-            with ExitStack() as opened:
-                if self.accelerator.num_processes > 1:  # `batches` has a share of each batch only
-                    stream = training_stream(config, rank=0, world_size=1, device=device)
-                    whole = stream.batches(self.step * config.train.grad_accumulation)
-                    batches = opened.enter_context(closing(whole))
-                autocast = self.accelerator.autocast
-                clips = embed_clips(config, self.student, self.teacher, batches, device, autocast, stop)
+            stream = training_stream(config, steps_of(config), rank=0, world_size=1, device=device)
+            autocast = self.accelerator.autocast
+            with closing(stream.batches(0)) as batches:
+                clips = embed_clips(config, self.student, self.target_encoder, batches, device, autocast, stop)
             precise = nullcontext if self.accelerator.scaler else autocast  # what fp16 needs scaling for is fast anyway
             caught = refine(config, self.student, clips, device, precise, self.log_refinement, stop)
         if signal_number := int(self.accelerator.reduce(torch.tensor(caught, device=self.accelerator.device))):

@@ -17,7 +17,7 @@ def test_both_sources_have_one_batch_layout(tiny_config: Callable[..., Config]) 
     cpu = torch.device("cpu")
     layouts = []
     for source in ("videos", "moving_mnist"):
-        stream = training_stream(tiny_config(f"data.source={source}"), rank=0, world_size=1, device=cpu)
+        stream = training_stream(tiny_config(f"data.source={source}"), 1, rank=0, world_size=1, device=cpu)
         batches = stream.batches()
         batch = next(batches)
         batches.close()
@@ -85,8 +85,8 @@ def test_the_kicked_law_holds_for_clips_that_begin_at_kicks(
 
 
 def test_clips_are_as_long_as_their_rollouts(tiny_config: Callable[..., Config], kicked_world: Path) -> None:
-    config = tiny_config(f"data.root={kicked_world}", "objective.rollout_steps=2", "data.batch_size=4")
-    batches = training_stream(config, rank=0, world_size=1, device=torch.device("cpu")).batches()
+    config = tiny_config(f"data.root={kicked_world}", "data.batch_size=4")
+    batches = training_stream(config, 2, rank=0, world_size=1, device=torch.device("cpu")).batches()
     assert next(batches)["video"].shape[1] == 12
     batches.close()
     assert next(evaluation_batches(config, "test", 4, horizon=3))["video"].shape[1] == 15
@@ -136,7 +136,7 @@ def test_shards_behind_a_url_serve_in_place_of_a_folder(
     cache = tmp_path / "cache"
     config = tiny_config(f"data.root=file://{tmp_path}/packed", f"data.remote_cache_dir={cache}", "data.cache_mb=0")
     assert len(read_index(config.data, "selection").videos) == 32
-    batches = training_stream(config, rank=0, world_size=1, device=torch.device("cpu")).batches()
+    batches = training_stream(config, 1, rank=0, world_size=1, device=torch.device("cpu")).batches()
     assert next(batches)["video"].shape == (16, 9, 1, 64, 64)
     batches.close()
     plain = torch.cat([batch["video"] for batch in evaluation_batches(tiny_config(), "test", 24)])

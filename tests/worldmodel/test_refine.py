@@ -1,5 +1,6 @@
 import signal
 from collections.abc import Callable
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tests.worldmodel.test_train import assert_same_weights, final_tensors, rows
 from worldmodel import WorldModel
 from worldmodel.config import Config
 from worldmodel.data import segments_of, training_stream
-from worldmodel.refine import EmbeddedClips, embed_clips, refine
+from worldmodel.refine import EmbeddedClips, draw_steps, embed_clips, refine, steps_of
 from worldmodel.teacher import Teacher
 from worldmodel.train import Interrupted, train
 
@@ -27,12 +28,10 @@ def full_precision() -> torch.autocast:
     return torch.autocast("cpu", enabled=False)
 
 
-def embedded(config: Config, model: WorldModel, teacher: nn.Module | None) -> EmbeddedClips:
-    batches = training_stream(config, rank=0, world_size=1, device=CPU).batches(0)
-    try:
-        return embed_clips(config, model, teacher, batches, CPU, full_precision, never)
-    finally:
-        batches.close()
+def embedded(config: Config, model: WorldModel, target_encoder: nn.Module) -> EmbeddedClips:
+    stream = training_stream(config, steps_of(config), rank=0, world_size=1, device=CPU)
+    with closing(stream.batches(0)) as batches:
+        return embed_clips(config, model, target_encoder, batches, CPU, full_precision, never)
 
 
 def test_clips_are_embedded_with_running_statistics_by_student_and_teacher(
@@ -43,16 +42,45 @@ def test_clips_are_embedded_with_running_statistics_by_student_and_teacher(
     model = WorldModel(config)
     teacher = Teacher(WorldModel(config).embedder)
     clips = embedded(config, model, teacher)
-    batches = training_stream(config, rank=0, world_size=1, device=CPU).batches(0)
-    segments = torch.cat([segments_of(next(batches), 3, CPU) for _ in range(2)])[:12]
-    batches.close()
+    with closing(training_stream(config, 1, rank=0, world_size=1, device=CPU).batches(0)) as batches:
+        segments = torch.cat([segments_of(next(batches), 3, CPU) for _ in range(2)])[:12]
     model.eval(), teacher.eval()
     with torch.no_grad():
-        torch.testing.assert_close(clips.real[:, 0], model.encode(segments[:, 0]))
-        torch.testing.assert_close(clips.real[:, 1], teacher(segments[:, 1]))
-        assert clips.seen is not None
-        torch.testing.assert_close(clips.seen[:, 0], model.encode(segments[:, 2]))
-    assert clips.known_r is None and clips.actions is None
+        torch.testing.assert_close(clips.own.flatten(0, 1), model.encode(segments.flatten(0, 1)))
+        torch.testing.assert_close(clips.targets.flatten(0, 1), teacher(segments.flatten(0, 1)))
+    assert clips.features is None and clips.known_r is None and clips.actions is None
+
+
+def numbered(num_clips: int, num_segments: int, first: int) -> torch.Tensor:
+    """[N, L, 1]: first + 100 n + l"""
+    clips = 100.0 * torch.arange(num_clips)[:, None] + torch.arange(num_segments)
+    return first + clips[..., None]
+
+
+@pytest.mark.parametrize(("horizon", "rollout_steps"), [(1, 1), (4, 1), (3, 2)])
+def test_a_step_is_drawn_with_its_targets_actions_and_a_scene_from_before(
+    tiny_config: Callable[..., Config], horizon: int, rollout_steps: int
+) -> None:
+    config = tiny_config(
+        "data.source=videos", "data.batch_size=512", f"train.refine_horizon={horizon}",
+        f"objective.rollout_steps={rollout_steps}", "model.scene_dim=2", "model.embedding_dim=1",
+    )  # fmt: skip
+    model = WorldModel(config)
+    length = steps_of(config) + 2  # x, x+ and x++ of the last step
+    own, targets, features = (numbered(5, length, first) for first in (0, 1000, 2000))
+    clips = EmbeddedClips(own, targets, features, None, numbered(5, length - 2, 3000))
+    batch, known_r, actions = draw_steps(clips, config, model, torch.Generator().manual_seed(0))
+    first = batch.real[:, 0, 0]
+    assert batch.features is not None and batch.age is not None and batch.seen is not None and actions is not None
+    assert set(first.tolist()) == {100.0 * clip + step for clip in range(5) for step in range(horizon)}
+    following = first[:, None] + torch.arange(rollout_steps)
+    assert torch.equal(batch.real[:, 1:, 0], following + 1001)
+    assert torch.equal(batch.seen[..., 0], following + 2)
+    assert torch.equal(actions[..., 0], following + 3000)
+    read_at = batch.features[:, 0] - 2000
+    assert torch.equal(read_at, first - batch.age)
+    assert set(batch.age.tolist()) == set(range(horizon)) and known_r is None
+    assert ((read_at % 100) >= 0).all()
 
 
 def test_refinement_lowers_the_loss_and_moves_all_but_the_encoder(tiny_config: Callable[..., Config]) -> None:

@@ -115,7 +115,7 @@ def test_segments_that_tile_are_embedded_once() -> None:
         nonlocal seen
         seen += len(inputs[0])
 
-    model.embedder.register_forward_hook(count)
+    model.embedder.encoder.register_forward_hook(count)
     found = scored(config, model, clip(30))
     assert len(found.start) == 8 and seen == 10
 

@@ -74,7 +74,7 @@ def test_each_segment_goes_where_it_belongs(
 ) -> None:
     """The model is given all segments, the teacher x+."""
     config = tiny_config("train.steps=1")
-    stream = training_stream(config, rank=0, world_size=1, device=torch.device("cpu"))
+    stream = training_stream(config, 1, rank=0, world_size=1, device=torch.device("cpu"))
     batches = stream.batches()
     expected = split_segments(to_float(next(batches)["video"]), 3)
     batches.close()

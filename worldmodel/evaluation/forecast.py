@@ -71,6 +71,10 @@ class EmbeddedClips:
     def __len__(self) -> int:
         return len(self.context)
 
+    @property
+    def embedding(self) -> Tensor:
+        return self.context[:, : self.targets.shape[-1]]
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -232,7 +236,7 @@ def embed_clips(
     for batch in batches:
         segments = segments_of(batch, num_segments(config, horizon), device)
         backbone = student.embedder.features(segments[:, 0])
-        context = student.embedder.project(backbone)
+        context = student.state_of(backbone)
         actions = actions_of(batch, config, horizon, device)
         first = None if actions is None else actions[:, 0]
         inference = student.infer(context, segments, oracle_r(batch, config, device), generator, action=first)
@@ -503,12 +507,12 @@ def _probes(law: Law | None, fit: EmbeddedClips, selection: EmbeddedClips, queri
 
     representations = {
         "backbone": of_all(lambda clips: clips.backbone),
-        "embedding": of_all(lambda clips: clips.context),
+        "embedding": of_all(lambda clips: clips.embedding),
     }
     if fit.r.shape[1]:
         representations |= {
             "r": of_all(lambda clips: clips.r),
-            "embedding_and_r": of_all(lambda clips: torch.cat([clips.context, clips.r], dim=1)),
+            "embedding_and_r": of_all(lambda clips: torch.cat([clips.embedding, clips.r], dim=1)),
         }
     labels = [law.probe_targets(part.labels) if law else _probe_targets(part.labels) for part in parts]
     common = [name for name in labels[0] if name in labels[1] and name in labels[2]]
