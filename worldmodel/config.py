@@ -113,8 +113,9 @@ class ModelConfig:
     """Numbers of an action, the label data.action_label of frames, on which editor, prior and posterior are
     conditioned; 0: the model is passive, and learns from video alone."""
     scene_dim: NonNegativeInt = 0
-    """Numbers that are read from the context's features beside its embedding and kept as they are over a rollout, for
-    what does not change in a clip; editor, prior and posterior are conditioned on them. 0: the embedding is all."""
+    """Numbers of a scene code, which is read from the context's features beside its embedding and kept as it is over a
+    rollout, for what does not change in a clip; editor, prior and posterior are conditioned on it. It is learned in
+    refinement (train.refine_steps). 0: the embedding is all."""
     oracle_label: str = "velocity_change"
     """oracle: the label that is the true r."""
     prior: Literal["mixture", "flow"] = "mixture"
@@ -405,6 +406,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"model.editor={model.editor} takes no actions: with model.action_dim it must be mlp or residual"
     if model.scene_dim and model.editor not in ("mlp", "residual"):
         yield f"model.editor={model.editor} takes no scene code: with model.scene_dim it must be mlp or residual"
+    if model.scene_dim and not config.train.refine_steps:
+        yield f"model.scene_dim={model.scene_dim} is learned in refinement: it needs train.refine_steps"
     if config.objective.inverse_dynamics_weight and not model.action_dim:
         yield "objective.inverse_dynamics_weight reads actions: it needs model.action_dim"
     if model.latent == "oracle" and max(config.objective.rollout_steps, config.train.refine_horizon) > 1:

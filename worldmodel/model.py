@@ -41,23 +41,35 @@ class Embedded(NamedTuple):
 class SceneCode(nn.Module):
     """What is read from the features of one segment and kept for a rollout: what a clip keeps.
 
-    Its last number tells its age: n / (n + 1) where it was read n steps ago.
+    Its last number tells its age: n / (n + 1) where it was read n steps ago. It is learned in refinement alone, and
+    before it all zeros: the embedding would leave to it what it should hold itself.
     """
+
+    learned: Tensor
 
     def __init__(self, num_features: int, hidden_dim: int, scene_dim: int, norm: Norm) -> None:
         super().__init__()
+        self.num_values = scene_dim + 1
         self.net = nn.Sequential(nn.BatchNorm1d(num_features), *mlp([num_features, hidden_dim, scene_dim], norm=norm))
+        self.net.requires_grad_(False)
+        self.register_buffer("learned", torch.tensor(False))
+
+    def learn(self) -> None:
+        """From here on the code is read, and its parameters have gradients."""
+        self.net.requires_grad_(True)
+        self.learned.fill_(True)
 
     def forward(self, features: Tensor, age: Tensor | None = None) -> Tensor:
         """features [B, F], age [B] in steps, 0 without it -> the code, float32 [B, Z]."""
+        if not self.learned:
+            return features.new_zeros(len(features), self.num_values, dtype=torch.float32)
         code = self.net(features).float()
         steps = code.new_zeros(len(code)) if age is None else age.to(code)
         return torch.cat([code, (steps / (steps + 1))[:, None]], dim=1)
 
-    @staticmethod
-    def aged(code: Tensor) -> Tensor:
+    def aged(self, code: Tensor) -> Tensor:
         """code [B, Z], one step later."""
-        return torch.cat([code[:, :-1], 1 / (2 - code[:, -1:])], dim=1)
+        return torch.cat([code[:, :-1], 1 / (2 - code[:, -1:])], dim=1) if self.learned else code
 
 
 class WorldModel(nn.Module):
@@ -84,11 +96,12 @@ class WorldModel(nn.Module):
             if model.scene_dim
             else None
         )
-        self.embedding_dim, self.scene_dim = model.embedding_dim, model.scene_dim + 1 if model.scene_dim else 0
+        scene_dim = self.scene.num_values if self.scene else 0
+        self.embedding_dim = model.embedding_dim
         self.action_dim = model.action_dim * data.num_frames
         self.latent = make_latent(
             model.latent,
-            context_dim=model.embedding_dim + self.scene_dim + self.action_dim,
+            context_dim=model.embedding_dim + scene_dim + self.action_dim,
             embedding_dim=model.embedding_dim,
             hidden_dim=model.hidden_dim,
             latent_dim=model.latent_dim,
@@ -119,7 +132,7 @@ class WorldModel(nn.Module):
             model.editor,
             embedding_dim=model.embedding_dim,
             hidden_dim=model.hidden_dim,
-            latent_dim=(self.latent.latent_dim if self.latent else 0) + self.scene_dim + self.action_dim,
+            latent_dim=(self.latent.latent_dim if self.latent else 0) + scene_dim + self.action_dim,
             predictor=self.objective.needs_predictor,
             norm=model.editor_norm,
         )
@@ -182,7 +195,7 @@ class WorldModel(nn.Module):
         normalised as the encoder's are, and the same scene code, a step older."""
         embedding, scene = state.tensor_split([self.embedding_dim], dim=1)
         edited = self.editor(embedding, torch.cat([r, joined(scene, action)], dim=1)).float()
-        return joined(normalise(edited) if self.on_sphere else edited, SceneCode.aged(scene) if self.scene else None)
+        return joined(normalise(edited) if self.on_sphere else edited, self.scene.aged(scene) if self.scene else None)
 
     def prior_mean_rollout(self, state: Tensor, horizon: int, actions: Tensor | None = None) -> Tensor:
         """The one future at the mean of the prior, step by step: [B, D + Z], actions [B, horizon, A] -> embeddings

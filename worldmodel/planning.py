@@ -4,7 +4,7 @@ The cost of actions is how far the embeddings that they are imagined to lead to 
 open, several are imagined for each sequence, and their cost averaged, or their upper quantile taken.
 
 Legend: E episodes, N candidates, M imagined futures, H steps of the horizon, A numbers of an action, D embedding
-dimensions, C channels, F = W pixels.
+dimensions, Z numbers of a scene code, C channels, F = W pixels.
 """
 
 from collections.abc import Iterator
@@ -27,16 +27,15 @@ from worldmodel.run import TrainedRun
 def imagine(
     model: WorldModel,
     decoder: ActionDecoder | None,
-    context: Tensor,
+    state: Tensor,
     actions: Tensor,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Where actions [B, H, A] are imagined to lead from context [B, D]: embeddings [B, D], step by step.
+    """Where actions [B, H, A] are imagined to lead from a state [B, D + Z]: embeddings [B, D], step by step.
 
     They are at the prior's mean or, with a generator, at draws from it. With a decoder, actions reach a passive model
     as the r that they amount to.
     """
-    state = context
     for action in actions.unbind(1):
         if decoder is not None:
             state = model.edit(state, decoder(state, action))
@@ -49,12 +48,12 @@ def imagine(
 
 @dataclass(frozen=True)
 class LatentCost:
-    """What candidates cost: context, goal [E, D] -> a function of actions [E, N, H, A] to [E, N]."""
+    """What candidates cost: state [E, D + Z], goal [E, D] -> a function of actions [E, N, H, A] to [E, N]."""
 
     model: WorldModel
     decoder: ActionDecoder | None
     config: PlanningConfig
-    context: Tensor
+    state: Tensor
     goal: Tensor
     generator: torch.Generator
 
@@ -62,15 +61,15 @@ class LatentCost:
         num_candidates, num_futures = actions.shape[1], max(1, self.config.num_samples)
         flat = actions.flatten(0, 1).repeat_interleave(num_futures, dim=0)
         goal = self.goal.repeat_interleave(num_candidates * num_futures, dim=0)
-        context = self.context.repeat_interleave(num_candidates * num_futures, dim=0)
-        cost = context.new_zeros(len(context))
+        state = self.state.repeat_interleave(num_candidates * num_futures, dim=0)
+        cost = state.new_zeros(len(state))
         drawn = self.generator if self.config.num_samples else None
-        with torch.autocast(context.device.type, torch.bfloat16, enabled=computes_bf16()):
-            for state in imagine(self.model, self.decoder, context, flat, drawn):
+        with torch.autocast(state.device.type, torch.bfloat16, enabled=computes_bf16()):
+            for embedding in imagine(self.model, self.decoder, state, flat, drawn):
                 if self.config.cost == "sum":
-                    cost += (state - goal).square().mean(dim=-1)
+                    cost += (embedding - goal).square().mean(dim=-1)
         if self.config.cost == "last":
-            cost = (state - goal).square().mean(dim=-1)
+            cost = (embedding - goal).square().mean(dim=-1)
         futures = cost.float().view(*actions.shape[:2], num_futures)
         if self.config.risk_quantile is not None:
             return futures.quantile(self.config.risk_quantile, dim=-1)
@@ -78,10 +77,10 @@ class LatentCost:
 
 
 class Decision(NamedTuple):
-    """What a decision began from and came to: episodes [E], their numbers; context [E, D]; actions [E, H, A]."""
+    """What a decision began from and came to: episodes [E], their numbers; state [E, D + Z]; actions [E, H, A]."""
 
     episodes: Tensor
-    context: Tensor
+    state: Tensor
     actions: Tensor
 
 
@@ -114,23 +113,25 @@ class LatentPolicy:
         self.plan: Plan
         self.decisions: list[Decision]
 
+    @torch.no_grad()
     def begin(self, goals: Tensor) -> None:
         """Pictures of the goals of E episodes, uint8 [E, C, F, W]."""
         self.generator = torch.Generator().manual_seed(self.seed)
-        self.goal = self._embed(goals, target=True)
+        self.goal = self.run.target_encoder(self._video(goals))
         self.plan = start(self.config, len(goals), self.action_dim, self.run.device)
         self.episodes, self.decisions = torch.arange(len(goals)), []
 
+    @torch.no_grad()
     def act(self, frames: Tensor) -> Tensor:
         """What the episodes show now, uint8 [E, C, F, W] -> the next action of each, [E, A] on the CPU."""
-        context = self._embed(frames, target=False)
+        state = self.run.model.observe(self._video(frames))
         on_device = torch.Generator(self.run.device).manual_seed(
             int(torch.randint(2**62, (), generator=self.generator))
         )
-        cost = LatentCost(self.run.model, self.decoder, self.config, context, self.goal, on_device)
+        cost = LatentCost(self.run.model, self.decoder, self.config, state, self.goal, on_device)
         plan, actions, _ = improve(self.config, self.plan, cost, self.generator)
         self.plan = shift(plan)
-        self.decisions.append(Decision(self.episodes, context, actions))
+        self.decisions.append(Decision(self.episodes, state, actions))
         return actions[:, 0].cpu()
 
     def keep(self, going_on: Tensor) -> None:
@@ -146,20 +147,18 @@ class LatentPolicy:
         """
         num_futures = max(1, self.config.num_samples)
         own = [decision.episodes == episode for decision in self.decisions]
-        context = torch.cat([decision.context[rows] for decision, rows in zip(self.decisions, own, strict=True)])
+        state = torch.cat([decision.state[rows] for decision, rows in zip(self.decisions, own, strict=True)])
         actions = torch.cat([decision.actions[rows] for decision, rows in zip(self.decisions, own, strict=True)])
         generator = torch.Generator(self.run.device).manual_seed(self.seed) if self.config.num_samples else None
         with torch.autocast(self.run.device.type, torch.bfloat16, enabled=computes_bf16()):
             steps = imagine(
                 self.run.model,
                 self.decoder,
-                context.repeat_interleave(num_futures, dim=0),
+                state.repeat_interleave(num_futures, dim=0),
                 actions.repeat_interleave(num_futures, dim=0),
                 generator,
             )
             return torch.stack(list(steps), dim=1).unflatten(0, (-1, num_futures))
 
-    @torch.no_grad()
-    def _embed(self, frames: Tensor, target: bool) -> Tensor:
-        video = to_float(frames[:, None].to(self.run.device))
-        return self.run.target_encoder(video) if target else self.run.model.observe(video)
+    def _video(self, frames: Tensor) -> Tensor:
+        return to_float(frames[:, None].to(self.run.device))

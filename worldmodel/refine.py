@@ -127,6 +127,8 @@ def refine(
     """
     train = config.train
     model.embedder.requires_grad_(False)
+    if model.scene is not None:
+        model.scene.learn()
     optimizer = torch.optim.AdamW(parameter_groups(model, train.weight_decay), train.refine_lr, fused=True)
     sums: dict[str, Tensor] = {}
     signal_number = 0

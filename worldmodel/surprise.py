@@ -218,28 +218,26 @@ def score_transitions(
     return Transitions(starts, *torch.cat(scores, dim=1).numpy())
 
 
-def measure(model: WorldModel, context: Tensor, target: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Surprise, KL(q || p) in nats and the posterior's prediction error, all [B], of embeddings [B, D].
+def measure(model: WorldModel, state: Tensor, target: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Surprise, KL(q || p) in nats and the posterior's prediction error, all [B], from states [B, D + Z] to
+    embeddings [B, D].
 
     The KL is in closed form for a single Gaussian as prior; otherwise, and the error always, a mean over NUM_DRAWS
     draws of q. All transitions take the same standard normal numbers, so that none depends on which others are scored
     with it. Without a latent the KL is 0.
     """
     if model.latent is None:
-        kl, draws = context.new_zeros(len(context)), [context[:, :0]]
+        kl, draws = state.new_zeros(len(state)), [state[:, :0]]
     else:
         assert isinstance(model.latent, GaussianLatent)
-        posterior, prior = model.latent.posterior(context, seen), model.latent.prior(context)
+        posterior, prior = model.latent.posterior(state, seen), model.latent.prior(state)
         generator = torch.Generator().manual_seed(SEED)
-        noise = torch.randn(NUM_DRAWS, model.latent.latent_dim, generator=generator).to(context.device)
+        noise = torch.randn(NUM_DRAWS, model.latent.latent_dim, generator=generator).to(state.device)
         draws = [posterior.mean + posterior.scale * row for row in noise]
         kl = torch.stack([kl_divergence(posterior, prior, r) for r in draws]).mean(dim=0)
-    errors = [
-        model.objective.prediction_error(
-            model.embedding_of(model.edit(context, r)), target, model.embedding_of(context)
-        )
-        for r in draws
-    ]
+    context = model.embedding_of(state)
+    edited = (model.embedding_of(model.edit(state, r)) for r in draws)
+    errors = [model.objective.prediction_error(embedding, target, context) for embedding in edited]
     error = torch.stack(errors).mean(dim=0)
     return kl + error / model.beta if weighs_kl(model) else error, kl, error
 

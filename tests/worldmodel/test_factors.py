@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from data_pipelines.sources.causal import NUM_FACTORS
 from tests.conftest import REPO, run_script
 from tests.data_pipelines.sources.test_causal import unmix
 from worldmodel.config import Config, load_config
@@ -26,21 +27,22 @@ class Unmixer(WorldModel):
         self.world = causal_world(config)
         self.warp = warp
         self.latent = None
+        self.embedding_dim = NUM_FACTORS
 
-    def encode(self, video: Tensor) -> Tensor:
+    def observe(self, video: Tensor) -> Tensor:
         factors = unmix(self.world, video[:, 0, :, 0, 0])
         return torch.tanh(self.warp * factors) / self.warp if self.warp else factors
 
     def infer(
         self,
-        context: Tensor,
+        state: Tensor,
         segments: Tensor,
         known_r: Tensor | None,
         generator: torch.Generator | None = None,
         *,
         action: Tensor | None = None,
     ) -> Inference:
-        return Inference(context[:, :0], None, None)
+        return Inference(state[:, :0], None, None)
 
 
 def test_the_factors_themselves_score_one() -> None:

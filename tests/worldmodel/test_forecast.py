@@ -44,10 +44,12 @@ class OracleStudent(WorldModel):
         nn.Module.__init__(self)
         self.latent = nn.Identity()  # type: ignore[assignment]
         self.embedder = Pixels()  # type: ignore[assignment]
+        self.scene = None
+        self.embedding_dim = 4
 
     def rollout_embedding(
         self,
-        context: Tensor,
+        state: Tensor,
         horizon: int,
         num_samples: int,
         generator: torch.Generator | None = None,
@@ -56,23 +58,23 @@ class OracleStudent(WorldModel):
         shuffle: bool = False,
     ) -> Tensor:
         assert generator is not None and horizon == 1
-        velocity = context[:, 2:].roll(1, dims=0) if shuffle else context[:, 2:]
-        after = sample_law(velocity, torch.zeros(len(context), dtype=torch.int64), num_samples, "A", generator)
-        return torch.cat([context[:, None, :2] + 3 * after, after], dim=-1)[:, :, None]
+        velocity = state[:, 2:].roll(1, dims=0) if shuffle else state[:, 2:]
+        after = sample_law(velocity, torch.zeros(len(state), dtype=torch.int64), num_samples, "A", generator)
+        return torch.cat([state[:, None, :2] + 3 * after, after], dim=-1)[:, :, None]
 
-    def prior_mean_rollout(self, context: Tensor, horizon: int, actions: Tensor | None = None) -> Tensor:
-        return torch.cat([context[:, :2] + 3 * context[:, 2:], context[:, 2:]], dim=-1)[:, None]
+    def prior_mean_rollout(self, state: Tensor, horizon: int, actions: Tensor | None = None) -> Tensor:
+        return torch.cat([state[:, :2] + 3 * state[:, 2:], state[:, 2:]], dim=-1)[:, None]
 
     def infer(
         self,
-        context: Tensor,
+        state: Tensor,
         segments: Tensor,
         known_r: Tensor | None,
         generator: torch.Generator | None = None,
         *,
         action: Tensor | None = None,
     ) -> Inference:
-        return Inference(context[:, 2:], None, None)
+        return Inference(state[:, 2:], None, None)
 
 
 def test_a_model_that_knows_the_law_scores_as_the_oracle_does(tiny_config: Callable[..., Config]) -> None:

@@ -23,8 +23,11 @@ class AddingModel(torch.nn.Module):
         self.action_dim = action_dim
         self.latent = SimpleNamespace(latent_dim=3)
 
-    def edit(self, context: Tensor, r: Tensor) -> Tensor:
-        return context + r
+    def edit(self, state: Tensor, r: Tensor) -> Tensor:
+        return state + r
+
+    def embedding_of(self, state: Tensor) -> Tensor:
+        return state
 
 
 def transitions(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

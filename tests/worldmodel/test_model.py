@@ -230,25 +230,30 @@ def test_oracle_r_is_what_the_labels_say() -> None:
     assert torch.equal(world.infer(embeddings(), segments(), known_r()).r, known_r())
 
 
-@pytest.mark.parametrize(("sees", "num_segments"), [("later", 3), ("target", 3), ("later", 2)])
+@pytest.mark.parametrize(
+    ("sees", "num_segments", "scene_dim"), [("later", 3, 0), ("target", 3, 0), ("later", 2, 0), ("later", 3, 5)]
+)
 def test_the_loss_of_a_rollout_is_that_of_its_steps_each_from_the_prediction_before_it(
-    sees: str, num_segments: int
+    sees: str, num_segments: int, scene_dim: int
 ) -> None:
     """Computed here step by step: the posterior's segment moves along, and the steps have their weights."""
     weights = (1.0, 0.5, 2.0)
-    world = model(num_segments=num_segments, posterior_sees=sees, step_weights=weights).eval()
+    world = model(num_segments=num_segments, posterior_sees=sees, step_weights=weights, scene_dim=scene_dim)
+    world.eval()
+    if world.scene is not None:
+        world.scene.learn()
     clips = segments(count=num_segments + 2)
     targets = [embeddings(seed=seed) for seed in (5, 6, 7)]
     seen, returned = world(clips, torch.cat(targets), None, 0.25, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(0)
     assert isinstance(world.latent, GaussianLatent)
-    state, total = world.encode(clips[:, 0]), torch.zeros(())
+    state, total = world.observe(clips[:, 0]), torch.zeros(())
     first_seen = 1 if sees == "target" or num_segments == 2 else 2
     for k, (weight, target) in enumerate(zip(weights, targets, strict=True)):
         r, kl, _ = world.latent.infer(state, world.encode(clips[:, first_seen + k]), None, generator)
         assert kl is not None
         state = world.edit(state, r)
-        alignment = F.cosine_similarity(state, target, dim=-1).mean()
+        alignment = F.cosine_similarity(world.embedding_of(state), target, dim=-1).mean()
         torch.testing.assert_close(seen[f"alignment_{k + 1}"], alignment.detach())
         total = total + weight / 3.5 * (0.25 * kl.mean() - alignment)
     torch.testing.assert_close(seen["loss"], total)
@@ -347,3 +352,57 @@ def test_the_loss_of_a_model_with_actions_is_that_of_its_steps_and_of_its_sequen
     total = total + 2 * smoothness + 3 * (read - actions.flatten(0, 1)).square().mean()
     torch.testing.assert_close(values["loss"], total, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(values["smoothness"], smoothness.detach())
+
+
+def with_scene_code() -> WorldModel:
+    world = model("gaussian", scene_dim=4)
+    assert world.scene is not None
+    world.scene.learn()
+    return world
+
+
+def test_a_scene_code_is_nothing_before_it_is_learned() -> None:
+    world = model("gaussian", scene_dim=4)
+    losses(world)["loss"].backward()
+    assert world.scene is not None and all(p.grad is None for p in world.scene.parameters())
+    with torch.no_grad():
+        state = world.observe(clip())
+        assert not state[:, 16:].any() and not world.edit(state, known_r())[:, 16:].any()
+
+
+def test_a_scene_code_is_kept_over_a_rollout_and_tells_how_old_it_is() -> None:
+    world = with_scene_code().eval()
+    with torch.no_grad():
+        state = world.observe(clip())
+        assert state.shape == (4, 16 + 5) and torch.equal(world.embedding_of(state), world.encode(clip()))
+        steps = [state]
+        for _ in range(3):
+            steps.append(world.edit(steps[-1], world.prior_mean(steps[-1])))
+        rolled = world.prior_mean_rollout(state, 3)
+    assert all(torch.equal(step[:, 16:20], state[:, 16:20]) for step in steps)
+    torch.testing.assert_close(torch.stack(steps)[:, 0, -1], torch.tensor([0, 1 / 2, 2 / 3, 3 / 4]))
+    torch.testing.assert_close(rolled, torch.stack([world.embedding_of(step) for step in steps[1:]], dim=1))
+
+
+def test_a_scene_code_decides_the_next_step_and_learns_from_it() -> None:
+    world = with_scene_code()
+    losses(world)["loss"].backward()
+    assert world.scene is not None
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in world.scene.parameters() if p.ndim == 2)
+    world.eval()
+    with torch.no_grad():
+        state = world.observe(clip())
+        other = torch.cat([state[:, :16], state[:, 16:].flip(0)], dim=1)
+        assert not torch.allclose(world.edit(state, known_r()), world.edit(other, known_r()))
+        assert not torch.allclose(world.prior_mean(state), world.prior_mean(other))
+
+
+def test_a_scene_code_read_some_steps_ago_tells_so() -> None:
+    world = with_scene_code().eval()
+    assert world.scene is not None
+    features = embeddings(dims=world.embedder.encoder.num_features)
+    with torch.no_grad():
+        fresh, old = world.scene(features), world.scene(features, torch.tensor([0, 1, 2, 3]))
+        assert torch.equal(fresh[:, :-1], old[:, :-1])
+        torch.testing.assert_close(old[3, -1], fresh[3, -1] * 0 + 3 / 4)
+        torch.testing.assert_close(world.scene.aged(old)[:3, -1], old[1:, -1])

@@ -29,10 +29,13 @@ class Plane(nn.Module):
         super().__init__()
         self.noise_px = noise_px
 
-    def encode(self, video: Tensor) -> Tensor:
+    def observe(self, video: Tensor) -> Tensor:
         """Where the one white pixel of video [B, 1, C, H, W] is: [B, 2]."""
         flat = video[:, 0, 0].flatten(1).argmax(dim=1)
         return torch.stack([flat % SIZE_PX, flat // SIZE_PX], dim=1).float()
+
+    def embedding_of(self, state: Tensor) -> Tensor:
+        return state
 
     def prior_mean(self, context: Tensor, action: Tensor) -> Tensor:
         return torch.zeros_like(context)
@@ -55,7 +58,7 @@ def policy(noise_px: float = 0.0, **planning: Any) -> LatentPolicy:
     plane = Plane(noise_px)
     run: Any = SimpleNamespace(
         model=plane,
-        target_encoder=plane.encode,
+        target_encoder=plane.observe,
         config=Config(run_dir="", data=DataConfig(num_frames=1, num_segments=2)),
         folder=Path("plane"),
         device=torch.device("cpu"),

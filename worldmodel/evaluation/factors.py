@@ -75,10 +75,12 @@ def _embed(
 ) -> _Embedded:
     batch = causal_world(config).draw_batch(count, generator, width)
     segments = segments_of(batch, config.data.num_segments, device)
-    context = student.encode(segments[:, 0])
+    state = student.observe(segments[:, 0])
     on_device = torch.Generator(device).manual_seed(config.evaluation.seed)
-    penalty = student.infer(context, segments, oracle_r(batch, config, device), on_device).penalty
-    return _Embedded(context.cpu(), batch["labels"]["factors"], None if penalty is None else penalty.cpu())
+    penalty = student.infer(state, segments, oracle_r(batch, config, device), on_device).penalty
+    return _Embedded(
+        student.embedding_of(state).cpu(), batch["labels"]["factors"], None if penalty is None else penalty.cpu()
+    )
 
 
 def _score(readout: Readout, embedded: _Embedded) -> float:

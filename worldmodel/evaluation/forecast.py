@@ -48,7 +48,8 @@ DEVELOPMENT_QUERIES = 256
 class EmbeddedClips:
     """Clips of one split after the encoders. All on the CPU.
 
-    context [N, D] is the student's embedding of x and backbone [N, features] what its encoder gave the projector;
+    state [N, D + Z] is what the student predicts from, its embedding of x and a scene code if it has one, and backbone
+    [N, features] what its encoder made of x;
     persistence [N, D] and targets [N, H, D] are embeddings of x and of each later segment in the space of targets;
     r [N, R] is inferred as in training, at a penalty [N] that is None where none is paid. actions [N, H, A] are those
     that the model is conditioned on, None for a passive one. frames holds pixels of the
@@ -56,7 +57,7 @@ class EmbeddedClips:
     leads, None where no law is known.
     """
 
-    context: Tensor
+    state: Tensor
     backbone: Tensor
     persistence: Tensor
     targets: Tensor
@@ -69,11 +70,12 @@ class EmbeddedClips:
     extrapolated: Tensor | None
 
     def __len__(self) -> int:
-        return len(self.context)
+        return len(self.state)
 
     @property
     def embedding(self) -> Tensor:
-        return self.context[:, : self.targets.shape[-1]]
+        """The student's embedding of x, [N, D]."""
+        return self.state[:, : self.targets.shape[-1]]
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ def embed_clips(
     parts: dict[str, list[Tensor]] = {
         name: []
         for name in (
-            *("context", "backbone", "persistence", "targets", "r", "penalty", "actions"),
+            *("state", "backbone", "persistence", "targets", "r", "penalty", "actions"),
             *("clip_id", "frames", "extrapolated"),
         )
     }
@@ -236,12 +238,12 @@ def embed_clips(
     for batch in batches:
         segments = segments_of(batch, num_segments(config, horizon), device)
         backbone = student.embedder.features(segments[:, 0])
-        context = student.state_of(backbone)
+        state = student.state_of(backbone)
         actions = actions_of(batch, config, horizon, device)
         first = None if actions is None else actions[:, 0]
-        inference = student.infer(context, segments, oracle_r(batch, config, device), generator, action=first)
+        inference = student.infer(state, segments, oracle_r(batch, config, device), generator, action=first)
         shown = segments[:, : horizon + 1]
-        parts["context"].append(context.cpu())
+        parts["state"].append(state.cpu())
         parts["backbone"].append(backbone.float().cpu())
         parts["r"].append(inference.r.cpu())
         if inference.penalty is not None:
@@ -259,14 +261,14 @@ def embed_clips(
             parts["extrapolated"].append(law.extrapolate(segments[:, 0], horizon).cpu())
         for name, values in batch["labels"].items():
             labels.setdefault(name, []).append(values)
-    if sum(len(part) for part in parts["context"]) < 2:
+    if sum(len(part) for part in parts["state"]) < 2:
         raise UserError(
             f"the {split} split of {config.data.root} has fewer than 2 clips of {num_segments(config, horizon)} "
             "segments: add videos, or lower data.clip_step or evaluation.horizon"
         )
     whole = {name: torch.cat(values) for name, values in parts.items() if values}
     return EmbeddedClips(
-        context=whole["context"],
+        state=whole["state"],
         backbone=whole["backbone"],
         persistence=whole["persistence"],
         targets=whole["targets"],
@@ -307,7 +309,7 @@ def _futures(
         shuffled = roll_out(student, queries, horizon, num_samples, generator, device, shuffle=True)
         yield "shuffled_r", shuffled
         actions = None if queries.actions is None else queries.actions.to(device)
-        yield "prior_mean", student.prior_mean_rollout(queries.context.to(device), horizon, actions)[:, None].cpu()
+        yield "prior_mean", student.prior_mean_rollout(queries.state.to(device), horizon, actions)[:, None].cpu()
     yield "persistence", repeat(queries.persistence, "q d -> q 1 h d", h=horizon)
     yield "climatology", _climatology(queries, generator)
     if law:
@@ -335,8 +337,8 @@ def roll_out(
     for start in range(0, len(queries), ENCODE_BATCH):
         rows = slice(start, start + ENCODE_BATCH)
         actions = None if queries.actions is None else queries.actions[rows].to(device)
-        context = queries.context[rows].to(device)
-        futures = student.rollout_embedding(context, horizon, num_samples, on_device, actions=actions, shuffle=shuffle)
+        state = queries.state[rows].to(device)
+        futures = student.rollout_embedding(state, horizon, num_samples, on_device, actions=actions, shuffle=shuffle)
         chunks.append(futures.cpu())
     return torch.cat(chunks)
 
