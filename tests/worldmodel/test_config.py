@@ -78,6 +78,13 @@ def test_mistakes_name_the_key_the_value_and_what_is_allowed(override: str, told
         (["objective.name=infonce", "train.grad_accumulation=2"], "objective.name=infonce compares the clips of a"),
         (["objective.name=sigreg", "train.grad_accumulation=2"], "objective.name=sigreg compares the clips of a"),
         (["data.source=causal"], "data.source=causal needs data.channels=6"),
+        (["model.scene_dim=4"], "model.scene_dim=4 is learned in refinement: it needs train.refine_steps"),
+        (["model.scene_dim=4", "train.refine_steps=1", "model.editor=low_rank"], "takes no scene code"),
+        (["model.latent=oracle", "train.refine_horizon=2"], "knows the r of one step"),
+        (
+            ["data.source=moving_mnist", "data.size_px=64", "train.refine_horizon=2"],
+            "train.refine_horizon and evaluation.horizon must be 1",
+        ),
     ],
 )
 def test_a_senseless_combination_is_refused_in_a_sentence(overrides: list[str], told: str) -> None:
