@@ -30,9 +30,9 @@ WARMUP_STEPS = 100
 class EmbeddedClips(NamedTuple):
     """N clips of L segments after the encoders, in evaluation mode.
 
-    own [N, L, D] are the model's embeddings of all segments, targets [N, L, D] those in the space of targets, and
-    features [N, L, F] what the encoder made of them, None where no scene code is read; known_r [N, R] is what an oracle
-    latent takes, actions [N, H + K - 1, A] what the model is conditioned on.
+    own [N, L, D] are the model's embeddings of all segments, targets [N, L - 1, D] those of all but the first in the
+    space of targets, and features [N, L, F] what the encoder made of all, None where no scene code is read; known_r
+    [N, R] is what an oracle latent takes, actions [N, H + K - 1, A] what the model is conditioned on.
     """
 
     own: Tensor
@@ -68,8 +68,10 @@ def embed_clips(
             with autocast():
                 encoded = model.embedder.features(flat)
                 own = model.embedder.project(encoded)
-                targets = own if target_encoder is model.embedder else target_encoder(flat)
-            own, targets, encoded = (part.unflatten(0, segments.shape[:2]) for part in (own, targets, encoded))
+                own, encoded = (part.unflatten(0, segments.shape[:2]) for part in (own, encoded))
+                later = segments[:, 1:]
+                shared = target_encoder is model.embedder
+                targets = own[:, 1:] if shared else target_encoder(later.flatten(0, 1)).unflatten(0, later.shape[:2])
             read_from = None if model.scene is None else encoded
             parts.append(EmbeddedClips(own, targets, read_from, known_r, actions).rows(slice(missing)))
             missing -= len(segments)
@@ -97,7 +99,7 @@ def draw_steps(
     def successive(part: Tensor, begin: int) -> Tensor:
         return part[clip[:, None], first[:, None] + torch.arange(begin, begin + num_steps, device=device)]
 
-    real = torch.cat([clips.own[clip, first][:, None], successive(clips.targets, 1)], dim=1)
+    real = torch.cat([clips.own[clip, first][:, None], successive(clips.targets, 0)], dim=1)
     sees_later = model.latent is not None and model.latent.sees_later
     embedded = Embedded(
         real,
@@ -120,8 +122,8 @@ def refine(
 ) -> int:
     """Train all of the model but its encoder and projector on embedded clips, for train.refine_steps updates.
 
-    `log` gets the number of updates and the mean losses
-    since the last call every train.log_every of them; `stop` tells the number of a signal that came, or 0.
+    `log` gets the number of updates and the mean losses since the last call every train.log_every of them; `stop` tells
+    the number of a signal that came, or 0.
 
     Returns: the number of the signal that ended it early, or 0.
     """
