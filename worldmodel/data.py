@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 128
 
+Stream = VideoStream | MovingMnistStream | CausalStream
+
 
 class TrainingInputs(NamedTuple):
     """What the model learns from: segments [B, S, T, C, H, W], the true r [B, R] of an oracle latent, actions [B, K, A]
@@ -61,6 +63,11 @@ def segments_of(batch: Batch, num_segments: int, device: torch.device) -> Tensor
 def num_segments(config: Config, steps: int) -> int:
     """Segments of a clip in which `steps` steps of prediction are made."""
     return config.data.num_segments + steps - 1
+
+
+def segment_span(data: DataConfig) -> int:
+    """Frames from the start of a segment to that of the next."""
+    return data.num_frames * data.frame_stride
 
 
 def oracle_r(batch: Batch, config: Config, device: torch.device) -> Tensor | None:
@@ -112,9 +119,7 @@ def actions_of(batch: Batch, config: Config, steps: int, device: torch.device) -
     return actions.to(device)
 
 
-def training_stream(
-    config: Config, steps: int, *, rank: int, world_size: int, device: torch.device
-) -> VideoStream | MovingMnistStream | CausalStream:
+def training_stream(config: Config, steps: int, *, rank: int, world_size: int, device: torch.device) -> Stream:
     """The endless stream of one process's training batches, of clips for `steps` steps of prediction.
 
     Raises:

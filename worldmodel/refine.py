@@ -9,6 +9,7 @@ Legend: N clips, K steps of prediction, D embedding dimensions, R latent dimensi
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from worldmodel.config import Config
-from worldmodel.data import Batch, training_inputs
+from worldmodel.data import Batch, Stream, segment_span, training_inputs, training_stream
 from worldmodel.evaluation.forecast import frozen
 from worldmodel.model import Embedded, WorldModel
 from worldmodel.optimisation import learning_rate, parameter_groups, set_lr, step_generator
@@ -44,6 +45,15 @@ class EmbeddedClips(NamedTuple):
     def rows(self, chosen: Tensor | slice) -> "EmbeddedClips":
         features, known_r, actions = (None if part is None else part[chosen] for part in self[2:])
         return EmbeddedClips(self.own[chosen], self.targets[chosen], features, known_r, actions)
+
+
+def refinement_stream(config: Config, device: torch.device) -> Stream:
+    """The stream of what is embedded: clips for steps_of(config) steps, each cut where the refined steps of the one
+    before it end. Whatever data.clip_step is, a segment is then embedded about once and many videos are seen.
+    """
+    clip_step = config.train.refine_horizon * segment_span(config.data)
+    spaced = replace(config, data=replace(config.data, clip_step=clip_step))
+    return training_stream(spaced, steps_of(config), rank=0, world_size=1, device=device)
 
 
 def embed_clips(

@@ -38,6 +38,7 @@ from data_pipelines.decoders import Frame, read_facts, read_frames
 from data_pipelines.errors import UserError
 from data_pipelines.transforms import to_float
 from worldmodel.config import Config, DataConfig
+from worldmodel.data import segment_span
 from worldmodel.evaluation.illustrations import Timeline
 from worldmodel.latents import GaussianLatent, kl_divergence
 from worldmodel.model import WorldModel
@@ -257,11 +258,6 @@ def cut_segments(
         if due and number == due[0] + length:
             due.popleft()
             yield np.stack(list(held)[::frame_stride])
-
-
-def segment_span(data: DataConfig) -> int:
-    """Frames from the start of a segment to that of the next."""
-    return data.num_frames * data.frame_stride
 
 
 def find_peaks(found: Transitions, data: DataConfig, num_peaks: int) -> np.ndarray:

@@ -34,7 +34,7 @@ from worldmodel.evaluation import factors, forecast
 from worldmodel.machine import computes_bf16, fair_share_of_cores, keep_freed_memory
 from worldmodel.model import WorldModel
 from worldmodel.optimisation import learning_rate, parameter_groups, set_lr, step_generator
-from worldmodel.refine import embed_clips, refine, steps_of
+from worldmodel.refine import embed_clips, refine, refinement_stream
 from worldmodel.scores import effective_rank
 from worldmodel.teacher import Teacher, ema_momentum
 from worldmodel.tracking import Tracker
@@ -215,9 +215,8 @@ class Trainer:
         caught = 0
         if self.accelerator.is_main_process:
             device, config = self.accelerator.device, self.config
-            stream = training_stream(config, steps_of(config), rank=0, world_size=1, device=device)
             autocast = self.accelerator.autocast
-            with closing(stream.batches(0)) as batches:
+            with closing(refinement_stream(config, device).batches(0)) as batches:
                 clips = embed_clips(config, self.student, self.target_encoder, batches, device, autocast, stop)
             precise = nullcontext if self.accelerator.scaler else autocast  # what fp16 needs scaling for is fast anyway
             caught = refine(config, self.student, clips, device, precise, self.log_refinement, stop)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from data_pipelines.stream import VideoStream
 from tests.worldmodel.test_train import assert_same_weights, final_tensors, rows
 from worldmodel import WorldModel
 from worldmodel.config import Config
 from worldmodel.data import segments_of, training_stream
-from worldmodel.refine import EmbeddedClips, draw_steps, embed_clips, refine, steps_of
+from worldmodel.refine import EmbeddedClips, draw_steps, embed_clips, refine, refinement_stream, steps_of
 from worldmodel.teacher import Teacher
 from worldmodel.train import Interrupted, train
 
@@ -29,8 +30,7 @@ def full_precision() -> torch.autocast:
 
 
 def embedded(config: Config, model: WorldModel, target_encoder: nn.Module) -> EmbeddedClips:
-    stream = training_stream(config, steps_of(config), rank=0, world_size=1, device=CPU)
-    with closing(stream.batches(0)) as batches:
+    with closing(refinement_stream(config, CPU).batches(0)) as batches:
         return embed_clips(config, model, target_encoder, batches, CPU, full_precision, never)
 
 
@@ -49,6 +49,17 @@ def test_clips_are_embedded_with_running_statistics_by_student_and_teacher(
         torch.testing.assert_close(clips.own.flatten(0, 1), model.encode(segments.flatten(0, 1)))
         torch.testing.assert_close(clips.targets.flatten(0, 1), teacher(segments[:, 1:].flatten(0, 1)))
     assert clips.features is None and clips.known_r is None and clips.actions is None
+
+
+def test_refined_clips_go_on_where_the_steps_of_the_one_before_end(
+    tiny_config: Callable[..., Config], kicked_world: Path
+) -> None:
+    config = tiny_config(f"data.root={kicked_world}", "data.clip_step=1", "train.refine_horizon=2")
+    stream = refinement_stream(config, CPU)
+    # 8 videos of 24 frames: clips of 4 segments that begin at frames 0, 6 and 12
+    assert isinstance(stream, VideoStream) and stream.batches_per_epoch == 8 * 3 // config.data.batch_size
+    with closing(stream.batches(0)) as batches:
+        assert next(batches)["video"].shape[1] == 12
 
 
 def numbered(num_clips: int, num_segments: int, first: int) -> torch.Tensor:
