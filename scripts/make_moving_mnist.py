@@ -18,7 +18,7 @@ from worldmodel.cli import report_errors
 
 COUNTS: dict[str, dict[Split, int]] = {
     "single": {"train": 16_384, "selection": 2_048, "test": 1_024},
-    "kicked": {"train": 3_072, "selection": 512, "test": 512},
+    "kicked": {"train": 12_000, "selection": 512, "test": 512},
 }
 
 MIN_FRAMES = 2 * SEGMENT_FRAMES
@@ -28,7 +28,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--world", choices=["single", "kicked"], default="single", help="one change, or many kicks")
-    parser.add_argument("--train", type=int, help="training videos (16,384; kicked: 3,072)")
+    parser.add_argument("--train", type=int, help="training videos (16,384; kicked: 12,000)")
     parser.add_argument("--selection", type=int, help="videos for choices during development (2,048; kicked: 512)")
     parser.add_argument("--test", type=int, help="videos for reported scores (1,024; kicked: 512)")
     parser.add_argument("--setting", choices=["A", "B"], help="single: how the changed axis is drawn (A)")

@@ -19,57 +19,24 @@ from torch import Tensor, nn
 
 from worldmodel.config import Config
 from worldmodel.editors import make_editor
-from worldmodel.encoders import ENCODERS, Embedder, Norm, mlp, normalise
+from worldmodel.encoders import ENCODERS, Embedder, normalise
 from worldmodel.latents import Inference, make_latent
 from worldmodel.objectives import OBJECTIVES, SequenceTerms, make_objective
+from worldmodel.scene import SceneCode
 
 
 class Embedded(NamedTuple):
     """What the losses of a batch are computed from.
 
     real [B, K + 1, D] are the embeddings of the context and of the K targets; seen [B, K, D] those that the posterior
-    sees, or None. features [B, F] are what the encoder made of the segment that the scene code is read from, None where
+    sees, or None. kept [B, K] is what SceneCode.kept finds in the segment that the scene code is read from, None where
     none is read, and age [B] how many steps that segment is before the context; None for the context itself.
     """
 
     real: Tensor
     seen: Tensor | None
-    features: Tensor | None
+    kept: Tensor | None
     age: Tensor | None
-
-
-class SceneCode(nn.Module):
-    """What is read from the features of one segment and kept for a rollout: what a clip keeps.
-
-    Its last number tells its age: n / (n + 1) where it was read n steps ago. It is learned in refinement alone, and
-    before it all zeros: the embedding would leave to it what it should hold itself.
-    """
-
-    learned: Tensor
-
-    def __init__(self, num_features: int, hidden_dim: int, scene_dim: int, norm: Norm) -> None:
-        super().__init__()
-        self.num_values = scene_dim + 1
-        self.net = nn.Sequential(nn.BatchNorm1d(num_features), *mlp([num_features, hidden_dim, scene_dim], norm=norm))
-        self.net.requires_grad_(False)
-        self.register_buffer("learned", torch.tensor(False))
-
-    def learn(self) -> None:
-        """From here on the code is read, and its parameters have gradients."""
-        self.net.requires_grad_(True)
-        self.learned.fill_(True)
-
-    def forward(self, features: Tensor, age: Tensor | None = None) -> Tensor:
-        """features [B, F], age [B] in steps, 0 without it -> the code, float32 [B, Z]."""
-        if not self.learned:
-            return features.new_zeros(len(features), self.num_values, dtype=torch.float32)
-        code = self.net(features).float()
-        steps = code.new_zeros(len(code)) if age is None else age.to(code)
-        return torch.cat([code, (steps / (steps + 1))[:, None]], dim=1)
-
-    def aged(self, code: Tensor) -> Tensor:
-        """code [B, Z], one step later."""
-        return torch.cat([code[:, :-1], 1 / (2 - code[:, -1:])], dim=1) if self.learned else code
 
 
 class WorldModel(nn.Module):
@@ -154,7 +121,8 @@ class WorldModel(nn.Module):
 
     def state_of(self, features: Tensor) -> Tensor:
         """The encoder's features [B, F] -> the state [B, D + Z]: the embedding and, after it, the scene code."""
-        return joined(self.embedder.project(features), self.scene(features) if self.scene else None)
+        code = self.scene(self.scene.kept(features)) if self.scene else None
+        return joined(self.embedder.project(features), code)
 
     def embedding_of(self, state: Tensor) -> Tensor:
         """States [..., D + Z] -> embeddings [..., D]."""
@@ -284,7 +252,7 @@ class WorldModel(nn.Module):
         targets = embeddings.pop(0) if teacher_targets is None else teacher_targets
         real = torch.stack([context, *targets.chunk(self.num_steps)], dim=1)
         seen = torch.stack(embeddings[0].chunk(self.num_steps), dim=1) if embeddings else None
-        return Embedded(real, seen, features[: len(context)] if self.scene else None, None)
+        return Embedded(real, seen, self.scene.kept(features[: len(context)]) if self.scene else None, None)
 
     def losses(
         self,
@@ -296,11 +264,11 @@ class WorldModel(nn.Module):
         actions: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The losses of `forward` from what `embed` returns."""
-        real, seen, features, age = embedded
+        real, seen, kept, age = embedded
         state = real[:, 0]
         if self.scene is not None:
-            assert features is not None
-            state = joined(state, self.scene(features, age))
+            assert kept is not None
+            state = joined(state, self.scene(kept, age))
         steps = []
         for k in range(self.num_steps):
             state, terms = self._predict(

@@ -230,6 +230,12 @@ def test_oracle_r_is_what_the_labels_say() -> None:
     assert torch.equal(world.infer(embeddings(), segments(), known_r()).r, known_r())
 
 
+def learn_scenes(world: WorldModel) -> WorldModel:
+    assert world.scene is not None
+    world.scene.learn(torch.randn(32, 3, len(world.scene.mean), generator=torch.Generator().manual_seed(0)))
+    return world
+
+
 @pytest.mark.parametrize(
     ("sees", "num_segments", "scene_dim"), [("later", 3, 0), ("target", 3, 0), ("later", 2, 0), ("later", 3, 5)]
 )
@@ -241,7 +247,7 @@ def test_the_loss_of_a_rollout_is_that_of_its_steps_each_from_the_prediction_bef
     world = model(num_segments=num_segments, posterior_sees=sees, step_weights=weights, scene_dim=scene_dim)
     world.eval()
     if world.scene is not None:
-        world.scene.learn()
+        learn_scenes(world)
     clips = segments(count=num_segments + 2)
     targets = [embeddings(seed=seed) for seed in (5, 6, 7)]
     seen, returned = world(clips, torch.cat(targets), None, 0.25, torch.Generator().manual_seed(0))
@@ -355,10 +361,7 @@ def test_the_loss_of_a_model_with_actions_is_that_of_its_steps_and_of_its_sequen
 
 
 def with_scene_code() -> WorldModel:
-    world = model("gaussian", scene_dim=4)
-    assert world.scene is not None
-    world.scene.learn()
-    return world
+    return learn_scenes(model("gaussian", scene_dim=4))
 
 
 def test_a_scene_code_is_nothing_before_it_is_learned() -> None:
@@ -400,9 +403,9 @@ def test_a_scene_code_decides_the_next_step_and_learns_from_it() -> None:
 def test_a_scene_code_read_some_steps_ago_tells_so() -> None:
     world = with_scene_code().eval()
     assert world.scene is not None
-    features = embeddings(dims=world.embedder.encoder.num_features)
+    kept = world.scene.kept(embeddings(dims=world.embedder.encoder.num_features))
     with torch.no_grad():
-        fresh, old = world.scene(features), world.scene(features, torch.tensor([0, 1, 2, 3]))
+        fresh, old = world.scene(kept), world.scene(kept, torch.tensor([0, 1, 2, 3]))
         assert torch.equal(fresh[:, :-1], old[:, :-1])
         torch.testing.assert_close(old[3, -1], fresh[3, -1] * 0 + 3 / 4)
         torch.testing.assert_close(world.scene.aged(old)[:3, -1], old[1:, -1])

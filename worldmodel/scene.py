@@ -1,0 +1,105 @@
+"""The scene code: what a clip keeps, read from the encoder's features of one segment.
+
+What never changes within a clip, such as what an object looks like, need not be predicted, so an embedding that is
+trained by prediction lets it go; the features before the projector still tell it. They are projected to the directions
+in which clips differ most for how much each changes within itself (Fisher's linear discriminant with clips as classes;
+no label is read), and a small network reads the code from those. From all features a code learns clips by heart.
+
+Legend: N clips of L segments, F features, K directions, Z numbers of a code.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldmodel.encoders import Norm, mlp
+
+MAX_DIRECTIONS = 64
+RIDGE = 1e-3  # of the mean variance of a feature within clips
+CLIPS_AT_ONCE = 256
+
+
+class SceneCode(nn.Module):
+    """The code of one segment, which is kept for a rollout.
+
+    Its last number tells its age: n / (n + 1) where it was read n steps ago. It is learned in refinement alone, and
+    before it all zeros: the embedding would leave to it what it should hold itself.
+    """
+
+    learned: Tensor
+    mean: Tensor
+    directions: Tensor
+    correlation: Tensor
+
+    def __init__(self, num_features: int, hidden_dim: int, scene_dim: int, norm: Norm) -> None:
+        super().__init__()
+        self.num_values = scene_dim + 1
+        num_directions = min(MAX_DIRECTIONS, num_features)
+        self.register_buffer("learned", torch.tensor(0.0))
+        self.register_buffer("mean", torch.zeros(num_features))
+        self.register_buffer("directions", torch.zeros(num_features, num_directions))
+        self.register_buffer("correlation", torch.zeros(num_directions))
+        self.net = mlp([num_directions, hidden_dim, scene_dim], norm=norm)
+        self.net.requires_grad_(False)
+
+    def learn(self, features: Tensor) -> None:
+        """Choose the directions by the features [N, L, F] of successive segments, L of at least 2. From here on the
+        code is read, and its network has gradients."""
+        mean, directions, ratio = discriminant(features, len(self.correlation))
+        kept = (features.float() - mean) @ directions
+        scale = kept.square().mean(dim=(0, 1)).sqrt().clamp(min=1e-6)
+        kept = kept / scale
+        correlation = (kept[:, 1:] * kept[:, :-1]).mean(dim=(0, 1)).clamp(0, 0.999)
+        self.mean.copy_(mean)
+        self.directions.copy_(directions / scale)
+        self.correlation.copy_(torch.where(ratio > 1, correlation, 0))
+        self.net.requires_grad_(True)
+        self.learned.fill_(1)
+
+    def kept(self, features: Tensor) -> Tensor:
+        """features [..., F] -> along the directions, with unit variance over clips: float32 [..., K]."""
+        with torch.autocast(features.device.type, enabled=False):
+            return (features.float() - self.mean) @ self.directions
+
+    def forward(self, kept: Tensor, age: Tensor | None = None) -> Tensor:
+        """What `kept` returned [B, K], age [B] in steps, 0 without it -> the code, float32 [B, Z]."""
+        code = self.net(kept).float()
+        steps = code.new_zeros(len(code)) if age is None else age.to(code)
+        return self.learned * torch.cat([code, (steps / (steps + 1))[:, None]], dim=1)
+
+    def aged(self, code: Tensor) -> Tensor:
+        """code [B, Z], one step later."""
+        return torch.cat([code[:, :-1], self.learned / (2 - code[:, -1:])], dim=1)
+
+    def change_nats(self, before: Tensor, after: Tensor) -> Tensor:
+        """How surprising it is that two successive segments are of one clip, [B, K] each, as `kept` returned them: [B].
+
+        -log P(one clip), where pairs of one clip and of two are equally frequent. Along each direction segments of one
+        clip are two standard normals of that correlation, those of two clips independent ones (probabilistic linear
+        discriminant analysis, Ioffe 2006). Directions in which clips differ less than they change do not count.
+        """
+        rho = self.correlation
+        unlike = (rho * before - after).square() / (1 - rho.square()) - after.square() + torch.log1p(-rho.square())
+        return F.softplus(0.5 * unlike.sum(dim=-1))
+
+
+def discriminant(features: Tensor, num_directions: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The directions in which clips differ most for how much they change within, from features [N, L, F].
+
+    Returns: the mean [F], the directions [F, K], and for each the variance between clips over that within [K], falling.
+    """
+    num_clips, length, num_features = features.shape
+    centres = features.float().mean(dim=1)
+    mean = centres.mean(dim=0)
+    within = features.new_zeros(num_features, num_features, dtype=torch.float32)
+    for part, centre in zip(features.split(CLIPS_AT_ONCE), centres.split(CLIPS_AT_ONCE), strict=True):
+        rest = (part.float() - centre[:, None]).flatten(0, 1)
+        within += rest.T @ rest
+    within /= num_clips * (length - 1)
+    between = (centres - mean).T @ (centres - mean) / num_clips - within / length
+    ridge = RIDGE * within.diagonal().mean() + 1e-12
+    values, vectors = torch.linalg.eigh(within + ridge * torch.eye(num_features, device=within.device))
+    whiten = vectors * values.rsqrt()
+    ratio, rotation = torch.linalg.eigh(whiten.T @ between @ whiten)
+    chosen = slice(-num_directions, None)
+    return mean, (whiten @ rotation[:, chosen]).flip(1), ratio[chosen].flip(0)
