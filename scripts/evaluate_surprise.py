@@ -2,8 +2,8 @@
 
 python scripts/evaluate_surprise.py --run runs/kicked
 
-For runs on the kicked world. Prints the AUROC over transitions, by event, of the surprise and of its parts, KL(q || p)
-and the posterior's prediction error, and writes them to surprise_events.json in the run's folder.
+For runs on the kicked world. Prints the AUROC over transitions, by event, of the surprise and of its parts, KL(q || p),
+the posterior's prediction error and the scene change, and writes them to surprise_events.json in the run's folder.
 """
 
 import argparse
@@ -41,10 +41,10 @@ def main() -> int:
 
 
 def table(result: dict[str, dict[str, float]]) -> str:
-    lines = [f"{'AUROC':<14} {'surprise':>8} {'KL':>6} {'prediction error':>17}"]
+    lines = [f"{'AUROC':<14} {'surprise':>8} {'KL':>6} {'prediction error':>17} {'scene change':>13}"]
     for event in result[MEASURES[0]]:
-        surprise, kl, error = (result[measure][event] for measure in MEASURES)
-        lines.append(f"{event.replace('_', ' '):<14} {surprise:>8.3f} {kl:>6.3f} {error:>17.3f}")
+        surprise, kl, error, scene = (result[measure][event] for measure in MEASURES)
+        lines.append(f"{event.replace('_', ' '):<14} {surprise:>8.3f} {kl:>6.3f} {error:>17.3f} {scene:>13.3f}")
     return "\n".join(lines)
 
 

@@ -3,8 +3,9 @@
 python scripts/surprise.py --run runs/demo --video FILE --out surprises
 
 Writes surprise.csv, a row a transition, and a picture of the timeline with the frames of its peaks (surprise.png,
-surprise.webp) into --out. surprise = kl_nats + prediction_error / beta, in nats: how far r was from what was expected,
-and what even that r does not explain; without a latent the prediction error alone (worldmodel/surprise.py).
+surprise.webp) into --out. surprise = kl_nats + prediction_error / beta + scene_nats, in nats: how far r was from what
+was expected, what even that r does not explain, and how improbable it is that the scene is the same; without a latent
+the prediction error alone (worldmodel/surprise.py).
 """
 
 import argparse
@@ -58,22 +59,24 @@ def csv_of(timeline: Timeline) -> str:
     """A row a transition; time_s is empty where the video states no frame rate."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["transition", "frame", "time_s", "surprise", "kl_nats", "prediction_error", "is_peak"])
+    parts = "kl_nats", "prediction_error", "scene_nats"
+    writer.writerow(["transition", "frame", "time_s", "surprise", *parts, "is_peak"])
     peaks = set(timeline.peaks.tolist())
     for row, frame in enumerate(timeline.frame.tolist()):
-        scores = [f"{values[row]:.6g}" for values in (timeline.surprise, timeline.kl_nats, timeline.prediction_error)]
+        scores = [f"{getattr(timeline, name)[row]:.6g}" for name in ("surprise", *parts)]
         writer.writerow([row, frame, _time(timeline, row), *scores, int(row in peaks)])
     return text.getvalue()
 
 
 def table_of_peaks(timeline: Timeline) -> str:
     heading = f"surprise, {timeline.unit}"
-    lines = [f"{'peak':>4} {'frame':>9} {'time, s':>10}  {heading} {'KL, nats':>9} {'prediction error':>17}"]
+    parts = f"{'KL, nats':>9} {'prediction error':>17} {'scene, nats':>12}"
+    lines = [f"{'peak':>4} {'frame':>9} {'time, s':>10}  {heading} {parts}"]
     for rank, peak in enumerate(timeline.peaks.tolist(), start=1):
         lines.append(
             f"{rank:>4} {timeline.frame[peak]:>9} {_time(timeline, peak) or '-':>10}  "
             f"{timeline.surprise[peak]:>{len(heading)}.3f} {timeline.kl_nats[peak]:>9.3f} "
-            f"{timeline.prediction_error[peak]:>17.3f}"
+            f"{timeline.prediction_error[peak]:>17.3f} {timeline.scene_nats[peak]:>12.3f}"
         )
     return "\n".join(lines)
 

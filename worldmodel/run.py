@@ -97,9 +97,9 @@ class TrainedRun:
     ) -> Timeline:
         """Surprise at every transition of a video file, or of a clip [T, C, H, W] of any number of frames.
 
-        What it costs by the training loss: KL(q || p) + prediction error / beta, in nats; without a latent the error
-        alone (worldmodel.surprise). step_frames is the distance of successive transitions in source frames, without it
-        segments tile the video.
+        KL(q || p) + prediction error / beta, what it costs by the training loss, and with a scene code how improbable
+        it is that the scene is the same; in nats. Without a latent the error alone (worldmodel.surprise). step_frames
+        is the distance of successive transitions in source frames, without it segments tile the video.
 
         Raises:
             UserError: the latent is sparse or an oracle, the run takes actions, the video cannot be read or is too

@@ -1,25 +1,28 @@
-"""How surprising each transition of a video is: what it costs by the training loss.
+"""How surprising each transition of a video is: what it costs by the training loss, and by what a scene keeps.
 
 A transition is three successive segments: the context x, the target x+ and, where the posterior sees it, x++.
 
-    surprise = KL(q || p) + prediction error / beta, in nats
+    surprise = KL(q || p) + prediction error / beta + scene change, in nats
 
-That is the training loss over beta, as far as it is a clip's own: up to a constant the negative ELBO, for a
-likelihood of the target that falls as exp(-prediction error / beta). Its two parts find different things
+The first two are the training loss over beta, as far as it is a clip's own: up to a constant the negative ELBO, for a
+likelihood of the target that falls as exp(-prediction error / beta). The three parts find different things
 (docs/experiments.md):
 
 - KL(q || p) in nats, "Bayesian surprise" (Itti and Baldi 2009): how far seeing what came moves the belief about r from
   what x led to expect. It is high where something rare happened of a kind that r encodes.
 - The posterior's prediction error of t(f(x), r ~ q) against the target embedding of x+, in the units of the loss
   (Objective.prediction_error; BYOL: 1 - cosine): what even the best r does not explain. It is high where something
-  happened that no r stands for, such as one object turning into another; there the KL may stay low. It does not tell
-  the rare from the usual.
+  happened that no r stands for; there the KL may stay low. It does not tell the rare from the usual.
+- The scene change in nats, for models with a scene code (SceneCode.change_nats): -log of the probability that x and x+
+  are of one clip. It is high where one object turns into another, of which an embedding trained by prediction tells
+  little. Without a scene code it is 0.
 
 Of contrastive objectives the attraction alone counts: what a loss makes of a batch as a whole is no clip's own.
 Without a latent, where the KL is 0, or with a beta of 0, the loss weighs no KL: surprise is then the prediction error
 itself, in the units of the loss.
 
-Legend: N transitions, B of them at once, D embedding dimensions, R latent dimensions, C channels, H = W pixels.
+Legend: N transitions, B of them at once, D embedding dimensions, Z numbers of a scene code, R latent dimensions, C
+channels, H = W pixels.
 """
 
 from collections import deque
@@ -50,12 +53,13 @@ SEED = 0
 
 
 class Transitions(NamedTuple):
-    """start [N]: the first frame of each context segment; surprise, kl_nats, prediction_error [N]."""
+    """start [N]: the first frame of each context segment; surprise, kl_nats, prediction_error, scene_nats [N]."""
 
     start: np.ndarray
     surprise: np.ndarray
     kl_nats: np.ndarray
     prediction_error: np.ndarray
+    scene_nats: np.ndarray
 
 
 def video_surprise(
@@ -104,6 +108,7 @@ def video_surprise(
         surprise=found.surprise,
         kl_nats=found.kl_nats,
         prediction_error=found.prediction_error,
+        scene_nats=found.scene_nats,
         peaks=peaks,
         peak_frames=np.stack(
             [
@@ -141,6 +146,7 @@ def clip_surprise(
         surprise=found.surprise,
         kl_nats=found.kl_nats,
         prediction_error=found.prediction_error,
+        scene_nats=found.scene_nats,
         peaks=peaks,
         peak_frames=np.stack(
             [pixels[start : start + 2 * span : config.data.frame_stride] for start in found.start[peaks].tolist()]
@@ -201,27 +207,31 @@ def score_transitions(
         raise UserError(f"{name} has {num_frames} frames, and one transition takes {length}: give a longer one")
     segments = np.unique(starts[:, None] + span * np.arange(num_segments))
     cut = cut_segments(frames, segments.tolist(), data.num_frames, data.frame_stride)
-    own, as_target = [], []
+    own, as_target, kept = [], [], []
     with tqdm(total=len(segments), desc="surprise", unit="segment", disable=not progress) as bar:
         while batch := list(islice(cut, SEGMENTS_AT_ONCE)):
             video = to_float(torch.from_numpy(np.stack(batch)).to(device))
-            own.append(model.observe(video))
+            features = model.embedder.features(video)
+            own.append(model.state_of(features))
+            kept.append(features[:, :0] if model.scene is None else model.scene.kept(features))
             shared = target_encoder is model.embedder
             as_target.append(model.embedding_of(own[-1]) if shared else target_encoder(video))
             bar.update(len(batch))
-    own_of, target_of = torch.cat(own), torch.cat(as_target)
+    own_of, target_of, kept_of = torch.cat(own), torch.cat(as_target), torch.cat(kept)
     scores = []
     for part in np.split(starts, range(TRANSITIONS_AT_ONCE, len(starts), TRANSITIONS_AT_ONCE)):
         context, target, seen = (np.searchsorted(segments, part + span * at) for at in (0, 1, model.seen_at))
-        scores.append(
-            torch.stack(measure(model, own_of[context], target_of[target], model.embedding_of(own_of[seen]))).cpu()
-        )
+        kl, error = measure(model, own_of[context], target_of[target], model.embedding_of(own_of[seen]))
+        scene = kl.new_zeros(len(kl))
+        if model.scene is not None:
+            scene = model.scene.change_nats(kept_of[context], kept_of[target])
+        surprise = kl + error / model.beta + scene if weighs_kl(model) else error
+        scores.append(torch.stack([surprise, kl, error, scene]).cpu())
     return Transitions(starts, *torch.cat(scores, dim=1).numpy())
 
 
-def measure(model: WorldModel, state: Tensor, target: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Surprise, KL(q || p) in nats and the posterior's prediction error, all [B], from states [B, D + Z] to
-    embeddings [B, D].
+def measure(model: WorldModel, state: Tensor, target: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(q || p) in nats and the posterior's prediction error, both [B], from states [B, D + Z] to embeddings [B, D].
 
     The KL is in closed form for a single Gaussian as prior; otherwise, and the error always, a mean over NUM_DRAWS
     draws of q. All transitions take the same standard normal numbers, so that none depends on which others are scored
@@ -239,8 +249,7 @@ def measure(model: WorldModel, state: Tensor, target: Tensor, seen: Tensor) -> t
     context = model.embedding_of(state)
     edited = (model.embedding_of(model.edit(state, r)) for r in draws)
     errors = [model.objective.prediction_error(embedding, target, context) for embedding in edited]
-    error = torch.stack(errors).mean(dim=0)
-    return kl + error / model.beta if weighs_kl(model) else error, kl, error
+    return kl, torch.stack(errors).mean(dim=0)
 
 
 def cut_segments(

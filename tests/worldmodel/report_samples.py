@@ -240,6 +240,7 @@ def make_illustrations(
             surprise=surprise,
             kl_nats=surprise / 2,
             prediction_error=surprise / 20,
+            scene_nats=surprise / 4,
             peaks=np.array([20, 60]),
             peak_frames=np.repeat(frames[:1, : 2 * num_frames], 2, axis=0)
             if queries

@@ -116,7 +116,7 @@ def test_clips_and_numbers_that_make_no_sense_are_refused(run: TrainedRun) -> No
 def test_the_surprise_of_a_file_is_that_of_its_frames(run: TrainedRun, long_video: Path) -> None:
     frames = torch.from_numpy(np.stack(list(read_frames(long_video, channels=1, size_px=64))))
     from_file, from_clip = run.surprise(long_video), run.surprise(frames)
-    for name in ("frame", "surprise", "kl_nats", "prediction_error", "peaks", "peak_frames"):
+    for name in ("frame", "surprise", "kl_nats", "prediction_error", "scene_nats", "peaks", "peak_frames"):
         np.testing.assert_array_equal(getattr(from_file, name), getattr(from_clip, name))
     assert from_file.video == "long.mp4" and from_clip.time_s is None
     assert len(from_file.surprise) == 10 and SEGMENTS_AT_ONCE > 12

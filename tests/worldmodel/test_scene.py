@@ -10,7 +10,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def mixed(kept: Tensor, changing: Tensor) -> tuple[Tensor, Tensor]:
-    """kept [N, P] of clips and changing [N, L, Q] of segments -> both, mixed and shifted, as features [N, L, P + Q]; and
+    """kept [N, P] of clips, changing [N, L, Q] of segments -> both, mixed and shifted, as features [N, L, P + Q]; and
     the matrix that mixed them."""
     parts = torch.cat([kept[:, None].expand(-1, changing.shape[1], -1), changing], dim=2)
     mixing = torch.linalg.qr(random(parts.shape[2], parts.shape[2], seed=9)).Q

@@ -95,7 +95,7 @@ def test_each_transition_is_scored_on_its_own_segments(
     assert found.start.tolist() == list(range(0, 26 - length + 1, step))
     assert isinstance(model.latent, GaussianLatent)
     with torch.no_grad():
-        for start, surprise, kl, error in zip(*found, strict=True):
+        for start, surprise, kl, error, scene in zip(*found, strict=True):
             segments = [video[None, start + k * span :][:, : span : data.frame_stride] for k in range(num_segments)]
             context, target, seen = (model.encode(segments[k]) for k in (0, 1, num_segments - 1))
             prior = model.latent.prior(context).components
@@ -103,8 +103,9 @@ def test_each_transition_is_scored_on_its_own_segments(
                 model.latent.posterior(context, seen), type(prior)(prior.mean[:, 0], prior.scale[:, 0])
             )
             assert kl == pytest.approx(float(expected), rel=1e-4, abs=1e-5)
-            assert error == pytest.approx(float(measure(model, context, target, seen)[2]), abs=1e-5)
+            assert error == pytest.approx(float(measure(model, context, target, seen)[1]), abs=1e-5)
             assert surprise == pytest.approx(kl + error / 0.001, rel=1e-5)  # byol's default beta
+            assert scene == 0
 
 
 def test_segments_that_tile_are_embedded_once() -> None:
@@ -125,7 +126,7 @@ def test_kl_from_a_mixture_is_the_mean_over_draws_and_no_matter_of_company() -> 
     context, target, later = embeddings(40, 1), embeddings(40, 2), embeddings(40, 3)
     assert isinstance(model.latent, GaussianLatent)
     with torch.no_grad():
-        surprise, kl, error = measure(model, context, target, later)
+        kl, error = measure(model, context, target, later)
         posterior, prior = model.latent.posterior(context, later), model.latent.prior(context)
         generator = torch.Generator().manual_seed(5)
         draws = [posterior.draw(generator) for _ in range(4000)]
@@ -133,7 +134,7 @@ def test_kl_from_a_mixture_is_the_mean_over_draws_and_no_matter_of_company() -> 
         alone = measure(model, context[7:8], target[7:8], later[7:8])
     assert float((kl - each.mean(dim=0)).abs().max()) < 4 * float(each.std(dim=0).max()) / 16**0.5
     assert float((kl - each.mean(dim=0)).abs().mean()) < 0.5 * float(each.std(dim=0).mean())  # one draw: 0.8
-    torch.testing.assert_close(torch.cat(alone), torch.stack([surprise[7], kl[7], error[7]]))
+    torch.testing.assert_close(torch.cat(alone), torch.stack([kl[7], error[7]]))
 
 
 def test_the_prediction_error_is_what_the_best_r_leaves() -> None:
@@ -143,9 +144,9 @@ def test_the_prediction_error_is_what_the_best_r_leaves() -> None:
     with torch.no_grad():
         without_spread(model.latent)
         reached = model.edit(context, model.latent.posterior(context, later).mean)
-        assert float(measure(model, context, reached, later)[2].abs().max()) < 1e-4
+        assert float(measure(model, context, reached, later)[1].abs().max()) < 1e-4
         torch.testing.assert_close(
-            measure(model, context, -reached, later)[2], torch.full((4,), 2.0), atol=1e-4, rtol=0
+            measure(model, context, -reached, later)[1], torch.full((4,), 2.0), atol=1e-4, rtol=0
         )
 
 
@@ -182,10 +183,22 @@ def test_surprise_is_the_kl_and_the_objective_s_own_error_over_beta(objective: O
             "sigreg": (edited - target).square().mean(dim=1),
             "infonce": (edited - target).square().mean(dim=1) / 2 / 0.5,
         }[objective.name]
-        surprise, *parts = measure(model, context, target, later)
-    torch.testing.assert_close(parts, [kl, error], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(surprise, kl + error / beta, rtol=1e-4, atol=1e-4 / beta)
+        parts = measure(model, context, target, later)
+    torch.testing.assert_close(parts, (kl, error), rtol=1e-4, atol=1e-4)
     assert surprise_unit(model) == "nats"
+
+
+def test_a_scene_code_adds_how_surprising_it_is_that_the_scene_is_the_same() -> None:
+    config, model = tiny(scene_dim=3, posterior_sees="target")
+    assert model.scene is not None
+    model.scene.learn(torch.randn(32, 3, len(model.scene.mean), generator=torch.Generator().manual_seed(0)))
+    found = scored(config, model, clip(15))
+    with torch.no_grad():
+        kept = model.scene.kept(model.embedder.features(clip(15).unflatten(0, (5, 3))))
+        expected = model.scene.change_nats(kept[:-1], kept[1:])
+    np.testing.assert_allclose(found.scene_nats, expected, rtol=1e-4)
+    nats = found.kl_nats + found.prediction_error / model.beta + found.scene_nats
+    np.testing.assert_allclose(found.surprise, nats, rtol=1e-5)
 
 
 def test_where_the_loss_has_no_kl_surprise_is_the_prediction_error(long_video: Path) -> None:
@@ -207,7 +220,7 @@ def test_where_the_loss_has_no_kl_surprise_is_the_prediction_error(long_video: P
 
 def found(surprise: list[float], step: int = 3) -> Transitions:
     others = -np.array(surprise)
-    return Transitions(np.arange(len(surprise)) * step, np.array(surprise), others, others)
+    return Transitions(np.arange(len(surprise)) * step, np.array(surprise), others, others, others)
 
 
 def test_peaks_are_the_highest_maxima_that_do_not_touch() -> None:
@@ -288,8 +301,8 @@ def test_the_script_writes_a_row_a_transition_and_pictures(trained_run: Path, lo
     assert [int(row["frame"]) for row in rows] == list(range(3, 31, 3))
     assert [int(row["transition"]) for row in rows] == list(range(10))
     np.testing.assert_allclose([float(row["time_s"]) for row in rows], np.arange(3, 31, 3) / 10, atol=2e-3)
-    assert list(rows[0])[3:] == ["surprise", "kl_nats", "prediction_error", "is_peak"]
-    for name in ("surprise", "kl_nats", "prediction_error"):
+    assert list(rows[0])[3:] == ["surprise", "kl_nats", "prediction_error", "scene_nats", "is_peak"]
+    for name in ("surprise", "kl_nats", "prediction_error", "scene_nats"):
         np.testing.assert_allclose([float(row[name]) for row in rows], getattr(timeline, name), rtol=1e-4, atol=1e-6)
     assert {row for row in range(10) if rows[row]["is_peak"] == "1"} == set(timeline.peaks.tolist())
     assert "surprise, nats" in done.stdout and f"{timeline.surprise[timeline.peaks[0]]:.3f}" in done.stdout

@@ -38,7 +38,7 @@ def test_which_transitions_show_a_change_between_frames() -> None:
 
 
 def transitions(surprise: np.ndarray) -> Transitions:
-    return Transitions(STARTS, surprise, surprise, -surprise)
+    return Transitions(STARTS, surprise, surprise, -surprise, surprise)
 
 
 def marked(frame: int, last: int, event: float, rest: float) -> tuple[Transitions, Planted]:
@@ -66,7 +66,7 @@ def test_events_that_are_seen_score_1_others_a_half_and_what_follows_does_not_co
 def test_detects_on_a_run_deterministically(kicked_run: Path) -> None:
     run = load(kicked_run)
     found = detect_events(run, 3, seed=1)
-    assert list(found) == list(MEASURES) == ["surprise", "kl_nats", "prediction_error"]
+    assert list(found) == list(MEASURES) == ["surprise", "kl_nats", "prediction_error", "scene_nats"]
     for measure in MEASURES:
         assert set(found[measure]) == {*EVENTS, "all"}
         assert all(0 <= value <= 1 for value in found[measure].values())
@@ -80,7 +80,7 @@ def test_the_script_writes_and_prints_the_table(kicked_run: Path, tmp_path: Path
     stored = json.loads((tmp_path / "run" / "surprise_events.json").read_text())
     assert stored["num_videos"] == 2 and stored["seed"] == 0 and stored["step"] == 6
     assert all(math.isfinite(value) for values in stored["auroc"].values() for value in values.values())
-    of_change = [stored["auroc"][measure]["digit_change"] for measure in ("surprise", "kl_nats", "prediction_error")]
+    of_change = [stored["auroc"][measure]["digit_change"] for measure in MEASURES]
     (row,) = [line.split() for line in done.stdout.splitlines() if line.startswith("digit change")]
     assert row[2:] == [f"{value:.3f}" for value in of_change]
     assert_one_line("evaluate_surprise.py", "--run", str(kicked_run), "--num-videos", "0", tells="not 0")

@@ -42,9 +42,10 @@ class Timeline:
     """The surprise of every transition of one video (worldmodel.surprise).
 
     frame [N]: the first frame of each target segment, in source frames; time_s [N]: its time, or None where the video
-    states no frame rate. surprise [N], in `unit`: "nats", or "units of the loss" where that weighs no KL. kl_nats and
-    prediction_error [N], in the units of the loss, are its parts. peaks [P]: positions in `frame` of the most
-    surprising transitions, the highest first; peak_frames uint8 [P, T, C, H, W]: the context and target segments there.
+    states no frame rate. surprise [N], in `unit`: "nats", or "units of the loss" where that weighs no KL. kl_nats,
+    prediction_error, in the units of the loss, and scene_nats [N] are its parts. peaks [P]: positions in `frame` of
+    the most surprising transitions, the highest first; peak_frames uint8 [P, T, C, H, W]: the context and target
+    segments there.
     """
 
     video: str
@@ -54,6 +55,7 @@ class Timeline:
     surprise: np.ndarray
     kl_nats: np.ndarray
     prediction_error: np.ndarray
+    scene_nats: np.ndarray
     peaks: np.ndarray
     peak_frames: np.ndarray
 

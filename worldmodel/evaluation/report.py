@@ -380,6 +380,7 @@ def timeline_pictures(illustrations: Illustrations) -> dict[str, Any] | None:
     return {
         "video": timeline.video,
         "has_kl": timeline.unit == "nats",
+        "has_scene": bool(timeline.scene_nats.any()),
         "chart": figures.chart(draw, alt, size_in=(5.2, 2.2)),
         "peaks": [
             (moment, figures.strip(frames[both], f"Peak {i + 1}, {moment}: the context, then what surprised."))

@@ -17,7 +17,7 @@ from worldmodel.run import TrainedRun
 from worldmodel.scores import auroc
 from worldmodel.surprise import Transitions, check_model, score_transitions
 
-MEASURES = ("surprise", "kl_nats", "prediction_error")
+MEASURES = ("surprise", "kl_nats", "prediction_error", "scene_nats")
 MIN_SEGMENTS = 4  # an event has two before it and two from it on
 
 
