@@ -204,7 +204,7 @@ class Trainer:
             else:
                 scores = forecast.development_scores(self.config, self.student, self.target_encoder, device)
                 score = scores["relative_energy_score"]
-            self.tracker.log("selection", self.step, scores)
+            self.tracker.log("selection", self.step + self.refined * self.config.train.refine_steps, scores)
             if score < self.best_score:
                 self.best_score = score
                 is_best += 1
