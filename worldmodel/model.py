@@ -29,13 +29,13 @@ class Embedded(NamedTuple):
     """What the losses of a batch are computed from.
 
     real [B, K + 1, D] are the embeddings of the context and of the K targets; seen [B, K, D] those that the posterior
-    sees, or None. kept [B, K] is what SceneCode.kept finds in the segment that the scene code is read from, None where
+    sees, or None. features [B, F] are what the encoder made of the segment that the scene code is read from, None where
     none is read, and age [B] how many steps that segment is before the context; None for the context itself.
     """
 
     real: Tensor
     seen: Tensor | None
-    kept: Tensor | None
+    features: Tensor | None
     age: Tensor | None
 
 
@@ -121,8 +121,7 @@ class WorldModel(nn.Module):
 
     def state_of(self, features: Tensor) -> Tensor:
         """The encoder's features [B, F] -> the state [B, D + Z]: the embedding and, after it, the scene code."""
-        code = self.scene(self.scene.kept(features)) if self.scene else None
-        return joined(self.embedder.project(features), code)
+        return joined(self.embedder.project(features), self.scene(features) if self.scene else None)
 
     def embedding_of(self, state: Tensor) -> Tensor:
         """States [..., D + Z] -> embeddings [..., D]."""
@@ -252,7 +251,7 @@ class WorldModel(nn.Module):
         targets = embeddings.pop(0) if teacher_targets is None else teacher_targets
         real = torch.stack([context, *targets.chunk(self.num_steps)], dim=1)
         seen = torch.stack(embeddings[0].chunk(self.num_steps), dim=1) if embeddings else None
-        return Embedded(real, seen, self.scene.kept(features[: len(context)]) if self.scene else None, None)
+        return Embedded(real, seen, features[: len(context)] if self.scene else None, None)
 
     def losses(
         self,
@@ -264,11 +263,11 @@ class WorldModel(nn.Module):
         actions: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The losses of `forward` from what `embed` returns."""
-        real, seen, kept, age = embedded
+        real, seen, features, age = embedded
         state = real[:, 0]
         if self.scene is not None:
-            assert kept is not None
-            state = joined(state, self.scene(kept, age))
+            assert features is not None
+            state = joined(state, self.scene(features, age))
         steps = []
         for k in range(self.num_steps):
             state, terms = self._predict(

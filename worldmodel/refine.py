@@ -27,25 +27,26 @@ Autocast = Callable[[], AbstractContextManager[None]]
 
 WARMUP_STEPS = 100
 SEGMENTS_AT_ONCE = 256
+FRESH_SHARE = 0.4
 
 
 class EmbeddedClips(NamedTuple):
     """N clips of L segments after the encoders, in evaluation mode.
 
     own [N, L, D] are the model's embeddings of all segments, targets [N, L - 1, D] those of all but the first in the
-    space of targets, and kept [N, L, Q] what the scene code is read from, None where none is; known_r [N, R] is what
-    an oracle latent takes, actions [N, H + K - 1, A] what the model is conditioned on.
+    space of targets, and features [N, L, F] what the encoder made of all, None where no scene code is read; known_r
+    [N, R] is what an oracle latent takes, actions [N, H + K - 1, A] what the model is conditioned on.
     """
 
     own: Tensor
     targets: Tensor
-    kept: Tensor | None
+    features: Tensor | None
     known_r: Tensor | None
     actions: Tensor | None
 
     def rows(self, chosen: slice) -> "EmbeddedClips":
-        kept, known_r, actions = (None if part is None else part[chosen] for part in self[2:])
-        return EmbeddedClips(self.own[chosen], self.targets[chosen], kept, known_r, actions)
+        features, known_r, actions = (None if part is None else part[chosen] for part in self[2:])
+        return EmbeddedClips(self.own[chosen], self.targets[chosen], features, known_r, actions)
 
 
 def refinement_stream(config: Config, device: torch.device) -> Stream:
@@ -66,8 +67,7 @@ def embed_clips(
     autocast: Autocast,
     stop: Callable[[], int],
 ) -> EmbeddedClips:
-    """The embeddings of train.refine_clips clips of a stream, each for steps_of(config) steps. From their features the
-    model's scene code learns where to look.
+    """The embeddings of train.refine_clips clips of a stream, each for steps_of(config) steps.
 
     `stop` tells the number of a signal that came, or 0: fewer clips are embedded then.
     """
@@ -77,20 +77,17 @@ def embed_clips(
         while missing > 0 and not (parts and stop()):
             segments, known_r, actions = training_inputs(next(batches), config, steps_of(config), device)
             with autocast():
-                features = in_parts(model.embedder.features, segments)
-                own = model.embedder.project(features.flatten(0, 1)).unflatten(0, segments.shape[:2])
+                encoded = in_parts(model.embedder.features, segments)
+                own = model.embedder.project(encoded.flatten(0, 1)).unflatten(0, segments.shape[:2])
                 shared = target_encoder is model.embedder
                 targets = own[:, 1:] if shared else in_parts(target_encoder, segments[:, 1:])
-            kept = None if model.scene is None else features  # in whole, until the scene code has chosen
-            parts.append(EmbeddedClips(own, targets, kept, known_r, actions).rows(slice(missing)))
+            read_from = None if model.scene is None else encoded
+            parts.append(EmbeddedClips(own, targets, read_from, known_r, actions).rows(slice(missing)))
             missing -= len(segments)
             bar.update(len(parts[-1].own))
     columns = list(zip(*parts, strict=True))
-    kept, known_r, actions = (None if column[0] is None else torch.cat(column) for column in columns[2:])
-    if model.scene is not None and kept is not None:
-        model.scene.learn(kept)
-        kept = model.scene.kept(kept)
-    return EmbeddedClips(torch.cat(columns[0]), torch.cat(columns[1]), kept, known_r, actions)
+    features, known_r, actions = (None if column[0] is None else torch.cat(column) for column in columns[2:])
+    return EmbeddedClips(torch.cat(columns[0]), torch.cat(columns[1]), features, known_r, actions)
 
 
 def in_parts(encode: Callable[[Tensor], Tensor], segments: Tensor) -> Tensor:
@@ -108,11 +105,14 @@ def draw_steps(
     clips: EmbeddedClips, config: Config, model: WorldModel, generator: torch.Generator
 ) -> tuple[Embedded, Tensor | None, Tensor | None]:
     """A batch of data.batch_size clips, drawn with replacement, each from a step of its own: what the losses are
-    computed from, known_r and actions."""
+    computed from, known_r and actions. The scene code of FRESH_SHARE of them is read from the context, that of the
+    others from any segment up to it."""
     device, count, num_steps = clips.own.device, config.data.batch_size, model.num_steps
     clip = torch.randint(len(clips.own), (count,), generator=generator, device=device)
     first = torch.randint(config.train.refine_horizon, (count,), generator=generator, device=device)
     read_at = (torch.rand(count, generator=generator, device=device) * (first + 1)).long()
+    fresh = torch.rand(count, generator=generator, device=device) < FRESH_SHARE
+    read_at = torch.where(fresh, first, read_at)
 
     def successive(part: Tensor, begin: int) -> Tensor:
         return part[clip[:, None], first[:, None] + torch.arange(begin, begin + num_steps, device=device)]
@@ -122,7 +122,7 @@ def draw_steps(
     embedded = Embedded(
         real,
         successive(clips.own, model.seen_at) if sees_later else None,
-        None if clips.kept is None else clips.kept[clip, read_at],
+        None if clips.features is None else clips.features[clip, read_at],
         first - read_at,
     )
     known_r = None if clips.known_r is None else clips.known_r[clip]
@@ -147,6 +147,8 @@ def refine(
     """
     train = config.train
     model.embedder.requires_grad_(False)
+    if model.scene is not None and clips.features is not None:
+        model.scene.learn(clips.features)
     optimizer = torch.optim.AdamW(parameter_groups(model, train.weight_decay), train.refine_lr, fused=True)
     sums: dict[str, Tensor] = {}
     signal_number = 0

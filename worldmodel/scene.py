@@ -1,11 +1,15 @@
-"""The scene code: what a clip keeps, read from the encoder's features of one segment.
+"""The scene code: what the encoder's features of one segment tell beside the embedding.
 
-What never changes within a clip, such as what an object looks like, need not be predicted, so an embedding that is
-trained by prediction lets it go; the features before the projector still tell it. They are projected to the directions
-in which clips differ most for how much each changes within itself (Fisher's linear discriminant with clips as classes;
-no label is read), and a small network reads the code from those. From all features a code learns clips by heart.
+An embedding that is trained by prediction lets two things go that the features before the projector still tell:
 
-Legend: N clips of L segments, F features, K directions, Z numbers of a code.
+- What never changes within a clip, such as what an object looks like, need not be predicted. It is read along the
+  directions in which clips differ most for how much each changes within itself (Fisher's linear discriminant with clips
+  as classes; no label is read), by a small network, and kept over a rollout. From all features a code learns clips by
+  heart.
+- What the next step alone depends on, such as the exact velocity, is told less exactly by what is also a target. It is
+  read from all features, and forgotten after one step.
+
+Legend: N clips of L segments, B of them, F features, K directions, Z numbers of a code.
 """
 
 import torch
@@ -20,56 +24,62 @@ CLIPS_AT_ONCE = 256
 
 
 class SceneCode(nn.Module):
-    """The code of one segment, which is kept for a rollout.
+    """The code of one segment: scene_dim numbers for the next step alone, as many that are kept, and the code's age.
 
-    Its last number tells its age: n / (n + 1) where it was read n steps ago. It is learned in refinement alone, and
-    before it all zeros: the embedding would leave to it what it should hold itself.
+    The age is n / (n + 1) where it was read n steps ago. The code is learned in refinement alone, and before it all
+    zeros: the embedding would leave to it what it should hold itself.
     """
 
     learned: Tensor
     mean: Tensor
+    spread: Tensor
     directions: Tensor
     correlation: Tensor
 
     def __init__(self, num_features: int, hidden_dim: int, scene_dim: int, norm: Norm) -> None:
         super().__init__()
-        self.num_values = scene_dim + 1
+        self.scene_dim, self.num_values = scene_dim, 2 * scene_dim + 1
         num_directions = min(MAX_DIRECTIONS, num_features)
         self.register_buffer("learned", torch.tensor(0.0))
         self.register_buffer("mean", torch.zeros(num_features))
+        self.register_buffer("spread", torch.ones(num_features))
         self.register_buffer("directions", torch.zeros(num_features, num_directions))
         self.register_buffer("correlation", torch.zeros(num_directions))
-        self.net = mlp([num_directions, hidden_dim, scene_dim], norm=norm)
-        self.net.requires_grad_(False)
+        self.passing_net = mlp([num_features, hidden_dim, scene_dim], norm=norm)
+        self.kept_net = mlp([num_directions, hidden_dim, scene_dim], norm=norm)
+        self.requires_grad_(False)
 
     def learn(self, features: Tensor) -> None:
         """Choose the directions by the features [N, L, F] of successive segments, L of at least 2. From here on the
-        code is read, and its network has gradients."""
+        code is read, and its networks have gradients."""
         mean, directions, ratio = discriminant(features, len(self.correlation))
         kept = (features.float() - mean) @ directions
         scale = kept.square().mean(dim=(0, 1)).sqrt().clamp(min=1e-6)
         kept = kept / scale
         correlation = (kept[:, 1:] * kept[:, :-1]).mean(dim=(0, 1)).clamp(0, 0.999)
         self.mean.copy_(mean)
+        self.spread.copy_(features.float().std(dim=(0, 1)).clamp(min=1e-6))
         self.directions.copy_(directions / scale)
         self.correlation.copy_(torch.where(ratio > 1, correlation, 0))
-        self.net.requires_grad_(True)
+        self.requires_grad_(True)
         self.learned.fill_(1)
 
     def kept(self, features: Tensor) -> Tensor:
-        """features [..., F] -> along the directions, with unit variance over clips: float32 [..., K]."""
+        """features [B, F] -> along the directions, with unit variance over clips: float32 [B, K]."""
         with torch.autocast(features.device.type, enabled=False):
             return (features.float() - self.mean) @ self.directions
 
-    def forward(self, kept: Tensor, age: Tensor | None = None) -> Tensor:
-        """What `kept` returned [B, K], age [B] in steps, 0 without it -> the code, float32 [B, Z]."""
-        code = self.net(kept).float()
-        steps = code.new_zeros(len(code)) if age is None else age.to(code)
-        return self.learned * torch.cat([code, (steps / (steps + 1))[:, None]], dim=1)
+    def forward(self, features: Tensor, age: Tensor | None = None) -> Tensor:
+        """features [B, F], age [B] in steps, 0 without it -> the code, float32 [B, Z]."""
+        passing = self.passing_net((features.float() - self.mean) / self.spread).float()
+        kept = self.kept_net(self.kept(features)).float()
+        steps = kept.new_zeros(len(kept)) if age is None else age.to(kept)
+        return self.learned * torch.cat([passing * (steps == 0)[:, None], kept, (steps / (steps + 1))[:, None]], dim=1)
 
     def aged(self, code: Tensor) -> Tensor:
         """code [B, Z], one step later."""
-        return torch.cat([code[:, :-1], self.learned / (2 - code[:, -1:])], dim=1)
+        passing, kept, age = code.split([self.scene_dim, self.scene_dim, 1], dim=1)
+        return torch.cat([torch.zeros_like(passing), kept, self.learned / (2 - age)], dim=1)
 
     def change_nats(self, before: Tensor, after: Tensor) -> Tensor:
         """How surprising it is that two successive segments are of one clip, [B, K] each, as `kept` returned them: [B].

@@ -377,12 +377,13 @@ def test_a_scene_code_is_kept_over_a_rollout_and_tells_how_old_it_is() -> None:
     world = with_scene_code().eval()
     with torch.no_grad():
         state = world.observe(clip())
-        assert state.shape == (4, 16 + 5) and torch.equal(world.embedding_of(state), world.encode(clip()))
+        assert state.shape == (4, 16 + 9) and torch.equal(world.embedding_of(state), world.encode(clip()))
         steps = [state]
         for _ in range(3):
             steps.append(world.edit(steps[-1], world.prior_mean(steps[-1])))
         rolled = world.prior_mean_rollout(state, 3)
-    assert all(torch.equal(step[:, 16:20], state[:, 16:20]) for step in steps)
+    assert all(torch.equal(step[:, 20:24], state[:, 20:24]) for step in steps)
+    assert state[:, 16:20].abs().min() > 0 and not torch.stack(steps[1:])[:, :, 16:20].any()
     torch.testing.assert_close(torch.stack(steps)[:, 0, -1], torch.tensor([0, 1 / 2, 2 / 3, 3 / 4]))
     torch.testing.assert_close(rolled, torch.stack([world.embedding_of(step) for step in steps[1:]], dim=1))
 
@@ -403,9 +404,10 @@ def test_a_scene_code_decides_the_next_step_and_learns_from_it() -> None:
 def test_a_scene_code_read_some_steps_ago_tells_so() -> None:
     world = with_scene_code().eval()
     assert world.scene is not None
-    kept = world.scene.kept(embeddings(dims=world.embedder.encoder.num_features))
+    features = embeddings(dims=world.embedder.encoder.num_features)
     with torch.no_grad():
-        fresh, old = world.scene(kept), world.scene(kept, torch.tensor([0, 1, 2, 3]))
-        assert torch.equal(fresh[:, :-1], old[:, :-1])
+        fresh, old = world.scene(features), world.scene(features, torch.tensor([0, 1, 2, 3]))
+        assert torch.equal(fresh[:, 4:-1], old[:, 4:-1]) and torch.equal(fresh[0], old[0])
+        assert fresh[:, :4].abs().min() > 0 and not old[1:, :4].any()
         torch.testing.assert_close(old[3, -1], fresh[3, -1] * 0 + 3 / 4)
         torch.testing.assert_close(world.scene.aged(old)[:3, -1], old[1:, -1])

@@ -48,7 +48,7 @@ def test_clips_are_embedded_with_running_statistics_by_student_and_teacher(
     with torch.no_grad():
         torch.testing.assert_close(clips.own.flatten(0, 1), model.encode(segments.flatten(0, 1)))
         torch.testing.assert_close(clips.targets.flatten(0, 1), teacher(segments[:, 1:].flatten(0, 1)))
-    assert clips.kept is None and clips.known_r is None and clips.actions is None
+    assert clips.features is None and clips.known_r is None and clips.actions is None
 
 
 def test_refined_clips_go_on_where_the_steps_of_the_one_before_end(
@@ -79,17 +79,17 @@ def test_a_step_is_drawn_with_its_targets_actions_and_a_scene_from_before(
     )  # fmt: skip
     model = WorldModel(config)
     length = steps_of(config) + 2  # x, x+ and x++ of the last step
-    own, targets, kept = numbered(5, length, 0), numbered(5, length - 1, 1001), numbered(5, length, 2000)
-    clips = EmbeddedClips(own, targets, kept, None, numbered(5, length - 2, 3000))
+    own, targets, features = numbered(5, length, 0), numbered(5, length - 1, 1001), numbered(5, length, 2000)
+    clips = EmbeddedClips(own, targets, features, None, numbered(5, length - 2, 3000))
     batch, known_r, actions = draw_steps(clips, config, model, torch.Generator().manual_seed(0))
     first = batch.real[:, 0, 0]
-    assert batch.kept is not None and batch.age is not None and batch.seen is not None and actions is not None
+    assert batch.features is not None and batch.age is not None and batch.seen is not None and actions is not None
     assert set(first.tolist()) == {100.0 * clip + step for clip in range(5) for step in range(horizon)}
     following = first[:, None] + torch.arange(rollout_steps)
     assert torch.equal(batch.real[:, 1:, 0], following + 1001)
     assert torch.equal(batch.seen[..., 0], following + 2)
     assert torch.equal(actions[..., 0], following + 3000)
-    read_at = batch.kept[:, 0] - 2000
+    read_at = batch.features[:, 0] - 2000
     assert torch.equal(read_at, first - batch.age)
     assert set(batch.age.tolist()) == set(range(horizon)) and known_r is None
     assert ((read_at % 100) >= 0).all()

@@ -71,6 +71,6 @@ def test_the_change_is_the_posterior_of_two_hypotheses() -> None:
 
 def test_a_scene_that_was_not_learned_says_nothing() -> None:
     scene = SceneCode(5, 8, 3, "none")
-    kept = scene.kept(random(4, 5))
-    assert not kept.any() and not scene(kept).any() and not scene.aged(scene(kept)).any()
+    code, kept = scene(random(4, 5)), scene.kept(random(4, 5))
+    assert not kept.any() and not code.any() and not scene.aged(code).any()
     torch.testing.assert_close(scene.change_nats(kept, kept), torch.full((4,), 2.0).log())
