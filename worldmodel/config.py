@@ -113,9 +113,9 @@ class ModelConfig:
     """Numbers of an action, the label data.action_label of frames, on which editor, prior and posterior are
     conditioned; 0: the model is passive, and learns from video alone."""
     scene_dim: NonNegativeInt = 0
-    """Numbers of each part of a scene code, which is read from the context's features beside its embedding: one part for
-    the next step alone, one that is kept over a rollout, for what does not change in a clip. Editor, prior and
-    posterior are conditioned on it. It is learned in refinement (train.refine_steps). 0: the embedding is all."""
+    """Numbers of each part of a scene code, which is read from the context's features beside its embedding: one for the
+    next step alone, one that is kept over a rollout, for what does not change in a clip. Editor, prior and posterior
+    are conditioned on it. It is learned in refinement (train.refine_steps). 0: the embedding is all."""
     oracle_label: str = "velocity_change"
     """oracle: the label that is the true r."""
     prior: Literal["mixture", "flow"] = "mixture"
