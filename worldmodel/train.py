@@ -68,6 +68,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
         stream = training_stream(
             config, config.objective.rollout_steps, rank=rank, world_size=world_size, device=accelerator.device
         )
+        if config.train.refine_steps:
+            refinement_stream(config, accelerator.device)  # what it lacks is told now, not after hours of training
         run = open_run(config, resume=resume or rank > 0, overwrite=overwrite and rank == 0)
     trainer = Trainer(config, accelerator, run, stream.fingerprint)
     if resume:

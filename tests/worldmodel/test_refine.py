@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from data_pipelines.errors import UserError
 from data_pipelines.stream import VideoStream
 from tests.worldmodel.test_train import assert_same_weights, final_tensors, rows
 from worldmodel import WorldModel
@@ -149,3 +150,12 @@ def test_a_run_is_refined_once_and_an_interrupted_refinement_begins_anew(
     with monkeypatch.context() as patched:
         patched.setattr("worldmodel.train.refine", lambda *_: pytest.fail("a refined run is refined again"))
         train(interrupted, resume=True)
+
+
+def test_videos_too_short_for_refinement_are_told_before_training(
+    tiny_config: Callable[..., Config], kicked_world: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(f"run_dir={tmp_path / 'run'}", f"data.root={kicked_world}", *REFINED, "train.refine_horizon=9")
+    with pytest.raises(UserError, match=r"clips span 33 frames .* but the longest video has 24"):
+        train(config)
+    assert not (tmp_path / "run").exists()
