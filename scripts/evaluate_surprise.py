@@ -17,7 +17,8 @@ from data_pipelines.errors import UserError
 from worldmodel import load
 from worldmodel.checkpoint import write_text
 from worldmodel.cli import report_errors
-from worldmodel.evaluation.surprise_events import MEASURES, detect_events
+from worldmodel.evaluation.surprise_events import detect_events
+from worldmodel.surprise import MEASURES
 
 
 def main() -> int:

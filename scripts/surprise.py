@@ -22,6 +22,7 @@ from worldmodel.checkpoint import write_text
 from worldmodel.cli import report_errors
 from worldmodel.evaluation.figures import timeline_figure
 from worldmodel.evaluation.illustrations import Timeline
+from worldmodel.surprise import MEASURES
 
 PICTURE_DPI = 150
 
@@ -59,11 +60,10 @@ def csv_of(timeline: Timeline) -> str:
     """A row a transition; time_s is empty where the video states no frame rate."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    parts = "kl_nats", "prediction_error", "scene_nats"
-    writer.writerow(["transition", "frame", "time_s", "surprise", *parts, "is_peak"])
+    writer.writerow(["transition", "frame", "time_s", *MEASURES, "is_peak"])
     peaks = set(timeline.peaks.tolist())
     for row, frame in enumerate(timeline.frame.tolist()):
-        scores = [f"{getattr(timeline, name)[row]:.6g}" for name in ("surprise", *parts)]
+        scores = [f"{getattr(timeline, name)[row]:.6g}" for name in MEASURES]
         writer.writerow([row, frame, _time(timeline, row), *scores, int(row in peaks)])
     return text.getvalue()
 

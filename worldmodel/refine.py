@@ -147,7 +147,8 @@ def refine(
     """
     train = config.train
     model.embedder.requires_grad_(False)
-    if model.scene is not None and clips.features is not None:
+    if model.scene is not None:
+        assert clips.features is not None
         model.scene.learn(clips.features)
     optimizer = torch.optim.AdamW(parameter_groups(model, train.weight_decay), train.refine_lr, fused=True)
     sums: dict[str, Tensor] = {}

@@ -53,19 +53,20 @@ class SceneCode(nn.Module):
         """Choose the directions by the features [N, L, F] of successive segments, L of at least 2. From here on the
         code is read, and its networks have gradients."""
         mean, directions, ratio = discriminant(features, len(self.correlation))
-        kept = (features.float() - mean) @ directions
+        self.mean.copy_(mean)
+        self.spread.copy_(features.float().std(dim=(0, 1)).clamp(min=1e-6))
+        self.directions.copy_(directions)
+        kept = self.kept(features)
         scale = kept.square().mean(dim=(0, 1)).sqrt().clamp(min=1e-6)
         kept = kept / scale
         correlation = (kept[:, 1:] * kept[:, :-1]).mean(dim=(0, 1)).clamp(0, 0.999)
-        self.mean.copy_(mean)
-        self.spread.copy_(features.float().std(dim=(0, 1)).clamp(min=1e-6))
-        self.directions.copy_(directions / scale)
+        self.directions.div_(scale)
         self.correlation.copy_(torch.where(ratio > 1, correlation, 0))
         self.requires_grad_(True)
         self.learned.fill_(1)
 
     def kept(self, features: Tensor) -> Tensor:
-        """features [B, F] -> along the directions, with unit variance over clips: float32 [B, K]."""
+        """features [..., F] -> along the directions, with unit variance over clips: float32 [..., K]."""
         with torch.autocast(features.device.type, enabled=False):
             return (features.float() - self.mean) @ self.directions
 

@@ -62,6 +62,10 @@ class Transitions(NamedTuple):
     scene_nats: np.ndarray
 
 
+MEASURES = Transitions._fields[1:]
+"""Surprise and its parts, by the names that they have in every file."""
+
+
 def video_surprise(
     config: Config,
     model: WorldModel,

@@ -15,8 +15,8 @@ from tests.conftest import REPO, TINY, run_script
 from tests.worldmodel.test_scripts import assert_one_line
 from worldmodel import load
 from worldmodel.config import load_config
-from worldmodel.evaluation.surprise_events import MEASURES, detect_events, event_aurocs, touches
-from worldmodel.surprise import Transitions
+from worldmodel.evaluation.surprise_events import detect_events, event_aurocs, touches
+from worldmodel.surprise import MEASURES, Transitions
 from worldmodel.train import train
 
 STARTS = np.arange(0, 52, 3)  # transitions of nine frames in 60

@@ -15,9 +15,8 @@ from data_pipelines.sources.written import read_world
 from worldmodel.data import known_law
 from worldmodel.run import TrainedRun
 from worldmodel.scores import auroc
-from worldmodel.surprise import Transitions, check_model, score_transitions
+from worldmodel.surprise import MEASURES, Transitions, check_model, score_transitions
 
-MEASURES = ("surprise", "kl_nats", "prediction_error", "scene_nats")
 MIN_SEGMENTS = 4  # an event has two before it and two from it on
 
 
