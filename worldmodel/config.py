@@ -116,6 +116,10 @@ class ModelConfig:
     """Numbers of each part of a scene code, which is read from the context's features beside its embedding: one for the
     next step alone, one that is kept over a rollout, for what does not change in a clip. Editor, prior and posterior
     are conditioned on it. It is learned in refinement (train.refine_steps). 0: the embedding is all."""
+    distance_dim: NonNegativeInt = 0
+    """Numbers in each of the 8 groups of a temporal distance: how many steps lead from one state to another at the
+    least (worldmodel/distance.py). It is learned in refinement (train.refine_steps), and what planning.distance=steps
+    plans by. 0: there is none."""
     oracle_label: str = "velocity_change"
     """oracle: the label that is the true r."""
     prior: Literal["mixture", "flow"] = "mixture"
@@ -152,6 +156,9 @@ class ObjectiveConfig:
     time_variance_weight: NonNegativeFloat = 0.0
     """Weight of a hinge that keeps each clip's embeddings apart over time, so that what is constant in a clip is not
     all that is kept."""
+    distance_error_weight: NonNegativeFloat = 0.0
+    """With model.distance_dim, in refinement: weight of how far predicted states are from the true ones by the temporal
+    distance, so that the editor learns what matters for the way, such as walls."""
     rollout_steps: PositiveInt = 1
     """Segments predicted one after the other in training, each from the prediction before it; the paper has one."""
     step_weights: tuple[NonNegativeFloat, ...] | None = None
@@ -176,6 +183,8 @@ class TrainConfig:
     """Steps from which a refined clip's step is drawn, with the scene code from any segment up to there; above 1 for
     model.scene_dim, so that a code still holds when it is many steps old."""
     refine_clips: Annotated[int, Field(strict=True, ge=2)] = 65_536
+    refine_batch_size: Annotated[int, Field(strict=True, ge=2)] | None = None
+    """Embedded clips in an update; none: data.batch_size."""
     refine_lr: PositiveFloat = 1e-3
     clip_norm: NonNegativeFloat = 0.0
     """Largest norm of the gradient; 0 leaves it as it is."""
@@ -230,7 +239,13 @@ class PlanningConfig:
     temperature: PositiveFloat = 0.3
     """mppi: what costs are divided by, in standard deviations of the costs of an episode's candidates."""
     cost: Literal["sum", "last"] = "sum"
-    """Squared distance to the goal's embedding, summed over the steps of the horizon or of the last alone."""
+    """The distance to the goal, summed over the steps of the horizon or of the last alone."""
+    distance: Literal["embedding", "steps"] = "embedding"
+    """How far a state is from the goal. embedding: the squared distance of embeddings, over their dimensions. steps:
+    the temporal distance of a model with model.distance_dim."""
+    leap_weight: NonNegativeFloat = 0.0
+    """distance=steps: what an imagined step costs by which the goal comes nearer than steps can, for each step of that
+    beyond 1.5 and at each step from there on, as through a wall of which the editor knows too little."""
     num_samples: NonNegativeInt = 0
     """Futures that are imagined for each candidate, by draws from the prior; 0: one, at the prior's mean."""
     risk_quantile: Fraction | None = None
@@ -408,6 +423,14 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"model.editor={model.editor} takes no scene code: with model.scene_dim it must be mlp or residual"
     if model.scene_dim and not config.train.refine_steps:
         yield f"model.scene_dim={model.scene_dim} is learned in refinement: it needs train.refine_steps"
+    if model.distance_dim and not config.train.refine_steps:
+        yield f"model.distance_dim={model.distance_dim} is learned in refinement: it needs train.refine_steps"
+    if config.objective.distance_error_weight and not model.distance_dim:
+        yield "objective.distance_error_weight weighs errors by a distance: it needs model.distance_dim"
+    if config.planning.distance == "steps" and not model.distance_dim:
+        yield "planning.distance=steps plans by a distance in steps: it needs model.distance_dim"
+    if config.planning.leap_weight and config.planning.distance != "steps":
+        yield "planning.leap_weight weighs steps: it needs planning.distance=steps"
     if config.objective.inverse_dynamics_weight and not model.action_dim:
         yield "objective.inverse_dynamics_weight reads actions: it needs model.action_dim"
     if model.latent == "oracle" and max(config.objective.rollout_steps, config.train.refine_horizon) > 1:

@@ -18,11 +18,22 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from worldmodel.config import Config
+from worldmodel.distance import STEP_WEIGHT, TemporalDistance, excess_steps, nearness
 from worldmodel.editors import make_editor
 from worldmodel.encoders import ENCODERS, Embedder, normalise
 from worldmodel.latents import Inference, make_latent
 from worldmodel.objectives import OBJECTIVES, SequenceTerms, make_objective
 from worldmodel.scene import SceneCode
+
+
+class Pairs(NamedTuple):
+    """P pairs of segments of one clip, or of clips alike, whose distance in steps is to be as large as it can be:
+    embeddings [P, D] and features [P, F], None where no scene code is read."""
+
+    start: Tensor
+    start_features: Tensor | None
+    end: Tensor
+    end_features: Tensor | None
 
 
 class Embedded(NamedTuple):
@@ -31,12 +42,16 @@ class Embedded(NamedTuple):
     real [B, K + 1, D] are the embeddings of the context and of the K targets; seen [B, K, D] those that the posterior
     sees, or None. features [B, F] are what the encoder made of the segment that the scene code is read from, None where
     none is read, and age [B] how many steps that segment is before the context; None for the context itself.
+    other_features [B, F] are of any segment of each clip, and pairs what a temporal distance is learned from, both None
+    where none is learned.
     """
 
     real: Tensor
     seen: Tensor | None
     features: Tensor | None
     age: Tensor | None
+    other_features: Tensor | None = None
+    pairs: Pairs | None = None
 
 
 class WorldModel(nn.Module):
@@ -103,6 +118,13 @@ class WorldModel(nn.Module):
             predictor=self.objective.needs_predictor,
             norm=model.editor_norm,
         )
+        kept_dim = model.scene_dim  # of the scene code
+        self.distance = (
+            TemporalDistance(model.embedding_dim + kept_dim, model.hidden_dim, model.distance_dim)
+            if model.distance_dim
+            else None
+        )
+        self.distance_error_weight = objective.distance_error_weight
         self.on_sphere = model.embedding_norm == "sphere"
         self.num_steps = objective.rollout_steps
         weights = objective.step_weights or (1.0,) * self.num_steps
@@ -126,6 +148,13 @@ class WorldModel(nn.Module):
     def embedding_of(self, state: Tensor) -> Tensor:
         """States [..., D + Z] -> embeddings [..., D]."""
         return state[..., : self.embedding_dim]
+
+    def lasting(self, state: Tensor) -> Tensor:
+        """States [..., D + Z] -> what of them outlasts a step, [..., D + S]: the embedding, and a code's kept part."""
+        if self.scene is None:
+            return state
+        embedding, code = state.tensor_split([self.embedding_dim], dim=-1)
+        return torch.cat([embedding, self.scene.lasting(code)], dim=-1)
 
     def infer(
         self,
@@ -263,12 +292,12 @@ class WorldModel(nn.Module):
         actions: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The losses of `forward` from what `embed` returns."""
-        real, seen, features, age = embedded
+        real, seen, features, age, _, _ = embedded
         state = real[:, 0]
         if self.scene is not None:
             assert features is not None
             state = joined(state, self.scene(features, age))
-        steps = []
+        first, steps, predicted = state, [], []
         for k in range(self.num_steps):
             state, terms = self._predict(
                 state,
@@ -281,6 +310,7 @@ class WorldModel(nn.Module):
                 generator,
             )
             steps.append(terms)
+            predicted.append(state)
         weighted = {
             name: sum((weight * terms[name] for weight, terms in zip(self.step_weights, steps, strict=True)), 0 * value)
             for name, value in steps[0].items()
@@ -288,10 +318,50 @@ class WorldModel(nn.Module):
         with torch.autocast(state.device.type, enabled=False):
             of_sequence = self.sequence_terms(real, actions)
         loss = weighted.pop("loss") + self.sequence_terms.total(of_sequence)
+        if embedded.pairs is not None:
+            with torch.autocast(state.device.type, enabled=False):
+                of_distance = self._distance_terms(embedded, first, torch.stack(predicted, dim=1))
+            loss = loss + sum(of_distance.values())
+            of_sequence |= of_distance
         logged = {name: value.detach() for name, value in (weighted | of_sequence).items()}
         if self.num_steps > 1:
             logged |= {f"alignment_{k}": terms["alignment"].detach() for k, terms in enumerate(steps, start=1)}
         return {"loss": loss} | logged
+
+    def _distance_terms(self, embedded: "Embedded", first: Tensor, predicted: Tensor) -> dict[str, Tensor]:
+        """What the temporal distance learns by, and what the editor learns by it, weighted: from the state
+        of the context [B, D + Z] and predicted states [B, K, D + Z].
+
+        What is kept of a scene code is read from one segment before a step and from another after it, so that its noise
+        counts for nothing.
+        """
+        distance, pairs = self.distance, embedded.pairs
+        assert distance is not None and pairs is not None
+        with torch.no_grad():
+            codes = [self.lasting(first)[:, self.embedding_dim :]]
+            codes.append(codes[0] if self.scene is None else self._kept_code(embedded.other_features))
+            lasting = [
+                torch.cat([embedded.real, code[:, None].expand(-1, self.num_steps + 1, -1)], dim=-1) for code in codes
+            ]
+            ends = [
+                torch.cat([end, end[:, :0] if self.scene is None else self._kept_code(features)], dim=-1)
+                for end, features in ((pairs.start, pairs.start_features), (pairs.end, pairs.end_features))
+            ]
+        phi, other_phi = distance(lasting[0]), distance(lasting[1])
+        # The distance itself is not to forgive what the editor does.
+        fixed = {name: value.detach() for name, value in distance.named_parameters()}
+        found = torch.func.functional_call(distance, fixed, self.lasting(predicted))
+        error = (found - phi[:, 1:].detach()).square().mean()
+        apart = excess_steps(phi[:, :-1], other_phi[:, 1:]) + excess_steps(other_phi[:, :-1], phi[:, 1:])
+        return {
+            "distance_nearness": nearness(distance(ends[0]), distance(ends[1])),
+            "distance_excess": STEP_WEIGHT * apart / 2,
+            "distance_error": self.distance_error_weight * error,
+        }
+
+    def _kept_code(self, features: Tensor | None) -> Tensor:
+        assert self.scene is not None and features is not None
+        return self.scene.lasting(self.scene(features))
 
     @staticmethod
     def _flat(of_steps: Tensor) -> Tensor:

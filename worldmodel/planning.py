@@ -1,10 +1,11 @@
 """Planning with a trained model: what a sequence of actions costs, by where the model imagines that it leads.
 
-The cost of actions is how far the embeddings that they are imagined to lead to lie from the goal's. Where the future is
-open, several are imagined for each sequence, and their cost averaged, or their upper quantile taken.
+The cost of actions is how far the states that they are imagined to lead to lie from the goal, by their embeddings or by
+the steps that a temporal distance counts. Where the future is open, several are imagined for each sequence, and their
+cost averaged, or their upper quantile taken.
 
 Legend: E episodes, N candidates, M imagined futures, H steps of the horizon, A numbers of an action, D embedding
-dimensions, Z numbers of a scene code, C channels, F = W pixels.
+dimensions, Z numbers of a scene code, P numbers of a temporal distance, C channels, F = W pixels.
 """
 
 from collections.abc import Iterator
@@ -17,11 +18,14 @@ from torch import Tensor
 from data_pipelines.errors import UserError
 from data_pipelines.transforms import to_float
 from worldmodel.config import PlanningConfig
+from worldmodel.distance import steps_between
 from worldmodel.latent_actions import ActionDecoder
 from worldmodel.machine import computes_bf16
 from worldmodel.model import WorldModel
 from worldmodel.planners import Plan, improve, shift, start
 from worldmodel.run import TrainedRun
+
+LARGEST_GAIN_STEPS = 1.5  # of one step towards a goal: what is learned of distances overstates some
 
 
 def imagine(
@@ -31,7 +35,7 @@ def imagine(
     actions: Tensor,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Where actions [B, H, A] are imagined to lead from a state [B, D + Z]: embeddings [B, D], step by step.
+    """Where actions [B, H, A] are imagined to lead from a state [B, D + Z]: states [B, D + Z], step by step.
 
     They are at the prior's mean or, with a generator, at draws from it. With a decoder, actions reach a passive model
     as the r that they amount to.
@@ -43,12 +47,12 @@ def imagine(
             state = model.edit(state, model.sample(state, generator, action=action), action)
         else:
             state = model.edit(state, model.prior_mean(state, action), action)
-        yield model.embedding_of(state)
+        yield state
 
 
 @dataclass(frozen=True)
 class LatentCost:
-    """What candidates cost: state [E, D + Z], goal [E, D] -> a function of actions [E, N, H, A] to [E, N]."""
+    """What candidates cost: state and goal [E, D + Z] -> a function of actions [E, N, H, A] to [E, N]."""
 
     model: WorldModel
     decoder: ActionDecoder | None
@@ -60,20 +64,34 @@ class LatentCost:
     def __call__(self, actions: Tensor) -> Tensor:
         num_candidates, num_futures = actions.shape[1], max(1, self.config.num_samples)
         flat = actions.flatten(0, 1).repeat_interleave(num_futures, dim=0)
-        goal = self.goal.repeat_interleave(num_candidates * num_futures, dim=0)
         state = self.state.repeat_interleave(num_candidates * num_futures, dim=0)
-        cost = state.new_zeros(len(state))
+        cost = leaps = state.new_zeros(len(state))
         drawn = self.generator if self.config.num_samples else None
         with torch.autocast(state.device.type, torch.bfloat16, enabled=computes_bf16()):
-            for embedding in imagine(self.model, self.decoder, state, flat, drawn):
-                if self.config.cost == "sum":
-                    cost += (embedding - goal).square().mean(dim=-1)
-        if self.config.cost == "last":
-            cost = (embedding - goal).square().mean(dim=-1)
+            goal = self._place(self.goal).repeat_interleave(num_candidates * num_futures, dim=0)
+            before = self._away(state, goal) if self.config.leap_weight else leaps
+            for imagined in imagine(self.model, self.decoder, state, flat, drawn):
+                away = self._away(imagined, goal)
+                if self.config.leap_weight:
+                    leaps = leaps + (before - away - LARGEST_GAIN_STEPS).relu()
+                    before, away = away, away + self.config.leap_weight * leaps
+                cost = cost + away if self.config.cost == "sum" else away
         futures = cost.float().view(*actions.shape[:2], num_futures)
         if self.config.risk_quantile is not None:
             return futures.quantile(self.config.risk_quantile, dim=-1)
         return futures.mean(dim=-1)
+
+    def _place(self, state: Tensor) -> Tensor:
+        """What of states [B, D + Z] distances are read from: [B, D or P]."""
+        if self.config.distance == "embedding":
+            return self.model.embedding_of(state)
+        assert self.model.distance is not None
+        return self.model.distance(self.model.lasting(state))
+
+    def _away(self, state: Tensor, goal: Tensor) -> Tensor:
+        """How far states [B, D + Z] are from goals [B, D or P]: [B]."""
+        place = self._place(state)
+        return steps_between(place, goal) if self.config.distance == "steps" else (place - goal).square().mean(dim=-1)
 
 
 class Decision(NamedTuple):
@@ -91,7 +109,7 @@ class LatentPolicy:
 
     Raises:
         UserError: the run is not conditioned on actions and has no decoder of them, or sees more than one frame at a
-            time.
+            time; planning.distance=steps and the run has no temporal distance.
     """
 
     def __init__(
@@ -109,6 +127,8 @@ class LatentPolicy:
             )
         if run.config.data.num_frames != 1:
             raise UserError(f"the run {run.folder} has data.num_frames={run.config.data.num_frames}: plans take 1")
+        if config.distance == "steps" and run.model.distance is None:
+            raise UserError(f"the run {run.folder} has no temporal distance: train it with model.distance_dim")
         self.run, self.config, self.seed = run, config, seed
         self.plan: Plan
         self.decisions: list[Decision]
@@ -117,7 +137,9 @@ class LatentPolicy:
     def begin(self, goals: Tensor) -> None:
         """Pictures of the goals of E episodes, uint8 [E, C, F, W]."""
         self.generator = torch.Generator().manual_seed(self.seed)
-        self.goal = self.run.target_encoder(self._video(goals))
+        video = self._video(goals)
+        scene = self.run.model.observe(video)[:, self.run.model.embedding_dim :]
+        self.goal = torch.cat([self.run.target_encoder(video), scene], dim=1)
         self.plan = start(self.config, len(goals), self.action_dim, self.run.device)
         self.episodes, self.decisions = torch.arange(len(goals)), []
 
@@ -158,7 +180,8 @@ class LatentPolicy:
                 actions.repeat_interleave(num_futures, dim=0),
                 generator,
             )
-            return torch.stack(list(steps), dim=1).unflatten(0, (-1, num_futures))
+            embeddings = [self.run.model.embedding_of(state) for state in steps]
+            return torch.stack(embeddings, dim=1).unflatten(0, (-1, num_futures))
 
     def _video(self, frames: Tensor) -> Tensor:
         return to_float(frames[:, None].to(self.run.device))

@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 
 from worldmodel.config import Config
 from worldmodel.data import Batch, Stream, segment_span, training_inputs, training_stream
+from worldmodel.distance import clips_alike
 from worldmodel.evaluation.forecast import frozen
-from worldmodel.model import Embedded, WorldModel
+from worldmodel.model import Embedded, Pairs, WorldModel
 from worldmodel.optimisation import learning_rate, parameter_groups, set_lr, step_generator
 
 Autocast = Callable[[], AbstractContextManager[None]]
@@ -28,6 +29,8 @@ Autocast = Callable[[], AbstractContextManager[None]]
 WARMUP_STEPS = 100
 SEGMENTS_AT_ONCE = 256
 FRESH_SHARE = 0.4
+PAIRS_PER_CLIP = 2
+NEAR_OF = 8
 
 
 class EmbeddedClips(NamedTuple):
@@ -102,12 +105,18 @@ def steps_of(config: Config) -> int:
 
 
 def draw_steps(
-    clips: EmbeddedClips, config: Config, model: WorldModel, generator: torch.Generator
+    clips: EmbeddedClips,
+    config: Config,
+    model: WorldModel,
+    generator: torch.Generator,
+    alike: Tensor | None = None,
 ) -> tuple[Embedded, Tensor | None, Tensor | None]:
-    """A batch of data.batch_size clips, drawn with replacement, each from a step of its own: what the losses are
-    computed from, known_r and actions. The scene code of FRESH_SHARE of them is read from the context, that of the
-    others from any segment up to it."""
-    device, count, num_steps = clips.own.device, config.data.batch_size, model.num_steps
+    """A batch of clips, drawn with replacement, each from a step of its own: what the losses are computed from, known_r
+    and actions. The scene code of FRESH_SHARE of them is read from the context, that of the
+    others from any segment up to it. Pairs for a temporal distance are drawn where `alike` [N, M] tells which clips are
+    like each."""
+    device, num_steps = clips.own.device, model.num_steps
+    count = config.train.refine_batch_size or config.data.batch_size
     clip = torch.randint(len(clips.own), (count,), generator=generator, device=device)
     first = torch.randint(config.train.refine_horizon, (count,), generator=generator, device=device)
     read_at = (torch.rand(count, generator=generator, device=device) * (first + 1)).long()
@@ -125,8 +134,50 @@ def draw_steps(
         None if clips.features is None else clips.features[clip, read_at],
         first - read_at,
     )
+    if alike is not None:
+        other = torch.randint(clips.own.shape[1], (count,), generator=generator, device=device)
+        embedded = embedded._replace(
+            other_features=None if clips.features is None else clips.features[clip, other],
+            pairs=draw_pairs(clips, alike, PAIRS_PER_CLIP * count, generator),
+        )
     known_r = None if clips.known_r is None else clips.known_r[clip]
     return embedded, known_r, None if clips.actions is None else successive(clips.actions, 0)
+
+
+def draw_pairs(clips: EmbeddedClips, alike: Tensor, count: int, generator: torch.Generator) -> Pairs:
+    """Pairs of segments, in any order, that are to be far apart, drawn from clips that are `alike` [N, M].
+
+    Half of them are of any two segments; of the others the second is the nearest of NEAR_OF segments, so that what is
+    near only in looks, as on the other side of a wall, is often asked for.
+    """
+    device, num_segments = clips.own.device, clips.own.shape[1]
+
+    def draw(stop: int, *shape: int) -> Tensor:
+        return torch.randint(stop, shape, generator=generator, device=device)
+
+    clip, segment = draw(len(clips.own), count), draw(num_segments, count)
+    others = alike[clip[:, None], draw(alike.shape[1], count, NEAR_OF)]
+    segments = draw(num_segments, count, NEAR_OF)
+    away = (clips.own[others, segments] - clips.own[clip, segment][:, None]).square().sum(dim=-1)
+    rows, nearest = torch.arange(count, device=device), away.argmin(dim=1)
+    chosen = torch.where(rows < count // 2, 0, nearest)
+    other, other_segment = others[rows, chosen], segments[rows, chosen]
+    swapped = draw(2, count).bool()
+    start, end = torch.where(swapped, other, clip), torch.where(swapped, clip, other)
+    at = torch.where(swapped, other_segment, segment), torch.where(swapped, segment, other_segment)
+
+    def features(of: Tensor, segment: Tensor) -> Tensor | None:
+        return None if clips.features is None else clips.features[of, segment]
+
+    return Pairs(clips.own[start, at[0]], features(start, at[0]), clips.own[end, at[1]], features(end, at[1]))
+
+
+def like_clips(model: WorldModel, clips: EmbeddedClips) -> Tensor:
+    """Which clips are alike, by a scene code that has been learned; without one each is like itself alone: [N, M]."""
+    if model.scene is None or clips.features is None:
+        return torch.arange(len(clips.own), device=clips.own.device)[:, None]
+    kept = torch.cat([model.scene.kept(part).mean(dim=1) for part in clips.features.split(SEGMENTS_AT_ONCE)])
+    return clips_alike(kept, model.scene.correlation)
 
 
 def refine(
@@ -150,6 +201,10 @@ def refine(
     if model.scene is not None:
         assert clips.features is not None
         model.scene.learn(clips.features)
+    alike = None
+    if model.distance is not None:
+        alike = like_clips(model, clips)
+        model.distance.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameter_groups(model, train.weight_decay), train.refine_lr, fused=True)
     sums: dict[str, Tensor] = {}
     signal_number = 0
@@ -158,7 +213,7 @@ def refine(
             break
         set_lr(optimizer, learning_rate(step, train.refine_lr, WARMUP_STEPS, train.refine_steps))
         generator = step_generator(config.seed, train.steps + step, 0, device)
-        embedded, known_r, actions = draw_steps(clips, config, model, generator)
+        embedded, known_r, actions = draw_steps(clips, config, model, generator, alike)
         with autocast():
             losses = model.losses(embedded, known_r, model.beta, generator, actions=actions)
         losses["loss"].backward()

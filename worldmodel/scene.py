@@ -9,7 +9,7 @@ An embedding that is trained by prediction lets two things go that the features 
 - What the next step alone depends on, such as the exact velocity, is told less exactly by what is also a target. It is
   read from all features, and forgotten after one step.
 
-Legend: N clips of L segments, B of them, F features, K directions, Z numbers of a code.
+Legend: N clips of L segments, B of them, F features, K directions, Z numbers of a code, S of its kept part.
 """
 
 import torch
@@ -81,6 +81,10 @@ class SceneCode(nn.Module):
         """code [B, Z], one step later."""
         passing, kept, age = code.split([self.scene_dim, self.scene_dim, 1], dim=1)
         return torch.cat([torch.zeros_like(passing), kept, self.learned / (2 - age)], dim=1)
+
+    def lasting(self, code: Tensor) -> Tensor:
+        """code [..., Z] -> the part of it that is kept, [..., S]."""
+        return code[..., self.scene_dim : 2 * self.scene_dim]
 
     def change_nats(self, before: Tensor, after: Tensor) -> Tensor:
         """How surprising it is that two successive segments are of one clip, [B, K] each, as `kept` returned them: [B].

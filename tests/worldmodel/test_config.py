@@ -80,6 +80,10 @@ def test_mistakes_name_the_key_the_value_and_what_is_allowed(override: str, told
         (["data.source=causal"], "data.source=causal needs data.channels=6"),
         (["model.scene_dim=4"], "model.scene_dim=4 is learned in refinement: it needs train.refine_steps"),
         (["model.scene_dim=4", "train.refine_steps=1", "model.editor=low_rank"], "takes no scene code"),
+        (["model.distance_dim=4"], "model.distance_dim=4 is learned in refinement: it needs train.refine_steps"),
+        (["objective.distance_error_weight=1"], "objective.distance_error_weight weighs errors by a distance"),
+        (["planning.distance=steps"], "planning.distance=steps plans by a distance in steps"),
+        (["planning.leap_weight=1"], "planning.leap_weight weighs steps: it needs planning.distance=steps"),
         (["model.latent=oracle", "train.refine_horizon=2"], "knows the r of one step"),
         (
             ["data.source=moving_mnist", "data.size_px=64", "train.refine_horizon=2"],

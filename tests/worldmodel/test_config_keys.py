@@ -97,7 +97,8 @@ def test_every_key_of_every_shipped_config_is_read(
         causal = [*CAUSAL, f"run_dir={fresh.run_dir}_causal"]
         trained = load(train(load_config(REPO / "configs" / "causal" / "heteroscedastic.yaml", causal)))
         evaluate_factors(trained.config, trained.model, torch.device("cpu"))
-        plan_once(load_config(REPO / "configs" / "two_rooms.yaml", ["planning.candidates=40", "planning.iterations=2"]))
+        for name in ("two_rooms.yaml", "two_rooms_random.yaml"):
+            plan_once(load_config(REPO / "configs" / name, ["planning.candidates=40", "planning.iterations=2"]))
     for path in (REPO / "configs").rglob("*.yaml"):
         unread = set(flatten(yaml.safe_load(path.read_text()))) - reads
         assert not unread, f"{path.name} sets keys that nothing reads: {sorted(unread)}"

@@ -1,12 +1,15 @@
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from worldmodel.config import Config, DataConfig, ModelConfig, ObjectiveConfig, PlanningConfig
+from worldmodel.distance import steps_between
 from worldmodel.model import WorldModel
-from worldmodel.planning import LatentCost
+from worldmodel.planning import LARGEST_GAIN_STEPS, LatentCost, imagine
 
 
-def world(latent: str = "none") -> WorldModel:
+def world(latent: str = "none", distance_dim: int = 0) -> WorldModel:
     torch.manual_seed(0)
     return WorldModel(
         Config(
@@ -14,7 +17,7 @@ def world(latent: str = "none") -> WorldModel:
             data=DataConfig(num_frames=1, num_segments=2),
             model=ModelConfig(
                 width=0.125, latent=latent, embedding_dim=8, hidden_dim=16, action_dim=2, editor="residual",  # type: ignore[arg-type]
-                embedding_norm="standard",
+                embedding_norm="standard", distance_dim=distance_dim,
             ),
             objective=ObjectiveConfig(name="vicreg"),
         )
@@ -54,3 +57,31 @@ def test_of_several_futures_the_mean_counts_or_their_quantile() -> None:
     again = costs(model, actions, num_samples=64)
     assert torch.equal(mean, again)
     assert not torch.equal(mean, costs(model, actions, num_samples=0))
+
+
+def test_steps_are_counted_to_the_goal_and_leaps_cost_from_where_they_are_made_on() -> None:
+    model, actions = world(distance_dim=3), 0.5 * normal(3, 3, 5, 4, 2)
+    assert model.distance is not None
+    with torch.no_grad():
+        for parameter in model.distance.parameters():
+            parameter.mul_(6)  # so that there are leaps
+    summed, last = (costs(model, actions, cost=cost, distance="steps") for cost in ("sum", "last"))
+    leaping = costs(model, actions, distance="steps", leap_weight=2)
+    leaps = 0
+    for episode in range(3):
+        with torch.no_grad():
+            goal = model.distance(normal(2, 3, 8)[episode])
+            for candidate in range(5):
+                state = normal(1, 3, 8)[episode : episode + 1]
+                states = [state, *imagine(model, None, state, actions[episode, candidate][None])]
+                away = [float(steps_between(model.distance(state), goal)) for state in states]
+                gains = [max(0.0, before - after - LARGEST_GAIN_STEPS) for before, after in pairwise(away)]
+                expected = torch.tensor([sum(away[1:]), away[-1]])
+                torch.testing.assert_close(summed[episode, candidate], expected[0], rtol=0.05, atol=0.2)
+                torch.testing.assert_close(last[episode, candidate], expected[1], rtol=0.05, atol=0.2)
+                extra = 2 * sum(gain * (4 - step) for step, gain in enumerate(gains))
+                torch.testing.assert_close(
+                    leaping[episode, candidate] - summed[episode, candidate], torch.tensor(extra), rtol=0.05, atol=0.4
+                )
+                leaps += extra > 1
+    assert leaps > 3

@@ -14,7 +14,16 @@ from tests.worldmodel.test_train import assert_same_weights, final_tensors, rows
 from worldmodel import WorldModel
 from worldmodel.config import Config
 from worldmodel.data import segments_of, training_stream
-from worldmodel.refine import EmbeddedClips, draw_steps, embed_clips, refine, refinement_stream, steps_of
+from worldmodel.refine import (
+    EmbeddedClips,
+    draw_pairs,
+    draw_steps,
+    embed_clips,
+    like_clips,
+    refine,
+    refinement_stream,
+    steps_of,
+)
 from worldmodel.teacher import Teacher
 from worldmodel.train import Interrupted, train
 
@@ -94,6 +103,53 @@ def test_a_step_is_drawn_with_its_targets_actions_and_a_scene_from_before(
     assert torch.equal(read_at, first - batch.age)
     assert set(batch.age.tolist()) == set(range(horizon)) and known_r is None
     assert ((read_at % 100) >= 0).all()
+
+
+def test_pairs_are_of_clips_alike_and_half_of_them_near_each_other(tiny_config: Callable[..., Config]) -> None:
+    features = numbered(6, 5, 0)
+    own = 10 * torch.arange(5.0)[None, :, None] + torch.arange(6.0)[:, None, None]  # clips lie near each other
+    clips = EmbeddedClips(own, own[:, 1:], features, None, None)
+    alike = torch.tensor([[0, 1], [1, 0], [2, 3], [3, 2], [4, 5], [5, 4]])
+    pairs = draw_pairs(clips, alike, 400, torch.Generator().manual_seed(0))
+    assert pairs.start_features is not None and pairs.end_features is not None
+    clip, segment = (
+        torch.stack([pairs.start_features[:, 0], pairs.end_features[:, 0]]).div(100).floor(),
+        torch.stack([pairs.start_features[:, 0], pairs.end_features[:, 0]]).remainder(100),
+    )
+    assert torch.equal(torch.stack([pairs.start, pairs.end])[..., 0], 10 * segment + clip)
+    assert set((segment[0] - segment[1])[:200].tolist()) == set(map(float, range(-4, 5)))
+    assert torch.equal((clip[0] / 2).floor(), (clip[1] / 2).floor())
+    assert ((clip[0] != clip[1])[:200].float().mean() - 0.5).abs() < 0.1 and (clip[0] != clip[1])[200:].any()
+    assert (segment[0] - segment[1])[200:].abs().mean() < 0.7
+    assert (clip[0] > clip[1]).any() and (clip[0] < clip[1]).any()
+
+    config = tiny_config("model.scene_dim=2", "model.embedding_dim=1", "train.refine_steps=1", "model.distance_dim=2",
+                         "train.refine_batch_size=64")  # fmt: skip
+    batch, _, _ = draw_steps(clips, config, WorldModel(config), torch.Generator().manual_seed(0), alike)
+    assert batch.other_features is not None and batch.pairs is not None and len(batch.pairs.start) == 128
+    assert len(batch.real) == 64
+    assert torch.equal(batch.other_features[:, 0].div(100).floor(), batch.real[:, 0, 0].remainder(10))
+
+
+@pytest.mark.parametrize("scene_dim", [0, 2])
+def test_a_temporal_distance_is_learned_in_refinement(tiny_config: Callable[..., Config], scene_dim: int) -> None:
+    config = tiny_config(
+        "model.distance_dim=2", f"model.scene_dim={scene_dim}", "train.refine_steps=60", "train.refine_clips=12",
+        "train.log_every=20", "objective.distance_error_weight=1", "data.source=videos", "train.refine_lr=3e-3",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = WorldModel(config)
+    clips = embedded(config, model, Teacher(model.embedder))
+    alike = like_clips(model, clips)
+    assert alike.shape == (12, 8 if scene_dim else 1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    logged: list[dict[str, float]] = []
+    assert refine(config, model, clips, CPU, full_precision, lambda _, values: logged.append(values), never) == 0
+    assert model.distance is not None
+    weights = {name: value for name, value in model.distance.named_parameters() if value.ndim > 1}
+    assert all(not torch.equal(value, before[f"distance.{name}"]) for name, value in weights.items())
+    assert logged[-1]["distance_nearness"] < logged[0]["distance_nearness"]
+    assert all(row["distance_error"] > 0 and row["distance_excess"] >= 0 for row in logged)
 
 
 def test_refinement_lowers_the_loss_and_moves_all_but_the_encoder(tiny_config: Callable[..., Config]) -> None:
