@@ -23,7 +23,7 @@ PERFECT = Readout(torch.zeros(2), torch.ones(2), torch.eye(2), torch.zeros(2), 0
 class Plane(nn.Module):
     """An action moves the embedding by 4 px; its prior, where it has one, adds noise of a standard deviation."""
 
-    action_dim = 2
+    action_dim = embedding_dim = 2
 
     def __init__(self, noise_px: float = 0.0) -> None:
         super().__init__()
