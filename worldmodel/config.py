@@ -243,9 +243,6 @@ class PlanningConfig:
     distance: Literal["embedding", "steps"] = "embedding"
     """How far a state is from the goal. embedding: the squared distance of embeddings, over their dimensions. steps:
     the temporal distance of a model with model.distance_dim."""
-    leap_weight: NonNegativeFloat = 0.0
-    """distance=steps: what an imagined step costs by which the goal comes nearer than steps can, for each step of that
-    beyond 1.5 and at each step from there on, as through a wall of which the editor knows too little."""
     num_samples: NonNegativeInt = 0
     """Futures that are imagined for each candidate, by draws from the prior; 0: one, at the prior's mean."""
     risk_quantile: Fraction | None = None
@@ -429,8 +426,6 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "objective.distance_error_weight weighs errors by a distance: it needs model.distance_dim"
     if config.planning.distance == "steps" and not model.distance_dim:
         yield "planning.distance=steps plans by a distance in steps: it needs model.distance_dim"
-    if config.planning.leap_weight and config.planning.distance != "steps":
-        yield "planning.leap_weight weighs steps: it needs planning.distance=steps"
     if config.objective.inverse_dynamics_weight and not model.action_dim:
         yield "objective.inverse_dynamics_weight reads actions: it needs model.action_dim"
     if model.latent == "oracle" and max(config.objective.rollout_steps, config.train.refine_horizon) > 1:

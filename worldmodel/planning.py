@@ -25,8 +25,6 @@ from worldmodel.model import WorldModel
 from worldmodel.planners import Plan, improve, shift, start
 from worldmodel.run import TrainedRun
 
-LARGEST_GAIN_STEPS = 1.5  # of one step towards a goal: what is learned of distances overstates some
-
 
 def imagine(
     model: WorldModel,
@@ -65,17 +63,15 @@ class LatentCost:
         num_candidates, num_futures = actions.shape[1], max(1, self.config.num_samples)
         flat = actions.flatten(0, 1).repeat_interleave(num_futures, dim=0)
         state = self.state.repeat_interleave(num_candidates * num_futures, dim=0)
-        cost = leaps = state.new_zeros(len(state))
+        cost = state.new_zeros(len(state))
         drawn = self.generator if self.config.num_samples else None
         with torch.autocast(state.device.type, torch.bfloat16, enabled=computes_bf16()):
             goal = self._place(self.goal).repeat_interleave(num_candidates * num_futures, dim=0)
-            before = self._away(state, goal) if self.config.leap_weight else leaps
             for imagined in imagine(self.model, self.decoder, state, flat, drawn):
-                away = self._away(imagined, goal)
-                if self.config.leap_weight:
-                    leaps = leaps + (before - away - LARGEST_GAIN_STEPS).relu()
-                    before, away = away, away + self.config.leap_weight * leaps
-                cost = cost + away if self.config.cost == "sum" else away
+                if self.config.cost == "sum":
+                    cost += self._away(imagined, goal)
+        if self.config.cost == "last":
+            cost = self._away(imagined, goal)
         futures = cost.float().view(*actions.shape[:2], num_futures)
         if self.config.risk_quantile is not None:
             return futures.quantile(self.config.risk_quantile, dim=-1)

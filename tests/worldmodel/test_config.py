@@ -83,7 +83,6 @@ def test_mistakes_name_the_key_the_value_and_what_is_allowed(override: str, told
         (["model.distance_dim=4"], "model.distance_dim=4 is learned in refinement: it needs train.refine_steps"),
         (["objective.distance_error_weight=1"], "objective.distance_error_weight weighs errors by a distance"),
         (["planning.distance=steps"], "planning.distance=steps plans by a distance in steps"),
-        (["planning.leap_weight=1"], "planning.leap_weight weighs steps: it needs planning.distance=steps"),
         (["model.latent=oracle", "train.refine_horizon=2"], "knows the r of one step"),
         (
             ["data.source=moving_mnist", "data.size_px=64", "train.refine_horizon=2"],
