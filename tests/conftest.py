@@ -76,6 +76,11 @@ def tiny_config(tiny_overrides: list[str]) -> Callable[..., Config]:
     return lambda *overrides: load_config(REPO / "configs" / "demo.yaml", [*tiny_overrides, *overrides])
 
 
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    """Standard normal numbers, the same for the same seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def run_script(name: str, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
     """Run scripts/NAME in a fresh process."""
     return subprocess.run(

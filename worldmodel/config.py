@@ -418,10 +418,9 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"model.editor={model.editor} takes no actions: with model.action_dim it must be mlp or residual"
     if model.scene_dim and model.editor not in ("mlp", "residual"):
         yield f"model.editor={model.editor} takes no scene code: with model.scene_dim it must be mlp or residual"
-    if model.scene_dim and not config.train.refine_steps:
-        yield f"model.scene_dim={model.scene_dim} is learned in refinement: it needs train.refine_steps"
-    if model.distance_dim and not config.train.refine_steps:
-        yield f"model.distance_dim={model.distance_dim} is learned in refinement: it needs train.refine_steps"
+    for key, dim in (("scene_dim", model.scene_dim), ("distance_dim", model.distance_dim)):
+        if dim and not config.train.refine_steps:
+            yield f"model.{key}={dim} is learned in refinement: it needs train.refine_steps"
     if config.objective.distance_error_weight and not model.distance_dim:
         yield "objective.distance_error_weight weighs errors by a distance: it needs model.distance_dim"
     if config.planning.distance == "steps" and not model.distance_dim:

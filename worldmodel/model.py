@@ -27,13 +27,11 @@ from worldmodel.scene import SceneCode
 
 
 class Pairs(NamedTuple):
-    """P pairs of segments of one clip, or of clips alike, whose distance in steps is to be as large as it can be:
-    embeddings [P, D] and features [P, F], None where no scene code is read."""
+    """P pairs of segments of clips alike, the first and the second of each, whose distance in steps is to be as large
+    as it can be: embeddings [2, P, D] and features [2, P, F], None where no scene code is read."""
 
-    start: Tensor
-    start_features: Tensor | None
-    end: Tensor
-    end_features: Tensor | None
+    embeddings: Tensor
+    features: Tensor | None
 
 
 class Embedded(NamedTuple):
@@ -118,9 +116,8 @@ class WorldModel(nn.Module):
             predictor=self.objective.needs_predictor,
             norm=model.editor_norm,
         )
-        kept_dim = model.scene_dim  # of the scene code
         self.distance = (
-            TemporalDistance(model.embedding_dim + kept_dim, model.hidden_dim, model.distance_dim)
+            TemporalDistance(model.embedding_dim + model.scene_dim, model.hidden_dim, model.distance_dim)
             if model.distance_dim
             else None
         )
@@ -292,7 +289,7 @@ class WorldModel(nn.Module):
         actions: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The losses of `forward` from what `embed` returns."""
-        real, seen, features, age, _, _ = embedded
+        real, seen, features, age = embedded[:4]
         state = real[:, 0]
         if self.scene is not None:
             assert features is not None
@@ -338,15 +335,11 @@ class WorldModel(nn.Module):
         distance, pairs = self.distance, embedded.pairs
         assert distance is not None and pairs is not None
         with torch.no_grad():
-            codes = [self.lasting(first)[:, self.embedding_dim :]]
-            codes.append(codes[0] if self.scene is None else self._kept_code(embedded.other_features))
+            codes = self.lasting(first)[:, self.embedding_dim :], self._kept_of(embedded.other_features, first)
             lasting = [
                 torch.cat([embedded.real, code[:, None].expand(-1, self.num_steps + 1, -1)], dim=-1) for code in codes
             ]
-            ends = [
-                torch.cat([end, end[:, :0] if self.scene is None else self._kept_code(features)], dim=-1)
-                for end, features in ((pairs.start, pairs.start_features), (pairs.end, pairs.end_features))
-            ]
+            far = torch.cat([pairs.embeddings, self._kept_of(pairs.features, pairs.embeddings)], dim=-1)
         phi, other_phi = distance(lasting[0]), distance(lasting[1])
         # The distance itself is not to forgive what the editor does.
         fixed = {name: value.detach() for name, value in distance.named_parameters()}
@@ -354,14 +347,17 @@ class WorldModel(nn.Module):
         error = (found - phi[:, 1:].detach()).square().mean()
         apart = excess_steps(phi[:, :-1], other_phi[:, 1:]) + excess_steps(other_phi[:, :-1], phi[:, 1:])
         return {
-            "distance_nearness": nearness(distance(ends[0]), distance(ends[1])),
+            "distance_nearness": nearness(*distance(far)),
             "distance_excess": STEP_WEIGHT * apart / 2,
             "distance_error": self.distance_error_weight * error,
         }
 
-    def _kept_code(self, features: Tensor | None) -> Tensor:
-        assert self.scene is not None and features is not None
-        return self.scene.lasting(self.scene(features))
+    def _kept_of(self, features: Tensor | None, rows: Tensor) -> Tensor:
+        """What a scene code keeps of features [..., F]: [..., S], as many as rows; no numbers without a scene code."""
+        if self.scene is None:
+            return rows[..., :0]
+        assert features is not None
+        return self.scene.lasting_of(features)
 
     @staticmethod
     def _flat(of_steps: Tensor) -> Tensor:

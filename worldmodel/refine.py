@@ -112,9 +112,8 @@ def draw_steps(
     alike: Tensor | None = None,
 ) -> tuple[Embedded, Tensor | None, Tensor | None]:
     """A batch of clips, drawn with replacement, each from a step of its own: what the losses are computed from, known_r
-    and actions. The scene code of FRESH_SHARE of them is read from the context, that of the
-    others from any segment up to it. Pairs for a temporal distance are drawn where `alike` [N, M] tells which clips are
-    like each."""
+    and actions. The scene code of FRESH_SHARE of them is read from the context, that of the others from any segment up
+    to it. Pairs for a temporal distance are drawn where `alike` [N, M] tells which clips are like each."""
     device, num_steps = clips.own.device, model.num_steps
     count = config.train.refine_batch_size or config.data.batch_size
     clip = torch.randint(len(clips.own), (count,), generator=generator, device=device)
@@ -162,22 +161,17 @@ def draw_pairs(clips: EmbeddedClips, alike: Tensor, count: int, generator: torch
     rows, nearest = torch.arange(count, device=device), away.argmin(dim=1)
     chosen = torch.where(rows < count // 2, 0, nearest)
     other, other_segment = others[rows, chosen], segments[rows, chosen]
-    swapped = draw(2, count).bool()
-    start, end = torch.where(swapped, other, clip), torch.where(swapped, clip, other)
-    at = torch.where(swapped, other_segment, segment), torch.where(swapped, segment, other_segment)
-
-    def features(of: Tensor, segment: Tensor) -> Tensor | None:
-        return None if clips.features is None else clips.features[of, segment]
-
-    return Pairs(clips.own[start, at[0]], features(start, at[0]), clips.own[end, at[1]], features(end, at[1]))
+    in_order = torch.stack([torch.stack([clip, other]), torch.stack([segment, other_segment])])
+    clip, segment = torch.where(draw(2, count).bool(), in_order.flip(1), in_order)
+    return Pairs(clips.own[clip, segment], None if clips.features is None else clips.features[clip, segment])
 
 
 def like_clips(model: WorldModel, clips: EmbeddedClips) -> Tensor:
     """Which clips are alike, by a scene code that has been learned; without one each is like itself alone: [N, M]."""
     if model.scene is None or clips.features is None:
         return torch.arange(len(clips.own), device=clips.own.device)[:, None]
-    kept = torch.cat([model.scene.kept(part).mean(dim=1) for part in clips.features.split(SEGMENTS_AT_ONCE)])
-    return clips_alike(kept, model.scene.correlation)
+    means = clips.features.mean(dim=1, dtype=torch.float32)
+    return clips_alike(model.scene.kept(means), model.scene.correlation)
 
 
 def refine(

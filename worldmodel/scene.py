@@ -86,6 +86,11 @@ class SceneCode(nn.Module):
         """code [..., Z] -> the part of it that is kept, [..., S]."""
         return code[..., self.scene_dim : 2 * self.scene_dim]
 
+    def lasting_of(self, features: Tensor) -> Tensor:
+        """features [..., F] -> the part of their code that is kept, without the rest of it: float32 [..., S]."""
+        kept = self.kept_net(self.kept(features.flatten(0, -2))).float()  # batch norm takes rows
+        return self.learned * kept.unflatten(0, features.shape[:-1])
+
     def change_nats(self, before: Tensor, after: Tensor) -> Tensor:
         """How surprising it is that two successive segments are of one clip, [B, K] each, as `kept` returned them: [B].
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from torch import Tensor
 
+from tests.conftest import normal
 from worldmodel.distance import (
     NUM_ALIKE,
     NUM_GROUPS,
@@ -12,10 +12,6 @@ from worldmodel.distance import (
     nearness,
     steps_between,
 )
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_it_is_a_quasimetric() -> None:

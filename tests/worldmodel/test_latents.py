@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Independent, MixtureSameFamily, Normal, kl_divergence
 
 from data_pipelines.errors import UserError
+from tests.conftest import normal
 from worldmodel.latents import (
     Distribution,
     Flow,
@@ -25,10 +26,6 @@ from worldmodel.latents import (
     make_latent,
 )
 from worldmodel.latents import kl_divergence as kl_to_prior
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def gaussian(seed: int, *shape: int) -> Gaussian:

@@ -1,6 +1,7 @@
 import torch
 from torch import Tensor
 
+from tests.conftest import normal
 from worldmodel.config import Config, DataConfig, ModelConfig, ObjectiveConfig, PlanningConfig
 from worldmodel.distance import steps_between
 from worldmodel.model import WorldModel
@@ -20,10 +21,6 @@ def world(latent: str = "none", distance_dim: int = 0) -> WorldModel:
             objective=ObjectiveConfig(name="vicreg"),
         )
     ).eval()  # fmt: skip
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def costs(model: WorldModel, actions: Tensor, **options: object) -> Tensor:

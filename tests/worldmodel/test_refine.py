@@ -111,12 +111,9 @@ def test_pairs_are_of_clips_alike_and_half_of_them_near_each_other(tiny_config: 
     clips = EmbeddedClips(own, own[:, 1:], features, None, None)
     alike = torch.tensor([[0, 1], [1, 0], [2, 3], [3, 2], [4, 5], [5, 4]])
     pairs = draw_pairs(clips, alike, 400, torch.Generator().manual_seed(0))
-    assert pairs.start_features is not None and pairs.end_features is not None
-    clip, segment = (
-        torch.stack([pairs.start_features[:, 0], pairs.end_features[:, 0]]).div(100).floor(),
-        torch.stack([pairs.start_features[:, 0], pairs.end_features[:, 0]]).remainder(100),
-    )
-    assert torch.equal(torch.stack([pairs.start, pairs.end])[..., 0], 10 * segment + clip)
+    assert pairs.features is not None
+    clip, segment = pairs.features[..., 0].div(100).floor(), pairs.features[..., 0].remainder(100)
+    assert torch.equal(pairs.embeddings[..., 0], 10 * segment + clip)
     assert set((segment[0] - segment[1])[:200].tolist()) == set(map(float, range(-4, 5)))
     assert torch.equal((clip[0] / 2).floor(), (clip[1] / 2).floor())
     assert ((clip[0] != clip[1])[:200].float().mean() - 0.5).abs() < 0.1 and (clip[0] != clip[1])[200:].any()
@@ -126,7 +123,7 @@ def test_pairs_are_of_clips_alike_and_half_of_them_near_each_other(tiny_config: 
     config = tiny_config("model.scene_dim=2", "model.embedding_dim=1", "train.refine_steps=1", "model.distance_dim=2",
                          "train.refine_batch_size=64")  # fmt: skip
     batch, _, _ = draw_steps(clips, config, WorldModel(config), torch.Generator().manual_seed(0), alike)
-    assert batch.other_features is not None and batch.pairs is not None and len(batch.pairs.start) == 128
+    assert batch.other_features is not None and batch.pairs is not None and batch.pairs.embeddings.shape == (2, 128, 1)
     assert len(batch.real) == 64
     assert torch.equal(batch.other_features[:, 0].div(100).floor(), batch.real[:, 0, 0].remainder(10))
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from worldmodel.encoders import Norm
 from worldmodel.scene import SceneCode, discriminant
 
 
@@ -74,3 +75,14 @@ def test_a_scene_that_was_not_learned_says_nothing() -> None:
     code, kept = scene(random(4, 5)), scene.kept(random(4, 5))
     assert not kept.any() and not code.any() and not scene.aged(code).any()
     torch.testing.assert_close(scene.change_nats(kept, kept), torch.full((4,), 2.0).log())
+
+
+@pytest.mark.parametrize("norm", ["none", "layer", "batch"])
+def test_the_part_that_is_kept_is_the_same_alone(norm: Norm) -> None:
+    features, _ = mixed(3 * random(200, 2), random(200, 4, 4, seed=1))
+    scene = SceneCode(6, 8, 3, norm).eval()
+    scene.learn(features)
+    code = scene(features[:, 0], torch.arange(200) % 3)
+    assert torch.equal(scene.lasting(code), scene.lasting_of(features[:, 0]))
+    assert torch.equal(scene.lasting(scene.aged(code)), scene.lasting(code))
+    torch.testing.assert_close(scene.lasting_of(features)[:, 0], scene.lasting(code))
