@@ -50,7 +50,8 @@ log = logging.getLogger(__name__)
 
 ORDER_VERSION = 1  # to be raised with any change to the order in which clips come
 
-Batch = dict[str, Any]  # "video" [B, T, C, H, W], "clip_id" int64 [B], "labels" dict of tensors [B, ...]
+Batch = dict[str, Any]  # "video" [B, T, C, H, W], "clip_id" int64 [B], "labels" dict of tensors [B, ...]; of streams also
+# "row" int64 [B], the place of each clip in the global batch, which is the same for any number of ranks and workers.
 Clip = tuple[int, Sequence[Frame] | None]  # id and frames; None: its file does not decode
 Part = dict[str, Any]  # what one worker contributes to a batch
 
@@ -479,16 +480,16 @@ class PartsOfStream:
                 shards.expect(shards_in_turn(self.source, due, cache))
             for _ in range(first_batch, num_batches):
                 clips: list[Clip] = []
-                clip_lanes: list[int] = []
+                rows: list[int] = []
                 for lane, queue in zip(lanes, queues, strict=True):
                     clips.extend(islice(queue, per_lane))
-                    clip_lanes.extend([lane] * per_lane)
-                good = [lane for lane, clip in zip(clip_lanes, clips, strict=True) if clip[1] is not None]
+                    rows.extend(range(lane * per_lane, (lane + 1) * per_lane))
+                good = [row for row, clip in zip(rows, clips, strict=True) if clip[1] is not None]
                 video, clip_id = stack_clips(self.source, clips)
                 yield {
                     "video": video,
                     "clip_id": clip_id,
-                    "lane": np.array(good, dtype=np.int64),
+                    "row": np.array(good, dtype=np.int64),
                     "failures": faults.tell(),
                 }
             epoch, first_batch = epoch + 1, 0
@@ -560,7 +561,7 @@ class _Failures:
                 )
 
 
-def _with_labels(source: ClipSource, video: torch.Tensor, clip_id: torch.Tensor) -> Batch:
+def _labels_of(source: ClipSource, clip_id: torch.Tensor) -> dict[str, torch.Tensor]:
     """Labels of a video or episode are [B, ...], those of frames [B, T, ...] for just the frames that are shown."""
     index = source.index
     rows = torch.from_numpy(source.table.videos_of(clip_id.numpy()))
@@ -568,7 +569,7 @@ def _with_labels(source: ClipSource, video: torch.Tensor, clip_id: torch.Tensor)
     if index.frame_label_offsets is not None:
         at = index.frame_label_offsets[rows][:, None] + torch.from_numpy(_frames_of(source, clip_id.numpy()))
         labels |= {name: values[at] for name, values in index.frame_labels.items()}
-    return {"video": video, "clip_id": clip_id, "labels": labels}
+    return labels
 
 
 def _frames_of(source: ClipSource, clips: Ints) -> Ints:
@@ -581,22 +582,20 @@ def _frames_of(source: ClipSource, clips: Ints) -> Ints:
     return frames
 
 
-def _merge(parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The workers' parts of one batch -> video and clip ids in lane order."""
+def _merge(parts: Sequence[Part]) -> Batch:
+    """The workers' parts of one batch -> video, clip ids and rows, in the order of rows."""
+    row = torch.from_numpy(np.concatenate([part["row"] for part in parts]))
     if len(parts) == 1:
-        return parts[0]["video"], parts[0]["clip_id"]
-    lanes = np.concatenate([part["lane"] for part in parts])
-    rows = np.empty_like(lanes)
-    rows[np.argsort(lanes, kind="stable")] = np.arange(len(lanes))
+        return {"video": parts[0]["video"], "clip_id": parts[0]["clip_id"], "row": row}
+    row, order = row.sort()
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
     # NumPy copies whole clips here; torch's indexing, bytes one by one.
-    video = np.empty((len(lanes), *parts[0]["video"].shape[1:]), dtype=np.uint8)
-    clip_id = np.empty(len(lanes), dtype=np.int64)
-    first = 0
-    for part in parts:
-        part_rows = rows[first : first + len(part["lane"])]
-        video[part_rows], clip_id[part_rows] = part["video"].numpy(), part["clip_id"].numpy()
-        first += len(part_rows)
-    return torch.from_numpy(video), torch.from_numpy(clip_id)
+    video = np.empty((len(row), *parts[0]["video"].shape[1:]), dtype=np.uint8)
+    clip_id = torch.empty_like(row)
+    for part, places in zip(parts, place.split([len(part["row"]) for part in parts]), strict=True):
+        video[places.numpy()], clip_id[places] = part["video"].numpy(), part["clip_id"]
+    return {"video": torch.from_numpy(video), "clip_id": clip_id, "row": row}
 
 
 class VideoStream:
@@ -656,7 +655,8 @@ class VideoStream:
     def batches(self, start_batch: int = 0) -> Generator[Batch, None, None]:
         """Batches from number start_batch (counted from the beginning of the run) on, without end.
 
-        Each is {"video": uint8 [B, T, C, H, W], "clip_id": int64 [B], "labels": dict of tensors [B, ...]}.
+        Each is {"video": uint8 [B, T, C, H, W], "clip_id": int64 [B], "row": int64 [B], "labels": dict of tensors
+        [B, ...]}.
         Close the iterator to end the workers at once. Raises UserError when too many videos do not decode.
         """
         assert start_batch >= 0, f"start_batch={start_batch}"
@@ -669,7 +669,8 @@ class VideoStream:
                 batch_parts = [next(parts) for _ in range(max(1, self._num_workers))]
                 for part in batch_parts:
                     self._failures.add(part["failures"])
-                yield _with_labels(self._source, *_merge(batch_parts))
+                batch = _merge(batch_parts)
+                yield batch | {"labels": _labels_of(self._source, batch["clip_id"])}
         finally:
             parts.close()
 
@@ -689,7 +690,7 @@ def read_all(
 ) -> Iterator[Batch]:
     """Every clip (or max_clips of them, spread evenly) once, in order of clip ids; the last batch may be short.
 
-    Batches and errors as in VideoStream.batches.
+    Batches, but for "row", and errors as in VideoStream.batches.
     """
     source = make_source(index, spec, size_px=size_px, channels=channels, decoder=decoder)
     num_clips = source.table.num_clips if max_clips is None else min(max_clips, source.table.num_clips)
@@ -702,6 +703,7 @@ def read_all(
     try:
         for part in parts:
             failures.add(part["failures"])
-            yield _with_labels(source, part["video"], part["clip_id"])
+            video, clip_id = part["video"], part["clip_id"]
+            yield {"video": video, "clip_id": clip_id, "labels": _labels_of(source, clip_id)}
     finally:
         parts.close()

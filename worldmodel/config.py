@@ -189,7 +189,8 @@ class TrainConfig:
     clip_norm: NonNegativeFloat = 0.0
     """Largest norm of the gradient; 0 leaves it as it is."""
     grad_accumulation: PositiveInt = 1
-    """Batches whose gradients are averaged in one update; a step counts one update."""
+    """Parts that a batch goes through the networks in, one after the other, to save memory. The update is that of the
+    whole batch, whatever the objective (worldmodel/gradients.py), but for batch norm, which sees a part at a time."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """bf16 and fp16 are mixed; auto is bf16 where the processor or GPU computes it natively, otherwise fp32."""
     num_threads: PositiveInt | None = None
@@ -449,8 +450,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"planning.elites={config.planning.elites} must be below planning.candidates={config.planning.candidates}"
     if objective.needs_sphere and model.embedding_norm != "sphere":
         yield f"{name} compares directions only and leaves lengths undetermined: it needs model.embedding_norm=sphere"
-    if config.train.grad_accumulation > 1 and (objective.needs_negatives or objective.needs_batch_statistics):
+    if config.data.batch_size < 2 * config.train.grad_accumulation:
         yield (
-            f"{name} compares the clips of a batch with each other, so {config.train.grad_accumulation} small batches "
-            "are not one large one: raise data.batch_size and leave train.grad_accumulation=1"
+            f"data.batch_size={config.data.batch_size} is too small for train.grad_accumulation="
+            f"{config.train.grad_accumulation} parts of at least 2 clips"
         )

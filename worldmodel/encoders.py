@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from worldmodel.distributed import gathered
+
 Pooling = Literal["mean", "moments"]
 Norm = Literal["batch", "layer", "none"]
 NUM_MOMENTS = {"mean": 1, "moments": 6}
@@ -221,9 +223,10 @@ class Whitening(nn.Module):
         with torch.autocast(values.device.type, enabled=False):
             values = values.float()
             if self.training:
-                mean = values.mean(dim=0)
-                centred = values - mean
-                covariance = centred.T @ centred / len(values)
+                batch = gathered(values)
+                mean = batch.mean(dim=0)
+                centred = batch - mean
+                covariance = centred.T @ centred / len(batch)
                 with torch.no_grad():
                     self.running_mean.lerp_(mean, self.momentum)
                     self.running_covariance.lerp_(covariance, self.momentum)

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from data_pipelines.errors import UserError
+from worldmodel.distributed import rand_rows, randn_rows
 from worldmodel.encoders import mlp
 
 # ------------------------------------------------------------------------------------------------- distributions
@@ -46,7 +47,7 @@ class Gaussian(NamedTuple):
 
     def draw(self, generator: torch.Generator | None = None) -> Tensor:
         """One reparameterised draw [..., R]."""
-        return self.mean + self.scale * _noise_like(self.mean, generator)
+        return self.mean + self.scale * randn_rows(self.mean, generator)
 
     def log_density(self, r: Tensor) -> Tensor:
         """r [..., R] -> log density [...] in nats."""
@@ -121,7 +122,7 @@ class Flow:
 
     def draw(self, generator: torch.Generator | None = None) -> Tensor:
         """One reparameterised draw [B, R]."""
-        return self._from_noise(_noise_like(self.like, generator))
+        return self._from_noise(randn_rows(self.like, generator))
 
     def log_density(self, r: Tensor) -> Tensor:
         """r [B, R] -> log density [B] in nats."""
@@ -361,8 +362,7 @@ def bernoulli_mask(logits: Tensor, generator: torch.Generator | None = None) -> 
     Straight-through (AdaSSL-S, arXiv 2602.02381): the mask is 1 where logits plus logistic noise are positive;
     backward, it counts as sigmoid(logits + noise).
     """
-    uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
-    noisy = logits + torch.logit(uniform, eps=1e-6)
+    noisy = logits + torch.logit(rand_rows(logits, generator), eps=1e-6)
     soft = noisy.sigmoid()
     return (noisy > 0).to(soft) + (soft - soft.detach())
 
@@ -389,7 +389,3 @@ def _split_weights(output: Tensor, num_weights: int) -> tuple[Tensor, Tensor]:
 def _gaussian(output: Tensor) -> Gaussian:
     mean, raw = output.chunk(2, dim=-1)
     return Gaussian(mean, F.softplus(raw) + 1e-6)
-
-
-def _noise_like(tensor: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=tensor.dtype)

@@ -10,6 +10,7 @@ Legend: B clips, T frames, C channels, H = W pixels, F features, D embedding dim
 without it), R latent dimensions, A numbers of an action (0 without actions), S samples.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from worldmodel.config import Config
 from worldmodel.distance import STEP_WEIGHT, TemporalDistance, excess_steps, nearness
+from worldmodel.distributed import gathered, shared
 from worldmodel.editors import make_editor
 from worldmodel.encoders import ENCODERS, Embedder, normalise
 from worldmodel.latents import Inference, make_latent
@@ -50,6 +52,53 @@ class Embedded(NamedTuple):
     age: Tensor | None
     other_features: Tensor | None = None
     pairs: Pairs | None = None
+
+
+class Predictions(NamedTuple):
+    """What was predicted for clips in K steps, and what a batch's losses are computed from.
+
+    real [B, K + 1, D] are the embeddings of the context and of the K targets, edited [B, K, D] the predicted ones,
+    penalty and nll [B, K] what r costs or None, actions [B, K, A] or None.
+    """
+
+    real: Tensor
+    edited: Tensor
+    penalty: Tensor | None = None
+    nll: Tensor | None = None
+    actions: Tensor | None = None
+
+    @property
+    def targets(self) -> Tensor:
+        """[K * B, D], step by step, without gradient."""
+        return rearrange(self.real[:, 1:].detach(), "b k d -> (k b) d")
+
+    def of_all_processes(self) -> "Predictions":
+        """Those of the global batch, brought together at once."""
+        if not shared():
+            return self
+        parts = [part for part in self if part is not None]
+        together = gathered(torch.cat([part.flatten(1) for part in parts], dim=1))
+        split = iter(together.split([part[0].numel() for part in parts], dim=1))
+        return self.map(lambda part: next(split).unflatten(1, part.shape[1:]))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Predictions":
+        """The same of each that is there, in order."""
+        rest = (None if values is None else change(values) for values in self[2:])
+        return Predictions(change(self.real), change(self.edited), *rest)
+
+
+class PredictionGradient(NamedTuple):
+    """The gradient of a batch's loss by a share of its predictions, and by the parameters of the loss itself (pairs of
+    parameter and gradient)."""
+
+    predictions: Predictions
+    parameters: Sequence[tuple[Tensor, Tensor]]
+
+    def surrogate(self, predictions: Predictions) -> Tensor:
+        """A number that has this gradient."""
+        pairs = [*zip(predictions, self.predictions, strict=True), *self.parameters]
+        terms = [(value * slope).sum() for value, slope in pairs if value is not None and slope is not None]
+        return torch.stack(terms).sum()
 
 
 class WorldModel(nn.Module):
@@ -250,8 +299,13 @@ class WorldModel(nn.Module):
         generator: torch.Generator | None = None,
         *,
         actions: Tensor | None = None,
+        gradient: "PredictionGradient | None" = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The training losses, all scalars, of which "loss" is the one to minimise; and the targets [K * B, D].
+        """The training losses, all scalars, of which "loss" is the one to minimise; and the targets [K * N, D].
+
+        Both are those of the global batch of N clips, of which these B are this process's share
+        (worldmodel/distributed.py). With a known `gradient` of the loss by what is predicted, "loss" is a stand-in that
+        has this gradient, and nothing else is computed.
 
         segments [B, S, T, C, H, W]; K steps are predicted, each from the prediction before it and the r that the
         posterior infers there; the losses are means over steps by their weights. teacher_targets [K * B, D] are the
@@ -260,8 +314,21 @@ class WorldModel(nn.Module):
         through the posterior: without that gradient, forecasts are far worse (docs/experiments.md).
         """
         embedded = self.embed(segments, teacher_targets)
-        losses = self.losses(embedded, known_r, beta, generator, actions=actions)
-        return losses, self._flat(embedded.real[:, 1:]).detach()
+        predictions, _ = self.predict(embedded, known_r, generator, actions=actions)
+        if gradient is not None:
+            return {"loss": gradient.surrogate(predictions)}, predictions.targets
+        predictions = predictions.of_all_processes()
+        return self.batch_losses(predictions, beta, generator), predictions.targets
+
+    @property
+    def compares_clips(self) -> bool:
+        """Whether the loss of a batch is not the mean of the losses of its parts."""
+        of_objective = self.objective.needs_negatives or self.objective.needs_batch_statistics
+        return of_objective or self.sequence_terms.needs_batch_statistics
+
+    def loss_parameters(self) -> list[nn.Parameter]:
+        """What of the model belongs to the loss, and takes no part in a prediction."""
+        return [*self.objective.parameters(), *self.sequence_terms.parameters()]
 
     def embed(self, segments: Tensor, teacher_targets: Tensor | None) -> "Embedded":
         """What `losses` reads of segments [B, S, T, C, H, W], with teacher_targets [K * B, D] as in `forward`."""
@@ -289,37 +356,69 @@ class WorldModel(nn.Module):
         actions: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The losses of `forward` from what `embed` returns."""
+        predictions, states = self.predict(embedded, known_r, generator, actions=actions)
+        losses = self.batch_losses(predictions, beta, generator)
+        if embedded.pairs is not None:
+            with torch.autocast(states.device.type, enabled=False):
+                of_distance = self._distance_terms(embedded, states[:, 0], states[:, 1:])
+            losses["loss"] = losses["loss"] + sum(of_distance.values())
+            losses |= {name: value.detach() for name, value in of_distance.items()}
+        return losses
+
+    def predict(
+        self,
+        embedded: "Embedded",
+        known_r: Tensor | None,
+        generator: torch.Generator | None = None,
+        *,
+        actions: Tensor | None = None,
+    ) -> tuple["Predictions", Tensor]:
+        """K steps, each from the state predicted before it; and the states [B, K + 1, D + Z], the context's first."""
         real, seen, features, age = embedded[:4]
         state = real[:, 0]
         if self.scene is not None:
             assert features is not None
             state = joined(state, self.scene(features, age))
-        first, steps, predicted = state, [], []
+        states, inferences = [state], []
         for k in range(self.num_steps):
-            state, terms = self._predict(
-                state,
-                real[:, k],
-                real[:, k + 1],
-                None if seen is None else seen[:, k],
-                known_r,
-                None if actions is None else actions[:, k],
-                beta,
-                generator,
-            )
-            steps.append(terms)
-            predicted.append(state)
+            action = None if actions is None else actions[:, k]
+            inference = Inference(state[:, :0], None, None)
+            if self.latent is not None:
+                inference = self.latent.infer(
+                    joined(state, action), None if seen is None else seen[:, k], known_r, generator
+                )
+            state = self.edit(state, inference.r, action)
+            states.append(state)
+            inferences.append(inference)
+        stacked = torch.stack(states, dim=1)
+        edited = self.embedding_of(stacked[:, 1:])
+        penalty, nll = (_stacked([inference[part] for inference in inferences]) for part in (1, 2))
+        return Predictions(real, edited, penalty, nll, actions), stacked
+
+    def batch_losses(
+        self, predictions: "Predictions", beta: float, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """The losses of `forward` from what was predicted for all clips of a batch, each step by its weight."""
+        real, edited, penalty, nll, actions = predictions
+        with torch.autocast(real.device.type, enabled=False):
+            steps = [
+                self._step_losses(
+                    edited[:, k],
+                    real[:, k + 1],
+                    real[:, k],
+                    None if penalty is None else penalty[:, k],
+                    None if nll is None else nll[:, k],
+                    beta,
+                    generator,
+                )
+                for k in range(self.num_steps)
+            ]
+            of_sequence = self.sequence_terms(real, actions)
         weighted = {
             name: sum((weight * terms[name] for weight, terms in zip(self.step_weights, steps, strict=True)), 0 * value)
             for name, value in steps[0].items()
         }
-        with torch.autocast(state.device.type, enabled=False):
-            of_sequence = self.sequence_terms(real, actions)
         loss = weighted.pop("loss") + self.sequence_terms.total(of_sequence)
-        if embedded.pairs is not None:
-            with torch.autocast(state.device.type, enabled=False):
-                of_distance = self._distance_terms(embedded, first, torch.stack(predicted, dim=1))
-            loss = loss + sum(of_distance.values())
-            of_sequence |= of_distance
         logged = {name: value.detach() for name, value in (weighted | of_sequence).items()}
         if self.num_steps > 1:
             logged |= {f"alignment_{k}": terms["alignment"].detach() for k, terms in enumerate(steps, start=1)}
@@ -363,26 +462,19 @@ class WorldModel(nn.Module):
     def _flat(of_steps: Tensor) -> Tensor:
         return rearrange(of_steps, "b k ... -> (k b) ...")
 
-    def _predict(
+    def _step_losses(
         self,
-        state: Tensor,
-        context: Tensor,
+        edited: Tensor,
         target: Tensor,
-        seen: Tensor | None,
-        known_r: Tensor | None,
-        action: Tensor | None,
+        context: Tensor,
+        penalty: Tensor | None,
+        nll: Tensor | None,
         beta: float,
         generator: torch.Generator | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step from `state` [B, D + Z], a predicted one or the context's; the others [B, D] -> the predicted state
-        [B, D + Z], and "loss" with its terms. context is the embedding of the segment that state stands for."""
-        r, penalty, nll = state[:, :0], None, None
-        if self.latent is not None:
-            r, penalty, nll = self.latent.infer(joined(state, action), seen, known_r, generator)
-        next_state = self.edit(state, r, action)
-        edited = self.embedding_of(next_state)
-        with torch.autocast(state.device.type, enabled=False):
-            terms = self.objective(edited, target, context, generator)
+    ) -> dict[str, Tensor]:
+        """One step's "loss" with its terms, from embeddings [B, D] and what r costs, [B] each. context is the embedding
+        of the segment that the step started from."""
+        terms = self.objective(edited, target, context, generator)
         loss = terms["prediction_loss"]
         terms["alignment"] = F.cosine_similarity(edited, target, dim=-1).mean()
         if penalty is not None:
@@ -395,7 +487,13 @@ class WorldModel(nn.Module):
         if "information_nats" in terms and "kl_nats" in terms:
             # I(f(x); f(x+)) = I(f(x), r; f(x+)) - I(r; f(x+) | f(x)), and the KL bounds the second term from above.
             terms["information_nats"] = terms["information_nats"] - terms["kl_nats"]
-        return next_state, {"loss": loss} | terms
+        return {"loss": loss} | terms
+
+
+def _stacked(of_steps: Sequence[Tensor | None]) -> Tensor | None:
+    """K times [B] -> [B, K]; None where there is none."""
+    present = [values for values in of_steps if values is not None]
+    return torch.stack(present, dim=1) if present else None
 
 
 def joined(values: Tensor, action: Tensor | None) -> Tensor:

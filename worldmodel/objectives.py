@@ -390,6 +390,11 @@ class SequenceTerms(nn.Module):
             mlp([2 * embedding_dim, hidden_dim, action_dim]) if "inverse_dynamics" in self.weights else None
         )
 
+    @property
+    def needs_batch_statistics(self) -> bool:
+        """As an objective's: the action is read by a network with batch norm."""
+        return "time_variance" in self.weights or "inverse_dynamics" in self.weights
+
     def forward(self, embeddings: Tensor, actions: Tensor | None) -> dict[str, Tensor]:
         """embeddings [B, K + 1, D] of successive segments, actions [B, K, A] between them -> the terms, unweighted."""
         terms: dict[str, Tensor] = {}

@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from torch import nn
 
+STEP = 0
+"""Keeps them apart from those of a batch that is drawn afresh, which have a seed and a number as well."""
+
 
 def learning_rate(step: int, peak: float, warmup_steps: int, num_steps: int) -> float:
     """Linear warm-up to `peak`, then a cosine to zero at `num_steps`."""
@@ -30,7 +33,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def step_generator(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
-    """The random numbers of one step on one process."""
-    mixed = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
+def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """The random numbers of one step, the same on all processes."""
+    mixed = np.random.SeedSequence([seed, step, STEP]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(mixed >> np.uint64(1)))

@@ -206,7 +206,7 @@ def refine(
         if signal_number := stop():
             break
         set_lr(optimizer, learning_rate(step, train.refine_lr, WARMUP_STEPS, train.refine_steps))
-        generator = step_generator(config.seed, train.steps + step, 0, device)
+        generator = step_generator(config.seed, train.steps + step, device)
         embedded, known_r, actions = draw_steps(clips, config, model, generator, alike)
         with autocast():
             losses = model.losses(embedded, known_r, model.beta, generator, actions=actions)

@@ -1,7 +1,7 @@
 """The training loop on Hugging Face Accelerate.
 
-Everything random in a step is a function of (seed, step, rank): nothing but weights, optimiser and step number has to
-be saved for a resumed run to go on bit for bit.
+Everything random in a step is a function of (seed, step) and of a clip's place in the batch: nothing but weights,
+optimiser and step number has to be saved for a resumed run to go on bit for bit, on however many processes.
 """
 
 import logging
@@ -30,7 +30,9 @@ from worldmodel.checkpoint import (
 )
 from worldmodel.config import Config, TrainConfig
 from worldmodel.data import training_inputs, training_stream
+from worldmodel.distributed import globalise_batch_norm
 from worldmodel.evaluation import factors, forecast
+from worldmodel.gradients import Losses, compute_gradients, in_parts
 from worldmodel.machine import computes_bf16, fair_share_of_cores, keep_freed_memory
 from worldmodel.model import WorldModel
 from worldmodel.optimisation import learning_rate, parameter_groups, set_lr, step_generator
@@ -76,7 +78,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
         trainer.load()
     accelerator.print(trainer.summary())
     with stop_signals() as stop, trainer.progress() as bar:
-        batches = stream.batches(trainer.step * config.train.grad_accumulation)
+        batches = stream.batches(trainer.step)
         try:
             while trainer.step < config.train.steps:
                 trainer.update(batches)
@@ -106,8 +108,9 @@ class Trainer:
         model = WorldModel(config)
         # The teacher starts as the student and is no part of the wrapped module.
         self.teacher = Teacher(model.embedder).to(accelerator.device) if model.objective.needs_teacher else None
-        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if accelerator.num_processes > 1:
+            for module in (self.teacher, model.embedder, model.editor, model.latent, model.scene):
+                globalise_batch_norm(module or nn.Module())
         optimizer = torch.optim.AdamW(parameter_groups(model, config.train.weight_decay), config.train.lr, fused=True)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.step = 0
@@ -128,29 +131,28 @@ class Trainer:
         return self.teacher or self.student.embedder
 
     def update(self, batches: Iterator[dict[str, Any]]) -> None:
-        """One optimiser step on grad_accumulation batches."""
+        """One optimiser step on one batch."""
         config, accelerator = self.config, self.accelerator
         set_lr(self.optimizer, self.lr_at(self.step))
-        generator = step_generator(config.seed, self.step, accelerator.process_index, accelerator.device)
-        for _ in range(config.train.grad_accumulation):
-            waited_s = time.monotonic()
-            batch = next(batches)
-            self.sums.data_wait_s += time.monotonic() - waited_s
-            if len(batch["video"]) < 2:
-                raise UserError(
-                    f"too few clips of the batch at step {self.step} could be decoded: see the log for the files"
-                )
-            segments, r, actions = training_inputs(batch, config, config.objective.rollout_steps, accelerator.device)
-            with accelerator.accumulate(self.model):
-                with accelerator.autocast():
-                    targets = self.teacher(self.student.targets_of(segments)) if self.teacher else None
-                losses, target = self.model(segments, targets, r, self.beta_at(self.step), generator, actions=actions)
-                accelerator.backward(losses["loss"])
-                if accelerator.sync_gradients and config.train.clip_norm:
-                    accelerator.clip_grad_norm_(self.model.parameters(), config.train.clip_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            self.sums.add(losses, target, len(segments))
+        waited_s = time.monotonic()
+        batch = next(batches)
+        self.sums.data_wait_s += time.monotonic() - waited_s
+        rows = batch["row"].to(accelerator.device, non_blocking=True)
+        inputs = training_inputs(batch, config, config.objective.rollout_steps, accelerator.device)
+        losses = compute_gradients(
+            accelerator,
+            self.model,
+            self.teacher,
+            in_parts(inputs, rows, config.train.grad_accumulation),
+            config.data.batch_size,
+            self.beta_at(self.step),
+            lambda: step_generator(config.seed, self.step, accelerator.device),
+        )
+        if config.train.clip_norm:
+            accelerator.clip_grad_norm_(self.model.parameters(), config.train.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.sums.add(losses)
         if self.teacher:
             momentum = ema_momentum(
                 self.step, config.train.steps, config.objective.ema_momentum, config.objective.ema_schedule
@@ -179,7 +181,7 @@ class Trainer:
             self.save(is_best)
 
     def log(self, bar: tqdm) -> None:
-        values = self.sums.means(self.accelerator)
+        values = self.sums.means()
         values |= {
             "lr": self.lr_at(self.step - 1),
             "beta": self.beta_at(self.step - 1),
@@ -320,31 +322,30 @@ class Sums:
 
     def __init__(self) -> None:
         self.losses: dict[str, Tensor] = {}
-        self.target: Tensor | None = None
+        self.targets: Tensor | None = None
         self.num_batches = 0
         self.num_clips = 0
         self.data_wait_s = 0.0
         self.started_s = time.monotonic()
 
-    def add(self, losses: dict[str, Tensor], target: Tensor, num_clips: int) -> None:
-        for name, value in losses.items():
+    def add(self, batch: Losses) -> None:
+        for name, value in batch.losses.items():
             self.losses[name] = self.losses.get(name, torch.zeros_like(value)) + value.detach()
-        self.target = target
+        self.targets = batch.targets
         self.num_batches += 1
-        self.num_clips += num_clips
+        self.num_clips += batch.num_clips
 
-    def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over batches and processes, with the collapse diagnostics of the last batch's targets."""
-        assert self.target is not None
+    def means(self) -> dict[str, float]:
+        """Means over batches, which are global ones, with the collapse diagnostics of the last one's targets."""
+        assert self.targets is not None
         names = list(self.losses)
         stacked = torch.stack([self.losses[name].float() for name in names]) / self.num_batches
-        values = dict(zip(names, accelerator.reduce(stacked, reduction="mean").tolist(), strict=True))
-        targets = accelerator.gather(self.target)
+        values = dict(zip(names, stacked.tolist(), strict=True))
         elapsed_s = time.monotonic() - self.started_s
         return values | {
-            "effective_rank": effective_rank(targets),
-            "embedding_std": float(targets.std(dim=0).mean()),
-            "clips_per_s": self.num_clips * accelerator.num_processes / elapsed_s,
+            "effective_rank": effective_rank(self.targets),
+            "embedding_std": float(self.targets.std(dim=0).mean()),
+            "clips_per_s": self.num_clips / elapsed_s,
             "data_wait": self.data_wait_s / elapsed_s,
         }
 
@@ -358,7 +359,6 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         precision = "bf16" if computes_bf16() else "fp32"
     return Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
-        gradient_accumulation_steps=config.grad_accumulation,
         # Buffers are batch-norm statistics, which the forward pass does not read in training.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )

@@ -119,6 +119,7 @@ class CausalStream:
             yield {
                 "video": whole["video"][self._slice],
                 "clip_id": ids[self._slice],
+                "row": torch.arange(self._slice.start, self._slice.stop),
                 "labels": {name: values[self._slice] for name, values in whole["labels"].items()},
             }
             batch += 1

@@ -172,6 +172,7 @@ class MovingMnistStream:
             yield {
                 "video": render(images, centre_path(trajectories).to(self.device)),
                 "clip_id": torch.arange(first, first + len(trajectories)),
+                "row": torch.arange(self._slice.start, self._slice.stop),
                 "labels": trajectories.labels(),
             }
             batch += 1

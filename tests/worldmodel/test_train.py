@@ -125,33 +125,6 @@ def test_other_settings_train_evaluate_and_load(tiny_config: Callable[..., Confi
     assert trained.model.rollout(clip, 3, 4).shape == (2, 4, 3, 16)
 
 
-def test_gradient_accumulation_averages_the_batches_of_a_step(tiny_config: Callable[..., Config]) -> None:
-    """Two passes over one batch have the gradient, and so the weights, of one pass; the source repeats each batch."""
-    from worldmodel import train as train_module
-
-    one_step = ("train.steps=1", "model.latent=none", "train.warmup_steps=0")
-    config = tiny_config(*one_step)
-    once = train(config)
-    original = train_module.training_stream
-
-    class Repeated:
-        def __init__(self, stream: object) -> None:
-            self.stream, self.fingerprint = stream, "repeated"
-
-        def batches(self, start: int) -> object:
-            return (batch for batch in self.stream.batches(start) for _ in range(2))  # type: ignore[attr-defined]
-
-    train_module.training_stream = lambda *a, **k: Repeated(original(*a, **k))  # type: ignore[assignment]
-    try:
-        twice = train(tiny_config(*one_step, "train.grad_accumulation=2", f"run_dir={config.run_dir}_twice"))
-    finally:
-        train_module.training_stream = original
-    a, b = final_tensors(once), final_tensors(twice)
-    for name in a:
-        if name.startswith("model/") and "running" not in name and "batches" not in name:
-            torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-4)
-
-
 def test_a_diverged_loss_stops_the_run_with_advice(tiny_config: Callable[..., Config]) -> None:
     with pytest.raises(UserError, match=r"the loss is nan at step .*lower train.lr"):
         train(tiny_config("train.lr=1e30", "train.steps=20", "train.clip_norm=0"))

@@ -1,0 +1,124 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from data_pipelines.errors import UserError
+from tests.conftest import REPO, TINY, normal, script_environment
+from tests.worldmodel.test_train import rows
+from worldmodel.distributed import GlobalBatchNorm, gathered, global_batch, globalise_batch_norm, num_clips, randn_rows
+from worldmodel.objectives import OBJECTIVES
+
+CAUSAL = ["causal/heteroscedastic.yaml", "data.batch_size=64", "model.latent_dim=4", "model.embedding_norm=sphere"]
+WHITE = ["model.embedding_norm=white", "model.embedding_dim=6"]
+STEPS = ["data.num_segments=2", "data.num_frames=1", "objective.rollout_steps=2"]
+TERMS = ["objective.smoothness_weight=1", "objective.time_variance_weight=1"]
+CASES: dict[str, list[str]] = {
+    **{name: [*CAUSAL, f"objective.name={name}"] for name in OBJECTIVES},
+    "infonce_white_sparse_double": [*CAUSAL, "objective.name=infonce", *WHITE, "model.latent=sparse"],
+    "jepa_mixture": [*CAUSAL, "objective.name=jepa", "model.embedding_norm=standard", "model.prior_components=3"],
+    "sigreg_in_parts": [*CAUSAL, "objective.name=sigreg", "train.grad_accumulation=2"],
+    "hinfonce_in_parts": [*CAUSAL, "objective.name=hinfonce", "train.grad_accumulation=3"],
+    "byol_in_parts": [*CAUSAL, "objective.name=byol", "train.grad_accumulation=2", "train.clip_norm=0.1"],
+    "byol_video_double": ["demo.yaml"],
+    "vicreg_video_double": ["demo.yaml", "objective.name=vicreg", "model.embedding_norm=standard", *STEPS, *TERMS],
+}
+
+
+def launch(num_processes: int, *arguments: str) -> None:
+    """tests/worldmodel/training_jobs.py in so many processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    done = subprocess.run(
+        [*command, "-m", "tests.worldmodel.training_jobs", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=REPO,
+        env=script_environment(),
+    )
+    assert done.returncode == 0, done.stderr[-9000:]
+
+
+@pytest.fixture(scope="module")
+def by_world_size(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """What three updates of each case left, by one process and by two."""
+    folder = tmp_path_factory.mktemp("updates")
+    shared = [*TINY, f"data.root={world}", f"run_dir={folder / 'run'}", "objective.ema_momentum=0.9"]
+    cases = {name: [path, *shared, *overrides] for name, (path, *overrides) in CASES.items()}
+    (folder / "cases.json").write_text(json.dumps(cases))
+    launch(2, "three_updates", str(folder / "two"), str(folder / "cases.json"))
+    launch(1, "three_updates", str(folder / "one"), str(folder / "cases.json"))
+    return {1: folder / "one", 2: folder / "two"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_compute_the_losses_and_gradients_of_one(case: str, by_world_size: dict[int, Path]) -> None:
+    kind = next(kind for name, kind in OBJECTIVES.items() if case.startswith(name))
+    one, two = (load_file(by_world_size[size] / f"{case}.safetensors") for size in (1, 2))
+    assert one.keys() == two.keys()
+    assert any(name.startswith("gradient/") for name in one)
+    assert any(name.startswith("teacher/") for name in one) == kind.needs_teacher
+    for name, value in one.items():
+        torch.testing.assert_close(
+            two[name], value, atol=1e-5, rtol=1e-5, msg=lambda told, name=name: f"{name}: {told}"
+        )
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_with_one_and_with_four(tmp_path: Path) -> None:
+    """Stopped after step 3 of 6 by a signal to the first process; the same clips and the same losses as in one go."""
+
+    def overrides(name: str) -> list[str]:
+        path, *of_case = CASES["jepa_mixture"]
+        return [path, *TINY, f"run_dir={tmp_path / name}", *of_case, "evaluation.queries=64"]
+
+    def clips(name: str) -> list[list[int]]:
+        """Of each step, over all processes."""
+        parts = [json.loads(path.read_text()) for path in (tmp_path / name).glob("clips_*.json")]
+        return [sorted(clip for part in parts for clip in part[step]) for step in parts[0]]
+
+    launch(1, "run_until", str(tmp_path / "seen"), "6", "anew", *overrides("whole"))
+    launch(2, "run_until", str(tmp_path / "seen_half"), "3", "anew", *overrides("half"))
+    whole, seen = rows(tmp_path / "whole"), clips("seen")
+    assert clips("seen_half") == seen[:3]
+    for num_processes in (1, 4):
+        name = f"rest_{num_processes}"
+        shutil.copytree(tmp_path / "half", tmp_path / name)
+        launch(num_processes, "run_until", str(tmp_path / f"seen_{name}"), "6", "resume", *overrides(name))
+        assert clips(f"seen_{name}") == seen[3:]
+        losses = [row["loss"] for row in rows(tmp_path / name)]
+        assert losses == pytest.approx([row["loss"] for row in whole], abs=1e-4)
+
+
+def test_by_one_process_a_batch_is_its_own() -> None:
+    values = normal(0, 4, 3)
+    assert num_clips(4) == 4 and gathered(values) is values
+    with global_batch(torch.arange(4), 4):
+        assert num_clips(4) == 4 and gathered(values) is values
+        plain, ours = nn.Sequential(nn.BatchNorm1d(3)), nn.Sequential(nn.BatchNorm1d(3))
+        globalise_batch_norm(ours)
+        assert isinstance(ours[0], GlobalBatchNorm)
+        assert torch.equal(ours(values), plain(values))
+        assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), plain.buffers(), strict=True))
+
+
+def test_random_numbers_go_with_the_place_in_the_global_batch() -> None:
+    def generator() -> torch.Generator:
+        return torch.Generator().manual_seed(0)
+
+    whole = randn_rows(torch.empty(6, 2), generator())
+    rows_of_one = torch.tensor([1, 4])
+    with global_batch(rows_of_one, 6):
+        assert torch.equal(randn_rows(torch.empty(2, 2), generator()), whole[rows_of_one])
+    assert torch.equal(whole, torch.randn(6, 2, generator=generator()))
+
+
+def test_a_batch_that_hardly_has_clips_is_refused() -> None:
+    with pytest.raises(UserError, match="too few clips"), global_batch(torch.tensor([0]), 8):
+        pass

@@ -1,0 +1,121 @@
+"""What the tests start as one or several processes: `python training_jobs.py JOB OUT ARGUMENT...` below torchrun.
+
+three_updates OUT CASES    of each case, a config and overrides: losses, gradients, teacher, running statistics
+run_until OUT STEP anew|resume CONFIG OVERRIDE...    train; SIGTERM after a step; keeps the clips of each step
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from tests.conftest import REPO
+from worldmodel import train as training
+from worldmodel.config import load_config
+from worldmodel.data import training_stream
+
+
+def three_updates(out: Path, cases: dict[str, list[str]]) -> None:
+    """Saves OUT/CASE.safetensors, by the first process. The batch norm of cases in parts stays as it is; untrained
+    encoders with batch norm make 1e-3 of fp32's 1e-7, so their cases are computed in double precision."""
+    out.mkdir(exist_ok=True)
+    for name, (path, *overrides) in cases.items():
+        with double_precision() if name.endswith("double") else nullcontext():
+            found = updates(name, path, overrides, out)
+        if os.environ.get("RANK", "0") == "0":
+            save_file(found, out / f"{name}.safetensors")
+
+
+def updates(name: str, path: str, overrides: list[str], out: Path) -> dict[str, torch.Tensor]:
+    config = load_config(REPO / "configs" / path, overrides)
+    accelerator = training.make_accelerator(config.train)
+    stream = training_stream(
+        config,
+        config.objective.rollout_steps,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        device=accelerator.device,
+    )
+    trainer = training.Trainer(config, accelerator, out, stream.fingerprint)
+    for module in (trainer.student, trainer.teacher):
+        if module is not None and name.endswith("in_parts"):
+            module.eval()
+    for group in trainer.optimizer.param_groups:
+        group["eps"] = 1e-2  # a gradient of 1e-9 that should be zero would be a step of full length
+    gradients: dict[str, torch.Tensor] = {}
+
+    def keep(optimizer: torch.optim.Optimizer, *_: Any, model: Any = trainer.student, kept: Any = gradients) -> None:
+        kept.update({k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None and k not in kept})
+
+    trainer.optimizer.optimizer.register_step_pre_hook(keep)
+    batches = stream.batches(0)
+    found: dict[str, torch.Tensor] = {}
+    for step in range(3):
+        trainer.sums = training.Sums()
+        trainer.update(batches)
+        told = trainer.sums.means()
+        found |= {f"loss/{step}/{key}": torch.tensor(told[key]) for key in trainer.sums.losses}
+        found[f"rank/{step}"] = torch.tensor(told["effective_rank"])
+    batches.close()
+    found |= {f"gradient/{key}": value for key, value in gradients.items()}
+    found |= {f"buffer/{key}": value.clone() for key, value in trainer.student.named_buffers()}
+    if trainer.teacher:
+        found |= {f"teacher/{key}": value.clone() for key, value in trainer.teacher.state_dict().items()}
+    return {key: value.contiguous() for key, value in found.items()}
+
+
+@contextmanager
+def double_precision() -> Iterator[None]:
+    """All that is fp32 elsewhere."""
+    torch.set_default_dtype(torch.float64)
+    inputs, single = training.training_inputs, torch.Tensor.float
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+
+    def in_double(*arguments: Any) -> Any:
+        taken = inputs(*arguments)
+        return taken._replace(segments=taken.segments.double())
+
+    training.training_inputs = in_double  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        training.training_inputs, torch.Tensor.float = inputs, single  # type: ignore[method-assign]
+
+
+def run_until(out: Path, last_step: int, path: str, overrides: list[str], resume: bool) -> None:
+    """Trains; the first process gets SIGTERM after `last_step`. Writes OUT/clips_RANK.json, by step."""
+    update = training.Trainer.update
+    seen: dict[int, list[int]] = {}
+
+    def spied(self: training.Trainer, batches: Iterator[dict[str, Any]]) -> None:
+        batch = next(batches)
+        seen[self.step] = batch["clip_id"].tolist()
+        update(self, iter([batch]))
+        if self.step == last_step and self.accelerator.is_main_process:
+            signal.raise_signal(signal.SIGTERM)
+
+    training.Trainer.update = spied  # type: ignore[method-assign]
+    try:
+        training.train(load_config(REPO / "configs" / path, overrides), resume=resume)
+    except training.Interrupted:
+        pass
+    finally:
+        training.Trainer.update = update  # type: ignore[method-assign]
+        out.mkdir(exist_ok=True)
+        (out / f"clips_{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    job, folder, *rest = sys.argv[1:]
+    if job == "three_updates":
+        three_updates(Path(folder), json.loads(Path(rest[0]).read_text()))
+    else:
+        run_until(Path(folder), int(rest[0]), rest[2], rest[3:], resume=rest[1] == "resume")

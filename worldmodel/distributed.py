@@ -1,0 +1,207 @@
+"""One global batch over all processes: losses, batch statistics and random numbers do not depend on how it is shared.
+
+In the context `global_batch`, `gathered` brings the clips of all processes together, `GlobalBatchNorm` normalises by
+all of them, and `randn_rows` and `rand_rows` draw numbers that go with a clip's place in the global batch, whoever has
+it. Outside of it, and with one process, each of them sees just what it is given.
+
+Every process computes the loss of the whole batch from its own clips and the gathered others. Gradients of the others'
+copies come back and are added up, so each process has the world size times the gradient of its share, and the mean that
+DistributedDataParallel takes is the gradient of the loss.
+
+Legend: B clips of this process, N clips of the global batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from data_pipelines.errors import UserError
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The global batch of which this process has a share.
+
+    rows [B]: the place of each clip of this process; size: the number of places; counts: how many clips each process
+    has, which are fewer than places where clips could not be decoded.
+    """
+
+    rows: Tensor
+    size: int
+    counts: tuple[int, ...]
+
+
+_current: GlobalBatch | None = None
+
+
+@contextmanager
+def global_batch(rows: Tensor, size: int) -> Iterator[None]:
+    """Make this process's clips, at `rows` [B] of a global batch of `size` places, part of that batch.
+
+    All processes enter it together, and again for a backward pass, which communicates as well.
+
+    Raises:
+        UserError: a process has no clip, or there are fewer than two in all; raised by all processes alike.
+    """
+    global _current
+    counts = _counts(len(rows))
+    if min(counts) < 1 or sum(counts) < 2:
+        raise UserError("too few clips of a batch could be decoded: see the log for the files")
+    previous, _current = _current, GlobalBatch(rows, size, counts)
+    try:
+        yield
+    finally:
+        _current = previous
+
+
+def num_clips(local: int) -> int:
+    """Clips of the global batch, of which this process has `local`."""
+    return sum(_current.counts) if _current else local
+
+
+def gathered(values: Tensor) -> Tensor:
+    """[B, ...] -> [N, ...] of all processes, in the order of processes; differentiable. [L * B, ...], of as many
+    segments of each clip, become [L * N, ...]."""
+    return _Gather.apply(values, _current.counts) if _current and shared() else values
+
+
+def shared() -> bool:
+    """Whether the current batch is shared with other processes."""
+    return _current is not None and len(_current.counts) > 1
+
+
+def randn_rows(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal numbers of the shape [B, ...] of `like`, those of its rows in the global batch."""
+    return _rows(torch.randn, like, generator)
+
+
+def rand_rows(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Uniform numbers in [0, 1) of the shape [B, ...] of `like`, those of its rows in the global batch."""
+    return _rows(torch.rand, like, generator)
+
+
+def _rows(draw: Any, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    shape = like.shape if _current is None else (_current.size, *like.shape[1:])
+    drawn = draw(shape, generator=generator, device=like.device, dtype=like.dtype)
+    return drawn if _current is None else drawn[_current.rows]
+
+
+class GlobalBatchNorm(_BatchNorm):
+    """Batch norm by the clips of all processes, on any device; torch's SyncBatchNorm wants GPUs."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass  # of any number of dimensions
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, ...] -> [B, C, ...]"""
+        if not (self.training and shared()):
+            return super().forward(input)
+        output, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps)
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert self.momentum is not None
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        return output
+
+
+def globalise_batch_norm(module: nn.Module) -> None:
+    """Put a GlobalBatchNorm with the same parameters in the place of each batch norm of a module."""
+    for name, child in module.named_children():
+        if not isinstance(child, _BatchNorm):
+            globalise_batch_norm(child)
+            continue
+        norm = GlobalBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
+        norm._parameters, norm._buffers = child._parameters, child._buffers
+        setattr(module, name, norm.train(child.training))
+
+
+class _Normalise(torch.autograd.Function):
+    """Batch norm by statistics of all processes, which are put together as Chan, Golub and LeVeque (1979) have it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dims = [0, *range(2, values.ndim)]
+        variance, mean = torch.var_mean(values.float(), dims, correction=0)
+        count = torch.full_like(mean[:1], values.numel() / len(mean))
+        means, variances, counts = _stack(torch.cat([mean, variance, count])).tensor_split(
+            [len(mean), 2 * len(mean)], dim=1
+        )
+        total = counts.sum()
+        mean = (means * counts).sum(dim=0) / total
+        variance = ((variances + (means - mean).square()) * counts).sum(dim=0) / total
+        output = F.batch_norm(values, mean, variance, weight, bias, False, 0.0, eps)
+        ctx.save_for_backward(values, weight, mean, (variance + eps).rsqrt(), total)
+        ctx.mark_non_differentiable(mean, variance, total)
+        return output, mean, variance, total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        values, weight, mean, scale, total = ctx.saved_tensors
+        dims, shape = [0, *range(2, values.ndim)], [1, -1, *[1] * (values.ndim - 2)]
+        gradient = gradients[0].float()
+        standard = (values.float() - mean.view(shape)) * scale.view(shape)
+        own = torch.stack([gradient.sum(dims), (gradient * standard).sum(dims)])
+        of_bias, of_weight = own.unbind()
+        everywhere = own.clone()
+        dist.all_reduce(everywhere)
+        shift, slope = (everywhere / total).unbind()
+        factor = scale if weight is None else scale * weight
+        of_values = factor.view(shape) * (gradient - shift.view(shape) - standard * slope.view(shape))
+        affine = weight is not None
+        return of_values.to(values), of_weight if affine else None, of_bias if affine else None, None
+
+
+class _Gather(torch.autograd.Function):
+    """Clips of all processes, [B, ...] -> [N, ...]; backward adds up what each process's gradient says of ours."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, counts: Sequence[int]) -> Tensor:
+        segments = len(values) // counts[dist.get_rank()]
+        counts = [segments * count for count in counts]
+        ctx.first = list(accumulate(counts, initial=0))[dist.get_rank()]
+        ctx.count = len(values)
+        padded = F.pad(values.reshape(len(values), -1), (0, 0, 0, max(counts) - len(values)))
+        parts = _stack(padded)
+        rows = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        return rows.reshape(-1, *values.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0].contiguous(memory_format=torch.contiguous_format).clone()
+        dist.all_reduce(gradient)
+        return gradient[ctx.first : ctx.first + ctx.count], None
+
+
+def _stack(values: Tensor) -> Tensor:
+    """The same-shaped tensors of all processes: [...] -> [W, ...]."""
+    stacked = values.new_empty(dist.get_world_size(), *values.shape)
+    dist.all_gather(list(stacked.unbind()), values.contiguous())
+    return stacked
+
+
+_host_group: tuple[Any, Any] | None = None
+
+
+def _counts(count: int) -> tuple[int, ...]:
+    """The number that each process has. It goes from processor to processor: no GPU is waited for."""
+    global _host_group
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return (count,)
+    world = dist.group.WORLD
+    if _host_group is None or _host_group[0] is not world:
+        _host_group = world, world if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([count]), group=_host_group[1])
+    return tuple(int(each) for each in counts)
