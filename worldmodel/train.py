@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    DistributedType,
     InitProcessGroupKwargs,
     broadcast_object_list,
     gather_object,
@@ -52,6 +53,7 @@ from worldmodel.tracking import Tracker
 logger = logging.getLogger(__name__)
 
 COLLAPSE_RANK = 2.0
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 ECHO_S = 2.0
 """A signal to a whole process group comes twice, as launchers pass it on: what follows so soon is no second request."""
 
@@ -413,12 +415,13 @@ class Sums:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Raises UserError: the model would be sharded."""
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if computes_bf16() else "fp32"
     # Accelerate drops a value that equals its own default, which is not that of every backend: hence the microsecond.
     timeout = timedelta(seconds=config.timeout_s, microseconds=1)
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         # Without this, processes that were launched together without a GPU would each train alone.
         cpu=int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available(),
@@ -429,6 +432,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             InitProcessGroupKwargs(timeout=timeout),
         ],
     )
+    if accelerator.distributed_type in SHARDED:
+        raise UserError(
+            f"Accelerate is set to {accelerator.distributed_type.value}, but models are not sharded here: use a file "
+            "of configs/accelerate (docs/multi_node.md)"
+        )
+    return accelerator
 
 
 def check_same_everywhere(accelerator: Accelerator, config: Config, resume: bool, stream_fingerprint: str) -> None:
@@ -450,8 +459,8 @@ def is_lost_connection(error: BaseException) -> bool:
 
 
 def told_by_backend(error: BaseException) -> str:
-    """The first line of its message, without the place in its source."""
-    return re.sub(r"^\[[^]]*\] *", "", str(error).strip().partition("\n")[0]).rstrip(". ")
+    """The first sentence of its message, without the place in its source."""
+    return re.split(r"\.\s|\n", re.sub(r"^\[[^]]*\]\s*", "", str(error).strip()))[0].rstrip(".")
 
 
 @contextmanager

@@ -8,17 +8,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 
+from data_pipelines.errors import UserError
 from tests.conftest import REPO, TINY, script_environment
 from tests.worldmodel.test_train import assert_same_weights
-from worldmodel.train import told_by_backend
+from worldmodel.config import Config
+from worldmodel.train import Trainer, told_by_backend, train
 
 LAUNCH_CONFIGS = REPO / "configs" / "accelerate"
 MAIN_PROCESS = ["--main_process_ip", "10.77.0.1", "--main_process_port", "29500"]
@@ -34,11 +38,13 @@ def launch_command(*options: str, overrides: list[str]) -> list[str]:
     return [*accelerate, *launcher, *script, *config, "run_dir=run", *overrides]
 
 
-def start(command: list[str], folder: Path, **environment: str) -> "subprocess.Popen[str]":
+@contextmanager
+def started(command: list[str], folder: Path, **environment: str) -> Iterator["subprocess.Popen[str]"]:
+    """The command in a folder, its output in output.txt there; nothing of it is left over."""
     folder.mkdir(exist_ok=True)
     # A file takes any amount of output; a pipe that nobody reads would stop the training.
     with (folder / "output.txt").open("w") as output:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -47,12 +53,6 @@ def start(command: list[str], folder: Path, **environment: str) -> "subprocess.P
             text=True,
             start_new_session=True,
         )
-
-
-@contextmanager
-def started(*arguments: Any, **environment: str) -> Iterator["subprocess.Popen[str]"]:
-    """The same, with nothing of it left over."""
-    process = start(*arguments, **environment)
     try:
         yield process
     finally:
@@ -98,8 +98,49 @@ def test_these_are_all_configs_of_accelerate() -> None:
 
 
 def test_messages_of_backends_are_told_in_one_line() -> None:
-    gloo = "[/src/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:3344. \nThis may be\nlong"
+    gloo = "[/src/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:3344. This is\nlong"
     assert told_by_backend(RuntimeError(gloo)) == "Connection closed by peer [10.0.0.2]:3344"
+
+
+def test_sharding_is_refused(tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(UserError, match="Accelerate is set to FSDP, but models are not sharded"):
+        train(tiny_config())
+
+
+def test_a_step_whose_gradients_never_came_leaves_no_trace(
+    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forward pass of the fourth step has moved batch statistics when its gradients fail to come."""
+    whole = train(tiny_config())
+    config = tiny_config(f"run_dir={whole}_cut", "train.checkpoint_every=100")
+    calls, backward = [], Accelerator.backward
+
+    def cut(self: Accelerator, loss: torch.Tensor) -> None:
+        calls.append(loss)
+        if len(calls) == 4:
+            raise RuntimeError("[/src/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 8000ms")
+        backward(self, loss)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(Accelerator, "backward", cut)
+        patches.setattr(Trainer, "saves_on_loss", True)  # as it is where there are others to lose
+        with pytest.raises(UserError, match=r"at step 3 \(Timed out waiting 8000ms\): .* go on with --resume"):
+            train(config)
+    assert latest_step(Path(config.run_dir)) == 3
+    train(config, resume=True)
+    assert_same_weights(whole, Path(config.run_dir))
+
+
+def test_other_errors_of_a_step_stay_what_they_are(
+    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(self: Accelerator, loss: torch.Tensor) -> None:
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(Accelerator, "backward", out_of_memory)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        train(tiny_config())
 
 
 @pytest.mark.slow
@@ -109,7 +150,7 @@ def test_sigterm_to_the_launcher_or_to_the_whole_group_is_resumed_bit_for_bit(tm
     whole = run_to_end(launch_command(overrides=steps), tmp_path / "whole")
     assert whole.count("2 processes on cpu, fp32") == 1
     folder, resumed = tmp_path / "stopped", launch_command(overrides=[*steps, "--resume"])
-    stops = []
+    stops: list[int] = []
     for send in (os.kill, os.killpg):
         with started(resumed, folder) as process:
             wait_for_step(process, folder / "run", (stops[-1] if stops else 0) + 5)
@@ -174,7 +215,7 @@ def two_hosts() -> Iterator[list[str]]:
 
 
 @contextmanager
-def training_on(hosts: list[str], folders: list[Path], overrides: list[str]) -> Iterator[list[Any]]:
+def training_on(hosts: list[str], folders: list[Path], overrides: list[str]) -> Iterator[list["subprocess.Popen[str]"]]:
     """One training on both hosts, each with a folder of its own that the other does not look into."""
     with (
         started(host_command(hosts, 0, overrides), folders[0], GLOO_SOCKET_IFNAME=hosts[0]) as first,
@@ -191,7 +232,7 @@ def host_command(hosts: list[str], rank: int, overrides: list[str]) -> list[str]
 @pytest.mark.slow
 def test_two_hosts_train_one_model_and_survive_a_cut_link(two_hosts: list[str], tmp_path: Path) -> None:
     """Both ends tell of the lost connection in time, and the run goes on as if nothing had been."""
-    overrides = ["train.steps=120", "train.log_every=5", f"train.timeout_s={LINK_TIMEOUT_S}"]
+    overrides = ["train.steps=120", "train.log_every=10", f"train.timeout_s={LINK_TIMEOUT_S}"]
     whole = [tmp_path / "whole0", tmp_path / "whole1"]
     with training_on(two_hosts, whole, overrides) as processes:
         assert [process.wait(timeout=180) for process in processes] == [0, 0]
@@ -217,3 +258,48 @@ def test_two_hosts_train_one_model_and_survive_a_cut_link(two_hosts: list[str], 
         assert [process.wait(timeout=180) for process in processes] == [0, 0]
     assert "resuming run at step" in (cut[0] / "output.txt").read_text()
     assert_same_weights(whole[0] / "run", cut[0] / "run")
+
+
+# ----------------------------------------------------------------------------------------------------------- Slurm
+
+STAND_INS = {
+    "srun": 'echo $$ > srun.pid; export SLURM_NODEID=0; exec "$@"',
+    "scancel": '[ "$*" = "--signal=TERM 7.0" ] && kill -TERM "$(cat srun.pid)"',
+    "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >> requeued.txt; fi',
+}
+
+
+@pytest.mark.slow
+def test_the_slurm_script_of_the_docs_saves_requeues_and_goes_on(tmp_path: Path) -> None:
+    text = (REPO / "docs" / "multi_node.md").read_text(encoding="utf-8").partition("```bash\n")[2].partition("```")[0]
+    words = " ".join(launch_command(overrides=["train.steps=40"]))
+    settings = words.partition("configs/demo.yaml ")[2]
+    for stated, own in [
+        ("accelerate launch", words.partition(" --config_file")[0]),
+        ("configs/accelerate/2x8gpu.yaml", str(LAUNCH_CONFIGS / "cpu2.yaml")),
+        ("scripts/train.py", str(REPO / "scripts" / "train.py")),
+        ("configs/paper.yaml", f"{REPO / 'configs' / 'demo.yaml'} {settings}"),
+    ]:
+        assert text.count(stated) == 1
+        text = text.replace(stated, own)
+    (tmp_path / "job.sh").write_text(text)
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, script in STAND_INS.items():
+        (commands / name).write_text(f"#!/bin/sh\n{script}\n")
+        (commands / name).chmod(0o755)
+    slurm = {"PATH": f"{commands}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost"}
+    job = ["bash", str(tmp_path / "job.sh")]
+
+    folder = tmp_path / "job"
+    with started(job, folder, **slurm) as process:
+        wait_for_step(process, folder / "run", 5)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=60) != 0
+    assert (folder / "requeued.txt").read_text() == "requeue 7\n"
+    step = latest_step(folder / "run")
+    assert 5 <= step < 40
+    with started(job, folder, **slurm) as process:
+        assert process.wait(timeout=120) == 0
+    assert f"resuming run at step {step}" in (folder / "output.txt").read_text()
+    assert latest_step(folder / "run") == 40 and (folder / "requeued.txt").read_text() == "requeue 7\n"
