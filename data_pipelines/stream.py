@@ -50,8 +50,9 @@ log = logging.getLogger(__name__)
 
 ORDER_VERSION = 1  # to be raised with any change to the order in which clips come
 
-Batch = dict[str, Any]  # "video" [B, T, C, H, W], "clip_id" int64 [B], "labels" dict of tensors [B, ...]; of streams also
-# "row" int64 [B], the place of each clip in the global batch, which is the same for any number of ranks and workers.
+# "video" [B, T, C, H, W], "clip_id" int64 [B], "labels" dict of tensors [B, ...]; of streams also "row" int64 [B], the
+# place of each clip in the global batch, which is the same for any number of ranks and workers.
+Batch = dict[str, Any]
 Clip = tuple[int, Sequence[Frame] | None]  # id and frames; None: its file does not decode
 Part = dict[str, Any]  # what one worker contributes to a batch
 

@@ -36,6 +36,7 @@ RESUMABLE_CHANGES = frozenset(
         "train.log_every",
         "train.checkpoint_every",
         "train.keep_checkpoints",
+        "train.timeout_s",
         "tracking.wandb",
         "tracking.project",
     }

@@ -195,6 +195,9 @@ class TrainConfig:
     """bf16 and fp16 are mixed; auto is bf16 where the processor or GPU computes it natively, otherwise fp32."""
     num_threads: PositiveInt | None = None
     """CPU threads of a process for tensor work; none: the machine's cores, shared among its processes."""
+    timeout_s: PositiveFloat = 1800.0
+    """How long processes wait for each other before the connection counts as lost. Longer than anything that the first
+    one does alone: indexing videos, an evaluation, refinement."""
     log_every: PositiveInt = 50
     eval_every: PositiveInt = 1000
     checkpoint_every: PositiveInt = 1000

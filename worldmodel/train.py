@@ -6,17 +6,28 @@ optimiser and step number has to be saved for a resumed run to go on bit for bit
 
 import logging
 import math
+import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from torch import Tensor, nn
+from torch.distributed import DistError
 from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
@@ -28,7 +39,7 @@ from worldmodel.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from worldmodel.config import Config, TrainConfig
+from worldmodel.config import Config, TrainConfig, flatten, to_dict
 from worldmodel.data import training_inputs, training_stream
 from worldmodel.distributed import globalise_batch_norm
 from worldmodel.evaluation import factors, forecast
@@ -44,6 +55,9 @@ from worldmodel.tracking import Tracker
 logger = logging.getLogger(__name__)
 
 COLLAPSE_RANK = 2.0
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+ECHO_S = 2.0
+"""A signal to a whole process group comes twice, as launchers pass it on: what follows so soon is no second request."""
 
 
 class Interrupted(Exception):
@@ -61,18 +75,29 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
         UserError: anything the user can mend; see its message.
         Interrupted: SIGINT or SIGTERM came; the checkpoint of the last finished step is saved.
     """
-    accelerator = make_accelerator(config.train)
+    with lost_connections_told():
+        accelerator = make_accelerator(config.train)
+        try:
+            return _train(config, accelerator, resume=resume, overwrite=overwrite)
+        finally:
+            accelerator.end_training()
+
+
+def _train(config: Config, accelerator: Accelerator, *, resume: bool, overwrite: bool) -> Path:
     torch.set_num_threads(config.train.num_threads or fair_share_of_cores())
     keep_freed_memory()
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    # The first process indexes the videos and makes the run folder; the others find both.
-    with accelerator.main_process_first():
+    # The first process indexes the videos, then the first of each other host; the rest find an index.
+    with accelerator.main_process_first(), accelerator.local_main_process_first():
         stream = training_stream(
             config, config.objective.rollout_steps, rank=rank, world_size=world_size, device=accelerator.device
         )
         if config.train.refine_steps:
             refinement_stream(config, accelerator.device)  # what it lacks is told now, not after hours of training
-        run = open_run(config, resume=resume or rank > 0, overwrite=overwrite and rank == 0)
+        run = Path(config.run_dir)
+        if accelerator.is_main_process:  # alone it reads and writes there: other hosts need not see the folder
+            run = open_run(config, resume=resume, overwrite=overwrite)
+    check_same_everywhere(accelerator, config, resume, stream.fingerprint)
     trainer = Trainer(config, accelerator, run, stream.fingerprint)
     if resume:
         trainer.load()
@@ -81,7 +106,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
         batches = stream.batches(trainer.step)
         try:
             while trainer.step < config.train.steps:
-                trainer.update(batches)
+                with trainer.kept_from_half_a_step():
+                    trainer.update(batches)
                 bar.update()
                 trainer.log_evaluate_save(bar)
                 if signal_number := trainer.agree(stop()):
@@ -92,6 +118,10 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
             if config.train.refine_steps and not trainer.refined:
                 batches.close()  # its memory for decoded clips, and its processes
                 trainer.refine(stop)
+        except RuntimeError as error:
+            if is_lost_connection(error):
+                raise trainer.lost_connection(error) from error
+            raise
         finally:
             batches.close()
             trainer.close()
@@ -254,9 +284,42 @@ class Trainer:
         )
         save_checkpoint(self.run, checkpoint, keep=self.config.train.keep_checkpoints, is_best=is_best)
 
+    @contextmanager
+    def kept_from_half_a_step(self) -> Iterator[None]:
+        """Where a step's gradients do not arrive, put back the batch statistics that its forward passes moved."""
+        modules = [self.student, *([self.teacher] if self.teacher else [])]
+        buffers = [buffer for module in modules for buffer in module.buffers()] if self.saves_on_loss else []
+        kept = [buffer.clone() for buffer in buffers]
+        try:
+            yield
+        except RuntimeError as error:
+            if is_lost_connection(error):
+                for buffer, before in zip(buffers, kept, strict=True):
+                    buffer.copy_(before)
+            raise
+
+    @property
+    def saves_on_loss(self) -> bool:
+        """Whether this process saves the last finished step when the others are gone. A GPU may never come back from
+        a collective that the others left, so that its memory cannot be read."""
+        accelerator = self.accelerator
+        return accelerator.is_main_process and accelerator.num_processes > 1 and accelerator.device.type == "cpu"
+
+    def lost_connection(self, error: RuntimeError) -> UserError:
+        """What to tell when other processes cannot be reached. Saves the last finished step first: no optimiser step
+        begins before all gradients have come, so weights are those of a whole step."""
+        if self.saves_on_loss and self.saved_step != self.step:
+            self.save()
+        return UserError(
+            f"lost the connection to another process at step {self.step} ({told_by_backend(error)}): see what the "
+            "other processes say, mend it, and go on with --resume"
+        )
+
     def load(self) -> None:
         """Go on from the latest checkpoint, or from the start where there is none yet."""
-        checkpoint = load_checkpoint(self.run)
+        # The first process reads it for all of them.
+        checkpoint = load_checkpoint(self.run) if self.accelerator.is_main_process else None
+        [checkpoint] = broadcast_object_list([checkpoint])
         if checkpoint is None:
             return
         state = checkpoint.state
@@ -314,7 +377,6 @@ class Trainer:
     def close(self) -> None:
         if self.tracker:
             self.tracker.close()
-        self.accelerator.end_training()
 
 
 class Sums:
@@ -354,25 +416,80 @@ class Sums:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Raises UserError: the model would be sharded."""
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if computes_bf16() else "fp32"
-    return Accelerator(
+    # Accelerate drops a value that equals its own default, which is not that of every backend: hence the microsecond.
+    timeout = timedelta(seconds=config.timeout_s, microseconds=1)
+    accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
-        # Buffers are batch-norm statistics, which the forward pass does not read in training.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        # Without this, processes that were launched together without a GPU would each train alone.
+        cpu=int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available(),
+        kwargs_handlers=[
+            # Buffers are batch-norm statistics, which the forward pass does not read in training.
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timeout),
+        ],
     )
+    if accelerator.distributed_type in SHARDED:
+        raise UserError(
+            f"Accelerate is set to {accelerator.distributed_type.value}, but models are not sharded here: use a file "
+            "of configs/accelerate (docs/multi_node.md)"
+        )
+    return accelerator
+
+
+def check_same_everywhere(accelerator: Accelerator, config: Config, resume: bool, stream_fingerprint: str) -> None:
+    """Raises UserError: processes were started with different configs, or see different videos."""
+    own = flatten(to_dict(config)) | {"--resume": resume, "fingerprint of the videos": stream_fingerprint}
+    first, *others = gather_object([own])
+    for process, other in enumerate(others, start=1):
+        for key, value in first.items():
+            if other[key] != value:
+                raise UserError(
+                    f"process {process} has {key}={other[key]!r}, the first has {value!r}: start all processes with "
+                    "the same command, on the same videos"
+                )
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether torch.distributed says that other processes cannot be reached. (Of Gloo it comes as a RuntimeError.)"""
+    return isinstance(error, DistError) or "gloo/transport" in str(error)
+
+
+def told_by_backend(error: BaseException) -> str:
+    """The first sentence of its message, without the place in its source."""
+    return re.split(r"\.\s|\n", re.sub(r"^\[[^]]*\]\s*", "", str(error).strip()))[0].rstrip(".")
+
+
+@contextmanager
+def lost_connections_told() -> Iterator[None]:
+    """One clear line where processes lose each other before training."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        raise UserError(
+            f"cannot reach the other processes ({told_by_backend(error)}): see what they say, and whether all hosts "
+            "reach the first one's address and port (docs/multi_node.md)"
+        ) from error
 
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
     """Catch SIGINT and SIGTERM; yields a function that tells the number of the one that came, or 0."""
     caught: list[int] = []
+    caught_s = 0.0
 
     def remember(signal_number: int, _frame: Any) -> None:
-        if caught:
+        nonlocal caught_s
+        if not caught:
+            caught.append(signal_number)
+            caught_s = time.monotonic()
+        elif time.monotonic() - caught_s > ECHO_S:
             raise KeyboardInterrupt  # asked twice: do not wait for the step to finish
-        caught.append(signal_number)
 
     previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

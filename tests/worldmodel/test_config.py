@@ -6,7 +6,8 @@ from data_pipelines.errors import UserError
 from tests.conftest import REPO
 from worldmodel.config import flatten, load_config, to_dict, to_yaml, validate
 
-CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
+FOLDERS = (REPO / "configs", REPO / "configs" / "causal")  # configs/accelerate holds Accelerate's own
+CONFIGS = sorted(path for folder in FOLDERS for path in folder.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
