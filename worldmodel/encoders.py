@@ -141,7 +141,11 @@ class MlpEncoder(nn.Module):
 
 
 Encoder = Conv3dEncoder | ResNetEncoder | MlpEncoder | VitEncoder | PretrainedEncoder
-SCALED_ENCODERS = {"conv3d": Conv3dEncoder, "resnet": ResNetEncoder, "mlp": MlpEncoder}
+SCALED_ENCODERS: dict[str, type[Conv3dEncoder] | type[ResNetEncoder] | type[MlpEncoder]] = {
+    "conv3d": Conv3dEncoder,
+    "resnet": ResNetEncoder,
+    "mlp": MlpEncoder,
+}
 """Those whose channels `width` multiplies."""
 
 
