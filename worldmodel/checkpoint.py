@@ -33,6 +33,7 @@ RESUMABLE_CHANGES = frozenset(
         "run_dir",
         "data.cache_mb",
         "data.num_workers",
+        "model.checkpoint_activations",
         "train.log_every",
         "train.checkpoint_every",
         "train.keep_checkpoints",

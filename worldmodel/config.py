@@ -17,7 +17,9 @@ from pydantic.dataclasses import dataclass
 from data_pipelines.clips import MAX_FPS
 from data_pipelines.errors import UserError
 from data_pipelines.sources.causal import NUM_FACTORS, Change
+from worldmodel.encoders import SCALED_ENCODERS
 from worldmodel.objectives import OBJECTIVES
+from worldmodel.vit import VIT_SIZES
 
 _KNOWN_KEYS = ConfigDict(extra="forbid")
 
@@ -26,6 +28,7 @@ NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
 PositiveFloat = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
+Flag = Annotated[bool, Field(strict=True)]
 
 
 @dataclass(frozen=True, config=_KNOWN_KEYS)
@@ -89,12 +92,27 @@ class DataConfig:
 class ModelConfig:
     """The networks (AdaSSL, arXiv 2602.02381, appendix D.5)."""
 
-    encoder: Literal["conv3d", "resnet", "mlp"] = "conv3d"
+    encoder: Literal["conv3d", "resnet", "mlp", "vit_tiny", "vit_small", "vit_base", "vit_large", "pretrained"] = (
+        "conv3d"
+    )
+    """conv3d: the published one. resnet: for frames of 128 px and up. mlp: for data.source=causal. vit_*: a vision
+    transformer (worldmodel/vit.py). pretrained: an image model from elsewhere on each frame (worldmodel/pretrained.py),
+    which needs the package transformers."""
     width: PositiveFloat = 1.0
-    """Multiplies the encoder's channels."""
+    """conv3d, resnet, mlp: multiplies the encoder's channels."""
     pooling: Literal["mean", "moments"] = "mean"
-    """What an encoder of videos keeps of its last feature maps: their means, as published, or also the first and second
-    moments of their pixels' coordinates, weighed by the map, which say where things are."""
+    """conv3d, resnet: what is kept of the last feature maps: their means, as published, or also the first and second
+    moments of their pixels' coordinates, weighed by the map, which say where things are. The others keep means."""
+    patch_px: PositiveInt = 16
+    """vit_*: side of a patch; divides data.size_px."""
+    pretrained: str | None = None
+    """pretrained: a folder with config.json and model.safetensors, or the name of a model on the Hugging Face hub. A
+    run loads it from there whenever it is loaded itself."""
+    freeze_encoder: Flag = False
+    """pretrained: the encoder stays as it is, and what follows it learns from its features."""
+    checkpoint_activations: Flag = False
+    """vit_*, pretrained: layers are computed again in the backward pass instead of kept: a fraction of the memory for a
+    forward pass more of the encoder."""
     embedding_dim: PositiveInt = 128
     embedding_norm: Literal["sphere", "standard", "white"] = "sphere"
     """sphere: every embedding has the length sqrt(embedding_dim). standard: each dimension has mean 0 and variance 1
@@ -393,6 +411,28 @@ def _check_together(config: Config, source: str) -> None:
         raise UserError(f"{source}: {problem}")
 
 
+def _encoder_contradictions(config: Config) -> Iterator[str]:
+    data, model = config.data, config.model
+    name = f"model.encoder={model.encoder}"
+    is_vit, is_pretrained = model.encoder in VIT_SIZES, model.encoder == "pretrained"
+    if model.pooling == "moments" and model.encoder not in ("conv3d", "resnet"):
+        yield f"model.pooling=moments is for model.encoder=conv3d and resnet: {name} needs mean"
+    if model.width != 1 and model.encoder not in SCALED_ENCODERS:
+        yield f"model.width={model.width:g} multiplies the channels of {', '.join(SCALED_ENCODERS)}: {name} needs 1"
+    if is_vit and data.size_px % model.patch_px:
+        yield f"{name}: data.size_px={data.size_px} must be a multiple of model.patch_px={model.patch_px}"
+    if is_pretrained and not model.pretrained:
+        yield f"{name} needs model.pretrained: a folder of safetensors, or a model's name on the Hugging Face hub"
+    if model.pretrained and not is_pretrained:
+        yield f"model.pretrained={model.pretrained} is for model.encoder=pretrained, not {model.encoder}"
+    if model.freeze_encoder and not is_pretrained:
+        yield f"model.freeze_encoder would keep random weights: {name} must be pretrained"
+    if model.checkpoint_activations and not (is_vit or is_pretrained):
+        yield f"model.checkpoint_activations is for model.encoder=vit_* and pretrained, not {model.encoder}"
+    if model.checkpoint_activations and model.freeze_encoder:
+        yield "model.checkpoint_activations saves nothing with model.freeze_encoder, which keeps no activations"
+
+
 def _contradictions(config: Config) -> Iterator[str]:
     data, model, objective = config.data, config.model, OBJECTIVES[config.objective.name]
     name = f"objective.name={config.objective.name}"
@@ -405,8 +445,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"data.channels={data.channels}: a video has 1 (luma) or 3 (RGB)"
     if (model.encoder == "mlp") != (data.source == "causal"):
         yield f"model.encoder={model.encoder} does not fit data.source={data.source}: mlp is for causal, and only it"
-    if model.pooling == "moments" and model.encoder == "mlp":
-        yield "model.pooling=moments is for encoders of videos: model.encoder=mlp needs mean"
+    yield from _encoder_contradictions(config)
     horizons = config.objective.rollout_steps, config.train.refine_horizon, config.evaluation.horizon
     if data.source != "videos" and max(horizons) > 1:
         yield (

@@ -13,6 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from worldmodel.distributed import gathered
+from worldmodel.pretrained import PretrainedEncoder
+from worldmodel.vit import VIT_SIZES, VitEncoder
 
 Pooling = Literal["mean", "moments"]
 Norm = Literal["batch", "layer", "none"]
@@ -139,8 +141,35 @@ class MlpEncoder(nn.Module):
         return self.layers(video.flatten(1))
 
 
-Encoder = Conv3dEncoder | ResNetEncoder | MlpEncoder
-ENCODERS: dict[str, type[Encoder]] = {"conv3d": Conv3dEncoder, "resnet": ResNetEncoder, "mlp": MlpEncoder}
+Encoder = Conv3dEncoder | ResNetEncoder | MlpEncoder | VitEncoder | PretrainedEncoder
+SCALED_ENCODERS: dict[str, type[Conv3dEncoder] | type[ResNetEncoder] | type[MlpEncoder]] = {
+    "conv3d": Conv3dEncoder,
+    "resnet": ResNetEncoder,
+    "mlp": MlpEncoder,
+}
+"""Those whose channels `width` multiplies."""
+
+
+def make_encoder(
+    name: str,
+    *,
+    in_channels: int,
+    num_frames: int,
+    size_px: int,
+    width: float,
+    pooling: Pooling,
+    patch_px: int,
+    pretrained: str | None,
+    freeze: bool,
+    checkpoint_activations: bool,
+) -> Encoder:
+    """The encoder that the config names; each takes what concerns it."""
+    if name in VIT_SIZES:
+        return VitEncoder(VIT_SIZES[name], in_channels, num_frames, size_px, patch_px, checkpoint_activations)
+    if name == "pretrained":
+        assert pretrained is not None, "the config is checked for this"
+        return PretrainedEncoder(pretrained, in_channels, num_frames, size_px, freeze, checkpoint_activations)
+    return SCALED_ENCODERS[name](in_channels, num_frames, width, pooling)
 
 
 def mlp(

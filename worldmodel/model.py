@@ -22,7 +22,7 @@ from worldmodel.config import Config
 from worldmodel.distance import STEP_WEIGHT, TemporalDistance, excess_steps, nearness
 from worldmodel.distributed import gathered, shared
 from worldmodel.editors import make_editor
-from worldmodel.encoders import ENCODERS, Embedder, normalise
+from worldmodel.encoders import Embedder, make_encoder, normalise
 from worldmodel.latents import Inference, make_latent
 from worldmodel.objectives import OBJECTIVES, SequenceTerms, make_objective
 from worldmodel.scene import SceneCode
@@ -111,7 +111,18 @@ class WorldModel(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         model, data, objective = config.model, config.data, config.objective
-        encoder = ENCODERS[model.encoder](data.channels, data.num_frames, model.width, model.pooling)
+        encoder = make_encoder(
+            model.encoder,
+            in_channels=data.channels,
+            num_frames=data.num_frames,
+            size_px=data.size_px,
+            width=model.width,
+            pooling=model.pooling,
+            patch_px=model.patch_px,
+            pretrained=model.pretrained,
+            freeze=model.freeze_encoder,
+            checkpoint_activations=model.checkpoint_activations,
+        )
         self.embedder = Embedder(
             encoder,
             [model.hidden_dim] * model.projector_layers,

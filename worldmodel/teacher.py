@@ -29,8 +29,10 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def update(self, student: Embedder, momentum: float) -> None:
-        """parameters <- momentum * parameters + (1 - momentum) * student's."""
-        own, followed = ([p.detach() for p in embedder.parameters()] for embedder in (self.embedder, student))
+        """parameters <- momentum * parameters + (1 - momentum) * student's; a frozen encoder's are the same anyway."""
+        pairs = zip(self.embedder.parameters(), student.parameters(), strict=True)
+        learned = [(own.detach(), followed.detach()) for own, followed in pairs if followed.requires_grad]
+        own, followed = (list(values) for values in zip(*learned, strict=True))
         torch._foreach_lerp_(own, followed, 1 - momentum)
 
 
