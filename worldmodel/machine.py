@@ -29,7 +29,7 @@ def fair_share_of_cores() -> int:
 
 def machine_description() -> dict[str, Any]:
     """What a benchmark's figures depend on: processor, cores, threads, load, GPU, versions."""
-    load_1min = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    load_1min = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     return {
         "cpu": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
