@@ -11,22 +11,20 @@ The two take turns, --repeats times; medians are reported. Without --run the wei
 import argparse
 import json
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
 from worldmodel import WorldModel, load
 from worldmodel.checkpoint import write_text
 from worldmodel.cli import report_errors
 from worldmodel.config import Config, load_config
-from worldmodel.machine import fair_share_of_cores, keep_freed_memory
+from worldmodel.machine import fair_share_of_cores, keep_freed_memory, machine_description
+from worldmodel.timing import seconds_in_turns
 
 
 def main() -> int:
@@ -98,6 +96,7 @@ def bench(model: WorldModel, clips: Tensor, samples: int, steps: int, repeats: i
     finally:
         torch.set_num_threads(threads_before)
     return {
+        "machine": machine_description(),
         "queries": len(clips),
         "samples": samples,
         "steps": steps,
@@ -106,18 +105,6 @@ def bench(model: WorldModel, clips: Tensor, samples: int, steps: int, repeats: i
         "latencies_ms": [1e3 * seconds for seconds in latencies_s],
         "throughput": throughput,
     }
-
-
-def seconds_in_turns(calls: list[Callable[[], object]], repeats: int, name: str) -> list[list[float]]:
-    """Times of each call, which take turns, after one round that is not counted."""
-    times: list[list[float]] = [[] for _ in calls]
-    for turn in tqdm(range(repeats + 1), desc=name, unit="round"):
-        for call, seconds in zip(calls, times, strict=True):
-            started_s = time.perf_counter()
-            call()
-            if turn:
-                seconds.append(time.perf_counter() - started_s)
-    return times
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -38,7 +38,7 @@ from data_pipelines.sources.moving_mnist import write_world
 from data_pipelines.stream import VideoStream, clips_of
 from worldmodel.checkpoint import write_text
 from worldmodel.cli import report_errors
-from worldmodel.machine import child_processes, memory_mb
+from worldmodel.machine import child_processes, machine_description, memory_mb
 
 SPEC = ClipSpec()
 BATCH_SIZE = 64
@@ -114,7 +114,8 @@ def main() -> int:
         else:
             with tempfile.TemporaryDirectory(prefix="bench_stream_") as folder:
                 rows = bench(cases, Path(folder), args)
-        write_text(args.out, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        result = {"machine": machine_description(), "rows": [asdict(row) for row in rows]}
+        write_text(args.out, json.dumps(result, indent=1) + "\n")
         print(f"{table(rows)}\n\n{ratios(rows)}\n\n{args.out}")
     return 0
 

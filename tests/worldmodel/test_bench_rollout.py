@@ -16,6 +16,7 @@ def test_reports_latency_and_the_ratio_of_batch_and_loop(trained_run: Path, tmp_
     result = json.loads(out.read_text())
     assert result["clip"] == [3, 1, 64, 64] and result["latency_ms"] > 0
     assert result["throughput"][0]["num_threads"] == 1
+    assert result["machine"]["cores"] >= 1
     for row in result["throughput"]:
         assert row["batched_per_s"] * row["batched_s"][0] == pytest.approx(2 * 4 * 2)
         assert row["ratio"] == pytest.approx(row["loop_s"][0] / row["batched_s"][0])
