@@ -16,11 +16,13 @@ def main() -> int:
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint, if there is one")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that run_dir holds")
+    parser.add_argument("--profile", action="store_true", help="profile a few steps, into RUN/profile/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.lr=1e-3")
     args = parser.parse_intermixed_args()
     with report_errors():
         try:
-            train(load_config(args.config, args.overrides), resume=args.resume, overwrite=args.overwrite)
+            config = load_config(args.config, args.overrides)
+            train(config, resume=args.resume, overwrite=args.overwrite, profile=args.profile)
         except Interrupted as interrupted:
             print(f"stopped by {interrupted}; go on with --resume", file=sys.stderr)
             return interrupted.exit_code

@@ -9,7 +9,7 @@ Legend: B clips of this process, N clips of the global batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -54,10 +54,12 @@ def compute_gradients(
     batch_size: int,
     beta: float,
     make_generator: Callable[[], torch.Generator],
+    timed: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> Losses:
     """Add the gradient of the loss of a global batch of `batch_size` places to the parameters of a prepared model.
 
-    `make_generator` makes the random numbers of the step, the same each time.
+    `make_generator` makes the random numbers of the step, the same each time. `timed("forward")` and
+    `timed("backward")` are entered around these; a first pass is forward.
 
     Raises:
         UserError: a process has no clip in a part.
@@ -69,21 +71,24 @@ def compute_gradients(
     targets: Sequence[Tensor | None] = [None] * len(parts)
     gradients: Sequence[PredictionGradient | None] = [None] * len(parts)
     if len(parts) > 1 and student.compares_clips:
-        whole, targets, gradients = _whole_batch(
-            accelerator, student, teacher, parts, batch_size, beta, make_generator, total
-        )
+        with timed("forward"):
+            whole, targets, gradients = _whole_batch(
+                accelerator, student, teacher, parts, batch_size, beta, make_generator, total
+            )
     done: list[tuple[float, dict[str, Tensor], Tensor]] = []
     for number, (part, of_teacher, gradient) in enumerate(zip(parts, targets, gradients, strict=True), start=1):
         exchange = nullcontext() if number == len(parts) else getattr(model, "no_sync", nullcontext)()
         with global_batch(part.rows, batch_size), exchange:
-            if of_teacher is None:
-                of_teacher = _targets(accelerator, student, teacher, part)
-            segments, known_r, actions = part.inputs
-            losses, target = model(
-                segments, of_teacher, known_r, beta, make_generator(), actions=actions, gradient=gradient
-            )
+            with timed("forward"):
+                if of_teacher is None:
+                    of_teacher = _targets(accelerator, student, teacher, part)
+                segments, known_r, actions = part.inputs
+                losses, target = model(
+                    segments, of_teacher, known_r, beta, make_generator(), actions=actions, gradient=gradient
+                )
             weight = 1.0 if whole else num_clips(len(part.rows)) / total
-            accelerator.backward(losses["loss"] * weight)
+            with timed("backward"):
+                accelerator.backward(losses["loss"] * weight)
         done.append((weight, losses, target))
     if whole:
         return whole

@@ -3,10 +3,14 @@
 import ctypes
 import os
 import platform
+import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from worldmodel.timing import synchronise
 
 
 def computes_bf16() -> bool:
@@ -59,6 +63,51 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_threshold = -1, -3
         libc.mallopt(mmap_threshold, 32 << 20)
         libc.mallopt(trim_threshold, 1 << 30)
+
+
+# TFLOP/s without sparsity, in 16 bits with sums in fp32, and in fp32, for which convolutions may use TF32 where there
+# is such, by the name that PyTorch tells. Source: the vendor's data sheets and white papers.
+GPU_PEAK_TFLOPS = {
+    "* H200": (989.4, 494.7),
+    "* H200 NVL": (835.0, 417.5),
+    "* H100 80GB HBM3": (989.4, 494.7),
+    "* H100 NVL": (835.0, 417.5),
+    "* H100 PCIe": (756.0, 378.0),
+    "* A100-*-?0GB": (312.0, 156.0),
+    "* A100 80GB PCIe": (312.0, 156.0),
+    "* L40S": (362.0, 183.0),
+    "* V100-SXM2-??GB": (125.0, 15.7),
+    "* V100-PCIE-??GB": (112.0, 14.0),
+    "* RTX 4090": (165.2, 82.6),
+    "* RTX 3090": (71.0, 35.6),
+}
+MEASURED_S = 0.2
+MEASURED_SIZE = {"cpu": 1024, "cuda": 4096}
+
+
+def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second that a device computes in this precision at best: a GPU's as its data sheet
+    has it; where that is not known, and for processors, that of the fastest of some large matrix products by as many
+    threads as are set, which take some tenths of a second."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for pattern, (in_16_bits, in_fp32) in GPU_PEAK_TFLOPS.items():
+        if fnmatchcase(name, pattern):
+            return 1e12 * (in_fp32 if dtype == torch.float32 else in_16_bits)
+    return measured_flops_per_s(device, dtype)
+
+
+def measured_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
+    """That of the fastest of some products of large square matrices."""
+    size = MEASURED_SIZE["cuda" if device.type == "cuda" else "cpu"]
+    a, b = torch.ones(2, size, size, device=device, dtype=dtype)
+    seconds: list[float] = []
+    while len(seconds) < 2 or sum(seconds) < MEASURED_S:  # the first one sets up the library
+        synchronise(device)
+        started_s = time.perf_counter()
+        a @ b
+        synchronise(device)
+        seconds.append(time.perf_counter() - started_s)
+    return 2 * size**3 / min(seconds)
 
 
 def memory_mb(pid: int, entry: str) -> float:

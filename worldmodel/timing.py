@@ -1,9 +1,12 @@
-"""How the benchmarks time things."""
+"""How benchmarks and training time things."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+from torch.profiler import record_function
 from tqdm.auto import tqdm
 
 
@@ -27,3 +30,47 @@ def seconds_in_turns(
 def synchronise(device: torch.device | None) -> None:
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class StepTimes:
+    """Times the parts of training steps: `with times("forward"): ...`; they have these names in a profile, too.
+
+    On a GPU, events mark when the device is done with what came before, and no step waits for them: a part is how long
+    it kept the device from what follows. Waiting for data shows only where the device had nothing left to do.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Add the time of the block to a part's. Blocks that raise are not counted."""
+        if self._on_gpu:
+            started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            started.record()
+            with record_function(part):
+                yield
+            ended.record()
+            self._pending.append((part, started, ended))
+            while self._pending and self._pending[0][2].query():  # what is done need not be kept until it is asked for
+                self._read()
+        else:
+            started_s = time.perf_counter()
+            with record_function(part):
+                yield
+            self._seconds[part] += time.perf_counter() - started_s
+
+    def means(self, num_steps: int) -> dict[str, float]:
+        """Seconds per step of each part, {"forward_s": ...}, of the `num_steps` steps since the last call. Waits for a
+        GPU."""
+        while self._pending:
+            self._pending[0][2].synchronize()
+            self._read()
+        seconds, self._seconds = self._seconds, defaultdict(float)
+        return {f"{part}_s": total / num_steps for part, total in seconds.items()}
+
+    def _read(self) -> None:
+        part, started, ended = self._pending.popleft()
+        self._seconds[part] += started.elapsed_time(ended) / 1000

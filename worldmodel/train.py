@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -43,13 +43,15 @@ from worldmodel.config import Config, TrainConfig, flatten, to_dict
 from worldmodel.data import training_inputs, training_stream
 from worldmodel.distributed import globalise_batch_norm
 from worldmodel.evaluation import factors, forecast
-from worldmodel.gradients import Losses, compute_gradients, in_parts
-from worldmodel.machine import computes_bf16, fair_share_of_cores, keep_freed_memory
+from worldmodel.gradients import Losses, Part, compute_gradients, in_parts
+from worldmodel.machine import computes_bf16, fair_share_of_cores, keep_freed_memory, peak_flops_per_s
 from worldmodel.model import WorldModel
 from worldmodel.optimisation import learning_rate, parameter_groups, set_lr, step_generator
+from worldmodel.profiling import profiled, step_flops
 from worldmodel.refine import embed_clips, refine, refinement_stream
 from worldmodel.scores import effective_rank
 from worldmodel.teacher import Teacher, ema_momentum
+from worldmodel.timing import StepTimes
 from worldmodel.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -68,8 +70,10 @@ class Interrupted(Exception):
         self.exit_code = 128 + signal_number
 
 
-def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
+def train(config: Config, *, resume: bool = False, overwrite: bool = False, profile: bool = False) -> Path:
     """Train to config.train.steps updates, refine, and return the run folder.
+
+    With `profile`, the first process writes a profile of a few steps into it (worldmodel/profiling.py).
 
     Raises:
         UserError: anything the user can mend; see its message.
@@ -78,12 +82,12 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     with lost_connections_told():
         accelerator = make_accelerator(config.train)
         try:
-            return _train(config, accelerator, resume=resume, overwrite=overwrite)
+            return _train(config, accelerator, resume=resume, overwrite=overwrite, profile=profile)
         finally:
             accelerator.end_training()
 
 
-def _train(config: Config, accelerator: Accelerator, *, resume: bool, overwrite: bool) -> Path:
+def _train(config: Config, accelerator: Accelerator, *, resume: bool, overwrite: bool, profile: bool) -> Path:
     torch.set_num_threads(config.train.num_threads or fair_share_of_cores())
     keep_freed_memory()
     rank, world_size = accelerator.process_index, accelerator.num_processes
@@ -102,12 +106,16 @@ def _train(config: Config, accelerator: Accelerator, *, resume: bool, overwrite:
     if resume:
         trainer.load()
     accelerator.print(trainer.summary())
-    with stop_signals() as stop, trainer.progress() as bar:
+    profiles = profile and accelerator.is_main_process
+    profiler = profiled(run, accelerator.device, config.train.steps - trainer.step) if profiles else nullcontext()
+    with stop_signals() as stop, trainer.progress() as bar, profiler as step_profiled:
         batches = stream.batches(trainer.step)
         try:
             while trainer.step < config.train.steps:
                 with trainer.kept_from_half_a_step():
                     trainer.update(batches)
+                if step_profiled:
+                    step_profiled()
                 bar.update()
                 trainer.log_evaluate_save(bar)
                 if signal_number := trainer.agree(stop()):
@@ -150,6 +158,9 @@ class Trainer:
         self.started_s = time.monotonic()
         self.earlier_s = 0.0
         self.sums = Sums()
+        self.times = StepTimes(accelerator.device)
+        self.flops: int | None = None  # of this process in a step, counted before the first one
+        self.peak_flops_per_s = 0.0
         self.tracker: Tracker | None = None
 
     @property
@@ -162,33 +173,45 @@ class Trainer:
 
     def update(self, batches: Iterator[dict[str, Any]]) -> None:
         """One optimiser step on one batch."""
-        config, accelerator = self.config, self.accelerator
+        config, accelerator, timed = self.config, self.accelerator, self.times
         set_lr(self.optimizer, self.lr_at(self.step))
-        waited_s = time.monotonic()
-        batch = next(batches)
-        self.sums.data_wait_s += time.monotonic() - waited_s
-        rows = batch["row"].to(accelerator.device, non_blocking=True)
-        inputs = training_inputs(batch, config, config.objective.rollout_steps, accelerator.device)
-        losses = compute_gradients(
-            accelerator,
-            self.model,
-            self.teacher,
-            in_parts(inputs, rows, config.train.grad_accumulation),
-            config.data.batch_size,
-            self.beta_at(self.step),
-            lambda: step_generator(config.seed, self.step, accelerator.device),
-        )
-        if config.train.clip_norm:
-            accelerator.clip_grad_norm_(self.model.parameters(), config.train.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.sums.add(losses)
-        if self.teacher:
-            momentum = ema_momentum(
-                self.step, config.train.steps, config.objective.ema_momentum, config.objective.ema_schedule
+        with timed("step"), timed("data"):
+            batch = next(batches)
+            rows = batch["row"].to(accelerator.device, non_blocking=True)
+            inputs = training_inputs(batch, config, config.objective.rollout_steps, accelerator.device)
+            parts = in_parts(inputs, rows, config.train.grad_accumulation)
+        if self.flops is None:
+            self.count_flops(parts)
+        with timed("step"):
+            losses = compute_gradients(
+                accelerator,
+                self.model,
+                self.teacher,
+                parts,
+                config.data.batch_size,
+                self.beta_at(self.step),
+                lambda: step_generator(config.seed, self.step, accelerator.device),
+                timed,
             )
-            self.teacher.update(self.student.embedder, momentum)
+            with timed("optimiser"):
+                if config.train.clip_norm:
+                    accelerator.clip_grad_norm_(self.model.parameters(), config.train.clip_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                self.sums.add(losses)
+                if self.teacher:
+                    momentum = ema_momentum(
+                        self.step, config.train.steps, config.objective.ema_momentum, config.objective.ema_schedule
+                    )
+                    self.teacher.update(self.student.embedder, momentum)
         self.step += 1
+
+    def count_flops(self, parts: Sequence[Part]) -> None:
+        """Once a session, before its first step: what utilisation is computed from."""
+        accelerator, data = self.accelerator, self.config.data
+        self.flops = step_flops(accelerator, self.student, self.teacher, parts, data.batch_size)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+        self.peak_flops_per_s = peak_flops_per_s(accelerator.device, dtype)
 
     def lr_at(self, step: int) -> float:
         train = self.config.train
@@ -212,7 +235,11 @@ class Trainer:
 
     def log(self, bar: tqdm) -> None:
         values = self.sums.means()
-        values |= {
+        seconds = self.times.means(self.sums.num_batches)
+        assert self.flops is not None
+        values |= seconds | {
+            "tflops": self.flops / seconds["step_s"] / 1e12,
+            "mfu": self.flops / seconds["step_s"] / self.peak_flops_per_s,
             "lr": self.lr_at(self.step - 1),
             "beta": self.beta_at(self.step - 1),
         }
@@ -387,7 +414,6 @@ class Sums:
         self.targets: Tensor | None = None
         self.num_batches = 0
         self.num_clips = 0
-        self.data_wait_s = 0.0
         self.started_s = time.monotonic()
 
     def add(self, batch: Losses) -> None:
@@ -408,7 +434,6 @@ class Sums:
             "effective_rank": effective_rank(self.targets),
             "embedding_std": float(self.targets.std(dim=0).mean()),
             "clips_per_s": self.num_clips / elapsed_s,
-            "data_wait": self.data_wait_s / elapsed_s,
         }
 
 

@@ -1,3 +1,4 @@
+import gzip
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from worldmodel.teacher import Teacher
 from worldmodel.train import train
 
 REFINED = ["train.refine_steps=2", "train.refine_clips=12"]
+TIMING = ("clips_per_s", "data_s", "forward_s", "backward_s", "optimiser_s", "step_s", "tflops", "mfu")
 DEMO = ["--config", str(REPO / "configs" / "demo.yaml")]
 
 
@@ -61,7 +63,8 @@ def test_a_run_logs_evaluates_and_saves(tiny_config: Callable[..., Config]) -> N
     for row in logged:
         assert row["loss"] == pytest.approx(row["prediction_loss"] + row["beta"] * row["kl_nats"], rel=1e-5)
         assert 1 <= row["effective_rank"] <= 16 and row["embedding_std"] > 0 and row["alignment"] <= 1
-        assert 0 <= row["data_wait"] <= 1
+        assert min(row[name] for name in TIMING) > 0
+        assert sum(row[f"{part}_s"] for part in ("data", "forward", "backward", "optimiser")) <= row["step_s"]
     (evaluation,) = rows(run, "selection")
     assert evaluation["step"] == 6 and math.isfinite(evaluation["relative_energy_score"])
     assert {path.name for path in (run / "checkpoints").glob("step_*")} == {"step_00000004", "step_00000006"}
@@ -154,12 +157,41 @@ def test_a_killed_run_resumes_bit_for_bit(tiny_overrides: list[str], tmp_path: P
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming" in resumed.stdout
     assert_same_weights(tmp_path / "whole", tmp_path / "killed")
-    timing = ("clips_per_s", "data_wait")
     without_timing = [
-        [{key: value for key, value in row.items() if key not in timing} for row in rows(tmp_path / name)]
+        [{key: value for key, value in row.items() if key not in TIMING} for row in rows(tmp_path / name)]
         for name in ("whole", "killed")
     ]
     assert without_timing[0] == without_timing[1]
+
+
+def test_a_profiled_run_learns_the_same(
+    tiny_overrides: list[str], tiny_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    steps = ["train.steps=14", "train.eval_every=14"]
+    profiled = tmp_path / "profiled"
+    done = run_script("train.py", *DEMO, *tiny_overrides, *steps, f"run_dir={profiled}", "--profile")
+    assert done.returncode == 0, done.stderr
+    plain = train(tiny_config(*steps))
+    assert_same_weights(profiled, plain)
+    assert steps_in_trace(profiled) == [f"ProfilerStep#{step}" for step in range(7, 12)]
+    lines = (profiled / "profile" / "table.txt").read_text().splitlines()
+    assert "Self CPU" in lines[1] and len(lines) < 40
+    assert {"aten::convolution_backward", "forward", "backward"} <= {line.split()[0] for line in lines if line}
+    assert not (plain / "profile").exists()
+
+
+def test_a_short_run_is_profiled_whole(tiny_config: Callable[..., Config]) -> None:
+    run = train(tiny_config("train.steps=2", "train.eval_every=2"), profile=True)
+    assert steps_in_trace(run) == ["ProfilerStep#0", "ProfilerStep#1"]
+
+
+def steps_in_trace(run: Path) -> list[str]:
+    trace = json.loads(gzip.decompress((run / "profile" / "trace.json.gz").read_bytes()))
+    assert {"data", "forward", "backward", "optimiser"} <= {event["name"] for event in trace["traceEvents"]}
+    return sorted(
+        (event["name"] for event in trace["traceEvents"] if event["name"].startswith("ProfilerStep#")),
+        key=lambda name: int(name.partition("#")[2]),
+    )
 
 
 def wait_for_step(process: "subprocess.Popen[bytes]", run: Path, step: int) -> None:

@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from worldmodel.machine import peak_flops_per_s
+
+
+@pytest.mark.parametrize(
+    ("name", "in_16_bits", "in_fp32"),
+    [
+        ("NVIDIA H200", 989.4e12, 494.7e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12, 494.7e12),
+        ("NVIDIA H100 PCIe", 756e12, 378e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12, 156e12),
+        ("Tesla V100-SXM2-16GB", 125e12, 15.7e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12, 82.6e12),
+    ],
+)
+def test_the_peak_of_a_known_gpu(name: str, in_16_bits: float, in_fp32: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: name)
+    cuda = torch.device("cuda")
+    assert peak_flops_per_s(cuda, torch.float16) == peak_flops_per_s(cuda, torch.bfloat16) == in_16_bits
+    assert peak_flops_per_s(cuda, torch.float32) == in_fp32
+
+
+@pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"])
+def test_the_peak_of_another_device_is_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: name)
+    monkeypatch.setattr("worldmodel.machine.measured_flops_per_s", lambda *_: 7.0)
+    assert peak_flops_per_s(torch.device("cuda"), torch.float32) == 7
+
+
+def test_a_processor_computes_some_gigaflops() -> None:
+    assert 1e8 < peak_flops_per_s(torch.device("cpu"), torch.float32) < 1e14

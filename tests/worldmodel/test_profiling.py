@@ -1,0 +1,57 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.conftest import REPO, TINY, normal
+from worldmodel.config import load_config
+from worldmodel.data import training_inputs, training_stream
+from worldmodel.gradients import in_parts
+from worldmodel.model import WorldModel
+from worldmodel.profiling import CPU_ATTENTION, step_flops
+from worldmodel.teacher import Teacher
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("num_parts", [1, 3])
+@pytest.mark.parametrize("latent", ["gaussian", "none"])
+def test_the_flops_of_a_step_are_those_of_its_linear_layers(latent: str, num_parts: int) -> None:
+    """A layer costs 2 * B * inputs * outputs forward, and as much for each gradient, by its weight and by its input.
+    What is counted leaves no trace."""
+    overrides = ["run_dir=unused", "objective.name=byol", f"model.latent={latent}", "data.batch_size=32"]
+    causal = [*TINY, "model.embedding_norm=sphere", *overrides]
+    config = load_config(REPO / "configs" / "causal" / "heteroscedastic.yaml", causal)
+    torch.manual_seed(0)
+    model = WorldModel(config)
+    teacher = Teacher(model.embedder)
+    expected = 0
+
+    def add(layer: nn.Linear, inputs: tuple[Tensor], _output: Tensor) -> None:
+        nonlocal expected
+        gradients = torch.is_grad_enabled() * (1 + inputs[0].requires_grad)
+        expected += (1 + gradients) * 2 * len(inputs[0]) * layer.in_features * layer.out_features
+
+    for module in (*model.modules(), *teacher.modules()):
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(add)
+    before = {name: value.clone() for name, value in (*model.state_dict().items(), *teacher.state_dict().items())}
+    batch = next(training_stream(config, 1, rank=0, world_size=1, device=CPU).batches())
+    parts = in_parts(training_inputs(batch, config, 1, CPU), batch["row"], num_parts)
+    random_state = torch.random.get_rng_state()
+    assert step_flops(Accelerator(cpu=True), model, teacher, parts, 32) == expected > 0
+    after = dict((*model.state_dict().items(), *teacher.state_dict().items()))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.random.get_rng_state(), random_state)
+
+
+def test_attention_on_a_cpu_is_counted() -> None:
+    """Two matrix products of [S, D] by [D, S] a head forward; backward five, of which one is forward's again."""
+    heads, length, dim = 2, 16, 8
+    query, key, value = (normal(seed, 1, heads, length, dim).requires_grad_() for seed in range(3))
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        F.scaled_dot_product_attention(query, key, value).sum().backward()
+    assert counter.get_total_flops() == 7 * 2 * heads * length * length * dim

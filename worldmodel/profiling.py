@@ -1,0 +1,91 @@
+"""What a training step costs: its floating-point operations, and a profile of a few steps."""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch.profiler import ProfilerActivity, profile, schedule
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from worldmodel.checkpoint import write_text
+from worldmodel.gradients import Part, compute_gradients
+from worldmodel.model import WorldModel
+from worldmodel.optimisation import step_generator
+from worldmodel.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+PROFILED_STEPS = 5
+WARMUP_STEPS = 2
+"""Steps that the profiler follows without keeping them: its own start is slow."""
+WAITED_STEPS = 5
+"""Steps before that, in which libraries choose algorithms and memory is set aside."""
+TABLE_ROWS = 30
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
+        *shapes[:4]
+    ),
+}
+"""Attention that PyTorch's counter leaves out."""
+
+
+def step_flops(
+    accelerator: Accelerator,
+    student: WorldModel,
+    teacher: Teacher | None,
+    parts: Sequence[Part],
+    batch_size: int,
+) -> int:
+    """Floating-point operations of this process in one training step: those of convolutions, matrix products and
+    attention, a multiplication with its addition counted as two; of the forward pass, the backward pass and the
+    teacher's forward pass.
+
+    What is computed twice to save memory (`model.checkpoint_activations`, the first pass of a cached gradient) is
+    counted twice. Not counted are element-wise operations, norms, and the optimiser.
+
+    The step is computed on copies of the networks, so that it leaves no trace: all processes compute it together.
+    """
+    student, teacher = copy.deepcopy((student, teacher))
+    make_generator = partial(step_generator, 0, 0, accelerator.device)
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        compute_gradients(accelerator, student, teacher, parts, batch_size, 1.0, make_generator)
+    return counter.get_total_flops()
+
+
+@contextmanager
+def profiled(run: Path, device: torch.device, num_steps: int) -> Iterator[Callable[[], None]]:
+    """Profile a few of the `num_steps` steps that are left, all of them where these are few; yields a function to call
+    after each step.
+
+    Writes RUN/profile/trace.json.gz (for https://ui.perfetto.dev, or chrome://tracing) and RUN/profile/table.txt, the
+    operators that take longest by themselves.
+    """
+    active = min(PROFILED_STEPS, num_steps)
+    warmup = min(WARMUP_STEPS, num_steps - active)
+    wait = min(WAITED_STEPS, num_steps - active - warmup)
+    if not active:
+        logger.warning("--profile: no step is left to train")
+        yield lambda: None
+        return
+    on_gpu = device.type == "cuda"
+    with profile(
+        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])],
+        schedule=schedule(wait=wait, warmup=warmup, active=active, repeat=1),
+        on_trace_ready=lambda profiler: _write(profiler, run / "profile", "cuda" if on_gpu else "cpu"),
+        record_shapes=True,
+    ) as profiler:
+        yield profiler.step
+
+
+def _write(profiler: profile, folder: Path, device: str) -> None:
+    folder.mkdir(exist_ok=True)
+    profiler.export_chrome_trace(str(folder / "trace.json.gz"))
+    table = profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=TABLE_ROWS)
+    write_text(folder / "table.txt", table)
+    logger.info("wrote %s: trace.json.gz, table.txt", folder)
