@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.profiler import ProfilerActivity, profile, schedule
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from worldmodel.checkpoint import write_text
 from worldmodel.gradients import Part, compute_gradients
@@ -26,13 +28,31 @@ WARMUP_STEPS = 2
 WAITED_STEPS = 5
 """Steps before that, in which libraries choose algorithms and memory is set aside."""
 TABLE_ROWS = 30
+
+
+class FlopCounter(TorchDispatchMode):
+    """Adds up the floating-point operations of convolutions, matrix products and attention, by PyTorch's formulas, into
+    `total`. (PyTorch's own FlopCounterMode also follows modules, and so forbids torch.autograd.grad.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in CPU_ATTENTION:
+            self.total += CPU_ATTENTION[func](*(tensor.shape for tensor in args[:4]))
+        elif formula := flop_registry.get(func.overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=output)
+        return output
+
+
+_ATEN = torch.ops.aten
+# Attention that PyTorch's formulas leave out: of query, key and value, and of the gradient and these.
 CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
-        *shapes[:4]
-    ),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default: lambda *shapes: sdpa_flop_count(*shapes[:3]),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default: sdpa_backward_flop_count,
 }
-"""Attention that PyTorch's counter leaves out."""
 
 
 def step_flops(
@@ -53,9 +73,9 @@ def step_flops(
     """
     student, teacher = copy.deepcopy((student, teacher))
     make_generator = partial(step_generator, 0, 0, accelerator.device)
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with FlopCounter() as counter:
         compute_gradients(accelerator, student, teacher, parts, batch_size, 1.0, make_generator)
-    return counter.get_total_flops()
+    return counter.total
 
 
 @contextmanager

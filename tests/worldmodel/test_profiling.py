@@ -3,14 +3,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import REPO, TINY, normal
 from worldmodel.config import load_config
 from worldmodel.data import training_inputs, training_stream
 from worldmodel.gradients import in_parts
 from worldmodel.model import WorldModel
-from worldmodel.profiling import CPU_ATTENTION, step_flops
+from worldmodel.profiling import FlopCounter, step_flops
 from worldmodel.teacher import Teacher
 
 CPU = torch.device("cpu")
@@ -48,10 +47,24 @@ def test_the_flops_of_a_step_are_those_of_its_linear_layers(latent: str, num_par
     assert torch.equal(torch.random.get_rng_state(), random_state)
 
 
+def test_a_first_pass_is_counted_too() -> None:
+    """Of a loss that compares clips, in parts: a forward pass and a product of all embeddings more."""
+    overrides = [*TINY, "run_dir=unused", "objective.name=infonce", "data.batch_size=32"]
+    config = load_config(REPO / "configs" / "causal" / "heteroscedastic.yaml", overrides)
+    model = WorldModel(config)
+    batch = next(training_stream(config, 1, rank=0, world_size=1, device=CPU).batches())
+    inputs = training_inputs(batch, config, 1, CPU)
+    whole, in_two = (
+        step_flops(Accelerator(cpu=True), model, None, in_parts(inputs, batch["row"], num_parts), 32)
+        for num_parts in (1, 2)
+    )
+    assert 1.2 * whole < in_two < 1.5 * whole
+
+
 def test_attention_on_a_cpu_is_counted() -> None:
     """Two matrix products of [S, D] by [D, S] a head forward; backward five, of which one is forward's again."""
     heads, length, dim = 2, 16, 8
     query, key, value = (normal(seed, 1, heads, length, dim).requires_grad_() for seed in range(3))
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with FlopCounter() as counter:
         F.scaled_dot_product_attention(query, key, value).sum().backward()
-    assert counter.get_total_flops() == 7 * 2 * heads * length * length * dim
+    assert counter.total == 7 * 2 * heads * length * length * dim
