@@ -82,13 +82,15 @@ GPU_PEAK_TFLOPS = {
     "* RTX 3090": (71.0, 35.6),
 }
 MEASURED_S = 0.2
-MEASURED_SIZE = {"cpu": 1024, "cuda": 4096}
+MEASURED_SIZES = (128, 8192)
 
 
 def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second that a device computes in this precision at best: a GPU's as its data sheet
-    has it; where that is not known, and for processors, that of the fastest of some large matrix products by as many
-    threads as are set, which take some tenths of a second."""
+    """Floating-point operations a second that a device computes in this precision at best.
+
+    Of a GPU it is what the data sheet says; where that is not known, and of processors, it is the best of some matrix
+    products by as many threads as are set, which take some tenths of a second.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     for pattern, (in_16_bits, in_fp32) in GPU_PEAK_TFLOPS.items():
         if fnmatchcase(name, pattern):
@@ -97,17 +99,20 @@ def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measured_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """That of the fastest of some products of large square matrices."""
-    size = MEASURED_SIZE["cuda" if device.type == "cuda" else "cpu"]
-    a, b = torch.ones(2, size, size, device=device, dtype=dtype)
-    seconds: list[float] = []
-    while len(seconds) < 2 or sum(seconds) < MEASURED_S:  # the first one sets up the library
+    """The best of some products of square matrices, which grow while they take next to no time."""
+    size, largest = MEASURED_SIZES
+    best, spent_s = 0.0, 0.0
+    while spent_s < MEASURED_S:
+        a, b = torch.ones(2, size, size, device=device, dtype=dtype)
         synchronise(device)
         started_s = time.perf_counter()
         a @ b
         synchronise(device)
-        seconds.append(time.perf_counter() - started_s)
-    return 2 * size**3 / min(seconds)
+        seconds = time.perf_counter() - started_s
+        best, spent_s = max(best, 2 * size**3 / seconds), spent_s + seconds
+        if seconds < MEASURED_S / 20 and size < largest:
+            size *= 2
+    return best
 
 
 def memory_mb(pid: int, entry: str) -> float:

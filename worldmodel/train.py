@@ -106,7 +106,7 @@ def _train(config: Config, accelerator: Accelerator, *, resume: bool, overwrite:
     if resume:
         trainer.load()
     accelerator.print(trainer.summary())
-    profiles = profile and accelerator.is_main_process
+    trainer.times.labelled = profiles = profile and accelerator.is_main_process
     profiler = profiled(run, accelerator.device, config.train.steps - trainer.step) if profiles else nullcontext()
     with stop_signals() as stop, trainer.progress() as bar, profiler as step_profiled:
         batches = stream.batches(trainer.step)
