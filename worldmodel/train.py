@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 COLLAPSE_RANK = 2.0
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 ECHO_S = 2.0
-"""A signal to a whole process group comes twice, as launchers pass it on: what follows so soon is no second request."""
+"""A signal to all processes comes twice, as launchers pass it on: what follows so soon is no second request."""
 
 
 class Interrupted(Exception):
