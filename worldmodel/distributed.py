@@ -135,7 +135,11 @@ class _Normalise(torch.autograd.Function):
     def forward(
         ctx: Any, values: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mean, variance = torch.batch_norm_update_stats(values, None, None, 0.0)
+        # Statistics have the type of these, which are not read else: in half precision they would be too coarse.
+        scratch = torch.zeros(2, values.shape[1], device=values.device).to(
+            torch.promote_types(values.dtype, torch.float)
+        )
+        mean, variance = torch.batch_norm_update_stats(values, *scratch, 0.0)
         count = torch.full_like(mean[:1], values.numel() / len(mean))
         statistics = _stack(torch.cat([mean, variance, count]))
         means, variances, counts = statistics.tensor_split([len(mean), 2 * len(mean)], dim=1)

@@ -141,6 +141,9 @@ class Trainer:
         if accelerator.num_processes > 1:
             for module in (self.teacher, model.embedder, model.editor, model.latent, model.scene):
                 globalise_batch_norm(module or nn.Module())
+        if mode := compile_mode(config.train, accelerator):
+            for embedder in (model.embedder, *([self.teacher.embedder] if self.teacher else [])):
+                embedder.encoder.compile(mode=mode)
         optimizer = torch.optim.AdamW(parameter_groups(model, config.train.weight_decay), config.train.lr, fused=True)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.step = 0
@@ -438,6 +441,20 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             "of configs/accelerate (docs/multi_node.md)"
         )
     return accelerator
+
+
+def compile_mode(config: TrainConfig, accelerator: Accelerator) -> str | None:
+    """torch.compile's mode; None: nothing is compiled.
+
+    Raises:
+        UserError: there are several processes, between which the encoder's batch norm communicates.
+    """
+    if config.compile in ("default", "max-autotune"):
+        if accelerator.num_processes > 1:
+            raise UserError(f"train.compile={config.compile} is for one process: set train.compile=none")
+        return config.compile
+    gpu_alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    return "default" if config.compile == "auto" and gpu_alone else None
 
 
 def check_same_everywhere(accelerator: Accelerator, config: Config, resume: bool, stream_fingerprint: str) -> None:
