@@ -139,7 +139,7 @@ class _Normalise(torch.autograd.Function):
         scratch = torch.zeros(2, values.shape[1], device=values.device).to(
             torch.promote_types(values.dtype, torch.float)
         )
-        mean, variance = torch.batch_norm_update_stats(values, *scratch, 0.0)
+        mean, variance = torch.ops.aten.batch_norm_update_stats(values, *scratch, 0.0)
         count = torch.full_like(mean[:1], values.numel() / len(mean))
         statistics = _stack(torch.cat([mean, variance, count]))
         means, variances, counts = statistics.tensor_split([len(mean), 2 * len(mean)], dim=1)
