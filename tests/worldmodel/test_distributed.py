@@ -11,6 +11,7 @@ from torch import nn
 
 from data_pipelines.errors import UserError
 from tests.conftest import REPO, TINY, normal, script_environment
+from tests.worldmodel import training_jobs
 from tests.worldmodel.test_train import rows
 from worldmodel.distributed import GlobalBatchNorm, gathered, global_batch, globalise_batch_norm, num_clips, randn_rows
 from worldmodel.objectives import OBJECTIVES
@@ -67,6 +68,32 @@ def test_two_processes_compute_the_losses_and_gradients_of_one(case: str, by_wor
     for name, value in one.items():
         differ = f"{name} differs by {(two[name] - value).abs().max()}"
         torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-5, msg=differ)
+
+
+SCORED: dict[str, list[str]] = {
+    "videos": ["model.prior_components=3", "evaluation.selection_clips=25", "evaluation.fit_clips=51"],
+    "fresh": ["data.source=moving_mnist", "evaluation.selection_clips=131", "evaluation.fit_clips=2"],
+    "refined": ["model.scene_dim=2", "train.refine_steps=2", "train.refine_clips=12", "evaluation.selection_clips=5"],
+}
+
+
+def test_two_processes_share_an_evaluation_and_score_as_one(world: Path, tmp_path: Path) -> None:
+    cases = {name: ["demo.yaml", *TINY, f"data.root={world}", *of_case] for name, of_case in SCORED.items()}
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    training_jobs.evaluate(tmp_path / "one", cases)
+    launch(2, "evaluate", str(tmp_path / "two"), str(tmp_path / "cases.json"))
+    for name in cases:
+        whole = json.loads((tmp_path / "one" / f"{name}_0.json").read_text())
+        shares = [json.loads((tmp_path / "two" / f"{name}_{rank}.json").read_text()) for rank in (0, 1)]
+        assert all(share["best"] == whole["best"] for share in shares)
+        for clips, *parts in zip(whole["readings"], *(share["readings"] for share in shares), strict=True):
+            assert parts[0] + parts[1] == clips
+            assert abs(len(parts[0]) - len(parts[1])) <= 1
+        scores, of_two = (rows(tmp_path / size / name, "selection") for size in ("one", "two"))
+        assert len(scores) == (1 if name == "refined" else 2)
+        for row, of_both in zip(scores, of_two, strict=True):
+            assert row.pop("split") == of_both.pop("split")
+            assert of_both == pytest.approx(row, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from einops import repeat
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -25,7 +26,15 @@ from data_pipelines.errors import UserError
 from data_pipelines.sources.digits import Split
 from data_pipelines.sources.law import Law, Quantity
 from worldmodel.config import Config
-from worldmodel.data import actions_of, evaluation_batches, known_law, num_segments, oracle_r, segments_of
+from worldmodel.data import (
+    EVALUATION_BATCH,
+    actions_of,
+    evaluation_batches,
+    known_law,
+    num_segments,
+    oracle_r,
+    segments_of,
+)
 from worldmodel.evaluation.illustrations import Fans, Illustrations, Latents
 from worldmodel.evaluation.probes import Splits, probe_all
 from worldmodel.evaluation.readout import Readout, choose_readout, fit_ridge
@@ -163,30 +172,42 @@ def evaluate_forecasts(
 
 
 def development_scores(
-    config: Config, student: WorldModel, target_encoder: nn.Module, device: torch.device
+    config: Config,
+    student: WorldModel,
+    target_encoder: nn.Module,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> dict[str, float]:
     """A quick score on selection identities, for choosing checkpoints and for learning curves.
 
     relative_energy_score is the Energy Score over that of the true law, or, where no law is known, over that of
     climatology (other clips' targets) in embedding space; both are means over the horizon. Lower is better.
+
+    All `world_size` processes call it, and each decodes and encodes its share of the clips. The first one scores; the
+    others get {}.
     """
     sizes = config.evaluation
+    shared: dict[str, Any] = {"progress": False, "rank": rank, "world_size": world_size}
     law = known_law(config, "selection")
     num_queries = min(DEVELOPMENT_QUERIES, sizes.selection_clips)
     with frozen(student, target_encoder):
         queries = embed_clips(
-            config, student, target_encoder, "selection", num_queries, device, horizon=sizes.horizon, progress=False
+            config, student, target_encoder, "selection", num_queries, device, horizon=sizes.horizon, **shared
         )
+        num_fit = min(DEVELOPMENT_FIT_CLIPS, sizes.fit_clips)
+        fit = embed_clips(config, student, target_encoder, "train", num_fit, device, **shared) if law else None
+        if rank > 0:
+            return {}
         generator = torch.Generator().manual_seed(sizes.seed)
         num_samples = num_futures(config, student)
         samples = roll_out(student, queries, sizes.horizon, num_samples, generator, device)
         scores = {"effective_rank": effective_rank(queries.targets[:, 0]), **mean_penalty(student, queries.penalty)}
-        if law is None:
+        if law is None or fit is None:
             observed = queries.targets[:, None]
             score, reference = (mean_score(values, observed) for values in (samples, _climatology(queries, generator)))
         else:
-            num_fit = min(DEVELOPMENT_FIT_CLIPS, sizes.fit_clips)
-            fit = embed_clips(config, student, target_encoder, "train", num_fit, device, progress=False)
             readout = fit_ridge(fit.targets[:, 0], law.truth(fit.labels, 1)[:, 0], strength=1.0)
             draws, truth = (
                 _draw(law, queries.labels, sizes.horizon, count, generator)
@@ -216,20 +237,23 @@ def embed_clips(
     horizon: int = 1,
     frames: int = 0,
     progress: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> EmbeddedClips:
-    """Encode clips of a split with `horizon` segments to forecast, keeping the pixels of the first `frames` of them."""
-    parts: dict[str, list[Tensor]] = {
-        name: []
-        for name in (
-            *("state", "backbone", "persistence", "targets", "r", "penalty", "actions"),
-            *("clip_id", "frames", "extrapolated"),
-        )
-    }
+    """Encode clips of a split with `horizon` segments to forecast, keeping the pixels of the first `frames` of them.
+
+    With several processes, all call it; each decodes and encodes its share, and gets the clips of all of them.
+    """
+    parts: dict[str, list[Tensor]] = {}
     labels: dict[str, list[Tensor]] = {}
+
+    def add(name: str, values: Tensor | None) -> None:
+        if values is not None:
+            parts.setdefault(name, []).append(values.cpu())
+
     law = known_law(config, split)
-    generator = torch.Generator(device).manual_seed(config.evaluation.seed)
     batches = tqdm(
-        evaluation_batches(config, split, num_clips, horizon),
+        evaluation_batches(config, split, num_clips, horizon, rank=rank, world_size=world_size),
         desc=f"encoding {split}",
         unit="batch",
         disable=not progress,
@@ -238,48 +262,69 @@ def embed_clips(
     for batch in batches:
         segments = segments_of(batch, num_segments(config, horizon), device)
         backbone = student.embedder.features(segments[:, 0])
-        state = student.state_of(backbone)
-        actions = actions_of(batch, config, horizon, device)
-        first = None if actions is None else actions[:, 0]
-        inference = student.infer(state, segments, oracle_r(batch, config, device), generator, action=first)
         shown = segments[:, : horizon + 1]
-        parts["state"].append(state.cpu())
-        parts["backbone"].append(backbone.float().cpu())
-        parts["r"].append(inference.r.cpu())
-        if inference.penalty is not None:
-            parts["penalty"].append(inference.penalty.cpu())
-        if actions is not None:
-            parts["actions"].append(actions.cpu())
-        parts["persistence"].append(target_encoder(segments[:, 0]).cpu())
-        parts["targets"].append(target_encoder(shown[:, 1:].flatten(0, 1)).unflatten(0, (-1, horizon)).cpu())
-        parts["clip_id"].append(batch["clip_id"])
+        add("state", student.state_of(backbone))
+        add("backbone", backbone.float())
+        add("seen", student.seen(segments))
+        add("actions", actions_of(batch, config, horizon, device))
+        add("known_r", oracle_r(batch, config, device))
+        add("persistence", target_encoder(segments[:, 0]))
+        add("targets", target_encoder(shown[:, 1:].flatten(0, 1)).unflatten(0, (-1, horizon)))
+        add("clip_id", batch["clip_id"])
         if kept < frames:
             video = shown[: frames - kept].flatten(1, 2)
-            parts["frames"].append((video * 255).round().byte().cpu())
+            add("frames", (video * 255).round().byte())
             kept += len(video)
         if law:
-            parts["extrapolated"].append(law.extrapolate(segments[:, 0], horizon).cpu())
+            add("extrapolated", law.extrapolate(segments[:, 0], horizon))
         for name, values in batch["labels"].items():
             labels.setdefault(name, []).append(values)
-    if sum(len(part) for part in parts["state"]) < 2:
+    whole, all_labels = (_of_all_processes(own, world_size) for own in (parts, labels))
+    if len(whole.get("clip_id", ())) < 2:
         raise UserError(
             f"the {split} split of {config.data.root} has fewer than 2 clips of {num_segments(config, horizon)} "
             "segments: add videos, or lower data.clip_step or evaluation.horizon"
         )
-    whole = {name: torch.cat(values) for name, values in parts.items() if values}
+    r, penalty = _infer(config, student, whole, device)
     return EmbeddedClips(
         state=whole["state"],
         backbone=whole["backbone"],
         persistence=whole["persistence"],
         targets=whole["targets"],
-        r=whole["r"],
-        penalty=whole.get("penalty"),
+        r=r,
+        penalty=penalty,
         actions=whole.get("actions"),
         clip_id=whole["clip_id"],
-        labels={name: torch.cat(values) for name, values in labels.items()},
-        frames=whole.get("frames", torch.empty(0)),
+        labels=all_labels,
+        frames=whole.get("frames", torch.empty(0))[:frames],
         extrapolated=whole.get("extrapolated"),
     )
+
+
+def _of_all_processes(parts: dict[str, list[Tensor]], world_size: int) -> dict[str, Tensor]:
+    """The parts of each name put together, process after process. One that had no clip has no names."""
+    of_each = gather_object([parts]) if world_size > 1 else [parts]
+    names = dict.fromkeys(name for part in of_each for name in part)
+    return {name: torch.cat([values for part in of_each for values in part.get(name, [])]) for name in names}
+
+
+def _infer(
+    config: Config, student: WorldModel, clips: dict[str, Tensor], device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """r [N, R] and its penalty [N], for all clips in order, so that a clip's random numbers are the same whichever
+    process encoded it."""
+    generator = torch.Generator(device).manual_seed(config.evaluation.seed)
+    inferences = []
+    for start in range(0, len(clips["state"]), EVALUATION_BATCH):
+        rows = slice(start, start + EVALUATION_BATCH)
+        state, seen, known_r, actions = (
+            clips[name][rows].to(device) if name in clips else None for name in ("state", "seen", "known_r", "actions")
+        )
+        assert state is not None
+        first = None if actions is None else actions[:, 0]
+        inferences.append(student.infer_from(state, seen, known_r, generator, action=first))
+    penalties = [inference.penalty.cpu() for inference in inferences if inference.penalty is not None]
+    return torch.cat([inference.r.cpu() for inference in inferences]), torch.cat(penalties) if penalties else None
 
 
 def mean_penalty(student: WorldModel, penalty: Tensor | None) -> dict[str, float]:
