@@ -231,8 +231,9 @@ class Trainer:
         """Score on selection identities; True where it is the best so far. Lower is better."""
         config, accelerator, device = self.config, self.accelerator, self.accelerator.device
         is_best = torch.zeros((), device=device)
-        if config.data.source == "causal":  # a blink: the first process alone
-            scores = factors.development_scores(config, self.student, device) if self.tracker else {}
+        if config.data.source == "causal":  # too quick to be worth sharing
+            scores = factors.development_scores(config, self.student, device)
+            score = -scores["factors_r2"]
         else:
             with accelerator.main_process_first(), accelerator.local_main_process_first():
                 if config.data.source == "videos":
@@ -245,9 +246,9 @@ class Trainer:
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
             )
-        if self.tracker and scores:
+            score = scores["relative_energy_score"]
+        if self.tracker:
             self.tracker.log("selection", self.step + self.refined * config.train.refine_steps, scores)
-            score = -scores["factors_r2"] if "factors_r2" in scores else scores["relative_energy_score"]
             if score < self.best_score:
                 self.best_score = score
                 is_best += 1

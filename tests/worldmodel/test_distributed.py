@@ -13,7 +13,15 @@ from data_pipelines.errors import UserError
 from tests.conftest import REPO, TINY, normal, script_environment
 from tests.worldmodel import training_jobs
 from tests.worldmodel.test_train import rows
-from worldmodel.distributed import GlobalBatchNorm, gathered, global_batch, globalise_batch_norm, num_clips, randn_rows
+from worldmodel.distributed import (
+    GlobalBatchNorm,
+    gathered,
+    global_batch,
+    globalise_batch_norm,
+    multinomial_rows,
+    num_clips,
+    randn_rows,
+)
 from worldmodel.objectives import OBJECTIVES
 
 CAUSAL = ["causal/heteroscedastic.yaml", "data.batch_size=64", "model.latent_dim=4", "model.embedding_norm=sphere"]
@@ -73,7 +81,7 @@ def test_two_processes_compute_the_losses_and_gradients_of_one(case: str, by_wor
 SCORED: dict[str, list[str]] = {
     "videos": ["model.prior_components=3", "evaluation.selection_clips=25", "evaluation.fit_clips=51"],
     "fresh": ["data.source=moving_mnist", "evaluation.selection_clips=131", "evaluation.fit_clips=2"],
-    "refined": ["model.scene_dim=2", "train.refine_steps=2", "train.refine_clips=12", "evaluation.selection_clips=5"],
+    "refined": ["model.scene_dim=2", "train.refine_steps=2", "train.refine_clips=48", "evaluation.selection_clips=5"],
 }
 
 
@@ -143,6 +151,11 @@ def test_random_numbers_go_with_the_place_in_the_global_batch() -> None:
     with global_batch(rows_of_one, 6):
         assert torch.equal(randn_rows(torch.empty(2, 2), generator()), whole[rows_of_one])
     assert torch.equal(whole, torch.randn(6, 2, generator=generator()))
+    weights = normal(1, 6, 3).exp()
+    chosen = multinomial_rows(weights, generator())
+    assert torch.equal(chosen, torch.multinomial(weights, 1, generator=generator()))
+    with global_batch(rows_of_one, 6):
+        assert torch.equal(multinomial_rows(weights[rows_of_one], generator()), chosen[rows_of_one])
 
 
 def test_a_batch_that_hardly_has_clips_is_refused() -> None:

@@ -11,8 +11,8 @@ dimensions, K dimensions of the quantity.
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from data_pipelines.errors import UserError
 from data_pipelines.sources.digits import Split
 from data_pipelines.sources.law import Law, Quantity
+from data_pipelines.stream import share_of_pass
 from worldmodel.config import Config
 from worldmodel.data import (
     EVALUATION_BATCH,
@@ -35,6 +36,7 @@ from worldmodel.data import (
     oracle_r,
     segments_of,
 )
+from worldmodel.distributed import global_batch
 from worldmodel.evaluation.illustrations import Fans, Illustrations, Latents
 from worldmodel.evaluation.probes import Splits, probe_all
 from worldmodel.evaluation.readout import Readout, choose_readout, fit_ridge
@@ -185,8 +187,8 @@ def development_scores(
     relative_energy_score is the Energy Score over that of the true law, or, where no law is known, over that of
     climatology (other clips' targets) in embedding space; both are means over the horizon. Lower is better.
 
-    All `world_size` processes call it, and each decodes and encodes its share of the clips. The first one scores; the
-    others get {}.
+    All `world_size` processes call it, each decodes, encodes and forecasts its share of the clips, and all get the
+    same.
     """
     sizes = config.evaluation
     shared: dict[str, Any] = {"progress": False, "rank": rank, "world_size": world_size}
@@ -198,29 +200,32 @@ def development_scores(
         )
         num_fit = min(DEVELOPMENT_FIT_CLIPS, sizes.fit_clips)
         fit = embed_clips(config, student, target_encoder, "train", num_fit, device, **shared) if law else None
-        if rank > 0:
-            return {}
+        if len(queries) < world_size:
+            rank, world_size = 0, 1  # each forecasts all
+        share = share_of_pass(len(queries), rank, world_size)
         generator = torch.Generator().manual_seed(sizes.seed)
         num_samples = num_futures(config, student)
-        samples = roll_out(student, queries, sizes.horizon, num_samples, generator, device)
+        samples = _roll_out_share(student, queries, share, sizes.horizon, num_samples, generator, device)
         scores = {"effective_rank": effective_rank(queries.targets[:, 0]), **mean_penalty(student, queries.penalty)}
         if law is None or fit is None:
-            observed = queries.targets[:, None]
-            score, reference = (mean_score(values, observed) for values in (samples, _climatology(queries, generator)))
+            observed = queries.targets[share, None]
+            forecasts = samples, _climatology(queries, generator)[share]
         else:
             readout = fit_ridge(fit.targets[:, 0], law.truth(fit.labels, 1)[:, 0], strength=1.0)
-            draws, truth = (
-                _draw(law, queries.labels, sizes.horizon, count, generator)
+            observed, truth = (
+                _draw(law, queries.labels, sizes.horizon, count, generator)[share]
                 for count in (sizes.law_samples, sizes.num_samples)
             )
-            score, reference = mean_score(readout(samples), draws), mean_score(truth, draws)
+            forecasts = readout(samples), truth
+    score, reference = (mean_score(values, observed, world_size) for values in forecasts)
     return scores | {"energy_score": score, "relative_energy_score": score / max(reference, 1e-9)}
 
 
-def mean_score(samples: Tensor, observed: Tensor) -> float:
-    """Energy Score, the mean over queries and horizon: [Q, S, H, K], [Q, M, H, K]."""
-    steps = zip(samples.unbind(2), observed.unbind(2), strict=True)
-    return float(torch.stack([energy_score(forecast, truth).mean() for forecast, truth in steps]).mean())
+def mean_score(samples: Tensor, observed: Tensor, world_size: int = 1) -> float:
+    """Energy Score, the mean over horizon and queries, those of all processes: [Q, S, H, K], [Q, M, H, K]."""
+    steps = enumerate(zip(samples.unbind(2), observed.unbind(2), strict=True))
+    scores = {str(step): [energy_score(forecast, truth)] for step, (forecast, truth) in steps}
+    return float(torch.stack([step.mean() for step in _of_all_processes(scores, world_size).values()]).mean())
 
 
 # --------------------------------------------------------------------------------------------------- embedded clips
@@ -386,6 +391,25 @@ def roll_out(
         futures = student.rollout_embedding(state, horizon, num_samples, on_device, actions=actions, shuffle=shuffle)
         chunks.append(futures.cpu())
     return torch.cat(chunks)
+
+
+def _roll_out_share(
+    student: WorldModel,
+    queries: EmbeddedClips,
+    share: slice,
+    horizon: int,
+    num_samples: int,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Tensor:
+    """What `roll_out` says of this process's share of at most ENCODE_BATCH queries, by the same random numbers."""
+    count = len(queries)
+    own = replace(
+        queries, state=queries.state[share], actions=None if queries.actions is None else queries.actions[share]
+    )
+    rows = torch.arange(share.start * num_samples, share.stop * num_samples, device=device)
+    with global_batch(rows, count * num_samples) if len(own) < count else nullcontext():
+        return roll_out(student, own, horizon, num_samples, generator, device)
 
 
 def _climatology(queries: EmbeddedClips, generator: torch.Generator) -> Tensor:
