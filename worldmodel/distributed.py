@@ -88,6 +88,15 @@ def rand_rows(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return _rows(torch.rand, like, generator)
 
 
+def multinomial_rows(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One category of each row by its weights [B, K]: [B, 1], what torch.multinomial draws for the global batch."""
+    return (weights / _rows(_exponential, weights, generator)).argmax(dim=-1, keepdim=True)
+
+
+def _exponential(shape: Sequence[int], *, generator: torch.Generator | None, **options: Any) -> Tensor:
+    return torch.empty(shape, **options).exponential_(generator=generator)
+
+
 def _rows(draw: Any, like: Tensor, generator: torch.Generator | None) -> Tensor:
     shape = like.shape if _current is None else (_current.size, *like.shape[1:])
     drawn = draw(shape, generator=generator, device=like.device, dtype=like.dtype)

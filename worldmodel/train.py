@@ -40,7 +40,7 @@ from worldmodel.checkpoint import (
     save_checkpoint,
 )
 from worldmodel.config import Config, TrainConfig, flatten, to_dict
-from worldmodel.data import training_inputs, training_stream
+from worldmodel.data import read_index, training_inputs, training_stream
 from worldmodel.distributed import globalise_batch_norm
 from worldmodel.evaluation import factors, forecast
 from worldmodel.gradients import Losses, compute_gradients, in_parts
@@ -232,20 +232,30 @@ class Trainer:
 
     def evaluate(self) -> bool:
         """Score on selection identities; True where it is the best so far. Lower is better."""
-        is_best = torch.zeros((), device=self.accelerator.device)
+        config, accelerator, device = self.config, self.accelerator, self.accelerator.device
+        is_best = torch.zeros((), device=device)
+        if config.data.source == "causal":  # too quick to be worth sharing
+            scores = factors.development_scores(config, self.student, device)
+            score = -scores["factors_r2"]
+        else:
+            with accelerator.main_process_first(), accelerator.local_main_process_first():
+                if config.data.source == "videos":
+                    read_index(config.data, "selection")
+            scores = forecast.development_scores(
+                config,
+                self.student,
+                self.target_encoder,
+                device,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+            )
+            score = scores["relative_energy_score"]
         if self.tracker:
-            device = self.accelerator.device
-            if self.config.data.source == "causal":
-                scores = factors.development_scores(self.config, self.student, device)
-                score = -scores["factors_r2"]
-            else:
-                scores = forecast.development_scores(self.config, self.student, self.target_encoder, device)
-                score = scores["relative_energy_score"]
-            self.tracker.log("selection", self.step + self.refined * self.config.train.refine_steps, scores)
+            self.tracker.log("selection", self.step + self.refined * config.train.refine_steps, scores)
             if score < self.best_score:
                 self.best_score = score
                 is_best += 1
-        return bool(self.accelerator.reduce(is_best).item())
+        return bool(accelerator.reduce(is_best).item())
 
     def refine(self, stop: Callable[[], int]) -> None:
         """Refinement, by the first process alone: minutes of one processor. Interrupted, it begins anew on a resume."""
@@ -259,6 +269,8 @@ class Trainer:
             caught = refine(config, self.student, clips, device, precise, self.log_refinement, stop)
         if signal_number := int(self.accelerator.reduce(torch.tensor(caught, device=self.accelerator.device))):
             raise Interrupted(signal_number)
+        [refined] = broadcast_object_list([{name: value.cpu() for name, value in self.student.state_dict().items()}])
+        self.student.load_state_dict(refined)
         self.refined = True
         self.save(self.evaluate())
 
