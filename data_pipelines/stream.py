@@ -647,8 +647,8 @@ class VideoStream:
         self._decode_timeout_s = decode_timeout_s
         self._failures = _Failures(index, max_bad_fraction)
         if index.remote is not None:
-            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-            index.remote.check_room(ranks_here * (num_lanes // world_size + max(1, self._num_workers)))
+            shards_of_rank = num_lanes // world_size + max(1, self._num_workers)
+            index.remote.check_room(_ranks_here(world_size) * shards_of_rank)
         self.batches_per_epoch = num_clips // batch_size
         facts = [ORDER_VERSION, index.content_hash, asdict(spec), asdict(self._order)]
         self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -676,6 +676,16 @@ class VideoStream:
             parts.close()
 
 
+def _ranks_here(world_size: int) -> int:
+    """How many of them run on this machine."""
+    return min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+
+
+def share_of_pass(num_clips: int, rank: int, world_size: int) -> slice:
+    """The clips of one pass that a rank takes: a run of neighbours, so that few videos are opened by two ranks."""
+    return slice(num_clips * rank // world_size, num_clips * (rank + 1) // world_size)
+
+
 def read_all(
     index: VideoIndex,
     spec: ClipSpec,
@@ -688,18 +698,22 @@ def read_all(
     max_clips: int | None = None,
     max_bad_fraction: float = 0.1,
     decode_timeout_s: float = DECODE_TIMEOUT_S,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[Batch]:
     """Every clip (or max_clips of them, spread evenly) once, in order of clip ids; the last batch may be short.
 
-    Batches, but for "row", and errors as in VideoStream.batches.
+    A rank gets its share (share_of_pass); rank after rank, the shares are the whole. Batches, but for "row", and errors
+    as in VideoStream.batches.
     """
     source = make_source(index, spec, size_px=size_px, channels=channels, decoder=decoder)
     num_clips = source.table.num_clips if max_clips is None else min(max_clips, source.table.num_clips)
     clips = np.arange(num_clips) * source.table.num_clips // max(1, num_clips)
+    clips = clips[share_of_pass(num_clips, rank, world_size)]
     failures = _Failures(index, max_bad_fraction)
-    num_workers = min(num_workers, -(-num_clips // batch_size))
+    num_workers = min(num_workers, -(-len(clips) // batch_size))
     if index.remote is not None:
-        index.remote.check_room(2 * max(1, num_workers))
+        index.remote.check_room(_ranks_here(world_size) * 2 * max(1, num_workers))
     parts = _run_workers(PartsOfPass(source, batch_size, clips), num_workers, decode_timeout_s, failures)
     try:
         for part in parts:

@@ -38,6 +38,7 @@ RESUMABLE_CHANGES = frozenset(
         "train.checkpoint_every",
         "train.keep_checkpoints",
         "train.timeout_s",
+        "train.compile",
         "tracking.wandb",
         "tracking.project",
     }

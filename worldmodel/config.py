@@ -211,6 +211,9 @@ class TrainConfig:
     whole batch, whatever the objective (worldmodel/gradients.py), but for batch norm, which sees a part at a time."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """bf16 and fp16 are mixed; auto is bf16 where the processor or GPU computes it natively, otherwise fp32."""
+    compile: Literal["auto", "none", "default", "max-autotune"] = "auto"
+    """The encoder, which does nearly all of the work, by torch.compile in this mode; max-autotune is slow to start
+    and replays CUDA graphs. auto: default on a GPU of one process, none elsewhere: on a CPU it is no faster."""
     num_threads: PositiveInt | None = None
     """CPU threads of a process for tensor work; none: the machine's cores, shared among its processes."""
     timeout_s: PositiveFloat = 1800.0

@@ -6,7 +6,6 @@ Three splits of disjoint identities: "train" fits, "selection" chooses, "test" r
 import logging
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from data_pipelines.sources.kicked_mnist import KickedMnistLaw
 from data_pipelines.sources.law import Law
 from data_pipelines.sources.moving_mnist import MovingMnistLaw, MovingMnistStream
 from data_pipelines.sources.written import RECORDED, read_sprites, read_world
-from data_pipelines.stream import Batch, VideoStream, read_all
+from data_pipelines.stream import Batch, VideoStream, read_all, share_of_pass
 from data_pipelines.transforms import split_segments, to_float
 from worldmodel.config import Config, DataConfig
 
@@ -159,18 +158,16 @@ def training_stream(config: Config, steps: int, *, rank: int, world_size: int, d
     )
 
 
-def evaluation_batches(config: Config, split: Split, num_clips: int, horizon: int = 1) -> Iterator[Batch]:
+def evaluation_batches(
+    config: Config, split: Split, num_clips: int, horizon: int = 1, *, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
     """`num_clips` clips of a split, or all that there are, in a fixed order; each for `horizon` steps of prediction.
 
-    Clips of videos are spread evenly over the split.
+    Clips of videos are spread evenly over the split. A rank gets its share; rank after rank, the shares are the whole.
     """
     data = config.data
     if data.source == "moving_mnist":
-        batch_size = min(EVALUATION_BATCH, num_clips)
-        seed = config.evaluation.seed + SPLITS.index(split)
-        sprites = _sprites(split, data.mnist_dir)
-        stream = MovingMnistStream(sprites, setting=data.setting, batch_size=batch_size, seed=seed)
-        batches: Iterator[Batch] = islice(stream.batches(), -(-num_clips // batch_size))
+        batches = _fresh_batches(config, split, num_clips, share_of_pass(num_clips, rank, world_size))
     else:
         batches = read_all(
             read_index(data, split),
@@ -182,13 +179,21 @@ def evaluation_batches(config: Config, split: Split, num_clips: int, horizon: in
             num_workers=data.num_workers,
             max_clips=num_clips,
             decode_timeout_s=data.decode_timeout_s,
+            rank=rank,
+            world_size=world_size,
         )
-    left = num_clips
-    for batch in batches:
-        yield _first_rows(batch, left)
-        left -= len(batch["video"])
-        if left <= 0:
-            return
+    yield from (batch for batch in batches if len(batch["video"]))
+
+
+def _fresh_batches(config: Config, split: Split, num_clips: int, share: slice) -> Iterator[Batch]:
+    """The clips numbered `share` of the `num_clips` first ones that a world without files generates."""
+    size = min(EVALUATION_BATCH, num_clips)
+    seed = config.evaluation.seed + SPLITS.index(split)
+    sprites = _sprites(split, config.data.mnist_dir)
+    stream = MovingMnistStream(sprites, setting=config.data.setting, batch_size=size, seed=seed)
+    firsts = range(share.start // size * size, share.stop, size)
+    for first, batch in zip(firsts, stream.batches(firsts.start // size), strict=False):
+        yield _rows(batch, slice(max(0, share.start - first), share.stop - first))
 
 
 def known_law(config: Config, split: Split) -> Law | None:
@@ -234,11 +239,11 @@ def clip_spec(config: Config, steps: int) -> ClipSpec:
     return ClipSpec(num_segments(config, steps), data.num_frames, data.frame_stride, data.clip_step, data.fps)
 
 
-def _first_rows(batch: Batch, count: int) -> Batch:
+def _rows(batch: Batch, rows: slice) -> Batch:
     return {
-        "video": batch["video"][:count],
-        "clip_id": batch["clip_id"][:count],
-        "labels": {name: values[:count] for name, values in batch["labels"].items()},
+        "video": batch["video"][rows],
+        "clip_id": batch["clip_id"][rows],
+        "labels": {name: values[rows] for name, values in batch["labels"].items()},
     }
 
 

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from data_pipelines.errors import UserError
-from worldmodel.distributed import rand_rows, randn_rows
+from worldmodel.distributed import multinomial_rows, rand_rows, randn_rows
 from worldmodel.encoders import mlp
 
 # ------------------------------------------------------------------------------------------------- distributions
@@ -374,7 +374,7 @@ def _fit(prior: nn.Module, context: Tensor, r: Tensor) -> Tensor:
 
 def _choose(log_weights: Tensor, values: Any, generator: torch.Generator | None) -> list[Tensor]:
     """Draw a component [B] by its weight and take each of values [B, K, R] there: [B, R] each."""
-    chosen = torch.multinomial(log_weights.detach().exp(), 1, generator=generator)
+    chosen = multinomial_rows(log_weights.detach().exp(), generator)
     return [v.gather(1, chosen.unsqueeze(-1).expand(-1, -1, v.shape[-1])).squeeze(1) for v in values]
 
 

@@ -226,9 +226,25 @@ class WorldModel(nn.Module):
 
         R is 0 without a latent; action [B, A].
         """
+        return self.infer_from(state, self.seen(segments), known_r, generator, action=action)
+
+    def seen(self, segments: Tensor) -> Tensor | None:
+        """What r is inferred from beside the state: the embedding [B, D] of a later one of segments [B, S, T, C, H, W];
+        None where no segment is looked at."""
+        return self.encode(segments[:, self.seen_at]) if self.latent is not None and self.latent.sees_later else None
+
+    def infer_from(
+        self,
+        state: Tensor,
+        seen: Tensor | None,
+        known_r: Tensor | None,
+        generator: torch.Generator | None = None,
+        *,
+        action: Tensor | None = None,
+    ) -> Inference:
+        """`infer` from what is `seen` of the clips."""
         if self.latent is None:
             return Inference(state[:, :0], None, None)
-        seen = self.encode(segments[:, self.seen_at]) if self.latent.sees_later else None
         return self.latent.infer(joined(state, action), seen, known_r, generator)
 
     def sample(

@@ -40,7 +40,7 @@ from worldmodel.checkpoint import (
     save_checkpoint,
 )
 from worldmodel.config import Config, TrainConfig, flatten, to_dict
-from worldmodel.data import training_inputs, training_stream
+from worldmodel.data import read_index, training_inputs, training_stream
 from worldmodel.distributed import globalise_batch_norm
 from worldmodel.evaluation import factors, forecast
 from worldmodel.gradients import Losses, Part, compute_gradients, in_parts
@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 COLLAPSE_RANK = 2.0
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 ECHO_S = 2.0
-"""A signal to a whole process group comes twice, as launchers pass it on: what follows so soon is no second request."""
+"""A signal to all processes comes twice, as launchers pass it on: what follows so soon is no second request."""
 
 
 class Interrupted(Exception):
@@ -149,6 +149,9 @@ class Trainer:
         if accelerator.num_processes > 1:
             for module in (self.teacher, model.embedder, model.editor, model.latent, model.scene):
                 globalise_batch_norm(module or nn.Module())
+        if mode := compile_mode(config.train, accelerator):
+            for embedder in (model.embedder, *([self.teacher.embedder] if self.teacher else [])):
+                embedder.encoder.compile(mode=mode)
         optimizer = torch.optim.AdamW(parameter_groups(model, config.train.weight_decay), config.train.lr, fused=True)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.step = 0
@@ -256,20 +259,30 @@ class Trainer:
 
     def evaluate(self) -> bool:
         """Score on selection identities; True where it is the best so far. Lower is better."""
-        is_best = torch.zeros((), device=self.accelerator.device)
+        config, accelerator, device = self.config, self.accelerator, self.accelerator.device
+        is_best = torch.zeros((), device=device)
+        if config.data.source == "causal":  # too quick to be worth sharing
+            scores = factors.development_scores(config, self.student, device)
+            score = -scores["factors_r2"]
+        else:
+            with accelerator.main_process_first(), accelerator.local_main_process_first():
+                if config.data.source == "videos":
+                    read_index(config.data, "selection")
+            scores = forecast.development_scores(
+                config,
+                self.student,
+                self.target_encoder,
+                device,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+            )
+            score = scores["relative_energy_score"]
         if self.tracker:
-            device = self.accelerator.device
-            if self.config.data.source == "causal":
-                scores = factors.development_scores(self.config, self.student, device)
-                score = -scores["factors_r2"]
-            else:
-                scores = forecast.development_scores(self.config, self.student, self.target_encoder, device)
-                score = scores["relative_energy_score"]
-            self.tracker.log("selection", self.step + self.refined * self.config.train.refine_steps, scores)
+            self.tracker.log("selection", self.step + self.refined * config.train.refine_steps, scores)
             if score < self.best_score:
                 self.best_score = score
                 is_best += 1
-        return bool(self.accelerator.reduce(is_best).item())
+        return bool(accelerator.reduce(is_best).item())
 
     def refine(self, stop: Callable[[], int]) -> None:
         """Refinement, by the first process alone: minutes of one processor. Interrupted, it begins anew on a resume."""
@@ -283,6 +296,8 @@ class Trainer:
             caught = refine(config, self.student, clips, device, precise, self.log_refinement, stop)
         if signal_number := int(self.accelerator.reduce(torch.tensor(caught, device=self.accelerator.device))):
             raise Interrupted(signal_number)
+        [refined] = broadcast_object_list([{name: value.cpu() for name, value in self.student.state_dict().items()}])
+        self.student.load_state_dict(refined)
         self.refined = True
         self.save(self.evaluate())
 
@@ -463,6 +478,20 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             "of configs/accelerate (docs/multi_node.md)"
         )
     return accelerator
+
+
+def compile_mode(config: TrainConfig, accelerator: Accelerator) -> str | None:
+    """torch.compile's mode; None: nothing is compiled.
+
+    Raises:
+        UserError: there are several processes, between which the encoder's batch norm communicates.
+    """
+    if config.compile in ("default", "max-autotune"):
+        if accelerator.num_processes > 1:
+            raise UserError(f"train.compile={config.compile} is for one process: set train.compile=none")
+        return config.compile
+    gpu_alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    return "default" if config.compile == "auto" and gpu_alone else None
 
 
 def check_same_everywhere(accelerator: Accelerator, config: Config, resume: bool, stream_fingerprint: str) -> None:

@@ -358,6 +358,17 @@ def test_read_all_is_ordered_and_complete(index: VideoIndex, read_numbers: Any, 
     assert torch.equal(torch.cat([batch["video"] for batch in some]), whole[ids])
 
 
+@pytest.mark.parametrize("world_size", [2, 30])
+def test_ranks_read_all_clips_once_in_order(index: VideoIndex, world_size: int) -> None:
+    arguments: dict[str, Any] = {"size_px": None, "channels": 1, "batch_size": 4, "max_clips": 25}
+    shares = [list(read_all(index, SPEC, **arguments, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    sizes = [sum(len(batch["clip_id"]) for batch in share) for share in shares]
+    assert max(sizes) - min(sizes) == 1
+    for name in ("clip_id", "video"):
+        whole = torch.cat([batch[name] for batch in read_all(index, SPEC, **arguments)])
+        assert torch.equal(torch.cat([batch[name] for share in shares for batch in share]), whole)
+
+
 @pytest.fixture
 def damaged(index: VideoIndex, tmp_path: Path) -> tuple[VideoIndex, set[str]]:
     """Five files that were good when they were indexed: empty, cut, shorter, damaged inside and gone."""

@@ -64,6 +64,22 @@ def test_evaluation_gives_the_asked_number_of_clips_always_the_same(
         assert all(torch.equal(a["video"], b["video"]) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize(("num_clips", "world_size"), [(131, 3), (2, 3)])
+def test_ranks_share_the_clips_of_an_evaluation(
+    num_clips: int, world_size: int, tiny_config: Callable[..., Config]
+) -> None:
+    config = tiny_config("data.source=moving_mnist")
+    whole = list(evaluation_batches(config, "selection", num_clips))
+    shared = [
+        batch
+        for rank in range(world_size)
+        for batch in evaluation_batches(config, "selection", num_clips, rank=rank, world_size=world_size)
+    ]
+    for name in ("clip_id", "video"):
+        assert torch.equal(torch.cat([batch[name] for batch in shared]), torch.cat([batch[name] for batch in whole]))
+    assert all(len(batch["clip_id"]) for batch in shared)
+
+
 def test_the_law_is_known_for_both_sources(tiny_config: Callable[..., Config]) -> None:
     for source in ("videos", "moving_mnist"):
         law = known_law(tiny_config(f"data.source={source}"), "test")

@@ -11,8 +11,17 @@ from torch import nn
 
 from data_pipelines.errors import UserError
 from tests.conftest import REPO, TINY, normal, script_environment
+from tests.worldmodel import training_jobs
 from tests.worldmodel.test_train import rows
-from worldmodel.distributed import GlobalBatchNorm, gathered, global_batch, globalise_batch_norm, num_clips, randn_rows
+from worldmodel.distributed import (
+    GlobalBatchNorm,
+    gathered,
+    global_batch,
+    globalise_batch_norm,
+    multinomial_rows,
+    num_clips,
+    randn_rows,
+)
 from worldmodel.objectives import OBJECTIVES
 
 CAUSAL = ["causal/heteroscedastic.yaml", "data.batch_size=64", "model.latent_dim=4", "model.embedding_norm=sphere"]
@@ -69,6 +78,32 @@ def test_two_processes_compute_the_losses_and_gradients_of_one(case: str, by_wor
         torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-5, msg=differ)
 
 
+SCORED: dict[str, list[str]] = {
+    "videos": ["model.prior_components=3", "evaluation.selection_clips=25", "evaluation.fit_clips=51"],
+    "fresh": ["data.source=moving_mnist", "evaluation.selection_clips=131", "evaluation.fit_clips=2"],
+    "refined": ["model.scene_dim=2", "train.refine_steps=2", "train.refine_clips=48", "evaluation.selection_clips=5"],
+}
+
+
+def test_two_processes_share_an_evaluation_and_score_as_one(world: Path, tmp_path: Path) -> None:
+    cases = {name: ["demo.yaml", *TINY, f"data.root={world}", *of_case] for name, of_case in SCORED.items()}
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    training_jobs.evaluate(tmp_path / "one", cases)
+    launch(2, "evaluate", str(tmp_path / "two"), str(tmp_path / "cases.json"))
+    for name in cases:
+        whole = json.loads((tmp_path / "one" / f"{name}_0.json").read_text())
+        shares = [json.loads((tmp_path / "two" / f"{name}_{rank}.json").read_text()) for rank in (0, 1)]
+        assert all(share["best"] == whole["best"] for share in shares)
+        for clips, *parts in zip(whole["readings"], *(share["readings"] for share in shares), strict=True):
+            assert parts[0] + parts[1] == clips
+            assert abs(len(parts[0]) - len(parts[1])) <= 1
+        scores, of_two = (rows(tmp_path / size / name, "selection") for size in ("one", "two"))
+        assert len(scores) == (1 if name == "refined" else 2)
+        for row, of_both in zip(scores, of_two, strict=True):
+            assert row.pop("split") == of_both.pop("split")
+            assert of_both == pytest.approx(row, rel=1e-4)
+
+
 @pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_with_one_and_with_four(tmp_path: Path) -> None:
     """Stopped after step 3 of 6 by a signal to the first process; the same clips and the same losses as in one go."""
@@ -116,6 +151,11 @@ def test_random_numbers_go_with_the_place_in_the_global_batch() -> None:
     with global_batch(rows_of_one, 6):
         assert torch.equal(randn_rows(torch.empty(2, 2), generator()), whole[rows_of_one])
     assert torch.equal(whole, torch.randn(6, 2, generator=generator()))
+    weights = normal(1, 6, 3).exp()
+    chosen = multinomial_rows(weights, generator())
+    assert torch.equal(chosen, torch.multinomial(weights, 1, generator=generator()))
+    with global_batch(rows_of_one, 6):
+        assert torch.equal(multinomial_rows(weights[rows_of_one], generator()), chosen[rows_of_one])
 
 
 def test_a_batch_that_hardly_has_clips_is_refused() -> None:

@@ -21,8 +21,10 @@ from accelerate.utils import DistributedType
 from data_pipelines.errors import UserError
 from tests.conftest import REPO, TINY, script_environment
 from tests.worldmodel.test_train import assert_same_weights
+from worldmodel import train as train_module
 from worldmodel.config import Config
-from worldmodel.train import Trainer, told_by_backend, train
+from worldmodel.machine import child_processes
+from worldmodel.train import Trainer, stop_signals, told_by_backend, train
 
 LAUNCH_CONFIGS = REPO / "configs" / "accelerate"
 MAIN_PROCESS = ["--main_process_ip", "10.77.0.1", "--main_process_port", "29500"]
@@ -102,6 +104,16 @@ def test_messages_of_backends_are_told_in_one_line() -> None:
     assert told_by_backend(RuntimeError(gloo)) == "Connection closed by peer [10.0.0.2]:3344"
 
 
+def test_the_echo_of_a_signal_is_no_second_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    with stop_signals() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop() == signal.SIGTERM
+        monkeypatch.setattr(train_module, "ECHO_S", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+
+
 def test_sharding_is_refused(tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(UserError, match="Accelerate is set to FSDP, but models are not sharded"):
@@ -144,17 +156,18 @@ def test_other_errors_of_a_step_stay_what_they_are(
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_launcher_or_to_the_whole_group_is_resumed_bit_for_bit(tmp_path: Path) -> None:
-    """Slurm and Ctrl-C send a signal to all at once, and the launcher passes it on: processes get it twice."""
+def test_sigterm_to_the_launcher_or_to_all_processes_is_resumed_bit_for_bit(tmp_path: Path) -> None:
+    """Sent to all, as batch systems do it, the signal reaches training processes twice: the launcher passes it on."""
     steps = ["train.steps=60"]
     whole = run_to_end(launch_command(overrides=steps), tmp_path / "whole")
     assert whole.count("2 processes on cpu, fp32") == 1
     folder, resumed = tmp_path / "stopped", launch_command(overrides=[*steps, "--resume"])
     stops: list[int] = []
-    for send in (os.kill, os.killpg):
+    for to_all in (False, True):
         with started(resumed, folder) as process:
             wait_for_step(process, folder / "run", (stops[-1] if stops else 0) + 5)
-            send(process.pid, signal.SIGTERM)
+            for pid in [process.pid, *(child_processes(process.pid) if to_all else [])]:
+                os.kill(pid, signal.SIGTERM)
             process.wait(timeout=60)
         output = (folder / "output.txt").read_text()
         assert process.returncode != 0 and "stopped by SIGTERM; go on with --resume" in output, output[-3000:]
@@ -181,6 +194,7 @@ def test_processes_with_different_configs_are_refused(tmp_path: Path) -> None:
     output = (tmp_path / "a" / "output.txt").read_text()
     assert process.returncode != 0
     assert "error: process 1 has train.lr=0.5, the first has 0.002: start all processes with the same" in output
+    assert "traceback : error: process 1 has" in output, "the launcher's summary names the cause"
 
 
 # ------------------------------------------------------------------------------------------------------- two hosts

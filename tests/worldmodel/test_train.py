@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from worldmodel import WorldModel, load
 from worldmodel.config import Config
 from worldmodel.data import read_index, training_stream
 from worldmodel.teacher import Teacher
-from worldmodel.train import train
+from worldmodel.train import compile_mode, make_accelerator, train
 
 REFINED = ["train.refine_steps=2", "train.refine_clips=12"]
 TIMING = ("clips_per_s", "data_s", "forward_s", "backward_s", "optimiser_s", "step_s", "tflops", "mfu")
@@ -229,12 +230,17 @@ def test_signals_save_a_checkpoint_and_tell_by_the_exit_code(
     assert index["latest"] is not None
 
 
-@pytest.mark.parametrize("objective", ["byol", "infonce"])
-def test_two_processes_log_once_and_agree(objective: str, tiny_overrides: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("objective", "precision"), [("byol", "fp32"), ("infonce", "bf16")])
+def test_two_processes_log_once_and_agree(
+    objective: str, precision: str, tiny_overrides: list[str], tmp_path: Path
+) -> None:
     # On a CPU, `accelerate launch --num_processes 2` starts one process only; torchrun starts both.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*launch, str(REPO / "scripts" / "train.py"), *DEMO, *tiny_overrides, f"objective.name={objective}", *REFINED],
+        [
+            *(*launch, str(REPO / "scripts" / "train.py"), *DEMO, *tiny_overrides, *REFINED),
+            *(f"objective.name={objective}", f"train.precision={precision}"),
+        ],
         capture_output=True,
         text=True,
         timeout=180,
@@ -242,7 +248,7 @@ def test_two_processes_log_once_and_agree(objective: str, tiny_overrides: list[s
         env=script_environment(),
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("2 processes on cpu, fp32") == 1
+    assert done.stdout.count(f"2 processes on cpu, {precision}") == 1
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows(tmp_path / "run", "refinement")] == [7, 8]
 
@@ -258,3 +264,20 @@ def test_resuming_on_other_videos_is_refused(tiny_config: Callable[..., Config],
     finally:
         extra.unlink()
         read_index.cache_clear()
+
+
+def test_what_is_compiled(tiny_config: Callable[..., Config]) -> None:
+    accelerator = make_accelerator(tiny_config().train)
+    modes = {name: compile_mode(tiny_config(f"train.compile={name}").train, accelerator) for name in ("auto", "none")}
+    assert modes == {"auto": None, "none": None}
+    assert compile_mode(tiny_config("train.compile=max-autotune").train, accelerator) == "max-autotune"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_encoder_learns_the_same(tiny_config: Callable[..., Config]) -> None:
+    plain = train(tiny_config("train.steps=2"))
+    losses = [row["loss"] for row in rows(plain)]
+    compiled = train(tiny_config("train.steps=2", "train.compile=default", f"run_dir={plain}_compiled"))
+    assert [row["loss"] for row in rows(compiled)] == pytest.approx(losses, abs=1e-2)
+    assert final_tensors(compiled).keys() == final_tensors(plain).keys()

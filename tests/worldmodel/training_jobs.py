@@ -1,6 +1,7 @@
 """What the tests start as one or several processes: `python training_jobs.py JOB OUT ARGUMENT...` below torchrun.
 
 three_updates OUT CASES    of each case, a config and overrides: losses, gradients, teacher, running statistics
+evaluate OUT CASES         of each case: the scores of an untrained model, refined where it says so; who saw which clips
 run_until OUT STEP anew|resume CONFIG OVERRIDE...    train; SIGTERM after a step; keeps the clips of each step
 """
 
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
@@ -19,7 +21,8 @@ from safetensors.torch import save_file
 from tests.conftest import REPO
 from worldmodel import train as training
 from worldmodel.config import load_config
-from worldmodel.data import training_stream
+from worldmodel.data import evaluation_batches, training_stream
+from worldmodel.evaluation import forecast
 
 
 def three_updates(out: Path, cases: dict[str, list[str]]) -> None:
@@ -90,6 +93,34 @@ def double_precision() -> Iterator[None]:
         training.training_inputs, torch.Tensor.float = inputs, single  # type: ignore[method-assign]
 
 
+def evaluate(out: Path, cases: dict[str, list[str]]) -> None:
+    """Writes OUT/CASE_RANK.json: the clips that this process decoded at each reading, and whether the first and the
+    second score are the best so far. OUT/CASE/metrics.jsonl has the scores."""
+    for name, (path, *overrides) in cases.items():
+        config = load_config(REPO / "configs" / path, [*overrides, f"run_dir={out / name}"])
+        accelerator = training.make_accelerator(config.train)
+        run = Path(config.run_dir)
+        run.mkdir(parents=True, exist_ok=True)
+        trainer = training.Trainer(config, accelerator, run, "")
+        readings: list[list[int]] = []
+        best = []
+
+        def spied(*arguments: Any, readings: list[list[int]] = readings, **options: Any) -> Iterator[dict[str, Any]]:
+            readings.append([])
+            for batch in evaluation_batches(*arguments, **options):
+                readings[-1] += batch["clip_id"].tolist()
+                yield batch
+
+        with trainer.progress(), patch.object(forecast, "evaluation_batches", spied):
+            if config.train.refine_steps:
+                trainer.refine(lambda: 0)
+            else:
+                best = [trainer.evaluate(), trainer.evaluate()]
+            trainer.close()
+        found = json.dumps({"readings": readings, "best": best})
+        (out / f"{name}_{accelerator.process_index}.json").write_text(found)
+
+
 def run_until(out: Path, last_step: int, path: str, overrides: list[str], resume: bool) -> None:
     """Trains; the first process gets SIGTERM after `last_step`. Writes OUT/clips_RANK.json, by step."""
     update = training.Trainer.update
@@ -117,5 +148,7 @@ if __name__ == "__main__":
     job, folder, *rest = sys.argv[1:]
     if job == "three_updates":
         three_updates(Path(folder), json.loads(Path(rest[0]).read_text()))
+    elif job == "evaluate":
+        evaluate(Path(folder), json.loads(Path(rest[0]).read_text()))
     else:
         run_until(Path(folder), int(rest[0]), rest[2], rest[3:], resume=rest[1] == "resume")

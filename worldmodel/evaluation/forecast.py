@@ -11,12 +11,13 @@ dimensions, K dimensions of the quantity.
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from einops import repeat
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -24,8 +25,18 @@ from tqdm.auto import tqdm
 from data_pipelines.errors import UserError
 from data_pipelines.sources.digits import Split
 from data_pipelines.sources.law import Law, Quantity
+from data_pipelines.stream import share_of_pass
 from worldmodel.config import Config
-from worldmodel.data import actions_of, evaluation_batches, known_law, num_segments, oracle_r, segments_of
+from worldmodel.data import (
+    EVALUATION_BATCH,
+    actions_of,
+    evaluation_batches,
+    known_law,
+    num_segments,
+    oracle_r,
+    segments_of,
+)
+from worldmodel.distributed import global_batch
 from worldmodel.evaluation.illustrations import Fans, Illustrations, Latents
 from worldmodel.evaluation.probes import Splits, probe_all
 from worldmodel.evaluation.readout import Readout, choose_readout, fit_ridge
@@ -163,43 +174,58 @@ def evaluate_forecasts(
 
 
 def development_scores(
-    config: Config, student: WorldModel, target_encoder: nn.Module, device: torch.device
+    config: Config,
+    student: WorldModel,
+    target_encoder: nn.Module,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> dict[str, float]:
     """A quick score on selection identities, for choosing checkpoints and for learning curves.
 
     relative_energy_score is the Energy Score over that of the true law, or, where no law is known, over that of
     climatology (other clips' targets) in embedding space; both are means over the horizon. Lower is better.
+
+    All `world_size` processes call it, each decodes, encodes and forecasts its share of the clips, and all get the
+    same.
     """
     sizes = config.evaluation
+    shared: dict[str, Any] = {"progress": False, "rank": rank, "world_size": world_size}
     law = known_law(config, "selection")
     num_queries = min(DEVELOPMENT_QUERIES, sizes.selection_clips)
     with frozen(student, target_encoder):
         queries = embed_clips(
-            config, student, target_encoder, "selection", num_queries, device, horizon=sizes.horizon, progress=False
+            config, student, target_encoder, "selection", num_queries, device, horizon=sizes.horizon, **shared
         )
+        num_fit = min(DEVELOPMENT_FIT_CLIPS, sizes.fit_clips)
+        fit = embed_clips(config, student, target_encoder, "train", num_fit, device, **shared) if law else None
+        if len(queries) < world_size:
+            rank, world_size = 0, 1  # each forecasts all
+        share = share_of_pass(len(queries), rank, world_size)
         generator = torch.Generator().manual_seed(sizes.seed)
         num_samples = num_futures(config, student)
-        samples = roll_out(student, queries, sizes.horizon, num_samples, generator, device)
+        samples = _roll_out_share(student, queries, share, sizes.horizon, num_samples, generator, device)
         scores = {"effective_rank": effective_rank(queries.targets[:, 0]), **mean_penalty(student, queries.penalty)}
-        if law is None:
-            observed = queries.targets[:, None]
-            score, reference = (mean_score(values, observed) for values in (samples, _climatology(queries, generator)))
+        if law is None or fit is None:
+            observed = queries.targets[share, None]
+            forecasts = samples, _climatology(queries, generator)[share]
         else:
-            num_fit = min(DEVELOPMENT_FIT_CLIPS, sizes.fit_clips)
-            fit = embed_clips(config, student, target_encoder, "train", num_fit, device, progress=False)
             readout = fit_ridge(fit.targets[:, 0], law.truth(fit.labels, 1)[:, 0], strength=1.0)
-            draws, truth = (
-                _draw(law, queries.labels, sizes.horizon, count, generator)
+            observed, truth = (
+                _draw(law, queries.labels, sizes.horizon, count, generator)[share]
                 for count in (sizes.law_samples, sizes.num_samples)
             )
-            score, reference = mean_score(readout(samples), draws), mean_score(truth, draws)
+            forecasts = readout(samples), truth
+    score, reference = (mean_score(values, observed, world_size) for values in forecasts)
     return scores | {"energy_score": score, "relative_energy_score": score / max(reference, 1e-9)}
 
 
-def mean_score(samples: Tensor, observed: Tensor) -> float:
-    """Energy Score, the mean over queries and horizon: [Q, S, H, K], [Q, M, H, K]."""
-    steps = zip(samples.unbind(2), observed.unbind(2), strict=True)
-    return float(torch.stack([energy_score(forecast, truth).mean() for forecast, truth in steps]).mean())
+def mean_score(samples: Tensor, observed: Tensor, world_size: int = 1) -> float:
+    """Energy Score, the mean over horizon and queries, those of all processes: [Q, S, H, K], [Q, M, H, K]."""
+    steps = enumerate(zip(samples.unbind(2), observed.unbind(2), strict=True))
+    scores = {str(step): [energy_score(forecast, truth)] for step, (forecast, truth) in steps}
+    return float(torch.stack([step.mean() for step in _of_all_processes(scores, world_size).values()]).mean())
 
 
 # --------------------------------------------------------------------------------------------------- embedded clips
@@ -216,20 +242,23 @@ def embed_clips(
     horizon: int = 1,
     frames: int = 0,
     progress: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> EmbeddedClips:
-    """Encode clips of a split with `horizon` segments to forecast, keeping the pixels of the first `frames` of them."""
-    parts: dict[str, list[Tensor]] = {
-        name: []
-        for name in (
-            *("state", "backbone", "persistence", "targets", "r", "penalty", "actions"),
-            *("clip_id", "frames", "extrapolated"),
-        )
-    }
+    """Encode clips of a split with `horizon` segments to forecast, keeping the pixels of the first `frames` of them.
+
+    With several processes, all call it; each decodes and encodes its share, and gets the clips of all of them.
+    """
+    parts: dict[str, list[Tensor]] = {}
     labels: dict[str, list[Tensor]] = {}
+
+    def add(name: str, values: Tensor | None) -> None:
+        if values is not None:
+            parts.setdefault(name, []).append(values.cpu())
+
     law = known_law(config, split)
-    generator = torch.Generator(device).manual_seed(config.evaluation.seed)
     batches = tqdm(
-        evaluation_batches(config, split, num_clips, horizon),
+        evaluation_batches(config, split, num_clips, horizon, rank=rank, world_size=world_size),
         desc=f"encoding {split}",
         unit="batch",
         disable=not progress,
@@ -238,48 +267,69 @@ def embed_clips(
     for batch in batches:
         segments = segments_of(batch, num_segments(config, horizon), device)
         backbone = student.embedder.features(segments[:, 0])
-        state = student.state_of(backbone)
-        actions = actions_of(batch, config, horizon, device)
-        first = None if actions is None else actions[:, 0]
-        inference = student.infer(state, segments, oracle_r(batch, config, device), generator, action=first)
         shown = segments[:, : horizon + 1]
-        parts["state"].append(state.cpu())
-        parts["backbone"].append(backbone.float().cpu())
-        parts["r"].append(inference.r.cpu())
-        if inference.penalty is not None:
-            parts["penalty"].append(inference.penalty.cpu())
-        if actions is not None:
-            parts["actions"].append(actions.cpu())
-        parts["persistence"].append(target_encoder(segments[:, 0]).cpu())
-        parts["targets"].append(target_encoder(shown[:, 1:].flatten(0, 1)).unflatten(0, (-1, horizon)).cpu())
-        parts["clip_id"].append(batch["clip_id"])
+        add("state", student.state_of(backbone))
+        add("backbone", backbone.float())
+        add("seen", student.seen(segments))
+        add("actions", actions_of(batch, config, horizon, device))
+        add("known_r", oracle_r(batch, config, device))
+        add("persistence", target_encoder(segments[:, 0]))
+        add("targets", target_encoder(shown[:, 1:].flatten(0, 1)).unflatten(0, (-1, horizon)))
+        add("clip_id", batch["clip_id"])
         if kept < frames:
             video = shown[: frames - kept].flatten(1, 2)
-            parts["frames"].append((video * 255).round().byte().cpu())
+            add("frames", (video * 255).round().byte())
             kept += len(video)
         if law:
-            parts["extrapolated"].append(law.extrapolate(segments[:, 0], horizon).cpu())
+            add("extrapolated", law.extrapolate(segments[:, 0], horizon))
         for name, values in batch["labels"].items():
             labels.setdefault(name, []).append(values)
-    if sum(len(part) for part in parts["state"]) < 2:
+    whole, all_labels = (_of_all_processes(own, world_size) for own in (parts, labels))
+    if len(whole.get("clip_id", ())) < 2:
         raise UserError(
             f"the {split} split of {config.data.root} has fewer than 2 clips of {num_segments(config, horizon)} "
             "segments: add videos, or lower data.clip_step or evaluation.horizon"
         )
-    whole = {name: torch.cat(values) for name, values in parts.items() if values}
+    r, penalty = _infer(config, student, whole, device)
     return EmbeddedClips(
         state=whole["state"],
         backbone=whole["backbone"],
         persistence=whole["persistence"],
         targets=whole["targets"],
-        r=whole["r"],
-        penalty=whole.get("penalty"),
+        r=r,
+        penalty=penalty,
         actions=whole.get("actions"),
         clip_id=whole["clip_id"],
-        labels={name: torch.cat(values) for name, values in labels.items()},
-        frames=whole.get("frames", torch.empty(0)),
+        labels=all_labels,
+        frames=whole.get("frames", torch.empty(0))[:frames],
         extrapolated=whole.get("extrapolated"),
     )
+
+
+def _of_all_processes(parts: dict[str, list[Tensor]], world_size: int) -> dict[str, Tensor]:
+    """The parts of each name put together, process after process. One that had no clip has no names."""
+    of_each = gather_object([parts]) if world_size > 1 else [parts]
+    names = dict.fromkeys(name for part in of_each for name in part)
+    return {name: torch.cat([values for part in of_each for values in part.get(name, [])]) for name in names}
+
+
+def _infer(
+    config: Config, student: WorldModel, clips: dict[str, Tensor], device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """r [N, R] and its penalty [N], for all clips in order, so that a clip's random numbers are the same whichever
+    process encoded it."""
+    generator = torch.Generator(device).manual_seed(config.evaluation.seed)
+    inferences = []
+    for start in range(0, len(clips["state"]), EVALUATION_BATCH):
+        rows = slice(start, start + EVALUATION_BATCH)
+        state, seen, known_r, actions = (
+            clips[name][rows].to(device) if name in clips else None for name in ("state", "seen", "known_r", "actions")
+        )
+        assert state is not None
+        first = None if actions is None else actions[:, 0]
+        inferences.append(student.infer_from(state, seen, known_r, generator, action=first))
+    penalties = [inference.penalty.cpu() for inference in inferences if inference.penalty is not None]
+    return torch.cat([inference.r.cpu() for inference in inferences]), torch.cat(penalties) if penalties else None
 
 
 def mean_penalty(student: WorldModel, penalty: Tensor | None) -> dict[str, float]:
@@ -341,6 +391,25 @@ def roll_out(
         futures = student.rollout_embedding(state, horizon, num_samples, on_device, actions=actions, shuffle=shuffle)
         chunks.append(futures.cpu())
     return torch.cat(chunks)
+
+
+def _roll_out_share(
+    student: WorldModel,
+    queries: EmbeddedClips,
+    share: slice,
+    horizon: int,
+    num_samples: int,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Tensor:
+    """What `roll_out` says of this process's share of at most ENCODE_BATCH queries, by the same random numbers."""
+    count = len(queries)
+    own = replace(
+        queries, state=queries.state[share], actions=None if queries.actions is None else queries.actions[share]
+    )
+    rows = torch.arange(share.start * num_samples, share.stop * num_samples, device=device)
+    with global_batch(rows, count * num_samples) if len(own) < count else nullcontext():
+        return roll_out(student, own, horizon, num_samples, generator, device)
 
 
 def _climatology(queries: EmbeddedClips, generator: torch.Generator) -> Tensor:

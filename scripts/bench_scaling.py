@@ -1,0 +1,135 @@
+"""Time training steps on 1, 2, 4, ... processes: how much faster they are together.
+
+python scripts/bench_scaling.py --config configs/paper.yaml --processes 1 2 --out bench_scaling.json [key=value ...]
+
+Each number of processes trains on the same global batches of data.batch_size clips, the loader or renderer included:
+on CPUs with one thread each (train.num_threads), on GPUs with one GPU each. Efficiency is clips per second over those
+of the first number, per process. Unless key=value says otherwise, train.precision is auto, and data.mnist_dir null:
+digits that need no files.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from data_pipelines.errors import UserError
+from worldmodel.checkpoint import write_text
+from worldmodel.cli import report_errors
+from worldmodel.config import Config, load_config
+from worldmodel.data import training_stream
+from worldmodel.machine import keep_freed_memory, machine_description
+from worldmodel.train import Trainer, make_accelerator
+
+DEFAULTS = ("train.precision=auto", "data.mnist_dir=null", "train.num_threads=1")
+WARMUP_STEPS = 3
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/paper.yaml"))
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes, in this order")
+    parser.add_argument("--steps", type=int, default=12, help=f"timed steps, after {WARMUP_STEPS} that are not")
+    parser.add_argument("--out", type=Path, default=Path("bench_scaling.json"), help="JSON file to write")
+    parser.add_argument("--times", type=Path, help=argparse.SUPPRESS)  # one of the processes: where its times go
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.batch_size=256")
+    args = parser.parse_intermixed_args()
+    with report_errors():
+        config = load_config(args.config, [*DEFAULTS, *args.overrides])
+        if args.times:
+            run_steps(config, args.steps, args.times)
+            return 0
+        for option, values in (("--steps", [args.steps]), ("--processes", args.processes)):
+            if min(values) < 1:
+                raise UserError(f"{option} must be at least 1, not {min(values)}")
+        arguments = ["--config", str(args.config), "--steps", str(args.steps), *args.overrides]
+        result = bench(config, args.processes, arguments)
+        try:
+            write_text(args.out, json.dumps(result, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {args.out}: {error.strerror}") from error
+        print(f"{summary(result)}\n{args.out}")
+    return 0
+
+
+def bench(config: Config, numbers: list[int], arguments: list[str]) -> dict[str, Any]:
+    """What bench_scaling.json holds."""
+    rows: list[dict[str, Any]] = []
+    for number in numbers:
+        step_s = median(seconds_of(number, arguments))
+        clips_per_s = config.data.batch_size / step_s
+        first = rows[0] if rows else {"processes": number, "clips_per_s": clips_per_s}
+        speedup = clips_per_s / first["clips_per_s"]
+        rows.append(
+            {
+                "processes": number,
+                "step_s": step_s,
+                "clips_per_s": clips_per_s,
+                "speedup": speedup,
+                "efficiency": speedup * first["processes"] / number,
+            }
+        )
+    return {"machine": machine_description(), "batch_size": config.data.batch_size, "rows": rows}
+
+
+def seconds_of(num_processes: int, arguments: list[str]) -> list[float]:
+    """The seconds of each step of so many processes, as the first of them sees it.
+
+    Raises:
+        UserError: they did not get through; what they said is on stderr.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    with tempfile.TemporaryDirectory(prefix="bench_scaling_") as folder:
+        times = Path(folder) / "times.json"
+        command = [*launcher, str(Path(__file__).resolve()), "--times", str(times), *arguments]
+        if subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}).returncode or not times.is_file():
+            raise UserError(f"{num_processes} processes did not get through {arguments}: see above")
+        return json.loads(times.read_text(encoding="utf-8"))
+
+
+def run_steps(config: Config, steps: int, times: Path) -> None:
+    """One of the processes: trains, and writes the seconds of its steps if it is the first."""
+    accelerator = make_accelerator(config.train)
+    torch.set_num_threads(config.train.num_threads or 1)
+    keep_freed_memory()
+    rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    stream = training_stream(config, config.objective.rollout_steps, rank=rank, world_size=world_size, device=device)
+    trainer = Trainer(config, accelerator, times.parent, stream.fingerprint)
+    batches = stream.batches()
+    seconds = []
+    for _ in range(WARMUP_STEPS + steps):
+        start_s = time.perf_counter()
+        trainer.update(batches)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start_s)
+    batches.close()
+    if accelerator.is_main_process:
+        write_text(times, json.dumps(seconds[WARMUP_STEPS:]))
+    accelerator.end_training()
+
+
+def summary(result: dict[str, Any]) -> str:
+    header = f"{'processes':>9}  {'step, s':>8}  {'clips/s':>8}  {'speedup':>7}  {'efficiency':>10}"
+    return "\n".join(
+        [
+            header,
+            *(
+                f"{row['processes']:9}  {row['step_s']:8.3f}  {row['clips_per_s']:8.1f}  {row['speedup']:7.2f}  "
+                f"{row['efficiency']:10.0%}"
+                for row in result["rows"]
+            ),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
