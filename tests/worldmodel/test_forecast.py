@@ -65,10 +65,13 @@ class OracleStudent(WorldModel):
     def prior_mean_rollout(self, state: Tensor, horizon: int, actions: Tensor | None = None) -> Tensor:
         return torch.cat([state[:, :2] + 3 * state[:, 2:], state[:, 2:]], dim=-1)[:, None]
 
-    def infer(
+    def seen(self, segments: Tensor) -> Tensor | None:
+        return None
+
+    def infer_from(
         self,
         state: Tensor,
-        segments: Tensor,
+        seen: Tensor | None,
         known_r: Tensor | None,
         generator: torch.Generator | None = None,
         *,
