@@ -192,7 +192,7 @@ def test_a_model_trained_for_two_minutes_plans_far_above_chance(tmp_path: Path) 
     root = recording(tmp_path / "rooms", 600)
     overrides = [f"data.root={root}", f"run_dir={tmp_path / 'run'}", "train.steps=600", "train.eval_every=600"]
     run = train(load_config(CONFIG, [*overrides, "tracking.wandb=disabled"]))
-    done = run_script("plan.py", "--run", str(run), "--env", ENV, "--seeds", "1")
+    done = run_script("plan.py", "--run", str(run), "--env", ENV, "--seeds", "1", timeout_s=600)
     assert done.returncode == 0, done.stderr
     result = json.loads((run / "planning.json").read_text())
     assert result["success_rate"] > 0.5 > 2 * result["random_floor"]["success_rate"]
