@@ -9,7 +9,6 @@ The two take turns, --repeats times; medians are reported. Without --run the wei
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from statistics import median
@@ -20,8 +19,7 @@ from torch import Tensor
 
 from data_pipelines.errors import UserError
 from worldmodel import WorldModel, load
-from worldmodel.checkpoint import write_text
-from worldmodel.cli import report_errors
+from worldmodel.cli import check_counts, report_errors, write_result
 from worldmodel.config import Config, load_config
 from worldmodel.machine import fair_share_of_cores, keep_freed_memory, machine_description
 from worldmodel.timing import seconds_in_turns
@@ -40,19 +38,14 @@ def main() -> int:
     args = parser.parse_args()
     keep_freed_memory()
     with report_errors():
-        for name in ("queries", "samples", "steps", "repeats"):
-            if getattr(args, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+        check_counts(args, "queries", "samples", "steps", "repeats")
         trained = load(args.run) if args.run else None
         config = trained.config if trained else load_config(args.config)
         if config.data.source == "causal":
             raise UserError(f"{args.run or args.config} has data.source=causal: rollouts are timed on clips of video")
         model = trained.model if trained else WorldModel(config).eval()
         result = bench(model, random_clips(config, args.queries), args.samples, args.steps, args.repeats)
-        try:
-            write_text(args.out, json.dumps(result, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {args.out}: {error.strerror}") from error
+        write_result(args.out, result)
         print(f"{summary(result)}\n{args.out}")
     return 0
 

@@ -23,10 +23,11 @@ import torch
 
 from data_pipelines.errors import UserError
 from worldmodel.checkpoint import write_text
-from worldmodel.cli import report_errors
+from worldmodel.cli import check_counts, report_errors, write_result
 from worldmodel.config import Config, load_config
 from worldmodel.data import training_stream
 from worldmodel.machine import keep_freed_memory, machine_description
+from worldmodel.timing import synchronise
 from worldmodel.train import Trainer, make_accelerator
 
 DEFAULTS = ("train.precision=auto", "data.mnist_dir=null", "train.num_threads=1")
@@ -47,15 +48,12 @@ def main() -> int:
         if args.times:
             run_steps(config, args.steps, args.times)
             return 0
-        for option, values in (("--steps", [args.steps]), ("--processes", args.processes)):
-            if min(values) < 1:
-                raise UserError(f"{option} must be at least 1, not {min(values)}")
+        check_counts(args, "steps")
+        if min(args.processes) < 1:
+            raise UserError(f"--processes must be at least 1, not {min(args.processes)}")
         arguments = ["--config", str(args.config), "--steps", str(args.steps), *args.overrides]
         result = bench(config, args.processes, arguments)
-        try:
-            write_text(args.out, json.dumps(result, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {args.out}: {error.strerror}") from error
+        write_result(args.out, result)
         print(f"{summary(result)}\n{args.out}")
     return 0
 
@@ -108,8 +106,7 @@ def run_steps(config: Config, steps: int, times: Path) -> None:
     for _ in range(WARMUP_STEPS + steps):
         start_s = time.perf_counter()
         trainer.update(batches)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronise(device)
         seconds.append(time.perf_counter() - start_s)
     batches.close()
     if accelerator.is_main_process:

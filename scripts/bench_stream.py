@@ -36,8 +36,7 @@ from data_pipelines.probe import open_container
 from data_pipelines.shards import load_videos, pack_videos
 from data_pipelines.sources.moving_mnist import write_world
 from data_pipelines.stream import VideoStream, clips_of
-from worldmodel.checkpoint import write_text
-from worldmodel.cli import report_errors
+from worldmodel.cli import report_errors, write_result
 from worldmodel.machine import child_processes, machine_description, memory_mb
 
 SPEC = ClipSpec()
@@ -115,7 +114,7 @@ def main() -> int:
             with tempfile.TemporaryDirectory(prefix="bench_stream_") as folder:
                 rows = bench(cases, Path(folder), args)
         result = {"machine": machine_description(), "rows": [asdict(row) for row in rows]}
-        write_text(args.out, json.dumps(result, indent=1) + "\n")
+        write_result(args.out, result)
         print(f"{table(rows)}\n\n{ratios(rows)}\n\n{args.out}")
     return 0
 

@@ -10,7 +10,6 @@ data.mnist_dir null: digits that need no files.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -25,8 +24,7 @@ from accelerate.state import AcceleratorState
 from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
-from worldmodel.checkpoint import write_text
-from worldmodel.cli import report_errors
+from worldmodel.cli import check_counts, report_errors, write_result
 from worldmodel.config import Config, flatten, load_config, to_dict
 from worldmodel.data import training_stream
 from worldmodel.machine import fair_share_of_cores, keep_freed_memory, machine_description
@@ -75,9 +73,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.batch_size=256")
     args = parser.parse_intermixed_args()
     with report_errors():
-        for option, value in (("--steps", args.steps), ("--compare-steps", args.compare_steps)):
-            if value < 1:
-                raise UserError(f"{option} must be at least 1, not {value}")
+        check_counts(args, "steps", "compare_steps")
         config = load_config(args.config, [*DEFAULTS, *args.overrides])
         for key, value in flatten(to_dict(config)).items():
             if value != PLAIN.get(key, value):
@@ -85,10 +81,7 @@ def main() -> int:
         torch.set_num_threads(config.train.num_threads or fair_share_of_cores())
         keep_freed_memory()
         result = bench(config, args.steps, args.compare_steps)
-        try:
-            write_text(args.out, json.dumps(result, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {args.out}: {error.strerror}") from error
+        write_result(args.out, result)
         print(f"{summary(result)}\n{args.out}")
     return 0
 

@@ -15,7 +15,7 @@ import torch
 from data_pipelines.errors import UserError
 from worldmodel import TrainedRun, load
 from worldmodel.checkpoint import write_text
-from worldmodel.cli import report_errors
+from worldmodel.cli import report_errors, write_result
 from worldmodel.data import clip_spec, read_index
 from worldmodel.evaluation.factors import evaluate_factors, factors_table
 from worldmodel.evaluation.forecast import evaluate_forecasts
@@ -61,7 +61,7 @@ def evaluate(run: Path, which: str, compare: Path | None, device: torch.device) 
         save_readout(run, evaluation.readout, evaluation.quantity, trained.state["step"])
     illustrations = dataclasses.replace(evaluation.illustrations, timeline=timeline_of_test_video(trained))
     save_parts(run / ILLUSTRATIONS_NAME, [illustrations])
-    write_text(run / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    write_result(run / "metrics.json", metrics)
     table = markdown_table(metrics)
     write_text(run / "forecasts.md", table + "\n")
     print(f"\n{table}\n\n{report_of_run(run)}\n{run / 'metrics.json'}")
@@ -92,7 +92,7 @@ def write_factor_scores(run: Path, trained: TrainedRun, device: torch.device) ->
         **training_facts(run, trained),
         **evaluate_factors(trained.config, trained.model, device),
     }
-    write_text(run / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    write_result(run / "metrics.json", metrics)
     print(f"\n{factors_table(metrics)}\n\n{run / 'metrics.json'}")
 
 

@@ -7,16 +7,13 @@ the posterior's prediction error and the scene change, and writes them to surpri
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
 
-from data_pipelines.errors import UserError
 from worldmodel import load
-from worldmodel.checkpoint import write_text
-from worldmodel.cli import report_errors
+from worldmodel.cli import check_counts, report_errors, write_result
 from worldmodel.evaluation.surprise_events import detect_events
 from worldmodel.surprise import MEASURES
 
@@ -30,13 +27,12 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     with report_errors():
-        if args.num_videos < 1:
-            raise UserError(f"--num-videos must be at least 1, not {args.num_videos}")
+        check_counts(args, "num_videos")
         run = load(args.run, which=args.checkpoint, device=args.device)
         result = detect_events(run, args.num_videos, args.seed)
         facts = {"num_videos": args.num_videos, "seed": args.seed, "step": run.state["step"]}
         out = args.run / "surprise_events.json"
-        write_text(out, json.dumps(facts | {"auroc": result}, indent=1) + "\n")
+        write_result(out, facts | {"auroc": result})
         print(f"\n{table(result)}\n\n{out}")
     return 0
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from data_pipelines.errors import UserError
 from data_pipelines.index import VideoIndex, index_folder, index_path, merge_parts
 from data_pipelines.probe import BadFile, Video
-from worldmodel.cli import report_errors
+from worldmodel.cli import check_counts, report_errors
 from worldmodel.data import split_folders
 
 
@@ -32,8 +32,7 @@ def main() -> int:
     args = parser.parse_args()
     with report_errors():
         part = parse_part(args.part) if args.part else None
-        if args.workers is not None and args.workers < 1:
-            raise UserError(f"--workers must be at least 1, not {args.workers}")
+        check_counts(args, "workers")
         splits = split_folders(args.root)
         for folder in [args.root] if splits is None else map(Path, splits.values()):
             if args.merge:

@@ -22,8 +22,7 @@ import torch
 from data_pipelines.errors import UserError
 from data_pipelines.sources.recorder import parse_kwargs
 from worldmodel import load
-from worldmodel.checkpoint import write_text
-from worldmodel.cli import report_errors
+from worldmodel.cli import check_counts, report_errors, write_result
 from worldmodel.config import PlanningConfig, apply_override, to_dict, validate
 from worldmodel.evaluation.illustrations_file import PLANNED_NAME, save_parts
 from worldmodel.evaluation.planned_episodes import planned_episodes
@@ -69,9 +68,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="planning.KEY=VALUE")
     args = parser.parse_args()
     with report_errors():
-        for name in ("seeds", "episodes", "budget"):
-            if getattr(args, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+        check_counts(args, "seeds", "episodes", "budget")
         run = load(args.run, which=args.checkpoint, device=args.device)
         config = planning_config(to_dict(run.config), args.overrides)
         protocol = PlanningProtocol(
@@ -108,7 +105,7 @@ def main() -> int:
             result["curve"] = curve
         out = args.run / "planning.json"
         (args.run / PLANNED_NAME).unlink(missing_ok=True)  # of earlier episodes
-        write_text(out, json.dumps(result, indent=1) + "\n")
+        write_result(out, result)
         print(f"\n{table(result)}\n\n{json.dumps(result['protocol'])}\n")
         save_parts(args.run / PLANNED_NAME, planned_episodes(run, policy, first, offered(protocol, "state_px")))
         print(f"{out}\n{report_of_run(args.run)}")

@@ -14,7 +14,7 @@ from data_pipelines.decoders import read_frames
 from data_pipelines.errors import UserError
 from data_pipelines.transforms import to_float
 from worldmodel import TrainedRun, load
-from worldmodel.cli import report_errors
+from worldmodel.cli import check_counts, report_errors
 
 
 def main() -> int:
@@ -29,9 +29,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     with report_errors():
-        for name in ("num_samples", "horizon"):
-            if getattr(args, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+        check_counts(args, "num_samples", "horizon")
         trained = load(args.run, device=args.device)
         context = read_context(trained, args.video, args.start_frame)
         futures = trained.rollout(context, args.horizon, args.num_samples, args.seed)[0]

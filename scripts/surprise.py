@@ -19,7 +19,7 @@ import torch
 from data_pipelines.errors import UserError
 from worldmodel import load
 from worldmodel.checkpoint import write_text
-from worldmodel.cli import report_errors
+from worldmodel.cli import check_counts, report_errors
 from worldmodel.evaluation.figures import timeline_figure
 from worldmodel.evaluation.illustrations import Timeline
 from worldmodel.surprise import MEASURES
@@ -38,10 +38,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     with report_errors():
-        for name in ("peaks", "step_frames"):
-            value = getattr(args, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        check_counts(args, "peaks", "step_frames")
         trained = load(args.run, which=args.checkpoint, device=args.device)
         timeline = trained.surprise(args.video, num_peaks=args.peaks, step_frames=args.step_frames, progress=True)
         try:

@@ -93,5 +93,20 @@ def run_script(name: str, *arguments: str, timeout_s: float = 120) -> subprocess
     )
 
 
+def run_processes(count: int, *arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    """A script, or -m and a module, in so many processes (`accelerate launch` starts one on a CPU)."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    done = subprocess.run(
+        [*torchrun, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        cwd=REPO,
+        env=script_environment(),
+    )
+    assert done.returncode == 0, done.stderr[-9000:]
+    return done
+
+
 def script_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}

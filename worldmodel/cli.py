@@ -1,15 +1,18 @@
 """What all command-line scripts share: one line for a user's mistake, no traceback."""
 
+import argparse
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from data_pipelines.errors import UserError
+from worldmodel.checkpoint import write_text
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -31,3 +34,23 @@ def report_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def check_counts(args: argparse.Namespace, *names: str) -> None:
+    """Raises UserError: one of these options, where it is given, is below 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Write what a script found, as JSON.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        write_text(path, json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -145,9 +145,8 @@ class _Normalise(torch.autograd.Function):
         ctx: Any, values: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # Statistics have the type of these, which are not read else: in half precision they would be too coarse.
-        scratch = torch.zeros(2, values.shape[1], device=values.device).to(
-            torch.promote_types(values.dtype, torch.float)
-        )
+        precise = torch.promote_types(values.dtype, torch.float)
+        scratch = torch.zeros(2, values.shape[1], device=values.device, dtype=precise)
         mean, variance = torch.ops.aten.batch_norm_update_stats(values, *scratch, 0.0)
         count = torch.full_like(mean[:1], values.numel() / len(mean))
         statistics = _stack(torch.cat([mean, variance, count]))

@@ -8,8 +8,8 @@ networks (cached gradients: Gao et al., arXiv 2101.06983). Batch norm inside the
 Legend: B clips of this process, N clips of the global batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -65,31 +65,37 @@ def compute_gradients(
         UserError: a process has no clip in a part.
     """
     student: WorldModel = accelerator.unwrap_model(model)
-    with global_batch(torch.cat([part.rows for part in parts]), batch_size):
-        total = num_clips(sum(len(part.rows) for part in parts))
     whole: Losses | None = None
     targets: Sequence[Tensor | None] = [None] * len(parts)
     gradients: Sequence[PredictionGradient | None] = [None] * len(parts)
-    if len(parts) > 1 and student.compares_clips:
-        with timed("forward"):
-            whole, targets, gradients = _whole_batch(
-                accelerator, student, teacher, parts, batch_size, beta, make_generator, total
-            )
     done: list[tuple[float, dict[str, Tensor], Tensor]] = []
-    for number, (part, of_teacher, gradient) in enumerate(zip(parts, targets, gradients, strict=True), start=1):
-        exchange = nullcontext() if number == len(parts) else getattr(model, "no_sync", nullcontext)()
-        with global_batch(part.rows, batch_size), exchange:
+    rows = torch.cat([part.rows for part in parts])
+
+    def among_all(part: Part) -> AbstractContextManager[None]:
+        """The part's global batch, which is the whole one where there are no others."""
+        return global_batch(part.rows, batch_size) if len(parts) > 1 else nullcontext()
+
+    with global_batch(rows, batch_size):
+        total = num_clips(len(rows))
+        if len(parts) > 1 and student.compares_clips:
             with timed("forward"):
-                if of_teacher is None:
-                    of_teacher = _targets(accelerator, student, teacher, part)
-                segments, known_r, actions = part.inputs
-                losses, target = model(
-                    segments, of_teacher, known_r, beta, make_generator(), actions=actions, gradient=gradient
+                whole, targets, gradients = _whole_batch(
+                    accelerator, student, teacher, parts, among_all, beta, make_generator, total
                 )
-            weight = 1.0 if whole else num_clips(len(part.rows)) / total
-            with timed("backward"):
-                accelerator.backward(losses["loss"] * weight)
-        done.append((weight, losses, target))
+        for number, (part, of_teacher, gradient) in enumerate(zip(parts, targets, gradients, strict=True), start=1):
+            exchange = nullcontext() if number == len(parts) else getattr(model, "no_sync", nullcontext)()
+            with among_all(part), exchange:
+                with timed("forward"):
+                    if of_teacher is None:
+                        of_teacher = _targets(accelerator, student, teacher, part)
+                    segments, known_r, actions = part.inputs
+                    losses, target = model(
+                        segments, of_teacher, known_r, beta, make_generator(), actions=actions, gradient=gradient
+                    )
+                weight = 1.0 if whole else num_clips(len(part.rows)) / total
+                with timed("backward"):
+                    accelerator.backward(losses["loss"] * weight)
+            done.append((weight, losses, target))
     if whole:
         return whole
     summed = {
@@ -103,38 +109,39 @@ def _whole_batch(
     student: WorldModel,
     teacher: Teacher | None,
     parts: Sequence[Part],
-    batch_size: int,
+    among_all: Callable[[Part], AbstractContextManager[None]],
     beta: float,
     make_generator: Callable[[], torch.Generator],
     total: int,
 ) -> tuple[Losses, list[Tensor | None], list[PredictionGradient]]:
-    """The first pass: losses, the teacher's targets of each part, and each part's share of the loss's gradient."""
+    """The first pass, in the whole global batch: losses, the teacher's targets of each part, and each part's share of
+    the loss's gradient."""
     targets: list[Tensor | None] = []
     predicted: list[Predictions] = []
-    with torch.no_grad(), _kept_buffers(student):
+    put_back = kept_buffers(student)
+    with torch.no_grad():
         for part in parts:
             generator = make_generator()
-            with global_batch(part.rows, batch_size), accelerator.autocast():
+            with among_all(part), accelerator.autocast():
                 targets.append(_targets(accelerator, student, teacher, part))
                 segments, known_r, actions = part.inputs
                 embedded = student.embed(segments, targets[-1])
                 predicted.append(student.predict(embedded, known_r, generator, actions=actions)[0])
-    values = [None if column[0] is None else torch.cat(column) for column in zip(*predicted, strict=True)]
-    own = Predictions(*values).map(lambda each: each.requires_grad_())  # type: ignore[arg-type]
+    put_back()
+    columns = [None if column[0] is None else torch.cat(column) for column in zip(*predicted, strict=True)]
+    own = Predictions(*columns).map(lambda values: values.requires_grad_())  # type: ignore[arg-type]
+    everywhere = own.of_all_processes()
+    losses = student.batch_losses(everywhere, beta, generator)
     present = [values for values in own if values is not None]
-    parameters = [p for p in student.loss_parameters() if p.requires_grad]
-    with global_batch(torch.cat([part.rows for part in parts]), batch_size):
-        everywhere = own.of_all_processes()
-        losses = student.batch_losses(everywhere, beta, generator)
-        slopes = torch.autograd.grad(losses["loss"], [*present, *parameters], allow_unused=True)
-    of_own = iter(slopes)
+    parameters = [parameter for parameter in student.loss_parameters() if parameter.requires_grad]
+    slopes = iter(torch.autograd.grad(losses["loss"], [*present, *parameters], allow_unused=True))
     sizes = [len(part.rows) for part in parts]
-    columns = [
+    shares = [
         [None] * len(parts) if slope is None else slope.split(sizes)
-        for slope in (None if values is None else next(of_own) for values in own)
+        for slope in (None if values is None else next(slopes) for values in own)
     ]
-    gradients = [PredictionGradient(Predictions(*share), []) for share in zip(*columns, strict=True)]
-    of_loss = [(p, slope) for p, slope in zip(parameters, of_own, strict=True) if slope is not None]
+    gradients = [PredictionGradient(Predictions(*share), []) for share in zip(*shares, strict=True)]
+    of_loss = [(parameter, slope) for parameter, slope in zip(parameters, slopes, strict=True) if slope is not None]
     gradients[-1] = gradients[-1]._replace(parameters=of_loss)
     detached = {name: value.detach() for name, value in losses.items()}
     return Losses(detached, everywhere.targets, total), targets, gradients
@@ -148,10 +155,13 @@ def _targets(accelerator: Accelerator, student: WorldModel, teacher: Teacher | N
         return teacher(student.targets_of(part.inputs.segments))
 
 
-@contextmanager
-def _kept_buffers(module: nn.Module) -> Iterator[None]:
-    """Undo what a forward pass does to running statistics."""
-    kept = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    yield
-    for name, buffer in module.named_buffers():
-        buffer.copy_(kept[name])
+def kept_buffers(*modules: nn.Module) -> Callable[[], None]:
+    """Keep running statistics as they are now; returns what puts them back."""
+    buffers = [buffer for module in modules for buffer in module.buffers()]
+    kept = [buffer.clone() for buffer in buffers]
+
+    def put_back() -> None:
+        for buffer, before in zip(buffers, kept, strict=True):
+            buffer.copy_(before)
+
+    return put_back

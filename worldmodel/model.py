@@ -70,7 +70,7 @@ class Predictions(NamedTuple):
     @property
     def targets(self) -> Tensor:
         """[K * B, D], step by step, without gradient."""
-        return rearrange(self.real[:, 1:].detach(), "b k d -> (k b) d")
+        return step_by_step(self.real[:, 1:].detach())
 
     def of_all_processes(self) -> "Predictions":
         """Those of the global batch, brought together at once."""
@@ -231,7 +231,12 @@ class WorldModel(nn.Module):
     def seen(self, segments: Tensor) -> Tensor | None:
         """What r is inferred from beside the state: the embedding [B, D] of a later one of segments [B, S, T, C, H, W];
         None where no segment is looked at."""
-        return self.encode(segments[:, self.seen_at]) if self.latent is not None and self.latent.sees_later else None
+        return self.encode(segments[:, self.seen_at]) if self.sees_later else None
+
+    @property
+    def sees_later(self) -> bool:
+        """Whether r is inferred from a later segment."""
+        return self.latent is not None and self.latent.sees_later
 
     def infer_from(
         self,
@@ -315,7 +320,7 @@ class WorldModel(nn.Module):
 
     def targets_of(self, segments: Tensor) -> Tensor:
         """The targets of each step of prediction: [B, S, T, C, H, W] -> [K * B, T, C, H, W], step by step."""
-        return self._flat(segments[:, 1 : self.num_steps + 1])
+        return step_by_step(segments[:, 1 : self.num_steps + 1])
 
     def forward(
         self,
@@ -362,8 +367,8 @@ class WorldModel(nn.Module):
         clips = [segments[:, 0]]
         if teacher_targets is None:
             clips.append(self.targets_of(segments))
-        if self.latent is not None and self.latent.sees_later:
-            clips.append(self._flat(segments[:, self.seen_at :][:, : self.num_steps]))
+        if self.sees_later:
+            clips.append(step_by_step(segments[:, self.seen_at :][:, : self.num_steps]))
         # One call for all: batch statistics over all segments, and one pass through the encoder.
         features = self.embedder.features(torch.cat(clips))
         embeddings = list(self.embedder.project(features).split([len(clip) for clip in clips]))
@@ -409,11 +414,8 @@ class WorldModel(nn.Module):
         states, inferences = [state], []
         for k in range(self.num_steps):
             action = None if actions is None else actions[:, k]
-            inference = Inference(state[:, :0], None, None)
-            if self.latent is not None:
-                inference = self.latent.infer(
-                    joined(state, action), None if seen is None else seen[:, k], known_r, generator
-                )
+            seen_now = None if seen is None else seen[:, k]
+            inference = self.infer_from(state, seen_now, known_r, generator, action=action)
             state = self.edit(state, inference.r, action)
             states.append(state)
             inferences.append(inference)
@@ -485,10 +487,6 @@ class WorldModel(nn.Module):
         assert features is not None
         return self.scene.lasting_of(features)
 
-    @staticmethod
-    def _flat(of_steps: Tensor) -> Tensor:
-        return rearrange(of_steps, "b k ... -> (k b) ...")
-
     def _step_losses(
         self,
         edited: Tensor,
@@ -515,6 +513,11 @@ class WorldModel(nn.Module):
             # I(f(x); f(x+)) = I(f(x), r; f(x+)) - I(r; f(x+) | f(x)), and the KL bounds the second term from above.
             terms["information_nats"] = terms["information_nats"] - terms["kl_nats"]
         return {"loss": loss} | terms
+
+
+def step_by_step(of_clips: Tensor) -> Tensor:
+    """[B, K, ...] -> [K * B, ...]"""
+    return rearrange(of_clips, "b k ... -> (k b) ...")
 
 
 def _stacked(of_steps: Sequence[Tensor | None]) -> Tensor | None:

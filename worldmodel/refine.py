@@ -126,10 +126,9 @@ def draw_steps(
         return part[clip[:, None], first[:, None] + torch.arange(begin, begin + num_steps, device=device)]
 
     real = torch.cat([clips.own[clip, first][:, None], successive(clips.targets, 0)], dim=1)
-    sees_later = model.latent is not None and model.latent.sees_later
     embedded = Embedded(
         real,
-        successive(clips.own, model.seen_at) if sees_later else None,
+        successive(clips.own, model.seen_at) if model.sees_later else None,
         None if clips.features is None else clips.features[clip, read_at],
         first - read_at,
     )

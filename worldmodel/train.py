@@ -43,7 +43,7 @@ from worldmodel.config import Config, TrainConfig, flatten, to_dict
 from worldmodel.data import read_index, training_inputs, training_stream
 from worldmodel.distributed import globalise_batch_norm
 from worldmodel.evaluation import factors, forecast
-from worldmodel.gradients import Losses, Part, compute_gradients, in_parts
+from worldmodel.gradients import Losses, Part, compute_gradients, in_parts, kept_buffers
 from worldmodel.machine import computes_bf16, fair_share_of_cores, keep_freed_memory, peak_flops_per_s
 from worldmodel.model import WorldModel
 from worldmodel.optimisation import learning_rate, parameter_groups, set_lr, step_generator
@@ -147,8 +147,8 @@ class Trainer:
         # The teacher starts as the student and is no part of the wrapped module.
         self.teacher = Teacher(model.embedder).to(accelerator.device) if model.objective.needs_teacher else None
         if accelerator.num_processes > 1:
-            for module in (self.teacher, model.embedder, model.editor, model.latent, model.scene):
-                globalise_batch_norm(module or nn.Module())
+            for module in filter(None, (self.teacher, model.embedder, model.editor, model.latent, model.scene)):
+                globalise_batch_norm(module)
         if mode := compile_mode(config.train, accelerator):
             for embedder in (model.embedder, *([self.teacher.embedder] if self.teacher else [])):
                 embedder.encoder.compile(mode=mode)
@@ -329,15 +329,13 @@ class Trainer:
     @contextmanager
     def kept_from_half_a_step(self) -> Iterator[None]:
         """Where a step's gradients do not arrive, put back the batch statistics that its forward passes moved."""
-        modules = [self.student, *([self.teacher] if self.teacher else [])]
-        buffers = [buffer for module in modules for buffer in module.buffers()] if self.saves_on_loss else []
-        kept = [buffer.clone() for buffer in buffers]
+        networks = [self.student, *([self.teacher] if self.teacher else [])]
+        put_back = kept_buffers(*(networks if self.saves_on_loss else []))
         try:
             yield
         except RuntimeError as error:
             if is_lost_connection(error):
-                for buffer, before in zip(buffers, kept, strict=True):
-                    buffer.copy_(before)
+                put_back()
             raise
 
     @property

@@ -1,7 +1,5 @@
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data_pipelines.errors import UserError
-from tests.conftest import REPO, TINY, normal, script_environment
+from tests.conftest import TINY, normal, run_processes
 from tests.worldmodel import training_jobs
 from tests.worldmodel.test_train import rows
 from worldmodel.distributed import (
@@ -42,16 +40,7 @@ CASES: dict[str, list[str]] = {
 
 def launch(num_processes: int, *arguments: str) -> None:
     """tests/worldmodel/training_jobs.py in so many processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    done = subprocess.run(
-        [*command, "-m", "tests.worldmodel.training_jobs", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=REPO,
-        env=script_environment(),
-    )
-    assert done.returncode == 0, done.stderr[-9000:]
+    run_processes(num_processes, "-m", "tests.worldmodel.training_jobs", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from data_pipelines.errors import UserError
 from data_pipelines.transforms import split_segments, to_float
-from tests.conftest import REPO, run_script, script_environment
+from tests.conftest import REPO, run_processes, run_script, script_environment
 from worldmodel import WorldModel, load
 from worldmodel.config import Config
 from worldmodel.data import read_index, training_stream
@@ -234,20 +234,8 @@ def test_signals_save_a_checkpoint_and_tell_by_the_exit_code(
 def test_two_processes_log_once_and_agree(
     objective: str, precision: str, tiny_overrides: list[str], tmp_path: Path
 ) -> None:
-    # On a CPU, `accelerate launch --num_processes 2` starts one process only; torchrun starts both.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [
-            *(*launch, str(REPO / "scripts" / "train.py"), *DEMO, *tiny_overrides, *REFINED),
-            *(f"objective.name={objective}", f"train.precision={precision}"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        cwd=REPO,
-        env=script_environment(),
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    script = [str(REPO / "scripts" / "train.py"), *DEMO, *tiny_overrides, *REFINED]
+    done = run_processes(2, *script, f"objective.name={objective}", f"train.precision={precision}")
     assert done.stdout.count(f"2 processes on cpu, {precision}") == 1
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows(tmp_path / "run", "refinement")] == [7, 8]
