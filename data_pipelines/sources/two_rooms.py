@@ -289,10 +289,10 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         return PrivilegedCost(envs)
 
     def exploration_policy(self, rng: np.random.Generator) -> Policy:
-        """A policy for one episode: a smooth random walk or, in a third of all episodes, wandering through the door."""
-        if rng.random() < 1 / 3:
-            return wander(rng)
-        return smooth_walk(self.action_space, rng)
+        """A policy for one episode: a smooth random walk, wandering through the door or running into walls, equally
+        often."""
+        chosen = rng.integers(3)
+        return smooth_walk(self.action_space, rng) if chosen == 0 else wander(rng) if chosen == 1 else run_straight(rng)
 
     def _place(self, options: Mapping[str, Any], name: str, fixed: float, bounds: tuple[float, float]) -> float:
         drawn = float(self.np_random.uniform(*bounds)) if self.layout == "random" else fixed
@@ -417,11 +417,38 @@ def wander(rng: np.random.Generator) -> Policy:
             before = np.array([wall_x - side * (WALL_WIDTH_PX / 2 + 1), door_y])
             at_the_door = abs(state[1] - door_y) < DOOR_HEIGHT_PX / 2 - 1
             ahead = (beyond if at_the_door else before) - state
-        heading = math.atan2(ahead[1], ahead[0]) + rng.normal(0, 0.3)
-        length = min(rng.uniform(0.3, 1), float(np.linalg.norm(ahead)) / MAX_STEP_PX)
-        return np.array([length * math.cos(heading), length * math.sin(heading)], np.float32)
+        return _towards(ahead, rng)
 
     return act
+
+
+def run_straight(rng: np.random.Generator) -> Policy:
+    """Heads for waypoints in the other room as if there were no wall, for 4 to 12 steps each: what a wall does is seen
+    where the dot pushes against it, as a plan that knows no better would.
+
+    Steps are as those of `wander`.
+    """
+    waypoint = np.zeros(2)
+    steps_left = 0
+
+    def act(observation: Any, info: Mapping[str, Any]) -> Array:
+        nonlocal waypoint, steps_left
+        state, wall_x = info["state"].astype(np.float64), info["wall_x_px"]
+        while steps_left == 0 or np.linalg.norm(waypoint - state) < MAX_STEP_PX:
+            beyond = (wall_x, HIGH_PX) if state[0] < wall_x else (LOW_PX, wall_x)
+            waypoint = np.array([rng.uniform(*beyond), rng.uniform(LOW_PX, HIGH_PX)])
+            steps_left = int(rng.integers(4, 13))
+        steps_left -= 1
+        return _towards(waypoint - state, rng)
+
+    return act
+
+
+def _towards(ahead: NDArray[np.float64], rng: np.random.Generator) -> Array:
+    """A step along `ahead`, [2] px, no farther: of random length, 0.3 rad (standard deviation) off."""
+    heading = math.atan2(ahead[1], ahead[0]) + rng.normal(0, 0.3)
+    length = min(rng.uniform(0.3, 1), float(np.linalg.norm(ahead)) / MAX_STEP_PX)
+    return np.array([length * math.cos(heading), length * math.sin(heading)], np.float32)
 
 
 if ENV_ID not in gymnasium.registry:

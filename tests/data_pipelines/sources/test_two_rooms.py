@@ -24,6 +24,7 @@ from data_pipelines.sources.two_rooms import (
     draw,
     is_free,
     move,
+    run_straight,
     shortest_path_px,
     step_of_action,
     wander,
@@ -335,7 +336,26 @@ def test_wandering_leads_through_the_door_and_over_both_rooms() -> None:
     assert crossings >= 12 and visited.min() > 20
 
 
-def test_a_third_of_explorations_wanders() -> None:
+def test_running_straight_pushes_against_the_wall_from_both_sides_and_all_along_it() -> None:
+    pushes = np.zeros((2, 3))
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        env, policy = TwoRoomsEnv(layout="random"), run_straight(rng)
+        observation, info = env.reset(seed=seed)
+        for _ in range(100):
+            action = policy(observation, info)
+            assert env.action_space.contains(action)
+            asked = info["state"][0] + float(step_of_action(torch.as_tensor(action))[0])
+            observation, _, _, _, info = env.step(action)
+            x, y = info["state"]
+            if abs(asked - x) > 0.1 and abs(x - info["wall_x_px"]) < WALL_WIDTH_PX:
+                pushes[int(x > info["wall_x_px"]), int((y - LOW_PX) / 55 * 2.999)] += 1
+    assert pushes.sum() / 800 > 0.4 and pushes.min() > 20
+
+
+def test_explorations_walk_wander_and_run_straight_equally_often() -> None:
     env = TwoRoomsEnv()
-    names = [env.exploration_policy(np.random.default_rng(seed)).__qualname__ for seed in range(900)]
-    assert sum("wander" in name for name in names) / 900 == pytest.approx(1 / 3, abs=0.05)
+    names = [env.exploration_policy(np.random.default_rng(seed)).__qualname__.split(".")[0] for seed in range(900)]
+    assert {name: pytest.approx(1 / 3, abs=0.05) for name in names} == {
+        name: names.count(name) / 900 for name in ("smooth_walk", "wander", "run_straight")
+    }
