@@ -40,7 +40,7 @@ from worldmodel.checkpoint import (
     save_checkpoint,
 )
 from worldmodel.config import Config, TrainConfig, flatten, to_dict
-from worldmodel.data import read_index, training_inputs, training_stream
+from worldmodel.data import on_device, read_index, training_inputs, training_stream
 from worldmodel.distributed import globalise_batch_norm
 from worldmodel.evaluation import factors, forecast
 from worldmodel.gradients import Losses, Part, compute_gradients, in_parts, kept_buffers
@@ -180,7 +180,7 @@ class Trainer:
         set_lr(self.optimizer, self.lr_at(self.step))
         with timed("step"), timed("data"):
             batch = next(batches)
-            rows = batch["row"].to(accelerator.device, non_blocking=True)
+            rows = on_device(batch["row"], accelerator.device)
             inputs = training_inputs(batch, config, config.objective.rollout_steps, accelerator.device)
             parts = in_parts(inputs, rows, config.train.grad_accumulation)
         if self.flops is None:
