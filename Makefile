@@ -31,8 +31,9 @@ demo: $(STAMP) ## write videos, train AdaSSL-V and BYOL on them, forecast, repor
 	$(BIN)/python scripts/evaluate.py --run runs/demo_byol
 	$(BIN)/python scripts/evaluate.py --run runs/demo --compare runs/demo_byol
 
-test: $(STAMP) ## run the fast tests
-	$(BIN)/python -m pytest -q -m "not slow"
+# Most tests use one core; files stay together, as what they share is made once in a process.
+test: $(STAMP) ## run the fast tests, on two cores
+	$(BIN)/python -m pytest -q -m "not slow" --numprocesses 2 --dist loadfile
 
 test-slow: $(STAMP) ## run the slow tests
 	$(BIN)/python -m pytest -q -m slow

@@ -109,4 +109,10 @@ def run_processes(count: int, *arguments: str, timeout_s: float = 300) -> subpro
 
 
 def script_environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(REPO),
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",  # two workers of pytest, whose threads would wait for each other
+    }
