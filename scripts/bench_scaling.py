@@ -23,7 +23,7 @@ import torch
 
 from data_pipelines.errors import UserError
 from worldmodel.checkpoint import write_text
-from worldmodel.cli import check_counts, report_errors, write_result
+from worldmodel.cli import check_counts, leave, report_errors, write_result
 from worldmodel.config import Config, load_config
 from worldmodel.data import training_stream
 from worldmodel.machine import keep_freed_memory, machine_description
@@ -129,4 +129,4 @@ def summary(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -6,7 +6,7 @@ accelerate launch scripts/train.py --config configs/demo.yaml [key=value ...]
 import argparse
 import sys
 
-from worldmodel.cli import report_errors
+from worldmodel.cli import leave, report_errors
 from worldmodel.config import load_config
 from worldmodel.train import Interrupted, train
 
@@ -30,4 +30,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

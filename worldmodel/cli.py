@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from data_pipelines.errors import UserError
 from worldmodel.checkpoint import write_text
@@ -34,6 +34,20 @@ def report_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code; one of several ends at once, when what it wrote is out.
+
+    While the interpreter ends, a thread of Gloo that lets go of a tensor aborts the process
+    (https://github.com/pytorch/pytorch/issues/190489), and DDP keeps those threads when the process group is destroyed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def check_counts(args: argparse.Namespace, *names: str) -> None:
