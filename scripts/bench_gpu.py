@@ -99,7 +99,7 @@ def trained_part(name: str, config: str, out: Path, overrides: list[str]) -> Par
             "seconds": metrics["train"]["seconds"],
             "energy_score": model["energy_score"][0],
             "oracle_energy_score": oracle["energy_score"][0],
-            "x_oracle": model["energy_score"][0] / oracle["energy_score"][0],
+            "x_oracle": model["ratio_to_oracle"][0],
         }
 
     return Part(name, [train, ["evaluate.py", "--run", str(run)]], result)
@@ -108,16 +108,16 @@ def trained_part(name: str, config: str, out: Path, overrides: list[str]) -> Par
 def run_parts(parts: list[Part], out: Path) -> dict[str, Any]:
     """What bench_gpu.json holds, the parts of earlier calls among it."""
     path = out / "bench_gpu.json"
-    earlier = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.is_file() else {}
-    results = {"machine": machine_description(), "parts": earlier}
+    found = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.is_file() else {}
+    results = {"machine": machine_description(), "parts": found}
     out.mkdir(parents=True, exist_ok=True)
     with tqdm(parts, unit="part") as bar:
         for part in bar:
             bar.set_postfix_str(part.name)
             commands = [shlex.join(command) for command in part.commands]
-            done = earlier.get(part.name, {})
-            if done.get("commands") != commands or "failed" in done:
-                earlier[part.name] = {"commands": commands, **outcome(part, out / f"{part.name}.log")}
+            earlier = found.get(part.name, {})
+            if earlier.get("commands") != commands or "failed" in earlier:
+                found[part.name] = {"commands": commands, **outcome(part, out / f"{part.name}.log")}
                 write_result(path, results)
     return results
 
@@ -134,7 +134,7 @@ def outcome(part: Part, log: Path) -> dict[str, Any]:
 
 def summary(results: dict[str, Any]) -> str:
     machine = results["machine"]
-    lines = [f"{machine.get('gpu') or machine['cpu']}, torch {machine['torch']}"]
+    lines = [f"{machine['gpu'] or machine['cpu']}, torch {machine['torch']}"]
     for name, result in results["parts"].items():
         if "failed" in result:
             found = f"failed: {result['failed']}"

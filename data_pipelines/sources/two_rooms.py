@@ -292,7 +292,9 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         """A policy for one episode: a smooth random walk, wandering through the door or running into walls, equally
         often."""
         chosen = rng.integers(3)
-        return smooth_walk(self.action_space, rng) if chosen == 0 else wander(rng) if chosen == 1 else run_straight(rng)
+        if chosen == 0:
+            return smooth_walk(self.action_space, rng)
+        return wander(rng) if chosen == 1 else run_straight(rng)
 
     def _place(self, options: Mapping[str, Any], name: str, fixed: float, bounds: tuple[float, float]) -> float:
         drawn = float(self.np_random.uniform(*bounds)) if self.layout == "random" else fixed

@@ -235,7 +235,8 @@ def test_two_processes_log_once_and_agree(
     objective: str, precision: str, tiny_overrides: list[str], tmp_path: Path
 ) -> None:
     script = [str(REPO / "scripts" / "train.py"), *DEMO, *tiny_overrides, *REFINED]
-    done = run_processes(2, *script, f"objective.name={objective}", f"train.precision={precision}")
+    changes = f"objective.name={objective}", f"train.precision={precision}"
+    done = run_processes(2, *script, *changes, timeout_s=180)
     assert done.stdout.count(f"2 processes on cpu, {precision}") == 1
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows(tmp_path / "run", "refinement")] == [7, 8]
