@@ -3,18 +3,22 @@
 python scripts/bench_train.py --config configs/paper.yaml --out bench_train.json [key=value ...]
 
 Both steps take turns, --steps times, on batches rendered beforehand; medians are reported, and beside them the time to
-render a batch. Ours is the trainer's update, on the device and in the precision that a training would have. The losses
-of both are compared over --compare-steps updates from the same weights, on the same batches, with the same noise: once
-with ours in fp32, too, and once as it is timed. Unless key=value says otherwise, train.precision is auto, and
-data.mnist_dir null: digits that need no files.
+render a batch. Ours is the trainer's update, on the device and in the precision that a training would have. The plain
+one has a process of its own, whose memory allocator knows nothing of ours. The losses of both are compared over
+--compare-steps updates from the same weights, on the same batches, with the same noise: once with ours in fp32, too,
+and once as it is timed. Unless key=value says otherwise, train.precision is auto, and data.mnist_dir null: digits that
+need no files.
 """
 
 import argparse
+import multiprocessing
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import cycle, islice
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,7 +33,7 @@ from worldmodel.config import Config, flatten, load_config, to_dict
 from worldmodel.data import training_stream
 from worldmodel.machine import fair_share_of_cores, keep_freed_memory, machine_description
 from worldmodel.optimisation import step_generator
-from worldmodel.timing import seconds_in_turns
+from worldmodel.timing import seconds_in_turns, synchronise
 from worldmodel.train import Sums, Trainer, make_accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -78,19 +82,18 @@ def main() -> int:
         for key, value in flatten(to_dict(config)).items():
             if value != PLAIN.get(key, value):
                 raise UserError(f"{key}={value}: the plain step is written for {key}={PLAIN[key]} alone")
-        torch.set_num_threads(config.train.num_threads or fair_share_of_cores())
-        keep_freed_memory()
-        result = bench(config, args.steps, args.compare_steps)
+        with plain_process(config) as plain:
+            result = bench(config, plain, args.steps, args.compare_steps)
         write_result(args.out, result)
         print(f"{summary(result)}\n{args.out}")
     return 0
 
 
-def bench(config: Config, steps: int, compare_steps: int) -> dict[str, Any]:
+def bench(config: Config, plain: Callable[..., Any], steps: int, compare_steps: int) -> dict[str, Any]:
     """What bench_train.json holds: times in seconds, losses of each step."""
-    trainer = make_trainer(replace(config, train=replace(config.train, precision="fp32")))
-    plain = make_plain(config, trainer)
-    losses = {"plain": plain_losses(config, plain, compare_steps), "fp32": our_losses(config, trainer, compare_steps)}
+    set_threads(config)
+    keep_freed_memory()
+    losses = {"plain": plain("losses", compare_steps), "fp32": our_losses(config, in_fp32(config), compare_steps)}
     trainer = make_trainer(config)
     precision = trainer.accelerator.mixed_precision.replace("no", "fp32")
     if precision not in losses:
@@ -100,10 +103,9 @@ def bench(config: Config, steps: int, compare_steps: int) -> dict[str, Any]:
     device = trainer.accelerator.device
     rendered = stream_of(config, device)
     [render_s] = seconds_in_turns([lambda: next(rendered)], steps, "rendering", device)
-    batches = list(islice(stream_of(config, device), TIMED_BATCHES))
-    ours, theirs = cycle(batches), cycle(batches)
+    batches = timed_batches(config, device)
     baseline_s, ours_s = seconds_in_turns(
-        [lambda: plain.step(next(theirs)["video"]), lambda: trainer.update(ours)], steps, "plain and ours", device
+        [lambda: plain("step"), lambda: trainer.update(batches)], steps, "plain and ours", device
     )
     return {
         "machine": machine_description(),
@@ -111,7 +113,7 @@ def bench(config: Config, steps: int, compare_steps: int) -> dict[str, Any]:
         "precision": precision,
         "batch_size": config.data.batch_size,
         "width": config.model.width,
-        "parameters": sum(parameter.numel() for parameter in plain.model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in trainer.student.parameters()),
         "baseline_step_s": median(baseline_s),
         "step_s": median(ours_s),
         "speedup": median(baseline_s) / median(ours_s),
@@ -123,6 +125,61 @@ def bench(config: Config, steps: int, compare_steps: int) -> dict[str, Any]:
         "steps_s": ours_s,
         "losses": losses,
     }
+
+
+@contextmanager
+def plain_process(config: Config) -> Iterator[Callable[..., Any]]:
+    """The plain step in a process of its own; yields a function that asks it for "losses" or a "step"."""
+    spawning = multiprocessing.get_context("spawn")
+    here, there = spawning.Pipe()
+    process = spawning.Process(target=serve_plain, args=(config, there), daemon=True)
+    process.start()
+    there.close()  # only the process holds it now: its end is seen
+
+    def ask(*request: Any) -> Any:
+        here.send(request)
+        answer = here.recv()
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
+    with here:
+        yield ask
+    process.join()
+
+
+def serve_plain(config: Config, requests: Connection) -> None:
+    """The other end of `plain_process`. It starts from the weights of our trainer, which follow from the seed."""
+    set_threads(config)
+    try:
+        plain = make_plain(config, in_fp32(config))
+        device = next(plain.model.parameters()).device
+        batches = timed_batches(config, device)
+        while True:
+            match requests.recv():
+                case ("losses", steps):
+                    requests.send(plain_losses(config, plain, steps))
+                case ("step",):
+                    plain.step(next(batches)["video"])
+                    synchronise(device)
+                    requests.send(None)
+    except EOFError:
+        pass  # nothing more is asked
+    except UserError as error:
+        requests.send(error)
+
+
+def set_threads(config: Config) -> None:
+    torch.set_num_threads(config.train.num_threads or fair_share_of_cores())
+
+
+def timed_batches(config: Config, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Some batches, rendered beforehand, over and over."""
+    return cycle(list(islice(stream_of(config, device), TIMED_BATCHES)))
+
+
+def in_fp32(config: Config) -> Trainer:
+    return make_trainer(replace(config, train=replace(config.train, precision="fp32")))
 
 
 def make_trainer(config: Config) -> Trainer:

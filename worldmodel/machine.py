@@ -57,12 +57,15 @@ def cpu_model() -> str:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed blocks of up to 32 MiB for the next step: on a CPU, new ones fault page by page."""
+    """Have glibc keep freed memory for the next step: on a CPU, what is new faults page by page.
+
+    No block has a mapping of its own, whatever its size, and none goes back to the system.
+    """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        trim_threshold, mmap_threshold = -1, -3
-        libc.mallopt(mmap_threshold, 32 << 20)
-        libc.mallopt(trim_threshold, 1 << 30)
+        trim_threshold, mmap_max = -1, -4  # their numbers in malloc.h
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
 
 
 # TFLOP/s without sparsity, in 16 bits with sums in fp32, and in fp32, for which convolutions may use TF32 where there

@@ -70,3 +70,5 @@ def test_it_times_both_and_compares_their_losses(tmp_path: Path) -> None:
 def test_senseless_numbers_and_other_models_end_with_one_line() -> None:
     assert_one_line("bench_train.py", "--steps", "0", tells="--steps must be at least 1, not 0")
     assert_one_line("bench_train.py", "--config", PAPER, "model.latent=none", tells="for model.latent=gaussian alone")
+    # The process of the plain step is the first to meet this one.
+    assert_one_line("bench_train.py", "--config", PAPER, "data.mnist_dir=nowhere", tells="in nowhere: the MNIST folder")
