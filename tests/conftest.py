@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -93,7 +93,9 @@ def run_script(name: str, *arguments: str, timeout_s: float = 120) -> subprocess
     )
 
 
-def run_processes(count: int, *arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+def run_processes(
+    count: int, *arguments: str, timeout_s: float = 300, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """A script, or -m and a module, in so many processes (`accelerate launch` starts one on a CPU)."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     done = subprocess.run(
@@ -102,7 +104,7 @@ def run_processes(count: int, *arguments: str, timeout_s: float = 300) -> subpro
         text=True,
         timeout=timeout_s,
         cwd=REPO,
-        env=script_environment(),
+        env=script_environment() | dict(environment or {}),
     )
     assert done.returncode == 0, done.stderr[-9000:]
     return done

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from data_pipelines.errors import UserError
 from worldmodel.config import Config, flatten, to_dict, to_yaml, validate
+from worldmodel.sharding import shared_like
 
 # What may differ between a checkpoint's config and the one it is resumed with: nothing that changes the result.
 RESUMABLE_CHANGES = frozenset(
@@ -204,9 +205,11 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
     for name, tensor in tensors.items():
         parameter_name, key = name.rsplit("/", 1)
         parameter = parameters[parameter_name]
-        # Moments lie in memory as their parameter does: fused kernels walk both side by side.
-        like = torch.empty_like(parameter) if tensor.shape == parameter.shape else torch.empty_like(tensor)
-        optimizer.state[parameter][key] = like.to(parameter.device).copy_(tensor)
+        if tensor.shape == parameter.shape:
+            # Moments lie in memory as their parameter does: fused kernels walk both side by side.
+            optimizer.state[parameter][key] = torch.empty_like(parameter).copy_(shared_like(tensor, parameter))
+        else:
+            optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
 
 
 # --------------------------------------------------------------------------------------------------------- files

@@ -1,24 +1,17 @@
 """What a training step costs: its floating-point operations, and a profile of a few steps."""
 
-import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from worldmodel.checkpoint import write_text
-from worldmodel.gradients import Part, compute_gradients
-from worldmodel.model import WorldModel
-from worldmodel.optimisation import step_generator
-from worldmodel.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +25,11 @@ TABLE_ROWS = 30
 
 class FlopCounter(TorchDispatchMode):
     """Adds up the floating-point operations of convolutions, matrix products and attention, by PyTorch's formulas, into
-    `total`. (PyTorch's own FlopCounterMode also follows modules, and so forbids torch.autograd.grad.)"""
+    `total`; a multiplication with its addition counts as two. Element-wise operations and norms do not count.
+
+    What compiled code does is not seen. (PyTorch's own FlopCounterMode also follows modules, and so forbids
+    torch.autograd.grad.)
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,29 +50,6 @@ CPU_ATTENTION = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default: lambda *shapes: sdpa_flop_count(*shapes[:3]),
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default: sdpa_backward_flop_count,
 }
-
-
-def step_flops(
-    accelerator: Accelerator,
-    student: WorldModel,
-    teacher: Teacher | None,
-    parts: Sequence[Part],
-    batch_size: int,
-) -> int:
-    """Floating-point operations of this process in one training step: those of convolutions, matrix products and
-    attention, a multiplication with its addition counted as two; of the forward pass, the backward pass and the
-    teacher's forward pass.
-
-    What is computed twice to save memory (`model.checkpoint_activations`, the first pass of a cached gradient) is
-    counted twice. Not counted are element-wise operations, norms, and the optimiser.
-
-    The step is computed on copies of the networks, so that it leaves no trace: all processes compute it together.
-    """
-    student, teacher = copy.deepcopy((student, teacher))
-    make_generator = partial(step_generator, 0, 0, accelerator.device)
-    with FlopCounter() as counter:
-        compute_gradients(accelerator, student, teacher, parts, batch_size, 1.0, make_generator)
-    return counter.total
 
 
 @contextmanager

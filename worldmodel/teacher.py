@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from worldmodel.encoders import Embedder
+from worldmodel.sharding import local
 
 
 class Teacher(nn.Module):
@@ -31,7 +32,7 @@ class Teacher(nn.Module):
     def update(self, student: Embedder, momentum: float) -> None:
         """parameters <- momentum * parameters + (1 - momentum) * student's; a frozen encoder's are the same anyway."""
         pairs = zip(self.embedder.parameters(), student.parameters(), strict=True)
-        learned = [(own.detach(), followed.detach()) for own, followed in pairs if followed.requires_grad]
+        learned = [(local(own.detach()), local(followed.detach())) for own, followed in pairs if followed.requires_grad]
         own, followed = (list(values) for values in zip(*learned, strict=True))
         torch._foreach_lerp_(own, followed, 1 - momentum)
 

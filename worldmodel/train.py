@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +31,7 @@ from torch.distributed import DistError
 from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
+from worldmodel import sharding
 from worldmodel.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -43,11 +44,11 @@ from worldmodel.config import Config, TrainConfig, flatten, to_dict
 from worldmodel.data import on_device, read_index, training_inputs, training_stream
 from worldmodel.distributed import globalise_batch_norm
 from worldmodel.evaluation import factors, forecast
-from worldmodel.gradients import Losses, Part, compute_gradients, in_parts, kept_buffers
+from worldmodel.gradients import Losses, compute_gradients, in_parts, kept_buffers
 from worldmodel.machine import computes_bf16, fair_share_of_cores, keep_freed_memory, peak_flops_per_s
 from worldmodel.model import WorldModel
 from worldmodel.optimisation import learning_rate, parameter_groups, set_lr, step_generator
-from worldmodel.profiling import profiled, step_flops
+from worldmodel.profiling import FlopCounter, profiled
 from worldmodel.refine import embed_clips, refine, refinement_stream
 from worldmodel.scores import effective_rank
 from worldmodel.teacher import Teacher, ema_momentum
@@ -57,7 +58,7 @@ from worldmodel.tracking import Tracker
 logger = logging.getLogger(__name__)
 
 COLLAPSE_RANK = 2.0
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+OTHER_ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 ECHO_S = 2.0
 """A signal to all processes comes twice, as launchers pass it on: what follows so soon is no second request."""
 
@@ -145,15 +146,32 @@ class Trainer:
         set_seed(config.seed)
         model = WorldModel(config)
         # The teacher starts as the student and is no part of the wrapped module.
-        self.teacher = Teacher(model.embedder).to(accelerator.device) if model.objective.needs_teacher else None
+        self.teacher = Teacher(model.embedder) if model.objective.needs_teacher else None
         if accelerator.num_processes > 1:
             for module in filter(None, (self.teacher, model.embedder, model.editor, model.latent, model.scene)):
                 globalise_batch_norm(module)
+        self.sharded = sharding.is_asked_for(accelerator)
+        if self.sharded and config.train.grad_accumulation > 1 and model.compares_clips:
+            raise UserError(
+                f"train.grad_accumulation={config.train.grad_accumulation}: a loss that compares clips takes no parts "
+                "where weights are in shards"
+            )
+        self.blank_student = sharding.without_weights(model) if self.sharded else None
+        self.blank_teacher = sharding.without_weights(self.teacher) if self.sharded and self.teacher else None
         if mode := compile_mode(config.train, accelerator):
             for embedder in (model.embedder, *([self.teacher.embedder] if self.teacher else [])):
                 embedder.encoder.compile(mode=mode)
+        if self.sharded:  # Accelerate's own way does not know of the teacher
+            accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+            for network in filter(None, (model, self.teacher)):
+                sharding.shard(network)
+        elif self.teacher:
+            self.teacher.to(accelerator.device)
         optimizer = torch.optim.AdamW(parameter_groups(model, config.train.weight_decay), config.train.lr, fused=True)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if self.sharded:
+            self.model, self.optimizer = model, accelerator.prepare_optimizer(optimizer)
+        else:
+            self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.step = 0
         self.saved_step = -1
         self.best_score = math.inf
@@ -162,7 +180,7 @@ class Trainer:
         self.earlier_s = 0.0
         self.sums = Sums()
         self.times = StepTimes(accelerator.device)
-        self.flops: int | None = None  # of this process in a step, counted before the first one
+        self.flops: int | None = None  # of this process in a step, counted in its first one
         self.peak_flops_per_s = 0.0
         self.tracker: Tracker | None = None
 
@@ -170,9 +188,15 @@ class Trainer:
     def student(self) -> WorldModel:
         return self.accelerator.unwrap_model(self.model)
 
-    @property
-    def target_encoder(self) -> nn.Module:
-        return self.teacher or self.student.embedder
+    def whole(self) -> tuple[WorldModel, nn.Module]:
+        """The student and what embeds its targets: copies where weights are in shards, to be let go of soon, otherwise
+        themselves. All processes call it together."""
+        student, teacher, device = self.student, self.teacher, self.accelerator.device
+        if self.blank_student:
+            student = sharding.filled(self.blank_student, student, device)
+        if teacher and self.blank_teacher:
+            teacher = sharding.filled(self.blank_teacher, teacher, device)
+        return student, teacher or student.embedder
 
     def update(self, batches: Iterator[dict[str, Any]]) -> None:
         """One optimiser step on one batch."""
@@ -183,19 +207,18 @@ class Trainer:
             rows = on_device(batch["row"], accelerator.device)
             inputs = training_inputs(batch, config, config.objective.rollout_steps, accelerator.device)
             parts = in_parts(inputs, rows, config.train.grad_accumulation)
-        if self.flops is None:
-            self.count_flops(parts)
         with timed("step"):
-            losses = compute_gradients(
-                accelerator,
-                self.model,
-                self.teacher,
-                parts,
-                config.data.batch_size,
-                self.beta_at(self.step),
-                lambda: step_generator(config.seed, self.step, accelerator.device),
-                timed,
-            )
+            with self.flops_counted():
+                losses = compute_gradients(
+                    accelerator,
+                    self.model,
+                    self.teacher,
+                    parts,
+                    config.data.batch_size,
+                    self.beta_at(self.step),
+                    lambda: step_generator(config.seed, self.step, accelerator.device),
+                    timed,
+                )
             with timed("optimiser"):
                 if config.train.clip_norm:
                     accelerator.clip_grad_norm_(self.model.parameters(), config.train.clip_norm)
@@ -209,10 +232,17 @@ class Trainer:
                     self.teacher.update(self.student.embedder, momentum)
         self.step += 1
 
-    def count_flops(self, parts: Sequence[Part]) -> None:
-        """Once a session, before its first step: what utilisation is computed from."""
-        accelerator, data = self.accelerator, self.config.data
-        self.flops = step_flops(accelerator, self.student, self.teacher, parts, data.batch_size)
+    @contextmanager
+    def flops_counted(self) -> Iterator[None]:
+        """Around the first step of a session: count what utilisation is computed from. It does not run compiled, in
+        which nothing can be counted."""
+        if self.flops is not None:
+            yield
+            return
+        with FlopCounter() as counter, torch.compiler.set_stance("force_eager"):
+            yield
+        self.flops = counter.total
+        accelerator = self.accelerator
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
         self.peak_flops_per_s = peak_flops_per_s(accelerator.device, dtype)
 
@@ -262,19 +292,14 @@ class Trainer:
         config, accelerator, device = self.config, self.accelerator, self.accelerator.device
         is_best = torch.zeros((), device=device)
         if config.data.source == "causal":  # too quick to be worth sharing
-            scores = factors.development_scores(config, self.student, device)
+            scores = factors.development_scores(config, self.whole()[0], device)
             score = -scores["factors_r2"]
         else:
             with accelerator.main_process_first(), accelerator.local_main_process_first():
                 if config.data.source == "videos":
                     read_index(config.data, "selection")
             scores = forecast.development_scores(
-                config,
-                self.student,
-                self.target_encoder,
-                device,
-                rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
+                config, *self.whole(), device, rank=accelerator.process_index, world_size=accelerator.num_processes
             )
             score = scores["relative_energy_score"]
         if self.tracker:
@@ -287,17 +312,18 @@ class Trainer:
     def refine(self, stop: Callable[[], int]) -> None:
         """Refinement, by the first process alone: minutes of one processor. Interrupted, it begins anew on a resume."""
         caught = 0
+        student, target_encoder = self.whole()
         if self.accelerator.is_main_process:
             device, config = self.accelerator.device, self.config
             autocast = self.accelerator.autocast
             with closing(refinement_stream(config, device).batches(0)) as batches:
-                clips = embed_clips(config, self.student, self.target_encoder, batches, device, autocast, stop)
+                clips = embed_clips(config, student, target_encoder, batches, device, autocast, stop)
             precise = nullcontext if self.accelerator.scaler else autocast  # what fp16 needs scaling for is fast anyway
-            caught = refine(config, self.student, clips, device, precise, self.log_refinement, stop)
+            caught = refine(config, student, clips, device, precise, self.log_refinement, stop)
         if signal_number := int(self.accelerator.reduce(torch.tensor(caught, device=self.accelerator.device))):
             raise Interrupted(signal_number)
-        [refined] = broadcast_object_list([{name: value.cpu() for name, value in self.student.state_dict().items()}])
-        self.student.load_state_dict(refined)
+        [refined] = broadcast_object_list([{name: value.cpu() for name, value in student.state_dict().items()}])
+        sharding.load_whole(self.student, refined)
         self.refined = True
         self.save(self.evaluate())
 
@@ -307,6 +333,13 @@ class Trainer:
 
     def save(self, is_best: bool = False) -> None:
         self.saved_step = self.step
+        if not (self.accelerator.is_main_process or self.sharded):
+            return
+        weights = {
+            "model": sharding.whole(self.student.state_dict()),
+            "teacher": sharding.whole(self.teacher.state_dict()) if self.teacher else {},
+            "optimizer": sharding.whole(optimizer_tensors(self.optimizer.optimizer, self.student)),
+        }
         if not self.accelerator.is_main_process:
             return
         scaler = self.accelerator.scaler
@@ -318,12 +351,7 @@ class Trainer:
             "refined": self.refined,
             "scaler": scaler.state_dict() if scaler else None,
         }
-        checkpoint = Checkpoint(
-            model=self.student.state_dict(),
-            teacher=self.teacher.state_dict() if self.teacher else {},
-            optimizer=optimizer_tensors(self.optimizer.optimizer, self.student),
-            state=state,
-        )
+        checkpoint = Checkpoint(**weights, state=state)
         save_checkpoint(self.run, checkpoint, keep=self.config.train.keep_checkpoints, is_best=is_best)
 
     @contextmanager
@@ -341,9 +369,10 @@ class Trainer:
     @property
     def saves_on_loss(self) -> bool:
         """Whether this process saves the last finished step when the others are gone. A GPU may never come back from
-        a collective that the others left, so that its memory cannot be read."""
+        a collective that the others left, so that its memory cannot be read; of shards the others have theirs."""
         accelerator = self.accelerator
-        return accelerator.is_main_process and accelerator.num_processes > 1 and accelerator.device.type == "cpu"
+        others = accelerator.num_processes > 1 and not self.sharded
+        return accelerator.is_main_process and others and accelerator.device.type == "cpu"
 
     def lost_connection(self, error: RuntimeError) -> UserError:
         """What to tell when other processes cannot be reached. Saves the last finished step first: no optimiser step
@@ -368,9 +397,9 @@ class Trainer:
                 f"the videos of {self.run} have changed since its checkpoint (stream {state['stream']}, now "
                 f"{self.stream_fingerprint}): restore them, or start anew with --overwrite"
             )
-        self.student.load_state_dict(checkpoint.model)
+        sharding.load_whole(self.student, checkpoint.model)
         if self.teacher:
-            self.teacher.load_state_dict(checkpoint.teacher)
+            sharding.load_whole(self.teacher, checkpoint.teacher)
         load_optimizer_tensors(self.optimizer.optimizer, self.student, checkpoint.optimizer)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -384,7 +413,8 @@ class Trainer:
         precision = accelerator.mixed_precision.replace("no", "fp32")
         millions = sum(p.numel() for p in self.student.parameters()) / 1e6
         processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
-        return f"{self.run}: {processes} on {accelerator.device.type}, {precision}, {millions:.2f} M parameters"
+        shards = " in shards" if self.sharded else ""
+        return f"{self.run}: {processes} on {accelerator.device.type}, {precision}, {millions:.2f} M parameters{shards}"
 
     @property
     def train_seconds(self) -> float:
@@ -454,7 +484,7 @@ class Sums:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Raises UserError: the model would be sharded."""
+    """Raises UserError: Accelerate is set to another engine than PyTorch."""
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if computes_bf16() else "fp32"
@@ -470,10 +500,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             InitProcessGroupKwargs(timeout=timeout),
         ],
     )
-    if accelerator.distributed_type in SHARDED:
+    if accelerator.distributed_type in OTHER_ENGINES:
         raise UserError(
-            f"Accelerate is set to {accelerator.distributed_type.value}, but models are not sharded here: use a file "
-            "of configs/accelerate (docs/multi_node.md)"
+            f"Accelerate is set to {accelerator.distributed_type.value}, which does not run here: use a file of "
+            "configs/accelerate (docs/multi_node.md)"
         )
     return accelerator
 

@@ -11,6 +11,7 @@ from data_pipelines.errors import UserError
 from tests.conftest import TINY, normal, run_processes
 from tests.worldmodel import training_jobs
 from tests.worldmodel.test_train import rows
+from worldmodel.checkpoint import load_checkpoint
 from worldmodel.distributed import (
     GlobalBatchNorm,
     gathered,
@@ -26,6 +27,7 @@ CAUSAL = ["causal/heteroscedastic.yaml", "data.batch_size=64", "model.latent_dim
 WHITE = ["model.embedding_norm=white", "model.embedding_dim=6"]
 STEPS = ["data.num_segments=2", "data.num_frames=1", "objective.rollout_steps=2"]
 TERMS = ["objective.smoothness_weight=1", "objective.time_variance_weight=1"]
+VIT = ["demo.yaml", "model.encoder=vit_tiny", "model.patch_px=16", "model.width=1"]
 CASES: dict[str, list[str]] = {
     **{name: [*CAUSAL, f"objective.name={name}"] for name in OBJECTIVES},
     "infonce_white_sparse_double": [*CAUSAL, "objective.name=infonce", *WHITE, "model.latent=sparse"],
@@ -35,30 +37,42 @@ CASES: dict[str, list[str]] = {
     "byol_in_parts": [*CAUSAL, "objective.name=byol", "train.grad_accumulation=2", "train.clip_norm=0.1"],
     "byol_video_double": ["demo.yaml"],
     "vicreg_video_double": ["demo.yaml", "objective.name=vicreg", "model.embedding_norm=standard", *STEPS, *TERMS],
+    "byol_vit_double": [*VIT, "train.clip_norm=0.1", "model.checkpoint_activations=true"],
 }
+IN_SHARDS = [name for name in CASES if name not in ("sigreg_in_parts", "hinfonce_in_parts")]
+"""Losses that compare clips take no parts there."""
 
 
-def launch(num_processes: int, *arguments: str) -> None:
+SHARDS = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+"""What Accelerate tells processes by configs/accelerate/fsdp.yaml."""
+
+
+def launch(num_processes: int, *arguments: str, shards: bool = False) -> None:
     """tests/worldmodel/training_jobs.py in so many processes."""
-    run_processes(num_processes, "-m", "tests.worldmodel.training_jobs", *arguments)
+    environment = SHARDS if shards else None
+    run_processes(num_processes, "-m", "tests.worldmodel.training_jobs", *arguments, environment=environment)
 
 
 @pytest.fixture(scope="module")
-def by_world_size(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """What three updates of each case left, by one process and by two."""
+def updates(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What three updates of each case left, by one process, by two, and by two with the weights in shards."""
     folder = tmp_path_factory.mktemp("updates")
     shared = [*TINY, f"data.root={world}", f"run_dir={folder / 'run'}", "objective.ema_momentum=0.9"]
     cases = {name: [path, *shared, *overrides] for name, (path, *overrides) in CASES.items()}
     (folder / "cases.json").write_text(json.dumps(cases))
-    launch(2, "three_updates", str(folder / "two"), str(folder / "cases.json"))
+    (folder / "in_shards.json").write_text(json.dumps({name: cases[name] for name in IN_SHARDS}))
     launch(1, "three_updates", str(folder / "one"), str(folder / "cases.json"))
-    return {1: folder / "one", 2: folder / "two"}
+    launch(2, "three_updates", str(folder / "two"), str(folder / "cases.json"))
+    launch(2, "three_updates", str(folder / "shards"), str(folder / "in_shards.json"), shards=True)
+    return {name: folder / name for name in ("one", "two", "shards")}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_compute_the_losses_and_gradients_of_one(case: str, by_world_size: dict[int, Path]) -> None:
+@pytest.mark.parametrize(
+    ("by", "case"), [*(("two", case) for case in CASES), *(("shards", case) for case in IN_SHARDS)]
+)
+def test_two_processes_compute_the_losses_and_gradients_of_one(by: str, case: str, updates: dict[str, Path]) -> None:
     kind = next(kind for name, kind in OBJECTIVES.items() if case.startswith(name))
-    one, two = (load_file(by_world_size[size] / f"{case}.safetensors") for size in (1, 2))
+    one, two = (load_file(updates[name] / f"{case}.safetensors") for name in ("one", by))
     assert one.keys() == two.keys()
     assert any(name.startswith("gradient/") for name in one)
     assert any(name.startswith("teacher/") for name in one) == kind.needs_teacher
@@ -74,11 +88,12 @@ SCORED: dict[str, list[str]] = {
 }
 
 
-def test_two_processes_share_an_evaluation_and_score_as_one(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shards", [False, True])
+def test_two_processes_share_an_evaluation_and_score_as_one(shards: bool, world: Path, tmp_path: Path) -> None:
     cases = {name: ["demo.yaml", *TINY, f"data.root={world}", *of_case] for name, of_case in SCORED.items()}
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     training_jobs.evaluate(tmp_path / "one", cases)
-    launch(2, "evaluate", str(tmp_path / "two"), str(tmp_path / "cases.json"))
+    launch(2, "evaluate", str(tmp_path / "two"), str(tmp_path / "cases.json"), shards=shards)
     for name in cases:
         whole = json.loads((tmp_path / "one" / f"{name}_0.json").read_text())
         shares = [json.loads((tmp_path / "two" / f"{name}_{rank}.json").read_text()) for rank in (0, 1)]
@@ -117,6 +132,29 @@ def test_a_run_of_two_processes_goes_on_with_one_and_with_four(tmp_path: Path) -
         assert clips(f"seen_{name}") == seen[3:]
         losses = [row["loss"] for row in rows(tmp_path / name)]
         assert losses == pytest.approx([row["loss"] for row in whole], abs=1e-4)
+
+
+def test_checkpoints_do_not_tell_whether_weights_were_in_shards(tmp_path: Path) -> None:
+    """Stopped after step 3 of 6, and on in the other way; the losses of one process."""
+
+    def overrides(name: str) -> list[str]:
+        path, *of_case = CASES["jepa_mixture"]
+        return [path, *TINY, f"run_dir={tmp_path / name}", *of_case, "evaluation.queries=64"]
+
+    def go(num_processes: int, name: str, step: int, how: str, shards: bool) -> None:
+        seen = str(tmp_path / f"seen_{name}")
+        launch(num_processes, "run_until", seen, str(step), how, *overrides(name), shards=shards)
+
+    go(1, "whole", 6, "anew", shards=False)
+    for number, first_in_shards in enumerate((True, False)):
+        name = f"run_{number}"
+        go(2, name, 3, "anew", shards=first_in_shards)
+        go(2, name, 6, "resume", shards=not first_in_shards)
+        losses = [row["loss"] for row in rows(tmp_path / name)]
+        assert losses == pytest.approx([row["loss"] for row in rows(tmp_path / "whole")], abs=1e-4)
+        checkpoints = (load_checkpoint(tmp_path / run) for run in ("whole", name))
+        one, two = (checkpoint.optimizer for checkpoint in checkpoints if checkpoint)
+        assert {key: value.shape for key, value in one.items()} == {key: value.shape for key, value in two.items()}
 
 
 def test_by_one_process_a_batch_is_its_own() -> None:

@@ -23,6 +23,7 @@ from worldmodel import train as training
 from worldmodel.config import load_config
 from worldmodel.data import evaluation_batches, training_stream
 from worldmodel.evaluation import forecast
+from worldmodel.sharding import local, whole
 
 
 def three_updates(out: Path, cases: dict[str, list[str]]) -> None:
@@ -47,7 +48,11 @@ def updates(name: str, path: str, overrides: list[str], out: Path) -> dict[str, 
         device=accelerator.device,
     )
     trainer = training.Trainer(config, accelerator, out, stream.fingerprint)
+    assert trainer.sharded == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
     for module in (trainer.student, trainer.teacher):
+        if module is not None and trainer.sharded:
+            share = sum(local(parameter).numel() for parameter in module.parameters())
+            assert share < 0.55 * sum(parameter.numel() for parameter in module.parameters())
         if module is not None and name.endswith("in_parts"):
             module.eval()
     for group in trainer.optimizer.param_groups:
@@ -71,7 +76,7 @@ def updates(name: str, path: str, overrides: list[str], out: Path) -> dict[str, 
     found |= {f"buffer/{key}": value.clone() for key, value in trainer.student.named_buffers()}
     if trainer.teacher:
         found |= {f"teacher/{key}": value.clone() for key, value in trainer.teacher.state_dict().items()}
-    return {key: value.contiguous() for key, value in found.items()}
+    return {key: value.contiguous() for key, value in whole(found).items()}
 
 
 @contextmanager
