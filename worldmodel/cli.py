@@ -30,10 +30,10 @@ def report_errors() -> Iterator[None]:
             # The launcher of several processes ends with a summary of its own, which then names the cause.
             summary = {"message": f"error: {error}", "timestamp": int(time.time())}
             Path(error_file).write_text(json.dumps(summary), encoding="utf-8")
-        sys.exit(EXIT_USER_ERROR)
+        leave(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        leave(EXIT_INTERRUPTED)
 
 
 def leave(code: int) -> NoReturn:

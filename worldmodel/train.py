@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from datetime import timedelta
@@ -488,6 +489,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if computes_bf16() else "fp32"
+    # Accelerate names it in the old way, of which torch warns in every process.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     # Accelerate drops a value that equals its own default, which is not that of every backend: hence the microsecond.
     timeout = timedelta(seconds=config.timeout_s, microseconds=1)
     accelerator = Accelerator(
