@@ -165,17 +165,17 @@ class _Normalise(torch.autograd.Function):
         values, weight, mean, variance, total = ctx.saved_tensors
         scale = (variance + ctx.eps).rsqrt()
         factor = torch.ones_like(scale) if weight is None else weight
-        # As if the statistics were constants, ...
-        of_values, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            gradients[0], values, factor, mean, variance, mean, scale, False, ctx.eps, [True, True, True]
+        _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            gradients[0], values, factor, mean, variance, mean, scale, False, ctx.eps, [False, True, True]
         )
         everywhere = torch.stack([of_bias, of_weight])
         dist.all_reduce(everywhere)
-        # ... and then what the values do through them.
+        # What the values do through the statistics, and then as if those were constants: of their centred values v and
+        # what comes back g it is factor * scale * g - slope * v - shift.
         shift, slope = (everywhere * (factor * scale / total)).unbind()
-        slope = slope * scale
-        shape = [1, -1, *[1] * (values.ndim - 2)]
-        of_values.addcmul_(values, -slope.view(shape).to(values)).add_((slope * mean - shift).view(shape).to(values))
+        ones = torch.ones_like(variance)
+        of_values = F.batch_norm(values, mean, ones, -slope * scale, -shift, False, 0.0, 0.0)
+        of_values.addcmul_(gradients[0], (factor * scale).view([1, -1, *[1] * (values.ndim - 2)]).to(values))
         affine = weight is not None
         return of_values, of_weight if affine else None, of_bias if affine else None, None
 

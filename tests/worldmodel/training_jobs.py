@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from tests.conftest import REPO
 from worldmodel import train as training
+from worldmodel.cli import leave
 from worldmodel.config import load_config
 from worldmodel.data import evaluation_batches, training_stream
 from worldmodel.evaluation import forecast
@@ -157,3 +158,4 @@ if __name__ == "__main__":
         evaluate(Path(folder), json.loads(Path(rest[0]).read_text()))
     else:
         run_until(Path(folder), int(rest[0]), rest[2], rest[3:], resume=rest[1] == "resume")
+    leave(0)
