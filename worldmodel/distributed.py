@@ -168,8 +168,8 @@ class _Normalise(torch.autograd.Function):
         _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
             gradients[0], values, factor, mean, variance, mean, scale, False, ctx.eps, [False, True, True]
         )
-        everywhere = torch.stack([of_bias, of_weight])
-        dist.all_reduce(everywhere)
+        # Of so few numbers Gloo's own sum takes five times as long.
+        everywhere = _stack(torch.stack([of_bias, of_weight])).sum(dim=0)
         # What the values do through the statistics, and then as if those were constants: of their centred values v and
         # what comes back g it is factor * scale * g - slope * v - shift.
         shift, slope = (everywhere * (factor * scale / total)).unbind()
