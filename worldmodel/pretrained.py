@@ -24,8 +24,9 @@ class PretrainedEncoder(nn.Module):
 
     `source` names a model on the Hugging Face hub or a folder with config.json and model.safetensors; code that comes
     with a model is never run, and nothing is unpickled. Frames are normalised as its preprocessor_config.json says, or
-    by ImageNet's mean and standard deviation; one channel is repeated to three. `freeze`: the model stays as it is, in
-    evaluation mode. `checkpoint_activations`: its layers are computed again in the backward pass instead of kept.
+    by ImageNet's mean and standard deviation; one channel is repeated to three. Its dropout is switched off. `freeze`:
+    the model stays as it is, in evaluation mode. `checkpoint_activations`: its layers are computed again in the
+    backward pass instead of kept.
 
     Raises:
         UserError: transformers is not installed; no such model, or a damaged one; it takes other inputs than images, or
@@ -119,8 +120,15 @@ def _load(source: str) -> tuple[Any, set[str]]:
     verbosity = messages.get_verbosity()
     messages.set_verbosity_error()  # else a table of the weights of heads, which nothing here needs
     try:
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        _switch_dropout_off(config)
         backbone, info = transformers.AutoModel.from_pretrained(
-            source, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+            source,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise UserError(
@@ -135,6 +143,15 @@ def _load(source: str) -> tuple[Any, set[str]]:
             "model of images alone"
         )
     return backbone, set(info["missing_keys"])
+
+
+def _switch_dropout_off(config: Any) -> None:
+    """Of any kind, as stochastic depth: a step would depend on the processes that share it, and on a resume."""
+    for name, value in vars(config).items():
+        if hasattr(value, "model_type"):  # the config of a part
+            _switch_dropout_off(value)
+        elif "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
 
 
 def _normalisation(source: str) -> tuple[list[float], list[float]]:

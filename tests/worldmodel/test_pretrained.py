@@ -100,6 +100,17 @@ def test_every_weight_that_learns_has_a_gradient(models: Path) -> None:
         assert not any("pooler" in key or "mask_token" in key for key in learning)
 
 
+def test_dropout_and_stochastic_depth_are_off(transformers: Any, tmp_path: Path) -> None:
+    sizes = {"embed_dim": 8, "depths": [2, 1], "num_heads": [1, 1], "image_size": 32, "patch_size": 4, "window_size": 4}
+    noise = {"drop_path_rate": 0.5, "hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
+    swin = transformers.SwinModel(transformers.SwinConfig(**sizes, **noise)).train()
+    images = clip(4)[:, 0]
+    assert not torch.equal(*(swin(images).last_hidden_state for _ in range(2)))
+    swin.save_pretrained(tmp_path)
+    encoder = PretrainedEncoder(str(tmp_path), 3, 3, 32).train()
+    assert torch.equal(encoder(clip()), encoder(clip()))
+
+
 def test_a_frozen_encoder_stays_as_it_is(models: Path) -> None:
     encoder = PretrainedEncoder(str(models / "resnet"), 3, 2, 32, freeze=True)
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
