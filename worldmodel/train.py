@@ -46,7 +46,13 @@ from worldmodel.data import on_device, read_index, training_inputs, training_str
 from worldmodel.distributed import globalise_batch_norm
 from worldmodel.evaluation import factors, forecast
 from worldmodel.gradients import Losses, compute_gradients, in_parts, kept_buffers
-from worldmodel.machine import computes_bf16, fair_share_of_cores, keep_freed_memory, peak_flops_per_s
+from worldmodel.machine import (
+    computes_bf16,
+    fair_share_of_cores,
+    keep_freed_memory,
+    keep_to_own_cores,
+    peak_flops_per_s,
+)
 from worldmodel.model import WorldModel
 from worldmodel.optimisation import learning_rate, parameter_groups, set_lr, step_generator
 from worldmodel.profiling import FlopCounter, profiled
@@ -144,6 +150,8 @@ class Trainer:
     def __init__(self, config: Config, accelerator: Accelerator, run: Path, stream_fingerprint: str) -> None:
         self.config, self.accelerator, self.run = config, accelerator, run
         self.stream_fingerprint = stream_fingerprint
+        if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+            keep_to_own_cores(accelerator.local_process_index)
         set_seed(config.seed)
         model = WorldModel(config)
         # The teacher starts as the student and is no part of the wrapped module.

@@ -1,7 +1,25 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from worldmodel.machine import peak_flops_per_s
+from tests.conftest import REPO, script_environment
+from worldmodel import machine
+from worldmodel.machine import fair_share_of_cores, peak_flops_per_s
+
+KEPT = """
+import os, threading
+from worldmodel import machine
+stop = threading.Event()
+thread = threading.Thread(target=stop.wait)
+thread.start()
+for process in (1, 1, 99_999):
+    machine.keep_to_own_cores(process)
+    print(*os.sched_getaffinity(0), *os.sched_getaffinity(thread.native_id))
+stop.set()
+"""
 
 
 @pytest.mark.parametrize(
@@ -31,3 +49,19 @@ def test_the_peak_of_another_device_is_measured(name: str, monkeypatch: pytest.M
 
 def test_a_processor_computes_some_gigaflops() -> None:
     assert 1e8 < peak_flops_per_s(torch.device("cpu"), torch.float32) < 1e14
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or len(machine.CORES) < 2, reason="needs Linux and two cores")
+def test_a_process_and_its_threads_keep_to_cores_of_their_own() -> None:
+    """The second of as many as there are cores; a process beyond those stays where it is."""
+    environment = {**script_environment(), "LOCAL_WORLD_SIZE": str(len(machine.CORES))}
+    command = [sys.executable, "-c", KEPT]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, env=environment)
+    assert done.stdout.splitlines() == [f"{machine.CORES[1]} {machine.CORES[1]}"] * 3, done.stderr
+
+
+@pytest.mark.parametrize(("cores", "processes", "share"), [(8, 1, 8), (8, 3, 2), (2, 4, 1)])
+def test_processes_share_cores(cores: int, processes: int, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "CORES", list(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert fair_share_of_cores() == share
