@@ -31,7 +31,7 @@ from data_pipelines.errors import UserError
 from worldmodel.cli import check_counts, report_errors, write_result
 from worldmodel.config import Config, flatten, load_config, to_dict
 from worldmodel.data import training_stream
-from worldmodel.machine import fair_share_of_cores, keep_freed_memory, machine_description
+from worldmodel.machine import keep_freed_memory, machine_description, set_threads
 from worldmodel.optimisation import step_generator
 from worldmodel.timing import seconds_in_turns, synchronise
 from worldmodel.train import Sums, Trainer, make_accelerator
@@ -91,7 +91,7 @@ def main() -> int:
 
 def bench(config: Config, plain: Callable[..., Any], steps: int, compare_steps: int) -> dict[str, Any]:
     """What bench_train.json holds: times in seconds, losses of each step."""
-    set_threads(config)
+    set_threads(config.train.num_threads)
     keep_freed_memory()
     losses = {"plain": plain("losses", compare_steps), "fp32": our_losses(config, in_fp32(config), compare_steps)}
     trainer = make_trainer(config)
@@ -150,7 +150,7 @@ def plain_process(config: Config) -> Iterator[Callable[..., Any]]:
 
 def serve_plain(config: Config, requests: Connection) -> None:
     """The other end of `plain_process`. It starts from the weights of our trainer, which follow from the seed."""
-    set_threads(config)
+    set_threads(config.train.num_threads)
     try:
         plain = make_plain(config, in_fp32(config))
         device = next(plain.model.parameters()).device
@@ -167,10 +167,6 @@ def serve_plain(config: Config, requests: Connection) -> None:
         pass  # nothing more is asked
     except UserError as error:
         requests.send(error)
-
-
-def set_threads(config: Config) -> None:
-    torch.set_num_threads(config.train.num_threads or fair_share_of_cores())
 
 
 def timed_batches(config: Config, device: torch.device) -> Iterator[dict[str, Any]]:

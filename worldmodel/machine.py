@@ -34,6 +34,11 @@ def fair_share_of_cores() -> int:
     return max(1, len(CORES) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def set_threads(num_threads: int | None) -> None:
+    """Compute with so many threads; None: with a fair share of the cores."""
+    torch.set_num_threads(num_threads or fair_share_of_cores())
+
+
 def keep_to_own_cores(process: int) -> None:
     """Keep all threads of one of the training processes of this machine, and what they start, on cores of its own.
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,10 @@ from worldmodel.evaluation import factors, forecast
 from worldmodel.gradients import Losses, compute_gradients, in_parts, kept_buffers
 from worldmodel.machine import (
     computes_bf16,
-    fair_share_of_cores,
     keep_freed_memory,
     keep_to_own_cores,
     peak_flops_per_s,
+    set_threads,
 )
 from worldmodel.model import WorldModel
 from worldmodel.optimisation import learning_rate, parameter_groups, set_lr, step_generator
@@ -96,7 +97,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, prof
 
 
 def _train(config: Config, accelerator: Accelerator, *, resume: bool, overwrite: bool, profile: bool) -> Path:
-    torch.set_num_threads(config.train.num_threads or fair_share_of_cores())
+    set_threads(config.train.num_threads)
     keep_freed_memory()
     rank, world_size = accelerator.process_index, accelerator.num_processes
     # The first process indexes the videos, then the first of each other host; the rest find an index.
@@ -190,7 +191,6 @@ class Trainer:
         self.sums = Sums()
         self.times = StepTimes(accelerator.device)
         self.flops: int | None = None  # of this process in a step, counted in its first one
-        self.peak_flops_per_s = 0.0
         self.tracker: Tracker | None = None
 
     @property
@@ -244,16 +244,20 @@ class Trainer:
     @contextmanager
     def flops_counted(self) -> Iterator[None]:
         """Around the first step of a session: count what utilisation is computed from. It does not run compiled, in
-        which nothing can be counted."""
+        which nothing can be counted. What is computed twice to save memory counts twice."""
         if self.flops is not None:
             yield
             return
         with FlopCounter() as counter, torch.compiler.set_stance("force_eager"):
             yield
         self.flops = counter.total
+
+    @cached_property
+    def peak_flops_per_s(self) -> float:
+        """What utilisation is measured by. It takes some tenths of a second, and is first asked for between steps."""
         accelerator = self.accelerator
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-        self.peak_flops_per_s = peak_flops_per_s(accelerator.device, dtype)
+        return peak_flops_per_s(accelerator.device, dtype)
 
     def lr_at(self, step: int) -> float:
         train = self.config.train

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,8 @@ def step_flops(model: WorldModel, teacher: Teacher | None, parts: list[Part]) ->
 @pytest.mark.parametrize("num_parts", [1, 3])
 @pytest.mark.parametrize("latent", ["gaussian", "none"])
 def test_the_flops_of_a_step_are_those_of_its_linear_layers(latent: str, num_parts: int) -> None:
-    """A layer costs 2 * B * inputs * outputs forward, and as much for each gradient, by its weight and by its input."""
+    """A layer costs 2 * B * inputs * outputs forward, and as much for each gradient, by its weight and by its input.
+    Counting changes nothing of the step."""
     overrides = ["run_dir=unused", "objective.name=byol", f"model.latent={latent}", "data.batch_size=32"]
     causal = [*TINY, "model.embedding_norm=sphere", *overrides]
     config = load_config(REPO / "configs" / "causal" / "heteroscedastic.yaml", causal)
@@ -40,12 +43,21 @@ def test_the_flops_of_a_step_are_those_of_its_linear_layers(latent: str, num_par
         gradients = torch.is_grad_enabled() * (1 + inputs[0].requires_grad)
         expected += (1 + gradients) * 2 * len(inputs[0]) * layer.in_features * layer.out_features
 
+    networks = copy.deepcopy((model, teacher))
     for module in (*model.modules(), *teacher.modules()):
         if isinstance(module, nn.Linear):
             module.register_forward_hook(add)
     batch = next(training_stream(config, 1, rank=0, world_size=1, device=CPU).batches())
     parts = in_parts(training_inputs(batch, config, 1, CPU), batch["row"], num_parts)
+    random_state = torch.random.get_rng_state()
     assert step_flops(model, teacher, parts) == expected > 0
+    assert torch.equal(torch.random.get_rng_state(), random_state)
+    compute_gradients(Accelerator(cpu=True), *networks, parts, 32, 1.0, lambda: step_generator(0, 0, CPU))
+    for counted, plain in zip((model, teacher), networks, strict=True):
+        assert all(torch.equal(value, plain.state_dict()[name]) for name, value in counted.state_dict().items())
+        gradients = [(a.grad, b.grad) for a, b in zip(counted.parameters(), plain.parameters(), strict=True)]
+        assert all(a is b if a is None or b is None else torch.equal(a, b) for a, b in gradients)
+    assert any(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_a_first_pass_is_counted_too() -> None:

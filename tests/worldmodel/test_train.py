@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from safetensors.torch import load_file
 from data_pipelines.errors import UserError
 from data_pipelines.transforms import split_segments, to_float
 from tests.conftest import REPO, run_processes, run_script, script_environment
-from worldmodel import WorldModel, load
+from worldmodel import WorldModel, load, timing
+from worldmodel import train as train_module
 from worldmodel.config import Config
 from worldmodel.data import read_index, training_stream
 from worldmodel.teacher import Teacher
@@ -179,6 +181,22 @@ def test_a_profiled_run_learns_the_same(
     assert "Self CPU" in lines[1] and len(lines) < 40
     assert {"aten::convolution_backward", "forward", "backward"} <= {line.split()[0] for line in lines if line}
     assert not (plain / "profile").exists()
+
+
+def test_no_step_is_timed_with_the_measurement_of_the_peak(
+    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that goes on by one each time it is read, and by a thousand while the peak is measured."""
+    now_s = [0.0]
+
+    def go_on(by_s: float) -> float:
+        now_s[0] += by_s
+        return now_s[0]
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: go_on(1.0)))
+    monkeypatch.setattr(train_module, "peak_flops_per_s", lambda *_: go_on(1000.0))
+    run = train(tiny_config("train.steps=2"))
+    assert now_s[0] > 1000 and all(row["step_s"] < 100 and row["mfu"] > 0 for row in rows(run))
 
 
 def test_a_short_run_is_profiled_whole(tiny_config: Callable[..., Config]) -> None:
