@@ -1,7 +1,14 @@
-"""Frames as the model wants them: float [B, T, C, H, W], cut into segments."""
+"""Frames as the model wants them: on its device, float [B, T, C, H, W], cut into segments."""
 
 import torch
 from einops import rearrange
+
+
+def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Without a wait: to a GPU by way of pinned memory, as a copy from other memory waits for all that it has to do."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def to_float(video: torch.Tensor) -> torch.Tensor:

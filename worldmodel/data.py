@@ -25,7 +25,7 @@ from data_pipelines.sources.law import Law
 from data_pipelines.sources.moving_mnist import MovingMnistLaw, MovingMnistStream
 from data_pipelines.sources.written import RECORDED, read_sprites, read_world
 from data_pipelines.stream import Batch, VideoStream, read_all, share_of_pass
-from data_pipelines.transforms import split_segments, to_float
+from data_pipelines.transforms import on_device, split_segments, to_float
 from worldmodel.config import Config, DataConfig
 
 logger = logging.getLogger(__name__)
@@ -57,13 +57,6 @@ def training_inputs(batch: Batch, config: Config, steps: int, device: torch.devi
 def segments_of(batch: Batch, num_segments: int, device: torch.device) -> Tensor:
     """A batch's clips on the device, in [0, 1], cut into segments: [B, num_segments, T, C, H, W]."""
     return split_segments(to_float(on_device(batch["video"], device)), num_segments)
-
-
-def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Without a wait: to a GPU by way of pinned memory, as a copy from other memory waits for all that it has to do."""
-    if device.type == "cuda" and values.device.type == "cpu":
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
 
 
 def num_segments(config: Config, steps: int) -> int:

@@ -264,7 +264,8 @@ class Whitening(nn.Module):
             # Relative to the mean variance: an untrained network's embeddings may be tiny.
             floor = 1e-4 * covariance.diagonal().mean() + 1e-12
             stable = covariance + floor * torch.eye(len(mean), device=mean.device)
-            return torch.linalg.solve_triangular(torch.linalg.cholesky(stable), (values - mean).T, upper=False).T
+            factor = torch.linalg.cholesky_ex(stable).L  # unlike cholesky, no GPU is asked whether it went well
+            return torch.linalg.solve_triangular(factor, (values - mean).T, upper=False).T
 
 
 def normalise(embedding: Tensor) -> Tensor:
@@ -279,7 +280,7 @@ def _pooled(maps: Tensor, pooling: Pooling) -> Tensor:
     spread by strides, with which the layers below took a quarter of a CPU step longer.
     """
     num_pixels = maps.shape[2] * maps.shape[3]
-    weights = pixel_weights(maps.shape[2], maps.shape[3], pooling).to(maps.device)
+    weights = pixel_weights(maps.shape[2], maps.shape[3], pooling, maps.device)
     pixels = rearrange(maps, "n c h w -> n (h w) c")
     if pooling == "mean":
         sums = weights.to(maps).expand(len(maps), -1, -1) @ pixels
@@ -295,12 +296,12 @@ EMPTY_MASS = 0.05
 """Added to the sum of a map, which is never negative, so that an empty one has its centre in the middle."""
 
 
-def pixel_weights(height: int, width: int, pooling: Pooling) -> Tensor:
+def pixel_weights(height: int, width: int, pooling: Pooling, device: torch.device | None = None) -> Tensor:
     """What pixels count for each number that pooling keeps, [K, H * W]: 1, and with "moments" x, y, x^2, x y, y^2; x
     and y run from -1 to 1."""
-    y = torch.linspace(-1, 1, height)[:, None].expand(height, width)
-    x = torch.linspace(-1, 1, width).expand(height, width)
-    ones = torch.ones(height, width)
+    y = torch.linspace(-1, 1, height, device=device)[:, None].expand(height, width)
+    x = torch.linspace(-1, 1, width, device=device).expand(height, width)
+    ones = torch.ones(height, width, device=device)
     return torch.stack([ones] if pooling == "mean" else [ones, x, y, x * x, x * y, y * y]).flatten(1)
 
 

@@ -314,7 +314,8 @@ def variance_hinge(embeddings: Tensor) -> Tensor:
 
 def covariance_penalty(embeddings: Tensor) -> Tensor:
     """Sum of squared covariances between dimensions, over D: [B, D] -> scalar."""
-    covariance = torch.cov(embeddings.T)
+    centred = embeddings - embeddings.mean(dim=0)
+    covariance = centred.T @ centred / (len(embeddings) - 1)  # torch.cov asks a GPU for a number
     return (covariance.square().sum() - covariance.diagonal().square().sum()) / embeddings.shape[1]
 
 

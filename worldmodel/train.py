@@ -33,6 +33,7 @@ from torch.distributed import DistError
 from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
+from data_pipelines.transforms import on_device
 from worldmodel import sharding
 from worldmodel.checkpoint import (
     Checkpoint,
@@ -43,7 +44,7 @@ from worldmodel.checkpoint import (
     save_checkpoint,
 )
 from worldmodel.config import Config, TrainConfig, flatten, to_dict
-from worldmodel.data import on_device, read_index, training_inputs, training_stream
+from worldmodel.data import read_index, training_inputs, training_stream
 from worldmodel.distributed import globalise_batch_norm
 from worldmodel.evaluation import factors, forecast
 from worldmodel.gradients import Losses, compute_gradients, in_parts, kept_buffers

@@ -23,6 +23,7 @@ from data_pipelines.sources.digits import SPLITS, Split, Sprites, load_sprites, 
 from data_pipelines.sources.fresh import batch_generator, share_of_rank
 from data_pipelines.sources.law import ClipFormat, Quantity
 from data_pipelines.sources.written import WorldSplit, write_videos
+from data_pipelines.transforms import on_device
 
 WORLD = "moving_mnist"
 CENTRE_RANGE_PX = (8.0, 16.0)
@@ -167,10 +168,10 @@ class MovingMnistStream:
         batch = start_batch
         while True:
             trajectories = self.trajectories(batch)
-            images = self.sprites.images[trajectories.sprite.to(self.device)]
+            images = self.sprites.images[on_device(trajectories.sprite, self.device)]
             first = batch * self.batch_size + self._slice.start
             yield {
-                "video": render(images, centre_path(trajectories).to(self.device)),
+                "video": render(images, on_device(centre_path(trajectories), self.device)),
                 "clip_id": torch.arange(first, first + len(trajectories)),
                 "row": torch.arange(self._slice.start, self._slice.stop),
                 "labels": trajectories.labels(),

@@ -1,6 +1,5 @@
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from data_pipelines.sources.kicked_mnist import KickedMnistLaw
 from data_pipelines.sources.moving_mnist import MovingMnistLaw
 from data_pipelines.transforms import split_segments
 from worldmodel.config import Config
-from worldmodel.data import evaluation_batches, known_law, on_device, read_index, split_folders, training_stream
+from worldmodel.data import evaluation_batches, known_law, read_index, split_folders, training_stream
 
 
 def test_both_sources_have_one_batch_layout(tiny_config: Callable[..., Config]) -> None:
@@ -53,17 +52,6 @@ def test_segments_of_a_video_come_in_order(tiny_config: Callable[..., Config]) -
         offset = (seen - expected)[inside]  # a digit's centroid is off its centre, by the same in all frames
         assert (offset - offset.mean(dim=1, keepdim=True)).abs().max() < 0.5
         assert offset.abs().max() < 4
-
-
-@pytest.mark.parametrize(
-    ("kind", "at", "pinned"), [("cuda", "cpu", True), ("cuda", "cuda", False), ("cpu", "cpu", False)]
-)
-def test_what_goes_to_a_gpu_is_pinned_first(kind: str, at: str, pinned: bool) -> None:
-    values = Mock(spec=torch.Tensor, device=torch.device(at))
-    on_device(values, torch.device(kind))
-    assert values.pin_memory.called == pinned
-    copied = values.pin_memory.return_value if pinned else values
-    copied.to.assert_called_once_with(torch.device(kind), non_blocking=True)
 
 
 def test_evaluation_gives_the_asked_number_of_clips_always_the_same(
