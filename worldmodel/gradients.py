@@ -10,7 +10,7 @@ Legend: B clips of this process, N clips of the global batch.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
@@ -64,7 +64,7 @@ def compute_gradients(
     Raises:
         UserError: a process has no clip in a part.
     """
-    student: WorldModel = accelerator.unwrap_model(model)
+    student = cast(WorldModel, getattr(model, "module", model))  # Accelerate's way takes a third of a millisecond
     whole: Losses | None = None
     targets: Sequence[Tensor | None] = [None] * len(parts)
     gradients: Sequence[PredictionGradient | None] = [None] * len(parts)

@@ -22,6 +22,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.embedder = copy.deepcopy(student)
         self.requires_grad_(False)
+        self._followed: tuple[list[Tensor], list[Tensor]] | None = None  # own parameters, the student's
 
     @torch.no_grad()
     def forward(self, video: Tensor) -> Tensor:
@@ -30,10 +31,14 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def update(self, student: Embedder, momentum: float) -> None:
-        """parameters <- momentum * parameters + (1 - momentum) * student's; a frozen encoder's are the same anyway."""
-        pairs = zip(self.embedder.parameters(), student.parameters(), strict=True)
-        learned = [(local(own.detach()), local(followed.detach())) for own, followed in pairs if followed.requires_grad]
-        own, followed = (list(values) for values in zip(*learned, strict=True))
+        """parameters <- momentum * parameters + (1 - momentum) * student's, which is the same one each time; a frozen
+        encoder's are the same anyway."""
+        if self._followed is None:
+            pairs = zip(self.embedder.parameters(), student.parameters(), strict=True)
+            learned = [(local(own.detach()), local(other.detach())) for own, other in pairs if other.requires_grad]
+            own, followed = (list(values) for values in zip(*learned, strict=True))
+            self._followed = own, followed
+        own, followed = self._followed
         torch._foreach_lerp_(own, followed, 1 - momentum)
 
 

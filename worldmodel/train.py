@@ -155,7 +155,7 @@ class Trainer:
         if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
             keep_to_own_cores(accelerator.local_process_index)
         set_seed(config.seed)
-        model = WorldModel(config)
+        self.student = model = WorldModel(config)
         # The teacher starts as the student and is no part of the wrapped module.
         self.teacher = Teacher(model.embedder) if model.objective.needs_teacher else None
         if accelerator.num_processes > 1:
@@ -193,10 +193,6 @@ class Trainer:
         self.times = StepTimes(accelerator.device)
         self.flops: int | None = None  # of this process in a step, counted in its first one
         self.tracker: Tracker | None = None
-
-    @property
-    def student(self) -> WorldModel:
-        return self.accelerator.unwrap_model(self.model)
 
     def whole(self) -> tuple[WorldModel, nn.Module]:
         """The student and what embeds its targets: copies where weights are in shards, to be let go of soon, otherwise
