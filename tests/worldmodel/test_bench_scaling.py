@@ -6,7 +6,16 @@ import pytest
 from tests.conftest import run_script
 from tests.worldmodel.test_scripts import assert_one_line
 
-REDUCED = ["--steps", "2", "model.width=0.125", "model.hidden_dim=16", "data.batch_size=8", "data.num_lanes=8"]
+REDUCED = [
+    "--rounds",
+    "2",
+    "--steps",
+    "2",
+    "model.width=0.125",
+    "model.hidden_dim=16",
+    "data.batch_size=8",
+    "data.num_lanes=8",
+]
 
 
 @pytest.mark.slow
@@ -21,12 +30,15 @@ def test_tells_the_speedup_of_two_processes_over_one(tmp_path: Path) -> None:
         assert row["clips_per_s"] * row["step_s"] == pytest.approx(8)
         assert row["efficiency"] == pytest.approx(row["clips_per_s"] / one["clips_per_s"] / row["processes"])
         assert f"{row['clips_per_s']:.1f}" in done.stdout
+        assert row["quick_step_s"] <= row["step_s"]
+        assert row["quick_speedup"] == pytest.approx(one["quick_step_s"] / row["quick_step_s"])
     assert result["machine"]["cores"] >= 1
 
 
 def test_senseless_numbers_end_with_one_line() -> None:
     assert_one_line("bench_scaling.py", "--processes", "0", tells="--processes must be at least 1, not 0")
-    assert_one_line("bench_scaling.py", "--steps", "0", tells="--steps must be at least 1, not 0")
+    for counted in ("--steps", "--rounds"):
+        assert_one_line("bench_scaling.py", counted, "0", tells=f"{counted} must be at least 1, not 0")
 
 
 @pytest.mark.slow
