@@ -443,15 +443,19 @@ class WorldModel(nn.Module):
                 for k in range(self.num_steps)
             ]
             of_sequence = self.sequence_terms(real, actions)
-        weighted = {
-            name: sum((weight * terms[name] for weight, terms in zip(self.step_weights, steps, strict=True)), 0 * value)
-            for name, value in steps[0].items()
-        }
+        weighted = {name: self._over_steps([terms[name] for terms in steps]) for name in steps[0]}
         loss = weighted.pop("loss") + self.sequence_terms.total(of_sequence)
         logged = {name: value.detach() for name, value in (weighted | of_sequence).items()}
         if self.num_steps > 1:
             logged |= {f"alignment_{k}": terms["alignment"].detach() for k, terms in enumerate(steps, start=1)}
         return {"loss": loss} | logged
+
+    def _over_steps(self, of_steps: Sequence[Tensor]) -> Tensor:
+        """The mean of K scalars by the weights of steps."""
+        if self.num_steps == 1:
+            return of_steps[0]  # each number that is computed on a GPU is a start of its own
+        parts = [weight * value for weight, value in zip(self.step_weights, of_steps, strict=True)]
+        return torch.stack(parts).sum()
 
     def _distance_terms(self, embedded: "Embedded", first: Tensor, predicted: Tensor) -> dict[str, Tensor]:
         """What the temporal distance learns by, and what the editor learns by it, weighted: from the state

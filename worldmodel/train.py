@@ -470,8 +470,10 @@ class Sums:
         self.started_s = time.monotonic()
 
     def add(self, batch: Losses) -> None:
-        for name, value in batch.losses.items():
-            self.losses[name] = self.losses.get(name, torch.zeros_like(value)) + value.detach()
+        if self.losses:
+            torch._foreach_add_(list(self.losses.values()), [batch.losses[name] for name in self.losses])
+        else:
+            self.losses = {name: value.clone() for name, value in batch.losses.items()}
         self.targets = batch.targets
         self.num_batches += 1
         self.num_clips += batch.num_clips
