@@ -296,7 +296,7 @@ EMPTY_MASS = 0.05
 """Added to the sum of a map, which is never negative, so that an empty one has its centre in the middle."""
 
 
-def pixel_weights(height: int, width: int, pooling: Pooling, device: torch.device | None = None) -> Tensor:
+def pixel_weights(height: int, width: int, pooling: Pooling, device: torch.device) -> Tensor:
     """What pixels count for each number that pooling keeps, [K, H * W]: 1, and with "moments" x, y, x^2, x y, y^2; x
     and y run from -1 to 1."""
     y = torch.linspace(-1, 1, height, device=device)[:, None].expand(height, width)

@@ -5,9 +5,8 @@ as a GPU does, and counts what would make the program wait until a GPU has done 
 
 does JOBS and writes OUT, both JSON:
 
-    {"train": {NAME: [CONFIG, [OVERRIDE, ...]]}}    {"waits": {NAME: {"OPERATOR at FILE:LINE": COUNT}},
-    {"scripts": [[SCRIPT, ARGUMENT, ...]]}           "exit_codes": [CODE],
-                                                     "planted": {WHAT: COUNT}, "refuses": BOOL}
+    {"train": {NAME: [CONFIG, [OVERRIDE, ...]]}, "scripts": [[SCRIPT, ARGUMENT, ...]]}
+    {"waits": {NAME: {"OPERATOR at FILE:LINE": COUNT}}, "exit_codes": [CODE], "planted": {WHAT: COUNT}, "refuses": BOOL}
 
 the waits of all steps but the first, and those of single operations (PLANTED). For processes of its own: a device is
 made known to torch, and torch.Generator is replaced.

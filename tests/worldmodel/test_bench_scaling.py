@@ -7,10 +7,8 @@ from tests.conftest import run_script
 from tests.worldmodel.test_scripts import assert_one_line
 
 REDUCED = [
-    "--rounds",
-    "2",
-    "--steps",
-    "2",
+    "--rounds=2",
+    "--steps=2",
     "model.width=0.125",
     "model.hidden_dim=16",
     "data.batch_size=8",

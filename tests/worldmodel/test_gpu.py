@@ -62,8 +62,8 @@ def done(folder: Path, jobs: dict[str, Any]) -> dict[str, Any]:
 def on_gpu(cases: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The folder of the runs of all cases, and what became of the jobs."""
     folder = tmp_path_factory.mktemp("on_gpu")
-    train = {name: (path, [*of, f"run_dir={folder / name}"]) for name, (path, *of) in cases.items()}
-    return folder, done(folder, {"train": train})
+    trainings = {name: (path, [*of, f"run_dir={folder / name}"]) for name, (path, *of) in cases.items()}
+    return folder, done(folder, {"train": trainings})
 
 
 @pytest.mark.parametrize("case", CASES)
