@@ -24,7 +24,19 @@ from torch.nn import functional as F
 
 from data_pipelines.clips import frames_on_screen
 from data_pipelines.errors import UserError
-from data_pipelines.probe import ROUNDING_S, BadFile, Video, index_file, one_line, open_container, prepare_codec
+from data_pipelines.probe import (
+    ROUNDING_S,
+    BadFile,
+    Video,
+    decoded_frames,
+    decoding_errors,
+    index_file,
+    local_url,
+    one_line,
+    open_container,
+    prepare_codec,
+    video_stream,
+)
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -140,6 +152,7 @@ def read_frames(
     Raises UserError: the file is missing, unreadable, damaged, or shorter than stop_frame.
     """
     decoder = resolve_decoder(decoder)
+    path = os.path.abspath(path)
     video = read_facts(path) if video is None else video
     source_frames = frames_on_screen(video, fps).tolist()
     stop_frame = len(source_frames) if stop_frame is None else stop_frame
@@ -160,9 +173,7 @@ class PyAVReader:
     """Decodes with PyAV on one thread, and checks each keyframe's timestamp against the index."""
 
     def __init__(self, path: str | Path, video: Video, *, channels: int, size_px: int | None) -> None:
-        import av
-
-        self._av_errors = (av.FFmpegError, OSError, ValueError)
+        self._av_errors = decoding_errors()
         self._path, self._video = path, video
         self._size_px = size_px
         self._format = "gray" if channels == 1 else "gbrp"  # planar: nothing to transpose
@@ -170,14 +181,21 @@ class PyAVReader:
         self._size = (video.width, video.height) if video.quarter_turns % 2 else (video.height, video.width)
         self._scaled_size = scaled_size(self._size, size_px)
         self._frame_of_pts = dict(zip(video.keyframe_pts, video.keyframes, strict=False))
+        self._pts_of_frame = {frame: pts for pts, frame in self._frame_of_pts.items()}
         self._open()
 
     def _open(self) -> None:
         try:
             self._container = open_container(self._path, self._video.path)
-            prepare_codec(self._container)
-            self._stream = self._container.streams.video[0]
-            self._frames = self._container.decode(self._stream)
+            self._stream = video_stream(self._container, self._video.stream)
+            prepare_codec(self._stream)
+            late_pts = self._pts_of_frame.get(0) if self._video.begins_late else None
+            self._frames = decoded_frames(
+                self._container,
+                self._stream,
+                first_pts=late_pts,
+                from_keyframe=self._video.begins_late and late_pts is None,
+            )
         except (*self._av_errors, IndexError) as error:
             raise DecodeError(one_line(error)) from None
         self._next = 0  # the frame that decoding will give next
@@ -206,8 +224,8 @@ class PyAVReader:
     def _decode(self) -> "VideoFrame":
         """The next frame in order of presentation, verified wherever the index knows its timestamp."""
         decoded = self._advance()
-        expected = self._next if decoded.pts is None else self._frame_of_pts.get(decoded.pts, self._next)
-        if expected != self._next:
+        expected = self._frame_of_pts.get(decoded.pts, self._next)
+        if expected != self._next or self._pts_of_frame.get(self._next, decoded.pts) != decoded.pts:
             raise DecodeError(f"frames are missing before frame {expected}", self._next)
         self._next += 1
         return decoded
@@ -234,11 +252,9 @@ class PyAVReader:
             pts = self._video.keyframe_pts[keyframe]
             try:
                 self._container.seek(pts, stream=self._stream)
-                self._frames = self._container.decode(self._stream)
+                self._frames = decoded_frames(self._container, self._stream, first_pts=pts)
                 self._next = self._video.keyframes[keyframe]
                 decoded = self._advance()
-                while decoded.pts is None or decoded.pts < pts:  # frames shown before the keyframe
-                    decoded = self._advance()
                 if decoded.pts == pts:
                     self._frames = _chain(decoded, self._frames)
                     return
@@ -255,6 +271,8 @@ class PyAVReader:
             raise DecodeError(f"frame {frame}: {size[1]}x{size[0]} in a file of {self._size[1]}x{self._size[0]}", frame)
         luma = _luma(decoded) if self._format == "gray" and self._scaled_size == size else None
         picture = _reformat(decoded, self._format, self._scaled_size) if luma is None else luma[None]
+        if self._video.mirrored:
+            picture = picture[:, :, ::-1]
         if self._video.quarter_turns:
             picture = np.rot90(picture, self._video.quarter_turns, axes=(1, 2))
         return _centre_crop(picture, self._size_px)
@@ -329,11 +347,13 @@ class DecordReader:
         import decord
 
         decord.logging.set_level(decord.logging.QUIET)
-        if video.quarter_turns:
+        if video.quarter_turns or video.mirrored:
             raise DecodeError("its pictures are to be turned, which decord does wrongly: use decoder='pyav'")
+        if video.stream >= 0:
+            raise DecodeError("it has several video streams, of which decord chooses one itself: use decoder='pyav'")
         if os.path.splitext(video.path)[1].lower() not in _DECORD_EXTENSIONS:
             raise DecodeError("decord gives the wrong frames of files of its kind: use decoder='pyav'")
-        self._path, self._video, self._channels, self._size_px = str(path), video, channels, size_px
+        self._path, self._video, self._channels, self._size_px = local_url(path), video, channels, size_px
         self._errors = (decord.DECORDError, RuntimeError, OSError, StopIteration, IndexError)
         self._open()
 
@@ -388,7 +408,7 @@ class TorchcodecReader:
     """
 
     def __init__(self, path: str | Path, video: Video, *, channels: int, size_px: int | None) -> None:
-        self._path, self._video, self._channels, self._size_px = str(path), video, channels, size_px
+        self._path, self._video, self._channels, self._size_px = local_url(path), video, channels, size_px
         # A torchcodec of another version may raise any of these; a failed torch operator is a RuntimeError.
         self._errors = (RuntimeError, ValueError, IndexError, OSError, AssertionError)
         self._shown_s = video.shown_s() + video.keyframe_pts[0] * video.tick_s if video.keyframe_pts else None
@@ -401,6 +421,7 @@ class TorchcodecReader:
         try:
             self._decoder = VideoDecoder(
                 self._path,
+                stream_index=None if self._video.stream < 0 else self._video.stream,
                 dimension_order="NHWC",
                 num_ffmpeg_threads=1,
                 device="cpu",
@@ -427,6 +448,9 @@ class TorchcodecReader:
         if rgb.shape != (height, width, 3):
             size = f"{rgb.shape[1]}x{rgb.shape[0]}"
             raise DecodeError(f"frame {frame}: {size} in a file of {width}x{height}", frame)
+        if self._video.mirrored:  # torchcodec has turned it as if it were not: by two quarters more
+            turns = self._video.quarter_turns
+            rgb = np.ascontiguousarray(np.rot90(np.rot90(rgb, -(turns + 2))[:, ::-1], turns))
         return _from_rgb(rgb, self._channels, self._size_px)
 
     def _decode(self, frame: int) -> Frame:

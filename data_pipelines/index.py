@@ -31,7 +31,7 @@ VIDEO_EXTENSIONS = (
     *(".ts", ".mts", ".m2ts", ".wmv", ".flv", ".3gp", ".ogv"),
 )
 INDEX_NAME = ".worldmodel_index.jsonl"
-INDEX_HEADER = {"format": "worldmodel-video-index", "version": 2}
+INDEX_HEADER = {"format": "worldmodel-video-index", "version": 3}
 MIN_VIDEOS_TO_DEAL = 10
 
 

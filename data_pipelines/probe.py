@@ -1,22 +1,34 @@
 """One video file -> its facts: frames, keyframes, size, found by demuxing.
 
-Nothing is decoded but the first frame, as a check, so that a small file costs about a millisecond.
+Where packets and their timestamps state which frames come out and when, only the first frame is decoded, as a check:
+a small file costs about a millisecond. Otherwise the file is decoded once: field pictures, streams that begin where
+decoding cannot, timestamps that are missing or repeated, AVI.
 """
 
+import hashlib
 import os
-from collections.abc import Sequence
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipelines.h264 import may_have_fields
+
 if TYPE_CHECKING:
     from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
 # Timestamps are rounded, in Matroska to milliseconds: closer to a constant rate than this, they keep to it.
 ROUNDING_S = 0.00101
+
+# A frame of more pixels is refused before it is decoded: 8K video has 2**25.
+MAX_FRAME_PX = 2**26
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +43,10 @@ class Video:
     frame_ms: milliseconds from each frame to the next, where they vary; empty where frame i is shown i / fps seconds
         after the first.
     quarter_turns: how often the stored picture is turned by 90 degrees, counterclockwise, to be shown.
+    mirrored: the stored picture is mirrored, left to right, before it is turned.
+    stream: the number of the stream that holds the video, where the file has several video streams; otherwise -1.
+    begins_late: decoding the first packets gives errors or nothing; the first frame is the first that decodes.
+    digest: a hash of the video's packets, equal for equal content; "" where it was not computed.
     shard, offset_bytes: the tar that holds its bytes, a name beside the index, and where they start; "" for a plain
         file.
     """
@@ -51,6 +67,10 @@ class Video:
     tick_s: float = 0.0
     frame_ms: tuple[int, ...] = ()
     quarter_turns: int = 0
+    mirrored: bool = False
+    stream: int = -1
+    begins_late: bool = False
+    digest: str = ""
 
     def shown_s(self) -> NDArray[np.float64]:
         """[num_frames], seconds from the first frame to each, right to about a millisecond; zeros if fps is unknown."""
@@ -79,16 +99,24 @@ def entry_from_fields(fields: dict[str, Any]) -> Video | BadFile:
 def video_url(root: str | Path, video: Video) -> str:
     """What FFmpeg opens: the file's path, or the bytes within the shard that hold it."""
     if not video.shard:
-        return f"{root}/{video.path}"
+        return os.path.abspath(f"{root}/{video.path}")
     return part_url(f"{root}/{video.shard}", video.offset_bytes, video.size_bytes)
 
 
 def part_url(path: str, offset_bytes: int, size_bytes: int) -> str:
-    return f"subfile,,start,{offset_bytes},end,{offset_bytes + size_bytes},,:{os.path.abspath(path)}"
+    return f"{PART_PREFIX}start,{offset_bytes},end,{offset_bytes + size_bytes},,:{os.path.abspath(path)}"
+
+
+PART_PREFIX = "subfile,,"
+
+
+def local_url(path: str | Path) -> str:
+    """The name of a local file, or of a part of one, in which FFmpeg takes no colon for a protocol."""
+    return str(path) if str(path).startswith(PART_PREFIX) else os.path.abspath(path)
 
 
 def open_container(path: str | Path, name: str = "") -> "InputContainer":
-    """Open a file with PyAV for decoding on one thread. name: the one to judge by, if `path` is no name of a video.
+    """Open a file with PyAV for decoding on one thread. name: the one to judge by, if `path` is not a video's name.
 
     MP4 and MOV state everything in their header. So FFmpeg need not guess the format, nor open a codec and
     decode frames to learn the stream's parameters: a tiny file opens in 0.16 ms instead of 0.40 ms or more.
@@ -96,29 +124,99 @@ def open_container(path: str | Path, name: str = "") -> "InputContainer":
     """
     import av
 
+    url = local_url(path)
     if os.path.splitext(name or path)[1].lower() in {".mp4", ".m4v", ".mov"}:
         options = {"probesize": "32", "analyzeduration": "0", "codec_whitelist": "none"}
         try:
-            container = av.open(str(path), format="mov", options=options)
+            container = av.open(url, format="mov", options=options)
             streams = container.streams.video
-            if streams and streams[0].codec_context and streams[0].width > 0 and streams[0].average_rate:
+            if streams and all(s.codec_context and s.width > 0 and s.average_rate for s in streams):
                 return container
             container.close()
         except av.FFmpegError:
             pass
-    return av.open(str(path))
+    return av.open(url)
 
 
-def prepare_codec(container: "InputContainer") -> None:
+def video_stream(container: "InputContainer", number: int = -1) -> "VideoStream":
+    """The stream with the number that the index states; -1: the only video stream.
+
+    Raises ValueError: there is no such video stream.
+    """
+    streams = [stream for stream in container.streams.video if number in (-1, stream.index)]
+    if not streams:
+        raise ValueError("no video stream")
+    return streams[0]
+
+
+def _choose_stream(container: "InputContainer", reopen: Callable[[], "InputContainer"]) -> "VideoStream":
+    """The stream that holds the video: never an attached picture, rather several frames than one, the default one."""
+    from av.stream import Disposition
+
+    stills = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+    streams = [stream for stream in container.streams.video if not stream.disposition & stills]
+    if not streams:
+        raise ValueError("no video stream but an attached picture" if container.streams.video else "no video stream")
+    if len(streams) == 1:
+        return streams[0]
+    counts = dict.fromkeys((stream.index for stream in streams), 0)
+    with reopen() as counted:
+        for packet in counted.demux([counted.streams[number] for number in counts]):
+            counts[packet.stream.index] += packet.size > 0
+    return max(
+        streams,
+        key=lambda stream: (counts[stream.index] > 1, bool(stream.disposition & Disposition.default), -stream.index),
+    )
+
+
+def prepare_codec(stream: "VideoStream", max_frame_px: int = MAX_FRAME_PX) -> None:
     """One FFmpeg thread (processes are the parallelism); damage is an error, not a plausible picture.
 
-    Raises ValueError: there is no decoder for the stream.
+    Raises ValueError: there is no decoder for the stream, or its frames are too large.
     """
-    codec = container.streams.video[0].codec_context
+    codec = stream.codec_context
     if codec is None:
         raise ValueError("no decoder for its codec")
+    if codec.width * codec.height > max_frame_px:
+        raise ValueError(f"frames of {codec.width}x{codec.height}, more than data.max_frame_px={max_frame_px}")
     codec.thread_count = 1
-    codec.options = {"err_detect": "explode"}
+    codec.options = {"err_detect": "explode", "max_pixels": str(max_frame_px)}
+
+
+def decoded_frames(
+    container: "InputContainer", stream: "VideoStream", *, first_pts: int | None = None, from_keyframe: bool = False
+) -> "Iterator[VideoFrame]":
+    """Frames in order of presentation, from where the container is.
+
+    first_pts: leave out the frames before this timestamp, and pass over packets before it that do not decode.
+    from_keyframe: the same up to the first undamaged keyframe, whatever its timestamp.
+
+    Raises av.FFmpegError or ValueError: another packet does not decode.
+    """
+    is_waiting = from_keyframe or first_pts is not None
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except decoding_errors():
+            if is_waiting and (from_keyframe or packet.pts is None):
+                continue
+            if first_pts is not None and packet.pts is not None and packet.pts < first_pts:
+                continue
+            raise
+        for frame in frames:
+            if is_waiting and from_keyframe and (frame.is_corrupt or not frame.key_frame):
+                continue
+            if is_waiting and first_pts is not None and (frame.pts is None or frame.pts < first_pts):
+                continue
+            is_waiting = False
+            yield frame
+
+
+def decoding_errors() -> tuple[type[Exception], ...]:
+    """What PyAV raises on bytes that do not decode."""
+    import av
+
+    return av.FFmpegError, OSError, ValueError
 
 
 def one_line(error: BaseException) -> str:
@@ -127,111 +225,245 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(text).split())[:200]
 
 
-def index_file(root: str | Path, path: str) -> Video | BadFile:
+def index_file(root: str | Path, path: str, max_frame_px: int = MAX_FRAME_PX) -> Video | BadFile:
     """Index one file, given relative to root. Whatever is wrong with it becomes a BadFile; never raises."""
-    import av
-
     size_bytes, mtime_ns = 0, 0
     try:
-        stat = os.stat(os.path.join(root, path))
-        size_bytes, mtime_ns = stat.st_size, stat.st_mtime_ns
+        place = os.path.join(root, path)
+        status = os.stat(place)
+        size_bytes, mtime_ns = status.st_size, status.st_mtime_ns
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
         if size_bytes == 0:
             raise ValueError("empty file (0 bytes)")
-        with open_container(os.path.join(root, path)) as container:
-            facts = _demux(container)
-    except (av.FFmpegError, OSError, ValueError, IndexError, ArithmeticError) as error:
+        facts = _probe(lambda: open_container(place), max_frame_px)
+    except (*decoding_errors(), IndexError, ArithmeticError) as error:
         return BadFile(path, size_bytes, mtime_ns, one_line(error))
     return Video(path=path, size_bytes=size_bytes, mtime_ns=mtime_ns, **facts)
 
 
-def index_member(root: str | Path, shard: str, path: str, offset_bytes: int, size_bytes: int) -> Video | BadFile:
+def index_member(
+    root: str | Path, shard: str, path: str, offset_bytes: int, size_bytes: int, max_frame_px: int = MAX_FRAME_PX
+) -> Video | BadFile:
     """Index a part of the tar `shard` in root, to be called `path`. Whatever is wrong with it becomes a BadFile."""
-    import av
-
+    url = part_url(f"{root}/{shard}", offset_bytes, size_bytes)
     try:
-        with open_container(part_url(f"{root}/{shard}", offset_bytes, size_bytes), path) as container:
-            facts = _demux(container)
-    except (av.FFmpegError, OSError, ValueError, IndexError, ArithmeticError) as error:
+        facts = _probe(lambda: open_container(url, path), max_frame_px)
+    except (*decoding_errors(), IndexError, ArithmeticError) as error:
         return BadFile(path, size_bytes, 0, one_line(error))
     return Video(path=path, size_bytes=size_bytes, mtime_ns=0, shard=shard, offset_bytes=offset_bytes, **facts)
 
 
-def _demux(container: "InputContainer") -> dict[str, Any]:
-    """Count packets, find keyframes in presentation order, decode the first frame. ValueError if bad."""
-    if not container.streams.video:
-        raise ValueError("no video stream")
-    prepare_codec(container)
-    stream = container.streams.video[0]
-    shown: list[tuple[int | None, bool]] = []
-    first_frame = None
-    num_packets = 0
-    open_gop, key_pts = False, None
+class _Packet(NamedTuple):
+    """What matters of a packet that is shown: timestamps of presentation and decoding, and whether it is a keyframe."""
+
+    pts: int | None
+    dts: int | None
+    is_key: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Demuxed:
+    """The packets of a stream in the order of the file, and its first frame, where decoding gives one without an error.
+
+    shown: without what an edit list cuts away, which is decoded and not shown.
+    """
+
+    shown: Sequence[_Packet]
+    begins_at_keyframe: bool
+    first_frame: "VideoFrame | None"
+    digest: str
+
+    @property
+    def is_certain(self) -> bool:
+        """Each packet is one frame, shown at the time that the packet states (but for field pictures)."""
+        times = [packet.pts for packet in self.shown if packet.pts is not None]
+        return (
+            self.begins_at_keyframe
+            and self.first_frame is not None
+            and len(set(times)) == len(self.shown)
+            and self.first_frame.pts == min(times)
+        )
+
+    @property
+    def has_open_gop(self) -> bool:
+        key_pts = None
+        for packet in self.shown:
+            if packet.is_key:
+                key_pts = packet.pts
+            elif key_pts is not None and packet.pts is not None and packet.pts < key_pts:
+                return True
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    """All frames of a stream in order of presentation.
+
+    pts: their timestamps. A packet in the middle that does not decode counts as a frame: its reader reports it.
+    key_pts: the timestamps of keyframes.
+    begins_late: as in Video.
+    """
+
+    first_frame: "VideoFrame"
+    pts: Sequence[int | None]
+    key_pts: frozenset[int | None]
+    begins_late: bool
+
+
+def _probe(reopen: Callable[[], "InputContainer"], max_frame_px: int) -> dict[str, Any]:
+    """The facts of a file, as fields of Video. Raises ValueError if it is bad."""
+    with reopen() as container:
+        stream = _choose_stream(container, reopen)
+        prepare_codec(stream, max_frame_px)
+        number = stream.index if len(container.streams.video) > 1 else -1
+        demuxed = _demux(container, stream)
+        fps = float(stream.average_rate or stream.guessed_rate or 0)
+        tick_s = float(stream.time_base or 0)
+        # AVI has no presentation times: what is reported as such follows the order of decoding.
+        is_avi = container.format.name == "avi"
+        may_be_fields = stream.codec_context.name == "h264" and may_have_fields(stream.codec_context.extradata)
+    times: Sequence[int | None] = sorted(packet.pts for packet in demuxed.shown if packet.pts is not None)
+    key_pts = frozenset(packet.pts for packet in demuxed.shown if packet.is_key)
+    first_frame, begins_late = demuxed.first_frame, False
+    if first_frame is None or is_avi or may_be_fields or not demuxed.is_certain:
+        with reopen() as container:
+            stream = video_stream(container, number)
+            prepare_codec(stream, max_frame_px)
+            decoded = _decode_all(container, stream, demuxed.begins_at_keyframe)
+        first_frame, begins_late = decoded.first_frame, decoded.begins_late
+        key_pts &= decoded.key_pts  # the packets of field pictures may all call themselves keyframes
+        times = _avi_times(demuxed, len(decoded.pts)) if is_avi else decoded.pts
+    ascending = [time for time in times if time is not None]
+    is_ascending = len(ascending) == len(times) and all(a < b for a, b in pairwise(ascending))
+    keyframes, keyframe_pts = [0], []
+    if is_ascending and not is_avi:
+        keyframes = [i for i, time in enumerate(ascending) if i == 0 or time in key_pts]
+        keyframe_pts = [ascending[i] for i in keyframes]
+    quarter_turns, mirrored = _orientation(first_frame)
+    height, width = first_frame.height, first_frame.width
+    return {
+        **_pace(_shown_s(times, fps, tick_s), fps),
+        "num_frames": len(times),
+        "width": height if quarter_turns % 2 else width,
+        "height": width if quarter_turns % 2 else height,
+        "keyframes": tuple(keyframes),
+        "keyframe_pts": tuple(keyframe_pts),
+        "open_gop": demuxed.has_open_gop,
+        "tick_s": tick_s,
+        "quarter_turns": quarter_turns,
+        "mirrored": mirrored,
+        "stream": number,
+        "begins_late": begins_late,
+        "digest": demuxed.digest,
+    }
+
+
+def _demux(container: "InputContainer", stream: "VideoStream") -> _Demuxed:
+    """Read all packets and decode the first frame. ValueError: the file is cut off, or holds no frames."""
+    shown: list[_Packet] = []
+    first_frame, is_decoding = None, True
+    num_packets, begins_at_keyframe = 0, True
+    digest = hashlib.blake2b(digest_size=8)
     for packet in container.demux(stream):
-        if first_frame is None:
-            first_frame = next(iter(packet.decode()), None)
+        if is_decoding:
+            try:
+                first_frame = next(iter(packet.decode()), None)
+                is_decoding = first_frame is None
+            except decoding_errors():
+                is_decoding = False
         if packet.size == 0:
             continue
         num_packets += 1
+        digest.update(packet)
         if packet.is_corrupt:
             raise ValueError(f"truncated: packet {num_packets} is cut off")
-        if not packet.is_discard:  # decoded but not shown: what an edit list cuts away
-            shown.append((packet.pts, packet.is_keyframe))
-            if packet.is_keyframe:
-                key_pts = packet.pts
-            elif key_pts is not None and packet.pts is not None and packet.pts < key_pts:
-                open_gop = True
-    # The header's promise: what is left of it after edit lists (newer PyAV), else the plain count.
+        if num_packets == 1:
+            begins_at_keyframe = packet.is_keyframe
+        if not packet.is_discard:
+            shown.append(_Packet(packet.pts, packet.dts, packet.is_keyframe))
+    # The header's promise: what is left of it after edit lists (newer PyAV), otherwise the plain count.
     promised = len(stream.index_entries) if hasattr(stream, "index_entries") else stream.frames
     if "mp4" in container.format.name and num_packets < promised:
         raise ValueError(f"truncated: {num_packets} of {promised} frames")
     if not shown:
         raise ValueError("no frames")
-    if first_frame is None:
-        raise ValueError("the first frame does not decode")
-
-    num_frames = len(shown)
-    pts = [time for time, _ in shown]
-    times = sorted(time for time in pts if time is not None)
-    # AVI has no presentation times: what is reported as such follows the order of decoding.
-    is_timed = len(set(times)) == num_frames and container.format.name != "avi"
-    if not is_timed:
-        keyframes, keyframe_pts = [0], []
-    else:
-        ordered = sorted((time, is_key) for time, is_key in shown if time is not None)
-        keyframes = sorted({0, *(i for i, (_, is_key) in enumerate(ordered) if is_key)})
-        keyframe_pts = [times[i] for i in keyframes]
-    fps = float(stream.average_rate or stream.guessed_rate or 0)
-    tick_s = float(stream.time_base or 0)
-    if len(times) > 1 and tick_s:
-        span_s = (times[-1] - times[0]) * tick_s
-        duration_s = span_s * num_frames / (num_frames - 1) if num_frames > 1 else span_s
-    else:
-        duration_s = num_frames / fps if fps else 0.0
-    fps = fps if fps or not duration_s else num_frames / duration_s
-    frame_ms: tuple[int, ...] = ()
-    if is_timed and num_frames > 1 and tick_s:
-        fps, frame_ms = _pace([(time - times[0]) * tick_s for time in times], fps)
-    quarter_turns = round(first_frame.rotation / 90) % 4
-    width, height = first_frame.width, first_frame.height
-    return {
-        "num_frames": num_frames,
-        "fps": fps,
-        "width": height if quarter_turns % 2 else width,
-        "height": width if quarter_turns % 2 else height,
-        "duration_s": duration_s,
-        "keyframes": tuple(keyframes),
-        "keyframe_pts": tuple(keyframe_pts),
-        "open_gop": open_gop,
-        "tick_s": tick_s,
-        "frame_ms": frame_ms,
-        "quarter_turns": quarter_turns,
-    }
+    return _Demuxed(shown, begins_at_keyframe, first_frame, digest.hexdigest())
 
 
-def _pace(shown_s: Sequence[float], fps: float) -> tuple[float, tuple[int, ...]]:
-    """Seconds from the first frame to each, and the header's rate -> Video's fps and frame_ms."""
-    times = np.asarray(shown_s)
-    for rate in (fps, (len(times) - 1) / times[-1]):
-        if np.abs(np.arange(len(times)) / rate - times).max() <= ROUNDING_S:
-            return float(rate), ()
-    return fps, tuple(int(step) for step in np.diff(np.rint(times * 1000)))
+def _decode_all(container: "InputContainer", stream: "VideoStream", begins_at_keyframe: bool) -> _Decoded:
+    """Decode every frame. ValueError: the first keyframe does not decode, or nothing does."""
+    first, begins_late = None, False
+    pts: list[int | None] = []
+    key_pts: set[int | None] = set()
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except decoding_errors() as error:
+            is_early = first is None or (first.pts is not None and (packet.pts is None or packet.pts < first.pts))
+            if packet.is_keyframe and first is None:
+                raise ValueError(f"the first frame does not decode ({one_line(error)})") from None
+            if is_early:
+                begins_late = True
+            else:
+                pts.append(packet.pts)
+            continue
+        for frame in frames:
+            if first is None and (frame.is_corrupt or not (begins_at_keyframe or frame.key_frame)):
+                begins_late = True
+                continue
+            first = first or frame
+            pts.append(frame.pts)
+            if frame.key_frame:
+                key_pts.add(frame.pts)
+    if first is None:
+        raise ValueError("no frame of it decodes")
+    return _Decoded(first, pts, frozenset(key_pts), begins_late)
+
+
+def _avi_times(demuxed: _Demuxed, num_frames: int) -> Sequence[int | None]:
+    """Timestamps of an AVI's frames: those of its packets in ascending order, the last ones where it begins late."""
+    times = sorted(
+        packet.pts if packet.dts is None else packet.dts for packet in demuxed.shown if packet[:2] != (None, None)
+    )
+    return times[len(times) - num_frames :] if len(times) >= num_frames else [None] * num_frames
+
+
+def _shown_s(times: Sequence[int | None], fps: float, tick_s: float) -> NDArray[np.float64]:
+    """Seconds from the first frame to each: a missing time follows from the one before, an earlier one is that."""
+    step = 1 / fps / tick_s if fps and tick_s else 1.0
+    known = next((i for i, time in enumerate(times) if time is not None), 0)
+    filled = [(times[known] or 0) - step * (known - i) for i in range(known)] if times[known] is not None else []
+    for time in times[len(filled) :]:
+        filled.append(time if time is not None else filled[-1] + step if filled else 0.0)
+    seconds = np.maximum.accumulate(np.array(filled, dtype=np.float64)) * (tick_s or 1 / (fps or 1))
+    return seconds - seconds[0]
+
+
+def _orientation(frame: "VideoFrame") -> tuple[int, bool]:
+    """quarter_turns and mirrored of Video, from the frame's display matrix as FFmpeg's command line applies it."""
+    from av.sidedata.sidedata import Type
+
+    data = frame.side_data.get(Type.DISPLAYMATRIX)
+    if data is None:
+        return 0, False
+    a, b, _, c, d = np.frombuffer(data, np.int32)[:5].astype(float)  # x' = a x + c y, y' = b x + d y
+    if not (np.hypot(a, c) and np.hypot(b, d)):
+        return 0, False
+    mirrored = bool(a * d - b * c < 0)
+    # In a mirrored picture x has changed its sign before it is turned.
+    sign = -1 if mirrored else 1
+    return round(float(np.degrees(np.arctan2(-sign * b, sign * a))) / 90) % 4, mirrored
+
+
+def _pace(shown_s: NDArray[np.float64], fps: float) -> dict[str, Any]:
+    """Seconds from the first frame to each, and the header's rate -> fps, frame_ms and duration_s of Video."""
+    last_s, intervals = float(shown_s[-1]), len(shown_s) - 1
+    if not last_s:
+        return {"fps": fps, "frame_ms": (), "duration_s": len(shown_s) / fps if fps else 0.0}
+    duration_s = last_s * (intervals + 1) / intervals
+    for rate in (fps, intervals / last_s):
+        if rate and np.abs(np.arange(len(shown_s)) / rate - shown_s).max() <= ROUNDING_S:
+            return {"fps": float(rate), "frame_ms": (), "duration_s": duration_s}
+    frame_ms = tuple(int(step) for step in np.diff(np.rint(shown_s * 1000)))
+    return {"fps": fps or intervals / last_s, "frame_ms": frame_ms, "duration_s": duration_s}
