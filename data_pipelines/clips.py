@@ -130,7 +130,8 @@ def frames_on_screen(video: Video, fps: float | None) -> Ints:
     mean_s = shown_s[-1] / (video.num_frames - 1)  # for which the last frame, too, is on screen
     early_s = min(EARLY_S, mean_s / 4)
     count = max(1, math.ceil((shown_s[-1] + mean_s - early_s) * fps))
-    return np.searchsorted(shown_s, np.arange(count) / fps + early_s, side="right") - 1
+    # Rounding must not decide whether a frame that comes just in time is on screen.
+    return np.searchsorted(shown_s, np.arange(count) / fps + early_s + 1e-9, side="right") - 1
 
 
 def resample(

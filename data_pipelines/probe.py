@@ -266,11 +266,13 @@ class _Packet(NamedTuple):
 class _Demuxed:
     """The packets of a stream in the order of the file, and its first frame, where decoding gives one without an error.
 
+    is_reordered: frames may be shown in another order than that of the packets.
     shown: without what an edit list cuts away, which is decoded and not shown.
     """
 
     shown: Sequence[_Packet]
     begins_at_keyframe: bool
+    is_reordered: bool
     first_frame: "VideoFrame | None"
     digest: str
 
@@ -278,11 +280,14 @@ class _Demuxed:
     def is_certain(self) -> bool:
         """Each packet is one frame, shown at the time that the packet states (but for field pictures)."""
         times = [packet.pts for packet in self.shown if packet.pts is not None]
+        # Streams with B-frames go back every few packets. A single step back is a fault.
+        inversions = sum(later < earlier for earlier, later in pairwise(times))
         return (
             self.begins_at_keyframe
             and self.first_frame is not None
             and len(set(times)) == len(self.shown)
             and self.first_frame.pts == min(times)
+            and (not inversions or (self.is_reordered and inversions > len(times) / 20))
         )
 
     @property
@@ -301,12 +306,14 @@ class _Decoded:
     """All frames of a stream in order of presentation.
 
     pts: their timestamps. A packet in the middle that does not decode counts as a frame: its reader reports it.
+    times: the same, guessed where they are missing or repeated.
     key_pts: the timestamps of keyframes.
     begins_late: as in Video.
     """
 
     first_frame: "VideoFrame"
     pts: Sequence[int | None]
+    times: Sequence[int | None]
     key_pts: frozenset[int | None]
     begins_late: bool
 
@@ -325,7 +332,7 @@ def _probe(reopen: Callable[[], "InputContainer"], max_frame_px: int) -> dict[st
         may_be_fields = stream.codec_context.name == "h264" and may_have_fields(stream.codec_context.extradata)
     times: Sequence[int | None] = sorted(packet.pts for packet in demuxed.shown if packet.pts is not None)
     key_pts = frozenset(packet.pts for packet in demuxed.shown if packet.is_key)
-    first_frame, begins_late = demuxed.first_frame, False
+    pts, first_frame, begins_late = times, demuxed.first_frame, False
     if first_frame is None or is_avi or may_be_fields or not demuxed.is_certain:
         with reopen() as container:
             stream = video_stream(container, number)
@@ -333,9 +340,10 @@ def _probe(reopen: Callable[[], "InputContainer"], max_frame_px: int) -> dict[st
             decoded = _decode_all(container, stream, demuxed.begins_at_keyframe)
         first_frame, begins_late = decoded.first_frame, decoded.begins_late
         key_pts &= decoded.key_pts  # the packets of field pictures may all call themselves keyframes
-        times = _avi_times(demuxed, len(decoded.pts)) if is_avi else decoded.pts
-    ascending = [time for time in times if time is not None]
-    is_ascending = len(ascending) == len(times) and all(a < b for a, b in pairwise(ascending))
+        times = _avi_times(demuxed, len(decoded.pts)) if is_avi else decoded.times
+        pts = decoded.pts
+    ascending = [time for time in pts if time is not None]
+    is_ascending = len(ascending) == len(pts) and all(a < b for a, b in pairwise(ascending))
     keyframes, keyframe_pts = [0], []
     if is_ascending and not is_avi:
         keyframes = [i for i, time in enumerate(ascending) if i == 0 or time in key_pts]
@@ -388,13 +396,14 @@ def _demux(container: "InputContainer", stream: "VideoStream") -> _Demuxed:
         raise ValueError(f"truncated: {num_packets} of {promised} frames")
     if not shown:
         raise ValueError("no frames")
-    return _Demuxed(shown, begins_at_keyframe, first_frame, digest.hexdigest())
+    return _Demuxed(shown, begins_at_keyframe, stream.codec_context.has_b_frames, first_frame, digest.hexdigest())
 
 
 def _decode_all(container: "InputContainer", stream: "VideoStream", begins_at_keyframe: bool) -> _Decoded:
     """Decode every frame. ValueError: the first keyframe does not decode, or nothing does."""
     first, begins_late = None, False
     pts: list[int | None] = []
+    dts: list[int | None] = []
     key_pts: set[int | None] = set()
     for packet in container.demux(stream):
         try:
@@ -407,6 +416,7 @@ def _decode_all(container: "InputContainer", stream: "VideoStream", begins_at_ke
                 begins_late = True
             else:
                 pts.append(packet.pts)
+                dts.append(packet.dts)
             continue
         for frame in frames:
             if first is None and (frame.is_corrupt or not (begins_at_keyframe or frame.key_frame)):
@@ -414,11 +424,33 @@ def _decode_all(container: "InputContainer", stream: "VideoStream", begins_at_ke
                 continue
             first = first or frame
             pts.append(frame.pts)
+            dts.append(frame.dts)
             if frame.key_frame:
                 key_pts.add(frame.pts)
     if first is None:
         raise ValueError("no frame of it decodes")
-    return _Decoded(first, pts, frozenset(key_pts), begins_late)
+    return _Decoded(first, pts, _guessed_times(pts, dts), frozenset(key_pts), begins_late)
+
+
+def _guessed_times(pts: Sequence[int | None], dts: Sequence[int | None]) -> list[int | None]:
+    """Guess the times of frames by FFmpeg's rule: pts, unless more of them than of dts did not ascend so far."""
+    guessed: list[int | None] = []
+    faulty_pts = faulty_dts = 0
+    last_pts = last_dts = -(2**63)
+    for shown, decoded in zip(pts, dts, strict=True):
+        if decoded is not None:
+            faulty_dts += decoded <= last_dts
+            last_dts = decoded
+        elif shown is not None:
+            last_dts = shown
+        if shown is not None:
+            faulty_pts += shown <= last_pts
+            last_pts = shown
+        elif decoded is not None:
+            last_pts = decoded
+        is_trusted = shown is not None and (decoded is None or faulty_pts <= faulty_dts)
+        guessed.append(shown if is_trusted else decoded)
+    return guessed
 
 
 def _avi_times(demuxed: _Demuxed, num_frames: int) -> Sequence[int | None]:
