@@ -6,12 +6,9 @@ A file that crashes or hangs the process that reads it becomes a bad file; anoth
 import logging
 import os
 import signal
-import sys
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +17,13 @@ from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
 from data_pipelines.probe import BadFile, Video, index_file, one_line
+from data_pipelines.processes import POLL_S, Parent, Patience, is_stopped, worker_context
 
 Engine = Literal["local", "ray"]
 
 FILES_PER_TASK = 64  # fewer are not worth a process, or a task on Ray
 FILE_TIMEOUT_S = 60.0
 SLOWEST_BYTES_PER_S = 5e6  # a long file takes longer: all of it is read
-POLL_S = 1.0
 
 
 def index_files(
@@ -88,13 +85,13 @@ class _Process:
         self._start()
 
     def _start(self) -> None:
-        # Forked where that is the custom, so that a script needs no __main__ guard.
-        context: Any = get_context("fork" if sys.platform == "linux" else "spawn")
+        context = worker_context()
         self.pipe, entries = context.Pipe(duplex=False)
-        self._process = context.Process(target=_work, args=(self._root, tuple(self.left), entries), daemon=True)
+        what = (self._root, tuple(self.left), entries, Parent.here())
+        self._process = context.Process(target=_work, args=what, daemon=True)
         self._process.start()
         entries.close()  # the process holds the only other end: when it ends, so does the pipe
-        self._since_s = time.monotonic()
+        self._patience = Patience()
 
     def end(self) -> None:
         self._process.kill()
@@ -113,14 +110,20 @@ class _Process:
             self._start()
             return None
         self.left.popleft()
-        self._since_s = time.monotonic()
         return entry
 
     def give_up_if_hanging(self) -> BadFile | None:
-        passed_s = time.monotonic() - self._since_s
-        if passed_s < FILE_TIMEOUT_S or passed_s < FILE_TIMEOUT_S + self._stat()[0] / SLOWEST_BYTES_PER_S:
+        """The entry of a file that takes too long to read. A process that is stopped is replaced without blame."""
+        waited_s = self._patience.waited_s(len(self.left))
+        if waited_s < FILE_TIMEOUT_S:
             return None
-        return self._give_up(f"not read within {passed_s:.0f} s")
+        if is_stopped(self._process.pid):
+            self.end()
+            self._start()
+            return None
+        if waited_s < FILE_TIMEOUT_S + self._stat()[0] / SLOWEST_BYTES_PER_S:
+            return None
+        return self._give_up(f"not read within {waited_s:.0f} s")
 
     def _give_up(self, reason: str) -> BadFile:
         """Go on behind the file that is being read."""
@@ -138,8 +141,9 @@ class _Process:
         return 0, 0
 
 
-def _work(root: Path, paths: Sequence[str], entries: Any) -> None:
+def _work(root: Path, paths: Sequence[str], entries: Any, parent: Parent) -> None:
     """The main function of a process."""
+    parent.take_along()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     with suppress(BrokenPipeError):  # nobody is left to receive
         for path in paths:

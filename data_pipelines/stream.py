@@ -5,27 +5,19 @@ the decoding does not change it (see clips.py). Each group of clips is decoded o
 that falls across the border of two lanes is opened by both.
 """
 
-import gc
 import hashlib
 import json
-import logging
-import os
-import signal
-import sys
-import time
-import traceback
+import math
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import cycle, islice
-from multiprocessing import get_context
-from typing import Any, Protocol
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
-import torch.multiprocessing  # makes pipes hand over tensors as shared memory
 
 from data_pipelines.clips import (
     ClipSpec,
@@ -44,9 +36,9 @@ from data_pipelines.decoders import DecodeError, Frame, VideoReader, open_video,
 from data_pipelines.errors import UserError
 from data_pipelines.index import VideoIndex
 from data_pipelines.probe import video_url
+from data_pipelines.processes import environment_int
 from data_pipelines.remote import HeldShards
-
-log = logging.getLogger(__name__)
+from data_pipelines.workers import DECODE_TIMEOUT_S, OTHER_WORK_S, Failures, Faults, Part, run_workers
 
 ORDER_VERSION = 1  # to be raised with any change to the order in which clips come
 
@@ -54,17 +46,7 @@ ORDER_VERSION = 1  # to be raised with any change to the order in which clips co
 # place of each clip in the global batch, which is the same for any number of ranks and workers.
 Batch = dict[str, Any]
 Clip = tuple[int, Sequence[Frame] | None]  # id and frames; None: its file does not decode
-Part = dict[str, Any]  # what one worker contributes to a batch
-
-# What a worker decodes at this moment: the video's position in the index, the frame, and since when (time.monotonic).
-Now = MutableSequence[float]
-OPENING = -1.0  # instead of a frame
-IDLE = 0.0  # instead of a time
-
-PARTS_AHEAD = 2  # how many a worker makes before they are asked for
-MAX_DEATHS = 3  # of workers one after the other that deliver nothing
-POLL_S = 1.0
-DECODE_TIMEOUT_S = 60.0
+PLAN_S_PER_CLIP = 1e-5  # far more than the order of an epoch takes
 
 
 @dataclass(frozen=True)
@@ -95,7 +77,8 @@ def make_source(index: VideoIndex, spec: ClipSpec, *, size_px: int | None, chann
             raise UserError(
                 f"videos differ in size ('{path_a}' is {a[0]}x{a[1]}, '{path_b}' {b[0]}x{b[1]}): set size_px"
             )
-    return ClipSource(index, spec, clips_of(index, spec), channels, size_px, resolve_decoder(decoder))
+    table = clips_of(index, spec)
+    return ClipSource(index, spec, table, channels, size_px, resolve_decoder(decoder))
 
 
 def clips_of(index: VideoIndex, spec: ClipSpec) -> ClipTable:
@@ -106,31 +89,6 @@ def clips_of(index: VideoIndex, spec: ClipSpec) -> ClipTable:
         ranges, keyframes = resample(index.videos, ranges, spec.fps)
     table = make_clip_table(ranges, keyframes, spec)
     return with_shards(table, [video.shard for video in index.videos]) if index.videos[0].shard else table
-
-
-class Faults:
-    """What one worker knows of videos that do not decode.
-
-    found: position of a video in the index -> why it failed.
-    fatal: (video, frame) pairs at which an earlier worker hung or crashed.
-    now: shared with the main process, which watches it.
-    """
-
-    def __init__(self, fatal: Collection[tuple[int, int]] = (), now: Now | None = None) -> None:
-        self.found: dict[int, str] = {}
-        self.now: Now = [0.0, 0.0, IDLE] if now is None else now
-        self._fatal: dict[int, list[int]] = {}
-        for video, frame in fatal:
-            self._fatal.setdefault(video, []).append(frame)
-
-    def prevent(self, video: int, keyframe: int, stop: int) -> bool:
-        """Whether decoding `video` from `keyframe` up to frame `stop` would meet a fatal frame."""
-        return any(frame == OPENING or keyframe <= frame < stop for frame in self._fatal.get(video, ()))
-
-    def tell(self) -> dict[int, str]:
-        """What was found since the last call."""
-        found, self.found = self.found, {}
-        return found
 
 
 class ClipDecoder:
@@ -166,10 +124,11 @@ class ClipDecoder:
         keyframe = facts.keyframes[bisect_right(facts.keyframes, passed[0]) - 1]
         if keyframe <= self._failed_frame or self._faults.prevent(video, keyframe, passed[-1] + 1):
             return None  # it would meet the damage again
+        progress = self._faults.progress
         if self._reader is None:
-            self._hold(facts.shard)  # may wait for the network, which nobody should take for a decoder that hangs
-        now = self._faults.now
-        now[:] = video, OPENING, time.monotonic()
+            progress.work(math.inf)  # may wait for the network, which nobody should take for a decoder that hangs
+            self._hold(facts.shard)
+        progress.decode(video)
         try:
             if self._reader is None:
                 self._reader = open_video(
@@ -182,15 +141,15 @@ class ClipDecoder:
             recent = {frame: array for frame, array in self._recent.items() if frame >= passed[0]}
             for frame in passed:
                 if frame not in recent:
-                    now[1] = frame
+                    progress.at_frame(frame)
                     recent[frame] = self._reader.read(frame)
         except DecodeError as error:
-            self._faults.found.setdefault(video, str(error))
+            self._faults.found.setdefault(video, f"does not decode ({error})")
             self._failed_frame = error.frame
             self.close()
             return None
         finally:
-            now[2] = IDLE
+            progress.work()
         self._recent = recent
         return [recent[frame] for frame in shown[:: spec.frame_stride].tolist()]
 
@@ -275,162 +234,13 @@ def shards_in_turn(
     return [(lane, shard) for _, lane, shard in sorted(turns)]
 
 
-def stack_clips(source: ClipSource, clips: Sequence[Clip]) -> tuple[torch.Tensor, torch.Tensor]:
+def stack_clips(source: ClipSource, clips: Sequence[Clip]) -> tuple[Frame, Ints]:
     """Clips that decoded -> video uint8 [B, T, C, H, W] and clip ids int64 [B]."""
     good = [(clip_id, frames) for clip_id, frames in clips if frames is not None]
     video = np.empty((len(good), *source.clip_shape), dtype=np.uint8)
     for row, (_, frames) in enumerate(good):
         np.stack(frames, out=video[row])
-    clip_ids = torch.tensor([clip_id for clip_id, _ in good], dtype=torch.int64)
-    return torch.from_numpy(video), clip_ids
-
-
-class MakeParts(Protocol):
-    """What a worker delivers: a pure function of these numbers, so that one worker can take over from another."""
-
-    def __call__(self, worker: int, num_workers: int, first_part: int, faults: Faults) -> Iterator[Part]: ...
-
-
-def _run_workers(
-    make_parts: MakeParts, num_workers: int, decode_timeout_s: float, failures: "_Failures"
-) -> Generator[Part, None, None]:
-    """Parts of worker 0, 1, ..., num_workers - 1, 0, 1, ... until one has no more. Closing it ends the workers."""
-    if num_workers == 0:
-        yield from make_parts(0, 1, 0, Faults())
-        return
-    workers: list[_Worker] = []
-    try:
-        for worker in range(num_workers):
-            workers.append(_Worker(make_parts, worker, num_workers, decode_timeout_s, failures))
-        for each in cycle(workers):
-            part = each.receive()
-            if part is None:
-                return
-            yield part
-    finally:
-        for each in workers:
-            each.end()
-
-
-class _Worker:
-    """A decoding process, as the main process sees it.
-
-    One that dies, or is killed because it hangs, is replaced by one that goes on with the part that is due. The frame
-    at which one hung, or two died, is not decoded again.
-    """
-
-    def __init__(
-        self, make_parts: MakeParts, worker: int, num_workers: int, decode_timeout_s: float, failures: "_Failures"
-    ) -> None:
-        self._make_parts, self._worker, self._num_workers = make_parts, worker, num_workers
-        self._decode_timeout_s, self._failures = decode_timeout_s, failures
-        self._num_received = 0
-        self._num_deaths = 0  # since the last part came
-        self._died_at: tuple[int, int] | None = None
-        self._fatal: set[tuple[int, int]] = set()
-        self._start()
-
-    def _start(self) -> None:
-        # Forked where that is the custom, so that a script needs no __main__ guard.
-        context: Any = get_context("fork" if sys.platform == "linux" else "spawn")
-        self._parts, parts = context.Pipe(duplex=False)
-        self._may_send = context.Semaphore(PARTS_AHEAD)
-        self._now = context.RawArray("d", [0.0, 0.0, IDLE])
-        what = (self._make_parts, self._worker, self._num_workers, self._num_received, frozenset(self._fatal))
-        self._process = context.Process(target=_work, args=(*what, self._now, self._may_send, parts), daemon=True)
-        self._process.start()
-        parts.close()  # the process holds the only other end: when it ends, so does the pipe
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.join()
-        self._parts.close()
-
-    def receive(self) -> Part | None:
-        """The next part, or None when there are no more. Raises UserError when workers keep dying."""
-        while True:
-            try:
-                while not self._parts.poll(POLL_S):
-                    self._replace_if_hanging()
-                message = self._parts.recv()
-            except (EOFError, OSError):  # OSError: it died before it had handed over a part's memory
-                self._replace_dead()
-                continue
-            self._may_send.release()
-            if isinstance(message, Exception):
-                raise message
-            self._num_received += 1
-            self._num_deaths = 0
-            return message
-
-    def _replace_if_hanging(self) -> None:
-        video, frame, since_s = self._now
-        if since_s != IDLE and time.monotonic() - since_s > self._decode_timeout_s:
-            self.end()
-            self._leave_out(int(video), int(frame), f"took more than decode_timeout_s={self._decode_timeout_s:g}")
-            self._start()
-
-    def _replace_dead(self) -> None:
-        self.end()
-        self._num_deaths += 1
-        code = self._process.exitcode
-        if self._num_deaths > MAX_DEATHS:
-            raise UserError(
-                f"a decoding process died {self._num_deaths} times in a row (exit code {code}): if memory ran out, "
-                f"lower num_workers={self._num_workers} or pool_clips; else a video crashes the decoder"
-            )
-        log.warning("a decoding process died (exit code %s); another one goes on where it stopped", code)
-        video, frame, since_s = self._now
-        place = None if since_s == IDLE else (int(video), int(frame))
-        if place is not None and place == self._died_at:
-            self._leave_out(*place, "ended two processes")
-            self._num_deaths = 0
-        self._died_at = place
-        self._start()
-
-    def _leave_out(self, video: int, frame: int, what: str) -> None:
-        self._fatal.add((video, frame))
-        self._failures.add({video: f"{'opening it' if frame == OPENING else f'decoding frame {frame}'} {what}"})
-
-
-def _work(
-    make_parts: MakeParts,
-    worker: int,
-    num_workers: int,
-    first_part: int,
-    fatal: Collection[tuple[int, int]],
-    now: Now,
-    may_send: Any,
-    parts: Any,
-) -> None:
-    """The main function of a decoding process: send all parts, then None, or what went wrong."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the main process handles both, and then ends the workers
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    gc.freeze()  # a collection need not walk what was there before the fork, nor make pages of it this process's own
-    parent = os.getppid()
-
-    def send(message: Any) -> None:
-        wait()
-        parts.send(message)
-
-    def wait() -> None:
-        while not may_send.acquire(timeout=POLL_S):
-            if os.getppid() != parent:
-                os._exit(1)  # nobody is left to receive
-
-    try:
-        for part in make_parts(worker, num_workers, first_part, Faults(fatal, now)):
-            send(part)
-        send(None)
-    except BrokenPipeError:
-        return
-    except UserError as error:
-        send(error)
-    except Exception:
-        send(RuntimeError(f"in a decoding process:\n{traceback.format_exc()}"))
-    for _ in range(PARTS_AHEAD):  # tensors are handed over by this process: it stays until all are received
-        wait()
+    return video, np.array([clip_id for clip_id, _ in good], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -463,7 +273,9 @@ class PartsOfStream:
         num_batches = self.source.table.num_clips // self.order.batch_size
         epoch, first_batch = divmod(self.start_batch + first_part, num_batches)
         while True:
+            faults.progress.work(OTHER_WORK_S + PLAN_S_PER_CLIP * self.source.table.num_clips)
             order = self.order.of_epoch(self.source.table, epoch)
+            faults.progress.work()
             queues = [
                 lane_clips(
                     self.source,
@@ -491,7 +303,7 @@ class PartsOfStream:
                     "video": video,
                     "clip_id": clip_id,
                     "row": np.array(good, dtype=np.int64),
-                    "failures": faults.tell(),
+                    "failures": faults.report(),
                 }
             epoch, first_batch = epoch + 1, 0
 
@@ -522,7 +334,7 @@ class PartsOfPass:
         for ids in batches:
             clips = list(lane_clips(self.source, ids, np.arange(len(ids)), 0, faults, no_cache, hold))
             video, clip_id = stack_clips(self.source, clips)
-            yield {"video": video, "clip_id": clip_id, "failures": faults.tell()}
+            yield {"video": video, "clip_id": clip_id, "failures": faults.report()}
 
 
 @dataclass(frozen=True)
@@ -539,27 +351,6 @@ class OrderSettings:
         return epoch_order(
             table.first_clip_of_group, epoch=epoch, first_clip_of_shard=table.first_clip_of_shard, **asdict(self)
         )
-
-
-class _Failures:
-    """Counts the videos that fail while streaming, names each once, stops the run when they are too many."""
-
-    def __init__(self, index: VideoIndex, max_bad_fraction: float) -> None:
-        self._index, self._max_bad_fraction = index, max_bad_fraction
-        self._failed: set[int] = set()
-
-    def add(self, failures: Mapping[int, str]) -> None:
-        for video, reason in failures.items():
-            if video in self._failed:
-                continue
-            self._failed.add(video)
-            path = self._index.videos[video].path
-            log.warning("video '%s' does not decode (%s): its clips are left out", path, reason)
-            if len(self._failed) > self._max_bad_fraction * len(self._index.videos):
-                raise UserError(
-                    f"{len(self._failed)} of {len(self._index.videos)} videos do not decode, more than "
-                    f"max_bad_fraction={self._max_bad_fraction:g} allows; the last is '{path}' ({reason})"
-                )
 
 
 def _labels_of(source: ClipSource, clip_id: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -585,18 +376,20 @@ def _frames_of(source: ClipSource, clips: Ints) -> Ints:
 
 def _merge(parts: Sequence[Part]) -> Batch:
     """The workers' parts of one batch -> video, clip ids and rows, in the order of rows."""
-    row = torch.from_numpy(np.concatenate([part["row"] for part in parts]))
-    if len(parts) == 1:
-        return {"video": parts[0]["video"], "clip_id": parts[0]["clip_id"], "row": row}
-    row, order = row.sort()
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order))
-    # NumPy copies whole clips here; torch's indexing, bytes one by one.
-    video = np.empty((len(row), *parts[0]["video"].shape[1:]), dtype=np.uint8)
-    clip_id = torch.empty_like(row)
-    for part, places in zip(parts, place.split([len(part["row"]) for part in parts]), strict=True):
-        video[places.numpy()], clip_id[places] = part["video"].numpy(), part["clip_id"]
-    return {"video": torch.from_numpy(video), "clip_id": clip_id, "row": row}
+    row = np.concatenate([part["row"] for part in parts])
+    video, clip_id = parts[0]["video"], parts[0]["clip_id"]
+    if len(parts) > 1:
+        order = np.argsort(row)
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        row = row[order]
+        video, clip_id = np.empty((len(row), *video.shape[1:]), dtype=np.uint8), np.empty_like(row)
+        first = 0
+        for part in parts:
+            places = place[first : first + len(part["row"])]
+            video[places], clip_id[places] = part["video"], part["clip_id"]
+            first += len(places)
+    return {name: torch.from_numpy(values) for name, values in (("video", video), ("clip_id", clip_id), ("row", row))}
 
 
 class VideoStream:
@@ -645,7 +438,7 @@ class VideoStream:
         self._num_workers = min(num_workers, num_lanes // world_size)
         self._cache_bytes = cache_mb * 2**20
         self._decode_timeout_s = decode_timeout_s
-        self._failures = _Failures(index, max_bad_fraction)
+        self._failures = Failures(index, max_bad_fraction)
         if index.remote is not None:
             shards_of_rank = num_lanes // world_size + max(1, self._num_workers)
             index.remote.check_room(_ranks_here(world_size) * shards_of_rank)
@@ -664,7 +457,7 @@ class VideoStream:
         make_parts = PartsOfStream(
             self._source, self._order, self._rank, self._world_size, start_batch, self._cache_bytes
         )
-        parts = _run_workers(make_parts, self._num_workers, self._decode_timeout_s, self._failures)
+        parts = run_workers(make_parts, self._num_workers, self._decode_timeout_s, self._failures)
         try:
             while True:
                 batch_parts = [next(parts) for _ in range(max(1, self._num_workers))]
@@ -678,7 +471,7 @@ class VideoStream:
 
 def _ranks_here(world_size: int) -> int:
     """How many of them run on this machine."""
-    return min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    return min(world_size, environment_int("LOCAL_WORLD_SIZE", world_size, least=1))
 
 
 def share_of_pass(num_clips: int, rank: int, world_size: int) -> slice:
@@ -710,15 +503,15 @@ def read_all(
     num_clips = source.table.num_clips if max_clips is None else min(max_clips, source.table.num_clips)
     clips = np.arange(num_clips) * source.table.num_clips // max(1, num_clips)
     clips = clips[share_of_pass(num_clips, rank, world_size)]
-    failures = _Failures(index, max_bad_fraction)
+    failures = Failures(index, max_bad_fraction)
     num_workers = min(num_workers, -(-len(clips) // batch_size))
     if index.remote is not None:
         index.remote.check_room(_ranks_here(world_size) * 2 * max(1, num_workers))
-    parts = _run_workers(PartsOfPass(source, batch_size, clips), num_workers, decode_timeout_s, failures)
+    parts = run_workers(PartsOfPass(source, batch_size, clips), num_workers, decode_timeout_s, failures)
     try:
         for part in parts:
             failures.add(part["failures"])
-            video, clip_id = part["video"], part["clip_id"]
+            video, clip_id = torch.from_numpy(part["video"]), torch.from_numpy(part["clip_id"])
             yield {"video": video, "clip_id": clip_id, "labels": _labels_of(source, clip_id)}
     finally:
         parts.close()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from data_pipelines.processes import environment_int
 from worldmodel.timing import synchronise
 
 
@@ -31,7 +32,7 @@ CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
 
 def fair_share_of_cores() -> int:
     """Cores for one of the training processes of this machine. (A launcher's OMP_NUM_THREADS=1 wastes the others.)"""
-    return max(1, len(CORES) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, len(CORES) // environment_int("LOCAL_WORLD_SIZE", 1, least=1))
 
 
 def set_threads(num_threads: int | None) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -75,6 +76,19 @@ def test_one_death_is_forgiven(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
             os._exit(9)
 
     _make_faulty(monkeypatch, die_once)
+    assert _index(folder, NAMES) == {name: index_file(folder, name) for name in NAMES}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_a_process_that_is_stopped_is_replaced_without_blame(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop_once(path: str) -> None:
+        if not (folder / f"{path}.tried").exists():
+            (folder / f"{path}.tried").touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    _make_faulty(monkeypatch, stop_once)
+    monkeypatch.setattr(index_engines, "FILE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(index_engines, "POLL_S", 0.05)
     assert _index(folder, NAMES) == {name: index_file(folder, name) for name in NAMES}
 
 

@@ -21,7 +21,8 @@ from data_pipelines.clips import ClipSpec, ClipTable, epoch_order, lanes_of_work
 from data_pipelines.decoders import PyAVReader
 from data_pipelines.index import VideoIndex
 from data_pipelines.shards import load_videos, pack_videos
-from data_pipelines.stream import PARTS_AHEAD, VideoStream, make_source
+from data_pipelines.stream import VideoStream, make_source
+from data_pipelines.workers import PARTS_AHEAD
 from tests.data_pipelines.shard_server import ShardServer
 
 SPEC = ClipSpec(clip_step=3)  # overlapping clips

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from data_pipelines import stream as stream_module
+from data_pipelines import workers as workers_module
 from data_pipelines.clips import ClipSpec
 from data_pipelines.errors import UserError
 from data_pipelines.index import VideoIndex, load_or_build_index
@@ -540,7 +541,7 @@ def test_a_frame_at_which_workers_hang_or_crash_is_left_out(
     table = _table(index)
     total = 2 * _stream(index).batches_per_epoch
     whole = _take(_stream(index), total)
-    monkeypatch.setattr(stream_module, "POLL_S", 0.05)
+    monkeypatch.setattr(workers_module, "POLL_S", 0.05)
     _make_faulty(monkeypatch, name, frame, act)
     batches = _take(_stream(index, num_workers=2, decode_timeout_s=0.5), total)
     lost = set()

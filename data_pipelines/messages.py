@@ -1,0 +1,106 @@
+"""Messages between processes of a machine, handed over as memory.
+
+A message is written to a file without a name, and the file's descriptor goes through a socket. From then on the system
+holds it: the sender may be stopped or killed, and when nobody uses the memory any more it is free. On Linux the file is
+a memfd, which is not part of /dev/shm and not bounded by its size (64 MiB in many containers).
+"""
+
+import mmap
+import os
+import pickle
+import socket
+import struct
+import tempfile
+from collections.abc import Sequence
+from multiprocessing.connection import wait
+from typing import Any, TypeAlias
+
+Numbers: TypeAlias = Any  # a memoryview of float64, or a list of floats
+ALIGNMENT = 64  # of buffers, in bytes
+TABLE_BYTES = 4096  # for the sizes of the pickle and of its buffers
+_SIZES = struct.Struct(f"={TABLE_BYTES // 8}Q")
+
+
+def send_message(to: socket.socket, message: Any) -> None:
+    """Send what can be pickled, copying NumPy arrays once. Raises OSError: there is no memory, or no receiver."""
+    buffers: list[pickle.PickleBuffer] = []
+    pickled = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
+    parts = [memoryview(pickled), *(buffer.raw() for buffer in buffers)]
+    sizes = [part.nbytes for part in parts]
+    file = _file_of(TABLE_BYTES + sum(map(_padded, sizes)))
+    try:
+        with mmap.mmap(file, 0) as memory:
+            _SIZES.pack_into(memory, 0, len(sizes), *sizes, *[0] * (TABLE_BYTES // 8 - 1 - len(sizes)))
+            start = TABLE_BYTES
+            for part in parts:
+                memory[start : start + part.nbytes] = part
+                start += _padded(part.nbytes)
+        socket.send_fds(to, [b"m"], [file])
+    finally:
+        os.close(file)
+
+
+def receive_message(source: socket.socket) -> Any:
+    """The next message; its NumPy arrays are views of the memory. Raises EOFError, OSError: the sender has ended."""
+    memory = _receive_memory(source)
+    count, *sizes = _SIZES.unpack_from(memory)
+    start, parts = TABLE_BYTES, []
+    for size in sizes[:count]:
+        parts.append(memory[start : start + size])
+        start += _padded(size)
+    return pickle.loads(parts[0], buffers=parts[1:])
+
+
+def share_numbers(to: socket.socket, values: Sequence[float]) -> Numbers:
+    """Numbers that this process and the one that calls receive_numbers both see and change."""
+    file = _file_of(8 * len(values))
+    try:
+        numbers = memoryview(mmap.mmap(file, 0)).cast("d")
+        for place, value in enumerate(values):
+            numbers[place] = value
+        socket.send_fds(to, [b"n"], [file])
+    finally:
+        os.close(file)
+    return numbers
+
+
+def receive_numbers(source: socket.socket) -> Numbers:
+    """The numbers that the other process shares. Raises EOFError, OSError: it has ended."""
+    return _receive_memory(source).cast("d")
+
+
+def _receive_memory(source: socket.socket) -> memoryview:
+    _, files, *_ = socket.recv_fds(source, 1, 1)
+    if not files:
+        raise EOFError("the sender has ended")
+    try:
+        return memoryview(mmap.mmap(files[0], 0))
+    finally:
+        os.close(files[0])
+
+
+def is_waiting(source: socket.socket, timeout_s: float) -> bool:
+    """True as soon as there is something to receive, False after timeout_s."""
+    return bool(wait([source], timeout_s))
+
+
+def _padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _file_of(size_bytes: int) -> int:
+    """The descriptor of a new file without a name, whose memory is reserved: it cannot run out while it is written."""
+    try:
+        file = os.memfd_create("worldmodel")
+    except (AttributeError, OSError):  # another system, or a sandbox
+        with tempfile.TemporaryFile() as temporary:
+            file = os.dup(temporary.fileno())
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, size_bytes)
+        else:
+            os.ftruncate(file, size_bytes)
+    except OSError:
+        os.close(file)
+        raise
+    return file

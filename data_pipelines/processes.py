@@ -1,0 +1,97 @@
+"""Processes that work for this one: how they are started, how long they may be silent, and how none outlives it."""
+
+import ctypes
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.errors import UserError
+
+POLL_S = 1.0
+LONGEST_STEP_S = 2 * POLL_S  # of what a call of waited_s adds
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def environment_int(name: str, default: int, least: int = 0) -> int:
+    """A whole number of at least `least` from the environment. Raises UserError: it is not one."""
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    if not re.fullmatch(r"\s*\d{1,9}\s*", text, re.ASCII) or int(text) < least:
+        raise UserError(
+            f"the environment variable {name}={text[:40]!r} is not a whole number of at least {least}: unset it, or "
+            "start the processes with a launcher that sets it (accelerate launch, torchrun)"
+        )
+    return int(text)
+
+
+def worker_context() -> Any:
+    """The multiprocessing context of workers: forked on Linux, so that a script needs no __main__ guard."""
+    return get_context("fork" if sys.platform == "linux" else "spawn")
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The process that starts workers, as they know it."""
+
+    pid: int
+    in_main_thread: bool
+
+    @classmethod
+    def here(cls) -> "Parent":
+        """This process, called from the thread that starts the workers."""
+        return cls(os.getpid(), threading.current_thread() is threading.main_thread())
+
+    def is_gone(self) -> bool:
+        return os.getppid() != self.pid
+
+    def take_along(self) -> None:
+        """End this process when the parent ends, even if this process is stopped at that time.
+
+        Linux sends the signal when the parent's *thread* ends that forked this process. So only workers of the main
+        thread ask for it. The others, and all workers elsewhere, have to look at is_gone() from time to time.
+        """
+        if sys.platform == "linux" and self.in_main_thread:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if self.is_gone():  # it ended before it could be asked
+            os._exit(1)
+
+
+class Patience:
+    """Seconds that a worker spent on one task while this process waited for it.
+
+    Time during which this process was itself stopped or suspended does not count, because the worker was, too.
+    """
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Begin to wait."""
+        self._task: Hashable = None
+        self._waited_s = 0.0
+        self._looked_s = time.monotonic()
+
+    def waited_s(self, task: Hashable) -> float:
+        """Seconds since `task` was first seen. Call it about every POLL_S seconds."""
+        now_s = time.monotonic()
+        passed_s, self._looked_s = min(now_s - self._looked_s, LONGEST_STEP_S), now_s
+        self._waited_s = self._waited_s + passed_s if task == self._task else 0.0
+        self._task = task
+        return self._waited_s
+
+
+def is_stopped(pid: int) -> bool:
+    """True if a process is stopped by a signal such as SIGSTOP. Always False where there is no /proc."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
+    except (OSError, IndexError):
+        return False

@@ -1,0 +1,304 @@
+"""Decoding processes: they make parts of batches, are watched, and are replaced where they fail.
+
+A part is a pure function of its number. So a process that takes over from another one delivers the same clips.
+"""
+
+import gc
+import logging
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Collection, Generator, Iterator, Mapping
+from contextlib import suppress
+from itertools import cycle
+from typing import Any, Protocol
+
+import torch
+
+from data_pipelines.errors import UserError
+from data_pipelines.index import VideoIndex
+from data_pipelines.messages import Numbers, is_waiting, receive_message, receive_numbers, send_message, share_numbers
+from data_pipelines.processes import POLL_S, Parent, Patience, is_stopped, worker_context
+
+log = logging.getLogger(__name__)
+
+Part = dict[str, Any]  # what one worker contributes to a batch, in NumPy arrays
+Place = tuple[int, int]  # a video's position in the index, and a frame
+
+OPENING = -1  # instead of a frame
+NO_VIDEO = -1
+PARTS_AHEAD = 2  # how many a worker makes before they are asked for
+MAX_DEATHS = 3  # of workers one after the other that deliver nothing
+MAY_SEND = b"+"  # to a worker: one part more
+OTHER_WORK_S = 30.0  # that a worker may take longer for anything but decoding, such as to start
+DECODE_TIMEOUT_S = 60.0
+
+
+class Progress:
+    """The task that a worker is busy with, in memory that the main process watches.
+
+    Memory: the video's position in the index or NO_VIDEO, the frame or OPENING, the number of the task, and the
+    seconds that the task may take longer than decode_timeout_s.
+    """
+
+    BLANK = (NO_VIDEO, OPENING, 0, OTHER_WORK_S)
+
+    def __init__(self, shared: Numbers = None) -> None:
+        self._shared: Numbers = list(self.BLANK) if shared is None else shared
+
+    def decode(self, video: int, extra_s: float = 0.0) -> None:
+        """Begin to decode a clip of the video at this position of the index."""
+        self._begin(video, extra_s)
+
+    def at_frame(self, frame: int) -> None:
+        """Begin with a frame of the same clip."""
+        self._shared[1] = frame
+
+    def work(self, extra_s: float = OTHER_WORK_S) -> None:
+        """Begin something other than decoding."""
+        self._begin(NO_VIDEO, extra_s)
+
+    def _begin(self, video: int, extra_s: float) -> None:
+        shared = self._shared  # one by one: this is done several times a clip
+        shared[0] = video
+        shared[1] = OPENING
+        shared[2] += 1
+        shared[3] = extra_s
+
+    @property
+    def place(self) -> Place | None:
+        """The video and frame that is being decoded, if any."""
+        video, frame = int(self._shared[0]), int(self._shared[1])
+        return None if video == NO_VIDEO else (video, frame)
+
+    @property
+    def task(self) -> tuple[int, float]:
+        """The number of the task, and how many seconds longer than decode_timeout_s it may take."""
+        return int(self._shared[2]), float(self._shared[3])
+
+
+class Faults:
+    """What one worker knows of videos that cannot be used.
+
+    found: position of a video in the index -> why, as a predicate.
+    judged: path -> size and time stamp of a file that differs from the index in these, and why it has changed, or "".
+    fatal: (video, frame) pairs at which an earlier worker hung or crashed.
+    """
+
+    def __init__(self, fatal: Collection[Place] = (), progress: Progress | None = None) -> None:
+        self.found: dict[int, str] = {}
+        self.judged: dict[str, tuple[tuple[int, int], str]] = {}
+        self.progress = progress or Progress()
+        self._fatal: dict[int, list[int]] = {}
+        for video, frame in fatal:
+            self._fatal.setdefault(video, []).append(frame)
+
+    def prevent(self, video: int, keyframe: int, stop: int) -> bool:
+        """True if decoding `video` from `keyframe` up to frame `stop` would meet a fatal frame."""
+        return any(frame == OPENING or keyframe <= frame < stop for frame in self._fatal.get(video, ()))
+
+    def report(self) -> dict[int, str]:
+        """The faults found since the last call."""
+        found, self.found = self.found, {}
+        return found
+
+
+class Failures:
+    """Counts the videos that fail while streaming, names each file once, stops the run when they are too many."""
+
+    def __init__(self, index: VideoIndex, max_bad_fraction: float) -> None:
+        self._index, self._max_bad_fraction = index, max_bad_fraction
+        self._failed: set[int] = set()
+        self._named: set[str] = set()
+
+    def add(self, failures: Mapping[int, str]) -> None:
+        """failures: as Faults.found. Raises UserError when too many videos have failed."""
+        for video, reason in failures.items():
+            if video in self._failed:
+                continue
+            self._failed.add(video)
+            path = self._index.videos[video].path
+            if path not in self._named:
+                self._named.add(path)
+                log.warning("video '%s' %s: its clips are left out", path, reason)
+            if len(self._failed) > self._max_bad_fraction * len(self._index.videos):
+                raise UserError(
+                    f"{len(self._failed)} of {len(self._index.videos)} videos do not decode or have changed, more than "
+                    f"max_bad_fraction={self._max_bad_fraction:g} allows; the last is '{path}', which {reason}"
+                )
+
+
+class MakeParts(Protocol):
+    """What a worker delivers: a pure function of these numbers, so that one worker can take over from another."""
+
+    def __call__(self, worker: int, num_workers: int, first_part: int, faults: Faults) -> Iterator[Part]: ...
+
+
+def run_workers(
+    make_parts: MakeParts, num_workers: int, decode_timeout_s: float, failures: Failures
+) -> Generator[Part, None, None]:
+    """Parts of worker 0, 1, ..., num_workers - 1, 0, 1, ... until one has no more. Closing it ends the workers."""
+    if num_workers == 0:
+        yield from make_parts(0, 1, 0, Faults())
+        return
+    workers: list[_Worker] = []
+    try:
+        for worker in range(num_workers):
+            workers.append(_Worker(make_parts, worker, num_workers, decode_timeout_s, failures))
+        for each in cycle(workers):
+            part = each.receive()
+            if part is None:
+                return
+            yield part
+    finally:
+        for each in workers:
+            each.end()
+
+
+class _Worker:
+    """A decoding process, as the main process sees it.
+
+    One that dies, or is killed because it is stuck, is replaced by one that continues with the part that is due. The
+    frame at which one hung, or two died, is not decoded again.
+    """
+
+    def __init__(
+        self,
+        make_parts: MakeParts,
+        worker: int,
+        num_workers: int,
+        decode_timeout_s: float,
+        failures: Failures,
+    ) -> None:
+        self._make_parts, self._worker, self._num_workers = make_parts, worker, num_workers
+        self._decode_timeout_s, self._failures = decode_timeout_s, failures
+        self._patience = Patience()
+        self._num_received = 0
+        self._num_deaths = 0  # since the last part came
+        self._died_at: Place | None = None
+        self._fatal: set[Place] = set()
+        self._start()
+
+    def _start(self) -> None:
+        context = worker_context()
+        self._socket, theirs = socket.socketpair()
+        self._progress = Progress(share_numbers(self._socket, Progress.BLANK))
+        what = (self._make_parts, self._worker, self._num_workers, self._num_received, frozenset(self._fatal))
+        self._process = context.Process(target=_work, args=(*what, theirs, Parent.here()), daemon=True)
+        self._process.start()
+        theirs.close()  # the process holds the only other end: when it ends, so does the connection
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._socket.close()
+
+    def receive(self) -> Part | None:
+        """The next part, or None when there are no more. Raises UserError when workers keep failing."""
+        self._patience.start()
+        while True:
+            try:
+                while not is_waiting(self._socket, POLL_S):
+                    self._replace_if_stuck()
+                message = receive_message(self._socket)
+            except (EOFError, OSError):
+                self._replace_dead()
+                continue
+            with suppress(OSError):  # it died: no part is lost, and the next call notices
+                self._socket.send(MAY_SEND)
+            if isinstance(message, Exception):
+                raise message
+            self._num_received += 1
+            self._num_deaths = 0
+            return message
+
+    def _replace_if_stuck(self) -> None:
+        """A part is due. Whatever the worker does but fetching, which extra_s says, is bounded in time."""
+        task, extra_s = self._progress.task
+        waited_s = self._patience.waited_s(task)
+        if waited_s <= self._decode_timeout_s:
+            return
+        stopped = is_stopped(self._process.pid)
+        if not stopped and waited_s <= self._decode_timeout_s + extra_s:
+            return
+        place = self._progress.place
+        self.end()
+        if place is not None and not stopped:
+            self._leave_out(place, f"took more than decode_timeout_s={self._decode_timeout_s:g}")
+        else:
+            self._count_death("was stopped" if stopped else "made no progress", f"for {waited_s:.0f} s")
+        self._start()
+
+    def _replace_dead(self) -> None:
+        self.end()
+        place = self._progress.place
+        self._count_death("died", f"(exit code {self._process.exitcode})")
+        if place is not None and place == self._died_at:
+            self._leave_out(place, "ended two processes")
+            self._num_deaths = 0
+        self._died_at = place
+        self._start()
+
+    def _count_death(self, what: str, detail: str) -> None:
+        """Raises UserError when it is one too many."""
+        self._num_deaths += 1
+        if self._num_deaths <= MAX_DEATHS:
+            log.warning("a decoding process %s %s; another one continues where it ended", what, detail)
+            return
+        raise UserError(
+            f"a decoding process {what} {self._num_deaths} times in a row {detail}: if memory ran out, "
+            f"lower num_workers={self._num_workers} or pool_clips; otherwise a video crashes the decoder"
+        )
+
+    def _leave_out(self, place: Place, what: str) -> None:
+        video, frame = place
+        self._fatal.add(place)
+        action = "opening it" if frame == OPENING else f"decoding frame {frame}"
+        self._failures.add({video: f"does not decode ({action} {what})"})
+
+
+def _work(
+    make_parts: MakeParts,
+    worker: int,
+    num_workers: int,
+    first_part: int,
+    fatal: Collection[Place],
+    connection: socket.socket,
+    parent: Parent,
+) -> None:
+    """The main function of a decoding process: send all parts, then None, or what went wrong."""
+    parent.take_along()
+    for number in (signal.SIGINT, signal.SIGTERM):  # the main process handles both, and then ends the workers
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    gc.freeze()  # a collection need not walk what was there before the fork, nor make pages of it this process's own
+    progress = Progress(receive_numbers(connection))
+    num_allowed = PARTS_AHEAD
+
+    def send(message: Any) -> None:
+        nonlocal num_allowed
+        while num_allowed == 0:
+            if is_waiting(connection, POLL_S):
+                num_allowed = len(connection.recv(PARTS_AHEAD))
+            if num_allowed == 0 and parent.is_gone():
+                os._exit(1)  # nobody is left to receive
+        num_allowed -= 1
+        try:
+            send_message(connection, message)
+        except BrokenPipeError:
+            os._exit(1)
+        except OSError as error:
+            raise UserError(
+                f"a decoding process gets no memory for its part of a batch ({error.strerror}): lower "
+                f"num_workers={num_workers} or batch_size"
+            ) from None
+
+    try:
+        for part in make_parts(worker, num_workers, first_part, Faults(fatal, progress)):
+            send(part)
+        send(None)
+    except UserError as error:
+        send(error)
+    except Exception:
+        send(RuntimeError(f"in a decoding process:\n{traceback.format_exc()}"))

@@ -1,0 +1,336 @@
+"""Workers that are stopped, stuck or out of shared memory: replaced or named, no clip lost, nothing left behind."""
+
+import errno
+import hashlib
+import json
+import logging
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipelines import messages, processes
+from data_pipelines import stream as stream_module
+from data_pipelines import workers as workers_module
+from data_pipelines.clips import ClipSpec
+from data_pipelines.errors import UserError
+from data_pipelines.index import VideoIndex, load_or_build_index
+from data_pipelines.processes import Parent, Patience, environment_int
+from data_pipelines.stream import VideoStream
+
+REPO = Path(__file__).parents[2]
+SPEC = ClipSpec()
+SETTINGS: dict[str, Any] = {
+    "size_px": None,
+    "channels": 1,
+    "batch_size": 16,
+    "num_lanes": 8,
+    "pool_clips": 64,
+    "seed": 3,
+}
+linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc and prctl are Linux's")
+
+
+@pytest.fixture(scope="module")
+def index(mixed_folder: Path) -> VideoIndex:
+    return load_or_build_index(mixed_folder, progress=False)
+
+
+@pytest.fixture
+def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "POLL_S", 0.05)
+
+
+def _hashes(stream: VideoStream, count: int) -> list[str]:
+    batches = stream.batches()
+    try:
+        return [hashlib.sha256(batch["video"].numpy().tobytes()).hexdigest() for batch in islice(batches, count)]
+    finally:
+        batches.close()
+
+
+def _stopped_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: Any, name: str) -> None:
+    """The third call of a function in a worker stops the whole process, the first time that it happens."""
+    function, calls = getattr(module, name), 0
+
+    def stopping(*arguments: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3 and multiprocessing.parent_process() and not (tmp_path / "stopped").exists():
+            (tmp_path / "stopped").touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return function(*arguments, **more)
+
+    monkeypatch.setattr(module, name, stopping)
+
+
+@linux
+@pytest.mark.parametrize("name", ["open_video", "stack_clips"], ids=["decoding", "not decoding"])
+def test_a_stopped_worker_is_replaced_and_no_clip_is_lost(
+    index: VideoIndex,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    quick_polls: None,
+    name: str,
+) -> None:
+    whole = _hashes(VideoStream(index, SPEC, **SETTINGS), 12)
+    _stopped_once(monkeypatch, tmp_path, stream_module, name)
+    assert _hashes(VideoStream(index, SPEC, **SETTINGS, num_workers=1, decode_timeout_s=0.3), 12) == whole
+    assert (tmp_path / "stopped").exists()
+    assert [record.message[:34] for record in caplog.records] == ["a decoding process was stopped for"]
+
+
+@linux
+def test_a_worker_that_is_stopped_while_it_waits_for_its_turn_is_replaced(index: VideoIndex, quick_polls: None) -> None:
+    whole = _hashes(VideoStream(index, SPEC, **SETTINGS), 12)
+    batches = VideoStream(index, SPEC, **SETTINGS, num_workers=2, decode_timeout_s=0.3).batches()
+    hashes = []
+    for number, batch in enumerate(islice(batches, 12)):
+        hashes.append(hashlib.sha256(batch["video"].numpy().tobytes()).hexdigest())
+        if number == 4:
+            time.sleep(0.2)  # both are ahead and wait
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid or 0, signal.SIGSTOP)
+    batches.close()
+    assert hashes == whole
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_is_stuck_while_not_decoding_is_replaced(
+    index: VideoIndex,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    quick_polls: None,
+) -> None:
+    whole = _hashes(VideoStream(index, SPEC, **SETTINGS), 4)
+    monkeypatch.setattr(workers_module.Progress.work, "__defaults__", (0.2,))
+    stack_clips = stream_module.stack_clips
+
+    def stuck_once(*arguments: Any) -> Any:
+        if not (tmp_path / "stuck").exists():
+            (tmp_path / "stuck").touch()
+            time.sleep(1000)
+        return stack_clips(*arguments)
+
+    monkeypatch.setattr(stream_module, "stack_clips", stuck_once)
+    assert _hashes(VideoStream(index, SPEC, **SETTINGS, num_workers=1, decode_timeout_s=0.3), 4) == whole
+    assert [record.message[:37] for record in caplog.records] == ["a decoding process made no progress fo"[:37]]
+
+
+def test_workers_that_are_stuck_again_and_again_are_one_line(
+    index: VideoIndex, monkeypatch: pytest.MonkeyPatch, quick_polls: None
+) -> None:
+    monkeypatch.setattr(workers_module.Progress.work, "__defaults__", (0.1,))
+    monkeypatch.setattr(stream_module, "stack_clips", lambda *_: time.sleep(1000))
+    with pytest.raises(UserError, match=r"a decoding process made no progress 4 times in a row for \d+ s: "):
+        _hashes(VideoStream(index, SPEC, **SETTINGS, num_workers=1, decode_timeout_s=0.1), 1)
+    assert not multiprocessing.active_children()
+
+
+def test_fetching_a_shard_may_take_any_time(
+    index: VideoIndex, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, quick_polls: None
+) -> None:
+    whole = _hashes(VideoStream(index, SPEC, **SETTINGS), 1)
+    hold, calls = stream_module.HeldShards.hold, 0
+
+    def slow_once(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            time.sleep(1.0)
+        hold(*arguments)
+
+    monkeypatch.setattr(workers_module.Progress.work, "__defaults__", (0.1,))
+    monkeypatch.setattr(stream_module.HeldShards, "hold", slow_once)
+    assert _hashes(VideoStream(index, SPEC, **SETTINGS, num_workers=1, decode_timeout_s=0.2), 1) == whole
+    assert not caplog.records
+
+
+def test_time_in_which_the_main_process_was_stopped_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr(processes.time, "monotonic", lambda: now_s)
+    patience = Patience()
+    seen = []
+    for task, passed_s in [(1, 1.0), (1, 1.0), (1, 3600.0), (1, 1.0), (2, 1.0), (2, 1.0)]:
+        now_s += passed_s
+        seen.append(patience.waited_s(task))
+    assert seen == [0.0, 1.0, 3.0, 4.0, 0.0, 1.0]
+
+
+STREAM = """
+import hashlib, json, multiprocessing, sys, time
+from itertools import islice
+from data_pipelines import workers
+from data_pipelines.clips import ClipSpec
+from data_pipelines.index import load_or_build_index
+from data_pipelines.stream import VideoStream
+
+root, settings, pause_s = json.loads(sys.argv[1])
+workers.POLL_S = 0.05
+batches = VideoStream(load_or_build_index(root, progress=False), ClipSpec(), **settings).batches()
+for number, batch in enumerate(islice(batches, 12)):
+    if number == 3:
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(pause_s)
+    print(hashlib.sha256(batch["video"].numpy().tobytes()).hexdigest(), flush=True)
+batches.close()
+"""
+
+
+def _start(index: VideoIndex, pause_s: float = 0.0, **settings: Any) -> "subprocess.Popen[str]":
+    arguments = json.dumps([str(index.root), SETTINGS | settings, pause_s])
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    return subprocess.Popen(
+        [sys.executable, "-c", STREAM, arguments], env=environment, start_new_session=True, cwd=REPO, **pipes
+    )
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@linux
+def test_stopping_all_processes_for_a_while_loses_nothing(index: VideoIndex) -> None:
+    """Ctrl-Z and fg: no process is taken for one that hangs."""
+    whole = _hashes(VideoStream(index, SPEC, **SETTINGS), 12)
+    with _start(index, pause_s=0.05, num_workers=2, decode_timeout_s=0.5) as main:
+        assert main.stdout is not None and main.stderr is not None
+        for _ in range(4):
+            main.stdout.readline()
+        os.killpg(main.pid, signal.SIGSTOP)
+        time.sleep(1.2)
+        os.killpg(main.pid, signal.SIGCONT)
+        assert main.stdout.read().split() == whole[-9:]
+        assert main.stderr.read() == ""
+
+
+@linux
+def test_a_stopped_worker_ends_with_a_main_process_that_is_killed(index: VideoIndex) -> None:
+    with _start(index, pause_s=0.2, num_workers=2) as main:
+        assert main.stdout is not None
+        for _ in range(3):
+            main.stdout.readline()
+        pids = [int(pid) for pid in main.stdout.readline().split()]
+        assert len(pids) == 2
+        os.kill(pids[0], signal.SIGSTOP)
+        main.kill()
+        main.stdout.read()
+    for _ in range(100):
+        if not any(map(_is_running, pids)):
+            return
+        time.sleep(0.05)
+    for pid in filter(_is_running, pids):
+        os.kill(pid, signal.SIGKILL)
+    pytest.fail("a worker lives on")
+
+
+def test_workers_of_another_thread_are_not_tied_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal would come when that thread ends, while others may still use the workers."""
+    monkeypatch.setattr(processes.ctypes, "CDLL", lambda name: pytest.fail("prctl is called"))
+    Parent(os.getppid(), in_main_thread=False).take_along()
+
+
+# ---------------------------------------------------------------------------------------------------- shared memory
+
+
+def _small_shm() -> bool:
+    return shutil.which("unshare") is not None and not subprocess.run(["unshare", "-m", "true"]).returncode
+
+
+@linux
+@pytest.mark.skipif(not _small_shm(), reason="mounting takes root")
+@pytest.mark.parametrize("options", ["size=64k", "size=4k,nr_inodes=1", "ro"])
+def test_a_small_dev_shm_is_enough(index: VideoIndex, options: str) -> None:
+    """As in a container: batches of 442 kB do not need it at all."""
+    arguments = json.dumps([str(index.root), SETTINGS | {"num_workers": 2}, 0.0])
+    mount = f'mount -t tmpfs -o {options} tmpfs /dev/shm && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", mount, "sh", sys.executable, "-c", STREAM, arguments],
+        capture_output=True, text=True, timeout=60, cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO)},
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    whole = _hashes(VideoStream(index, SPEC, **SETTINGS), 12)
+    assert [line for line in done.stdout.splitlines() if " " not in line] == whole
+
+
+def test_memory_that_cannot_be_had_is_one_line(index: VideoIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    file_of = messages._file_of
+
+    def no_large_file(size_bytes: int) -> int:
+        if size_bytes > 100_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return file_of(size_bytes)
+
+    monkeypatch.setattr(messages, "_file_of", no_large_file)
+    with pytest.raises(UserError, match=r"gets no memory for its part of a batch \(No space left on device\): lower"):
+        _hashes(VideoStream(index, SPEC, **SETTINGS, num_workers=1), 1)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("has_memfd", [True, False])
+def test_messages_arrive_as_they_were_sent(monkeypatch: pytest.MonkeyPatch, has_memfd: bool) -> None:
+    if not has_memfd:
+        monkeypatch.delattr(messages.os, "memfd_create", raising=False)
+    message: dict[str, Any] = {
+        "video": np.arange(3 * 5 * 7, dtype=np.uint8).reshape(3, 5, 7),
+        "empty": np.empty((0, 4), dtype=np.int64),
+        "odd": np.arange(7, dtype=np.float32),
+        "text": {3: "has changed"},
+    }
+    ours, theirs = socket.socketpair()
+    messages.send_message(ours, message)
+    messages.send_message(ours, None)
+    ours.close()  # what was sent outlives the sender
+    received = messages.receive_message(theirs)
+    assert received.keys() == message.keys() and received["text"] == message["text"]
+    for name in ("video", "empty", "odd"):
+        np.testing.assert_array_equal(received[name], message[name])
+        assert received[name].dtype == message[name].dtype and received[name].flags.writeable
+        assert received[name].ctypes.data % messages.ALIGNMENT == 0
+    assert messages.receive_message(theirs) is None
+    with pytest.raises(EOFError):
+        messages.receive_message(theirs)
+    theirs.close()
+
+
+# ------------------------------------------------------------------------------------------------------ environment
+
+
+@pytest.mark.parametrize("text", ["x", "", "-1", "0", "1.5", "1e3", "9" * 5000], ids=range(7))
+def test_numbers_in_the_environment_are_checked(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", text)
+    with pytest.raises(UserError, match=r"LOCAL_WORLD_SIZE='.*' is not a whole number of at least 1") as line:
+        environment_int("LOCAL_WORLD_SIZE", 1, least=1)
+    assert len(str(line.value)) < 300
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert environment_int("LOCAL_WORLD_SIZE", 1, least=1) == 4
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert environment_int("LOCAL_WORLD_SIZE", 7) == 7
+
+
+def test_the_allowance_of_a_fetch_is_endless() -> None:
+    progress = workers_module.Progress()
+    progress.work(math.inf)
+    assert progress.task[1] == math.inf and progress.place is None
+
+
+@pytest.fixture(autouse=True)
+def warnings_only(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
