@@ -42,7 +42,7 @@ def leave(code: int) -> NoReturn:
     While the interpreter ends, a thread of Gloo that lets go of a tensor aborts the process
     (https://github.com/pytorch/pytorch/issues/190489), and DDP keeps those threads when the process group is destroyed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1").strip() != "1":
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

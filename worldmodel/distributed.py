@@ -11,6 +11,7 @@ DistributedDataParallel takes is the gradient of the loss.
 Legend: B clips of this process, N clips of the global batch.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,48 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from data_pipelines.errors import UserError
+from data_pipelines.processes import environment_int
+
+_LAUNCHERS = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
+_FLAGS = (
+    "ACCELERATE_USE_CPU",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_DEBUG_MODE",
+    "ACCELERATE_CPU_AFFINITY",
+    "FORK_LAUNCHED",
+)
+_FLAG_VALUES = frozenset(["y", "yes", "t", "true", "on", "1", "n", "no", "f", "false", "off", "0"])
+
+
+def check_launch_environment() -> int:
+    """The number of processes that a launcher started, from the environment.
+
+    Raises:
+        UserError: one of the variables that launchers set, and that Accelerate reads, is not a valid number or flag;
+            they contradict each other.
+    """
+    world_size = environment_int("WORLD_SIZE", 1, least=1)
+    environment_int("LOCAL_WORLD_SIZE", world_size, least=1)
+    for name in [prefix + suffix for prefix in _LAUNCHERS for suffix in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")]:
+        environment_int(name, 0)
+    for name in ("RANK", "LOCAL_RANK"):
+        if os.environ.get(name, "").strip() == "-1":
+            continue  # Accelerate's and torchrun's own word for a process that is alone
+        if (rank := environment_int(name, 0)) >= world_size:
+            raise UserError(f"the environment says {name}={rank}, but WORLD_SIZE={world_size}: {name} must be less")
+    if environment_int("MASTER_PORT", 1, least=0) > 65535:
+        raise UserError(f"the environment variable MASTER_PORT={os.environ['MASTER_PORT']} is not a port below 65536")
+    if world_size > 1:
+        environment_int("OMP_NUM_THREADS", 0)
+        if "RANK" not in os.environ and not any(prefix + "RANK" in os.environ for prefix in _LAUNCHERS):
+            raise UserError(
+                f"the environment says WORLD_SIZE={world_size} but not RANK: start the processes with "
+                "accelerate launch or torchrun, or unset WORLD_SIZE for one process"
+            )
+    for name in _FLAGS:
+        if os.environ.get(name, "0").lower() not in _FLAG_VALUES:
+            raise UserError(f"the environment variable {name}={os.environ[name][:40]!r} must be true or false")
+    return world_size
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ optimiser and step number has to be saved for a resumed run to go on bit for bit
 
 import logging
 import math
-import os
 import re
 import signal
 import time
@@ -45,7 +44,7 @@ from worldmodel.checkpoint import (
 )
 from worldmodel.config import Config, TrainConfig, flatten, to_dict
 from worldmodel.data import read_index, training_inputs, training_stream
-from worldmodel.distributed import globalise_batch_norm
+from worldmodel.distributed import check_launch_environment, globalise_batch_norm
 from worldmodel.evaluation import factors, forecast
 from worldmodel.gradients import Losses, compute_gradients, in_parts, kept_buffers
 from worldmodel.machine import (
@@ -496,7 +495,8 @@ class Sums:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Raises UserError: Accelerate is set to another engine than PyTorch."""
+    """Raises UserError: Accelerate is set to another engine than PyTorch; a launcher's variables are not valid."""
+    world_size = check_launch_environment()
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if computes_bf16() else "fp32"
@@ -507,7 +507,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         # Without this, processes that were launched together without a GPU would each train alone.
-        cpu=int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available(),
+        cpu=world_size > 1 and not torch.cuda.is_available(),
         kwargs_handlers=[
             # Buffers are batch-norm statistics, which the forward pass does not read in training.
             DistributedDataParallelKwargs(broadcast_buffers=False),

@@ -14,6 +14,7 @@ from tests.worldmodel.test_train import rows
 from worldmodel.checkpoint import load_checkpoint
 from worldmodel.distributed import (
     GlobalBatchNorm,
+    check_launch_environment,
     gathered,
     global_batch,
     globalise_batch_norm,
@@ -188,3 +189,44 @@ def test_random_numbers_go_with_the_place_in_the_global_batch() -> None:
 def test_a_batch_that_hardly_has_clips_is_refused() -> None:
     with pytest.raises(UserError, match="too few clips"), global_batch(torch.tensor([0]), 8):
         pass
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE='abc' is not a whole number of at least 1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0' is not a whole number of at least 1"),
+        ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE='x' is not"),
+        ({"RANK": "one"}, "RANK='one' is not a whole number"),
+        ({"LOCAL_RANK": "-2"}, "LOCAL_RANK='-2' is not a whole number"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2, but WORLD_SIZE=2: RANK must be less"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 but not RANK: start the processes with accelerate launch"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "OMP_NUM_THREADS": "many"}, "OMP_NUM_THREADS='many' is not"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT='http' is not a whole number"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is not a port"),
+        ({"OMPI_COMM_WORLD_SIZE": "x"}, "OMPI_COMM_WORLD_SIZE='x' is not"),
+        ({"ACCELERATE_USE_CPU": "maybe"}, "ACCELERATE_USE_CPU='maybe' must be true or false"),
+    ],
+)
+def test_a_launchers_variables_are_checked(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], says: str
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert check_launch_environment() == 1
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as line:
+        check_launch_environment()
+    assert says in str(line.value) and "\n" not in str(line.value)
+
+
+def test_what_launchers_set_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500"}
+    for name, value in (launched | {"MASTER_ADDR": "host", "ACCELERATE_USE_CPU": "True"}).items():
+        monkeypatch.setenv(name, value)
+    assert check_launch_environment() == 4
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "-1")
+    assert check_launch_environment() == 1
