@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from data_pipelines.clips import (
     resample,
     with_shards,
 )
+from data_pipelines.contents import Stamp, shard_stamps, why_changed
 from data_pipelines.decoders import DecodeError, Frame, VideoReader, open_video, resolve_decoder
 from data_pipelines.errors import UserError
 from data_pipelines.index import VideoIndex
@@ -51,7 +52,10 @@ PLAN_S_PER_CLIP = 1e-5  # far more than the order of an epoch takes
 
 @dataclass(frozen=True)
 class ClipSource:
-    """Where clips come from and what a frame looks like: all that decoding needs to know."""
+    """Where clips come from and what a frame looks like: all that decoding needs to know.
+
+    shard_stamps: as contents.shard_stamps returned them when the source was made.
+    """
 
     index: VideoIndex
     spec: ClipSpec
@@ -59,6 +63,10 @@ class ClipSource:
     channels: int
     size_px: int | None
     decoder: str
+    shard_stamps: Mapping[str, Stamp]
+
+    def why_changed(self, video: int, faults: Faults) -> str:
+        return why_changed(self.index, self.shard_stamps, video, faults)
 
     @property
     def clip_shape(self) -> tuple[int, int, int, int]:
@@ -78,7 +86,7 @@ def make_source(index: VideoIndex, spec: ClipSpec, *, size_px: int | None, chann
                 f"videos differ in size ('{path_a}' is {a[0]}x{a[1]}, '{path_b}' {b[0]}x{b[1]}): set size_px"
             )
     table = clips_of(index, spec)
-    return ClipSource(index, spec, table, channels, size_px, resolve_decoder(decoder))
+    return ClipSource(index, spec, table, channels, size_px, resolve_decoder(decoder), shard_stamps(index))
 
 
 def clips_of(index: VideoIndex, spec: ClipSpec) -> ClipTable:
@@ -95,7 +103,8 @@ class ClipDecoder:
     """Decodes clips that come in order of time within each group, opening each group's file once.
 
     A clip is delivered if and only if decoding from the keyframe at or before it through its last frame
-    succeeds, so that what is delivered does not depend on which clips were decoded before it.
+    succeeds, so that what is delivered does not depend on which clips were decoded before it. No clip is delivered
+    from a file that has other content than when it was indexed.
     """
 
     def __init__(self, source: ClipSource, faults: Faults, hold: Callable[[str], None]) -> None:
@@ -131,6 +140,8 @@ class ClipDecoder:
         progress.decode(video)
         try:
             if self._reader is None:
+                self._refuse_changed(video)
+                progress.decode(video)
                 self._reader = open_video(
                     video_url(self._source.index.root, facts),
                     facts,
@@ -143,8 +154,10 @@ class ClipDecoder:
                 if frame not in recent:
                     progress.at_frame(frame)
                     recent[frame] = self._reader.read(frame)
+            self._refuse_changed(video)  # while it was being read
         except DecodeError as error:
-            self._faults.found.setdefault(video, f"does not decode ({error})")
+            reason = self._source.why_changed(video, self._faults) or f"does not decode ({error})"
+            self._faults.found.setdefault(video, reason)
             self._failed_frame = error.frame
             self.close()
             return None
@@ -152,6 +165,10 @@ class ClipDecoder:
             progress.work()
         self._recent = recent
         return [recent[frame] for frame in shown[:: spec.frame_stride].tolist()]
+
+    def _refuse_changed(self, video: int) -> None:
+        if reason := self._source.why_changed(video, self._faults):
+            raise DecodeError(reason)
 
 
 class ClipCache:

@@ -2,6 +2,7 @@
 
     run/config.yaml                       the resolved config
     run/metrics.jsonl                     one row a log or evaluation
+    run/videos.jsonl                      hashes of the videos and labels, compared on a resume (worldmodel/data.py)
     run/checkpoints/index.json            {"latest": name, "best": name, "kept": [names]}
     run/checkpoints/step_00001000/        model, teacher, optimizer (.safetensors), state.json
 

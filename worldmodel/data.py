@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.clips import ClipSpec
+from data_pipelines.contents import Contents, contents_of, read_contents
 from data_pipelines.errors import UserError
 from data_pipelines.index import VideoIndex, split_index
 from data_pipelines.remote import Store, is_url
@@ -26,11 +27,13 @@ from data_pipelines.sources.moving_mnist import MovingMnistLaw, MovingMnistStrea
 from data_pipelines.sources.written import RECORDED, read_sprites, read_world
 from data_pipelines.stream import Batch, VideoStream, read_all, share_of_pass
 from data_pipelines.transforms import on_device, split_segments, to_float
+from worldmodel.checkpoint import write_text
 from worldmodel.config import Config, DataConfig
 
 logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 128
+CONTENTS_NAME = "videos.jsonl"  # in a run folder
 
 Stream = VideoStream | MovingMnistStream | CausalStream
 
@@ -156,6 +159,41 @@ def training_stream(config: Config, steps: int, *, rank: int, world_size: int, d
         decode_timeout_s=data.decode_timeout_s,
         cache_mb=data.cache_mb,
     )
+
+
+def training_contents(config: Config) -> Contents | None:
+    """What a run learns from, to be compared when it is resumed; None for worlds without files."""
+    if config.data.source != "videos":
+        return None
+    labels = {config.model.oracle_label} if config.model.latent == "oracle" else set()
+    if config.model.action_dim:
+        labels.add(config.data.action_label)
+    return contents_of(read_index(config.data, "train"), labels)
+
+
+def check_contents(config: Config, run: Path) -> None:
+    """Compare the videos and labels with those that the checkpoints of a run have learned from; store them for later.
+
+    A run that was begun without this file is compared from now on.
+
+    Raises:
+        UserError: a video or a label has changed, is new or is gone; the file is damaged or cannot be written.
+    """
+    now = training_contents(config)
+    if now is None:
+        return
+    path = run / CONTENTS_NAME
+    before = read_contents(path) if (run / "checkpoints" / "index.json").exists() else None
+    if before is None:
+        try:
+            write_text(path, "".join(f"{line}\n" for line in now.lines()))
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+    elif change := now.change_since(before):
+        raise UserError(
+            f"the videos of {run} have changed since its checkpoint: {change}: restore them, or start anew with "
+            "--overwrite"
+        )
 
 
 def evaluation_batches(

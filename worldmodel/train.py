@@ -43,7 +43,7 @@ from worldmodel.checkpoint import (
     save_checkpoint,
 )
 from worldmodel.config import Config, TrainConfig, flatten, to_dict
-from worldmodel.data import read_index, training_inputs, training_stream
+from worldmodel.data import check_contents, read_index, training_contents, training_inputs, training_stream
 from worldmodel.distributed import check_launch_environment, globalise_batch_norm
 from worldmodel.evaluation import factors, forecast
 from worldmodel.gradients import Losses, compute_gradients, in_parts, kept_buffers
@@ -110,7 +110,10 @@ def _train(config: Config, accelerator: Accelerator, *, resume: bool, overwrite:
         run = Path(config.run_dir)
         if accelerator.is_main_process:  # alone it reads and writes there: other hosts need not see the folder
             run = open_run(config, resume=resume, overwrite=overwrite)
-    check_same_everywhere(accelerator, config, resume, stream.fingerprint)
+            check_contents(config, run)
+    contents = training_contents(config)
+    fingerprint = stream.fingerprint + (f"-{contents.hash()}" if contents else "")
+    check_same_everywhere(accelerator, config, resume, fingerprint)
     trainer = Trainer(config, accelerator, run, stream.fingerprint)
     if resume:
         trainer.load()

@@ -1,0 +1,182 @@
+"""Changed videos: noticed when a file is opened, by size and time, and when a run is resumed, by content.
+
+A file whose size or time stamp differs from the index is read again and compared by content. So a copy, or a `touch`,
+changes nothing, and another video under the same name is never taken for the one that was indexed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from data_pipelines.errors import UserError
+from data_pipelines.index import VideoIndex
+from data_pipelines.index_engines import SLOWEST_BYTES_PER_S
+from data_pipelines.probe import BadFile, Video, index_file, index_member, one_line
+from data_pipelines.shards import SHARDS_NAME
+from data_pipelines.workers import Faults
+
+Stamp = tuple[int, int]  # size in bytes and time stamp in nanoseconds
+CONTENTS_HEADER = {"format": "worldmodel-contents", "version": 1}
+MAX_LINE_CHARACTERS = 2**16
+
+
+# ------------------------------------------------------------------------------------------------- while streaming
+
+
+def stamp_of(path: str | Path) -> Stamp | None:
+    """Size and time stamp of a file; None if it cannot be found."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def shard_stamps(index: VideoIndex) -> dict[str, Stamp]:
+    """The stamps of local shards, as far as these are no newer than their index; what is newer may be another shard."""
+    if index.remote is not None:
+        return {}
+    written = stamp_of(index.root / SHARDS_NAME)
+    found = {name: stamp_of(index.root / name) for name in {video.shard for video in index.videos} if name}
+    return {name: stamp for name, stamp in found.items() if stamp and written and stamp[1] <= written[1]}
+
+
+def why_changed(index: VideoIndex, stamps: Mapping[str, Stamp], row: int, faults: Faults) -> str:
+    """Say, as a predicate, why the file of a row is not what was indexed; "" if it is, or if it is missing.
+
+    stamps: as shard_stamps returned them. Shards from a URL were compared with their checksums when they were fetched.
+    """
+    if index.remote is not None:
+        return ""
+    video = index.videos[row]
+    expected = stamps.get(video.shard) if video.shard else (video.size_bytes, video.mtime_ns)
+    found = stamp_of(f"{index.root}/{video.shard or video.path}")
+    if found is None or found == expected:
+        return ""
+    judged = faults.judged.get(video.path)
+    if judged is None or judged[0] != found:
+        faults.progress.decode(row, extra_s=found[0] / SLOWEST_BYTES_PER_S)
+        difference = difference_of(video, probe_again(index.root, video))
+        reason = f"has changed since it was indexed ({difference})" if difference else ""
+        judged = faults.judged[video.path] = found, reason
+    return judged[1]
+
+
+def probe_again(root: str | Path, video: Video) -> Video | BadFile:
+    """The facts of a file as it is now."""
+    if video.shard:
+        return index_member(root, video.shard, video.path, video.offset_bytes, video.size_bytes)
+    return index_file(root, video.path)
+
+
+def difference_of(before: Video, now: Video | BadFile) -> str:
+    """What differs between two sets of facts about a file other than its time stamp; "" if nothing does."""
+    if isinstance(now, BadFile):
+        return now.reason
+    for name, unit in (("size_bytes", "bytes"), ("num_frames", "frames")):
+        was, has = getattr(before, name), getattr(now, name)
+        if was != has:
+            return f"{has:,} {unit}, {was:,} before"
+    as_before = replace(now, mtime_ns=before.mtime_ns, digest=before.digest)  # an older index may have no digest
+    if as_before != before or (before.digest and before.digest != now.digest):
+        return "its content differs"
+    return ""
+
+
+# -------------------------------------------------------------------------------------------------- between sessions
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a run learns from, as far as it is read from files.
+
+    videos: path -> hash of the content. labels: name -> hash of all values. bad: path -> why a file is left out.
+    """
+
+    videos: Mapping[str, str]
+    labels: Mapping[str, str]
+    bad: Mapping[str, str]
+
+    def lines(self) -> Iterator[str]:
+        """JSON: a header with the labels, then the path and the hash of each video."""
+        yield json.dumps(CONTENTS_HEADER | {"labels": dict(self.labels)})
+        yield from map(json.dumps, self.videos.items())
+
+    def hash(self) -> str:
+        digest = hashlib.sha256()
+        for line in self.lines():
+            digest.update(f"{line}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def change_since(self, earlier: "Contents") -> str:
+        """What differs from earlier contents, the first video by name and how many more; "" if nothing does."""
+        changes = [_change_of(path, earlier.videos, self) for path in sorted({*self.videos, *earlier.videos})]
+        changes = list(filter(None, changes))
+        changes += [f"label {name!r} has other values" for name in _differing(earlier.labels, self.labels)]
+        more = f" (and {len(changes) - 1:,} more)" if len(changes) > 1 else ""
+        return changes[0] + more if changes else ""
+
+
+def _change_of(path: str, earlier: Mapping[str, str], now: Contents) -> str:
+    if path not in now.videos:
+        return f"'{path}' is left out now ({now.bad[path]})" if path in now.bad else f"'{path}' is gone"
+    if path not in earlier:
+        return f"'{path}' is new"
+    return "" if earlier[path] == now.videos[path] else f"'{path}' has other content"
+
+
+def _differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    return sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
+
+
+def contents_of(index: VideoIndex, labels: Collection[str]) -> Contents:
+    """labels: the names of those that matter; what the index lacks is passed over."""
+    found = index.labels | index.frame_labels
+    return Contents(
+        videos={video.path: content_of(video) for video in index.videos},
+        labels={name: _hash_of_tensor(found[name]) for name in sorted(found.keys() & set(labels))},
+        bad={entry.path: entry.reason for entry in index.bad},
+    )
+
+
+def content_of(video: Video) -> str:
+    """A hash of a video's content; without a digest, of its facts."""
+    facts = (video.size_bytes, video.num_frames, video.keyframes, video.keyframe_pts, video.frame_ms)
+    return video.digest or hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def _hash_of_tensor(values: Tensor) -> str:
+    digest = hashlib.sha256(f"{values.dtype} {list(values.shape)}".encode())
+    digest.update(values.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_contents(path: Path) -> Contents | None:
+    """What Contents.lines() wrote to a file; None if there is none. Raises UserError: it is damaged."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = iter(lambda: file.readline(MAX_LINE_CHARACTERS), "")
+            header = json.loads(next(lines, "null"))
+            if {name: header[name] for name in CONTENTS_HEADER} != CONTENTS_HEADER:
+                raise ValueError("another format or version")
+            labels = {name: _text(value) for name, value in header["labels"].items()}
+            videos = {_text(name): _text(value) for name, value in map(json.loads, lines)}
+            return Contents(videos, labels, {})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"'{path}' is damaged ({one_line(error)}): restore it; or delete it, and no change of videos is noticed"
+        ) from None
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"not a text: {value!r:.50}")
+    return value
