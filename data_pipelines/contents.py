@@ -8,16 +8,16 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from data_pipelines.errors import UserError
-from data_pipelines.index import VideoIndex
+from data_pipelines.index import VideoIndex, difference_of
 from data_pipelines.index_engines import SLOWEST_BYTES_PER_S
-from data_pipelines.probe import BadFile, Video, index_file, index_member, one_line
+from data_pipelines.probe import MAX_FRAME_PX, BadFile, Video, index_file, index_member, one_line
 from data_pipelines.shards import SHARDS_NAME
 from data_pipelines.workers import Faults
 
@@ -70,23 +70,10 @@ def why_changed(index: VideoIndex, stamps: Mapping[str, Stamp], row: int, faults
 
 def probe_again(root: str | Path, video: Video) -> Video | BadFile:
     """The facts of a file as it is now."""
+    max_frame_px = max(MAX_FRAME_PX, video.width * video.height)
     if video.shard:
-        return index_member(root, video.shard, video.path, video.offset_bytes, video.size_bytes)
-    return index_file(root, video.path)
-
-
-def difference_of(before: Video, now: Video | BadFile) -> str:
-    """What differs between two sets of facts about a file other than its time stamp; "" if nothing does."""
-    if isinstance(now, BadFile):
-        return now.reason
-    for name, unit in (("size_bytes", "bytes"), ("num_frames", "frames")):
-        was, has = getattr(before, name), getattr(now, name)
-        if was != has:
-            return f"{has:,} {unit}, {was:,} before"
-    as_before = replace(now, mtime_ns=before.mtime_ns, digest=before.digest)  # an older index may have no digest
-    if as_before != before or (before.digest and before.digest != now.digest):
-        return "its content differs"
-    return ""
+        return index_member(root, video.shard, video.path, video.offset_bytes, video.size_bytes, max_frame_px)
+    return index_file(root, video.path, max_frame_px)
 
 
 # -------------------------------------------------------------------------------------------------- between sessions

@@ -19,7 +19,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.index_engines import Engine, index_files
 from data_pipelines.labels import read_labels
 from data_pipelines.lerobot import Episodes, is_lerobot, read_episodes
-from data_pipelines.probe import BadFile, Video, entry_from_fields, one_line
+from data_pipelines.probe import MAX_FRAME_PX, BadFile, Video, entry_from_fields, one_line
 
 if TYPE_CHECKING:
     from data_pipelines.remote import RemoteShards
@@ -33,6 +33,7 @@ VIDEO_EXTENSIONS = (
 INDEX_NAME = ".worldmodel_index.jsonl"
 INDEX_HEADER = {"format": "worldmodel-video-index", "version": 3}
 MIN_VIDEOS_TO_DEAL = 10
+LIMIT_KEY = "data.max_frame_px"
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def load_or_build_index(
     num_workers: int | None = None,
     progress: bool = True,
     max_bad_fraction: float = 0.1,
+    max_frame_px: int = MAX_FRAME_PX,
 ) -> VideoIndex:
     """Index every video under root (recursively), reusing the cached entries of files that did not change.
 
@@ -107,6 +109,7 @@ def load_or_build_index(
     siblings: folders of other splits: classes are numbered over all of them.
     num_workers: processes; None takes one a core.
     max_bad_fraction: more unreadable files than this share of all is an error; fewer are named in a warning.
+    max_frame_px: files with larger frames are bad files.
 
     Raises UserError: root is missing or holds no (readable) video; too many bad files; bad metadata.
     """
@@ -114,7 +117,7 @@ def load_or_build_index(
     episodes = read_episodes(root, camera) if is_lerobot(root) else None
     if camera is not None and episodes is None:
         raise UserError(f"camera={camera!r}: '{root}' is no LeRobot data set (no meta/info.json): leave camera out")
-    entries = index_folder(root, num_workers=num_workers, progress=progress)
+    entries = index_folder(root, num_workers=num_workers, progress=progress, max_frame_px=max_frame_px)
     if episodes is not None:
         return _index_of_episodes(root, entries, episodes, max_bad_fraction)
     videos = [entry for entry in entries if isinstance(entry, Video)]
@@ -139,6 +142,7 @@ def index_folder(
     engine: Engine = "local",
     num_workers: int | None = None,
     progress: bool = True,
+    max_frame_px: int = MAX_FRAME_PX,
 ) -> list[Video | BadFile]:
     """Index every video under root, or bring its index up to date -> entries sorted by path.
 
@@ -162,13 +166,35 @@ def index_folder(
         paths = paths[part[0] - 1 :: part[1]]
         if not paths:
             raise UserError(f"part {part[0]} of {part[1]} of '{root}' is empty: use fewer parts")
-    known, stale = _split_by_freshness(root, paths, cached)
-    new = index_files(root, stale, engine=engine, num_workers=num_workers, progress=progress)
+    known, stale = _split_by_freshness(root, paths, cached, max_frame_px)
+    new = index_files(root, stale, engine=engine, num_workers=num_workers, progress=progress, max_frame_px=max_frame_px)
     fresh = {entry.path: entry for entry in new}
     entries = [known.get(path) or fresh[path] for path in paths]
     if part is not None or fresh or len(cached) != len(entries):
         _write_cache(root, entries, stem, extra)
-    return entries
+    return [within_limit(entry, max_frame_px) for entry in entries]
+
+
+def within_limit(entry: Video | BadFile, max_frame_px: int) -> Video | BadFile:
+    """The same entry, or a bad file in place of a video with larger frames, which another limit let in."""
+    if isinstance(entry, BadFile) or entry.width * entry.height <= max_frame_px:
+        return entry
+    reason = f"frames of {entry.width}x{entry.height}, more than {LIMIT_KEY}={max_frame_px}"
+    return BadFile(entry.path, entry.size_bytes, entry.mtime_ns, reason)
+
+
+def difference_of(before: Video, now: Video | BadFile) -> str:
+    """What differs between two sets of facts about a file other than its time stamp; "" if nothing does."""
+    if isinstance(now, BadFile):
+        return now.reason
+    for name, unit in (("size_bytes", "bytes"), ("num_frames", "frames")):
+        was, has = getattr(before, name), getattr(now, name)
+        if was != has:
+            return f"{has:,} {unit}, {was:,} before"
+    as_before = replace(now, mtime_ns=before.mtime_ns, digest=before.digest)  # an older index may have no digest
+    if as_before != before or (before.digest and before.digest != now.digest):
+        return "its content differs"
+    return ""
 
 
 def merge_parts(root: Path) -> list[Video | BadFile]:
@@ -289,13 +315,13 @@ def _holds_videos(folder: Path) -> bool:
 
 
 def _split_by_freshness(
-    root: Path, paths: Iterable[str], cached: dict[str, Video | BadFile]
+    root: Path, paths: Iterable[str], cached: dict[str, Video | BadFile], max_frame_px: int
 ) -> tuple[dict[str, Video | BadFile], list[str]]:
     known: dict[str, Video | BadFile] = {}
     stale: list[str] = []
     for path in paths:
         entry = cached.get(path)
-        if entry is not None:
+        if entry is not None and not _refused_by_another_limit(entry, max_frame_px):
             try:
                 stat = os.stat(root / path)
             except OSError:  # a broken link or a file just deleted: index_file says so
@@ -306,6 +332,12 @@ def _split_by_freshness(
                 continue
         stale.append(path)
     return known, stale
+
+
+def _refused_by_another_limit(entry: Video | BadFile, max_frame_px: int) -> bool:
+    if not isinstance(entry, BadFile):
+        return False
+    return f"{LIMIT_KEY}=" in entry.reason and not entry.reason.endswith(f"{LIMIT_KEY}={max_frame_px}")
 
 
 def _cache_places(root: Path) -> list[tuple[Path, str]]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
-from data_pipelines.probe import BadFile, Video, index_file, one_line
+from data_pipelines.probe import MAX_FRAME_PX, BadFile, Video, index_file, one_line
 from data_pipelines.processes import POLL_S, Parent, Patience, is_stopped, worker_context
 
 Engine = Literal["local", "ray"]
@@ -27,36 +27,43 @@ SLOWEST_BYTES_PER_S = 5e6  # a long file takes longer: all of it is read
 
 
 def index_files(
-    root: Path, paths: Sequence[str], *, engine: Engine, num_workers: int | None, progress: bool
+    root: Path,
+    paths: Sequence[str],
+    *,
+    engine: Engine,
+    num_workers: int | None,
+    progress: bool,
+    max_frame_px: int = MAX_FRAME_PX,
 ) -> Iterator[Video | BadFile]:
     """Index each of paths (relative to root) once, in any order, with a progress bar.
 
     engine: "local" for processes of this machine, "ray" for the cluster that RAY_ADDRESS names (without one, for
         a Ray of this machine).
     num_workers: processes of this machine; None takes one a core; 0 reads all files in this process.
+    max_frame_px: files with larger frames are bad files.
 
     Raises UserError: Ray is not installed or fails.
     """
     if engine == "ray":
-        entries = _on_ray(root, paths, num_workers)
+        entries = _on_ray(root, paths, num_workers, max_frame_px)
     else:
         if num_workers is None:
             num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        entries = _in_processes(root, paths, min(num_workers, -(-len(paths) // FILES_PER_TASK)))
+        entries = _in_processes(root, paths, min(num_workers, -(-len(paths) // FILES_PER_TASK)), max_frame_px)
     with tqdm(total=len(paths), desc="indexing", unit="file", disable=not (progress and paths)) as bar:
         for entry in entries:
             bar.update()
             yield entry
 
 
-def _in_processes(root: Path, paths: Sequence[str], num_processes: int) -> Iterator[Video | BadFile]:
+def _in_processes(root: Path, paths: Sequence[str], num_processes: int, max_frame_px: int) -> Iterator[Video | BadFile]:
     if num_processes == 0:
-        yield from (index_file(root, path) for path in paths)
+        yield from (index_file(root, path, max_frame_px) for path in paths)
         return
     processes: list[_Process] = []
     try:
         for number in range(num_processes):
-            processes.append(_Process(root, paths[number::num_processes]))
+            processes.append(_Process(root, paths[number::num_processes], max_frame_px))
         while processes:
             ready = wait([process.pipe for process in processes], timeout=POLL_S)
             for process in list(processes):
@@ -78,8 +85,8 @@ class _Process:
     run out.
     """
 
-    def __init__(self, root: Path, paths: Sequence[str]) -> None:
-        self._root = root
+    def __init__(self, root: Path, paths: Sequence[str], max_frame_px: int) -> None:
+        self._root, self._max_frame_px = root, max_frame_px
         self.left = deque(paths)  # the first one is being read
         self._suspect: str | None = None
         self._start()
@@ -87,7 +94,7 @@ class _Process:
     def _start(self) -> None:
         context = worker_context()
         self.pipe, entries = context.Pipe(duplex=False)
-        what = (self._root, tuple(self.left), entries, Parent.here())
+        what = (self._root, tuple(self.left), self._max_frame_px, entries, Parent.here())
         self._process = context.Process(target=_work, args=what, daemon=True)
         self._process.start()
         entries.close()  # the process holds the only other end: when it ends, so does the pipe
@@ -141,16 +148,16 @@ class _Process:
         return 0, 0
 
 
-def _work(root: Path, paths: Sequence[str], entries: Any, parent: Parent) -> None:
+def _work(root: Path, paths: Sequence[str], max_frame_px: int, entries: Any, parent: Parent) -> None:
     """The main function of a process."""
     parent.take_along()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     with suppress(BrokenPipeError):  # nobody is left to receive
         for path in paths:
-            entries.send(index_file(root, path))
+            entries.send(index_file(root, path, max_frame_px))
 
 
-def _on_ray(root: Path, paths: Sequence[str], num_workers: int | None) -> Iterator[Video | BadFile]:
+def _on_ray(root: Path, paths: Sequence[str], num_workers: int | None, max_frame_px: int) -> Iterator[Video | BadFile]:
     try:
         import ray
     except ImportError:
@@ -167,7 +174,7 @@ def _on_ray(root: Path, paths: Sequence[str], num_workers: int | None) -> Iterat
         ray.init(logging_level=logging.WARNING, **settings)
         task = ray.remote(_index_chunk)
         chunks = [paths[i : i + FILES_PER_TASK] for i in range(0, len(paths), FILES_PER_TASK)]
-        for result in [task.remote(root.resolve(), chunk) for chunk in chunks]:
+        for result in [task.remote(root.resolve(), chunk, max_frame_px) for chunk in chunks]:
             yield from ray.get(result)
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, UserError) else error from None
@@ -177,8 +184,8 @@ def _on_ray(root: Path, paths: Sequence[str], num_workers: int | None) -> Iterat
         ray.shutdown()
 
 
-def _index_chunk(root: Path, paths: Sequence[str]) -> list[Video | BadFile]:
+def _index_chunk(root: Path, paths: Sequence[str], max_frame_px: int) -> list[Video | BadFile]:
     """A task on Ray. Raises UserError: this machine does not see the folder."""
     if not root.is_dir():
         raise UserError(f"'{root}' is not a folder on the Ray node {os.uname().nodename}: mount it on every node")
-    return list(_in_processes(root, paths, 1))
+    return list(_in_processes(root, paths, 1, max_frame_px))

@@ -22,9 +22,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
-from data_pipelines.index import VIDEO_EXTENSIONS, VideoIndex, judge_bad_files, load_or_build_index
+from data_pipelines.index import VIDEO_EXTENSIONS, VideoIndex, judge_bad_files, load_or_build_index, within_limit
 from data_pipelines.labels import stack_labels
-from data_pipelines.probe import BadFile, Video, entry_from_fields, index_member, one_line
+from data_pipelines.probe import MAX_FRAME_PX, BadFile, Video, entry_from_fields, index_member, one_line
 from data_pipelines.remote import RemoteShards, Shard, Store, default_cache_dir, is_url
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,11 @@ def load_videos(
     cache_mb: int = 0,
     store: Store | None = None,
     progress: bool = True,
+    max_frame_px: int = MAX_FRAME_PX,
 ) -> VideoIndex:
     """Index a folder of videos, a folder of shards, or the URL of one (any that fsspec knows).
 
-    camera, siblings, max_bad_fraction: as for load_or_build_index. Shards know no cameras.
+    camera, siblings, max_bad_fraction, max_frame_px: as for load_or_build_index. Shards know no cameras.
     cache_dir, cache_mb: where shards from a URL are kept, by default in the user's cache, and how much of it is used.
     store: how to read the URL, to change more than that.
 
@@ -71,10 +72,15 @@ def load_videos(
         cache_dir = (cache_dir or default_cache_dir()).absolute()
         folder = cache_dir / sha256(text).hexdigest()[:16]
         remote = RemoteShards(store, shards, cache_dir, folder, cache_mb * 2**20)
-        return _make_index(folder, entries, store.url, max_bad_fraction, remote)
+        return _make_index(folder, entries, store.url, max_bad_fraction, max_frame_px, remote)
     if not in_shards:
         return load_or_build_index(
-            root, camera=camera, siblings=siblings, max_bad_fraction=max_bad_fraction, progress=progress
+            root,
+            camera=camera,
+            siblings=siblings,
+            max_bad_fraction=max_bad_fraction,
+            progress=progress,
+            max_frame_px=max_frame_px,
         )
     root = Path(root)
     if not (root / SHARDS_NAME).is_file():
@@ -88,7 +94,7 @@ def load_videos(
                 f"'{root / name}' has {_bytes(found.get(name))}, but {SHARDS_NAME} says {_bytes(listed.get(name))}: "
                 f"copy the shards again, or delete {SHARDS_NAME} to index those that are here"
             )
-    return _make_index(root, entries, str(root), max_bad_fraction, None)
+    return _make_index(root, entries, str(root), max_bad_fraction, max_frame_px, None)
 
 
 def _bytes(size_bytes: int | None) -> str:
@@ -108,9 +114,14 @@ def _tars(root: Path) -> list[Path]:
 
 
 def _make_index(
-    root: Path, entries: Iterable[Entry], where: str, max_bad_fraction: float, remote: RemoteShards | None
+    root: Path,
+    entries: Iterable[Entry],
+    where: str,
+    max_bad_fraction: float,
+    max_frame_px: int,
+    remote: RemoteShards | None,
 ) -> VideoIndex:
-    entries = list(entries)
+    entries = [(within_limit(entry, max_frame_px), labels) for entry, labels in entries]
     videos = [(video, labels) for video, labels in entries if isinstance(video, Video)]
     bad = [video for video, _ in entries if isinstance(video, BadFile)]
     if not entries:

@@ -78,6 +78,9 @@ class DataConfig:
     """A decoding process that takes longer for one clip is replaced, and the frame it hung at left out."""
     max_bad_fraction: Fraction = 0.1
     """Share of unreadable videos above which a run stops."""
+    max_frame_px: PositiveInt = 2**26
+    """videos: most pixels of a frame; a file with more is left out before it is decoded, which could take all memory.
+    8K video has 2**25."""
     action_label: str = "action"
     """With model.action_dim: the label of frames that holds the action taken at each, which leads to the next frame."""
     mnist_dir: str | None = None

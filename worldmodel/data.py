@@ -300,6 +300,7 @@ def read_index(data: DataConfig, split: Split) -> VideoIndex:
         camera=data.camera,
         siblings=[Path(folder) for folder in folders.values()] if folders else [],
         max_bad_fraction=data.max_bad_fraction,
+        max_frame_px=data.max_frame_px,
         cache_dir=Path(data.remote_cache_dir) if data.remote_cache_dir else None,
         cache_mb=data.remote_cache_mb,
     )

@@ -22,6 +22,7 @@ from data_pipelines.index import (
     split_index,
 )
 from data_pipelines.probe import BadFile, Video, index_file
+from data_pipelines.shards import load_videos, pack_videos
 
 
 def _index(root: Path, **arguments: Any) -> VideoIndex:
@@ -154,9 +155,9 @@ def test_cache_is_reused_and_only_what_changed_is_read_again(
         write_video(tmp_path / name)
     read: list[str] = []
 
-    def spy(root: str, path: str) -> Video | BadFile:
+    def spy(root: str, path: str, *limit: int) -> Video | BadFile:
         read.append(path)
-        return index_file(root, path)
+        return index_file(root, path, *limit)
 
     monkeypatch.setattr(index_engines, "index_file", spy)
     first = _index(tmp_path)
@@ -367,3 +368,29 @@ def test_episodes_are_rows_of_their_own() -> None:
     assert len(held_out) == 5 and (held_out.diff() > 1).any()  # from anywhere in it
     few = split_index(index.rows([8, 9]), "selection")
     assert few.frame_ranges == [(8, 9), (18, 19)]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["files", "shards"])
+def test_files_with_large_frames_are_left_out_and_read_again_when_the_limit_changes(
+    tmp_path: Path, write_video: Any, caplog: pytest.LogCaptureFixture, packed: bool
+) -> None:
+    root = tmp_path / "videos"
+    for number in range(3):
+        write_video(root / f"{number}.mp4", size=(48, 64))
+    write_video(root / "large.mp4", size=(96, 128))
+
+    def paths(max_frame_px: int) -> list[str]:
+        return [video.path for video in load_videos(root, max_frame_px=max_frame_px, **settings).videos]
+
+    settings: dict[str, Any] = {"progress": False, "max_bad_fraction": 0.5}
+    small, everything = [f"{number}.mp4" for number in range(3)], ["0.mp4", "1.mp4", "2.mp4", "large.mp4"]
+    if packed:
+        pack_videos(root, tmp_path / "shards", progress=False)
+        root = tmp_path / "shards"
+    for limit, found in ((96 * 128 - 1, small), (96 * 128, everything), (5000, small), (48 * 64, small)):
+        caplog.clear()
+        assert sorted(paths(limit)) == found
+        named = f"'large.mp4' (frames of 128x96, more than data.max_frame_px={limit})"
+        assert (named in caplog.text) == (found == small)
+    with pytest.raises(UserError, match=rf"none of 4 .*data\.max_frame_px={48 * 64 - 1}"):
+        paths(48 * 64 - 1)

@@ -37,10 +37,10 @@ def _index(root: Path, paths: list[str], engine: Engine = "local", num_workers: 
 def _make_faulty(monkeypatch: pytest.MonkeyPatch, act: Callable[[str], object]) -> None:
     """The files 3 and 4 (one of each process's), and the very last one."""
 
-    def faulty(root: str | Path, path: str) -> Video | BadFile:
+    def faulty(root: str | Path, path: str, *limit: int) -> Video | BadFile:
         if path in ("3.mp4", "4.mp4", "7.mp4"):
             act(path)
-        return index_file(root, path)
+        return index_file(root, path, *limit)
 
     monkeypatch.setattr(index_engines, "index_file", faulty)
     monkeypatch.setattr(index_engines, "FILES_PER_TASK", 2)
