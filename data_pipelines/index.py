@@ -197,6 +197,41 @@ def difference_of(before: Video, now: Video | BadFile) -> str:
     return ""
 
 
+def verify_folder(root: Path, *, num_workers: int | None = None, progress: bool = True) -> list[str]:
+    """Read all files again and compare them with the stored index -> a sentence for each one that has changed.
+
+    This finds what size and time do not tell. The index stays as it is.
+
+    Raises UserError: root has no videos, or no index.
+    """
+    if not root.is_dir():
+        raise UserError(f"data root '{root}' is not a folder: give a folder that holds videos")
+    stored = _read_cache(root)
+    if not stored:
+        raise UserError(f"'{root}' has no index to compare with: run scripts/index_videos.py without --verify first")
+    here = set(_video_paths(root))
+    paths = sorted(here & stored.keys())
+    sizes_px = [entry.width * entry.height for entry in stored.values() if isinstance(entry, Video)]
+    limit_px = max([MAX_FRAME_PX, *sizes_px])
+    found = index_files(
+        root,
+        paths,
+        engine="local",
+        num_workers=num_workers,
+        progress=progress,
+        max_frame_px=limit_px,
+    )
+    changes = {path: "is gone" for path in stored.keys() - here} | {path: "is new" for path in here - stored.keys()}
+    for now in found:
+        before = stored[now.path]
+        if isinstance(before, Video):
+            if difference := difference_of(before, now):
+                changes[now.path] = f"has changed ({difference})"
+        elif isinstance(now, Video):
+            changes[now.path] = "is readable now"
+    return [f"'{path}' {changes[path]}" for path in sorted(changes)]
+
+
 def merge_parts(root: Path) -> list[Video | BadFile]:
     """The parts that index_folder wrote -> the index, the same file that one run writes; the parts are removed.
 

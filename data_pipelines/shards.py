@@ -97,6 +97,23 @@ def load_videos(
     return _make_index(root, entries, str(root), max_bad_fraction, max_frame_px, None)
 
 
+def verify_shards(root: Path, *, progress: bool = True) -> list[str]:
+    """Compare all shards of a folder with the checksums in their index -> a sentence for each one that has changed.
+
+    Raises UserError: there is no index, or it is damaged.
+    """
+    if not (root / SHARDS_NAME).is_file():
+        raise UserError(f"'{root}' has no {SHARDS_NAME} to compare with: run scripts/make_shards.py --index first")
+    shards, _ = _parse((root / SHARDS_NAME).read_bytes(), str(root / SHARDS_NAME))
+    here = {path.name for path in _tars(root)}
+    changes = {name: "is gone" for name in shards.keys() - here} | {name: "is new" for name in here - shards.keys()}
+    for name in tqdm(sorted(here & shards.keys()), desc="hashing", unit="shard", disable=not progress):
+        with open(root / name, "rb") as tar:
+            if file_digest(tar, "sha256").hexdigest() != shards[name].sha256:
+                changes[name] = "has changed (its sha256 differs)"
+    return [f"'{name}' {changes[name]}" for name in sorted(changes)]
+
+
 def _bytes(size_bytes: int | None) -> str:
     return "no file" if size_bytes is None else f"{size_bytes:,} bytes"
 

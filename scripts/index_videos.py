@@ -3,6 +3,7 @@
 python scripts/index_videos.py FOLDER
 python scripts/index_videos.py FOLDER --part 1/8   (one job for each of 1/8 to 8/8, then --merge)
 RAY_ADDRESS=... python scripts/index_videos.py FOLDER --engine ray
+python scripts/index_videos.py FOLDER --verify     (read all files again, and name those that differ from the index)
 
 Files that did not change since the last time are not read again. Where FOLDER has train/, selection/ and test/, each
 gets an index of its own.
@@ -15,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipelines.errors import UserError
-from data_pipelines.index import VideoIndex, index_folder, index_path, merge_parts
+from data_pipelines.index import VideoIndex, index_folder, index_path, merge_parts, verify_folder
 from data_pipelines.probe import BadFile, Video
+from data_pipelines.shards import holds_shards, verify_shards
 from worldmodel.cli import check_counts, report_errors
 from worldmodel.data import split_folders
 
@@ -27,6 +29,7 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--part", metavar="K/N", help="index only every N-th file and put the result aside")
     what.add_argument("--merge", action="store_true", help="put the N parts together")
+    what.add_argument("--verify", action="store_true", help="compare all files, or shards, with the index by content")
     parser.add_argument("--engine", choices=["local", "ray"], default="local", help="where files are read")
     parser.add_argument("--workers", type=int, help="processes of this machine; default: one a core")
     args = parser.parse_args()
@@ -34,7 +37,11 @@ def main() -> int:
         part = parse_part(args.part) if args.part else None
         check_counts(args, "workers")
         splits = split_folders(args.root)
-        for folder in [args.root] if splits is None else map(Path, splits.values()):
+        folders = [args.root] if splits is None else list(map(Path, splits.values()))
+        if args.verify:
+            verify(folders, args.workers)
+            return 0
+        for folder in folders:
             if args.merge:
                 entries = merge_parts(folder)
             else:
@@ -42,6 +49,18 @@ def main() -> int:
             print(summary(folder, entries))
             print(f"  part {args.part} put aside: --merge puts all together" if part else f"  {where(folder)}")
     return 0
+
+
+def verify(folders: Sequence[Path], num_workers: int | None) -> None:
+    """Raises UserError: files have changed; they are printed first."""
+    num_changes = 0
+    for folder in folders:
+        changes = verify_shards(folder) if holds_shards(folder) else verify_folder(folder, num_workers=num_workers)
+        print(f"{folder}: {len(changes):,} changes since it was indexed")
+        print("".join(f"  {change}\n" for change in changes), end="")
+        num_changes += len(changes)
+    if num_changes:
+        raise UserError(f"{num_changes:,} files have changed since they were indexed: restore them, or index again")
 
 
 def parse_part(text: str) -> tuple[int, int]:

@@ -1,11 +1,13 @@
 """scripts/index_videos.py: what it prints, what it writes, and what it says about mistakes."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data_pipelines.index import INDEX_NAME, load_or_build_index
+from data_pipelines.shards import pack_videos
 from scripts.index_videos import main
 
 
@@ -59,6 +61,44 @@ def test_each_split_folder_gets_an_index(tmp_path: Path, write_video: Any, monke
     assert _run(monkeypatch, str(tmp_path)) == 0
     assert all((folder / INDEX_NAME).is_file() for folder in folders)
     assert not (tmp_path / INDEX_NAME).exists()
+
+
+def test_verify_names_what_size_and_time_do_not_tell(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], write_video: Any
+) -> None:
+    assert _run(monkeypatch, str(folder), "--verify") == 2
+    assert "has no index to compare with" in capsys.readouterr().err
+    assert _run(monkeypatch, str(folder)) == 0
+    index = (folder / INDEX_NAME).read_bytes()
+    os.utime(folder / "a.mp4")
+    assert _run(monkeypatch, str(folder), "--verify") == 0
+    assert f"{folder}: 0 changes since it was indexed" in capsys.readouterr().out
+    before = (folder / "a.mp4").stat()
+    data = bytearray((folder / "a.mp4").read_bytes())
+    data[data.index(b"mdat") + 400] ^= 1
+    (folder / "a.mp4").write_bytes(data)
+    os.utime(folder / "a.mp4", ns=(before.st_atime_ns, before.st_mtime_ns))
+    write_video(folder / "new.mp4")
+    (folder / "b" / "c.mp4").unlink()
+    assert _run(monkeypatch, str(folder), "--verify") == 2
+    out, err = capsys.readouterr()
+    assert "  'a.mp4' has changed (its content differs)\n  'b/c.mp4' is gone\n  'new.mp4' is new\n" in out
+    assert "error: 3 files have changed since they were indexed" in err
+    assert (folder / INDEX_NAME).read_bytes() == index
+
+
+def test_verify_compares_shards_by_checksum(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "empty.mp4").unlink()
+    shards = tmp_path / "shards"
+    pack_videos(folder, shards, shard_mb=1e-6, progress=False)
+    assert _run(monkeypatch, str(shards), "--verify") == 0
+    data = bytearray((shards / "shard-000001.tar").read_bytes())
+    data[data.index(b"mdat") + 400] ^= 1
+    (shards / "shard-000001.tar").write_bytes(data)
+    assert _run(monkeypatch, str(shards), "--verify") == 2
+    assert "  'shard-000001.tar' has changed (its sha256 differs)\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
