@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from data_pipelines.clips import frames_on_screen
 from data_pipelines.errors import UserError
 from data_pipelines.probe import (
+    MAX_FRAME_PX,
     ROUNDING_S,
     BadFile,
     Video,
@@ -188,7 +189,8 @@ class PyAVReader:
         try:
             self._container = open_container(self._path, self._video.path)
             self._stream = video_stream(self._container, self._video.stream)
-            prepare_codec(self._stream)
+            # The index has judged the size by data.max_frame_px, which may be more than the default.
+            prepare_codec(self._stream, max(MAX_FRAME_PX, self._video.width * self._video.height))
             late_pts = self._pts_of_frame.get(0) if self._video.begins_late else None
             self._frames = decoded_frames(
                 self._container,

@@ -180,7 +180,8 @@ def prepare_codec(stream: "VideoStream", max_frame_px: int = MAX_FRAME_PX) -> No
     if codec.width * codec.height > max_frame_px:
         raise ValueError(f"frames of {codec.width}x{codec.height}, more than data.max_frame_px={max_frame_px}")
     codec.thread_count = 1
-    codec.options = {"err_detect": "explode", "max_pixels": str(max_frame_px)}
+    # FFmpeg counts what codecs add to fill their blocks, too.
+    codec.options = {"err_detect": "explode", "max_pixels": str(min(2 * max_frame_px + 2**14, 2**31 - 1))}
 
 
 def decoded_frames(

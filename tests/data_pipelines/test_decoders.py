@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_pipelines import decoders
 from data_pipelines.decoders import DecodeError, VideoReader, open_video, read_frames, resolve_decoder
 from data_pipelines.errors import UserError
 from data_pipelines.probe import Video, index_file
@@ -421,3 +422,23 @@ def test_most_overwritten_bytes_are_noticed(tmp_path: Path, write_video: Any) ->
                 wrong |= bool(np.abs(reader.read(i) - good[i]).max() > 12)
         num_wrong += wrong
     assert num_wrong <= 0.18 * num_files
+
+
+def test_frames_of_any_size_that_the_index_let_in_are_decoded(
+    tmp_path: Path, write_video: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video = index_file(write_video(tmp_path / "v.mp4", size=(50, 66)).parent, "v.mp4", max_frame_px=50 * 66)
+    assert isinstance(video, Video)
+    limits = []
+    prepare_codec = decoders.prepare_codec
+
+    def spy(stream: Any, max_frame_px: int) -> None:
+        limits.append(max_frame_px)
+        prepare_codec(stream, max_frame_px)
+
+    monkeypatch.setattr(decoders, "prepare_codec", spy)
+    monkeypatch.setattr(decoders, "MAX_FRAME_PX", 100)
+    reader = decoders.open_video(tmp_path / "v.mp4", video, channels=1, size_px=None, decoder="pyav")
+    assert reader.read(8).shape == (1, 50, 66)
+    assert limits == [50 * 66]
+    reader.close()
