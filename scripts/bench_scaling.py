@@ -25,7 +25,7 @@ import torch
 from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
-from worldmodel.checkpoint import write_text
+from data_pipelines.files import write_text
 from worldmodel.cli import check_counts, leave, report_errors, write_result
 from worldmodel.config import Config, load_config
 from worldmodel.data import training_stream

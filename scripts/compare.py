@@ -31,7 +31,8 @@ from typing import Any, get_args
 from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
-from worldmodel.checkpoint import RESUMABLE_CHANGES, load_run_config, write_bytes, write_text
+from data_pipelines.files import write_bytes, write_text
+from worldmodel.checkpoint import RESUMABLE_CHANGES, load_run_config
 from worldmodel.cli import EXIT_USER_ERROR, report_errors
 from worldmodel.config import Config, ModelConfig, ObjectiveConfig, flatten, load_config, to_dict, to_yaml
 from worldmodel.evaluation.comparison import (

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from data_pipelines.errors import UserError
+from data_pipelines.files import write_text
 from worldmodel import TrainedRun, load
-from worldmodel.checkpoint import write_text
-from worldmodel.cli import report_errors, write_result
+from worldmodel.cli import check_run_writable, report_errors, write_result
 from worldmodel.data import clip_spec, read_index
 from worldmodel.evaluation.factors import evaluate_factors, factors_table
 from worldmodel.evaluation.forecast import evaluate_forecasts
@@ -45,6 +45,7 @@ def main() -> int:
 
 def evaluate(run: Path, which: str, compare: Path | None, device: torch.device) -> None:
     trained = load(run, which="best" if which == "best" else "latest", device=device)
+    check_run_writable(run)
     if trained.config.data.source == "causal":
         if compare is not None:
             raise UserError("--compare is for forecasts: scripts/compare.py compares runs on known factors")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from worldmodel import load
-from worldmodel.cli import check_counts, report_errors, write_result
+from worldmodel.cli import check_counts, check_run_writable, report_errors, write_result
 from worldmodel.evaluation.surprise_events import detect_events
 from worldmodel.surprise import MEASURES
 
@@ -29,6 +29,7 @@ def main() -> int:
     with report_errors():
         check_counts(args, "num_videos")
         run = load(args.run, which=args.checkpoint, device=args.device)
+        check_run_writable(args.run)
         result = detect_events(run, args.num_videos, args.seed)
         facts = {"num_videos": args.num_videos, "seed": args.seed, "step": run.state["step"]}
         out = args.run / "surprise_events.json"

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from data_pipelines.errors import UserError
+from data_pipelines.files import write_text
 from worldmodel import load
-from worldmodel.checkpoint import write_text
 from worldmodel.cli import check_counts, report_errors
 from worldmodel.evaluation.figures import timeline_figure
 from worldmodel.evaluation.illustrations import Timeline

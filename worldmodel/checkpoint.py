@@ -8,12 +8,16 @@
 
 Everything is written aside, flushed to disk and renamed, so a kill or a full disk at any moment leaves the previous
 checkpoint whole. Nothing here is ever unpickled.
+
+A run folder may come from a stranger. Names in it become paths only where they are names that runs give, nothing is
+written or removed through a link, and only what is named here is removed.
 """
 
 import json
 import os
-import shutil
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +30,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from data_pipelines.errors import UserError
+from data_pipelines.files import check_regular, read_text, remove, write_bytes, write_text
 from worldmodel.config import Config, flatten, to_dict, to_yaml, validate
 from worldmodel.sharding import shared_like
 
@@ -47,6 +52,20 @@ RESUMABLE_CHANGES = frozenset(
 )
 _WEIGHT_FILES = ("model", "teacher", "optimizer")
 
+RUN_FILES = frozenset(
+    {
+        *("config.yaml", "metrics.jsonl", "videos.jsonl", "metrics.json", "forecasts.md", "report.html"),
+        *("readout.safetensors", "illustrations.safetensors", "surprise_events.json"),
+        *("planning.json", "planning.safetensors"),
+    }
+)
+RUN_FOLDERS = frozenset({"checkpoints", "profile", "wandb"})
+LOCK_NAME = ".lock"
+"""Names in a run folder. Whatever has another name belongs to somebody else."""
+
+STEP_NAME = re.compile(r"step_\d{8,12}")
+MAX_STATE_BYTES = 2**20
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -65,27 +84,62 @@ def open_run(config: Config, *, resume: bool = False, overwrite: bool = False) -
     """The folder for a training run, holding config.yaml.
 
     Raises:
-        UserError: the folder holds another run and neither flag is given, holds something that is no run, or was
+        UserError: the folder holds another run and neither flag is given, holds something that is not a run, or was
             made by another config than the one to resume with.
     """
     run = Path(config.run_dir)
-    if run.is_dir() and any(run.iterdir()) and not (run / "config.yaml").is_file():
+    if run.is_dir() and {path.name for path in run.iterdir()} - {LOCK_NAME} and not (run / "config.yaml").is_file():
         raise UserError(f"run_dir={run} is not empty and holds no run: choose another folder")
-    if (run / "config.yaml").is_file():
-        if overwrite:
-            shutil.rmtree(run)
-        elif resume:
-            _check_same_config(load_run_config(run), config, run)
-        else:
-            raise UserError(
-                f"run_dir={run} already holds a run: pass --resume to go on with it, --overwrite to replace it"
-            )
     try:
+        if (run / "config.yaml").is_file():
+            if overwrite:
+                _remove_run(run)
+            elif resume:
+                _check_same_config(load_run_config(run), config, run)
+            else:
+                raise UserError(
+                    f"run_dir={run} already holds a run: pass --resume to continue it, --overwrite to replace it"
+                )
         run.mkdir(parents=True, exist_ok=True)
         write_text(run / "config.yaml", to_yaml(config))
     except OSError as error:
-        raise UserError(f"cannot write to run_dir={run}: {error.strerror}") from error
+        raise UserError(f"cannot write to run_dir={run}: {error.strerror or error}") from error
     return run
+
+
+def _remove_run(run: Path) -> None:
+    """Remove what a run wrote into its folder, the config last. The lock stays.
+
+    Raises:
+        UserError: config.yaml is not a run's, or something in the folder is not of a run.
+    """
+    load_run_config(run)
+    entries = sorted(run.iterdir())
+    foreign = [path for path in entries if not _is_of_a_run(path)] or _foreign_in(run / "checkpoints")
+    if foreign:
+        raise UserError(
+            f"run_dir={run} holds '{foreign[0].relative_to(run)}', which is not of a run: move it away, or choose "
+            "another folder"
+        )
+    for path in sorted(entries, key=lambda path: path.name == "config.yaml"):
+        if path.name != LOCK_NAME:
+            remove(path)
+
+
+def _is_of_a_run(path: Path) -> bool:
+    name = path.name.removeprefix(".").removesuffix(".partial") if path.name.endswith(".partial") else path.name
+    return name in RUN_FILES or name in (LOCK_NAME, "writable") or (name in RUN_FOLDERS and path.is_dir())
+
+
+def _foreign_in(checkpoints: Path) -> list[Path]:
+    """What in the folder of checkpoints is not a checkpoint."""
+    if checkpoints.is_symlink():
+        return [checkpoints]
+    return [
+        path
+        for path in (sorted(checkpoints.iterdir()) if checkpoints.is_dir() else [])
+        if not re.fullmatch(rf"\.?({STEP_NAME.pattern}|index\.json)(\.partial)?", path.name)
+    ]
 
 
 def load_run_config(run: str | Path) -> Config:
@@ -126,15 +180,17 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, *, keep: int, is_best: bo
     folder = run / "checkpoints"
     name = f"step_{checkpoint.state['step']:08d}"
     aside = folder / f".{name}.partial"
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a link, through which nothing is written: move the checkpoints to this place")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
         aside.mkdir(parents=True)
         for part in _WEIGHT_FILES:
             tensors = {key: value.detach().cpu().contiguous() for key, value in getattr(checkpoint, part).items()}
             write_bytes(aside / f"{part}.safetensors", serialise(tensors))
         write_text(aside / "state.json", json.dumps(checkpoint.state, indent=1))
         final = folder / name
-        shutil.rmtree(final, ignore_errors=True)
+        remove(final)
         aside.rename(final)
         index = _read_index(run)
         kept = [*(other for other in index["kept"] if other != name), name]
@@ -143,13 +199,22 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, *, keep: int, is_best: bo
         kept = [other for other in kept if other not in doomed]
         _write_index(run, {"latest": name, "best": best, "kept": kept})
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):
+            remove(aside)
         before = _read_index(run)["latest"]
         intact = f"; the checkpoint {before} is intact" if before else ""
         raise UserError(f"cannot save a checkpoint in {folder}: {error.strerror or error}{intact}") from error
     for other in doomed:
-        shutil.rmtree(folder / other, ignore_errors=True)
+        if _is_checkpoint(folder / other):
+            with suppress(OSError):
+                remove(folder / other)
     return final
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a run has made this folder."""
+    is_named = STEP_NAME.fullmatch(path.name) is not None
+    return is_named and path.is_dir() and not path.is_symlink() and (path / "state.json").is_file()
 
 
 def load_checkpoint(run: Path, which: Literal["latest", "best"] = "latest") -> Checkpoint | None:
@@ -163,22 +228,39 @@ def load_checkpoint(run: Path, which: Literal["latest", "best"] = "latest") -> C
         return None
     folder = run / "checkpoints" / name
     try:
+        for part in _WEIGHT_FILES:
+            check_regular(folder / f"{part}.safetensors")
         tensors = {part: load_file(folder / f"{part}.safetensors") for part in _WEIGHT_FILES}
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, SafetensorError, ValueError) as error:
+        state = _checked_state(json.loads(read_text(folder / "state.json", MAX_STATE_BYTES)))
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"checkpoint {folder} is damaged: {error}") from error
     return Checkpoint(**tensors, state=state)
 
 
+def _checked_state(state: Any) -> dict[str, Any]:
+    """A checkpoint's state. Raises ValueError: it is not an object, or lacks a number."""
+    if not isinstance(state, dict):
+        raise ValueError("state.json is not a JSON object")
+    is_step = isinstance(state.get("step"), int) and not isinstance(state["step"], bool) and 0 <= state["step"] < 10**12
+    is_number = all(isinstance(state.get(key), int | float) for key in ("train_seconds", "best_score"))
+    if not (is_step and is_number and isinstance(state.get("stream"), str)):
+        raise ValueError("state.json lacks a valid step, train_seconds, best_score or stream")
+    return state
+
+
 def _read_index(run: Path) -> dict[str, Any]:
     path = run / "checkpoints" / "index.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {"latest": None, "best": None, "kept": []}
-    index = json.loads(path.read_text(encoding="utf-8"))
-    for name in [index["latest"], index["best"], *index["kept"]]:
+    try:
+        index = json.loads(read_text(path, MAX_STATE_BYTES))
+        names = [index["latest"], index["best"], *index["kept"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {str(error)[:80]}): restore it") from error
+    for name in names:
         # Names become paths: a run folder from elsewhere must not point outside itself.
-        if name is not None and (not isinstance(name, str) or Path(name).name != name):
-            raise UserError(f"{path} names a checkpoint outside the run: {name!r}")
+        if name is not None and not (isinstance(name, str) and STEP_NAME.fullmatch(name)):
+            raise UserError(f"{path} names {str(name)[:80]!r}, which is not a checkpoint of a run")
     return index
 
 
@@ -211,20 +293,3 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
             optimizer.state[parameter][key] = torch.empty_like(parameter).copy_(shared_like(tensor, parameter))
         else:
             optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
-
-
-# --------------------------------------------------------------------------------------------------------- files
-
-
-def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file as a whole: readers see the old content or the new, also after a crash."""
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

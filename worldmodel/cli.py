@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data_pipelines.errors import UserError
-from worldmodel.checkpoint import write_text
+from data_pipelines.files import check_writable, write_text
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -56,6 +56,14 @@ def check_counts(args: argparse.Namespace, *names: str) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+
+def check_run_writable(run: Path) -> None:
+    """Raise UserError where nothing can be written into the run folder, before hours of work are lost by it."""
+    try:
+        check_writable(run)
+    except OSError as error:
+        raise UserError(f"cannot write into {run}: {error.strerror or error}") from error
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:

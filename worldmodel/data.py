@@ -15,6 +15,7 @@ from torch import Tensor
 from data_pipelines.clips import ClipSpec
 from data_pipelines.contents import Contents, contents_of, read_contents
 from data_pipelines.errors import UserError
+from data_pipelines.files import write_text
 from data_pipelines.index import VideoIndex, split_index
 from data_pipelines.remote import Store, is_url
 from data_pipelines.shards import SHARDS_NAME, load_videos
@@ -27,7 +28,6 @@ from data_pipelines.sources.moving_mnist import MovingMnistLaw, MovingMnistStrea
 from data_pipelines.sources.written import RECORDED, read_sprites, read_world
 from data_pipelines.stream import Batch, VideoStream, read_all, share_of_pass
 from data_pipelines.transforms import on_device, split_segments, to_float
-from worldmodel.checkpoint import write_text
 from worldmodel.config import Config, DataConfig
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from worldmodel.checkpoint import write_text
+from data_pipelines.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,9 @@ def profiled(run: Path, device: torch.device, num_steps: int) -> Iterator[Callab
 
 
 def _write(profiler: profile, folder: Path, device: str) -> None:
+    for path in (folder, folder / "trace.json.gz"):
+        if path.is_symlink():
+            path.unlink()
     folder.mkdir(exist_ok=True)
     profiler.export_chrome_trace(str(folder / "trace.json.gz"))
     table = profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=TABLE_ROWS)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from data_pipelines.errors import UserError
+from data_pipelines.probe import one_line
 from data_pipelines.transforms import to_float
-from worldmodel.checkpoint import load_checkpoint, load_run_config
+from worldmodel.checkpoint import Checkpoint, load_checkpoint, load_run_config
 from worldmodel.config import Config
 from worldmodel.evaluation.illustrations import Timeline
 from worldmodel.evaluation.readout_file import load_readout
@@ -150,6 +151,7 @@ def load(
     checkpoint = load_checkpoint(Path(run), which)
     if checkpoint is None:
         raise UserError(f"the run {run} has no checkpoint yet: train it first")
+    _check_shapes(config, checkpoint, run)
     model = WorldModel(config)
     model.load_state_dict(checkpoint.model)
     teacher = None
@@ -158,3 +160,25 @@ def load(
         teacher.load_state_dict(checkpoint.teacher)
         teacher = teacher.to(device).eval()
     return TrainedRun(Path(run), config, model.to(device).eval(), teacher, checkpoint.state)
+
+
+def _check_shapes(config: Config, checkpoint: Checkpoint, run: str | Path) -> None:
+    """Compare the weights with what the config describes, before any memory is taken for that.
+
+    Raises:
+        UserError: they differ, or the config describes networks that cannot be.
+    """
+    if config.model.encoder == "pretrained":  # its sizes come with its own files
+        return
+    try:
+        with torch.device("meta"):
+            described = {name: tensor.shape for name, tensor in WorldModel(config).state_dict().items()}
+    except (RuntimeError, OverflowError, MemoryError, ValueError) as error:
+        raise UserError(f"{run}/config.yaml describes networks that cannot be built: {one_line(error)}") from None
+    stored = {name: tensor.shape for name, tensor in checkpoint.model.items()}
+    for name in sorted(described.keys() | stored.keys()):
+        if described.get(name) != stored.get(name):
+            sizes = [list(shapes[name]) if name in shapes else "nothing" for shapes in (stored, described)]
+            raise UserError(
+                f"the checkpoint of {run} does not fit its config.yaml: it holds {sizes[0]} for {name}, not {sizes[1]}"
+            )

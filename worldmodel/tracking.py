@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data_pipelines.errors import UserError
-from worldmodel.checkpoint import write_text
+from data_pipelines.files import write_text
 from worldmodel.config import Config, to_dict
 
 logger = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines.errors import UserError
+from data_pipelines.files import write_text
 from tests.conftest import REPO
 from tests.worldmodel.report_samples import (
     make_episodes,
@@ -24,7 +25,6 @@ from tests.worldmodel.report_samples import (
     make_planning,
     make_unlabelled_metrics,
 )
-from worldmodel.checkpoint import write_text
 from worldmodel.config import load_config, to_yaml
 from worldmodel.evaluation.figures import (
     Picture,

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialise
 
 from data_pipelines.errors import UserError
-from worldmodel.checkpoint import write_bytes
+from data_pipelines.files import write_bytes
 
 ILLUSTRATIONS_NAME = "illustrations.safetensors"
 PLANNED_NAME = "planning.safetensors"

@@ -8,8 +8,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 
 from data_pipelines.errors import UserError
+from data_pipelines.files import write_bytes
 from data_pipelines.sources.law import Quantity
-from worldmodel.checkpoint import write_bytes
 from worldmodel.evaluation.readout import Readout
 
 READOUT_NAME = "readout.safetensors"

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.errors import UserError
-from worldmodel.checkpoint import load_run_config, write_text
+from data_pipelines.files import write_text
+from worldmodel.checkpoint import load_run_config
 from worldmodel.config import to_yaml
 from worldmodel.evaluation import figures, tables
 from worldmodel.evaluation.figures import Line, Picture

@@ -1,0 +1,65 @@
+"""Files in a folder that a stranger may have made: written never through a link, read where they are regular files."""
+
+import os
+import shutil
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+MAX_TEXT_BYTES = 2**28
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file as a whole: readers see the old content or the new, also after a crash.
+
+    A link at `path` is replaced, and what it leads to stays as it is. Raises OSError.
+    """
+    aside = path.with_name(f".{path.name}.partial")
+    with suppress(FileNotFoundError):
+        aside.unlink()  # of a run that was killed; of a link the link alone
+    number = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    try:
+        with os.fdopen(number, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError unless files can be made in the folder."""
+    probe = folder / ".writable"
+    write_bytes(probe, b"")
+    probe.unlink()
+
+
+def check_regular(path: Path) -> None:
+    """Raise OSError where there is no file, or what opening could hang on: a FIFO, a device, a socket."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(f"{path.name} is not a regular file")
+
+
+def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """Read a text file in UTF-8. Raises OSError: it is not a regular file, or too large; UnicodeDecodeError."""
+    check_regular(path)
+    with path.open("rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(f"{path.name} is larger than {max_bytes:,} bytes")
+    return content.decode("utf-8-sig")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that it holds, or a link (not what it leads to). Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
