@@ -198,7 +198,7 @@ def repack(source: Path, target: Path, fault: str, rng: np.random.Generator) -> 
     with av.open(str(source)) as container:
         stream = container.streams.video[0]
         packets = [packet for packet in container.demux(stream) if packet.size]
-        order = np.argsort(np.argsort([packet.pts for packet in packets]))  # of presentation
+        order = np.argsort(np.argsort([packet.pts or 0 for packet in packets]))  # of presentation
         even = [1000 // RATE * i for i in range(len(packets))]
         times = RETIMED[fault](even, rng) if fault in RETIMED else even
         first = 0

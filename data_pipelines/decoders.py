@@ -226,7 +226,7 @@ class PyAVReader:
     def _decode(self) -> "VideoFrame":
         """The next frame in order of presentation, verified wherever the index knows its timestamp."""
         decoded = self._advance()
-        expected = self._frame_of_pts.get(decoded.pts, self._next)
+        expected = self._next if decoded.pts is None else self._frame_of_pts.get(decoded.pts, self._next)
         if expected != self._next or self._pts_of_frame.get(self._next, decoded.pts) != decoded.pts:
             raise DecodeError(f"frames are missing before frame {expected}", self._next)
         self._next += 1

@@ -213,8 +213,8 @@ def decoded_frames(
             yield frame
 
 
-def decoding_errors() -> tuple[type[Exception], ...]:
-    """What PyAV raises on bytes that do not decode."""
+def decoding_errors() -> Any:
+    """The exceptions that PyAV raises on bytes that do not decode, a tuple of types."""
     import av
 
     return av.FFmpegError, OSError, ValueError
@@ -456,10 +456,9 @@ def _guessed_times(pts: Sequence[int | None], dts: Sequence[int | None]) -> list
 
 def _avi_times(demuxed: _Demuxed, num_frames: int) -> Sequence[int | None]:
     """Timestamps of an AVI's frames: those of its packets in ascending order, the last ones where it begins late."""
-    times = sorted(
-        packet.pts if packet.dts is None else packet.dts for packet in demuxed.shown if packet[:2] != (None, None)
-    )
-    return times[len(times) - num_frames :] if len(times) >= num_frames else [None] * num_frames
+    stated = (packet.pts if packet.dts is None else packet.dts for packet in demuxed.shown)
+    times = sorted(time for time in stated if time is not None)
+    return times[len(times) - num_frames :] if len(times) >= num_frames else num_frames * [None]
 
 
 def _shown_s(times: Sequence[int | None], fps: float, tick_s: float) -> NDArray[np.float64]:
@@ -477,10 +476,11 @@ def _orientation(frame: "VideoFrame") -> tuple[int, bool]:
     """quarter_turns and mirrored of Video, from the frame's display matrix as FFmpeg's command line applies it."""
     from av.sidedata.sidedata import Type
 
-    data = frame.side_data.get(Type.DISPLAYMATRIX)
-    if data is None:
+    side_data: Any = frame.side_data
+    matrices = [bytes(data) for data in side_data if data.type == Type.DISPLAYMATRIX]
+    if not matrices:
         return 0, False
-    a, b, _, c, d = np.frombuffer(data, np.int32)[:5].astype(float)  # x' = a x + c y, y' = b x + d y
+    a, b, _, c, d = np.frombuffer(matrices[0], np.int32)[:5].astype(float)  # x' = a x + c y, y' = b x + d y
     if not (np.hypot(a, c) and np.hypot(b, d)):
         return 0, False
     mirrored = bool(a * d - b * c < 0)
