@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from worldmodel.convolutions import Conv2d, Conv3d
 from worldmodel.distributed import gathered
 from worldmodel.pretrained import PretrainedEncoder
 from worldmodel.vit import VIT_SIZES, VitEncoder
@@ -42,9 +43,8 @@ class Conv3dEncoder(nn.Module):
         channels = in_channels
         for base, kernel, stride in zip(self.CHANNELS, self.KERNELS, self.STRIDES, strict=True):
             out_channels = _scaled(base, width)
-            padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
             layers += [
-                nn.Conv3d(channels, out_channels, kernel, (1, stride, stride), padding, bias=False),
+                Conv3d(channels, out_channels, kernel, stride),
                 nn.BatchNorm3d(out_channels),
                 nn.ReLU(inplace=True),
             ]
@@ -105,7 +105,7 @@ class _BasicBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         self.residual = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False),
+            Conv2d(in_channels, out_channels, 3, stride),
             nn.BatchNorm2d(out_channels),
             nn.ReLU(inplace=True),
             nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False),
@@ -115,9 +115,7 @@ class _BasicBlock(nn.Module):
         self.shortcut: nn.Module = (
             nn.Identity()
             if same
-            else nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-            )
+            else nn.Sequential(Conv2d(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
         )
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,3 +66,8 @@ def test_processes_share_cores(cores: int, processes: int, share: int, monkeypat
     monkeypatch.setattr(machine, "CORES", list(range(cores)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert fair_share_of_cores() == share
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux")
+def test_amx_is_found_where_the_kernel_finds_it() -> None:
+    assert machine.has_amx() == (" amx_tile" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
