@@ -249,7 +249,7 @@ def run_config(args: argparse.Namespace, objective: str, latent: str, seed: int)
             f"objective.name={objective}",
             f"model.latent={latent}",
             f"seed={seed}",
-            f"run_dir={json.dumps(str(args.out / f'{objective}-{latent}' / f'seed_{seed}'))}",
+            f"run_dir={args.out / f'{objective}-{latent}' / f'seed_{seed}'}",
         ],
     )
 

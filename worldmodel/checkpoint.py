@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 
 from data_pipelines.errors import UserError
 from data_pipelines.files import check_regular, read_text, remove, write_bytes, write_text
-from worldmodel.config import Config, flatten, to_dict, to_yaml, validate
+from worldmodel.config import Config, flatten, read_tree, to_dict, to_yaml, validate
 from worldmodel.sharding import shared_like
 
 # What may differ between a checkpoint's config and the one it is resumed with: nothing that changes the result.
@@ -151,11 +150,7 @@ def load_run_config(run: str | Path) -> Config:
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise UserError(f"no run in {run}: {path} does not exist")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no valid YAML") from error
-    return validate(tree, source=str(path))
+    return validate(read_tree(path), source=str(path))
 
 
 def _check_same_config(saved: Config, given: Config, run: Path) -> None:

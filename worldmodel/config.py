@@ -11,23 +11,53 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from data_pipelines.clips import MAX_FPS
 from data_pipelines.errors import UserError
 from data_pipelines.sources.causal import NUM_FACTORS, Change
+from data_pipelines.text_files import is_optional, is_text, kind_of_key, parse_yaml, read_yaml, shown
 from worldmodel.encoders import SCALED_ENCODERS
 from worldmodel.objectives import OBJECTIVES
 from worldmodel.vit import VIT_SIZES
 
 _KNOWN_KEYS = ConfigDict(extra="forbid")
+MAX_PROBLEMS = 5  # of a config, in a message
 
-PositiveInt = Annotated[int, Field(strict=True, gt=0)]
-NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
+
+def _usable(text: Any) -> Any:
+    """Refuse text that no file, label or model can have for a name."""
+    if isinstance(text, str):
+        if "\0" in text:
+            raise ValueError("a name cannot hold a NUL character")
+        try:
+            parts = [part.encode() for part in text.split("/")]
+        except UnicodeEncodeError:
+            raise ValueError("a name must be UTF-8") from None
+        if "://" not in text and max(map(len, parts)) > 255:
+            raise ValueError("a part of a name has at most 255 bytes")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1, max_length=2048), BeforeValidator(_usable)]
+# Upper bounds lie far above what is of use, and below what an allocator or a clock refuses: a Count is as large as the
+# data, Samples are drawn or batched together, a Size is one side of a matrix, and a Repeat happens within one step.
+Count = Annotated[int, Field(strict=True, gt=0, le=10**9)]
+CountFrom0 = Annotated[int, Field(strict=True, ge=0, le=10**9)]
+CountFrom2 = Annotated[int, Field(strict=True, ge=2, le=10**9)]
+Size = Annotated[int, Field(strict=True, gt=0, le=16_384)]
+SizeFrom0 = Annotated[int, Field(strict=True, ge=0, le=16_384)]
+Repeat = Annotated[int, Field(strict=True, gt=0, le=1_024)]
+RepeatFrom0 = Annotated[int, Field(strict=True, ge=0, le=1_024)]
+Samples = Annotated[int, Field(strict=True, gt=0, le=2**20)]
+SamplesFrom0 = Annotated[int, Field(strict=True, ge=0, le=2**20)]
+SamplesFrom2 = Annotated[int, Field(strict=True, ge=2, le=2**20)]
+Seed = Annotated[int, Field(strict=True, ge=0, le=10**18)]
+Seconds = Annotated[float, Field(strict=True, gt=0, le=1e7, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
+Fraction = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
@@ -41,49 +71,49 @@ class DataConfig:
 
     source: Literal["videos", "moving_mnist", "causal"] = "videos"
     """videos: files. The others are worlds of known laws, drawn afresh (data_pipelines/sources)."""
-    root: str = "data/videos"
+    root: Text = "data/videos"
     """videos: a folder of video files or of tar shards, a LeRobot data set, or the URL of shards (http, s3, ...). Its
     subfolders train/, selection/ (or validation/ or val/) and test/ are the splits where they exist."""
-    camera: str | None = None
+    camera: Text | None = None
     """The camera of a LeRobot data set whose videos are read; none: the first by name."""
-    remote_cache_dir: str | None = None
+    remote_cache_dir: Text | None = None
     """Folder that keeps shards from a URL; none: in the user's cache."""
-    remote_cache_mb: PositiveInt = 16_384
+    remote_cache_mb: Count = 16_384
     """How much of it they may take; those used least recently go."""
-    size_px: Annotated[int, Field(strict=True, ge=8)] = 64
+    size_px: Annotated[int, Field(strict=True, ge=8, le=4_096)] = 64
     """Short side resized, centre cropped to a square of this size."""
-    channels: PositiveInt = 3
+    channels: Repeat = 3
     """1 is luma, 3 is RGB; observations of the causal world have 6."""
     num_segments: Literal[2, 3] = 3
     """Segments that one step of prediction takes; further steps of a rollout take one more each."""
-    num_frames: PositiveInt = 3
-    frame_stride: PositiveInt = 1
-    clip_step: PositiveInt | None = None
+    num_frames: Repeat = 3
+    frame_stride: Count = 1
+    clip_step: Count | None = None
     """Source frames between the starts of successive clips of a video; none: clips do not overlap."""
     fps: Annotated[float, Field(strict=True, gt=0, le=MAX_FPS)] | None = None
     """videos: resampled to this rate by their timestamps first; `frame_stride` and `clip_step` then count resampled
     frames. None: frames as stored."""
-    batch_size: Annotated[int, Field(strict=True, ge=2)] = 128
+    batch_size: SamplesFrom2 = 128
     """Clips in a global batch, over all processes."""
-    num_lanes: PositiveInt = 32
+    num_lanes: Samples = 32
     """Independent sequential readers; divides batch_size, and the number of processes divides it."""
-    pool_clips: PositiveInt = 1024
+    pool_clips: Count = 1024
     """Decoded clips that may wait in memory for shuffling, over all lanes."""
-    cache_mb: NonNegativeInt = 0
+    cache_mb: CountFrom0 = 0
     """Memory of a training process for decoded clips that later epochs reuse; what does not fit is decoded again."""
-    num_workers: NonNegativeInt = 1
+    num_workers: RepeatFrom0 = 1
     """Decoding processes a training process."""
     decoder: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
-    decode_timeout_s: PositiveFloat = 60.0
+    decode_timeout_s: Seconds = 60.0
     """A decoding process that takes longer for one clip is replaced, and the frame it hung at left out."""
     max_bad_fraction: Fraction = 0.1
     """Share of unreadable videos above which a run stops."""
-    max_frame_px: PositiveInt = 2**26
+    max_frame_px: Count = 2**26
     """videos: most pixels of a frame; a file with more is left out before it is decoded, which could take all memory.
     8K video has 2**25."""
-    action_label: str = "action"
+    action_label: Text = "action"
     """With model.action_dim: the label of frames that holds the action taken at each, which leads to the next frame."""
-    mnist_dir: str | None = None
+    mnist_dir: Text | None = None
     """moving_mnist: folder with MNIST's IDX files; none: scikit-learn's bundled digits."""
     setting: Literal["A", "B"] = "A"
     """moving_mnist: how the changed axis is drawn."""
@@ -101,14 +131,14 @@ class ModelConfig:
     """conv3d: the published one. resnet: for frames of 128 px and up. mlp: for data.source=causal. vit_*: a vision
     transformer (worldmodel/vit.py). pretrained: an image model from elsewhere on each frame (worldmodel/pretrained.py),
     which needs the package transformers."""
-    width: PositiveFloat = 1.0
+    width: Annotated[float, Field(strict=True, gt=0, le=64, allow_inf_nan=False)] = 1.0
     """conv3d, resnet, mlp: multiplies the encoder's channels."""
     pooling: Literal["mean", "moments"] = "mean"
     """conv3d, resnet: what is kept of the last feature maps: their means, as published, or also the first and second
     moments of their pixels' coordinates, weighed by the map, which say where things are. The others keep means."""
-    patch_px: PositiveInt = 16
+    patch_px: Annotated[int, Field(strict=True, gt=0, le=4_096)] = 16
     """vit_*: side of a patch; divides data.size_px."""
-    pretrained: str | None = None
+    pretrained: Text | None = None
     """pretrained: a folder with config.json and model.safetensors, or the name of a model on the Hugging Face hub. A
     run loads it from there whenever it is loaded itself."""
     freeze_encoder: Flag = False
@@ -116,36 +146,36 @@ class ModelConfig:
     checkpoint_activations: Flag = False
     """vit_*, pretrained: layers are computed again in the backward pass instead of kept: a fraction of the memory for a
     forward pass more of the encoder."""
-    embedding_dim: PositiveInt = 128
+    embedding_dim: Size = 128
     embedding_norm: Literal["sphere", "standard", "white"] = "sphere"
     """sphere: every embedding has the length sqrt(embedding_dim). standard: each dimension has mean 0 and variance 1
     over a batch, and then, but for objectives with a teacher, a learned shift and scale. white: dimensions are also
     uncorrelated."""
-    hidden_dim: PositiveInt = 1024
+    hidden_dim: Size = 1024
     """Hidden units of projector, editor, prior and posterior."""
-    projector_layers: NonNegativeInt = 2
+    projector_layers: Annotated[int, Field(strict=True, ge=0, le=64)] = 2
     """Hidden layers of the projector; with none the embedding is linear in the encoder's features."""
     latent: Literal["gaussian", "sparse", "oracle", "none"] = "gaussian"
     """gaussian: AdaSSL-V. sparse: AdaSSL-S. oracle: the true r from the labels. none: one future for each past."""
-    latent_dim: PositiveInt = 2
+    latent_dim: Size = 2
     posterior_sees: Literal["later", "target"] = "later"
     """The segment, besides x, that r is inferred from: x++ or the target x+ itself."""
-    action_dim: NonNegativeInt = 0
+    action_dim: SizeFrom0 = 0
     """Numbers of an action, the label data.action_label of frames, on which editor, prior and posterior are
     conditioned; 0: the model is passive, and learns from video alone."""
-    scene_dim: NonNegativeInt = 0
+    scene_dim: SizeFrom0 = 0
     """Numbers of each part of a scene code, which is read from the context's features beside its embedding: one for the
     next step alone, one that is kept over a rollout, for what does not change in a clip. Editor, prior and posterior
     are conditioned on it. It is learned in refinement (train.refine_steps). 0: the embedding is all."""
-    distance_dim: NonNegativeInt = 0
+    distance_dim: SizeFrom0 = 0
     """Numbers in each of the 8 groups of a temporal distance: how many steps lead from one state to another at the
     least (worldmodel/distance.py). It is learned in refinement (train.refine_steps), and what planning.distance=steps
     plans by. 0: there is none."""
-    oracle_label: str = "velocity_change"
+    oracle_label: Text = "velocity_change"
     """oracle: the label that is the true r."""
     prior: Literal["mixture", "flow"] = "mixture"
     """flow: a conditional normalising flow, for a Gaussian latent."""
-    prior_components: PositiveInt = 1
+    prior_components: Repeat = 1
     """mixture: components of the prior; the paper has one."""
     editor: Literal["mlp", "residual", "sum", "low_rank"] = "mlp"
     """t(z, r). mlp: of both. residual: z plus an mlp of both. sum: z + r. low_rank: z plus one low-rank module for each
@@ -162,7 +192,7 @@ class ObjectiveConfig:
     name: Literal["byol", "jepa", "infonce", "aninfonce", "hinfonce", "vicreg", "sigreg", "ressl", "ssl_hsic"] = "byol"
     beta: NonNegativeFloat | None = None
     """Weight of KL(posterior || prior) in nats, or of the expected L0 of a sparse r; none: the objective's default."""
-    beta_warmup_steps: NonNegativeInt = 0
+    beta_warmup_steps: CountFrom0 = 0
     """Steps over which beta grows linearly from zero."""
     temperature: PositiveFloat = 0.1
     """infonce, aninfonce, hinfonce: what similarities are divided by."""
@@ -180,7 +210,7 @@ class ObjectiveConfig:
     distance_error_weight: NonNegativeFloat = 0.0
     """With model.distance_dim, in refinement: weight of how far predicted states are from the true ones by the temporal
     distance, so that the editor learns what matters for the way, such as walls."""
-    rollout_steps: PositiveInt = 1
+    rollout_steps: Repeat = 1
     """Segments predicted one after the other in training, each from the prediction before it; the paper has one."""
     step_weights: tuple[NonNegativeFloat, ...] | None = None
     """Weight of each of these steps in the loss, relative to the others; none: the same for all."""
@@ -192,24 +222,24 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, config=_KNOWN_KEYS)
 class TrainConfig:
-    steps: PositiveInt = 75_000
+    steps: Count = 75_000
     lr: PositiveFloat = 1e-4
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: CountFrom0 = 0
     weight_decay: NonNegativeFloat = 1e-4
     """For matrices and kernels only; one-dimensional parameters have none."""
-    refine_steps: NonNegativeInt = 0
+    refine_steps: CountFrom0 = 0
     """Updates after these in which the encoder stands still and editor and latent go on learning from its embeddings of
     refine_clips clips, which are free of the noise of batch statistics (worldmodel/refine.py)."""
-    refine_horizon: PositiveInt = 1
+    refine_horizon: Repeat = 1
     """Steps from which a refined clip's step is drawn, with the scene code from any segment up to there; above 1 for
     model.scene_dim, so that a code still holds when it is many steps old."""
-    refine_clips: Annotated[int, Field(strict=True, ge=2)] = 65_536
-    refine_batch_size: Annotated[int, Field(strict=True, ge=2)] | None = None
+    refine_clips: CountFrom2 = 65_536
+    refine_batch_size: SamplesFrom2 | None = None
     """Embedded clips in an update; none: data.batch_size."""
     refine_lr: PositiveFloat = 1e-3
     clip_norm: NonNegativeFloat = 0.0
     """Largest norm of the gradient; 0 leaves it as it is."""
-    grad_accumulation: PositiveInt = 1
+    grad_accumulation: Samples = 1
     """Parts that a batch goes through the networks in, one after the other, to save memory. The update is that of the
     whole batch, whatever the objective (worldmodel/gradients.py), but for batch norm, which sees a part at a time."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -217,15 +247,15 @@ class TrainConfig:
     compile: Literal["auto", "none", "default", "max-autotune"] = "auto"
     """The encoder, which does nearly all of the work, by torch.compile in this mode; max-autotune is slow to start
     and replays CUDA graphs. auto: default on a GPU of one process, none elsewhere: on a CPU it is no faster."""
-    num_threads: PositiveInt | None = None
+    num_threads: Repeat | None = None
     """CPU threads of a process for tensor work; none: the machine's cores, shared among its processes."""
-    timeout_s: PositiveFloat = 1800.0
+    timeout_s: Seconds = 1800.0
     """How long processes wait for each other before the connection counts as lost. Longer than anything that the first
     one does alone: indexing videos, an evaluation, refinement."""
-    log_every: PositiveInt = 50
-    eval_every: PositiveInt = 1000
-    checkpoint_every: PositiveInt = 1000
-    keep_checkpoints: PositiveInt = 2
+    log_every: Count = 50
+    eval_every: Count = 1000
+    checkpoint_every: Count = 1000
+    keep_checkpoints: Count = 2
     """Latest checkpoints kept, besides the best."""
 
 
@@ -233,20 +263,20 @@ class TrainConfig:
 class EvaluationConfig:
     """The Energy Score protocol: numbers of clips, all of disjoint identities."""
 
-    horizon: PositiveInt = 1
+    horizon: Repeat = 1
     """Segments that are forecast."""
-    label: str | None = None
+    label: Text | None = None
     """Label of frames, a list of numbers each, that is forecast where no law is known; none: embeddings only."""
-    queries: Annotated[int, Field(strict=True, ge=2)] = 1024
-    num_samples: Annotated[int, Field(strict=True, ge=2)] = 64
+    queries: SamplesFrom2 = 1024
+    num_samples: SamplesFrom2 = 64
     """Sampled futures a query."""
-    law_samples: Annotated[int, Field(strict=True, ge=2)] = 128
+    law_samples: SamplesFrom2 = 128
     """Draws of the true law a query, where it is known."""
-    fit_clips: Annotated[int, Field(strict=True, ge=2)] = 8192
+    fit_clips: CountFrom2 = 8192
     """Training clips that the readout is fitted on."""
-    selection_clips: Annotated[int, Field(strict=True, ge=2)] = 2048
+    selection_clips: CountFrom2 = 2048
     """Clips that the readout's strength of regularisation is chosen on."""
-    seed: NonNegativeInt = 20_000
+    seed: Seed = 20_000
     """Fixes the queries, the draws of the law and the sampled futures."""
 
 
@@ -255,12 +285,12 @@ class PlanningConfig:
     """How actions are chosen (worldmodel/planners.py); a decision compares iterations * candidates rollouts."""
 
     planner: Literal["cem", "icem", "mppi"] = "icem"
-    horizon: PositiveInt = 20
+    horizon: Repeat = 20
     """Actions in a sequence."""
-    candidates: PositiveInt = 300
+    candidates: Samples = 300
     """Sequences compared at a time."""
-    iterations: PositiveInt = 5
-    elites: PositiveInt = 30
+    iterations: Repeat = 5
+    elites: Samples = 30
     """cem, icem: the cheapest candidates, which the next ones are drawn after."""
     init_std: PositiveFloat = 0.5
     """Standard deviation of a candidate's actions around the mean, in the first iteration; mppi: in all."""
@@ -271,7 +301,7 @@ class PlanningConfig:
     distance: Literal["embedding", "steps"] = "embedding"
     """How far a state is from the goal. embedding: the squared distance of embeddings, over their dimensions. steps:
     the temporal distance of a model with model.distance_dim."""
-    num_samples: NonNegativeInt = 0
+    num_samples: SamplesFrom0 = 0
     """Futures that are imagined for each candidate, by draws from the prior; 0: one, at the prior's mean."""
     risk_quantile: Fraction | None = None
     """The quantile of these futures' costs that counts; none: their mean."""
@@ -284,13 +314,13 @@ class PlanningConfig:
 @dataclass(frozen=True, config=_KNOWN_KEYS)
 class TrackingConfig:
     wandb: Literal["offline", "online", "disabled"] = "offline"
-    project: str = "worldmodel"
+    project: Text = "worldmodel"
 
 
 @dataclass(frozen=True, config=_KNOWN_KEYS)
 class Config:
-    run_dir: str
-    seed: NonNegativeInt = 0
+    run_dir: Text
+    seed: Seed = 0
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
@@ -308,17 +338,6 @@ FORMATS: dict[str, dict[str, int]] = {
 }
 
 
-class _YamlLoader(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number, as YAML 1.2 has it; PyYAML's own rule wants 1.0e-3."""
-
-
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML file, apply overrides such as "train.lr=1e-3", validate.
 
@@ -326,17 +345,22 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         UserError: no such file, broken YAML, an unknown key, a wrong type, a value out of range.
     """
     path = Path(path)
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader)
-    except OSError as error:
-        raise UserError(f"cannot read config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path} is no valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"config {path} must hold keys and values, not {type(tree).__name__}")
+    tree = read_tree(path)
     for override in overrides:
         apply_override(tree, override)
     return validate(tree, source=str(path))
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """Return the nested dicts of a config file, not yet validated.
+
+    Raises:
+        UserError: no such file, or it does not hold keys and values in YAML.
+    """
+    tree = read_yaml(path, Config)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold keys and values, not {type(tree).__name__}")
+    return tree
 
 
 def validate(tree: Mapping[str, Any], source: str) -> Config:
@@ -344,7 +368,9 @@ def validate(tree: Mapping[str, Any], source: str) -> Config:
     try:
         config = TypeAdapter(Config).validate_python(tree)
     except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(_explain(entry) for entry in error.errors())) from error
+        problems = [_explain(entry) for entry in error.errors(include_url=False)]
+        more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+        raise UserError(f"{source}: " + "; ".join([*problems[:MAX_PROBLEMS], *more])) from error
     _check_together(config, source)
     return config
 
@@ -376,32 +402,51 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one key of nested dicts from "a.b=value", the value in YAML. Raises UserError: it does not read so."""
+    """Set one key of nested dicts from "a.b=value".
+
+    The value of a key that holds text is that text as it is, whatever it would be in YAML; for one that may be null,
+    `null` and nothing at all are null. Any other value is YAML.
+
+    Raises:
+        UserError: the override has another form, or the value is not valid YAML.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"override {override!r} must read key=value, such as train.steps=100")
-    try:
-        value = yaml.load(text, _YamlLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is no valid YAML") from error
+        raise UserError(f"override {shown(override)} must read key=value, such as train.steps=100")
     *parents, leaf = key.split(".")
-    node = tree
+    node, kind = tree, Config
     for parent in parents:
-        node = node.setdefault(parent, {})
+        node, kind = node.setdefault(parent, {}), kind_of_key(kind, parent)
         if not isinstance(node, dict):
-            raise UserError(f"override {override!r}: {parent} is a value, not a group of keys")
-    node[leaf] = value
+            raise UserError(f"override {shown(override)}: {shown(parent)} is a value, not a group of keys")
+    node[leaf] = _override_value(override, text, kind_of_key(kind, leaf))
+
+
+def _override_value(override: str, text: str, kind: Any) -> Any:
+    if is_text(kind):
+        return None if is_optional(kind) and text in ("", "null") else text
+    try:
+        return parse_yaml(text, kind)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {shown(override)}: the value is not valid YAML") from error
 
 
 def _explain(entry: Any) -> str:
     """One pydantic error as a phrase: key, value, what is allowed."""
     location = [str(part) for part in entry["loc"]]
-    key = ".".join(location)
+    key = _words(".".join(location))
     if entry["type"] == "unexpected_keyword_argument":
-        return f"unknown key {key}={entry['input']!r}; allowed here: {', '.join(_keys_at(location[:-1]))}"
+        allowed = ", ".join(_keys_at(location[:-1]))
+        return f"unknown key {key}={shown(entry['input'])}; allowed here: {allowed}"
     if entry["type"] in ("missing", "missing_argument"):
         return f"missing key {key}"
-    return f"{key}={entry['input']!r}: {entry['msg'][0].lower()}{entry['msg'][1:]}"
+    message = entry["msg"].removeprefix("Value error, ")
+    return f"{key}={shown(entry['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _words(key: str) -> str:
+    """The key, as Python would write it where it has characters that no key has."""
+    return key if re.fullmatch(r"[\w.]{1,80}", key) else shown(key)
 
 
 def _keys_at(parents: list[str]) -> list[str]:

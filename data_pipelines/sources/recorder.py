@@ -42,6 +42,7 @@ from data_pipelines.sources.written import (
     video_names,
     write_whole,
 )
+from data_pipelines.text_files import parse_yaml
 
 PolicyName = Literal["own", "random", "drift", "uniform"]
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
@@ -285,7 +286,7 @@ def parse_kwargs(texts: Sequence[str]) -> dict[str, Any]:
         try:
             if not (name.isidentifier() and equals):
                 raise ValueError
-            kwargs[name] = yaml.safe_load(value)
+            kwargs[name] = parse_yaml(value)
         except (ValueError, yaml.YAMLError):
             raise UserError(f"--env-kwargs {text!r} must read NAME=VALUE, such as slip=0.1") from None
     return kwargs

@@ -1,0 +1,205 @@
+"""Small text files that people or strangers wrote: read within bounds, YAML typed by the dataclass that it fills."""
+
+import dataclasses
+import os
+import re
+import reprlib
+import stat
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from data_pipelines.errors import UserError
+
+MAX_YAML_BYTES = 1 << 20
+MAX_YAML_DEPTH = 32
+MAX_YAML_NODES = 10_000
+MAX_INT_CHARS = 40  # of a number in YAML: longer ones remain text
+
+_shortened = reprlib.Repr()
+_shortened.maxstring = _shortened.maxother = _shortened.maxlong = 120
+_shortened.maxlevel = 3
+
+
+def shown(value: Any) -> str:
+    """Return repr(value), shortened to what fits in a message."""
+    try:
+        return _shortened.repr(value)
+    except ValueError:  # more digits than Python writes out
+        return f"<{type(value).__name__} of too many digits>"
+
+
+def read_text(path: Path, max_bytes: int, name: str = "") -> str:
+    """Return the text of a regular file of at most `max_bytes` bytes of UTF-8; a byte order mark is dropped.
+
+    Messages call the file `name`, or by its path.
+
+    Raises:
+        UserError: no such file, a FIFO, device or folder, too many bytes, or text in another encoding.
+    """
+    name = name or str(path)
+    try:
+        # Without O_NONBLOCK, opening a FIFO waits for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise UserError(f"cannot read {name}: it is not a regular file")
+            with open(descriptor, "rb", closefd=False) as file:
+                content = file.read(max_bytes + 1)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror}") from error
+    except ValueError as error:  # a NUL in the name
+        raise UserError(f"cannot read {name}: {error}") from error
+    if len(content) > max_bytes:
+        raise UserError(f"cannot read {name}: it has more than {max_bytes:,} bytes")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {name}: it is not UTF-8 text, save it as UTF-8") from error
+
+
+# ---------------------------------------------------------------------------------------------------------- YAML
+
+
+def read_yaml(path: Path, kind: Any = Any) -> Any:
+    """Return the value that a YAML file holds, read as `parse_yaml` reads it.
+
+    Raises:
+        UserError: the file cannot be read, or is not valid YAML.
+    """
+    text = read_text(path, MAX_YAML_BYTES, f"config {path}")
+    try:
+        return parse_yaml(text, kind)
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path} is no valid YAML: {' '.join(str(error).split())}") from error
+
+
+def parse_yaml(text: str, kind: Any = Any) -> Any:
+    """Return the value of YAML text as dicts, lists, str, int, float, bool and None.
+
+    `kind` is the type that the value is meant for: a dataclass, or the type of one of its fields. A plain scalar in
+    place of text is that text: `2024-05-01`, `007` and `no` need no quotes. A null remains None.
+
+    Raises:
+        yaml.YAMLError: broken YAML, an anchor, an alias, a tag, a key that is given twice, or more values or deeper
+            nesting than a configuration needs.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        return None if node is None else _value(loader, node, kind)
+    finally:
+        loader.dispose()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML of trees alone: nothing refers to something else, and nothing but numbers, flags, null and text is made.
+
+    1e-3 is a number, as in YAML 1.2; PyYAML's own rule wants 1.0e-3. A date is text.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: [(tag, pattern) for tag, pattern in rules if tag.rpartition(":")[2] in ("null", "bool", "int", "float")]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._num_nodes = self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            self._refuse("anchors and aliases are not accepted: write the value out", event)
+        if event.tag is not None:
+            self._refuse(f"the tag {shown(event.tag)} is not accepted: leave it out", event)
+        self._num_nodes += 1
+        if self._num_nodes > MAX_YAML_NODES:
+            self._refuse(f"more than {MAX_YAML_NODES:,} values", event)
+        if self._depth == MAX_YAML_DEPTH:
+            self._refuse(f"values nested more than {MAX_YAML_DEPTH} deep", event)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def _refuse(self, problem: str, event: yaml.Event) -> None:
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _value(loader: _Loader, node: yaml.Node, kind: Any) -> Any:
+    if isinstance(node, yaml.ScalarNode):
+        return _scalar(loader, node, kind)
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(loader, part, kind_of_items(kind)) for part in node.value]
+    assert isinstance(node, yaml.MappingNode)
+    tree: dict[str, Any] = {}
+    for key_node, part in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            loader._refuse("a key is not text", key_node)
+        key = key_node.value
+        if key in tree:
+            loader._refuse(f"the key {shown(key)} is given twice", key_node)
+        tree[key] = _value(loader, part, kind_of_key(kind, key))
+    return tree
+
+
+def _scalar(loader: _Loader, node: yaml.ScalarNode, kind: Any) -> Any:
+    name = node.tag.rpartition(":")[2]
+    if name == "null":
+        return None
+    if name == "str" or is_text(kind) or (name == "int" and len(node.value) > MAX_INT_CHARS):
+        return node.value
+    return loader.construct_object(node)
+
+
+# ---------------------------------------------------------------------------------------------- types of fields
+
+
+def is_text(kind: Any) -> bool:
+    """Return True where a field of this type holds text: str, Path, a Literal of str, or one of these or None."""
+    kind = _plain(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return all(is_text(option) for option in get_args(kind) if option is not NoneType)
+    if get_origin(kind) is Literal:
+        return all(isinstance(choice, str) for choice in get_args(kind))
+    return isinstance(kind, type) and issubclass(kind, str | Path)
+
+
+def is_optional(kind: Any) -> bool:
+    """Return True where a field of this type may be None."""
+    kind = _plain(kind)
+    return get_origin(kind) in (Union, UnionType) and NoneType in get_args(kind)
+
+
+def kind_of_key(kind: Any, key: str) -> Any:
+    """Return the type of a key of a dataclass or dict; Any where the type does not say."""
+    kind = _plain(kind)
+    if dataclasses.is_dataclass(kind):
+        return get_type_hints(kind, include_extras=True).get(key, Any)
+    arguments = get_args(kind) if get_origin(kind) is dict else ()
+    return arguments[1] if arguments else Any
+
+
+def kind_of_items(kind: Any) -> Any:
+    """Return the type of a list's items, or of a tuple's that are all alike; Any where the type does not say."""
+    kind = _plain(kind)
+    if get_origin(kind) in (Union, UnionType):
+        kind = next((_plain(option) for option in get_args(kind) if get_origin(_plain(option)) in (list, tuple)), Any)
+    items = {item for item in get_args(kind) if item is not Ellipsis} if get_origin(kind) in (list, tuple) else set()
+    return items.pop() if len(items) == 1 else Any
+
+
+def _plain(kind: Any) -> Any:
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
