@@ -44,8 +44,10 @@ from worldmodel.evaluation.comparison import (
     summarise_cells,
 )
 from worldmodel.evaluation.comparison_page import write_comparison_page
+from worldmodel.evaluation.metrics_file import METRICS_NAME, read_metrics_file
+from worldmodel.evaluation.tables import value_at
 from worldmodel.machine import fair_share_of_cores
-from worldmodel.tracking import read_metrics as read_history
+from worldmodel.tracking import read_metrics
 from worldmodel.train import Interrupted, stop_signals
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -137,7 +139,7 @@ def compare_folders(args: argparse.Namespace) -> int:
     made = []
     above = os.path.commonpath([folder.resolve().parent for folder in args.runs])
     for folder in args.runs:
-        metrics = read_metrics(folder)
+        metrics = read_metrics_file(folder / METRICS_NAME)
         if metrics is None:
             raise UserError(f"--runs {folder}: there is no metrics.json, evaluate the run first")
         config, name = load_run_config(folder), os.path.relpath(folder.resolve(), above)
@@ -298,13 +300,8 @@ def check_same_configs(grid: Sequence[GridRun]) -> None:
 
 def is_done(run: GridRun) -> bool:
     """Whether the run's metrics are those of this config, at its last step."""
-    metrics = read_metrics(run.folder)
-    return metrics is not None and metrics["train"]["steps"] == run.config.train.steps and not changed_keys(run)
-
-
-def read_metrics(folder: Path) -> dict[str, Any] | None:
-    path = folder / "metrics.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    metrics = read_metrics_file(run.folder / METRICS_NAME)
+    return value_at(metrics, "train.steps") == run.config.train.steps and not changed_keys(run)
 
 
 # ------------------------------------------------------------------------------------------------------ children
@@ -450,7 +447,7 @@ class MadeRun:
 
 
 def scored(run: GridRun) -> tuple[Run, dict[str, Any]]:
-    metrics = read_metrics(run.folder) or {}
+    metrics = read_metrics_file(run.folder / METRICS_NAME) or {}
     return Run(run.objective, run.latent, run.seed, flat_numbers(metrics)), metrics
 
 
@@ -479,7 +476,7 @@ def write_comparison(out: Path, made: Sequence[MadeRun], about: dict[str, Any]) 
     paths = [out / name for name in ("comparison.json", "comparison.md", "compare.html", "comparison.png")]
     write_text(paths[0], json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     write_text(paths[1], markdown + "\n")
-    histories = [read_history(one.folder) for one in made]
+    histories = [read_metrics(one.folder) for one in made]
     write_comparison_page(paths[2], title=out.name, runs=runs, histories=histories)
     if figure is None:
         paths.pop().unlink(missing_ok=True)

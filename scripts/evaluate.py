@@ -5,7 +5,6 @@ python scripts/evaluate.py --run runs/demo [--compare runs/demo_byol]
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ from worldmodel.evaluation.factors import evaluate_factors, factors_table
 from worldmodel.evaluation.forecast import evaluate_forecasts
 from worldmodel.evaluation.illustrations import Timeline
 from worldmodel.evaluation.illustrations_file import ILLUSTRATIONS_NAME, save_parts
+from worldmodel.evaluation.metrics_file import METRICS_NAME, read_metrics_file
 from worldmodel.evaluation.readout_file import save_readout
 from worldmodel.evaluation.report import report_of_run
-from worldmodel.evaluation.tables import markdown_table
+from worldmodel.evaluation.tables import markdown_table, value_at
 from worldmodel.machine import keep_freed_memory
 from worldmodel.surprise import obstacle
 
@@ -62,7 +62,7 @@ def evaluate(run: Path, which: str, compare: Path | None, device: torch.device) 
         save_readout(run, evaluation.readout, evaluation.quantity, trained.state["step"])
     illustrations = dataclasses.replace(evaluation.illustrations, timeline=timeline_of_test_video(trained))
     save_parts(run / ILLUSTRATIONS_NAME, [illustrations])
-    write_result(run / "metrics.json", metrics)
+    write_result(run / METRICS_NAME, metrics)
     table = markdown_table(metrics)
     write_text(run / "forecasts.md", table + "\n")
     print(f"\n{table}\n\n{report_of_run(run)}\n{run / 'metrics.json'}")
@@ -93,20 +93,22 @@ def write_factor_scores(run: Path, trained: TrainedRun, device: torch.device) ->
         **training_facts(run, trained),
         **evaluate_factors(trained.config, trained.model, device),
     }
-    write_result(run / "metrics.json", metrics)
+    write_result(run / METRICS_NAME, metrics)
     print(f"\n{factors_table(metrics)}\n\n{run / 'metrics.json'}")
 
 
 def compared_forecast(compare: Path, metrics: dict[str, Any]) -> dict[str, Any]:
     """The model's row of another evaluated run, if it answered the same queries."""
-    path = compare / "metrics.json"
-    if not path.is_file():
+    path = compare / METRICS_NAME
+    other = read_metrics_file(path)
+    if other is None:
         raise UserError(f"{path} does not exist: evaluate that run first")
-    other = json.loads(path.read_text(encoding="utf-8"))
-    if other["quantity"] is None:
+    if other.get("quantity") is None:
         raise UserError("--compare needs videos with labels: embeddings of two runs have no common scale")
-    if other["queries_sha256"] != metrics["queries_sha256"]:
+    if other.get("queries_sha256") != metrics["queries_sha256"]:
         raise UserError(f"{compare} was scored on other queries: evaluate both runs on the same data and settings")
+    if value_at(other, "forecasts.model") is None:
+        raise UserError(f"{path} has no forecasts of that run: evaluate it again")
     return other["forecasts"]["model"]
 
 

@@ -7,6 +7,7 @@ run has numbers for is left out. Matplotlib is imported where it is used.
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,9 +144,9 @@ def summarise_cells(runs: Sequence[Run]) -> list[Cell]:
 
 def num_steps(runs: Iterable[Run | Cell]) -> int:
     """The most horizon steps that any run was scored at; 0 where none has forecasts."""
-    prefix = "forecasts.model.energy_score."
+    place = re.compile(r"forecasts\.model\.energy_score\.([0-9]{1,4})")
     paths = (path for run in runs for path in (run.numbers if isinstance(run, Run) else run.stats))
-    return max((int(path.removeprefix(prefix)) + 1 for path in paths if path.startswith(prefix)), default=0)
+    return max((int(found[1]) + 1 for path in paths if (found := place.fullmatch(path))), default=0)
 
 
 # --------------------------------------------------------------------------------------------------------- table

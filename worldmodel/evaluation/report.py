@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
 from worldmodel.checkpoint import load_run_config
 from worldmodel.config import to_yaml
@@ -19,6 +18,7 @@ from worldmodel.evaluation import figures, tables
 from worldmodel.evaluation.figures import Line, Picture
 from worldmodel.evaluation.illustrations import NO_ILLUSTRATIONS, Illustrations, PlannedEpisode
 from worldmodel.evaluation.illustrations_file import ILLUSTRATIONS_NAME, PLANNED_NAME, load_parts
+from worldmodel.evaluation.metrics_file import METRICS_NAME, PLANNING_NAME, read_metrics_file
 from worldmodel.tracking import read_metrics, versions
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def report_of_run(run: Path) -> Path:
     metrics.json and illustrations.safetensors are of scripts/evaluate.py, planning.json and planning.safetensors of
     scripts/plan.py; what is not there is left out. Raises UserError: one of them is damaged.
     """
-    metrics, planning = (_read_json(run / name) for name in ("metrics.json", "planning.json"))
+    metrics, planning = (read_metrics_file(run / name) for name in (METRICS_NAME, PLANNING_NAME))
     drawn = load_parts(run / ILLUSTRATIONS_NAME, Illustrations) if metrics else []
     if metrics and not drawn:
         logger.warning("%s has no %s: evaluate the run again for the report's pictures", run, ILLUSTRATIONS_NAME)
@@ -54,16 +54,6 @@ def report_of_run(run: Path) -> Path:
         versions=versions(),
     )
     return path
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """What a file holds, None where there is none."""
-    if not path.is_file():
-        return None
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged, write it again by the script that did: {error}") from error
 
 
 def write_report(

@@ -6,6 +6,7 @@ Metrics may lack any part: what is missing is left out or shown as a dash.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,7 +143,7 @@ def value_at(metrics: Any, path: str) -> Any:
     for key in path.split("."):
         if isinstance(metrics, Mapping):
             metrics = metrics.get(key)
-        elif isinstance(metrics, list | tuple) and key.isdigit() and int(key) < len(metrics):
+        elif isinstance(metrics, list | tuple) and re.fullmatch(r"[0-9]{1,9}", key) and int(key) < len(metrics):
             metrics = metrics[int(key)]
         else:
             return None
