@@ -1,4 +1,4 @@
-"""The one exception for mistakes of the user, as opposed to mistakes of ours."""
+"""The one exception for mistakes of the user, as opposed to mistakes of ours, and names as messages may show them."""
 
 
 class UserError(Exception):
@@ -6,3 +6,16 @@ class UserError(Exception):
 
     Scripts print it without a traceback and exit with code 2.
     """
+
+
+def printable(name: object) -> str:
+    """Return the text of `name` on one line, with every character escaped that a terminal would act on.
+
+    Those are control characters, line ends, marks that turn the direction of writing, and bytes that are not UTF-8.
+    """
+    text = str(name)
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()

@@ -474,7 +474,7 @@ def write_comparison(out: Path, made: Sequence[MadeRun], about: dict[str, Any]) 
     }
     markdown, figure = comparison_markdown(runs), comparison_figure(runs)
     paths = [out / name for name in ("comparison.json", "comparison.md", "compare.html", "comparison.png")]
-    write_text(paths[0], json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_text(paths[0], json.dumps(content, indent=1) + "\n")
     write_text(paths[1], markdown + "\n")
     histories = [read_metrics(one.folder) for one in made]
     write_comparison_page(paths[2], title=out.name, runs=runs, histories=histories)

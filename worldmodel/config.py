@@ -40,7 +40,7 @@ def _usable(text: Any) -> Any:
     return text
 
 
-Text = Annotated[str, Field(min_length=1, max_length=2048), BeforeValidator(_usable)]
+Text = Annotated[str, Field(max_length=2048), BeforeValidator(_usable)]
 # Upper bounds lie far above what is of use, and below what an allocator or a clock refuses: a Count is as large as the
 # data, Samples are drawn or batched together, a Size is one side of a matrix, and a Repeat happens within one step.
 Count = Annotated[int, Field(strict=True, gt=0, le=10**9)]
@@ -487,6 +487,9 @@ def _encoder_contradictions(config: Config) -> Iterator[str]:
 def _contradictions(config: Config) -> Iterator[str]:
     data, model, objective = config.data, config.model, OBJECTIVES[config.objective.name]
     name = f"objective.name={config.objective.name}"
+    for key, value in flatten(to_dict(config)).items():
+        if value == "":
+            yield f"{key} is empty: give it a value"
     if data.batch_size % data.num_lanes:
         yield f"data.batch_size={data.batch_size} must be a multiple of data.num_lanes={data.num_lanes}"
     for key, value in FORMATS[data.source].items():

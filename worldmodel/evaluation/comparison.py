@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from worldmodel.evaluation.figures import PLAIN_TEXT, save, short
 from worldmodel.evaluation.tables import DASH, aligned_table
 
 if TYPE_CHECKING:
@@ -271,7 +272,7 @@ def comparison_figure(runs: Sequence[Run]) -> Figure | None:
         return None
     cells = summarise_cells(runs)
     num_rows = len(cells) + len({cell.objective for cell in cells})
-    with matplotlib.rc_context({"font.size": 9, "text.color": TEXT, "legend.frameon": False}):
+    with matplotlib.rc_context({**PLAIN_TEXT, "font.size": 9, "text.color": TEXT, "legend.frameon": False}):
         height_in = len(panels) * (num_rows * ROW_IN + 1.3)
         figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained", facecolor=SURFACE)
         for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
@@ -281,7 +282,7 @@ def comparison_figure(runs: Sequence[Run]) -> Figure | None:
 
 def png(figure: Figure) -> bytes:
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    save(figure, buffer, "png", dpi=DPI)
     return buffer.getvalue()
 
 
@@ -311,7 +312,7 @@ def _draw(axes: Axes, panel: Panel, runs: Sequence[Run], cells: Sequence[Cell]) 
 
     styles, positions = _latent_styles(cells), _row_positions(cells)
     handles = [
-        Line2D([], [], color=colour, marker=marker, linestyle="", label=f"latent {latent}")
+        Line2D([], [], color=colour, marker=marker, linestyle="", label=f"latent {short(latent)}")
         for latent, (colour, marker) in styles.items()
     ]
     handles.append(
@@ -349,7 +350,7 @@ def _draw(axes: Axes, panel: Panel, runs: Sequence[Run], cells: Sequence[Cell]) 
         objective: statistics.fmean(y for cell, y in zip(cells, positions, strict=True) if cell.objective == objective)
         for objective in dict.fromkeys(cell.objective for cell in cells)
     }
-    axes.set_yticks(list(centres.values()), list(centres))
+    axes.set_yticks(list(centres.values()), [short(objective) for objective in centres])
     axes.set_ylim(positions[-1] + 0.8, -0.8)
     axes.set_xlabel(panel.label, color=TEXT)
     axes.tick_params(length=0, colors=TEXT)

@@ -13,11 +13,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from data_pipelines.errors import printable
 from worldmodel.evaluation.illustrations import Fans, Latents, PlannedEpisode, Timeline
 
 if TYPE_CHECKING:
@@ -102,6 +104,18 @@ def _picture_uri(figure: Figure, *, dpi: int, lossless: bool) -> tuple[str, int,
     return data_uri(buffer.getvalue()), width_px, height_px
 
 
+# Text is drawn as it is: names of files and runs are in it, and "$" in them begins no formula.
+PLAIN_TEXT = {"text.parse_math": False, "text.usetex": False, "font.family": ["DejaVu Sans"]}
+
+
+def save(figure: Figure, file: BinaryIO, suffix: str, *, dpi: int) -> None:
+    """Write a figure whose text is plain: Matplotlib makes some labels no sooner than it draws them."""
+    import matplotlib
+
+    with matplotlib.rc_context(PLAIN_TEXT):
+        figure.savefig(file, format=suffix, dpi=dpi)
+
+
 @contextmanager
 def style(theme: Theme) -> Iterator[Theme]:
     """The theme again, under Matplotlib's settings for a theme, whatever a user's matplotlibrc says."""
@@ -109,6 +123,7 @@ def style(theme: Theme) -> Iterator[Theme]:
 
     with matplotlib.rc_context(
         {
+            **PLAIN_TEXT,
             "font.size": 10,
             "text.color": theme["text"],
             "axes.labelcolor": theme["text"],
@@ -203,7 +218,7 @@ def draw_timeline(axes: Axes, theme: Theme, timeline: Timeline) -> None:
             color=theme["truth"],
             fontweight="bold",
         )
-    axes.set(xlabel="frame" if timeline.time_s is None else "time, s", ylabel=f"surprise, {timeline.unit}")
+    axes.set(xlabel="frame" if timeline.time_s is None else "time, s", ylabel=f"surprise, {short(timeline.unit)}")
     axes.set_ylim(min(0.0, float(np.nanmin(timeline.surprise, initial=0.0))), None)
     axes.margins(x=0.02, y=0.18)
 
@@ -244,12 +259,12 @@ def timeline_figure(timeline: Timeline) -> Figure:
         figure = Figure(figsize=(width_in, height_in))
         axes = figure.add_axes(box(left_in, 0.35, width_in - left_in - right_in, curve_in - 0.95))
         draw_timeline(axes, theme, timeline)
-        axes.set_title(timeline.video, fontsize=10, loc="left")
+        axes.set_title(short(timeline.video, 80), fontsize=10, loc="left")
         for i, (peak, frames) in enumerate(zip(timeline.peaks, timeline.peak_frames, strict=True)):
             top_in = curve_in + i * row_in
             baseline = 1 - (top_in + 0.2) / height_in
             figure.text(0.3 / width_in, baseline, str(i + 1), color=theme["truth"], weight="bold")
-            figure.text(left_in / width_in, baseline, timeline_moment(timeline, peak))
+            figure.text(left_in / width_in, baseline, short(timeline_moment(timeline, peak), 80))
             for j, frame in enumerate(frames[columns]):
                 x = left_in + j * (tile_w + gap_in) + (3 * gap_in if j >= len(shown) else 0)
                 show_frame(figure.add_axes(box(x, top_in + title_in, tile_w, tile_h)), frame)
@@ -292,9 +307,21 @@ def forecast_line(name: str, label: str, values: np.ndarray) -> Line:
     return Line(label, values, colour, dashes, width)
 
 
-def short(label: str) -> str:
-    """The label, or its end where it is too long to stand beside a chart."""
-    return label if len(label) <= 24 else "…" + label[-23:]
+def short(text: str, most: int = 24) -> str:
+    """Return text that others chose as a chart can show it: on one line, by glyphs there are, at most its end."""
+    line = printable(" ".join(text.split()))
+    line = line if len(line) <= most else "…" + line[1 - most :]
+    glyphs = _glyphs()
+    drawn = "".join(c if ord(c) in glyphs else "□" for c in line)
+    return f" {drawn}" if drawn.startswith("_") else drawn  # Matplotlib leaves labels with that start out of legends
+
+
+@cache
+def _glyphs() -> frozenset[int]:
+    """Code points of the font of PLAIN_TEXT, which Matplotlib brings along."""
+    from matplotlib.font_manager import findfont, get_font
+
+    return frozenset(get_font(findfont("DejaVu Sans")).get_charmap())
 
 
 def spread_labels(places: Sequence[float], gap: float) -> list[float]:
@@ -344,7 +371,7 @@ def horizon_chart(
             finite = line.values[np.isfinite(line.values)]
             ends.append(finite[-1] if len(finite) else math.nan)
         axes.set_ylim(*ylim)
-        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set(xlabel=short(xlabel, 40), ylabel=short(ylabel, 40))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         low, high = axes.get_ylim()
         named = [(line, (end - low) / (high - low)) for line, end in zip(lines, ends, strict=True)]
@@ -397,7 +424,7 @@ def rank_chart(histograms: Sequence[tuple[str, np.ndarray]], alt: str) -> Pictur
             edges = np.linspace(0, 1, len(shares) + 1)
             axes.bar(edges[:-1], shares, width=0.88 / len(shares), align="edge", color=theme["model"], alpha=0.85)
             axes.axhline(1 / len(shares), color=theme["truth"], linewidth=1.2, linestyle=(0, (4, 2)))
-            axes.set_ylabel(f"share\n{name}" if name else "share")
+            axes.set_ylabel(f"share\n{short(name)}" if name else "share")
             axes.set_ylim(0, max(2 / len(shares), 1.08 * float(np.nanmax(shares))))
             axes.grid(axis="x", visible=False)
             axes.set_xticks([0, 0.5, 1], ["lowest", "middle", "highest"])
@@ -454,7 +481,7 @@ def fan_chart(fans: Fans, query: int, dimensions: Sequence[str], unit: str, alt:
                 )
             truth = np.concatenate([origin[k : k + 1], fans.true[query, :, k]])
             axes.plot(steps, truth, color=theme["truth"], marker="o", markersize=3.5)
-            axes.set_ylabel(f"{name}, {unit}" if unit else name)
+            axes.set_ylabel(short(f"{name}, {unit}" if unit else name))
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             if fans.on_frames and k == 1:
                 axes.invert_yaxis()

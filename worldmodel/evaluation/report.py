@@ -133,7 +133,7 @@ def write_page(path: Path, template: str, **content: Any) -> None:
         **content,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, page)
+    write_text(path, page.encode("utf-8", "backslashreplace").decode())  # a file name may hold bytes that are not UTF-8
 
 
 def plain(value: Any) -> Any:

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.errors import printable
+
 DASH = "–"
 
 # In the order of the table: label, what it is.
@@ -242,6 +244,7 @@ def best_forecast(metrics: Mapping[str, Any], folder: str = "forecasts") -> str 
 
 def aligned_table(rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
     """A Markdown table, also for a console: the first row is its head, the first `num_left` columns are words."""
+    rows = [[printable(text).replace("|", "\\|") for text in row] for row in rows]
     widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
     rule = ["-" * width if i < num_left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     lines = [
@@ -273,7 +276,7 @@ def markdown_table(metrics: Mapping[str, Any]) -> str:
     for title, (key, _) in kinds.items():
         if key == "energy_score" and best is not None:
             cells[title][best] = [f"**{text}**" for text in cells[title][best]]
-    labels = {name: label(name).replace("|", "\\|") for name in names}
+    labels = {name: label(name) for name in names}
     if len(steps) == 1 or not names:
         return aligned_table(
             [["forecast", *kinds], *([labels[name], *(cells[title][name][0] for title in kinds)] for name in names)]
