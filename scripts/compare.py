@@ -25,15 +25,17 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, BinaryIO, get_args
 
 from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_bytes, write_text
+from data_pipelines.text_files import MAX_YAML_BYTES, read_text
 from worldmodel.checkpoint import RESUMABLE_CHANGES, load_run_config
-from worldmodel.cli import EXIT_USER_ERROR, report_errors
+from worldmodel.cli import EXIT_USER_ERROR, make_out_folder, report_errors
 from worldmodel.config import Config, ModelConfig, ObjectiveConfig, flatten, load_config, to_dict, to_yaml
 from worldmodel.evaluation.comparison import (
     Run,
@@ -52,6 +54,7 @@ from worldmodel.train import Interrupted, stop_signals
 
 SCRIPTS = Path(__file__).resolve().parent
 OVERRIDE = re.compile(r"[\w.]+=.*", re.DOTALL)
+ONE_VALUE = ("--config", "--out", "--jobs", "--launch")
 # The keys that the grid sets, and what to use instead.
 GRID_KEYS = {"objective.name": "--objectives", "model.latent": "--latents", "seed": "--seeds", "run_dir": "--out"}
 POLL_S = 0.2
@@ -119,9 +122,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--table-only", action="store_true", help="train nothing; compare the runs that are done")
     parser.add_argument("--skip-refused", action="store_true", help="leave out combinations that the config refuses")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs, such as train.steps=400")
-    # An override may also follow an option that takes a list.
-    overrides = [argument for argument in argv if OVERRIDE.fullmatch(argument)]
-    return parser.parse_intermixed_args([*overrides, *(argument for argument in argv if argument not in overrides)])
+    # An override may also follow an option that takes a list; what follows an option of one value is that value.
+    is_override = [
+        OVERRIDE.fullmatch(argument) is not None and before not in ONE_VALUE
+        for before, argument in zip(["", *argv], argv, strict=False)
+    ]
+    overrides = list(compress(argv, is_override))
+    return parser.parse_intermixed_args([*overrides, *compress(argv, [not is_one for is_one in is_override])])
 
 
 def parse_folders(argv: Sequence[str]) -> argparse.Namespace:
@@ -144,25 +151,19 @@ def compare_folders(args: argparse.Namespace) -> int:
             raise UserError(f"--runs {folder}: there is no metrics.json, evaluate the run first")
         config, name = load_run_config(folder), os.path.relpath(folder.resolve(), above)
         made.append(MadeRun(folder, Run(name, config.model.latent, config.seed, flat_numbers(metrics)), metrics))
-    make_folder(args.out)
+    make_out_folder(args.out)
     write_comparison(args.out, made, {"runs_given": [str(folder) for folder in args.runs]})
     return 0
-
-
-def make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to --out {out}: {error.strerror}") from error
 
 
 def compare(args: argparse.Namespace) -> int:
     check_arguments(args)
     share = max(1, fair_share_of_cores() // args.jobs) if args.jobs > 1 else None
     grid, refused = make_grid(args)
+    config_text = read_text(Path(args.config), MAX_YAML_BYTES)  # as it is now: it may change while runs are trained
     if refused:
         print(f"skipped, as the config refuses {refused}", file=sys.stderr)
-    make_folder(args.out)
+    make_out_folder(args.out)
     with only_writer(args.out) as lock:
         grid = [keep_threads(run, share) for run in grid]
         check_same_configs(grid)
@@ -171,7 +172,7 @@ def compare(args: argparse.Namespace) -> int:
         done = [run for run in grid if is_done(run)]
         if done:
             made = [MadeRun(run.folder, *scored(run)) for run in done]
-            write_comparison(args.out, made, provenance(args, failures, refused))
+            write_comparison(args.out, made, provenance(args, config_text, failures, refused))
     if not failures:
         return 0
     names = ", ".join(failure.run.name for failure in failures)
@@ -203,8 +204,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         check_not_of_grid(override)
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs} must be at least 1")
-    if args.launch and shutil.which(shlex.split(args.launch)[0]) is None:
-        raise UserError(f"--launch {args.launch!r}: there is no program {shlex.split(args.launch)[0]!r}")
+    try:
+        program, *_ = shlex.split(args.launch) or [sys.executable]
+    except ValueError as error:
+        raise UserError(f"--launch {args.launch!r} cannot be split into words: {error}") from error
+    if shutil.which(program) is None:
+        raise UserError(f"--launch {args.launch!r}: there is no program {program!r}")
 
 
 def check_not_of_grid(override: str) -> None:
@@ -314,6 +319,16 @@ class Running:
     child: subprocess.Popen[bytes]
 
 
+def open_own(path: Path, flags: int) -> BinaryIO:
+    """Open a file of a comparison, made where there is none. Raises UserError: it cannot be written, or is a link."""
+    try:
+        # O_NONBLOCK: opening a FIFO would wait for a reader.
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}") from error
+    return open(descriptor, "ab" if flags & os.O_APPEND else "wb", buffering=0)
+
+
 @contextmanager
 def only_writer(out: Path) -> Iterator[int]:
     """Hold the lock of a folder. Children inherit its descriptor, which is yielded, and hold it as long as they live.
@@ -321,7 +336,7 @@ def only_writer(out: Path) -> Iterator[int]:
     Raises:
         UserError: another comparison, or a child that one left behind, still writes there.
     """
-    with (out / ".lock").open("w") as file:
+    with open_own(out / ".lock", os.O_WRONLY) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -388,7 +403,7 @@ def start(run: GridRun, phase: str, launch: str, lock: int) -> Running:
     environment = {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "10", **os.environ}
     if run.config.train.num_threads:
         environment["OMP_NUM_THREADS"] = str(run.config.train.num_threads)
-    with run.beside(".log.txt").open("ab") as log:
+    with open_own(run.beside(".log.txt"), os.O_WRONLY | os.O_APPEND) as log:
         log.write(f"\n$ {shlex.join(command)}\n".encode())
         log.flush()
         child = subprocess.Popen(
@@ -451,12 +466,12 @@ def scored(run: GridRun) -> tuple[Run, dict[str, Any]]:
     return Run(run.objective, run.latent, run.seed, flat_numbers(metrics)), metrics
 
 
-def provenance(args: argparse.Namespace, failures: list[Failure], refused: str) -> dict[str, Any]:
+def provenance(args: argparse.Namespace, config_text: str, failures: list[Failure], refused: str) -> dict[str, Any]:
     """What comparison.json says of the grid that the runs are of."""
     return {
         "grid": {name: value for name, value in vars(args).items() if name not in ("config", "out")},
         "config": args.config,
-        "config_text": Path(args.config).read_text(encoding="utf-8"),
+        "config_text": config_text,
         "failed": {failure.run.name: failure.message for failure in failures},
         "refused": refused,
     }
@@ -474,14 +489,17 @@ def write_comparison(out: Path, made: Sequence[MadeRun], about: dict[str, Any]) 
     }
     markdown, figure = comparison_markdown(runs), comparison_figure(runs)
     paths = [out / name for name in ("comparison.json", "comparison.md", "compare.html", "comparison.png")]
-    write_text(paths[0], json.dumps(content, indent=1) + "\n")
-    write_text(paths[1], markdown + "\n")
     histories = [read_metrics(one.folder) for one in made]
-    write_comparison_page(paths[2], title=out.name, runs=runs, histories=histories)
-    if figure is None:
-        paths.pop().unlink(missing_ok=True)
-    else:
-        write_bytes(paths[3], png(figure))
+    try:
+        write_text(paths[0], json.dumps(content, indent=1) + "\n")
+        write_text(paths[1], markdown + "\n")
+        write_comparison_page(paths[2], title=out.name, runs=runs, histories=histories)
+        if figure is None:
+            paths.pop().unlink(missing_ok=True)
+        else:
+            write_bytes(paths[3], png(figure))
+    except OSError as error:
+        raise UserError(f"cannot write to --out {out}: {error.strerror}") from error
     print("\n".join(["", markdown, "", *map(str, paths)]))
 
 

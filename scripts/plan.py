@@ -21,10 +21,12 @@ import torch
 
 from data_pipelines.errors import UserError
 from data_pipelines.sources.recorder import parse_kwargs
+from data_pipelines.text_files import shown
 from worldmodel import load
-from worldmodel.cli import check_counts, report_errors, write_result
+from worldmodel.cli import check_counts, check_device, check_seed, make_out_folder, report_errors, write_result
 from worldmodel.config import PlanningConfig, apply_override, to_dict, validate
 from worldmodel.evaluation.illustrations_file import PLANNED_NAME, save_parts
+from worldmodel.evaluation.metrics_file import METRICS_NAME, PLANNING_NAME, read_metrics_file
 from worldmodel.evaluation.planned_episodes import planned_episodes
 from worldmodel.evaluation.planning import (
     Episodes,
@@ -69,7 +71,11 @@ def main() -> int:
     args = parser.parse_args()
     with report_errors():
         check_counts(args, "seeds", "episodes", "budget")
-        run = load(args.run, which=args.checkpoint, device=args.device)
+        check_seed(args, "first_seed")
+        run = load(args.run, which=args.checkpoint, device=check_device(args.device))
+        # Found out before hours of planning: the report is made of these, and everything is written there.
+        read_metrics_file(args.run / METRICS_NAME)
+        make_out_folder(args.run, "--run")
         config = planning_config(to_dict(run.config), args.overrides)
         protocol = PlanningProtocol(
             env=args.env,
@@ -103,7 +109,7 @@ def main() -> int:
         result["protocol"] = describe(protocol, config) | {"step": run.state["step"], "labels": counts[-1]}
         if args.labels:
             result["curve"] = curve
-        out = args.run / "planning.json"
+        out = args.run / PLANNING_NAME
         (args.run / PLANNED_NAME).unlink(missing_ok=True)  # of earlier episodes
         write_result(out, result)
         print(f"\n{table(result)}\n\n{json.dumps(result['protocol'])}\n")
@@ -125,7 +131,7 @@ def planning_config(tree: dict[str, Any], overrides: Sequence[str]) -> PlanningC
     """The section `planning` of a run's config, with overrides. Raises UserError: one is of another section, or bad."""
     for override in overrides:
         if not override.startswith("planning."):
-            raise UserError(f"override {override!r}: only planning.KEY=VALUE can differ from the run's config")
+            raise UserError(f"override {shown(override)}: only planning.KEY=VALUE can differ from the run's config")
         apply_override(tree, override)
     return validate(tree, source="the run's config").planning
 

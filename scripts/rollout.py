@@ -4,6 +4,7 @@ python scripts/rollout.py --run runs/demo --video FILE --num-samples 64 --horizo
 """
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from data_pipelines.decoders import read_frames
 from data_pipelines.errors import UserError
 from data_pipelines.transforms import to_float
 from worldmodel import TrainedRun, load
-from worldmodel.cli import check_counts, report_errors
+from data_pipelines.files import write_bytes
+from worldmodel.cli import check_counts, check_device, check_out_file, check_seed, check_video, report_errors
+
+MAX_SEGMENTS = 2**22  # predicted ones, which are in memory together
 
 
 def main() -> int:
@@ -30,7 +34,12 @@ def main() -> int:
     args = parser.parse_args()
     with report_errors():
         check_counts(args, "num_samples", "horizon")
-        trained = load(args.run, device=args.device)
+        check_seed(args)
+        if args.num_samples * args.horizon > MAX_SEGMENTS:
+            raise UserError(f"--num-samples times --horizon must be at most {MAX_SEGMENTS:,}")
+        trained = load(args.run, device=check_device(args.device))
+        check_video(args.video)
+        check_out_file(args.out)
         context = read_context(trained, args.video, args.start_frame)
         futures = trained.rollout(context, args.horizon, args.num_samples, args.seed)[0]
         save(args.out, trained.encode(context)[0], futures)
@@ -59,10 +68,10 @@ def read_context(trained: TrainedRun, video: Path, start_frame: int) -> torch.Te
 
 def save(out: Path, context: torch.Tensor, futures: torch.Tensor) -> None:
     """context [D], futures [S, horizon, D]."""
+    content = io.BytesIO()
+    np.savez(content, context=context.cpu().numpy(), futures=futures.cpu().numpy())
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("wb") as file:
-            np.savez(file, context=context.cpu().numpy(), futures=futures.cpu().numpy())
+        write_bytes(out, content.getvalue())
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from error
 

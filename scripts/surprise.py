@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from data_pipelines.errors import UserError
-from data_pipelines.files import write_text
+from data_pipelines.files import write_bytes, write_text
 from worldmodel import load
-from worldmodel.cli import check_counts, report_errors
-from worldmodel.evaluation.figures import timeline_figure
+from worldmodel.cli import check_counts, check_device, check_video, make_out_folder, report_errors
+from worldmodel.evaluation.figures import save, timeline_figure
 from worldmodel.evaluation.illustrations import Timeline
 from worldmodel.surprise import MEASURES
 
@@ -39,14 +39,17 @@ def main() -> int:
     args = parser.parse_args()
     with report_errors():
         check_counts(args, "peaks", "step_frames")
-        trained = load(args.run, which=args.checkpoint, device=args.device)
+        trained = load(args.run, which=args.checkpoint, device=check_device(args.device))
+        check_video(args.video)
+        make_out_folder(args.out)
         timeline = trained.surprise(args.video, num_peaks=args.peaks, step_frames=args.step_frames, progress=True)
         try:
-            args.out.mkdir(parents=True, exist_ok=True)
             write_text(args.out / "surprise.csv", csv_of(timeline))
             figure = timeline_figure(timeline)
             for suffix in ("png", "webp"):
-                figure.savefig(args.out / f"surprise.{suffix}", dpi=PICTURE_DPI)
+                picture = io.BytesIO()
+                save(figure, picture, suffix, dpi=PICTURE_DPI)
+                write_bytes(args.out / f"surprise.{suffix}", picture.getvalue())
         except OSError as error:
             raise UserError(f"cannot write to {args.out}: {error.strerror}") from error
         print(f"\n{table_of_peaks(timeline)}\n\n{args.out / 'surprise.csv'}\n{args.out / 'surprise.png'}")

@@ -5,35 +5,46 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data_pipelines.errors import UserError
+import torch
+
+from data_pipelines.errors import UserError, printable
 from data_pipelines.files import check_writable, write_text
+from data_pipelines.probe import one_line
+from data_pipelines.text_files import shown
+from worldmodel.terminal import safe_terminal
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+MAX_COUNT, MAX_SEED = 2**20, 10**18
 
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """Log at INFO; turn a UserError into one line and exit code 2, Ctrl-C into exit code 130."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            # The launcher of several processes ends with a summary of its own, which then names the cause.
-            summary = {"message": f"error: {error}", "timestamp": int(time.time())}
-            Path(error_file).write_text(json.dumps(summary), encoding="utf-8")
-        leave(EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        leave(EXIT_INTERRUPTED)
+    """Turn a UserError into one line and exit code 2, Ctrl-C into exit code 130.
+
+    What is printed and logged meanwhile is safe for a terminal (worldmodel/terminal.py).
+    """
+    with safe_terminal():
+        try:
+            yield
+        except UserError as error:
+            message = f"error: {printable(error)}"
+            print(message, file=sys.stderr)
+            if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+                # The launcher of several processes ends with a summary of its own, which then names the cause.
+                summary = {"message": message, "timestamp": int(time.time())}
+                Path(error_file).write_text(json.dumps(summary), encoding="utf-8")
+            leave(EXIT_USER_ERROR)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            leave(EXIT_INTERRUPTED)
 
 
 def leave(code: int) -> NoReturn:
@@ -51,11 +62,62 @@ def leave(code: int) -> NoReturn:
 
 
 def check_counts(args: argparse.Namespace, *names: str) -> None:
-    """Raises UserError: one of these options, where it is given, is below 1."""
+    """Raises UserError: one of these options, where it is given, is below 1 or above MAX_COUNT."""
     for name in names:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if value is not None and value > MAX_COUNT:
+            raise UserError(f"--{name.replace('_', '-')} must be at most {MAX_COUNT:,}, not {shown(value)}")
+
+
+def check_seed(args: argparse.Namespace, name: str = "seed") -> None:
+    """Raises UserError: this option is negative or too large for a generator."""
+    value = getattr(args, name)
+    if not 0 <= value <= MAX_SEED:
+        raise UserError(f"--{name.replace('_', '-')} must be from 0 to {MAX_SEED:,}, not {shown(value)}")
+
+
+def check_device(name: str) -> torch.device:
+    """Return the device of this name. Raises UserError: there is no such device on this machine."""
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(f"--device {name} cannot be used here: {one_line(error)}") from error
+
+
+def check_video(path: Path) -> None:
+    """Raises UserError: no regular file is there."""
+    try:
+        is_file, exists = path.is_file(), path.exists()
+    except (OSError, ValueError) as error:  # a name that is too long, or has a NUL
+        raise UserError(f"--video {path}: {one_line(error)}") from error
+    if not is_file:
+        raise UserError(f"--video {path}: " + ("it is not a regular file" if exists else "there is no such file"))
+
+
+def make_out_folder(path: Path, option: str = "--out") -> None:
+    """Make the folder that results go to, before the work that leads to them.
+
+    Raises:
+        UserError: it cannot be made, or files cannot be written there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write to {option} {path}: {one_line(error)}") from error
+
+
+def check_out_file(path: Path, option: str = "--out") -> None:
+    """Make the folder of the file that results go to. Raises UserError: such a file cannot be written there."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"cannot write to {option} {path}: it is not a regular file")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write to {option} {path}: {one_line(error)}") from error
+    make_out_folder(path.parent, option)
 
 
 def check_run_writable(run: Path) -> None:
