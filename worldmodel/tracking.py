@@ -1,18 +1,15 @@
-"""Logging of a run: metrics.jsonl always, wandb beside it."""
+"""Logging of a run: metrics.jsonl always, and wandb."""
 
 import json
 import logging
-import netrc
-import os
 import platform
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
-from worldmodel.config import Config, to_dict
+from worldmodel.config import Config
+from worldmodel.wandb_tracking import start_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +33,14 @@ class Tracker:
     On a resume, rows after `start_step` are dropped: the steps behind them run again.
 
     Raises:
-        UserError: wandb is to be online and nobody is logged in.
+        UserError: as `worldmodel.wandb_tracking.wandb_mode`.
     """
 
     def __init__(self, run: Path, config: Config, start_step: int) -> None:
         rows = [row for row in read_metrics(run) if row["step"] <= start_step] if start_step else []
         write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         self._file = (run / "metrics.jsonl").open("a", encoding="utf-8")
-        self._wandb = _start_wandb(run, config)
+        self._wandb = start_wandb(run, config)
 
     def log(self, split: str, step: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
@@ -55,40 +52,6 @@ class Tracker:
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def _start_wandb(run: Path, config: Config) -> Any:
-    mode = os.environ.get("WANDB_MODE", config.tracking.wandb)
-    if mode == "disabled":
-        return None
-    try:
-        import wandb
-    except ImportError:
-        logger.warning("wandb is not installed: metrics go to metrics.jsonl alone")
-        return None
-    if mode == "online" and not _wandb_credentials():
-        raise UserError(
-            "tracking.wandb=online but nobody is logged in: run `wandb login` or use tracking.wandb=offline"
-        )
-    return wandb.init(
-        project=config.tracking.project,
-        name=run.name,
-        dir=str(run),
-        mode="online" if mode == "online" else "offline",
-        config=to_dict(config),
-        settings=wandb.Settings(silent=True, console="off"),
-    )
-
-
-def _wandb_credentials() -> bool:
-    """Whether wandb will find an API key. (Asking wandb itself may end in a prompt.)"""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def versions() -> dict[str, str]:

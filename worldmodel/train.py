@@ -62,6 +62,7 @@ from worldmodel.scores import effective_rank
 from worldmodel.teacher import Teacher, ema_momentum
 from worldmodel.timing import StepTimes
 from worldmodel.tracking import Tracker
+from worldmodel.wandb_tracking import wandb_mode
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, prof
 def _train(config: Config, accelerator: Accelerator, *, resume: bool, overwrite: bool, profile: bool) -> Path:
     set_threads(config.train.num_threads)
     keep_freed_memory()
+    wandb_mode(config)  # a mistake is told before there is a run folder
     rank, world_size = accelerator.process_index, accelerator.num_processes
     # The first process indexes the videos, then the first of each other host; the rest find an index.
     with accelerator.main_process_first(), accelerator.local_main_process_first():
