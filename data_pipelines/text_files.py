@@ -7,7 +7,7 @@ import reprlib
 import stat
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -102,7 +102,7 @@ class _Loader(yaml.SafeLoader):
     1e-3 is a number, as in YAML 1.2; PyYAML's own rule wants 1.0e-3. A date is text.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+    yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in rules if tag.rpartition(":")[2] in ("null", "bool", "int", "float")]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -127,8 +127,8 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         return node
 
-    def _refuse(self, problem: str, event: yaml.Event) -> None:
-        raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+    def _refuse(self, problem: str, at: Any) -> None:
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
 
 
 _Loader.add_implicit_resolver(

@@ -75,7 +75,7 @@ def main() -> int:
         run = load(args.run, which=args.checkpoint, device=check_device(args.device))
         # Found out before hours of planning: the report is made of these, and everything is written there.
         read_metrics_file(args.run / METRICS_NAME)
-        make_out_folder(args.run, "--run")
+        make_out_folder(args.run, f"--run {args.run}")
         config = planning_config(to_dict(run.config), args.overrides)
         protocol = PlanningProtocol(
             env=args.env,

@@ -96,8 +96,8 @@ def check_video(path: Path) -> None:
         raise UserError(f"--video {path}: " + ("it is not a regular file" if exists else "there is no such file"))
 
 
-def make_out_folder(path: Path, option: str = "--out") -> None:
-    """Make the folder that results go to, before the work that leads to them.
+def make_out_folder(path: Path, name: str = "") -> None:
+    """Make the folder that results go to, before the work that leads to them; messages call it `name`, or --out.
 
     Raises:
         UserError: it cannot be made, or files cannot be written there.
@@ -107,17 +107,17 @@ def make_out_folder(path: Path, option: str = "--out") -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write to {option} {path}: {one_line(error)}") from error
+        raise UserError(f"cannot write to {name or f'--out {path}'}: {one_line(error)}") from error
 
 
-def check_out_file(path: Path, option: str = "--out") -> None:
+def check_out_file(path: Path) -> None:
     """Make the folder of the file that results go to. Raises UserError: such a file cannot be written there."""
     try:
         if path.exists() and not path.is_file():
-            raise UserError(f"cannot write to {option} {path}: it is not a regular file")
+            raise UserError(f"cannot write to --out {path}: it is not a regular file")
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write to {option} {path}: {one_line(error)}") from error
-    make_out_folder(path.parent, option)
+        raise UserError(f"cannot write to --out {path}: {one_line(error)}") from error
+    make_out_folder(path.parent, f"--out {path}")
 
 
 def check_run_writable(run: Path) -> None:

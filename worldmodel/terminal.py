@@ -44,7 +44,7 @@ class Terminal:
 @contextmanager
 def safe_terminal() -> Iterator[None]:
     """Pass what is printed, logged or drawn as a progress bar through `Terminal`; log at INFO."""
-    with redirect_stdout(Terminal(sys.stdout)), redirect_stderr(Terminal(sys.stderr)):  # type: ignore[type-var]
+    with redirect_stdout(Terminal(sys.stdout)), redirect_stderr(Terminal(sys.stderr)):
         handler = logging.StreamHandler()
         handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
         logging.basicConfig(level=logging.INFO, handlers=[handler])

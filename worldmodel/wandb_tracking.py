@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from data_pipelines.errors import UserError, printable
@@ -90,7 +90,7 @@ def start_wandb(run: Path, config: Config) -> WandbRun | None:
         return None
     _give_it_a_cache(run)
 
-    def init(mode: str) -> WandbRun:
+    def init(mode: Literal["online", "offline"]) -> WandbRun:
         settings = wandb.Settings(silent=True, console="off", init_timeout=START_S)
         name, project = printable(run.name), config.tracking.project
         os.environ["WANDB_MODE"] = mode  # wandb refuses an empty one, whatever else it is given

@@ -1,6 +1,7 @@
 """The report in a headless Chromium: no request, no error, no overflow, readable in the dark, at home on a phone."""
 
 import base64
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -177,3 +178,47 @@ def test_it_is_whole_without_javascript(browser: Any, page: Path) -> None:
     boxes = zip(layout["nodeIndex"], layout["bounds"], strict=True)
     sizes = [bounds[2:] for node, bounds in boxes if strings[names[node]] == "IMG"]
     assert any(width > 100 and height > 100 for width, height in sizes)
+
+
+EVIL = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">' autofocus x=\""
+
+
+def test_names_of_strangers_are_text(browser: Any, tmp_path: Path) -> None:
+    """In every place that a stranger's run folder fills: names of forecasts, probes, video, run, planning, config."""
+    metrics = make_metrics(2)
+    metrics["forecasts"][EVIL] = metrics["forecasts"]["persistence"]
+    metrics["probes"][EVIL] = {EVIL: {"linear": 0.5}}
+    metrics["embedding"][EVIL] = EVIL
+    metrics["readout"][EVIL] = [EVIL]
+    metrics |= {
+        "run": EVIL,
+        "seed": EVIL,
+        EVIL: EVIL,
+        "quantity": {"name": EVIL, "unit": EVIL, "dimensions": [EVIL] * 2},
+    }
+    planning = make_planning()
+    planning["protocol"] |= {"env": EVIL, EVIL: EVIL, "env_kwargs": {EVIL: EVIL}}
+    drawn = make_illustrations(queries=1, num_steps=2, size_px=32)
+    assert drawn.timeline is not None and drawn.latents is not None
+    write_report(
+        tmp_path / "report.html",
+        title=EVIL,
+        metrics=metrics | {"planning": planning},
+        config_yaml=f"run_dir: {EVIL}\n",
+        history=make_history(),
+        illustrations=dataclasses.replace(
+            drawn,
+            timeline=dataclasses.replace(drawn.timeline, video=EVIL, unit=EVIL),
+            latents=dataclasses.replace(drawn.latents, change_name=EVIL),
+        ),
+        versions={EVIL: EVIL},
+        episodes=make_episodes(1),
+    )
+    runs = [Run(EVIL, EVIL, seed, flat_numbers(metrics)) for seed in (0, 1)]
+    write_comparison_page(tmp_path / "compare.html", title=EVIL, runs=runs, histories=[make_history()] * 2)
+    for name in ("report.html", "compare.html"):
+        visit(browser, tmp_path / name)
+        assert browser.execute_script("return document.title").startswith("<script>")
+        inside = "return document.querySelectorAll('script, img:not([src^=\"data:\"]), [onerror], [autofocus]').length"
+        assert browser.execute_script(inside) == 0
+        assert EVIL in browser.execute_script("return document.body.textContent")

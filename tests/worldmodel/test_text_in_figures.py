@@ -51,7 +51,7 @@ def strict(tmp_path: Path) -> Iterator[None]:
 
 
 def texts(figure: Figure) -> str:
-    return "\n".join(text.get_text() for text in figure.findobj(Text))  # type: ignore[attr-defined]
+    return "\n".join(text.get_text() for text in figure.findobj(Text))
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
@@ -109,12 +109,12 @@ def test_a_name_is_drawn_letter_by_letter() -> None:
     assert short("x" * 30 + "end") == "…" + "x" * 20 + "end" and short("abcdef", 3) == "…ef"
     with figures.style(figures.THEMES["light"]):
         figure = Figure()
-        assert figure.text(0, 0, "$x$").get_parse_math() is False  # type: ignore[attr-defined]
+        assert figure.text(0, 0, "$x$").get_parse_math() is False
 
 
 def test_every_label_of_the_picture_of_surprise_is_plain() -> None:
     timeline = make_illustrations().timeline
     assert timeline is not None
     figure = timeline_figure(dataclasses.replace(timeline, video="$a$"))
-    titles = [text for text in figure.findobj(Text) if text.get_text() == "$a$"]  # type: ignore[attr-defined]
+    titles = [text for text in figure.findobj(Text) if text.get_text() == "$a$"]
     assert len(titles) == 1 and not titles[0].get_parse_math()

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -105,7 +105,7 @@ def _picture_uri(figure: Figure, *, dpi: int, lossless: bool) -> tuple[str, int,
 
 
 # Text is drawn as it is: names of files and runs are in it, and "$" in them begins no formula.
-PLAIN_TEXT = {"text.parse_math": False, "text.usetex": False, "font.family": ["DejaVu Sans"]}
+PLAIN_TEXT: Any = {"text.parse_math": False, "text.usetex": False, "font.family": ["DejaVu Sans"]}
 
 
 def save(figure: Figure, file: BinaryIO, suffix: str, *, dpi: int) -> None:
