@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from typing_extensions import Required, TypedDict
 
 from data_pipelines.errors import UserError
 from data_pipelines.text_files import read_text, shown
@@ -28,6 +28,7 @@ def _drawable(value: float) -> float:
 
 
 Score = Annotated[float, Field(strict=True), AfterValidator(_drawable)] | None
+Rate = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 Whole = Annotated[int, Field(strict=True)] | None
 Short = Annotated[str, Field(strict=True, max_length=1_000)]
 Scores = Annotated[list[Score], Field(max_length=MAX_HORIZON)]
@@ -105,8 +106,12 @@ class Planned(_Part, total=False):
     ms_per_decision: Score
 
 
-class OfLabels(Planned, total=False):
-    labels: Whole
+class OfLabels(_Part, total=False):
+    labels: Required[Annotated[int, Field(strict=True, ge=1)]]
+    success_rate: Required[Rate]
+    ci95: Required[tuple[Rate, Rate]]
+    ms_per_decision: Score
+    per_seed: Annotated[list[Score], Field(max_length=10_000)]
 
 
 class Protocol(_Part, total=False):
