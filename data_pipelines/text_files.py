@@ -1,10 +1,8 @@
 """Small text files that people or strangers wrote: read within bounds, YAML typed by the dataclass that it fills."""
 
 import dataclasses
-import os
 import re
 import reprlib
-import stat
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -12,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 
 from data_pipelines.errors import UserError
+from data_pipelines.files import read_text
 
 MAX_YAML_BYTES = 1 << 20
 MAX_YAML_DEPTH = 32
@@ -31,7 +30,7 @@ def shown(value: Any) -> str:
         return f"<{type(value).__name__} of too many digits>"
 
 
-def read_text(path: Path, max_bytes: int, name: str = "") -> str:
+def read_small(path: Path, max_bytes: int, name: str = "") -> str:
     """Return the text of a regular file of at most `max_bytes` bytes of UTF-8; a byte order mark is dropped.
 
     Messages call the file `name`, or by its path.
@@ -39,27 +38,14 @@ def read_text(path: Path, max_bytes: int, name: str = "") -> str:
     Raises:
         UserError: no such file, a FIFO, device or folder, too many bytes, or text in another encoding.
     """
-    name = name or str(path)
     try:
-        # Without O_NONBLOCK, opening a FIFO waits for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise UserError(f"cannot read {name}: it is not a regular file")
-            with open(descriptor, "rb", closefd=False) as file:
-                content = file.read(max_bytes + 1)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror}") from error
-    except ValueError as error:  # a NUL in the name
-        raise UserError(f"cannot read {name}: {error}") from error
-    if len(content) > max_bytes:
-        raise UserError(f"cannot read {name}: it has more than {max_bytes:,} bytes")
-    try:
-        return content.decode("utf-8-sig")
+        return read_text(path, max_bytes)
     except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {name}: it is not UTF-8 text, save it as UTF-8") from error
+        raise UserError(f"cannot read {name or path}: it is not UTF-8 text, save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"cannot read {name or path}: {error.strerror or error}") from error
+    except ValueError as error:  # a NUL in the name
+        raise UserError(f"cannot read {name or path}: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------- YAML
@@ -71,7 +57,7 @@ def read_yaml(path: Path, kind: Any = Any) -> Any:
     Raises:
         UserError: the file cannot be read, or is not valid YAML.
     """
-    text = read_text(path, MAX_YAML_BYTES, f"config {path}")
+    text = read_small(path, MAX_YAML_BYTES, f"config {path}")
     try:
         return parse_yaml(text, kind)
     except yaml.YAMLError as error:

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_bytes, write_text
-from data_pipelines.text_files import MAX_YAML_BYTES, read_text
+from data_pipelines.text_files import MAX_YAML_BYTES, read_small
 from worldmodel.checkpoint import RESUMABLE_CHANGES, load_run_config
 from worldmodel.cli import EXIT_USER_ERROR, make_out_folder, report_errors
 from worldmodel.config import Config, ModelConfig, ObjectiveConfig, flatten, load_config, to_dict, to_yaml
@@ -160,7 +160,7 @@ def compare(args: argparse.Namespace) -> int:
     check_arguments(args)
     share = max(1, fair_share_of_cores() // args.jobs) if args.jobs > 1 else None
     grid, refused = make_grid(args)
-    config_text = read_text(Path(args.config), MAX_YAML_BYTES)  # as it is now: it may change while runs are trained
+    config_text = read_small(Path(args.config), MAX_YAML_BYTES)  # as it is now: it may change while runs are trained
     if refused:
         print(f"skipped, as the config refuses {refused}", file=sys.stderr)
     make_out_folder(args.out)

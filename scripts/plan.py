@@ -23,7 +23,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.sources.recorder import parse_kwargs
 from data_pipelines.text_files import shown
 from worldmodel import load
-from worldmodel.cli import check_counts, check_device, check_seed, make_out_folder, report_errors, write_result
+from worldmodel.cli import check_counts, check_device, check_run_writable, check_seed, report_errors, write_result
 from worldmodel.config import PlanningConfig, apply_override, to_dict, validate
 from worldmodel.evaluation.illustrations_file import PLANNED_NAME, save_parts
 from worldmodel.evaluation.metrics_file import METRICS_NAME, PLANNING_NAME, read_metrics_file
@@ -75,7 +75,7 @@ def main() -> int:
         run = load(args.run, which=args.checkpoint, device=check_device(args.device))
         # Found out before hours of planning: the report is made of these, and everything is written there.
         read_metrics_file(args.run / METRICS_NAME)
-        make_out_folder(args.run, f"--run {args.run}")
+        check_run_writable(args.run)
         config = planning_config(to_dict(run.config), args.overrides)
         protocol = PlanningProtocol(
             env=args.env,

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -104,8 +103,7 @@ def make_out_folder(path: Path, name: str = "") -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        check_writable(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write to {name or f'--out {path}'}: {one_line(error)}") from error
 

@@ -126,7 +126,7 @@ HOSTILE = {
     "deep_keys": ("{a: " * 3000 + "1" + "}" * 3000, "nested more than 32 deep"),
     "deep_blocks": ("- " * 3000 + "x", "nested more than 32 deep"),
     "many": ("run_dir: x\ndata: [" + "a, " * MAX_YAML_NODES + "]", "more than 10,000 values"),
-    "large": ("run_dir: " + "x" * MAX_YAML_BYTES, "more than 1,048,576 bytes"),
+    "large": ("run_dir: " + "x" * MAX_YAML_BYTES, "larger than 1,048,576 bytes"),
     "twice": ("run_dir: a\nseed: 1\nrun_dir: b\n", "the key 'run_dir' is given twice"),
     "twice_inside": ("run_dir: a\ntrain: {steps: 1, lr: 1, steps: 2}\n", "the key 'steps' is given twice"),
     "tag": ("run_dir: !!python/object/apply:os.getcwd []\n", "tag 'tag:yaml.org,2002:python/object/apply"),

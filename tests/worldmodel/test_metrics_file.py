@@ -78,7 +78,7 @@ TEXTS = {
     "a list": ("[]", "valid dictionary"),
     "deep": ("[" * 200_000, "nested too deep"),
     "long number": ('{"horizon": ' + "9" * 5000 + "}", "4300"),
-    "large": (" " * (MAX_BYTES + 1), "more than 16,777,216 bytes"),
+    "large": (" " * (MAX_BYTES + 1), "larger than 16,777,216 bytes"),
     "many": (json.dumps({"a": [0] * 2**20}), "more than 1,048,576 values"),
 }
 
@@ -123,7 +123,7 @@ def test_a_damaged_file_is_one_line(run: Path, text: str, tells: str) -> None:
 
 def test_a_pipe_is_not_waited_for(run: Path) -> None:
     os.mkfifo(run / "metrics.json")
-    assert_refused(run, "metrics.json", "it is not a regular file")
+    assert_refused(run, "metrics.json", "is not a regular file")
 
 
 def test_what_evaluations_write_is_taken(tmp_path: Path) -> None:

@@ -7,13 +7,13 @@ plain value.
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Required
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
-from typing_extensions import Required, TypedDict
+from typing_extensions import TypedDict
 
 from data_pipelines.errors import UserError
-from data_pipelines.text_files import read_text, shown
+from data_pipelines.text_files import read_small, shown
 
 METRICS_NAME, PLANNING_NAME = "metrics.json", "planning.json"
 MAX_BYTES, MAX_DEPTH, MAX_VALUES = 16 << 20, 16, 2**20
@@ -136,7 +136,7 @@ def read_metrics_file(path: Path) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
-    text = read_text(path, MAX_BYTES)
+    text = read_small(path, MAX_BYTES)
     try:
         content = json.loads(text)
         _check_plain(content)
