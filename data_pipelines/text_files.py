@@ -61,7 +61,7 @@ def read_yaml(path: Path, kind: Any = Any) -> Any:
     try:
         return parse_yaml(text, kind)
     except yaml.YAMLError as error:
-        raise UserError(f"config {path} is no valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"config {path} is no valid YAML: {_explained(error)}") from error
 
 
 def parse_yaml(text: str, kind: Any = Any) -> Any:
@@ -80,6 +80,14 @@ def parse_yaml(text: str, kind: Any = Any) -> Any:
         return None if node is None else _value(loader, node, kind)
     finally:
         loader.dispose()
+
+
+def _explained(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if not isinstance(error, yaml.MarkedYAMLError) or mark is None:
+        return " ".join(str(error).split())
+    words = " ".join(filter(None, [error.context, error.problem]))
+    return f"line {mark.line + 1}, column {mark.column + 1}: {' '.join(words.split())}"
 
 
 class _Loader(yaml.SafeLoader):

@@ -160,11 +160,7 @@ def _credentials() -> bool:
 
 
 def _give_it_a_cache(run: Path) -> None:
-    """Let wandb keep its cache in the run folder where there is no home folder that can be written."""
-    cache = os.path.expanduser(os.path.join("~", ".cache", "wandb"))
-    try:
-        if cache.startswith("~"):
-            raise OSError
-        os.makedirs(cache, exist_ok=True)
-    except OSError:
-        os.environ.setdefault("WANDB_CACHE_DIR", str(run / "wandb" / "cache"))
+    """Let wandb keep its cache in the run folder where HOME names no folder that can be written."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("HOME", "")
+    if not os.access(home, os.W_OK):
+        os.environ.setdefault("WANDB_CACHE_DIR", str((run / "wandb" / "cache").absolute()))

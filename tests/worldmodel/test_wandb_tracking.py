@@ -152,16 +152,22 @@ def test_a_server_s_address_that_is_none(
         run.finish()
 
 
-@pytest.mark.parametrize("name", ["HOME", "WANDB_DIR", "TMPDIR", "WANDB_CONFIG_DIR"])
+@pytest.mark.parametrize("name", ["HOME", "no HOME", "WANDB_DIR", "TMPDIR", "WANDB_CONFIG_DIR"])
 def test_folders_that_cannot_be_written(
     tiny_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setenv(name, "/dev/null/x")
+    wandb.teardown()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if name == "no HOME":
+        monkeypatch.delenv("HOME")
+    else:
+        monkeypatch.setenv(name, "/dev/null/x")
     run = start_wandb(tmp_path, tiny_config("tracking.wandb=offline"))
     assert run is not None
     run.log({"loss": 1.0}, 1)
     run.finish()
-    assert list((tmp_path / "wandb").glob("offline-run-*"))
+    assert list((tmp_path / "wandb").glob("offline-run-*")) and [path.name for path in tmp_path.iterdir()] == ["wandb"]
 
 
 def test_a_project_that_wandb_refuses_is_a_warning(
