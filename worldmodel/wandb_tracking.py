@@ -25,7 +25,7 @@ MODES = {
     "run": "online",
     "disabled": "disabled",
 }
-REACH_S, START_S, FINISH_S = 5.0, 10.0, 60.0
+REACH_S, START_S, FINISH_S = 4.0, 10.0, 60.0
 OFFLINE = "metrics go to metrics.jsonl and to wandb's files in the run folder, which `wandb sync` uploads"
 
 
@@ -40,7 +40,8 @@ class WandbRun:
             try:
                 self._run.log(dict(values), step=step)
             except Exception as error:
-                self._give_up(error)
+                logger.warning("wandb failed, the run continues without it: %s", _told(error))
+                self._run = None
 
     def finish(self) -> None:
         """Wait for what is to be uploaded, at most FINISH_S seconds."""
@@ -48,12 +49,8 @@ class WandbRun:
             try:
                 _within(FINISH_S, self._run.finish)
             except Exception as error:
-                self._give_up(error)
+                logger.warning("wandb did not finish: %s; `wandb sync` uploads what it wrote", _told(error))
             self._run = None
-
-    def _give_up(self, error: Exception) -> None:
-        logger.warning("wandb failed, the run continues without it: %s", _told(error))
-        self._run = None
 
 
 def wandb_mode(config: Config) -> str:
@@ -75,7 +72,7 @@ def wandb_mode(config: Config) -> str:
 def start_wandb(run: Path, config: Config) -> WandbRun | None:
     """Start wandb for a run folder; None where it is disabled, not installed or does not start.
 
-    Without a network it is offline, after at most REACH_S + START_S seconds.
+    Where the server is not reached within 2 * REACH_S seconds, or starts no run within START_S, wandb is offline.
 
     Raises:
         UserError: as `wandb_mode`.
@@ -100,7 +97,7 @@ def start_wandb(run: Path, config: Config) -> WandbRun | None:
 
     if mode == "online":
         try:
-            _within(REACH_S, _reach)
+            _within(2 * REACH_S, _reach)  # the name of the server is looked up without a bound
             return init("online")
         except Exception as error:
             logger.warning("wandb cannot be online: %s; %s", _told(error), OFFLINE)
