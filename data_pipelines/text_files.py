@@ -155,7 +155,10 @@ def _scalar(loader: _Loader, node: yaml.ScalarNode, kind: Any) -> Any:
         return None
     if name == "str" or is_text(kind) or (name == "int" and len(node.value) > MAX_INT_CHARS):
         return node.value
-    return loader.construct_object(node)
+    try:
+        return loader.construct_object(node)
+    except ValueError:  # such as 0x_
+        return node.value
 
 
 # ---------------------------------------------------------------------------------------------- types of fields

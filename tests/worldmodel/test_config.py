@@ -70,6 +70,7 @@ def test_overrides_replace_values_and_numbers_may_have_exponents(tmp_path: Path)
         ("train.timeout_s=1e300", ["train.timeout_s=1e+300", "less than or equal to 10000000"]),
         (f"train.steps={'9' * 5000}", ["train.steps='9999", "valid integer"]),
         ("train.steps=0x" + "f" * 5000, ["train.steps='0xff", "valid integer"]),
+        ("train.steps=0x_", ["train.steps='0x_'", "valid integer"]),
         ("train.steps=2001-99-99", ["train.steps='2001-99-99'", "valid integer"]),
         ("train.lr=1e999", ["train.lr=inf", "finite number"]),
         ("objective.ema_momentum=.nan", ["objective.ema_momentum=nan", "finite number"]),
