@@ -1,12 +1,16 @@
 """Files in a folder that a stranger may have made: written never through a link, read where they are regular files."""
 
 import os
+import secrets
 import shutil
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
 MAX_TEXT_BYTES = 2**28
+MAX_LINE_BYTES = 2**27
 
 
 def write_text(path: Path, text: str) -> None:
@@ -34,6 +38,23 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
+@contextmanager
+def written_whole(path: Path) -> Iterator[TextIO]:
+    """Open a file to be written line by line, which replaces `path` as a whole at the end.
+
+    Its name is random, so that several processes can write the same file. Raises OSError.
+    """
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    with open(aside, "x", encoding="utf-8") as out:
+        try:
+            yield out
+            out.close()
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+
+
 def check_writable(folder: Path) -> None:
     """Raise OSError unless files can be made in the folder."""
     probe = folder / ".writable"
@@ -55,6 +76,14 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     if len(content) > max_bytes:
         raise OSError(f"{path.name} is larger than {max_bytes:,} bytes")
     return content.decode("utf-8-sig")
+
+
+def bounded_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file. Raises ValueError: one is longer than MAX_LINE_BYTES."""
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        if len(line) > MAX_LINE_BYTES:
+            raise ValueError(f"the next line is longer than {MAX_LINE_BYTES:,} bytes")
+        yield line
 
 
 def remove(path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from data_pipelines.errors import UserError
+from data_pipelines.files import bounded_lines, written_whole
 from data_pipelines.index_engines import Engine, index_files
 from data_pipelines.labels import read_labels
 from data_pipelines.lerobot import Episodes, is_lerobot, read_episodes
@@ -34,6 +35,7 @@ INDEX_NAME = ".worldmodel_index.jsonl"
 INDEX_HEADER = {"format": "worldmodel-video-index", "version": 3}
 MIN_VIDEOS_TO_DEAL = 10
 LIMIT_KEY = "data.max_frame_px"
+DAMAGE = (OSError, ValueError, TypeError, KeyError, RecursionError)  # what reading a damaged index file raises
 
 
 @dataclass(frozen=True)
@@ -399,7 +401,7 @@ def _read_cache(root: Path) -> dict[str, Video | BadFile]:
             continue
         except _OtherVersion as error:
             log.info("the cached index '%s' is %s: building it anew", cache, error)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except DAMAGE as error:
             log.warning("the cached index '%s' is unreadable (%s): building it anew", cache, one_line(error))
     return {}
 
@@ -409,7 +411,7 @@ def _read_part(path: Path) -> tuple[dict[str, Any], list[Video | BadFile]]:
         return _read_entries(path)
     except _OtherVersion as error:
         raise UserError(f"'{path}' is {error}: build it anew with the version that merges") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except DAMAGE as error:
         raise UserError(f"'{path}' is unreadable ({one_line(error)}): build it anew") from None
 
 
@@ -418,12 +420,17 @@ class _OtherVersion(Exception):
 
 
 def _read_entries(path: Path) -> tuple[dict[str, Any], list[Video | BadFile]]:
-    """The header and the entries of a file. Raises OSError, ValueError, TypeError, KeyError, _OtherVersion."""
-    with open(path, encoding="utf-8") as lines:
+    """The header and the entries of a file. Raises _OtherVersion, or one of DAMAGE."""
+    if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
+        raise ValueError("not a regular file")
+    with open(path, encoding="utf-8") as file:
+        lines = bounded_lines(file)
         header = json.loads(next(lines, "null"))
         if not isinstance(header, dict) or {name: header.get(name) for name in INDEX_HEADER} != INDEX_HEADER:
             raise _OtherVersion(f"not of version {INDEX_HEADER['version']}")
         entries = [entry_from_fields(json.loads(line)) for line in lines]
+    if any(isinstance(entry, Video) and entry.shard for entry in entries):
+        raise ValueError("it lists videos in shards")
     if header.get("content_hash") != _hash_of_entries(entries):
         raise ValueError("content_hash does not fit its content")
     return header, entries
@@ -440,20 +447,16 @@ def _hash_of_entries(entries: Iterable[Video | BadFile]) -> str:
 def _write_cache(
     root: Path, entries: Sequence[Video | BadFile], stem: str = "", extra: Mapping[str, str] | None = None
 ) -> None:
-    """Written aside, then renamed: a reader, or another process that builds it too, never sees a part."""
     header = INDEX_HEADER | {"content_hash": _hash_of_entries(entries), **(extra or {})}
     bad_first = sorted(entries, key=lambda entry: (isinstance(entry, Video), entry.path))
     for cache in _cache_paths(root, stem):
-        aside = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
-            with open(aside, "w", encoding="utf-8") as out:
+            with written_whole(cache) as out:
                 for line in (header, *map(asdict, bad_first)):
                     out.write(json.dumps(line) + "\n")
-            os.replace(aside, cache)
             return
         except OSError as error:
-            aside.unlink(missing_ok=True) if aside.parent.is_dir() else None
             log.info("cannot write the index to '%s' (%s)", cache, one_line(error))
     log.warning("the index of '%s' could not be cached: the next run builds it anew", root)
 

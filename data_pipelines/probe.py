@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipelines.facts import checked, checked_bad_file
 from data_pipelines.h264 import may_have_fields
 
 if TYPE_CHECKING:
@@ -90,10 +91,14 @@ class BadFile:
 
 
 def entry_from_fields(fields: dict[str, Any]) -> Video | BadFile:
-    """What dataclasses.asdict and JSON made of an entry -> the entry. Raises TypeError, KeyError: other fields."""
+    """What dataclasses.asdict and JSON made of an entry -> the entry.
+
+    Raises TypeError, KeyError, ValueError: other fields, or values that no file has (data_pipelines.facts).
+    """
     if "reason" in fields:
-        return BadFile(**fields)
-    return Video(**fields | {name: tuple(fields[name]) for name in ("keyframes", "keyframe_pts", "frame_ms")})
+        return checked_bad_file(BadFile(**fields))
+    numbers = {name: tuple(fields[name]) for name in ("keyframes", "keyframe_pts", "frame_ms")}
+    return checked(Video(**fields | numbers))
 
 
 def video_url(root: str | Path, video: Video) -> str:
@@ -238,9 +243,9 @@ def index_file(root: str | Path, path: str, max_frame_px: int = MAX_FRAME_PX) ->
         if size_bytes == 0:
             raise ValueError("empty file (0 bytes)")
         facts = _probe(lambda: open_container(place), max_frame_px)
+        return checked(Video(path=path, size_bytes=size_bytes, mtime_ns=mtime_ns, **facts))
     except (*decoding_errors(), IndexError, ArithmeticError) as error:
         return BadFile(path, size_bytes, mtime_ns, one_line(error))
-    return Video(path=path, size_bytes=size_bytes, mtime_ns=mtime_ns, **facts)
 
 
 def index_member(
@@ -250,9 +255,11 @@ def index_member(
     url = part_url(f"{root}/{shard}", offset_bytes, size_bytes)
     try:
         facts = _probe(lambda: open_container(url, path), max_frame_px)
+        return checked(
+            Video(path=path, size_bytes=size_bytes, mtime_ns=0, shard=shard, offset_bytes=offset_bytes, **facts)
+        )
     except (*decoding_errors(), IndexError, ArithmeticError) as error:
         return BadFile(path, size_bytes, 0, one_line(error))
-    return Video(path=path, size_bytes=size_bytes, mtime_ns=0, shard=shard, offset_bytes=offset_bytes, **facts)
 
 
 class _Packet(NamedTuple):

@@ -9,196 +9,28 @@ then depend on the weather of the network. Nothing has been skipped, so that the
 """
 
 import errno
-import hashlib
 import logging
 import os
-import random
+import re
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO
 
 from data_pipelines.errors import UserError
 from data_pipelines.probe import one_line
+from data_pipelines.stores import LocalError, Shard, Store, local_errors
 
 log = logging.getLogger(__name__)
 
-TRIES = 8
-FIRST_PAUSE_S = 1.0  # doubles from try to try, up to
-LONGEST_PAUSE_S = 30.0
-STALL_S = 30.0  # without a byte
-CHUNK_BYTES = 2**20
-NOT_WORTH_A_RETRY = (
-    FileNotFoundError,
-    PermissionError,
-    IsADirectoryError,
-    ValueError,
-    NotImplementedError,
-    ImportError,
-)
-TRANSIENT_STATUS = (408, 429)  # besides 5xx
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A tar of videos as its index describes it."""
-
-    name: str
-    size_bytes: int
-    sha256: str
-
-
-def is_url(root: str | Path) -> bool:
-    return "://" in str(root)
+FOLDER_NAME = re.compile(r"[0-9a-f]{16}")  # of a data set, within the cache
 
 
 def default_cache_dir() -> Path:
     return Path.home() / ".cache" / "worldmodel" / "shards"
-
-
-@dataclass(frozen=True)
-class Store:
-    """Files behind a URL of any kind that fsspec knows, read with patience."""
-
-    url: str
-    sleep: Callable[[float], None] = time.sleep
-    stall_s: float = STALL_S
-
-    def read(self, name: str) -> bytes | None:
-        """A small file's bytes, or None if there is none. Raises UserError when it cannot be had."""
-
-        def attempt() -> bytes | None:
-            try:
-                with self._open(name, None) as source:
-                    return b"".join(iter(lambda: source.read(CHUNK_BYTES), b""))
-            except FileNotFoundError:
-                return None
-
-        return self._try(name, attempt)
-
-    def holds(self, name: str) -> bool:
-        """Whether there is such a file. Raises UserError when that cannot be found out."""
-
-        def attempt() -> bool:
-            try:
-                with self._open(name, None):
-                    return True
-            except FileNotFoundError:
-                return False
-
-        return self._try(name, attempt)
-
-    def fetch(self, shard: Shard, out: FileIO) -> None:
-        """Write a shard to `out`, from its beginning. Raises UserError when it cannot be had."""
-        self._try(shard.name, lambda: self._copy(shard, out))
-
-    def _copy(self, shard: Shard, out: FileIO) -> None:
-        digest, size_bytes = hashlib.sha256(), 0
-        out.seek(0)
-        with self._open(shard.name, shard.size_bytes) as source:
-            while chunk := source.read(CHUNK_BYTES):
-                size_bytes += len(chunk)
-                if size_bytes > shard.size_bytes:
-                    break
-                digest.update(chunk)
-                with _local_errors():
-                    _write_all(out, chunk)
-        if size_bytes != shard.size_bytes:
-            more = "more than " if size_bytes > shard.size_bytes else f"{size_bytes:,} of "
-            raise OSError(f"it sends {more}{shard.size_bytes:,} bytes")
-        if digest.hexdigest() != shard.sha256:
-            raise OSError("its bytes are not those that were indexed (sha256 differs)")
-        with _local_errors():
-            os.fsync(out.fileno())  # else a loss of power could leave a file of the right size without its content
-
-    def _try(self, name: str, attempt: Callable[[], T]) -> T:
-        """Call `attempt` until it succeeds, with pauses that double; jitter keeps processes from coming in step."""
-        jitter = random.Random(f"{name} {os.getpid()}")
-        for tries in range(1, TRIES + 1):
-            try:
-                return attempt()
-            except (UserError, _LocalError):
-                raise
-            except Exception as error:  # each kind of store has exceptions of its own
-                reason = one_line(error)
-                if not _may_pass(error) or tries == TRIES:
-                    break
-                pause_s = min(FIRST_PAUSE_S * 2 ** (tries - 1), LONGEST_PAUSE_S) * jitter.uniform(0.5, 1.0)
-                log.warning("'%s/%s': %s: trying again in %.1f s", self.url, name, reason, pause_s)
-                self.sleep(pause_s)
-        times = "once" if tries == 1 else f"{tries} times"
-        raise UserError(
-            f"'{self.url}/{name}' could not be fetched, tried {times}: {reason}: mend that and resume: nothing was "
-            "skipped"
-        )
-
-    @contextmanager
-    def _open(self, name: str, size_bytes: int | None) -> Iterator[Any]:
-        """A remote file as a stream of bytes."""
-        try:
-            from fsspec.core import url_to_fs
-        except ImportError:
-            raise UserError(f"'{self.url}' needs fsspec, not installed: pip install 'worldmodel[remote]'") from None
-        try:
-            files, path = url_to_fs(f"{self.url}/{name}", **self._options())
-        except (ImportError, ValueError) as error:
-            hint = "pip install 'worldmodel[remote]', or fsspec's package for it"
-            raise UserError(f"'{self.url}' cannot be opened: {one_line(error)}: {hint}") from None
-        more = {"block_size": 4 * CHUNK_BYTES}
-        if "http" in files.protocol:  # one request: no question for the size, no ranges
-            more = {"block_size": 0, "size": size_bytes or 1}
-        with files.open(path, "rb", **more) as source:
-            yield source
-
-    def _options(self) -> dict[str, Any]:
-        """A stalled connection is an error. Stores other than these have time limits of their own."""
-        protocol = self.url.partition("://")[0]
-        if protocol in ("http", "https"):
-            from aiohttp import ClientTimeout
-
-            limits = ClientTimeout(total=None, sock_connect=self.stall_s, sock_read=self.stall_s)
-            return {"client_kwargs": {"timeout": limits}}
-        if protocol in ("s3", "s3a"):
-            return {"config_kwargs": {"connect_timeout": self.stall_s, "read_timeout": self.stall_s}}
-        return {}
-
-
-def _write_all(out: FileIO, chunk: bytes) -> None:
-    left = memoryview(chunk)
-    while left:
-        left = left[out.write(left) :]
-
-
-class _LocalError(Exception):
-    """Writing failed, which asking the store again does not mend."""
-
-    def __init__(self, error: OSError) -> None:
-        super().__init__(one_line(error))
-        self.error = error
-
-
-@contextmanager
-def _local_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise _LocalError(error) from None
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether another try may succeed where this one failed."""
-    status = getattr(error, "status", None)
-    if isinstance(status, int) and 400 <= status < 500:
-        return status in TRANSIENT_STATUS
-    no_credentials = type(error).__name__ == "NoCredentialsError"  # of botocore, which is not imported for this
-    return not no_credentials and not isinstance(error, NOT_WORTH_A_RETRY)
 
 
 @dataclass(frozen=True)
@@ -229,7 +61,7 @@ class RemoteShards:
         shard, path = self.shards[name], self.folder / name
         while True:
             with suppress(FileNotFoundError, NotADirectoryError):
-                pin = open(path, "rb")  # noqa: SIM115 (whoever asked for it closes it)
+                pin = self._open(path)
                 if _lock(pin, path, shared=True):
                     if os.fstat(pin.fileno()).st_size == shard.size_bytes:
                         with suppress(OSError):  # a cache that is owned by somebody else
@@ -239,18 +71,30 @@ class RemoteShards:
                 pin.close()
             self._fetch(shard, path)
 
+    def _open(self, path: Path) -> BinaryIO:
+        try:
+            return open(path, "rb", opener=_no_links)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: OSError) -> UserError:
+        return UserError(f"remote_cache_dir='{self.cache_dir}' cannot be used ({one_line(error)}): name another folder")
+
     def _fetch(self, shard: Shard, path: Path) -> None:
         """Fetch a shard, or wait for the process that does."""
         aside, turn = path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.lock")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            turn.touch()
+            self.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)
+            if self.folder.is_symlink():
+                raise OSError(errno.ELOOP, f"{self.folder.name} in it is a link")
+            fetching = open(turn, "ab", opener=_no_links)  # noqa: SIM115 (closed below)
         except OSError as error:
-            raise UserError(
-                f"remote_cache_dir='{self.cache_dir}' cannot be written ({one_line(error)}): name another folder"
-            ) from None
+            raise self._unusable(error) from None
         # The lock has a file of its own: one on what becomes the shard would wait for those who then decode from it.
-        with open(turn, "rb") as fetching:
+        with fetching:
             _lock(fetching, turn)
             if path.exists():
                 return
@@ -258,10 +102,10 @@ class RemoteShards:
                 for is_last in (False, True):
                     try:
                         self._make_room(aside, shard.size_bytes, everything=is_last)
-                        with open(aside, "r+b", buffering=0) as out:
+                        with open(aside, "r+b", buffering=0, opener=_no_links) as out:
                             self.store.fetch(shard, out)
                         break
-                    except _LocalError as failed:
+                    except LocalError as failed:
                         if is_last or failed.error.errno not in (errno.ENOSPC, errno.EDQUOT):
                             raise UserError(
                                 f"remote_cache_dir='{self.cache_dir}': shard '{shard.name}' of {shard.size_bytes:,} "
@@ -277,14 +121,13 @@ class RemoteShards:
         everything: all that is not in use.
         """
         turn = self.cache_dir / "lock"
-        turn.touch()
-        with open(turn, "rb") as making_room:
+        with local_errors(), open(turn, "ab", opener=_no_links) as making_room:
             _lock(making_room, turn)
             aside.unlink(missing_ok=True)
             files = []
-            for path in (*self.cache_dir.glob("*/*.tar"), *self.cache_dir.glob("*/*.partial")):
+            for path in self._removable():
                 with suppress(FileNotFoundError):
-                    stat = path.stat()
+                    stat = path.lstat()
                     files.append((path.suffix == ".tar", stat.st_mtime_ns, path, stat.st_size))
             room = self.max_bytes - size_bytes - sum(size for *_, size in files)
             for is_whole, _, path, size in sorted(files):
@@ -297,8 +140,24 @@ class RemoteShards:
                     "'%s' holds %d MiB more than remote_cache_mb=%d: all of it is in use",
                     self.cache_dir, -(room // 2**20), self.max_bytes // 2**20,
                 )  # fmt: skip
-            with _local_errors(), open(aside, "wb") as out:
+            with open(aside, "xb", opener=_no_links) as out:
                 out.truncate(size_bytes)
+
+    def _removable(self) -> Iterator[Path]:
+        """The shards in the cache, and parts of shards: what has a lock beside it, in a folder named as a data set's.
+
+        A config may name any folder as the cache: nothing else in it is touched.
+        """
+        for folder in self.cache_dir.iterdir():
+            if FOLDER_NAME.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+                for lock in folder.glob("*.tar.lock"):
+                    shard = lock.with_suffix("")
+                    yield from (path for path in (shard, shard.with_name(f"{shard.name}.partial")) if path.exists())
+
+
+def _no_links(path: str, flags: int) -> int:
+    """An opener for files in a folder that others may write to: follows no link, and waits for no FIFO."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
 
 
 def _lock(file: BinaryIO, path: Path, *, shared: bool = False, wait: bool = True) -> bool:
@@ -314,7 +173,7 @@ def _lock(file: BinaryIO, path: Path, *, shared: bool = False, wait: bool = True
 
 def _remove_if_unused(path: Path, lock: Path) -> bool:
     try:
-        with open(lock, "rb") as file:
+        with open(lock, "rb", opener=_no_links) as file:
             if _lock(file, lock, wait=False):
                 path.unlink()
                 return True

@@ -16,23 +16,28 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import file_digest, sha256
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
+from data_pipelines.facts import MAX_INT, SHARD_NAME
+from data_pipelines.files import bounded_lines, written_whole
 from data_pipelines.index import VIDEO_EXTENSIONS, VideoIndex, judge_bad_files, load_or_build_index, within_limit
 from data_pipelines.labels import stack_labels
 from data_pipelines.probe import MAX_FRAME_PX, BadFile, Video, entry_from_fields, index_member, one_line
-from data_pipelines.remote import RemoteShards, Shard, Store, default_cache_dir, is_url
+from data_pipelines.remote import RemoteShards, default_cache_dir
+from data_pipelines.stores import Shard, Store, is_url
 
 log = logging.getLogger(__name__)
 
 SHARDS_NAME = "shards.jsonl"
 SHARDS_HEADER = {"format": "worldmodel-shards", "version": 1}
-SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")  # one that needs no quoting in a path or a URL
+MAX_FRAMES_OF_ALL = 2**32  # of an index: 4.5 years at 30 frames a second
 MAX_LABELS_BYTES = 2**20
+MAX_HEADER_BYTES = 2**20  # of one member of a tar
+MAX_GLOBAL_HEADERS = 1000  # of pax, which each member of a tar inherits
 
 Entry = tuple[Video | BadFile, Mapping[str, Any]]  # and its labels
 
@@ -85,7 +90,8 @@ def load_videos(
     root = Path(root)
     if not (root / SHARDS_NAME).is_file():
         index_shards(root, progress=progress)
-    shards, entries = _parse((root / SHARDS_NAME).read_bytes(), str(root / SHARDS_NAME))
+    with open(root / SHARDS_NAME, encoding="utf-8") as lines:
+        shards, entries = _parse_lines(lines, str(root / SHARDS_NAME))
     listed = {name: shard.size_bytes for name, shard in shards.items()}
     found = {path.name: path.stat().st_size for path in _tars(root)}
     for name in sorted(listed | found):
@@ -165,37 +171,61 @@ def _make_index(
 
 
 def _parse(text: bytes, where: str) -> tuple[dict[str, Shard], list[Entry]]:
-    """The shards by name and what they hold. Raises UserError unless each line means something within a shard."""
+    """As _parse_lines."""
+    return _parse_lines(io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"), where)
+
+
+def _parse_lines(lines: TextIO, where: str) -> tuple[dict[str, Shard], list[Entry]]:
+    """The shards by name and what they hold. Raises UserError unless each line means something within a shard.
+
+    Videos may share bytes: each is read as it is described.
+    """
     shards: dict[str, Shard] = {}
     entries: list[Entry] = []
     paths: set[str] = set()
-    number = 1
+    number, num_frames = 1, 0
     try:
-        lines = text.decode("utf-8").splitlines()
-        if json.loads(lines[0]) != SHARDS_HEADER:
+        numbered = enumerate(bounded_lines(lines), start=1)
+        if json.loads(next(numbered, (1, "null"))[1]) != SHARDS_HEADER:
             raise ValueError(f"it should be {json.dumps(SHARDS_HEADER)}")
-        for number, line in enumerate(lines[1:], start=2):  # noqa: B007 (the message below tells it)
+        number = 2
+        for number, line in numbered:  # noqa: B007 (the message below states it)
             fields = json.loads(line)
             if "sha256" in fields:
-                shard = Shard(**fields)
-                if not SHARD_NAME.fullmatch(shard.name) or shard.size_bytes < 0:
-                    raise ValueError(f"name {shard.name!r} or size_bytes {shard.size_bytes!r} is impossible")
+                shard = _checked_shard(Shard(**fields))
                 shards[shard.name] = shard
                 continue
             labels = fields.pop("labels", {})
-            entry = entry_from_fields(fields), dict(labels)
+            if not isinstance(labels, dict):
+                raise ValueError("its labels are not an object")
+            entry = entry_from_fields(fields), labels
             if entry[0].path in paths:
                 raise ValueError(f"'{entry[0].path}' is there twice")
-            if isinstance(entry[0], Video) and not _lies_within(entry[0], shards):
-                raise ValueError("it lies outside of its shard")
+            if isinstance(entry[0], Video):
+                if not _lies_within(entry[0], shards):
+                    raise ValueError("it lies outside of its shard")
+                num_frames += entry[0].num_frames
+                if num_frames > MAX_FRAMES_OF_ALL:
+                    raise ValueError(f"the videos up to there have more than {MAX_FRAMES_OF_ALL:,} frames")
             paths.add(entry[0].path)
             entries.append(entry)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise UserError(
             f"'{where}' is damaged in line {number} ({one_line(error)}): make it anew with scripts/make_shards.py "
             "--index"
         ) from None
     return shards, entries
+
+
+def _checked_shard(shard: Shard) -> Shard:
+    """Raises ValueError: a value has another type, or is out of range."""
+    if not (isinstance(shard.name, str) and SHARD_NAME.fullmatch(shard.name)):
+        raise ValueError(f"name {shard.name!r} is not a valid name of a shard")
+    if type(shard.size_bytes) is not int or not 0 <= shard.size_bytes <= MAX_INT:
+        raise ValueError(f"size_bytes {shard.size_bytes!r} is not a possible size")
+    if not (isinstance(shard.sha256, str) and re.fullmatch("[0-9a-f]{64}", shard.sha256)):
+        raise ValueError(f"sha256 {shard.sha256!r} is not 64 hexadecimal digits")
+    return shard
 
 
 def _lies_within(video: Video, shards: Mapping[str, Shard]) -> bool:
@@ -204,9 +234,7 @@ def _lies_within(video: Video, shards: Mapping[str, Shard]) -> bool:
 
 
 def _write_index(folder: Path, entries: Iterable[Entry], progress: bool) -> None:
-    """Written aside, then renamed, like the shards."""
-    aside = folder / f".{SHARDS_NAME}.{os.getpid()}.tmp"
-    with open(aside, "w", encoding="utf-8") as out:
+    with written_whole(folder / SHARDS_NAME) as out:
         out.write(json.dumps(SHARDS_HEADER) + "\n")
         for path in tqdm(_tars(folder), desc="hashing", unit="shard", disable=not progress):
             with open(path, "rb") as tar:
@@ -215,7 +243,6 @@ def _write_index(folder: Path, entries: Iterable[Entry], progress: bool) -> None
         for video, labels in entries:
             fields = asdict(video)
             out.write(json.dumps(fields | {"labels": labels} if labels else fields) + "\n")
-    os.replace(aside, folder / SHARDS_NAME)
 
 
 # ---------------------------------------------------------------------------------------------------------- packing
@@ -340,33 +367,60 @@ def index_shards(folder: Path, progress: bool = True) -> None:
 
 def _scan_shard(folder: Path, shard: str) -> Iterator[Entry]:
     """Each video of a foreign shard, called SHARD/MEMBER (keys need be unique within a shard only), and its labels."""
-    videos: list[tuple[str, Video | BadFile]] = []
+    videos: dict[str, tuple[str, Video | BadFile]] = {}  # by path
     labels: dict[str, dict[str, Any]] = {}
     size_bytes = os.path.getsize(folder / shard)
     damage = ""
     try:
-        with tarfile.open(folder / shard, "r:") as tar:
-            for member in tar:
+        with _Headers(folder / shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in _members(tar, file):
                 key, suffix = _split_name(member.name)
                 path = f"{shard}/{member.name}"
-                if suffix == ".json" and member.isreg() and member.size <= MAX_LABELS_BYTES:
+                if suffix == ".json" and member.isreg() and 0 <= member.size <= MAX_LABELS_BYTES:
+                    file.budget += 2 * MAX_LABELS_BYTES
                     labels[key] = _read_object(tar, member)
                 elif suffix in VIDEO_EXTENSIONS and not os.path.basename(member.name).startswith("."):
+                    if path in videos:  # of members with one name, the first counts
+                        continue
                     if reason := _why_refused(member, size_bytes):
-                        videos.append((key, BadFile(path, member.size, 0, reason)))
+                        videos[path] = key, BadFile(path, max(0, member.size), 0, reason)
                     else:
-                        videos.append((key, index_member(folder, shard, path, member.offset_data, member.size)))
+                        videos[path] = key, index_member(folder, shard, path, member.offset_data, member.size)
             if not _ends_well(folder / shard, tar.offset):
                 damage = f"damaged or cut off at byte {tar.offset:,}"
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
         damage = f"not a readable tar: {one_line(error)}"
     if damage:
         yield BadFile(shard, size_bytes, 0, damage), {}
-    seen: set[str] = set()
-    for key, video in videos:
-        if video.path not in seen:  # of members with one name, the first counts
-            seen.add(video.path)
-            yield video, labels.get(key, {})
+    for key, video in videos.values():
+        yield video, labels.get(key, {})
+
+
+class _Headers(io.FileIO):
+    """A tar of which `budget` bytes are read before it is set anew: tarfile believes any length of a header."""
+
+    budget = MAX_HEADER_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= self.budget:
+            raise tarfile.ReadError(f"a member's header is longer than {MAX_HEADER_BYTES:,} bytes")
+        self.budget -= size
+        return super().read(size) or b""
+
+
+def _members(tar: tarfile.TarFile, file: _Headers) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar, without keeping them. Raises tarfile.ReadError where it does not lead forwards."""
+    offset = -1
+    while True:
+        file.budget = MAX_HEADER_BYTES
+        member = tar.next()
+        tar.members = []
+        if member is None:
+            return
+        if tar.offset <= offset or len(tar.pax_headers) > MAX_GLOBAL_HEADERS:
+            raise tarfile.ReadError(f"member {member.name!r} has an impossible size, or there are too many headers")
+        offset = tar.offset
+        yield member
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -381,8 +435,8 @@ def _why_refused(member: tarfile.TarInfo, shard_bytes: int) -> str:
         return "its name leads out of the archive"
     if not member.isreg() or member.issparse():
         return "a link or no regular file in the archive"
-    if member.size == 0:
-        return "empty file (0 bytes)"
+    if member.size <= 0:
+        return f"empty file ({member.size} bytes)"
     if member.offset_data + member.size > shard_bytes:
         return "cut off by the end of the archive"
     return ""
@@ -400,6 +454,6 @@ def _read_object(tar: tarfile.TarFile, member: tarfile.TarInfo) -> dict[str, Any
     assert file is not None, f"{member.name} is regular"
     try:
         value = json.loads(file.read())
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -399,7 +399,7 @@ def start(run: GridRun, phase: str, launch: str, lock: int) -> Running:
         launcher = shlex.split(launch) or [sys.executable]
         command = [*launcher, str(SCRIPTS / "train.py"), "--config", str(config_path), "--resume"]
     else:
-        command = [sys.executable, str(SCRIPTS / "evaluate.py"), "--run", str(run.folder)]
+        command = [sys.executable, str(SCRIPTS / "evaluate.py"), "--run", str(run.folder), "--allow-remote"]
     environment = {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "10", **os.environ}
     if run.config.train.num_threads:
         environment["OMP_NUM_THREADS"] = str(run.config.train.num_threads)

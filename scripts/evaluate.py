@@ -14,7 +14,7 @@ import torch
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
 from worldmodel import TrainedRun, load
-from worldmodel.cli import check_run_writable, report_errors, write_result
+from worldmodel.cli import add_allow_remote, check_remote, check_run_writable, report_errors, write_result
 from worldmodel.data import clip_spec, read_index
 from worldmodel.evaluation.factors import evaluate_factors, factors_table
 from worldmodel.evaluation.forecast import evaluate_forecasts
@@ -36,15 +36,17 @@ def main() -> int:
     parser.add_argument("--checkpoint", choices=["latest", "best"], default="latest")
     parser.add_argument("--compare", type=Path, help="an evaluated run without a latent, shown as a control")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_allow_remote(parser)
     args = parser.parse_args()
     keep_freed_memory()
     with report_errors():
-        evaluate(args.run, args.checkpoint, args.compare, torch.device(args.device))
+        evaluate(args.run, args.checkpoint, args.compare, torch.device(args.device), args.allow_remote)
     return 0
 
 
-def evaluate(run: Path, which: str, compare: Path | None, device: torch.device) -> None:
+def evaluate(run: Path, which: str, compare: Path | None, device: torch.device, allow_remote: bool) -> None:
     trained = load(run, which="best" if which == "best" else "latest", device=device)
+    check_remote(trained.config.data, allow_remote)
     check_run_writable(run)
     if trained.config.data.source == "causal":
         if compare is not None:

@@ -23,7 +23,16 @@ from data_pipelines.errors import UserError
 from data_pipelines.sources.recorder import parse_kwargs
 from data_pipelines.text_files import shown
 from worldmodel import load
-from worldmodel.cli import check_counts, check_device, check_run_writable, check_seed, report_errors, write_result
+from worldmodel.cli import (
+    add_allow_remote,
+    check_counts,
+    check_device,
+    check_remote,
+    check_run_writable,
+    check_seed,
+    report_errors,
+    write_result,
+)
 from worldmodel.config import PlanningConfig, apply_override, to_dict, validate
 from worldmodel.evaluation.illustrations_file import PLANNED_NAME, save_parts
 from worldmodel.evaluation.metrics_file import METRICS_NAME, PLANNING_NAME, read_metrics_file
@@ -68,11 +77,14 @@ def main() -> int:
     parser.add_argument("--checkpoint", choices=["latest", "best"], default="latest")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("overrides", nargs="*", metavar="planning.KEY=VALUE")
+    add_allow_remote(parser)
     args = parser.parse_args()
     with report_errors():
         check_counts(args, "seeds", "episodes", "budget")
         check_seed(args, "first_seed")
         run = load(args.run, which=args.checkpoint, device=check_device(args.device))
+        if args.labels:
+            check_remote(run.config.data, args.allow_remote)
         # Found out before hours of planning: the report is made of these, and everything is written there.
         read_metrics_file(args.run / METRICS_NAME)
         check_run_writable(args.run)

@@ -16,8 +16,12 @@ import torch
 from data_pipelines.errors import UserError, printable
 from data_pipelines.files import check_writable, write_text
 from data_pipelines.probe import one_line
+from data_pipelines.stores import check_url, host_of, is_url
 from data_pipelines.text_files import shown
+from worldmodel.config import DataConfig
 from worldmodel.terminal import safe_terminal
+
+log = logging.getLogger(__name__)
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -124,6 +128,27 @@ def check_run_writable(run: Path) -> None:
         check_writable(run)
     except OSError as error:
         raise UserError(f"cannot write into {run}: {error.strerror or error}") from error
+
+
+def add_allow_remote(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--allow-remote", action="store_true", help="read the run's videos from the URL in its config")
+
+
+def check_remote(data: DataConfig, is_allowed: bool) -> None:
+    """Report the host from which a run's videos are read. A run may come from a stranger: its user has to agree first.
+
+    Raises:
+        UserError: the videos lie behind a URL, and the user has not agreed.
+    """
+    if data.source != "videos" or not is_url(data.root):
+        return
+    check_url(data.root)
+    host = host_of(data.root)
+    if not is_allowed:
+        raise UserError(
+            f"the run's config names videos at {host!r}: --allow-remote reads them, with your credentials for that host"
+        )
+    log.info("reading videos from %s", host)
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:

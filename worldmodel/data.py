@@ -17,7 +17,6 @@ from data_pipelines.contents import Contents, contents_of, read_contents
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
 from data_pipelines.index import VideoIndex, split_index
-from data_pipelines.remote import Store, is_url
 from data_pipelines.shards import SHARDS_NAME, load_videos
 from data_pipelines.sources import kicked_mnist, moving_mnist
 from data_pipelines.sources.causal import CausalStream, CausalWorld
@@ -26,6 +25,7 @@ from data_pipelines.sources.kicked_mnist import KickedMnistLaw
 from data_pipelines.sources.law import Law
 from data_pipelines.sources.moving_mnist import MovingMnistLaw, MovingMnistStream
 from data_pipelines.sources.written import RECORDED, read_sprites, read_world
+from data_pipelines.stores import Store, is_url
 from data_pipelines.stream import Batch, VideoStream, read_all, share_of_pass
 from data_pipelines.transforms import on_device, split_segments, to_float
 from worldmodel.config import Config, DataConfig

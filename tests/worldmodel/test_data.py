@@ -1,4 +1,5 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from data_pipelines.shards import pack_videos
 from data_pipelines.sources.kicked_mnist import KickedMnistLaw
 from data_pipelines.sources.moving_mnist import MovingMnistLaw
 from data_pipelines.transforms import split_segments
+from tests.data_pipelines.shard_server import ShardServer
 from worldmodel.config import Config
 from worldmodel.data import evaluation_batches, known_law, read_index, split_folders, training_stream
 
@@ -143,14 +145,21 @@ def test_a_camera_is_for_lerobot_data_sets_only(tiny_config: Callable[..., Confi
         next(iter(evaluation_batches(tiny_config("data.camera=front"), "test", 4)))
 
 
+@pytest.fixture
+def keep_open() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
 def test_shards_behind_a_url_serve_in_place_of_a_folder(
-    tiny_config: Callable[..., Config], world: Path, tmp_path: Path
+    tiny_config: Callable[..., Config], world: Path, tmp_path: Path, keep_open: ExitStack
 ) -> None:
     """Splits in folders of their own, as in the plain world; with the packed order, and the same clips."""
     for split in ("train", "selection", "test"):
         pack_videos(world / split, tmp_path / "packed" / split, shard_mb=0.02, progress=False)
     cache = tmp_path / "cache"
-    config = tiny_config(f"data.root=file://{tmp_path}/packed", f"data.remote_cache_dir={cache}", "data.cache_mb=0")
+    server = keep_open.enter_context(ShardServer(tmp_path / "packed"))
+    config = tiny_config(f"data.root={server.url}", f"data.remote_cache_dir={cache}", "data.cache_mb=0")
     assert len(read_index(config.data, "selection").videos) == 32
     batches = training_stream(config, 1, rank=0, world_size=1, device=torch.device("cpu")).batches()
     assert next(batches)["video"].shape == (16, 9, 1, 64, 64)
@@ -166,12 +175,13 @@ def hash_of(clip: torch.Tensor) -> int:
 
 
 def test_videos_in_one_folder_of_shards_are_split_as_the_plain_ones(
-    tiny_config: Callable[..., Config], world: Path, tmp_path: Path
+    tiny_config: Callable[..., Config], world: Path, tmp_path: Path, keep_open: ExitStack
 ) -> None:
     pack_videos(world / "train", tmp_path / "packed", shard_mb=0.02, progress=False)
+    server = keep_open.enter_context(ShardServer(tmp_path / "packed"))
     for split in ("train", "selection", "test"):
         paths = [
             {video.path for video in read_index(tiny_config(f"data.root={root}").data, split).videos}
-            for root in (world / "train", tmp_path / "packed", f"file://{tmp_path}/packed")
+            for root in (world / "train", tmp_path / "packed", server.url)
         ]
         assert paths[0] == paths[1] == paths[2] and len(paths[0]) in (6, 52)
