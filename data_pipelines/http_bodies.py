@@ -30,7 +30,7 @@ class HttpBody:
     files: fsspec's file system for http, which has the session, with the user's settings for it.
     stall_s: seconds to connect, to wait for more bytes, and, twice these, to have the headers.
 
-    Raises FileNotFoundError (status 404), RefusedRedirect, aiohttp's ClientError, TimeoutError.
+    Raises FileNotFoundError (status 404), RefusedRedirect, OSError (no answer in time), aiohttp's ClientError.
     """
 
     def __init__(self, files: Any, url: str, stall_s: float) -> None:
@@ -65,7 +65,7 @@ class HttpBody:
         try:
             return await asyncio.wait_for(self._follow(files, files.encode_url(url)), limit_s)
         except TimeoutError:
-            raise TimeoutError(f"timeout: no answer within {limit_s:g} s") from None
+            raise OSError(f"no answer within {limit_s:g} s") from None
 
     async def _follow(self, files: Any, start: URL) -> ClientResponse:
         """The response to `start`, or the one that its redirects lead to."""

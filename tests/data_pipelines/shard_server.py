@@ -2,26 +2,32 @@
 
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 STALL_S = 20.0  # at most; it ends with the server
 
 
+Fault = int | str | Callable[[BaseHTTPRequestHandler], None]
+
+
 class ShardServer(ThreadingHTTPServer):
     """requests: names in the order in which they were asked for.
 
     faults: for a name, what to do instead of answering its next requests: an HTTP status, "reset" (half the bytes, then
-    the connection), "stall" (half, then nothing), "short" (half as if it were all), "long", "corrupt", "slow" (1 s).
+    the connection), "stall" (half, then nothing), "short" (half as if it were all), "long", "corrupt", "slow" (1 s), or
+    a function that answers with the handler, after which the connection is closed.
     """
 
     daemon_threads = True
 
     def __init__(self, folder: Path) -> None:
         self.requests: list[str] = []
-        self.faults: dict[str, list[int | str]] = {}
+        self.headers: list[dict[str, str]] = []  # of these requests
+        self.faults: dict[str, list[Fault]] = {}
         self.closing = threading.Event()
         super().__init__(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -48,6 +54,7 @@ class _Handler(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         name = self.path.lstrip("/")
         self.server.requests.append(name)
+        self.server.headers.append(dict(self.headers))
         faults = self.server.faults.get(name)
         if not faults:
             super().do_GET()
@@ -55,6 +62,10 @@ class _Handler(SimpleHTTPRequestHandler):
         fault = faults.pop(0)
         if isinstance(fault, int):
             self.send_error(fault)
+            return
+        if callable(fault):
+            self.close_connection = True
+            fault(self)
             return
         if fault == "slow":
             time.sleep(1)
