@@ -423,12 +423,12 @@ def _read_entries(path: Path) -> tuple[dict[str, Any], list[Video | BadFile]]:
     """The header and the entries of a file. Raises _OtherVersion, or one of DAMAGE."""
     if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
         raise ValueError("not a regular file")
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         lines = bounded_lines(file)
-        header = json.loads(next(lines, "null"))
+        header = json.loads(next(lines, b"null").decode())
         if not isinstance(header, dict) or {name: header.get(name) for name in INDEX_HEADER} != INDEX_HEADER:
             raise _OtherVersion(f"not of version {INDEX_HEADER['version']}")
-        entries = [entry_from_fields(json.loads(line)) for line in lines]
+        entries = [entry_from_fields(json.loads(line.decode())) for line in lines]
     if any(isinstance(entry, Video) and entry.shard for entry in entries):
         raise ValueError("it lists videos in shards")
     if header.get("content_hash") != _hash_of_entries(entries):

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import file_digest, sha256
 from pathlib import Path, PurePosixPath
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -90,7 +90,7 @@ def load_videos(
     root = Path(root)
     if not (root / SHARDS_NAME).is_file():
         index_shards(root, progress=progress)
-    with open(root / SHARDS_NAME, encoding="utf-8") as lines:
+    with open(root / SHARDS_NAME, "rb") as lines:
         shards, entries = _parse_lines(lines, str(root / SHARDS_NAME))
     listed = {name: shard.size_bytes for name, shard in shards.items()}
     found = {path.name: path.stat().st_size for path in _tars(root)}
@@ -172,10 +172,10 @@ def _make_index(
 
 def _parse(text: bytes, where: str) -> tuple[dict[str, Shard], list[Entry]]:
     """As _parse_lines."""
-    return _parse_lines(io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"), where)
+    return _parse_lines(io.BytesIO(text), where)
 
 
-def _parse_lines(lines: TextIO, where: str) -> tuple[dict[str, Shard], list[Entry]]:
+def _parse_lines(lines: BinaryIO, where: str) -> tuple[dict[str, Shard], list[Entry]]:
     """The shards by name and what they hold. Raises UserError unless each line means something within a shard.
 
     Videos may share bytes: each is read as it is described.
@@ -186,11 +186,11 @@ def _parse_lines(lines: TextIO, where: str) -> tuple[dict[str, Shard], list[Entr
     number, num_frames = 1, 0
     try:
         numbered = enumerate(bounded_lines(lines), start=1)
-        if json.loads(next(numbered, (1, "null"))[1]) != SHARDS_HEADER:
+        if json.loads(next(numbered, (1, b"null"))[1].decode()) != SHARDS_HEADER:
             raise ValueError(f"it should be {json.dumps(SHARDS_HEADER)}")
         number = 2
         for number, line in numbered:  # noqa: B007 (the message below states it)
-            fields = json.loads(line)
+            fields = json.loads(line.decode())
             if "sha256" in fields:
                 shard = _checked_shard(Shard(**fields))
                 shards[shard.name] = shard
