@@ -423,3 +423,62 @@ def test_s3(packed: VideoIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             _index("s3://videos/elsewhere", tmp_path, [])
     finally:
         server.stop()
+
+
+def test_nothing_but_shards_of_ours_is_removed_from_the_folder_of_the_cache(index: VideoIndex, tmp_path: Path) -> None:
+    """A config may name any folder as the cache, also one that holds tars of the user."""
+    cache, elsewhere = tmp_path / "cache", tmp_path / "elsewhere"
+    mine = [
+        cache / "backups" / "mine.tar",
+        cache / "backups" / "mine.tar.partial",
+        cache / "0123456789abcdef" / "mine.tar",  # without a lock
+        elsewhere / "mine.tar",
+        elsewhere / "mine.tar.lock",
+    ]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"mine")
+    (cache / "fedcba9876543210").symlink_to(elsewhere)
+    remote = _remote(index, max_bytes=0)
+    for name in sorted(remote.shards)[:2]:
+        remote.pin(name).close()
+    assert all(path.read_bytes() == b"mine" for path in mine)
+    assert _files(cache) - {"mine.tar", "mine.tar.partial"} == {sorted(remote.shards)[1]}
+
+
+@pytest.mark.parametrize("name", [FIRST, f"{FIRST}.lock", f"{FIRST}.partial", "../lock"])
+@pytest.mark.parametrize("kind", ["link", "fifo"])
+def test_the_cache_writes_through_no_link_and_waits_for_no_fifo(
+    index: VideoIndex, tmp_path: Path, name: str, kind: str
+) -> None:
+    """Others may have left them in a cache below /tmp."""
+    remote = _remote(index)
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"x" * remote.shards[FIRST].size_bytes)
+    remote.folder.mkdir(parents=True)
+    if kind == "link":
+        (remote.folder / name).symlink_to(precious)
+    else:
+        os.mkfifo(remote.folder / name)
+    try:
+        with remote.pin(FIRST) as pin:
+            assert hashlib.sha256(pin.read()).hexdigest() == remote.shards[FIRST].sha256
+    except UserError as error:
+        assert re.search(r"remote_cache_dir='.*cache'", str(error)) and "\n" not in str(error)
+    assert precious.read_bytes() == b"x" * remote.shards[FIRST].size_bytes
+
+
+def test_a_folder_of_the_cache_that_is_a_link_is_refused(index: VideoIndex, tmp_path: Path) -> None:
+    remote = _remote(index)
+    (tmp_path / "elsewhere").mkdir()
+    remote.cache_dir.mkdir()
+    remote.folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"cannot be used .*{remote.folder.name} in it is a link"):
+        remote.pin(FIRST)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_new_cache_is_for_its_owner_alone(index: VideoIndex, tmp_path: Path) -> None:
+    remote = _remote(index)
+    remote.pin(FIRST).close()
+    assert remote.cache_dir.stat().st_mode & 0o777 == 0o700
