@@ -72,7 +72,7 @@ def checked_bad_file(entry: "BadFile") -> "BadFile":
 
 def _check_types(entry: Any) -> None:
     """Raises ValueError unless each value is of exactly its field's type: True is not an int, 1 is a float."""
-    names, values_of, types = _types(type(entry))
+    names, values_of, types = _types(entry.__class__)
     values = values_of(entry)
     if tuple(map(type, values)) != types:
         for name, value, wanted in zip(names, values, types, strict=True):

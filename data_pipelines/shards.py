@@ -54,7 +54,7 @@ def load_videos(
     progress: bool = True,
     max_frame_px: int = MAX_FRAME_PX,
 ) -> VideoIndex:
-    """Index a folder of videos, a folder of shards, or the URL of one (any that fsspec knows).
+    """Index a folder of videos, a folder of shards, or the URL of one (data_pipelines.stores.SCHEMES).
 
     camera, siblings, max_bad_fraction, max_frame_px: as for load_or_build_index. Shards know no cameras.
     cache_dir, cache_mb: where shards from a URL are kept, by default in the user's cache, and how much of it is used.
@@ -414,7 +414,7 @@ def _members(tar: tarfile.TarFile, file: _Headers) -> Iterator[tarfile.TarInfo]:
     while True:
         file.budget = MAX_HEADER_BYTES
         member = tar.next()
-        tar.members = []
+        tar.members = []  # type: ignore[attr-defined]
         if member is None:
             return
         if tar.offset <= offset or len(tar.pax_headers) > MAX_GLOBAL_HEADERS:

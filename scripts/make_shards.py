@@ -3,7 +3,7 @@
 python scripts/make_shards.py SOURCE OUT     pack videos and labels; train/, selection/ and test/ each by itself
 python scripts/make_shards.py --index OUT    index shards that are there, of WebDataset's layout
 
-OUT, put anywhere that fsspec can read, is then a data.root: data.root=s3://bucket/folder.
+OUT, put behind a URL (http, https, s3, gs, az, abfs, hf), is then a data.root: data.root=s3://bucket/folder.
 """
 
 import argparse
