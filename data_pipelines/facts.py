@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 MAX_FRAMES = 2**27  # 25 days at 60 frames a second
 MAX_SIDE_PX = 2**16
+MAX_STREAMS = 2**16
 MAX_FPS = 1e9
 MAX_SECONDS = 1e15
 MAX_INT = 2**63 - 1
 INT = {int}
+DIGEST = re.compile("[0-9a-f]{16,128}")
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")  # one that needs no quoting in a path or a URL
 
 
@@ -31,6 +33,7 @@ def checked(video: "Video") -> "Video":
     _check_types(video)
     num_frames, keyframes, times = video.num_frames, video.keyframes, video.frame_ms
     path, shard = video.path, video.shard
+    path.encode("utf-8", "surrogateescape")  # or UnicodeEncodeError, a ValueError: no file has such a name
     if not path or path[0] == "/" or "\0" in path or (".." in path and ".." in path.replace(os.sep, "/").split("/")):
         raise ValueError(f"path={_shown(path)} is not a relative path within the folder")
     if shard and not SHARD_NAME.fullmatch(shard):
@@ -45,6 +48,8 @@ def checked(video: "Video") -> "Video":
         raise ValueError(
             f"width={video.width}, height={video.height} or quarter_turns={video.quarter_turns} is out of range"
         )
+    if not -1 <= video.stream < MAX_STREAMS or (video.digest and not DIGEST.fullmatch(video.digest)):
+        raise ValueError(f"stream={video.stream} or digest={_shown(video.digest)} is not possible")
     fps = video.fps  # NaN is in no range
     if not (
         (fps == 0 or 1 / MAX_FPS <= fps <= MAX_FPS)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from data_pipelines.errors import UserError
-from data_pipelines.files import bounded_lines, written_whole
+from data_pipelines.files import bounded_lines, check_regular, written_whole
 from data_pipelines.index_engines import Engine, index_files
 from data_pipelines.labels import read_labels
 from data_pipelines.lerobot import Episodes, is_lerobot, read_episodes
@@ -421,8 +421,7 @@ class _OtherVersion(Exception):
 
 def _read_entries(path: Path) -> tuple[dict[str, Any], list[Video | BadFile]]:
     """The header and the entries of a file. Raises _OtherVersion, or one of DAMAGE."""
-    if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
-        raise ValueError("not a regular file")
+    check_regular(path)
     with open(path, "rb") as file:
         lines = bounded_lines(file)
         header = json.loads(next(lines, b"null").decode())

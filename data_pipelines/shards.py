@@ -90,8 +90,7 @@ def load_videos(
     root = Path(root)
     if not (root / SHARDS_NAME).is_file():
         index_shards(root, progress=progress)
-    with open(root / SHARDS_NAME, "rb") as lines:
-        shards, entries = _parse_lines(lines, str(root / SHARDS_NAME))
+    shards, entries = _parse_file(root / SHARDS_NAME)
     listed = {name: shard.size_bytes for name, shard in shards.items()}
     found = {path.name: path.stat().st_size for path in _tars(root)}
     for name in sorted(listed | found):
@@ -110,7 +109,7 @@ def verify_shards(root: Path, *, progress: bool = True) -> list[str]:
     """
     if not (root / SHARDS_NAME).is_file():
         raise UserError(f"'{root}' has no {SHARDS_NAME} to compare with: run scripts/make_shards.py --index first")
-    shards, _ = _parse((root / SHARDS_NAME).read_bytes(), str(root / SHARDS_NAME))
+    shards, _ = _parse_file(root / SHARDS_NAME)
     here = {path.name for path in _tars(root)}
     changes = {name: "is gone" for name in shards.keys() - here} | {name: "is new" for name in here - shards.keys()}
     for name in tqdm(sorted(here & shards.keys()), desc="hashing", unit="shard", disable=not progress):
@@ -170,8 +169,17 @@ def _make_index(
 # --------------------------------------------------------------------------------------------------- the index file
 
 
+def _parse_file(path: Path) -> tuple[dict[str, Shard], list[Entry]]:
+    """Parse a file as _parse_lines does. Raises UserError also where it cannot be read."""
+    try:
+        with open(path, "rb") as lines:
+            return _parse_lines(lines, str(path))
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {one_line(error)}") from None
+
+
 def _parse(text: bytes, where: str) -> tuple[dict[str, Shard], list[Entry]]:
-    """As _parse_lines."""
+    """Parse bytes as _parse_lines does."""
     return _parse_lines(io.BytesIO(text), where)
 
 

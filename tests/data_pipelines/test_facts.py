@@ -47,10 +47,12 @@ ODD: dict[tuple[str, ...], tuple[Any, ...]] = {
     ("keyframes",): ([], [1], [0, 4], [0, 2, 2], [0, 3, 1], [0, "a"], [0, True], [0, 1.0], [0, HUGE], 0, None, "ab"),
     ("keyframe_pts",): ([0], [0, 1, 2], [5, 5], [5, 4], ["a", "b"], [0, 2**63], [-(2**64), 0], {"a": 1, "b": 2}),
     ("frame_ms",): ([1, 2], [1, 2, 3, 4], [-1, 2, 3], [1, 2, "x"], [1, 2, 2**64], [True, 1, 1], [[1], 2, 3]),
-    ("path",): ("", "/etc/passwd", "../a.mp4", "a/../../b.mp4", "..", "a\0.mp4", 1, None, ["a"]),
+    ("path",): ("", "/etc/passwd", "../a.mp4", "a/../../b.mp4", "..", "a\0.mp4", "\ud800.mp4", 1, None, ["a"]),
     ("shard",): ("../s.tar", "/s.tar", "s", "s.tar\n", "a/s.tar", "other.tar", "", 1, None, [], {}),
     ("quarter_turns",): (-1, 4, True, "1", [1]),
-    ("open_gop",): (0, "false", None),
+    ("open_gop", "mirrored", "begins_late"): (0, "false", None),
+    ("stream",): (-2, 2**63, "0", True, None),
+    ("digest",): ("x", "0" * 200, "0" * 15 + "\n", 1, None),
     ("reason", "surprise"): (1,),
 }
 CASES = [(name, value) for names, values in ODD.items() for name in names for value in values]
