@@ -284,8 +284,7 @@ def pack_videos(
         raise UserError(f"'{source}' is a LeRobot data set, whose files hold several episodes: it is read as it is")
     rows = np.argsort(np.random.Generator(np.random.PCG64(seed)).random(len(index.videos)), kind="stable").tolist()
     aside = out.absolute().with_name(f".{out.name}.packing")
-    shutil.rmtree(aside, ignore_errors=True)  # what is left of a run that was killed
-    aside.mkdir(parents=True)
+    _make_packing_folder(aside)
     try:
         entries: list[Entry] = []
         with tqdm(total=len(rows), desc="packing", unit="video", disable=not progress) as bar:
@@ -302,6 +301,21 @@ def pack_videos(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return load_videos(out, progress=progress)
+
+
+def _make_packing_folder(aside: Path) -> None:
+    """Make an empty folder, in place of one that a pack left that was killed.
+
+    Raises UserError: it holds anything but shards and their index, or is a link, or cannot be made.
+    """
+    try:
+        if aside.is_dir() and not aside.is_symlink():
+            if not all(SHARD_NAME.fullmatch(path.name) or SHARDS_NAME in path.name for path in aside.iterdir()):
+                raise UserError(f"'{aside}' holds other files than shards: move it away")
+            shutil.rmtree(aside)
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"'{aside}' cannot be made ({one_line(error)}): move it away, or name another folder") from None
 
 
 def _fill_shards(index: VideoIndex, rows: Iterable[int], shard_bytes: int) -> Iterator[list[int]]:

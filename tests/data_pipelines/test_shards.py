@@ -135,6 +135,25 @@ def test_a_pack_that_is_interrupted_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_pack_left_is_removed_and_nothing_else(source: Path, tmp_path: Path) -> None:
+    aside = tmp_path / ".out.packing"
+    aside.mkdir()
+    (aside / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match=r"\.out\.packing' holds other files than shards: move it away"):
+        pack_videos(source, tmp_path / "out", progress=False)
+    assert (aside / "notes.txt").read_text(encoding="utf-8") == "mine"
+    aside.rename(tmp_path / "elsewhere")
+    aside.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"\.out\.packing' cannot be made \(File exists\)"):
+        pack_videos(source, tmp_path / "out", progress=False)
+    aside.unlink()
+    aside.mkdir()
+    (aside / "shard-000000.tar").write_bytes(b"half")
+    (aside / f".{SHARDS_NAME}.0123.partial").write_bytes(b"half")
+    assert len(pack_videos(source, tmp_path / "out", progress=False).videos) == NUM_VIDEOS
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "elsewhere"}
+
+
 def _add(tar: tarfile.TarFile, name: str, content: bytes, **changes: Any) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
