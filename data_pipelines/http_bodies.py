@@ -35,20 +35,21 @@ class HttpBody:
 
     def __init__(self, files: Any, url: str, stall_s: float) -> None:
         self._loop = files.loop
+        self._response: ClientResponse | None = None
         self._strangers: ClientSession | None = None
         self._limits = ClientTimeout(total=None, sock_connect=stall_s, sock_read=stall_s)
         try:
-            self._response: ClientResponse = sync(self._loop, self._respond, files, url, 2 * stall_s)
+            sync(self._loop, self._respond, files, url, 2 * stall_s)
         except BaseException:
-            sync(self._loop, self._close)
+            self.close()
             raise
 
     def read(self, size: int) -> bytes:
         """Return at most `size` bytes, as soon as there are some; b"" at the end."""
+        assert self._response is not None, "it was refused"
         return sync(self._loop, self._response.content.read, size)
 
     def close(self) -> None:
-        self._response.close()
         sync(self._loop, self._close)
 
     def __enter__(self) -> "HttpBody":
@@ -58,17 +59,19 @@ class HttpBody:
         self.close()
 
     async def _close(self) -> None:
+        if self._response is not None:
+            self._response.close()
         if self._strangers is not None:
             await self._strangers.close()
 
-    async def _respond(self, files: Any, url: str, limit_s: float) -> ClientResponse:
+    async def _respond(self, files: Any, url: str, limit_s: float) -> None:
         try:
-            return await asyncio.wait_for(self._follow(files, files.encode_url(url)), limit_s)
+            await asyncio.wait_for(self._follow(files, files.encode_url(url)), limit_s)
         except TimeoutError:
             raise OSError(f"no answer within {limit_s:g} s") from None
 
-    async def _follow(self, files: Any, start: URL) -> ClientResponse:
-        """The response to `start`, or the one that its redirects lead to."""
+    async def _follow(self, files: Any, start: URL) -> None:
+        """Have the response to `start`, or the one that its redirects lead to."""
         url = start
         for _ in range(MAX_REDIRECTS + 1):
             if _is_same_host(start, url):
@@ -77,10 +80,12 @@ class HttpBody:
                 self._strangers = self._strangers or ClientSession(connector=_public_connector())
                 session, options = self._strangers, {}  # the user's headers are for the first host
             options["headers"] = {**options.get("headers", {}), **AS_IT_IS}
-            response = await session.get(url, allow_redirects=False, timeout=self._limits, **options)
+            self._response = response = await session.get(url, allow_redirects=False, timeout=self._limits, **options)
+            if response.status == 404:
+                raise FileNotFoundError(str(start))
+            response.raise_for_status()
             if response.status not in REDIRECTS:
-                files._raise_not_found_for_status(response, str(start))
-                return response
+                return
             place = response.headers.get("Location", "")
             response.close()
             url = _next_url(start, url, place)

@@ -112,6 +112,8 @@ def test_sizes_that_are_not_possible_end_the_archive(tmp_path: Path, clip: bytes
         {"GNU_sparse_major": "1", "GNU_sparse_minor": "0", "GNU_sparse_name": "../odd.mp4"},
         {"path": "../odd.mp4"},
         {"path": "odd.mp4\0.txt"},
+        {"path": "odd\0.mp4"},
+        {"path": "odd\n\x1b[2J.mp4"},
         {"hdrcharset": "BINARY", "path": "odd.mp4"},
     ],
     ids=str,
