@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 SHARDS_NAME = "shards.jsonl"
 SHARDS_HEADER = {"format": "worldmodel-shards", "version": 1}
 MAX_FRAMES_OF_ALL = 2**32  # of an index: 4.5 years at 30 frames a second
+MAX_LISTS = 2**26  # of an index: one for each 16 of the most bytes that are read of it
 MAX_LABELS_BYTES = 2**20
 MAX_HEADER_BYTES = 2**20  # of one member of a tar
 MAX_GLOBAL_HEADERS = 1000  # of pax, which each member of a tar inherits
@@ -191,13 +192,16 @@ def _parse_lines(lines: BinaryIO, where: str) -> tuple[dict[str, Shard], list[En
     shards: dict[str, Shard] = {}
     entries: list[Entry] = []
     paths: set[str] = set()
-    number, num_frames = 1, 0
+    number, num_frames, num_lists = 1, 0, 0
     try:
         numbered = enumerate(bounded_lines(lines), start=1)
         if json.loads(next(numbered, (1, b"null"))[1].decode()) != SHARDS_HEADER:
             raise ValueError(f"it should be {json.dumps(SHARDS_HEADER)}")
         number = 2
         for number, line in numbered:  # noqa: B007 (the message below states it)
+            num_lists += line.count(b"[") + line.count(b"{")
+            if num_lists > MAX_LISTS:  # empty ones take 24 times the memory of their text
+                raise ValueError(f"the lines up to there have more than {MAX_LISTS:,} lists and objects")
             fields = json.loads(line.decode())
             if "sha256" in fields:
                 shard = _checked_shard(Shard(**fields))

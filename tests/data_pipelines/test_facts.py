@@ -123,7 +123,7 @@ def test_a_damaged_line_of_shards_jsonl_is_one_line(line: str) -> None:
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
 
 
-def test_videos_of_an_impossible_length_in_all_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_videos_of_an_impossible_length_in_all_are_refused() -> None:
     """Each of them would be possible."""
     size = {"size_bytes": MAX_FRAMES, "num_frames": MAX_FRAMES, "frame_ms": []}
     rows = [FACTS | size | {"path": f"{number}.mp4"} for number in range(33)]
@@ -131,6 +131,14 @@ def test_videos_of_an_impossible_length_in_all_are_refused(monkeypatch: pytest.M
     assert len(_parse(_text(shard, *rows[:32]), "there")[1]) == 32
     with pytest.raises(UserError, match=r"line 35 .* more than 4,294,967,296 frames"):
         _parse(_text(shard, *rows), "there")
+
+
+def test_lists_without_number_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipelines.shards.MAX_LISTS", 1000)
+    rows = [FACTS | {"path": f"{number}.mp4", "labels": {"a": [[]] * 100}} for number in range(10)]
+    assert len(_parse(_text(SHARD, *rows[:9]), "there")[1]) == 9
+    with pytest.raises(UserError, match=r"line 12 .* more than 1,000 lists and objects"):
+        _parse(_text(SHARD, *rows), "there")
 
 
 def test_a_line_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
