@@ -11,6 +11,8 @@ from functools import cache
 from operator import attrgetter, lt
 from typing import TYPE_CHECKING, Any, get_origin
 
+from data_pipelines.text_files import shown
+
 if TYPE_CHECKING:
     from data_pipelines.probe import BadFile, Video
 
@@ -35,9 +37,9 @@ def checked(video: "Video") -> "Video":
     path, shard = video.path, video.shard
     path.encode("utf-8", "surrogateescape")  # or UnicodeEncodeError, a ValueError: no file has such a name
     if not path or path[0] == "/" or "\0" in path or (".." in path and ".." in path.replace(os.sep, "/").split("/")):
-        raise ValueError(f"path={_shown(path)} is not a relative path within the folder")
+        raise ValueError(f"path={shown(path)} is not a relative path within the folder")
     if shard and not SHARD_NAME.fullmatch(shard):
-        raise ValueError(f"shard={_shown(shard)} is not a valid name of a shard")
+        raise ValueError(f"shard={shown(shard)} is not a valid name of a shard")
     if shard and (video.offset_bytes < 0 or video.size_bytes < 1):
         raise ValueError("it lies outside of its shard")
     if not (0 <= video.size_bytes <= MAX_INT and 0 <= video.offset_bytes <= MAX_INT and abs(video.mtime_ns) <= MAX_INT):
@@ -49,7 +51,7 @@ def checked(video: "Video") -> "Video":
             f"width={video.width}, height={video.height} or quarter_turns={video.quarter_turns} is out of range"
         )
     if not -1 <= video.stream < MAX_STREAMS or (video.digest and not DIGEST.fullmatch(video.digest)):
-        raise ValueError(f"stream={video.stream} or digest={_shown(video.digest)} is not possible")
+        raise ValueError(f"stream={video.stream} or digest={shown(video.digest)} is not possible")
     fps = video.fps  # NaN is in no range
     if not (
         (fps == 0 or 1 / MAX_FPS <= fps <= MAX_FPS)
@@ -58,12 +60,12 @@ def checked(video: "Video") -> "Video":
     ):
         raise ValueError(f"fps={fps}, duration_s={video.duration_s} or tick_s={video.tick_s} is out of range")
     if not keyframes or keyframes[0] != 0 or keyframes[-1] >= num_frames or not _ascend(keyframes):
-        raise ValueError(f"keyframes={_shown(keyframes)} do not ascend from 0 to at most {num_frames - 1}")
+        raise ValueError(f"keyframes={shown(keyframes)} do not ascend from 0 to at most {num_frames - 1}")
     pts = video.keyframe_pts
     if pts and (len(pts) != len(keyframes) or not _ascend(pts) or pts[0] < -MAX_INT or pts[-1] > MAX_INT):
-        raise ValueError(f"keyframe_pts={_shown(pts)} are not {len(keyframes)} ascending times")
+        raise ValueError(f"keyframe_pts={shown(pts)} are not {len(keyframes)} ascending times")
     if times and (len(times) != num_frames - 1 or not _fit(times)):
-        raise ValueError(f"frame_ms={_shown(times)} are not {num_frames - 1} durations")
+        raise ValueError(f"frame_ms={shown(times)} are not {num_frames - 1} durations")
     return video
 
 
@@ -82,10 +84,10 @@ def _check_types(entry: Any) -> None:
     if tuple(map(type, values)) != types:
         for name, value, wanted in zip(names, values, types, strict=True):
             if type(value) is not wanted and not (wanted is float and type(value) is int and abs(value) <= MAX_INT):
-                raise ValueError(f"{name}={_shown(value)} is not of type {wanted.__name__}")
+                raise ValueError(f"{name}={shown(value)} is not of type {wanted.__name__}")
     for numbers in values:
         if type(numbers) is tuple and numbers and set(map(type, numbers)) != INT:
-            raise ValueError(f"{_shown(numbers)} are not whole numbers")
+            raise ValueError(f"{shown(numbers)} are not whole numbers")
 
 
 @cache
@@ -105,8 +107,3 @@ def _fit(times: tuple[int, ...]) -> bool:
         return bool(array("Q", times))
     except OverflowError:
         return False
-
-
-def _shown(value: Any) -> str:
-    text = repr(value) if not isinstance(value, tuple) else repr(value[:8])
-    return text if len(text) <= 60 else f"{text[:60]}..."
