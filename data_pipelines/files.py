@@ -68,6 +68,16 @@ def check_regular(path: Path) -> None:
         raise OSError(f"{path.name} is not a regular file")
 
 
+def user_cache_dir() -> Path | None:
+    """The folder for what can be made again; None: this user has no home."""
+    if not os.environ.get("HOME", "home"):
+        return None
+    try:
+        return Path.home() / ".cache" / "worldmodel"
+    except RuntimeError:  # no HOME, and no entry in the list of users, as in a container
+        return None
+
+
 def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """Read a text file in UTF-8. Raises OSError: it is not a regular file, or too large; UnicodeDecodeError."""
     check_regular(path)

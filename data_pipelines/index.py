@@ -13,13 +13,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data_pipelines.errors import UserError
-from data_pipelines.files import bounded_lines, check_regular, written_whole
+from data_pipelines.files import bounded_lines, check_regular, user_cache_dir, written_whole
 from data_pipelines.index_engines import Engine, index_files
 from data_pipelines.labels import read_labels
-from data_pipelines.lerobot import Episodes, is_lerobot, read_episodes
+from data_pipelines.lerobot import Episodes, frames_of_episode, is_lerobot, read_episodes
 from data_pipelines.probe import MAX_FRAME_PX, BadFile, Video, entry_from_fields, one_line
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ class VideoIndex:
     episodes: the frames [start, stop) of its file that each row consists of; None: all.
     frame_labels: labels of single frames, [label frames, ...].
     frame_label_offsets: int64 [len(videos)]; frame f of a row's file has the label frame offset + f.
+    label_faults: labels that are left out, and why.
     remote: fetches the shards that hold the videos into root, where they are not there to begin with. Videos in shards
         are sorted by shard and by place in it.
     """
@@ -62,6 +65,7 @@ class VideoIndex:
     frame_labels: dict[str, torch.Tensor] = field(default_factory=dict)
     frame_label_offsets: torch.Tensor | None = None
     remote: "RemoteShards | None" = None
+    label_faults: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def frame_ranges(self) -> list[tuple[int, int]]:
@@ -126,7 +130,7 @@ def load_or_build_index(
     bad = [entry for entry in entries if isinstance(entry, BadFile)]
     judge_bad_files(root, bad, len(entries), max_bad_fraction)
     class_names = _class_names([root, *siblings])
-    labels = read_labels(root, videos, class_names)
+    labels = read_labels(root, videos, class_names, is_split=bool(siblings))
     return VideoIndex(
         root=root,
         videos=videos,
@@ -134,6 +138,7 @@ def load_or_build_index(
         labels=labels.of_videos,
         frame_labels=labels.of_frames,
         frame_label_offsets=labels.offsets,
+        label_faults=labels.faults,
     )
 
 
@@ -158,7 +163,7 @@ def index_folder(
         raise UserError("indexing videos needs PyAV, which is not installed: pip install av") from None
     if not root.is_dir():
         raise UserError(f"data root '{root}' is not a folder: give a folder that holds videos")
-    paths = sorted(_video_paths(root))
+    paths = sorted(video_paths(root))
     if not paths:
         raise UserError(f"data root '{root}' holds no video files ({' '.join(sorted(VIDEO_EXTENSIONS))})")
     cached = _read_cache(root)
@@ -211,7 +216,7 @@ def verify_folder(root: Path, *, num_workers: int | None = None, progress: bool 
     stored = _read_cache(root)
     if not stored:
         raise UserError(f"'{root}' has no index to compare with: run scripts/index_videos.py without --verify first")
-    here = set(_video_paths(root))
+    here = set(video_paths(root))
     paths = sorted(here & stored.keys())
     sizes_px = [entry.width * entry.height for entry in stored.values() if isinstance(entry, Video)]
     limit_px = max([MAX_FRAME_PX, *sizes_px])
@@ -279,26 +284,37 @@ def _index_of_episodes(
     entry_of = {entry.path: entry for entry in entries}
     videos: list[Video] = []
     rows: list[int] = []
+    frames: list[tuple[int, int]] = []
     bad: dict[str, BadFile] = {}
-    for row, (path, (_, stop)) in enumerate(zip(episodes.paths, episodes.frames, strict=True)):
+    shown_s: dict[str, NDArray[np.float64]] = {}
+    for row, (path, start_s, length) in enumerate(
+        zip(episodes.paths, episodes.starts_s.tolist(), episodes.lengths.tolist(), strict=True)
+    ):
         entry = entry_of.get(path, BadFile(path, 0, 0, "no such file"))
-        if isinstance(entry, Video) and stop > entry.num_frames:
-            reason = f"has {entry.num_frames} frames, but an episode in it ends at frame {stop}"
-            entry = BadFile(path, entry.size_bytes, entry.mtime_ns, reason)
+        if isinstance(entry, Video):
+            if path not in shown_s:
+                shown_s[path] = entry.shown_s()
+            start, stop = frames_of_episode(start_s, length, shown_s[path])
+            if stop > entry.num_frames:
+                reason = f"has {entry.num_frames} frames, but an episode in it ends at frame {stop}"
+                entry = BadFile(path, entry.size_bytes, entry.mtime_ns, reason)
         if isinstance(entry, Video):
             videos.append(entry)
             rows.append(row)
+            frames.append((start, stop))
         else:
             bad[path] = entry
     judge_bad_files(root, list(bad.values()), len(set(episodes.paths)), max_bad_fraction)
+    offsets = episodes.first_rows[rows] - np.array([start for start, _ in frames], dtype=np.int64)
     return VideoIndex(
         root=root,
         videos=videos,
         bad=list(bad.values()),
         labels={name: values[rows] for name, values in episodes.labels.items()},
-        episodes=[episodes.frames[row] for row in rows],
+        episodes=frames,
         frame_labels=episodes.frame_labels,
-        frame_label_offsets=episodes.frame_label_offsets[rows],
+        frame_label_offsets=torch.from_numpy(offsets),
+        label_faults=episodes.label_faults,
     )
 
 
@@ -322,7 +338,7 @@ def _is_video_name(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in VIDEO_EXTENSIONS
 
 
-def _video_paths(root: Path) -> Iterator[str]:
+def video_paths(root: Path) -> Iterator[str]:
     """Paths of video files under root, relative to it. Links are followed, each folder is visited once."""
     visited = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
@@ -379,8 +395,9 @@ def _refused_by_another_limit(entry: Video | BadFile, max_frame_px: int) -> bool
 
 def _cache_places(root: Path) -> list[tuple[Path, str]]:
     """Folder and stem of the index: next to the data, or in the user's cache if that is read-only."""
-    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-    return [(root, INDEX_NAME.removesuffix(".jsonl")), (Path.home() / ".cache" / "worldmodel", f"index-{name}")]
+    name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
+    own = user_cache_dir()
+    return [(root, INDEX_NAME.removesuffix(".jsonl")), *([(own, f"index-{name}")] if own else [])]
 
 
 def _cache_paths(root: Path, stem: str = "") -> list[Path]:
@@ -436,7 +453,7 @@ def _read_entries(path: Path) -> tuple[dict[str, Any], list[Video | BadFile]]:
 
 
 def _hash_of_paths(paths: Iterable[str]) -> str:
-    return hashlib.sha256("\0".join(paths).encode()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode("\0".join(paths))).hexdigest()[:16]
 
 
 def _hash_of_entries(entries: Iterable[Video | BadFile]) -> str:
@@ -466,13 +483,25 @@ def split_index(index: VideoIndex, split: Literal["train", "selection", "test"])
     Whole videos (or episodes), dealt by a hash of their paths; or, where there are fewer than ten, each by time: the
     last tenth tests, the one before it selects.
     """
+    order = ("train", "selection", "test")
+    return share_of_split(index, order.index(split), (0.8, 0.1, 0.1))
+
+
+def share_of_split(index: VideoIndex, part: int, shares: Sequence[float]) -> VideoIndex:
+    """One of several parts of an index, in the proportion of shares, which add up to 1.
+
+    Whole videos (or episodes), dealt by a hash of their paths; or, where there are fewer than ten, each by time. The
+    first part gets what rounding leaves.
+    """
     if len(index.videos) < MIN_VIDEOS_TO_DEAL:
-        shares = {"train": (0.0, 0.8), "selection": (0.8, 0.9), "test": (0.9, 1.0)}
-        return replace(index, share=shares[split])
+        start = round(sum(shares[:part], 0.0), 6)
+        return replace(index, share=(start, round(start + shares[part], 6)))
     names = [video.path for video in index.videos]
     if index.episodes is not None:
         names = [f"{path}\0{start}" for path, (start, _) in zip(names, index.episodes, strict=True)]
-    order = sorted(range(len(names)), key=lambda row: hashlib.sha256(names[row].encode()).digest())
-    tenth = len(order) // 10
-    parts = {"test": order[:tenth], "selection": order[tenth : 2 * tenth], "train": order[2 * tenth :]}
-    return index.rows(sorted(parts[split]))
+    order = sorted(range(len(names)), key=lambda row: hashlib.sha256(os.fsencode(names[row])).digest())
+    counts = [int(len(order) * share + 1e-9) for share in shares]
+    # From the last part on: the first one takes the rest.
+    stop = sum(counts[part + 1 :])
+    rows = order[stop:] if part == 0 else order[stop : stop + counts[part]]
+    return index.rows(sorted(rows))

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import posixpath
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -24,14 +25,16 @@ class Labels(NamedTuple):
     """of_videos: int64 or float32 [N] or [N, K]; of_frames: [F, K] for the F frames of all videos, one after the other.
 
     Frame f of video n has the row offsets[n] + f of of_frames; offsets is None where there are none.
+    faults: names of labels that are left out, and why: what asks for one of them is told.
     """
 
     of_videos: dict[str, torch.Tensor]
     of_frames: dict[str, torch.Tensor]
     offsets: torch.Tensor | None
+    faults: dict[str, str]
 
 
-def read_labels(root: Path, videos: Sequence[Video], class_names: Sequence[str]) -> Labels:
+def read_labels(root: Path, videos: Sequence[Video], class_names: Sequence[str], *, is_split: bool = False) -> Labels:
     """Labels of videos and of their frames.
 
     From metadata.jsonl, metadata.csv or metadata.parquet in root or in folders of videos: the numeric and
@@ -39,14 +42,27 @@ def read_labels(root: Path, videos: Sequence[Video], class_names: Sequence[str])
     list of numbers for each frame of its video labels the frames. Without any, where all videos are in subfolders of
     root and those are several, "label" is the number of a video's subfolder among class_names.
 
+    is_split: root is one of several splits in a folder, whose metadata holds for all of them. A line that is closer to
+        a video counts.
+
     Raises UserError: broken metadata, two kinds of it in a folder, .parquet without pyarrow.
     """
     folders = {folder for video in videos for folder in PurePosixPath(video.path).parents}
     metadata = [path for folder in sorted(folders) if (path := _metadata_in(root / folder)) is not None]
-    if not metadata:
-        return Labels(_labels_of_classes(videos, class_names), {}, None)
     rows: dict[str, dict[str, Any]] = {}
+    if is_split and (above := _metadata_in(root.parent)) is not None:
+        prefix = f"{root.name}/"
+        for name, row in _read_metadata(above):
+            if (path := posixpath.normpath(name)).startswith(prefix):
+                rows[path.removeprefix(prefix)] = row
+        if metadata:
+            log.info("'%s' is closer to its videos than '%s', and counts where both have a line", metadata[0], above)
+        metadata = [above, *metadata] if rows else metadata
+    if not metadata:
+        return Labels(_labels_of_classes(videos, class_names), {}, None, {})
     for path in metadata:
+        if path.parent == root.parent and is_split:
+            continue
         prefix = path.parent.relative_to(root).as_posix()
         rows |= {posixpath.normpath(posixpath.join(prefix, name)): row for name, row in _read_metadata(path)}
     missing = [video.path for video in videos if video.path not in rows]
@@ -55,30 +71,67 @@ def read_labels(root: Path, videos: Sequence[Video], class_names: Sequence[str])
             "'%s' has no line for %d of %d videos, '%s' for one: labels are left out",
             metadata[0], len(missing), len(videos), missing[0],
         )  # fmt: skip
-        return Labels({}, {}, None)
-    return stack_labels([rows[video.path] for video in videos], [video.num_frames for video in videos])
+        fault = f"'{metadata[0]}' has no line for '{missing[0]}'"
+        return Labels({}, {}, None, {name: fault for row in rows.values() for name in row})
+    return stack_labels([rows[video.path] for video in videos], videos)
 
 
-def stack_labels(rows: Sequence[Mapping[str, Any]], num_frames: Sequence[int]) -> Labels:
-    """One row of labels a video, and its number of frames -> the fields that every row has."""
+def stack_labels(rows: Sequence[Mapping[str, Any]], videos: Sequence[Video]) -> Labels:
+    """One row of labels per video -> the fields of numbers that every row has. The others are faults."""
     of_videos: dict[str, torch.Tensor] = {}
     of_frames: dict[str, torch.Tensor] = {}
-    for name in rows[0]:
+    faults: dict[str, str] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
         values: list[Any] = [row.get(name) for row in rows]
-        if all(map(_has_a_list_for_each, values, num_frames)):
-            tensor = _numbers_to_tensor([frame for value in values for frame in value])
-            into = of_frames
+        is_of_frames = all(_has_a_list_for_each(value, video.num_frames) for value, video in zip(values, videos))  # noqa: B905 (both are one per video)
+        flat = [frame for value in values for frame in value] if is_of_frames else values
+        tensor = _numbers_to_tensor(flat)
+        if tensor is not None and bool(tensor.isfinite().all()):
+            (of_frames if is_of_frames else of_videos)[name] = tensor
         else:
-            tensor = _numbers_to_tensor(values)
-            into = of_videos
-        if tensor is not None:
-            into[name] = tensor
-    lengths = torch.tensor([0, *num_frames[:-1]])
-    return Labels(of_videos, of_frames, lengths.cumsum(0) if of_frames else None)
+            faults[name] = _fault_of(name, values, videos)
+    for name, fault in faults.items():
+        if not all(isinstance(row.get(name), str) for row in rows):
+            log.warning("the label %r is left out: %s", name, fault)
+    lengths = torch.tensor([0, *(video.num_frames for video in videos[:-1])])
+    return Labels(of_videos, of_frames, lengths.cumsum(0) if of_frames else None, faults)
 
 
 def _has_a_list_for_each(value: Any, count: int) -> bool:
     return isinstance(value, list) and len(value) == count and all(isinstance(part, list) for part in value)
+
+
+def _fault_of(name: str, values: Sequence[Any], videos: Sequence[Video]) -> str:
+    """Describe the first video, and frame, in which a label is not a number, or not of the size that others have."""
+    of_frames = any(isinstance(value, list) and value and isinstance(value[0], list) for value in values)
+    first = next((value for value in values if value is not None), None)
+    width: int | None = None
+    for value, video in zip(values, videos, strict=True):
+        place = f"'{video.path}'"
+        if value is None:
+            return f"{place} has no {name!r}"
+        if of_frames and isinstance(value, list) and len(value) != video.num_frames:
+            return f"{place} has {video.num_frames} frames and {len(value)} values of {name!r}"
+        parts = enumerate(value) if of_frames and isinstance(value, list) else [(-1, value)]
+        for frame, part in parts:
+            at = f"frame {frame} of {place}" if frame >= 0 else place
+            numbers = part if isinstance(part, list) else [part]
+            for number in numbers:
+                if not _is_finite(number):
+                    return f"{name!r} of {at} is {reprlib.repr(number)}, not a number"
+            width = len(numbers) if width is None else width
+            if len(numbers) != width or isinstance(part, list) != isinstance(first, list):
+                return f"{name!r} of {at} has {len(numbers)} numbers, and others have {width}"
+    return f"{name!r} has values of several kinds"
+
+
+def _is_finite(number: Any) -> bool:
+    try:
+        return isinstance(number, int | float) and math.isfinite(
+            torch.tensor(float(number), dtype=torch.float32).item()
+        )
+    except OverflowError:  # an integer that no float can hold
+        return False
 
 
 def _labels_of_classes(videos: Sequence[Video], class_names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -99,12 +152,14 @@ def _metadata_in(folder: Path) -> Path | None:
 def _read_metadata(path: Path) -> Iterator[Row]:
     try:
         yield from _READERS[path.suffix](path)
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise UserError(f"'{path}' is not text in UTF-8: save it in that encoding") from None
+    except OSError as error:
         raise UserError(f"'{path}' is unreadable: {one_line(error)}") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    with open(path, encoding="utf-8") as lines:
+    with open(path, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -113,10 +168,9 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 file_name = row.pop("file_name")
                 if not isinstance(file_name, str):
                     raise TypeError
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(
-                    f"'{path}' line {number} is not a JSON object with a file_name: {line.strip()[:80]!r}"
-                ) from None
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                # The line itself stays unsaid: a link may have led to another file.
+                raise UserError(f"'{path}' line {number} is not a JSON object with a file_name") from None
             yield file_name, row
 
 
@@ -172,4 +226,7 @@ def _numbers_to_tensor(values: Sequence[Any]) -> torch.Tensor | None:
     if len(flat) != math.prod(shape) or not all(isinstance(x, int | float) for x in flat):
         return None
     is_integer = all(isinstance(x, int) and abs(x) < 2**63 for x in flat)
-    return torch.tensor(flat, dtype=torch.int64 if is_integer else torch.float32).reshape(shape)
+    try:
+        return torch.tensor(flat, dtype=torch.int64 if is_integer else torch.float32).reshape(shape)
+    except (OverflowError, RuntimeError):  # an integer that no float can hold
+        return None

@@ -1,7 +1,7 @@
 """LeRobot data sets of version 3: which frames of which file each episode is, and what was recorded with each frame.
 
-Several episodes share a video file, one after the other. Frame i of an episode that starts at `from_timestamp` of its
-file is the file's frame from_timestamp * fps + i, and row dataset_from_index + i of the tables in data/.
+Several episodes share a video file, one after the other. An episode begins with the frame of its file whose time is
+nearest to `from_timestamp`; its frame i is the i-th from there, and row dataset_from_index + i of the tables in data/.
 """
 
 import json
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_pipelines.errors import UserError
+from data_pipelines.files import read_text
 from data_pipelines.probe import one_line
 
 log = logging.getLogger(__name__)
@@ -32,17 +33,21 @@ class Episodes:
     """One camera's episodes in order of their index, E of them, and F frames of all.
 
     paths: the file of each episode, relative to the root.
-    frames: the frames [start, stop) of its file that an episode consists of.
+    starts_s: float64 [E], the time in its file at which an episode begins.
+    lengths: int64 [E], frames.
     labels: "episode_index", "task_index": int64 [E].
     frame_labels: "action", "observation.state" and whatever else was recorded as numbers, [F, ...].
-    frame_label_offsets: int64 [E]; frame f of an episode's file has the frame label offset + f.
+    first_rows: int64 [E]; frame i of an episode has the frame label first_row + i.
+    label_faults: labels that are left out, and why.
     """
 
     paths: Sequence[str]
-    frames: Sequence[tuple[int, int]]
+    starts_s: NDArray[np.float64]
+    lengths: NDArray[np.int64]
     labels: dict[str, torch.Tensor]
     frame_labels: dict[str, torch.Tensor]
-    frame_label_offsets: torch.Tensor
+    first_rows: NDArray[np.int64]
+    label_faults: dict[str, str]
 
 
 def is_lerobot(root: Path) -> bool:
@@ -69,12 +74,16 @@ def read_episodes(root: Path, camera: str | None) -> Episodes:
     table = _read_tables(root, "meta/episodes", columns, np.float64)
     order = np.argsort(table["episode_index"], kind="stable")
     episode, first, stop, chunk, file, from_s = (table[name][order] for name in columns)
-    starts = np.rint(from_s * info["fps"]).astype(np.int64)
-    if not len(episode) or (starts < 0).any():
+    if not len(episode) or not (from_s >= -0.5 / info["fps"]).all():
         raise UserError(f"LeRobot data set '{root}': meta/episodes has no episodes, or one that starts before 0 s")
 
     names = [name for name, feature in info["features"].items() if NUMERIC.fullmatch(feature["dtype"])]
-    data = _read_tables(root, "data", sorted({*names, "episode_index"}), np.float32)
+    faults: dict[str, str] = {}
+    data = _read_tables(root, "data", sorted({*names, "episode_index"}), np.float32, faults)
+    if "episode_index" not in data:
+        raise UserError(f"LeRobot data set '{root}': {faults['episode_index']}")
+    for name, fault in faults.items():
+        log.warning("LeRobot data set '%s': the label %r is left out: %s", root, name, fault)
     _check_rows(root, episode, first, stop, data["episode_index"])
     labels = {"episode_index": torch.from_numpy(episode)}
     if "task_index" in data and (stop > first).all():
@@ -82,18 +91,36 @@ def read_episodes(root: Path, camera: str | None) -> Episodes:
     files = zip(chunk.tolist(), file.tolist(), strict=True)
     return Episodes(
         paths=[_video_path(root, info["video_path"], camera, *numbers) for numbers in files],
-        frames=list(zip(starts.tolist(), (starts + stop - first).tolist(), strict=True)),
+        starts_s=from_s,
+        lengths=stop - first,
         labels=labels,
-        frame_labels={name: torch.from_numpy(data[name]) for name in names if name not in BOOKKEEPING},
-        frame_label_offsets=torch.from_numpy(first - starts),
+        frame_labels={name: torch.from_numpy(data[name]) for name in names if name in data and name not in BOOKKEEPING},
+        first_rows=first,
+        label_faults=faults,
     )
+
+
+def frames_of_episode(start_s: float, length: int, shown_s: NDArray[np.float64]) -> tuple[int, int]:
+    """Find the frames [start, stop) of an episode that begins at `start_s` of a file with frames at shown_s [F].
+
+    Measured durations drift: an episode that would end one frame behind the file begins one frame earlier.
+    """
+    after = int(np.searchsorted(shown_s, start_s))
+    near = [frame for frame in (after - 1, after) if 0 <= frame < len(shown_s)]
+    start = min(near, key=lambda frame: abs(float(shown_s[frame]) - start_s))
+    step_s = float(shown_s[-1]) / max(1, len(shown_s) - 1)
+    if after == len(shown_s) and step_s:  # behind the last frame, by so many
+        start += round((start_s - float(shown_s[-1])) / step_s)
+    if start + length == len(shown_s) + 1 and start:
+        start -= 1
+    return start, start + length
 
 
 def _read_info(root: Path) -> dict[str, Any]:
     """meta/info.json: its fps, features and video_path, checked."""
     path = root / "meta" / "info.json"
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = json.loads(read_text(path))
         version = str(info.get("codebase_version"))
         if not version.startswith("v3."):
             raise UserError(
@@ -104,7 +131,7 @@ def _read_info(root: Path) -> dict[str, Any]:
         if not (isinstance(fps, int | float) and 0 < fps < math.inf):
             raise UserError(f"'{path}' has fps={fps!r}: it must be a positive number")
         return {"fps": fps, "features": features, "video_path": str(info.get("video_path"))}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"'{path}' is not the info.json of a LeRobot data set ({one_line(error)})") from None
 
 
@@ -139,9 +166,16 @@ def _video_path(root: Path, template: str, camera: str, chunk: int, file: int) -
 
 
 def _read_tables(
-    root: Path, folder: str, columns: Sequence[str], float_type: type[np.floating[Any]]
+    root: Path,
+    folder: str,
+    columns: Sequence[str],
+    float_type: type[np.floating[Any]],
+    faults: dict[str, str] | None = None,
 ) -> dict[str, NDArray[Any]]:
-    """Columns of root/folder/chunk-*/file-*.parquet, one file after the other: int64 or float_type [rows, ...]."""
+    """Columns of root/folder/chunk-*/file-*.parquet, one file after the other: int64 or float_type [rows, ...].
+
+    faults: takes why a column is left out of the result; None: such a column is an error.
+    """
     from pyarrow import ArrowException, parquet
 
     paths = sorted((root / folder).glob("*/*.parquet"))
@@ -155,21 +189,40 @@ def _read_tables(
             if missing:
                 raise UserError(f"'{path}' has no column {missing[0]}")
             read = table.read(columns=list(columns))
-            for name in columns:
-                parts[name].append(_to_array(read[name], float_type))
         except (ArrowException, OSError, ValueError) as error:
-            raise UserError(f"'{path}' is no table of a LeRobot data set: {one_line(error)}") from None
-    try:
-        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
-    except ValueError as error:
-        raise UserError(f"LeRobot data set '{root}': columns of {folder} differ in shape ({one_line(error)})") from None
+            raise UserError(f"'{path}' is not a table of a LeRobot data set: {one_line(error)}") from None
+        for name in columns:
+            try:
+                parts[name].append(_to_array(read[name], float_type))
+            except (ArrowException, ValueError) as error:
+                fault = f"column {name!r} of '{path.relative_to(root)}': {one_line(error)}"
+                if faults is None:
+                    raise UserError(f"LeRobot data set '{root}': {fault}") from None
+                faults.setdefault(name, fault)
+    found: dict[str, NDArray[Any]] = {}
+    for name in columns:
+        if faults is not None and name in faults:
+            continue
+        try:
+            found[name] = np.concatenate(parts[name])
+        except ValueError as error:
+            fault = f"column {name!r} of {folder} differs in shape between files ({one_line(error)})"
+            if faults is None:
+                raise UserError(f"LeRobot data set '{root}': {fault}") from None
+            faults[name] = fault
+    return found
 
 
 def _to_array(column: Any, float_type: type[np.floating[Any]]) -> NDArray[Any]:
-    """A column of numbers, or of equally long (nested) lists of numbers -> [rows, ...]. ValueError for others."""
+    """A column of numbers, or of equally long (nested) lists of numbers -> [rows, ...].
+
+    ValueError for others, and for what is missing or not finite, with its row.
+    """
     from pyarrow import compute
 
     values = column.combine_chunks()
+    if values.null_count:
+        raise ValueError(f"row {values.is_null().to_pylist().index(True)} is null")
     shape = [len(values)]
     while values.type.num_fields == 1:  # lists
         lengths = set(compute.unique(compute.list_value_length(values)).to_pylist()) or {0}
@@ -178,9 +231,16 @@ def _to_array(column: Any, float_type: type[np.floating[Any]]) -> NDArray[Any]:
         shape.append(lengths.pop())
         values = values.flatten()
     array = values.to_numpy(zero_copy_only=False)
-    if values.null_count or array.dtype.kind not in "biuf":
+    per_row = max(1, math.prod(shape[1:]))
+    if values.null_count:
+        raise ValueError(f"row {values.is_null().to_pylist().index(True) // per_row} holds a null")
+    if array.dtype.kind not in "biuf":
         raise ValueError(f"{values.type} where numbers belong")
-    return array.astype(float_type if array.dtype.kind == "f" else np.int64).reshape(shape)
+    array = array.astype(float_type if array.dtype.kind == "f" else np.int64)
+    if not np.isfinite(array).all():
+        place = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise ValueError(f"row {place // per_row} is {array[place]}, not a finite number")
+    return array.reshape(shape)
 
 
 def _check_rows(

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_pipelines.errors import UserError
+from data_pipelines.files import user_cache_dir
 from data_pipelines.probe import one_line
 from data_pipelines.stores import LocalError, Shard, Store, local_errors
 
@@ -30,7 +31,10 @@ FOLDER_NAME = re.compile(r"[0-9a-f]{16}")  # of a data set, within the cache
 
 
 def default_cache_dir() -> Path:
-    return Path.home() / ".cache" / "worldmodel" / "shards"
+    folder = user_cache_dir()
+    if folder is None:
+        raise UserError("this user has no home folder for shards from a URL: set data.remote_cache_dir")
+    return folder / "shards"
 
 
 @dataclass(frozen=True)

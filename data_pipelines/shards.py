@@ -24,7 +24,14 @@ from tqdm.auto import tqdm
 from data_pipelines.errors import UserError
 from data_pipelines.facts import MAX_INT, SHARD_NAME
 from data_pipelines.files import bounded_lines, written_whole
-from data_pipelines.index import VIDEO_EXTENSIONS, VideoIndex, judge_bad_files, load_or_build_index, within_limit
+from data_pipelines.index import (
+    VIDEO_EXTENSIONS,
+    VideoIndex,
+    judge_bad_files,
+    load_or_build_index,
+    video_paths,
+    within_limit,
+)
 from data_pipelines.labels import stack_labels
 from data_pipelines.probe import MAX_FRAME_PX, BadFile, Video, entry_from_fields, index_member, one_line
 from data_pipelines.remote import RemoteShards, default_cache_dir
@@ -125,11 +132,10 @@ def _bytes(size_bytes: int | None) -> str:
 
 
 def holds_shards(root: Path) -> bool:
-    """Whether a folder holds shards: their index, or tars and no videos beside them."""
+    """Whether a folder holds shards: their index, or tars and no videos beside them or in its subfolders."""
     if (root / SHARDS_NAME).is_file():
         return True
-    suffixes = {path.suffix.lower() for path in root.iterdir()} if root.is_dir() else set()
-    return ".tar" in suffixes and not suffixes & set(VIDEO_EXTENSIONS)
+    return root.is_dir() and bool(_tars(root)) and next(video_paths(root), None) is None
 
 
 def _tars(root: Path) -> list[Path]:
@@ -155,7 +161,7 @@ def _make_index(
     all_names = set().union(*rows)
     if missing := [video.path for video, labels in videos if not labels.keys() >= all_names]:
         log.warning("'%s': labels that not all videos have are left out, '%s' lacks some", where, missing[0])
-    labels = stack_labels(rows, [video.num_frames for video, _ in videos])
+    labels = stack_labels(rows, [video for video, _ in videos])
     return VideoIndex(
         root=root,
         videos=[video for video, _ in videos],
@@ -163,6 +169,7 @@ def _make_index(
         labels=labels.of_videos,
         frame_labels=labels.of_frames,
         frame_label_offsets=labels.offsets,
+        label_faults=labels.faults,
         remote=remote,
     )
 
@@ -383,6 +390,10 @@ def index_shards(folder: Path, progress: bool = True) -> None:
         for path in tqdm(tars, desc="indexing", unit="shard", disable=not progress)
         for entry in _scan_shard(folder, path.name)
     ]
+    if not any(isinstance(video, Video) for video, _ in entries) and not any(
+        path.endswith(VIDEO_EXTENSIONS) for path in (video.path.lower() for video, _ in entries)
+    ):
+        raise UserError(f"the shards of '{folder}' hold no videos ({' '.join(sorted(VIDEO_EXTENSIONS))})")
     try:
         _write_index(folder, entries, progress)
     except OSError as error:

@@ -4,7 +4,7 @@ Three splits of disjoint identities: "train" fits, "selection" chooses, "test" r
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from data_pipelines.clips import ClipSpec
 from data_pipelines.contents import Contents, contents_of, read_contents
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
-from data_pipelines.index import VideoIndex, split_index
+from data_pipelines.index import VideoIndex, share_of_split, split_index
 from data_pipelines.shards import SHARDS_NAME, load_videos
 from data_pipelines.sources import kicked_mnist, moving_mnist
 from data_pipelines.sources.causal import CausalStream, CausalWorld
@@ -26,13 +26,15 @@ from data_pipelines.sources.law import Law
 from data_pipelines.sources.moving_mnist import MovingMnistLaw, MovingMnistStream
 from data_pipelines.sources.written import RECORDED, read_sprites, read_world
 from data_pipelines.stores import Store, is_url
-from data_pipelines.stream import Batch, VideoStream, read_all, share_of_pass
+from data_pipelines.stream import Batch, VideoStream, clips_of, read_all, share_of_pass
 from data_pipelines.transforms import on_device, split_segments, to_float
 from worldmodel.config import Config, DataConfig
 
 logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 128
+MIN_CLIPS = 2
+"""Fewer clips of a split have no spread to compare with."""
 CONTENTS_NAME = "videos.jsonl"  # in a run folder
 
 Stream = VideoStream | MovingMnistStream | CausalStream
@@ -292,33 +294,110 @@ def _sprites(split: Split, mnist_dir: str | None) -> Any:
 
 @lru_cache(maxsize=4)
 def read_index(data: DataConfig, split: Split) -> VideoIndex:
-    """A split's videos: the folder of its name where all three folders exist, else a share of all videos."""
+    """A split's videos: those of its folder, where splits have folders, otherwise a share of all videos."""
     root = data.root.rstrip("/")
     folders = split_folders(root)
     index = load_videos(
         folders[split] if folders else root,
         camera=data.camera,
-        siblings=[Path(folder) for folder in folders.values()] if folders else [],
+        siblings=[Path(folder) for folder in dict.fromkeys(folders.values())] if folders else [],
         max_bad_fraction=data.max_bad_fraction,
         max_frame_px=data.max_frame_px,
         cache_dir=Path(data.remote_cache_dir) if data.remote_cache_dir else None,
         cache_mb=data.remote_cache_mb,
     )
-    return index if folders else split_index(index, split)
+    if folders is None:
+        return split_index(index, split)
+    sharing = [other for other in SPLITS if folders[other] == folders[split]]
+    if len(sharing) == 1:
+        return index
+    if split == sharing[0]:
+        logger.info("'%s' has no folder for %s: %s share '%s'", root, sharing[1], " and ".join(sharing), folders[split])
+    return share_of_split(index, sharing.index(split), PARTS[sharing[0]])
+
+
+SPLIT_NAMES: dict[Split, Sequence[str]] = {
+    "train": ("train",), "selection": ("selection", "validation", "val", "valid", "dev"), "test": ("test",),
+}  # fmt: skip
+PARTS: dict[Split, tuple[float, float]] = {"train": (0.9, 0.1), "selection": (0.5, 0.5)}
+"""How two splits share a folder, by the first of them: without one for selection a tenth of train/ selects, without
+one for test half of the held-out videos test."""
 
 
 def split_folders(root: str | Path) -> dict[Split, str] | None:
-    """The subfolders that are the splits; validation/ or val/ is another name for selection/. None: not all exist."""
-    names: dict[Split, Sequence[str]] = {
-        "train": ("train",), "selection": ("selection", "validation", "val"), "test": ("test",),
-    }  # fmt: skip
+    """The subfolders that are the splits, in small letters, Capitalised or in CAPITALS.
+
+    Where there is one for training and one other, that split which has none shares the folder of another. None: videos
+    are not in folders of splits.
+    """
     folders: dict[Split, str] = {}
-    for split in SPLITS:
-        found = next(filter(_is_folder, (f"{root}/{name}" for name in names[split])), None)
-        if found is None:
-            return None
-        folders[split] = found
+    for split, names in SPLIT_NAMES.items():
+        spelt = (f"{root}/{spell(name)}" for name in names for spell in (str.lower, str.capitalize, str.upper))
+        if (found := next(filter(_is_folder, spelt), None)) is not None:
+            folders[split] = found
+    if "train" not in folders or len(folders) < 2:
+        return None
+    if "test" not in folders:
+        folders["test"] = folders["selection"]
+    if "selection" not in folders:
+        folders["selection"] = folders["train"]
     return folders
+
+
+def used_labels(config: Config) -> set[str]:
+    """The labels that a config asks for."""
+    used = {config.model.oracle_label} if config.model.latent == "oracle" else set()
+    if config.model.action_dim:
+        used.add(config.data.action_label)
+    return used | ({config.evaluation.label} if config.evaluation.label else set())
+
+
+def check_splits(config: Config, uses: Mapping[tuple[Split, int], str]) -> None:
+    """Find out before any work whether every split holds the clips and labels that will be asked of it.
+
+    uses: for a split and a number of steps of prediction, the keys to lower where its videos are too short for them.
+
+    Raises:
+        UserError: no video of a split is long enough, or a label is faulty. The message names both.
+    """
+    if config.data.source != "videos":
+        return
+    for (split, steps), keys in uses.items():
+        index, spec = read_index(config.data, split), clip_spec(config, steps)
+        for name in sorted(used_labels(config) & index.label_faults.keys()):
+            raise UserError(f"the label {name!r} cannot be used: {index.label_faults[name]}")
+        try:
+            num_clips = clips_of(index, spec).num_clips
+        except UserError as error:
+            raise UserError(f"the {split} split of {config.data.root}: {error} (here: {keys})") from None
+        if num_clips < MIN_CLIPS:
+            raise UserError(
+                f"the {split} split of {config.data.root} has fewer than {MIN_CLIPS} clips of "
+                f"{num_segments(config, steps)} segments: add videos, or lower data.clip_step, {keys}"
+            )
+
+
+CUT_KEYS = "data.num_segments, data.num_frames or data.frame_stride"
+
+
+def training_uses(config: Config) -> dict[tuple[Split, int], str]:
+    """What training asks of the splits, for check_splits: rollouts, and those of refinement."""
+    uses: dict[tuple[Split, int], str] = {
+        ("train", config.objective.rollout_steps): f"objective.rollout_steps, {CUT_KEYS}"
+    }
+    if config.train.refine_steps:
+        uses["train", config.train.refine_horizon] = f"train.refine_horizon, {CUT_KEYS}"
+    return uses
+
+
+def evaluation_uses(config: Config) -> dict[tuple[Split, int], str]:
+    """What evaluations ask of the splits, for check_splits: forecasts over a horizon, and fits of one step."""
+    horizon = f"evaluation.horizon, {CUT_KEYS}"
+    return {
+        ("train", 1): CUT_KEYS,
+        ("selection", config.evaluation.horizon): horizon,
+        ("test", config.evaluation.horizon): horizon,
+    }
 
 
 def _is_folder(path: str) -> bool:

@@ -43,7 +43,16 @@ from worldmodel.checkpoint import (
     save_checkpoint,
 )
 from worldmodel.config import Config, TrainConfig, flatten, to_dict
-from worldmodel.data import check_contents, read_index, training_contents, training_inputs, training_stream
+from worldmodel.data import (
+    check_contents,
+    check_splits,
+    evaluation_uses,
+    read_index,
+    training_contents,
+    training_inputs,
+    training_stream,
+    training_uses,
+)
 from worldmodel.distributed import check_launch_environment, globalise_batch_norm
 from worldmodel.evaluation import factors, forecast
 from worldmodel.gradients import Losses, compute_gradients, in_parts, kept_buffers
@@ -104,6 +113,7 @@ def _train(config: Config, accelerator: Accelerator, *, resume: bool, overwrite:
     rank, world_size = accelerator.process_index, accelerator.num_processes
     # The first process indexes the videos, then the first of each other host; the rest find an index.
     with accelerator.main_process_first(), accelerator.local_main_process_first():
+        check_splits(config, training_uses(config) | evaluation_uses(config))
         stream = training_stream(
             config, config.objective.rollout_steps, rank=rank, world_size=world_size, device=accelerator.device
         )

@@ -195,6 +195,13 @@ def record_episode(
             applied.append(_flat_action(env, info["applied_action"]))
         if (terminated or truncated) and not recording.past_end:
             break
+    sizes = {frame.shape for frame in frames}
+    if len(sizes) > 1:
+        (height, width, _), (other_height, other_width, _) = sorted(sizes)[:2]
+        raise UserError(
+            f"environment {recording.env!r} renders pictures of {width}x{height} and of {other_width}x{other_height} "
+            "in one episode: set a fixed size with --env-kwargs"
+        )
     nothing = [0.0] * len(actions[0])
     row["action"] = [*actions, nothing]
     if len(applied) == len(actions):

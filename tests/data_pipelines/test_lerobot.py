@@ -261,7 +261,7 @@ def test_mistakes_are_one_line(own: Path, tmp_path: Path, write_video: Any) -> N
 def test_tables_that_are_broken_or_not_all_there_are_one_line(own: Path) -> None:
     data = own / "data" / "chunk-000" / "file-001.parquet"
     data.write_bytes(b"nonsense")
-    with pytest.raises(UserError, match=r"file-001.parquet' is no table of a LeRobot data set"):
+    with pytest.raises(UserError, match=r"file-001.parquet' is not a table of a LeRobot data set"):
         _index(own)
     data.unlink()
     with pytest.raises(UserError, match=r"rows 255 to 260 of data/ are not those of episode 3"):

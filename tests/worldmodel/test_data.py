@@ -1,18 +1,24 @@
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from data_pipelines.errors import UserError
 from data_pipelines.shards import pack_videos
+from data_pipelines.sources.digits import SPLITS
 from data_pipelines.sources.kicked_mnist import KickedMnistLaw
 from data_pipelines.sources.moving_mnist import MovingMnistLaw
+from data_pipelines.sources.written import write_whole
 from data_pipelines.transforms import split_segments
 from tests.data_pipelines.shard_server import ShardServer
 from worldmodel.config import Config
 from worldmodel.data import evaluation_batches, known_law, read_index, split_folders, training_stream
+from worldmodel.train import train
 
 
 def test_both_sources_have_one_batch_layout(tiny_config: Callable[..., Config]) -> None:
@@ -117,11 +123,11 @@ def test_clips_for_evaluation_are_spread_over_the_split(tiny_config: Callable[..
     assert len(sprites) == 8 and len(set(sprites)) == 8
 
 
-@pytest.mark.parametrize("name", ["selection", "validation", "val"])
+@pytest.mark.parametrize("name", ["selection", "validation", "val", "valid", "dev", "Validation", "VAL"])
 def test_split_folders_go_by_several_names(tmp_path: Path, name: str) -> None:
-    (tmp_path / "train").mkdir()
     (tmp_path / name).mkdir()
     assert split_folders(tmp_path) is None
+    (tmp_path / "train").mkdir()
     (tmp_path / "test").mkdir()
     expected = {"train": "train", "selection": name, "test": "test"}
     assert split_folders(tmp_path) == {split: f"{tmp_path}/{folder}" for split, folder in expected.items()}
@@ -185,3 +191,78 @@ def test_videos_in_one_folder_of_shards_are_split_as_the_plain_ones(
             for root in (world / "train", tmp_path / "packed", server.url)
         ]
         assert paths[0] == paths[1] == paths[2] and len(paths[0]) in (6, 52)
+
+
+@pytest.mark.parametrize(
+    ("folders", "sizes", "shared"),
+    [
+        (("Train", "Val", "Test"), (24, 12, 10), None),
+        (("TRAIN", "VALIDATION"), (24, 6, 6), "selection and test share"),
+        (("train", "dev"), (24, 6, 6), "selection and test share"),
+        (("train", "test"), (22, 2, 10), "train and selection share"),
+    ],
+)
+def test_splits_in_capitals_or_without_one_folder(
+    tiny_config: Callable[..., Config],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    folders: tuple[str, ...],
+    sizes: tuple[int, int, int],
+    shared: str | None,
+) -> None:
+    caplog.set_level("INFO")
+    world = Path(tiny_config().data.root)
+    counts = {"train": 24, "test": 10}
+    for folder in folders:
+        (tmp_path / "v" / folder).mkdir(parents=True)
+        for video in sorted((world / "train").glob("*.mp4"))[: counts.get(folder.lower(), 12)]:
+            (tmp_path / "v" / folder / video.name).hardlink_to(video)
+    data = tiny_config(f"data.root={tmp_path / 'v'}").data
+    parts = [read_index(data, split) for split in SPLITS]
+    assert tuple(len(part.videos) for part in parts) == sizes
+    paths = [part.root / video.path for part in parts for video in part.videos]
+    assert len(set(paths)) == len(paths) and not any("label" in part.labels for part in parts)
+    assert (shared is None) == ("share" not in caplog.text) and (shared or "") in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["evaluation.horizon=3"], r"the selection split of .*: clips span 15 frames .* has 12: .*evaluation.horizon"),
+        (["data.num_frames=4"], r"the selection split of .* has fewer than 2 clips of 3 segments"),
+        (["data.frame_stride=12"], r"the train split of .*data.frame_stride"),
+        (
+            ["train.refine_steps=4", "train.refine_horizon=40"],
+            r"the train split of .* span 126 frames .*train.refine_horizon",
+        ),
+    ],
+)
+def test_short_splits_are_found_out_before_the_first_step(
+    tiny_config: Callable[..., Config], tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    """One video of 120 frames, split by time: 96 train, 12 select, 12 test."""
+    write_long(tmp_path / "one" / "v.mp4", 120)
+    config = tiny_config(f"data.root={tmp_path / 'one'}", "data.batch_size=4", "data.clip_step=3", *overrides)
+    with pytest.raises(UserError, match=message):
+        train(config)
+    assert not (Path(config.run_dir) / "checkpoints").exists()
+
+
+def test_a_label_that_is_asked_for_must_be_sound(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+    world = Path(tiny_config().data.root)
+    shutil.copytree(world, tmp_path / "w")
+    metadata = tmp_path / "w" / "train" / "metadata.jsonl"
+    rows = [json.loads(line) for line in metadata.read_text().splitlines()]
+    rows[3]["velocity_change"] = [float("nan"), 0.0]
+    metadata.write_text("\n".join(map(json.dumps, rows)))
+    asked = ["model.latent=oracle", "model.oracle_label=velocity_change", "model.latent_dim=2"]
+    with pytest.raises(UserError, match=r"'velocity_change' cannot be used: .* of '000003.mp4' is nan"):
+        train(tiny_config(f"data.root={tmp_path / 'w'}", *asked))
+    train(tiny_config(f"data.root={tmp_path / 'w'}", "train.steps=1"))  # nobody asks for it
+
+
+def write_long(path: Path, num_frames: int) -> None:
+    frames = np.zeros((num_frames, 64, 64), np.uint8)
+    frames[np.arange(num_frames), :, np.arange(num_frames) % 64] = 255
+    path.parent.mkdir(parents=True)
+    write_whole(path, frames, 10)

@@ -30,7 +30,9 @@ from worldmodel.config import Config
 from worldmodel.data import (
     EVALUATION_BATCH,
     actions_of,
+    check_splits,
     evaluation_batches,
+    evaluation_uses,
     known_law,
     num_segments,
     oracle_r,
@@ -108,6 +110,7 @@ def evaluate_forecasts(
     Raises:
         UserError: a split has too few clips, or no such label as evaluation.label.
     """
+    check_splits(config, evaluation_uses(config))
     sizes = config.evaluation
     law = known_law(config, "test")
     with frozen(student, target_encoder):
