@@ -53,8 +53,8 @@ def read_labels(root: Path, videos: Sequence[Video], class_names: Sequence[str],
     if is_split and (above := _metadata_in(root.parent)) is not None:
         prefix = f"{root.name}/"
         for name, row in _read_metadata(above):
-            if (path := posixpath.normpath(name)).startswith(prefix):
-                rows[path.removeprefix(prefix)] = row
+            if (file_name := posixpath.normpath(name)).startswith(prefix):
+                rows[file_name.removeprefix(prefix)] = row
         if metadata:
             log.info("'%s' is closer to its videos than '%s', and counts where both have a line", metadata[0], above)
         metadata = [above, *metadata] if rows else metadata
