@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from data_pipelines.errors import UserError
 from data_pipelines.files import check_regular, read_text, remove, write_bytes, write_text
 from worldmodel.config import Config, flatten, read_tree, to_dict, to_yaml, validate
+from worldmodel.finite import ADVICE, not_finite
 from worldmodel.sharding import shared_like
 
 # What may differ between a checkpoint's config and the one it is resumed with: nothing that changes the result.
@@ -170,8 +171,9 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, *, keep: int, is_best: bo
     """Write a checkpoint aside and rename it; then drop all but the last `keep` and the best.
 
     Raises:
-        UserError: the disk is full or not writable; earlier checkpoints are untouched.
+        UserError: a value is not finite, or the disk is full or not writable; earlier checkpoints are untouched.
     """
+    check_finite(checkpoint.state["step"], **{part: getattr(checkpoint, part) for part in _WEIGHT_FILES})
     folder = run / "checkpoints"
     name = f"step_{checkpoint.state['step']:08d}"
     aside = folder / f".{name}.partial"
@@ -206,6 +208,15 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, *, keep: int, is_best: bo
     return final
 
 
+def check_finite(step: int, **parts: Mapping[str, Tensor]) -> None:
+    """Raise UserError if a value of a checkpoint to be saved is not finite."""
+    for part, tensors in parts.items():
+        if name := not_finite(tensors):
+            raise UserError(
+                f"the {part} is not finite after step {step}, first in {name}: {ADVICE}; earlier checkpoints are intact"
+            )
+
+
 def _is_checkpoint(path: Path) -> bool:
     """Whether a run has made this folder."""
     is_named = STEP_NAME.fullmatch(path.name) is not None
@@ -216,7 +227,7 @@ def load_checkpoint(run: Path, which: Literal["latest", "best"] = "latest") -> C
     """The checkpoint that index.json names, or None where there is none yet.
 
     Raises:
-        UserError: a file of it is missing or damaged.
+        UserError: a file of it is missing or damaged, or a weight is not finite.
     """
     name = _read_index(run)[which]
     if name is None:
@@ -229,6 +240,8 @@ def load_checkpoint(run: Path, which: Literal["latest", "best"] = "latest") -> C
         state = _checked_state(json.loads(read_text(folder / "state.json", MAX_STATE_BYTES)))
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"checkpoint {folder} is damaged: {error}") from error
+    if bad := not_finite(tensors["model"] | {f"teacher/{key}": value for key, value in tensors["teacher"].items()}):
+        raise UserError(f"checkpoint {folder} holds weights that are not finite, first in {bad}: train the run again")
     return Checkpoint(**tensors, state=state)
 
 

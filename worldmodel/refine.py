@@ -8,7 +8,7 @@ Legend: N clips, K steps of prediction, D embedding dimensions, R latent dimensi
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from data_pipelines.errors import UserError
 from worldmodel.config import Config
 from worldmodel.data import Batch, Stream, segment_span, training_inputs, training_stream
 from worldmodel.distance import clips_alike
 from worldmodel.evaluation.forecast import frozen
+from worldmodel.finite import Guard, first_overflow
 from worldmodel.model import Embedded, Pairs, WorldModel
 from worldmodel.optimisation import learning_rate, parameter_groups, set_lr, step_generator
 
@@ -188,6 +190,9 @@ def refine(
     the number of a signal that came, or 0.
 
     Returns: the number of the signal that ended it early, or 0.
+
+    Raises:
+        UserError: the loss or its gradient is not finite.
     """
     train = config.train
     model.embedder.requires_grad_(False)
@@ -199,24 +204,44 @@ def refine(
         alike = like_clips(model, clips)
         model.distance.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameter_groups(model, train.weight_decay), train.refine_lr, fused=True)
+    guard = Guard(optimizer, device)
+
+    def losses_at(step: int) -> dict[str, Tensor]:
+        generator = step_generator(config.seed, train.steps + step, device)
+        embedded, known_r, actions = draw_steps(clips, config, model, generator, alike)
+        with autocast():
+            return model.losses(embedded, known_r, model.beta, generator, actions=actions)
+
+    def check_finite(num_done: int) -> None:
+        if num_bad := guard.num_steps():
+            bad = num_done - num_bad  # it runs again, on the same weights
+            with first_overflow(model) as modules, suppress(RuntimeError):
+                losses_at(bad)
+            first = f", first the output of {modules[0]}" if modules else ""
+            raise UserError(
+                f"at step {bad + 1} of refinement the loss or its gradient is not finite{first}: lower train.refine_lr "
+                "or set train.clip_norm, and train into another run_dir; the checkpoint before refinement is intact"
+            )
+
     sums: dict[str, Tensor] = {}
     signal_number = 0
     for step in tqdm(range(train.refine_steps), desc="refining", unit="step"):
         if signal_number := stop():
             break
         set_lr(optimizer, learning_rate(step, train.refine_lr, WARMUP_STEPS, train.refine_steps))
-        generator = step_generator(config.seed, train.steps + step, device)
-        embedded, known_r, actions = draw_steps(clips, config, model, generator, alike)
-        with autocast():
-            losses = model.losses(embedded, known_r, model.beta, generator, actions=actions)
+        losses = losses_at(step)
         losses["loss"].backward()
         if train.clip_norm:
             nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
+        guard.watch(losses["loss"])
         optimizer.step()
         optimizer.zero_grad()
         sums = {name: sums.get(name, 0) + value.detach() for name, value in losses.items()}
         if (step + 1) % train.log_every == 0:
+            check_finite(step + 1)
             log(step + 1, {name: float(value) / train.log_every for name, value in sums.items()})
             sums = {}
+    else:
+        check_finite(train.refine_steps)
     model.embedder.requires_grad_(True)
     return signal_number

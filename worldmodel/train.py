@@ -11,7 +11,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,7 @@ from data_pipelines.transforms import on_device
 from worldmodel import sharding
 from worldmodel.checkpoint import (
     Checkpoint,
+    check_finite,
     load_checkpoint,
     load_optimizer_tensors,
     open_run,
@@ -55,6 +56,7 @@ from worldmodel.data import (
 )
 from worldmodel.distributed import check_launch_environment, globalise_batch_norm
 from worldmodel.evaluation import factors, forecast
+from worldmodel.finite import Guard, NotFiniteStep, first_overflow, overflowed_gradients
 from worldmodel.gradients import Losses, compute_gradients, in_parts, kept_buffers
 from worldmodel.machine import (
     computes_bf16,
@@ -145,11 +147,16 @@ def _train(config: Config, accelerator: Accelerator, *, resume: bool, overwrite:
                 if signal_number := trainer.agree(stop()):
                     trainer.save()
                     raise Interrupted(signal_number)
+            trainer.check_finite()
             if trainer.saved_step != trainer.step:
                 trainer.save()
             if config.train.refine_steps and not trainer.refined:
                 batches.close()  # its memory for decoded clips, and its processes
                 trainer.refine(stop)
+        except NotFiniteStep as error:
+            batches.close()
+            with closing(stream.batches(error.step - 1)) as again:
+                raise trainer.explained(error, again) from None
         except RuntimeError as error:
             if is_lost_connection(error):
                 raise trainer.lost_connection(error) from error
@@ -197,6 +204,8 @@ class Trainer:
             self.model, self.optimizer = model, accelerator.prepare_optimizer(optimizer)
         else:
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        scaled = accelerator.scaler is not None
+        self.guard = Guard(optimizer, accelerator.device, scaled=scaled, in_shards=self.sharded)
         self.step = 0
         self.saved_step = -1
         self.best_score = math.inf
@@ -222,35 +231,65 @@ class Trainer:
         """One optimiser step on one batch."""
         config, accelerator, timed = self.config, self.accelerator, self.times
         set_lr(self.optimizer, self.lr_at(self.step))
+        losses = self.compute_gradients(batches)
+        with timed("step"), timed("optimiser"):
+            if config.train.clip_norm:
+                accelerator.clip_grad_norm_(self.model.parameters(), config.train.clip_norm)
+            self.guard.watch(losses.losses["loss"])
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.sums.add(losses)
+            if self.teacher:
+                momentum = ema_momentum(
+                    self.step, config.train.steps, config.objective.ema_momentum, config.objective.ema_schedule
+                )
+                self.teacher.update(self.student.embedder, momentum)
+        self.step += 1
+
+    def compute_gradients(self, batches: Iterator[dict[str, Any]]) -> Losses:
+        """The losses and gradients of the next step, on the next batch."""
+        config, accelerator, timed = self.config, self.accelerator, self.times
         with timed("step"), timed("data"):
             batch = next(batches)
             rows = on_device(batch["row"], accelerator.device)
             inputs = training_inputs(batch, config, config.objective.rollout_steps, accelerator.device)
             parts = in_parts(inputs, rows, config.train.grad_accumulation)
-        with timed("step"):
-            with self.flops_counted():
-                losses = compute_gradients(
-                    accelerator,
-                    self.model,
-                    self.teacher,
-                    parts,
-                    config.data.batch_size,
-                    self.beta_at(self.step),
-                    lambda: step_generator(config.seed, self.step, accelerator.device),
-                    timed,
-                )
-            with timed("optimiser"):
-                if config.train.clip_norm:
-                    accelerator.clip_grad_norm_(self.model.parameters(), config.train.clip_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                self.sums.add(losses)
-                if self.teacher:
-                    momentum = ema_momentum(
-                        self.step, config.train.steps, config.objective.ema_momentum, config.objective.ema_schedule
-                    )
-                    self.teacher.update(self.student.embedder, momentum)
-        self.step += 1
+        with timed("step"), self.flops_counted():
+            return compute_gradients(
+                accelerator,
+                self.model,
+                self.teacher,
+                parts,
+                config.data.batch_size,
+                self.beta_at(self.step),
+                lambda: step_generator(config.seed, self.step, accelerator.device),
+                timed,
+            )
+
+    def check_finite(self) -> None:
+        """Raises NotFiniteStep: a step since the last call had a loss or a gradient that is not finite."""
+        if num_steps := self.guard.num_steps():
+            raise NotFiniteStep(self.step - num_steps + 1)
+
+    def explained(self, error: NotFiniteStep, batches: Iterator[dict[str, Any]]) -> UserError:
+        """The error, with the module that overflowed first.
+
+        The step runs again, on the weights that it had: those have not moved since. All processes call it together.
+        """
+        self.step = error.step - 1
+        networks = nn.ModuleDict({"student": self.student} | ({"teacher": self.teacher} if self.teacher else {}))
+        gradients: list[str] = []
+        # What is computed from such values may fail, or the other processes may be gone: hence `suppress`, innermost.
+        with torch.compiler.set_stance("force_eager"), first_overflow(networks) as modules, suppress(RuntimeError):
+            self.compute_gradients(batches)
+            gradients = overflowed_gradients(self.student)
+        what = "the loss or its gradient is not finite"
+        if modules:
+            what = f"the loss is not finite, first the output of {modules[0].removeprefix('student.')}"
+        elif gradients:
+            what = f"a gradient is not finite, first that of {gradients[0]}"
+        intact = f"; the checkpoint of step {self.saved_step} is intact" if self.saved_step >= 0 else ""
+        return UserError(f"{NotFiniteStep(error.step, what)}{intact}")
 
     @contextmanager
     def flops_counted(self) -> Iterator[None]:
@@ -282,12 +321,17 @@ class Trainer:
     def log_evaluate_save(self, bar: tqdm) -> None:
         """Whatever is due after this step."""
         train_config = self.config.train
-        if self.step % train_config.log_every == 0 or self.step == train_config.steps:
+        logs, evaluates, saves = (
+            self.step % every == 0
+            for every in (train_config.log_every, train_config.eval_every, train_config.checkpoint_every)
+        )
+        is_last = self.step == train_config.steps
+        if logs or evaluates or saves or is_last:
+            self.check_finite()
+        if logs or is_last:
             self.log(bar)
-        is_best = False
-        if self.step % train_config.eval_every == 0 or self.step == train_config.steps:
-            is_best = self.evaluate()
-        if is_best or self.step % train_config.checkpoint_every == 0:
+        is_best = (evaluates or is_last) and self.evaluate()
+        if is_best or saves:
             self.save(is_best)
 
     def log(self, bar: tqdm) -> None:
@@ -301,8 +345,6 @@ class Trainer:
             "beta": self.beta_at(self.step - 1),
         }
         self.sums = Sums()
-        if not math.isfinite(values["loss"]):
-            raise UserError(f"the loss is {values['loss']} at step {self.step}: lower train.lr or set train.clip_norm")
         if values["effective_rank"] < COLLAPSE_RANK:
             logger.warning(
                 "step %d: effective rank %.2f, embeddings have collapsed", self.step, values["effective_rank"]
@@ -356,15 +398,21 @@ class Trainer:
             self.tracker.log("refinement", self.step + updates, values)
 
     def save(self, is_best: bool = False) -> None:
-        self.saved_step = self.step
-        if not (self.accelerator.is_main_process or self.sharded):
-            return
+        """Save a checkpoint of the last finished step.
+
+        Raises:
+            NotFiniteStep: a step had a loss or a gradient that is not finite; nothing is written.
+            UserError: a weight is not finite, or the checkpoint cannot be written; earlier ones are intact.
+        """
+        self.check_finite()
         weights = {
             "model": sharding.whole(self.student.state_dict()),
             "teacher": sharding.whole(self.teacher.state_dict()) if self.teacher else {},
             "optimizer": sharding.whole(optimizer_tensors(self.optimizer.optimizer, self.student)),
         }
         if not self.accelerator.is_main_process:
+            check_finite(self.step, **weights)  # as the first process does: then all of them end with the same line
+            self.saved_step = self.step
             return
         scaler = self.accelerator.scaler
         state = {
@@ -377,6 +425,7 @@ class Trainer:
         }
         checkpoint = Checkpoint(**weights, state=state)
         save_checkpoint(self.run, checkpoint, keep=self.config.train.keep_checkpoints, is_best=is_best)
+        self.saved_step = self.step
 
     @contextmanager
     def kept_from_half_a_step(self) -> Iterator[None]:
