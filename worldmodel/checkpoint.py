@@ -3,6 +3,7 @@
     run/config.yaml                       the resolved config
     run/metrics.jsonl                     one row a log or evaluation
     run/videos.jsonl                      hashes of the videos and labels, compared on a resume (worldmodel/data.py)
+    run/.lock                             process and host that train the run now (worldmodel/lock.py)
     run/checkpoints/index.json            {"latest": name, "best": name, "kept": [names]}
     run/checkpoints/step_00001000/        model, teacher, optimizer (.safetensors), state.json
 
@@ -221,6 +222,41 @@ def _is_checkpoint(path: Path) -> bool:
     """Whether a run has made this folder."""
     is_named = STEP_NAME.fullmatch(path.name) is not None
     return is_named and path.is_dir() and not path.is_symlink() and (path / "state.json").is_file()
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove from a run folder what a kill left there: checkpoints that the index does not name, and files written
+    aside.
+
+    Call it while no training writes there. Without the checkpoint that the index names as the latest, all others stay.
+
+    Raises:
+        UserError: the index is damaged.
+    """
+    folder = run / "checkpoints"
+    leftovers = [path for name in RUN_FILES if (path := run / f".{name}.partial").is_file() and not path.is_symlink()]
+    if folder.is_dir() and not folder.is_symlink():
+        index = _read_index(run)
+        named = {index["latest"], index["best"], *index["kept"]}
+        has_latest = index["latest"] is not None and _is_checkpoint(folder / index["latest"])
+        for path in folder.iterdir():
+            is_orphan = has_latest and path.name not in named and _is_checkpoint(path)
+            if is_orphan or _is_partial(path):
+                leftovers.append(path)
+    for path in leftovers:
+        with suppress(OSError):
+            remove(path)
+
+
+def _is_partial(path: Path) -> bool:
+    """True if a run has begun to write this."""
+    if path.is_symlink():
+        return False
+    if path.name == ".index.json.partial":
+        return path.is_file()
+    names = {f"{part}.safetensors" for part in _WEIGHT_FILES} | {"state.json"}
+    is_named = re.fullmatch(rf"\.{STEP_NAME.pattern}\.partial", path.name) is not None and path.is_dir()
+    return is_named and all(inner.name.removeprefix(".").removesuffix(".partial") in names for inner in path.iterdir())
 
 
 def load_checkpoint(run: Path, which: Literal["latest", "best"] = "latest") -> Checkpoint | None:

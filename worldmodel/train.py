@@ -11,7 +11,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +41,7 @@ from worldmodel.checkpoint import (
     load_optimizer_tensors,
     open_run,
     optimizer_tensors,
+    remove_leftovers,
     save_checkpoint,
 )
 from worldmodel.config import Config, TrainConfig, flatten, to_dict
@@ -58,6 +59,7 @@ from worldmodel.distributed import check_launch_environment, globalise_batch_nor
 from worldmodel.evaluation import factors, forecast
 from worldmodel.finite import Guard, NotFiniteStep, first_overflow, overflowed_gradients
 from worldmodel.gradients import Losses, compute_gradients, in_parts, kept_buffers
+from worldmodel.lock import run_lock
 from worldmodel.machine import (
     computes_bf16,
     keep_freed_memory,
@@ -100,15 +102,18 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, prof
         UserError: anything the user can mend; see its message.
         Interrupted: SIGINT or SIGTERM came; the checkpoint of the last finished step is saved.
     """
-    with lost_connections_told():
+    with ExitStack() as held, lost_connections_told():
         accelerator = make_accelerator(config.train)
         try:
-            return _train(config, accelerator, resume=resume, overwrite=overwrite, profile=profile)
+            return _train(config, accelerator, held, resume=resume, overwrite=overwrite, profile=profile)
         finally:
             accelerator.end_training()
 
 
-def _train(config: Config, accelerator: Accelerator, *, resume: bool, overwrite: bool, profile: bool) -> Path:
+def _train(
+    config: Config, accelerator: Accelerator, held: ExitStack, *, resume: bool, overwrite: bool, profile: bool
+) -> Path:
+    """`held` takes the lock of the run folder."""
     set_threads(config.train.num_threads)
     keep_freed_memory()
     wandb_mode(config)  # a mistake is told before there is a run folder
@@ -123,7 +128,9 @@ def _train(config: Config, accelerator: Accelerator, *, resume: bool, overwrite:
             refinement_stream(config, accelerator.device)  # what it lacks is told now, not after hours of training
         run = Path(config.run_dir)
         if accelerator.is_main_process:  # alone it reads and writes there: other hosts need not see the folder
-            run = open_run(config, resume=resume, overwrite=overwrite)
+            held.enter_context(run_lock(run))
+            open_run(config, resume=resume, overwrite=overwrite)
+            remove_leftovers(run)
             check_contents(config, run)
     contents = training_contents(config)
     fingerprint = stream.fingerprint + (f"-{contents.hash()}" if contents else "")

@@ -78,7 +78,7 @@ def test_a_loss_alone_counts_too() -> None:
 
 def test_the_first_module_that_overflows_is_named() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Tanh(), nn.Linear(2, 2)), nn.ReLU())
-    model[1][1].weight.data.fill_(INF)  # type: ignore[index, union-attr]
+    model[1][1].weight.data.fill_(INF)  # type: ignore[index]
     with first_overflow(model) as found:
         model(torch.ones(1, 2))
     assert found == ["1.1 (Linear)"]
@@ -111,7 +111,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, float], None]:
         def poisoned(self: Trainer, batches: Iterator[dict[str, Any]]) -> Any:
             losses = compute(self, batches)
             if self.step + 1 == bad_step:
-                self.student.embedder.projector[0].weight.grad.view(-1)[7] = value  # type: ignore[union-attr]
+                self.student.embedder.projector[0].weight.grad.view(-1)[7] = value  # type: ignore[operator, union-attr]
             return losses
 
         monkeypatch.setattr(Trainer, "compute_gradients", poisoned)
