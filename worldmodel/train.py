@@ -74,7 +74,7 @@ from worldmodel.refine import embed_clips, refine, refinement_stream
 from worldmodel.scores import effective_rank
 from worldmodel.teacher import Teacher, ema_momentum
 from worldmodel.timing import StepTimes
-from worldmodel.tracking import Tracker
+from worldmodel.tracking import RowLostError, Tracker
 from worldmodel.wandb_tracking import wandb_mode
 
 logger = logging.getLogger(__name__)
@@ -164,6 +164,8 @@ def _train(
             batches.close()
             with closing(stream.batches(error.step - 1)) as again:
                 raise trainer.explained(error, again) from None
+        except RowLostError as error:
+            raise trainer.lost_row(error) from error
         except RuntimeError as error:
             if is_lost_connection(error):
                 raise trainer.lost_connection(error) from error
@@ -463,6 +465,16 @@ class Trainer:
             f"lost the connection to another process at step {self.step} ({told_by_backend(error)}): see what the "
             "other processes say, mend it, and go on with --resume"
         )
+
+    def lost_row(self, error: RowLostError) -> UserError:
+        """The error of a full disk, after an attempt to save the last finished step by this process alone."""
+        if self.saved_step != self.step and not self.sharded:
+            try:
+                self.save()
+            except UserError as second:
+                return UserError(f"{error}; {second}")
+        saved = f"; the checkpoint of step {self.saved_step} is saved" if self.saved_step >= 0 else ""
+        return UserError(f"{error}{saved}: make room, and continue with --resume")
 
     def load(self) -> None:
         """Go on from the latest checkpoint, or from the start where there is none yet."""

@@ -100,7 +100,8 @@ def test_a_lock_that_was_removed_by_its_last_holder_is_not_taken_for_the_new_one
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Removed between opening and locking."""
-    lockf, opened = fcntl.lockf, []
+    lockf = fcntl.lockf
+    opened: list[int] = []
 
     def removed_before(number: int, operation: int) -> None:
         if not opened:
