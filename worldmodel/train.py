@@ -81,6 +81,8 @@ logger = logging.getLogger(__name__)
 
 COLLAPSE_RANK = 2.0
 OTHER_ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+MIN_SCALE = 2.0**-24
+"""A GradScaler halves its scale at each step whose gradients overflow. So small, none will be without overflow."""
 ECHO_S = 2.0
 """A signal to all processes comes twice, as launchers pass it on: what follows so soon is no second request."""
 
@@ -279,6 +281,8 @@ class Trainer:
         """Raises NotFiniteStep: a step since the last call had a loss or a gradient that is not finite."""
         if num_steps := self.guard.num_steps():
             raise NotFiniteStep(self.step - num_steps + 1)
+        if (scaler := self.accelerator.scaler) and scaler.get_scale() < MIN_SCALE:
+            raise NotFiniteStep(self.step, "gradients still overflow at the least scale of fp16")
 
     def explained(self, error: NotFiniteStep, batches: Iterator[dict[str, Any]]) -> UserError:
         """The error, with the module that overflowed first.
@@ -289,7 +293,11 @@ class Trainer:
         networks = nn.ModuleDict({"student": self.student} | ({"teacher": self.teacher} if self.teacher else {}))
         gradients: list[str] = []
         # What is computed from such values may fail, or the other processes may be gone: hence `suppress`, innermost.
-        with torch.compiler.set_stance("force_eager"), first_overflow(networks) as modules, suppress(RuntimeError):
+        with (
+            torch.compiler.set_stance("force_eager"),
+            first_overflow(networks) as modules,
+            suppress(RuntimeError, UserError),
+        ):
             self.compute_gradients(batches)
             gradients = overflowed_gradients(self.student)
         what = "the loss or its gradient is not finite"
@@ -365,16 +373,23 @@ class Trainer:
     def evaluate(self) -> bool:
         """Score on selection identities; True where it is the best so far. Lower is better."""
         config, accelerator, device = self.config, self.accelerator, self.accelerator.device
+        student, target_encoder = self.whole()
+        check_finite(self.step, model=student.state_dict(), teacher=target_encoder.state_dict())
         is_best = torch.zeros((), device=device)
         if config.data.source == "causal":  # too quick to be worth sharing
-            scores = factors.development_scores(config, self.whole()[0], device)
+            scores = factors.development_scores(config, student, device)
             score = -scores["factors_r2"]
         else:
             with accelerator.main_process_first(), accelerator.local_main_process_first():
                 if config.data.source == "videos":
                     read_index(config.data, "selection")
             scores = forecast.development_scores(
-                config, *self.whole(), device, rank=accelerator.process_index, world_size=accelerator.num_processes
+                config,
+                student,
+                target_encoder,
+                device,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
             )
             score = scores["relative_energy_score"]
         if self.tracker:
