@@ -393,7 +393,7 @@ class Trainer:
             )
             score = scores["relative_energy_score"]
         if self.tracker:
-            self.tracker.log("selection", self.step + self.refined * config.train.refine_steps, scores)
+            self.tracker.log("selection", self.logged_step, scores)
             if score < self.best_score:
                 self.best_score = score
                 is_best += 1
@@ -524,6 +524,11 @@ class Trainer:
         return f"{self.run}: {processes} on {accelerator.device.type}, {precision}, {millions:.2f} M parameters{shards}"
 
     @property
+    def logged_step(self) -> int:
+        """The step, as rows of the log count it: updates of refinement count, too."""
+        return self.step + self.refined * self.config.train.refine_steps
+
+    @property
     def train_seconds(self) -> float:
         """Wall-clock seconds of training and its evaluations, earlier sessions counted in."""
         return self.earlier_s + time.monotonic() - self.started_s
@@ -531,7 +536,7 @@ class Trainer:
     @contextmanager
     def progress(self) -> Iterator[tqdm]:
         if self.accelerator.is_main_process:
-            self.tracker = Tracker(self.run, self.config, self.step)
+            self.tracker = Tracker(self.run, self.config, self.logged_step)
         self.started_s = time.monotonic()
         with tqdm(
             total=self.config.train.steps,

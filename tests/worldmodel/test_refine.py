@@ -200,9 +200,11 @@ def test_a_run_is_refined_once_and_an_interrupted_refinement_begins_anew(
     train(interrupted, resume=True)
     assert_same_weights(whole, tmp_path / "interrupted")
 
+    metrics = (tmp_path / "interrupted" / "metrics.jsonl").read_text()
     with monkeypatch.context() as patched:
         patched.setattr("worldmodel.train.refine", lambda *_: pytest.fail("a refined run is refined again"))
         train(interrupted, resume=True)
+    assert (tmp_path / "interrupted" / "metrics.jsonl").read_text() == metrics, "rows of refinement are kept"
 
 
 def test_videos_too_short_for_refinement_are_told_before_training(
