@@ -89,7 +89,8 @@ def open_run(config: Config, *, resume: bool = False, overwrite: bool = False) -
             made by another config than the one to resume with.
     """
     run = Path(config.run_dir)
-    if run.is_dir() and {path.name for path in run.iterdir()} - {LOCK_NAME} and not (run / "config.yaml").is_file():
+    begun = {LOCK_NAME, ".config.yaml.partial"}  # a kill may leave these in a new folder
+    if run.is_dir() and {path.name for path in run.iterdir()} - begun and not (run / "config.yaml").is_file():
         raise UserError(f"run_dir={run} is not empty and holds no run: choose another folder")
     try:
         if (run / "config.yaml").is_file():

@@ -136,6 +136,15 @@ def test_a_lock_that_is_not_a_file_is_refused(tmp_path: Path, kind: str) -> None
     assert precious.read_text() == "years"
 
 
+def test_a_folder_that_a_kill_left_before_its_config_is_taken(
+    tiny_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    for name in (".lock", ".config.yaml.partial"):
+        (tmp_path / "run" / name).write_text("cut sh")
+    train(tiny_config("train.steps=1"), resume=True)
+
+
 def test_a_refused_folder_keeps_no_lock(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("years")
