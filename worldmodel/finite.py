@@ -19,7 +19,7 @@ class NotFiniteStep(UserError):
 
     def __init__(self, step: int, what: str = "the loss or its gradient is not finite") -> None:
         super().__init__(f"at step {step} {what}: {ADVICE}")
-        self.step = step
+        self.step, self.what = step, what
 
 
 class Guard:

@@ -300,7 +300,7 @@ class Trainer:
         ):
             self.compute_gradients(batches)
             gradients = overflowed_gradients(self.student)
-        what = "the loss or its gradient is not finite"
+        what = error.what
         if modules:
             what = f"the loss is not finite, first the output of {modules[0].removeprefix('student.')}"
         elif gradients:

@@ -214,7 +214,8 @@ def test_refinement_that_diverges_leaves_the_checkpoint_before_it(
     assert not rows(run, "refinement")
 
 
-@pytest.mark.parametrize("shards", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [False, True])
 def test_two_processes_end_with_the_same_line(tmp_path: Path, shards: bool) -> None:
     environment = script_environment() | ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if shards else {})
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
