@@ -241,7 +241,7 @@ def remove_leftovers(run: Path) -> None:
         named = {index["latest"], index["best"], *index["kept"]}
         has_latest = index["latest"] is not None and _is_checkpoint(folder / index["latest"])
         for path in folder.iterdir():
-            is_orphan = has_latest and path.name not in named and _is_checkpoint(path)
+            is_orphan = has_latest and path.name not in named and (_is_checkpoint(path) or _is_half_removed(path))
             if is_orphan or _is_partial(path):
                 leftovers.append(path)
     for path in leftovers:
@@ -249,15 +249,23 @@ def remove_leftovers(run: Path) -> None:
             remove(path)
 
 
+def _is_half_removed(path: Path) -> bool:
+    """True if this is what a kill left of a checkpoint that a run was removing."""
+    return STEP_NAME.fullmatch(path.name) is not None and _holds_parts_only(path)
+
+
 def _is_partial(path: Path) -> bool:
     """True if a run has begun to write this."""
-    if path.is_symlink():
-        return False
     if path.name == ".index.json.partial":
-        return path.is_file()
+        return path.is_file() and not path.is_symlink()
+    return re.fullmatch(rf"\.{STEP_NAME.pattern}\.partial", path.name) is not None and _holds_parts_only(path)
+
+
+def _holds_parts_only(path: Path) -> bool:
+    """True for a folder with nothing in it but parts of a checkpoint, whole or not."""
     names = {f"{part}.safetensors" for part in _WEIGHT_FILES} | {"state.json"}
-    is_named = re.fullmatch(rf"\.{STEP_NAME.pattern}\.partial", path.name) is not None and path.is_dir()
-    return is_named and all(inner.name.removeprefix(".").removesuffix(".partial") in names for inner in path.iterdir())
+    is_folder = path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK | os.X_OK)
+    return is_folder and all(inner.name.removeprefix(".").removesuffix(".partial") in names for inner in path.iterdir())
 
 
 def load_checkpoint(run: Path, which: Literal["latest", "best"] = "latest") -> Checkpoint | None:

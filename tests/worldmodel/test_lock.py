@@ -209,6 +209,8 @@ def test_checkpoints_of_no_index_and_files_written_aside_are_removed(tmp_path: P
         shutil.copytree(folder / "step_00000003", folder / name)
     for name in ("step_00000009", ".step_00000010.partial"):
         (folder / name).symlink_to(folder / "notes")
+    shutil.copytree(folder / "step_00000003", folder / "step_00000006")
+    (folder / "step_00000006" / "state.json").unlink()  # killed in the middle of the removal
     (folder / "step_00000011").mkdir()
     (folder / "step_00000011" / "thesis.tex").write_text("years")
     shutil.copytree(folder / "step_00000011", folder / ".step_00000012.partial")
