@@ -1,276 +1,54 @@
-"""Damage many video files at random and show that the index and the stream survive all of them.
+"""Try inputs that are damaged at random, and show that the library survives all of them.
 
-python scripts/fuzz_videos.py
+python scripts/fuzz_videos.py --minutes 60 --seed 0 [--kinds videos times ...]
+python scripts/fuzz_videos.py --kinds tar --seed 17 --repeat
+python scripts/fuzz_videos.py --files 1000
 
-Writes good files of several codecs and containers and damaged copies: flipped bytes, zeroed ranges, cut ends. Half are
-damaged before they are indexed, half afterwards. All are then streamed by two workers. The exit code is 1 if a file or
-a clip is lost without a word, or comes twice. Clips of damaged files that were delivered are compared with the
-undamaged ones: where a container has no checksums, damage inside a picture can decode to other pixels without an error.
+With --minutes, every round builds one input of a kind and gives it to the library in a child process. It may be
+accepted, or refused with one line. A finding is any other exception, a crash, too much time or memory, a change outside
+of its folder, a use of the network or of another program, or a wrong value. Its input is saved under --out, and the
+command that repeats it is printed. The exit code is 1 if there is one. The same seeds give the same rounds.
+
+With --files, many videos are damaged and then indexed and streamed together. The exit code is 1 if a file or a clip is
+lost without a word, or comes twice.
 """
 
 import argparse
-import logging
-import shutil
 import sys
-import tempfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from tqdm.auto import tqdm
-
-from data_pipelines.clips import ClipSpec, ClipTable
 from data_pipelines.errors import UserError
-from data_pipelines.index import VideoIndex, load_or_build_index
-from data_pipelines.stream import VideoStream, clips_of
 from worldmodel.cli import report_errors
 
-SPEC = ClipSpec(num_segments=3, num_frames=3)
-NUM_FRAMES = 45  # five clips a file
-DAMAGES = ("flipped", "zeroed", "cut")
-LANES = 8
-
-
-@dataclass(frozen=True)
-class Format:
-    """A kind of video file."""
-
-    suffix: str
-    codec: str
-    pix_fmt: str
-    options: tuple[tuple[str, str], ...] = ()
-
-
-FORMATS = (
-    Format(".mp4", "libx264", "yuv420p", (("g", "12"), ("bf", "2"))),
-    Format(".mkv", "libx264", "yuv420p", (("g", "250"),)),
-    Format(".avi", "mpeg4", "yuv420p"),
-    Format(".webm", "libvpx-vp9", "yuv420p", (("deadline", "realtime"), ("cpu-used", "8"))),
-    Format(".mov", "mjpeg", "yuvj420p"),
-    Format(".ts", "mpeg2video", "yuv420p"),
-)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.fuzz.accounting import account
+from benchmarks.fuzz.rounds import KINDS, fuzz_for, repeat
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, help="how long to go on with rounds of all kinds")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), metavar="KIND", help="a choice")
+    parser.add_argument(
+        "--repeat", action="store_true", help="one round, of the seed and of the one kind that is given"
+    )
+    parser.add_argument("--out", type=Path, default=Path("fuzz_findings"), help="folder for findings")
+    parser.add_argument("--seed", type=int, default=0, help="of the first round; of the damage to --files")
     parser.add_argument(
         "--files", type=int, default=1000, help="damaged files; a fifth as many good ones stand among them"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--decoder", default="auto")
+    parser.add_argument("--decoder", default="auto", help="of --files")
     args = parser.parse_args()
-    with report_errors(), tempfile.TemporaryDirectory(prefix="fuzz_videos_") as folder:
-        logging.disable(logging.WARNING)  # which would name a thousand files
-        if args.files < len(FORMATS):
-            raise UserError(f"--files {args.files} must be at least {len(FORMATS)}, one of each kind")
-        return fuzz(Path(folder), args)
-
-
-def fuzz(folder: Path, args: argparse.Namespace) -> int:
-    rng = np.random.default_rng(args.seed)
-    pristine, damaged = folder / "pristine", folder / "damaged"
-    damage_of = write_files(pristine, args.files, rng)
-    shutil.copytree(pristine, damaged)
-    names = sorted(damage_of)
-    for name in names[::2]:
-        spoil(damaged / name, damage_of[name], rng)
-    index = load_or_build_index(damaged, max_bad_fraction=1.0)
-    for name in names[1::2]:
-        spoil(damaged / name, damage_of[name], rng)
-    index = with_present_stamps(index)
-
-    counts = Counter({"files": len(list(pristine.iterdir())), "refused by the index": len(index.bad)})
-    table = clips_of(index, SPEC)
-    clips = deliver(index, args.decoder)
-    truth = frames_of(load_or_build_index(pristine, progress=False), args.decoder)
-    wrong = [clip for clip, video in clips if differs(video, clip, index, table, truth)]
-    counts.update(tally(index, table, [clip for clip, _ in clips]))
-    for name, number in counts.items():
-        print(f"{number:>7,} {name}")
-    report_wrong(wrong, [clip for clip, _ in clips], index, table, damage_of)
-
-    problems = find_problems(counts, wrong, index, table, damage_of)
-    for problem in problems:
-        print(f"WRONG: {problem}")
-    print("every file and every clip is accounted for" if not problems else f"{len(problems)} problems")
-    return int(bool(problems))
-
-
-# --------------------------------------------------------------------------------------------------------- files
-
-
-def write_files(folder: Path, num_damaged: int, rng: np.random.Generator) -> dict[str, str]:
-    """Good files, all alike but for their contents -> the damage that each will get, for those that get any."""
-    folder.mkdir(parents=True)
-    originals = [list(write_originals(folder, kind)) for kind in FORMATS]
-    damage_of = {}
-    for number in range(num_damaged + num_damaged // 5):
-        kind = number % len(FORMATS)
-        source = originals[kind][number % len(originals[kind])]
-        damage = DAMAGES[number // len(FORMATS) % len(DAMAGES)] if number < num_damaged else "good"
-        path = folder / f"{damage}_{number:05d}{source.suffix}"
-        shutil.copyfile(source, path)
-        if damage != "good":
-            damage_of[path.name] = damage
-    for path in (path for paths in originals for path in paths):
-        path.unlink()
-    return damage_of
-
-
-def write_originals(folder: Path, kind: Format) -> Iterator[Path]:
-    """Three videos of a bright block on a textured ground."""
-    import av
-
-    for number in range(3):
-        rng = np.random.default_rng(number)
-        ground = rng.integers(0, 120, (8, 8, 3), dtype=np.uint8).repeat(8, axis=0).repeat(8, axis=1)
-        path = folder / f"original_{number}{kind.suffix}"
-        with av.open(str(path), "w") as container:
-            stream: Any = container.add_stream(kind.codec, rate=10, options=dict(kind.options))
-            stream.height, stream.width, stream.pix_fmt = 64, 64, kind.pix_fmt
-            if kind.pix_fmt == "yuvj420p":
-                stream.codec_context.color_range = 2
-            for frame in range(NUM_FRAMES):
-                image = ground.copy()
-                image[20:40, frame : frame + 16] = 255
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode(None))
-        yield path
-
-
-def spoil(path: Path, damage: str, rng: np.random.Generator) -> None:
-    """Flip one to five bytes, zero up to a tenth of the file, or cut it anywhere."""
-    data = bytearray(path.read_bytes())
-    if damage == "flipped":
-        for position in rng.integers(0, len(data), rng.integers(1, 6)):
-            data[position] ^= int(rng.integers(1, 256))
-    elif damage == "zeroed":
-        length = int(rng.integers(1, max(2, len(data) // 10)))
-        start = int(rng.integers(0, len(data) - length))
-        data[start : start + length] = bytes(length)
-    else:
-        del data[int(rng.integers(0, len(data))) :]
-    path.write_bytes(data)
-
-
-# ------------------------------------------------------------------------------------------------------- streams
-
-
-def with_present_stamps(index: VideoIndex) -> VideoIndex:
-    """The index as if its files had had their sizes and times all along: others are left out whole, not decoded."""
-    stats = [(index.root / video.path).stat() for video in index.videos]
-    videos = [
-        replace(video, size_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns)
-        for video, stat in zip(index.videos, stats, strict=True)
-    ]
-    return replace(index, videos=videos)
-
-
-def deliver(index: VideoIndex, decoder: str) -> list[tuple[int, torch.Tensor]]:
-    """One epoch by two workers: (clip id, frames [T, C, H, W]) of all that is delivered."""
-    stream = VideoStream(
-        index,
-        SPEC,
-        size_px=64,
-        channels=1,
-        batch_size=LANES,
-        num_lanes=LANES,
-        pool_clips=256,
-        seed=0,
-        num_workers=2,
-        decoder=decoder,
-        max_bad_fraction=1.0,
-    )
-    batches = stream.batches()
-    clips = []
-    for batch in tqdm(islice(batches, stream.batches_per_epoch), total=stream.batches_per_epoch, unit="batch"):
-        clips += [(int(clip), video.clone()) for clip, video in zip(batch["clip_id"], batch["video"], strict=True)]
-    batches.close()
-    return clips
-
-
-def frames_of(index: VideoIndex, decoder: str) -> dict[str, torch.Tensor]:
-    """All frames of each pristine file, in clips: [clips, T, C, H, W]. Files with the same bytes share them."""
-    table = clips_of(index, SPEC)
-    clips = dict(deliver(index, decoder))
-    found = {}
-    for row, video in enumerate(index.videos):
-        ids = range(int(table.first_clip[row]), int(table.first_clip[row + 1]))
-        if all(clip in clips for clip in ids):
-            found[video.path] = torch.stack([clips[clip] for clip in ids])
-    return found
-
-
-def differs(
-    video: torch.Tensor, clip: int, index: VideoIndex, table: ClipTable, truth: dict[str, torch.Tensor]
-) -> bool:
-    """Whether a delivered clip shows anything but what the undamaged file shows at that place."""
-    [row] = table.videos_of(np.array([clip]))
-    number = clip - int(table.first_clip[row])
-    expected = truth.get(index.videos[row].path)
-    return expected is not None and (number >= len(expected) or not torch.equal(video, expected[number]))
-
-
-# -------------------------------------------------------------------------------------------------------- counts
-
-
-def tally(index: VideoIndex, table: ClipTable, delivered: Sequence[int]) -> Counter[str]:
-    tail = table.num_clips % LANES
-    return Counter(
-        {
-            "videos in the index": len(index.videos),
-            "clips in the index": table.num_clips,
-            "delivered": len(delivered),
-            "left to the next epoch": tail,
-            "dropped, as they do not decode": table.num_clips - tail - len(delivered),
-            "delivered twice": len(delivered) - len(set(delivered)),
-        }
-    )
-
-
-def report_wrong(
-    wrong: Sequence[int],
-    delivered: Sequence[int],
-    index: VideoIndex,
-    table: ClipTable,
-    damage_of: dict[str, str],
-) -> None:
-    """Of the clips delivered from damaged files, how many differ from the undamaged ones."""
-    print("\nclips delivered from damaged files, and those of them that decode to other pixels without an error:")
-    names = {
-        clip: index.videos[row].path for clip, row in zip(delivered, table.videos_of(np.array(delivered)), strict=True)
-    }
-    for suffix in (kind.suffix for kind in FORMATS):
-        for damage in DAMAGES:
-            mine = [clip for clip in delivered if names[clip].endswith(suffix) and damage_of.get(names[clip]) == damage]
-            bad = len(set(mine) & set(wrong))
-            print(f"{suffix:<6} {damage:<8} {len(mine):>6,} {bad:>6,}")
-
-
-def find_problems(
-    counts: Counter[str], wrong: Sequence[int], index: VideoIndex, table: ClipTable, damage_of: dict[str, str]
-) -> list[str]:
-    problems = []
-    if counts["files"] != counts["refused by the index"] + counts["videos in the index"]:
-        problems.append("files are missing from the index")
-    if counts["delivered twice"]:
-        problems.append("clips came twice")
-    if counts["dropped, as they do not decode"] < 0:
-        problems.append("more clips came than there are")
-    good = [video.path for video in index.videos if video.path not in damage_of]
-    if len(good) != counts["files"] - len(damage_of):
-        problems.append("the index refused undamaged files")
-    undamaged = [
-        clip for clip in wrong if index.videos[int(table.videos_of(np.array([clip]))[0])].path not in damage_of
-    ]
-    if undamaged:
-        problems.append(f"{len(undamaged)} clips of undamaged files have other pixels")
-    return problems
+    with report_errors():
+        if args.repeat:
+            if len(args.kinds) != 1:
+                raise UserError("--repeat needs the kind: --kinds KIND --seed N --repeat")
+            return repeat(KINDS[args.kinds[0]], args.seed, args.out)
+        if args.minutes is not None:
+            if not 0 < args.minutes < float("inf"):
+                raise UserError(f"--minutes {args.minutes:g} must be above 0")
+            return fuzz_for(60 * args.minutes, args.seed, args.kinds, args.out)
+        return account(args.files, args.seed, args.decoder)
 
 
 if __name__ == "__main__":
