@@ -113,7 +113,7 @@ def ogg_pages(data: bytes) -> Iterator[Record]:
 
 
 def pes_packets(data: bytes) -> Iterator[Record]:
-    starts = [match.start() for match in re.finditer(b"\0\0\1[\xba-\xef]", data)]
+    starts = [match.start() for match in re.finditer(rb"\x00\x00\x01[\xba-\xef]", data)]
     for start, stop in zip(starts, [*starts[1:], len(data)], strict=True):
         yield Record(start, start + 6, stop, start + 4, 2, name=data[start + 3 : start + 4])
 
@@ -208,7 +208,9 @@ def _ebml_times(rng: random.Random, data: bytes) -> bytes:
 
 def _pes_times(rng: random.Random, data: bytes) -> bytes:
     """The presentation time of a packet of MPEG, moved, or removed (its flag is cleared)."""
-    places = [match.start() for match in re.finditer(rb"\0\0\1[\xe0-\xef]..[\x80-\x8f][\x80-\xc0]", data, re.DOTALL)]
+    places = [
+        match.start() for match in re.finditer(rb"\x00\x00\x01[\xe0-\xef]..[\x80-\x8f][\x80-\xc0]", data, re.DOTALL)
+    ]
     if not places:
         return data
     at = rng.choice(places)

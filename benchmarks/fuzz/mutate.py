@@ -3,7 +3,6 @@
 import copy
 import json
 import random
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -152,6 +151,8 @@ def _vary(rng: random.Random, value: Any) -> Any:
         return odd_value(rng)
     if isinstance(value, bool) or value is None:
         return rng.choice((not value, 0, "true"))
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return -value
     if isinstance(value, int | float):
         return rng.choice((value + 1, value - 1, -value, value * 2**20, value / 2, float(value), str(value), [value]))
     if isinstance(value, str):
@@ -264,13 +265,3 @@ def mutate_text(rng: random.Random, text: str) -> bytes:
     if what < 0.35:
         return damage_bytes(rng, encoded)
     return encoded
-
-
-def pack(format_: str, *values: float) -> bytes:
-    """struct.pack with integers taken modulo their width, so that any number fits."""
-    codes = [code for code in format_ if code.isalpha()]
-    fitting = [
-        value if code in "fd" else int(value) % 2 ** (8 * struct.calcsize(f"={code}"))
-        for code, value in zip(codes, values, strict=True)
-    ]
-    return struct.pack(format_, *fitting)

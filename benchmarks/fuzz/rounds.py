@@ -1,5 +1,6 @@
 """Rounds of all kinds for a given time: findings are saved with the command that repeats them, a table at the end."""
 
+import gc
 import importlib
 import shutil
 import tempfile
@@ -78,6 +79,7 @@ def _import_early() -> None:
     matplotlib.use("agg")
     av.logging.set_level(av.logging.PANIC)
     torch.set_num_threads(1)
+    gc.freeze()  # so that children do not copy what they only look at
 
 
 def kind_of(seed: int, names: Sequence[str]) -> Kind:

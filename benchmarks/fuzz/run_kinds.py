@@ -278,8 +278,9 @@ def _plant(rng: random.Random, run: Path, path: Path, victim: Path) -> None:
     if what == 0:
         path.with_name(f".{path.name}.partial").symlink_to(victim / "kept.txt")
     elif what == 1:
-        (run / rng.choice((".report.html.partial", "report.html"))).unlink(missing_ok=True)
-        (run / rng.choice((".report.html.partial", "report.html"))).symlink_to(victim / "kept.txt")
+        target = run / rng.choice((".report.html.partial", "report.html"))
+        target.unlink(missing_ok=True)
+        target.symlink_to(victim / "kept.txt")
     elif what == 2:
         shutil.copytree(run / "checkpoints", victim / "checkpoints")
         (victim / "checkpoints" / "Documents").mkdir()

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from benchmarks.fuzz.kinds import Kind, WrongError
 from data_pipelines.errors import UserError
 
-PACKAGES = ("data_pipelines", "worldmodel")
+PACKAGES = ("data_pipelines", "worldmodel", "scripts")
 MAX_REASON_CHARS = 4000
 MAX_PEAK_MIB = 1024  # resident, above what the process had before the case
 MAX_ADDRESS_MIB = 4096  # virtual, likewise: what the case cannot go beyond
