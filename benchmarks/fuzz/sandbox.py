@@ -24,7 +24,7 @@ from benchmarks.fuzz.kinds import Kind, WrongError
 from data_pipelines.errors import UserError
 
 PACKAGES = ("data_pipelines", "worldmodel", "scripts")
-MAX_REASON_CHARS = 4000
+MAX_REASON_CHARS = 10_000
 MAX_PEAK_MIB = 1024  # resident, above what the process had before the case
 MAX_ADDRESS_MIB = 4096  # virtual, likewise: what the case cannot go beyond
 BUILD_S = 120.0
@@ -156,7 +156,7 @@ def _child(kind: Kind, seed: int, seeds: Path, folder: Path, outgoing: int) -> N
     try:
         os.setsid()
         _redirect(folder / "output.txt")
-        faulthandler.enable()
+        faulthandler.enable(2)
         os.environ.update(HOME=str(folder / "home"), TMPDIR=str(folder / "tmp"))
         tempfile.tempdir = None
         sys.dont_write_bytecode = True
@@ -170,9 +170,10 @@ def _child(kind: Kind, seed: int, seeds: Path, folder: Path, outgoing: int) -> N
         result = _attempt(case.attempt, case.is_good)
         if violations:
             result = {"verdict": "finding", "reason": f"{violations[0]}", "place": result.get("place", "")}
-        dirty = next((message for message in messages if not is_clean(message)), None)
+        dirty = next((entry for entry in messages if not is_clean(entry[0])), None)
         if dirty is not None and result["verdict"] != "finding":
-            result = {"verdict": "finding", "reason": f"a log message is not one clean line: {dirty!r}"[:500]}
+            message, place = dirty
+            result = {"verdict": "finding", "reason": f"logged: {_flaw(message)}", "place": place}
         result["reason"] = result["reason"].replace(str(folder), "FOLDER")
         _send(outgoing, result | {"cpu_s": time.process_time() - before_s, "resident_mib": resident_mib})
     except BaseException:
@@ -183,22 +184,27 @@ def _child(kind: Kind, seed: int, seeds: Path, folder: Path, outgoing: int) -> N
 
 
 def _attempt(attempt: Callable[[], str], is_good: bool) -> dict[str, Any]:
-    reason = ""
+    reason, place = "", ""
     try:
         reason = attempt()
     except UserError as error:
-        reason = str(error) or "without a reason"
+        reason, place = str(error) or "without a reason", _place_of(error)
     except WrongError as error:
         return {"verdict": "finding", "reason": f"wrong: {error}"[:500]}
     except Exception as error:
-        place = _place_of(error)
         traceback.print_exc()
-        return {"verdict": "finding", "reason": f"{type(error).__name__}: {error}"[:500], "place": place}
+        return {"verdict": "finding", "reason": f"{type(error).__name__}: {error}"[:500], "place": _place_of(error)}
     if reason and not is_clean(reason):
-        return {"verdict": "finding", "reason": f"not one clean line: {reason!r}"[:500]}
+        return {"verdict": "finding", "reason": _flaw(reason), "place": place}
     if reason and is_good:
-        return {"verdict": "finding", "reason": f"a good input is refused: {reason}"[:500]}
+        return {"verdict": "finding", "reason": f"a good input is refused: {reason}"[:500], "place": place}
     return {"verdict": "refused" if reason else "accepted", "reason": reason}
+
+
+def _flaw(message: str) -> str:
+    """What is wrong with a message that is not clean."""
+    length = f", {len(message):,} characters" if len(message) > MAX_REASON_CHARS else ""
+    return f"not one clean line{length}: {message[:400]!r}"
 
 
 def _place_of(error: BaseException) -> str:
@@ -221,15 +227,17 @@ def _redirect(path: Path) -> None:
     os.close(out)
     with open(os.devnull, "rb") as null:
         os.dup2(null.fileno(), 0)
+    # Python's own, which may lead elsewhere: in a test to a file of pytest.
+    sys.stdout = sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
 
 
-def _catch_log() -> list[str]:
-    """Collect what the packages log, at every level."""
-    messages: list[str] = []
+def _catch_log() -> list[tuple[str, str]]:
+    """Collect what the packages log from INFO on: messages, and the places that they come from."""
+    messages: list[tuple[str, str]] = []
 
     class Collect(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            messages.append(record.getMessage())
+            messages.append((record.getMessage(), f"{_short(record.pathname)}:{record.lineno} {record.funcName}"))
 
     logging.disable(logging.NOTSET)
     for name in PACKAGES:

@@ -1,0 +1,36 @@
+"""Properties of the configuration's parser."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.conftest import REPO
+from tests.data_pipelines.generated import EXAMPLES, result_or_refusal
+from worldmodel.config import apply_override, flatten, load_config, to_dict, to_yaml
+
+DEMO = REPO / "configs" / "demo.yaml"
+KEYS = sorted(flatten(to_dict(load_config(DEMO))))
+TEXT = st.text(st.characters(categories=["L", "N", "P"], max_codepoint=0xFFFF), max_size=10)
+PLAIN = st.one_of(st.booleans(), st.integers(-(10**20), 10**20), st.floats(allow_nan=False, allow_infinity=False), TEXT)
+
+
+@EXAMPLES
+@given(st.sampled_from(KEYS), PLAIN | st.lists(PLAIN, max_size=3))
+def test_an_override_sets_its_key_and_no_other(key: str, value: Any) -> None:
+    tree: dict[str, Any] = {"run_dir": "r", "model": {"width": 1}}
+    apply_override(tree, f"{key}={json.dumps(value, ensure_ascii=True)}")
+    assert flatten(tree) == {"run_dir": "r", "model.width": 1} | {key: value}
+
+
+@EXAMPLES
+@given(st.integers(1, 10**6), st.floats(1e-9, 1e3), st.integers(0, 2**31))
+def test_a_config_that_is_written_reads_the_same(tmp_path: Path, steps: int, lr: float, seed: int) -> None:
+    overrides = [f"train.steps={steps}", f"train.lr={lr!r}", f"seed={seed}"]
+    config = result_or_refusal(lambda: load_config(DEMO, overrides))
+    assert config is not None and (config.train.steps, config.train.lr, config.seed) == (steps, lr, seed)
+    written = tmp_path / "config.yaml"
+    written.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(written) == config
