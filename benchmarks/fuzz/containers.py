@@ -3,7 +3,7 @@
 import random
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.fuzz.mutate import ODD_INTS, odd_integer
 
@@ -140,13 +140,13 @@ def damage_record(rng: random.Random, data: bytes, suffix: str) -> bytes:
     start, content, stop, size_at, size_bytes = record[:5]
     own, what = data[start:stop], rng.randrange(10)
     if what < 2:
-        order = "little" if record.is_little else "big"
-        size = int.from_bytes(data[size_at : size_at + size_bytes], order)  # type: ignore[arg-type]
+        order: Any = "little" if record.is_little else "big"
+        size = int.from_bytes(data[size_at : size_at + size_bytes], order)
         size = rng.choice(
             (rng.choice(ODD_INTS), 2 ** (8 * size_bytes) - 1, size + rng.choice((-8, -1, 1, 8)), size * 2)
         )
         size %= 2 ** (8 * size_bytes)
-        return data[:size_at] + size.to_bytes(size_bytes, order) + data[size_at + size_bytes :]  # type: ignore[arg-type]
+        return data[:size_at] + size.to_bytes(size_bytes, order) + data[size_at + size_bytes :]
     if what < 6:
         return odd_integer(rng, data, content, min(stop, content + rng.choice((8, 64, 4096))))
     if what == 6:

@@ -47,7 +47,7 @@ def paint(number: int) -> NDArray[np.uint8]:
     return (40 + 170 * blocks).astype(np.uint8).repeat(BLOCK, axis=0).repeat(BLOCK, axis=1)
 
 
-def number_in(frame: NDArray[np.uint8]) -> int | None:
+def number_in(frame: NDArray[Any]) -> int | None:
     """[C, H, W] or [H, W] -> the number that is painted; None: not one of these pictures."""
     image = frame.astype(np.float32)
     image = image.mean(axis=0) if image.ndim == 3 else image

@@ -255,13 +255,13 @@ def mutate_text(rng: random.Random, text: str) -> bytes:
         lines = lines or [""]
     text = "\n".join(lines)
     encoded = text.encode("utf-8", errors="surrogatepass")
-    what = rng.random()
-    if what < 0.1:
+    share = rng.random()
+    if share < 0.1:
         return b"\xef\xbb\xbf" + encoded
-    if what < 0.15:
+    if share < 0.15:
         return text.encode(rng.choice(("utf-16", "utf-16-le", "utf-32")), errors="surrogatepass")
-    if what < 0.2:
+    if share < 0.2:
         return text.replace("\n", rng.choice(("\r\n", "\r", "\n\n"))).encode("utf-8", errors="surrogatepass")
-    if what < 0.35:
+    if share < 0.35:
         return damage_bytes(rng, encoded)
     return encoded

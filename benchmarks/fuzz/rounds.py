@@ -100,7 +100,7 @@ def fuzz_for(seconds: float, first_seed: int, names: Sequence[str], out: Path) -
                 passed_s = time.monotonic() - start_s
                 bar.update(min(round(passed_s), bar.total) - bar.n)
                 bar.set_postfix(rounds=seed - first_seed, findings=sorts.total())
-                if passed_s >= seconds:
+                if passed_s >= seconds and seed > first_seed:
                     break
                 kind = kind_of(seed, names)
                 outcome = workplace.run(kind, seed)

@@ -172,8 +172,6 @@ def attempt_config(path: Path, overrides: Sequence[str]) -> str:
 
 # --------------------------------------------------------------------------------------------------- run folders
 
-RUN_FILES = ("config.yaml", "metrics.json", "metrics.jsonl", "checkpoints/index.json", "{}/state.json")
-RUN_FILES += ("{}/model.safetensors", "{}/teacher.safetensors", "illustrations.safetensors")
 TINY = (
     *("train.steps=2", "train.checkpoint_every=1", "train.eval_every=2", "train.log_every=1", "train.warmup_steps=0"),
     *("data.batch_size=8", "data.num_lanes=4", "data.num_workers=0", "model.width=0.125", "model.hidden_dim=8"),
@@ -309,7 +307,7 @@ def _attempt_run(use: Callable[[Path], None], run: Path, victim: Path) -> str:
 
 def _load(run: Path) -> None:
     for which in ("latest", "best"):
-        worldmodel.load(run, which=which)  # type: ignore[arg-type]
+        worldmodel.load(run, which=which)
 
 
 def _report(run: Path) -> None:

@@ -228,7 +228,7 @@ def _redirect(path: Path) -> None:
     with open(os.devnull, "rb") as null:
         os.dup2(null.fileno(), 0)
     # Python's own, which may lead elsewhere: in a test to a file of pytest.
-    sys.stdout = sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
+    sys.stdout = sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
 
 
 def _catch_log() -> list[tuple[str, str]]:

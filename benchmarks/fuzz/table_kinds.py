@@ -227,9 +227,9 @@ def lerobot_tables() -> tuple[dict[str, Any], dict[str, list[Any]], dict[str, li
         for name, value in zip(episodes, values, strict=True):
             episodes[name].append(value)
         for frame in range(length):
-            entry = ([row / 10, -row], [float(row)], frame / FPS, frame, number, row, number % 2)
-            for name, value in zip(data, entry, strict=True):
-                data[name].append(value)
+            entry: tuple[Any, ...] = ([row / 10, -row], [float(row)], frame / FPS, frame, number, row, number % 2)
+            for column, cell in zip(data.values(), entry, strict=True):
+                column.append(cell)
             row += 1
     return info, episodes, data
 

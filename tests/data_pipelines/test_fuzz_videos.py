@@ -184,7 +184,6 @@ def test_one_round_is_repeated_and_saved(tmp_path: Path) -> None:
     assert any((tmp_path / "tar_3" / "input").iterdir())
 
 
-def test_mistakes_on_the_command_line_are_one_line() -> None:
-    for arguments, message in ((["--repeat"], "--repeat needs the kind"), (["--minutes", "-1"], "--minutes -1")):
-        done = run_fuzzer(*arguments)
-        assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
+def test_a_round_to_repeat_needs_its_kind() -> None:
+    done = run_fuzzer("--repeat")
+    assert done.returncode == 2 and "--repeat needs the kind" in done.stderr.splitlines()[-1], done.stderr
