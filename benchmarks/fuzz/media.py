@@ -26,7 +26,7 @@ class Codec:
 CODECS = (
     Codec("libx264", options=(("preset", "veryfast"), ("g", "12"), ("bf", "2"))),
     Codec("libx265", options=(("preset", "ultrafast"), ("x265-params", "log-level=none:pools=1"))),
-    Codec("libsvtav1", options=(("preset", "10"), ("crf", "15"), ("svtav1-params", "lp=1"))),
+    Codec("libsvtav1", options=(("preset", "8"), ("crf", "10"), ("svtav1-params", "lp=1"))),
     Codec("mpeg1video"),
     Codec("mpeg2video", options=(("bf", "2"),)),
     Codec("mpeg4", options=(("bf", "1"),)),

@@ -91,6 +91,7 @@ def fuzz_for(seconds: float, first_seed: int, names: Sequence[str], out: Path) -
     """Rounds from first_seed on until the time is over; prints findings and the table -> the exit code."""
     tallies = {name: Tally() for name in names}
     sorts: Counter[str] = Counter()
+    skips: Counter[str] = Counter()
     seed = first_seed
     start_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fuzz_") as folder, tqdm(total=round(seconds), unit="s") as bar:
@@ -105,6 +106,8 @@ def fuzz_for(seconds: float, first_seed: int, names: Sequence[str], out: Path) -
                 kind = kind_of(seed, names)
                 outcome = workplace.run(kind, seed)
                 tallies[kind.name].add(outcome)
+                if outcome.verdict == "skipped":
+                    skips[f"{kind.name}: {outcome.reason}"] += 1
                 if outcome.verdict == "finding":
                     sort = f"{kind.name}: {outcome.place or outcome.reason[:60]}"
                     sorts[sort] += 1
@@ -112,7 +115,7 @@ def fuzz_for(seconds: float, first_seed: int, names: Sequence[str], out: Path) -
                         bar.write(describe(kind, seed, outcome, save(workplace.round_folder, kind, seed, out)))
         except KeyboardInterrupt:
             bar.write("interrupted")
-    print_table(tallies, sorts)
+    print_table(tallies, sorts, skips)
     print(f"to continue: --seed {seed}")
     return int(bool(sorts))
 
@@ -154,8 +157,10 @@ def describe(kind: Kind, seed: int, outcome: Outcome, saved: Path) -> str:
     )
 
 
-def print_table(tallies: Mapping[str, Tally], sorts: Counter[str]) -> None:
+def print_table(tallies: Mapping[str, Tally], sorts: Counter[str], skips: Counter[str]) -> None:
     header = ["kind", "rounds", "refused", "accepted", "skipped", "findings", "slowest, s", "peak, MiB"]
     print(aligned_table([header, *(tally.cells(name) for name, tally in tallies.items())]))
     for sort, number in sorts.most_common():
         print(f"{number:>6,} times {sort}")
+    for reason, number in skips.most_common(5):
+        print(f"{number:>6,} times skipped {reason}")
