@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from benchmarks.fuzz.kinds import Case, Kind, require
 from benchmarks.fuzz.media import CODECS, FPS, write_video
 from benchmarks.fuzz.mutate import damage_bytes, dumps, mutate_json, mutate_text, odd_value
-from data_pipelines.clips import ClipSpec
+from data_pipelines.clips import ClipSpec, epoch_order
 from data_pipelines.index import VideoIndex, load_or_build_index
 from data_pipelines.stream import clips_of
 
@@ -34,6 +35,8 @@ def check_index(index: VideoIndex) -> None:
         require(len(values) == len(index.videos), f"label {name!r} has {len(values)} rows of {len(index.videos)}")
     table = clips_of(index, SPEC)
     require(0 < table.num_clips <= sum(video.num_frames for video in index.videos), f"{table.num_clips} clips")
+    epoch_order(table.first_clip_of_group, seed=0, epoch=0, shuffle=True, batch_size=1, num_lanes=1, pool_clips=16)
+    clips_of(index, replace(SPEC, fps=10))
     for row, (start, stop) in enumerate(index.frame_ranges):
         require(0 <= start <= stop <= index.videos[row].num_frames, f"row {row} has the frames {start} to {stop}")
         if index.frame_labels and index.frame_label_offsets is not None and stop > start:
