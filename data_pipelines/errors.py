@@ -4,8 +4,12 @@
 class UserError(Exception):
     """Something the user can mend. The message is one line: what is wrong, the value, what to do.
 
-    Scripts print it without a traceback and exit with code 2.
+    Scripts print it without a traceback and exit with code 2. It may quote names and texts of strangers: characters
+    that a terminal would act on are escaped.
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 def printable(name: object) -> str:

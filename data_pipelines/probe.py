@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipelines.errors import printable
 from data_pipelines.facts import checked, checked_bad_file
 from data_pipelines.h264 import may_have_fields
 
@@ -228,7 +229,7 @@ def decoding_errors() -> Any:
 def one_line(error: BaseException) -> str:
     """An exception as one short line, without the path that FFmpeg's messages repeat."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split())[:200]
+    return printable(" ".join(str(text).split())[:200])
 
 
 def index_file(root: str | Path, path: str, max_frame_px: int = MAX_FRAME_PX) -> Video | BadFile:

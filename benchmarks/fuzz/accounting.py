@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ def _account(folder: Path, num_files: int, seed: int, decoder: str) -> int:
     index = load_or_build_index(damaged, max_bad_fraction=1.0)
     for name in names[1::2]:
         spoil(damaged / name, damage_of[name], rng)
+    index = with_present_stamps(index)
 
     counts = Counter({"files": len(list(pristine.iterdir())), "refused by the index": len(index.bad)})
     table = clips_of(index, SPEC)
@@ -150,6 +151,16 @@ def spoil(path: Path, damage: str, rng: np.random.Generator) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- streams
+
+
+def with_present_stamps(index: VideoIndex) -> VideoIndex:
+    """The index as if its files had had their sizes and times all along: others are left out whole, not decoded."""
+    stats = [(index.root / video.path).stat() for video in index.videos]
+    videos = [
+        replace(video, size_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns)
+        for video, stat in zip(index.videos, stats, strict=True)
+    ]
+    return replace(index, videos=videos)
 
 
 def deliver(index: VideoIndex, decoder: str) -> list[tuple[int, torch.Tensor]]:

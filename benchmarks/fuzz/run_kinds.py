@@ -186,7 +186,7 @@ def prepare_run(seeds: Path) -> None:
     write_world(seeds / "world", {"train": 16, "selection": 16, "test": 24}, num_processes=1)
     overrides = [*TINY, f"data.root={seeds / 'world'}", f"run_dir={seeds / 'run'}"]
     run = train(load_config(REPO / "configs" / "demo.yaml", overrides))
-    _script("evaluate").evaluate(run, "latest", None, torch.device("cpu"))
+    _script("evaluate").evaluate(run, "latest", None, torch.device("cpu"), allow_remote=False)
     shutil.rmtree(seeds / "world")
 
 

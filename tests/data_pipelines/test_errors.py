@@ -1,0 +1,23 @@
+"""What a user is told is one line that no terminal acts on, whatever names it quotes."""
+
+import pickle
+
+import pytest
+
+from data_pipelines.errors import UserError, printable
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("take 1 – Übung 日.mp4", "take 1 – Übung 日.mp4"),
+        ("a\nb\t\r.mp4", r"a\nb\t\r.mp4"),
+        ("\x1b[2J.mp4", r"\x1b[2J.mp4"),
+        ("\x9b2J\u202e4pm", r"\x9b2J\u202e4pm"),
+        ("caf\udce9.mp4", r"caf\udce9.mp4"),
+    ],
+)
+def test_names_are_shown_on_one_line(name: str, shown: str) -> None:
+    assert printable(name) == shown
+    error = UserError(f"'{name}' is missing")
+    assert str(error) == f"'{shown}' is missing" == str(pickle.loads(pickle.dumps(error)))
