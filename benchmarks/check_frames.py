@@ -7,7 +7,7 @@ them with faults of time: repeated, decreasing and missing timestamps, gaps, var
 streams that begin at a later keyframe or between keyframes. Then it compares lists of frame numbers:
 
 - all frames, in order, and resampled to several rates (`data.fps`), with the `ffmpeg` command and its filter `fps`;
-- all frames as torchcodec and decord give them, with PyAV's. They may refuse a file, by name.
+- all frames as torchcodec and decord give them, and one from the middle, with PyAV's. They may refuse a file, by name.
 
 Frame k of a resampled video is the one on screen k / fps seconds after the first. In FFmpeg's terms each timestamp is
 rounded up to the grid of the new rate (`round=up`), counted from the first frame. As timestamps are rounded in files, a
@@ -35,7 +35,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from data_pipelines.clips import EARLY_S
-from data_pipelines.decoders import read_frames, resolve_decoder
+from data_pipelines.decoders import DecodeError, open_video, read_frames, resolve_decoder
 from data_pipelines.errors import UserError
 from data_pipelines.probe import BadFile, Video, index_file
 
@@ -341,6 +341,18 @@ def check(
                 theirs = by_ffmpeg(path, fps, early_s)
             last_slot = math.ceil((float(video.shown_s()[-1]) - early_s) * fps)
             yield ("same" if agree(ours, theirs, last_slot) else "WRONG"), f"fps={fps:g}: {ours} not {theirs}"
+    middle = len(frames) // 2
+    for decoder in ("pyav", *decoders):
+        try:
+            direct = open_video(path, video, channels=1, size_px=None, decoder=decoder)
+            found = read_number(direct.read(middle)[0])
+            direct.close()
+            yield (
+                ("same" if found == frames[middle] else "WRONG"),
+                f"{decoder}, frame {middle} alone: {found} not {frames[middle]}",
+            )
+        except (UserError, DecodeError) as error:
+            yield "refused", f"{decoder}: {error}"
     for decoder in decoders:
         try:
             others = by_us(path, video, None, decoder)

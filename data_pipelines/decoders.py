@@ -56,6 +56,8 @@ _FULL_RANGE = 2  # AVCOL_RANGE_JPEG
 
 # In MPEG streams and WMV decord lands beside the frame asked for, and does not say so.
 _DECORD_EXTENSIONS = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".3gp"})
+# Elsewhere torchcodec may begin to decode where nothing can be decoded, and gives grey pictures at the right times.
+_TORCHCODEC_SEEKS_IN = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm"})
 
 # Name -> module, what pip installs; in the order in which 'auto' prefers them.
 _BACKENDS = {
@@ -468,13 +470,14 @@ class TorchcodecReader:
 
     def _jump(self, frame: int) -> Frame:
         """_decode for a frame that is not the next one: by seeking where that lands right, else from the beginning."""
-        if self._shown_s is not None:
+        seeks = self._shown_s is not None and os.path.splitext(self._video.path)[1].lower() in _TORCHCODEC_SEEKS_IN
+        if seeks:
             for scan in dict.fromkeys((self._scanned, True)):
                 if scan != self._scanned:
                     self._open(scan=True)
                 with contextlib.suppress(DecodeError):
                     return self._decode(frame)
-        if frame < self._next or self._shown_s is not None:
+        if frame < self._next or seeks:
             self._open(scan=self._scanned)
         while self._next < frame:
             self._decode(self._next)

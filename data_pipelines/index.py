@@ -79,7 +79,7 @@ class VideoIndex:
         """Changes when a file or episode is added, removed, renamed or has another size or number of frames."""
         digest = hashlib.sha256(repr(self.share).encode())
         for video in self.videos:
-            digest.update(f"{video.path}\0{video.size_bytes}\0{video.num_frames}\n".encode())
+            digest.update(f"{video.path}\0{video.size_bytes}\0{video.num_frames}\n".encode("utf-8", "surrogateescape"))
             if video.shard:  # the order of clips depends on it
                 digest.update(f"{video.shard}\0{video.offset_bytes}\n".encode())
         if self.episodes is not None:

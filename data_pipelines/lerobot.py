@@ -72,6 +72,13 @@ def read_episodes(root: Path, camera: str | None) -> Episodes:
     columns = ["episode_index", "dataset_from_index", "dataset_to_index"]
     columns += [f"{place}/chunk_index", f"{place}/file_index", f"{place}/from_timestamp"]
     table = _read_tables(root, "meta/episodes", columns, np.float64)
+    for name in columns:
+        is_time = name.endswith("from_timestamp")
+        if table[name].ndim != 1 or (table[name].dtype.kind != "i" and not is_time):
+            raise UserError(
+                f"LeRobot data set '{root}': column {name!r} of meta/episodes does not hold one "
+                f"{'number' if is_time else 'whole number'} per episode"
+            )
     order = np.argsort(table["episode_index"], kind="stable")
     episode, first, stop, chunk, file, from_s = (table[name][order] for name in columns)
     if not len(episode) or not (from_s >= -0.5 / info["fps"]).all():
@@ -82,11 +89,13 @@ def read_episodes(root: Path, camera: str | None) -> Episodes:
     data = _read_tables(root, "data", sorted({*names, "episode_index"}), np.float32, faults)
     if "episode_index" not in data:
         raise UserError(f"LeRobot data set '{root}': {faults['episode_index']}")
+    if data["episode_index"].ndim != 1:
+        raise UserError(f"LeRobot data set '{root}': column 'episode_index' of data/ does not hold one number per row")
     for name, fault in faults.items():
         log.warning("LeRobot data set '%s': the label %r is left out: %s", root, name, fault)
     _check_rows(root, episode, first, stop, data["episode_index"])
     labels = {"episode_index": torch.from_numpy(episode)}
-    if "task_index" in data and (stop > first).all():
+    if "task_index" in data and data["task_index"].ndim == 1 and (stop > first).all():
         labels["task_index"] = torch.from_numpy(data["task_index"][first])
     files = zip(chunk.tolist(), file.tolist(), strict=True)
     return Episodes(

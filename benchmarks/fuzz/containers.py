@@ -3,6 +3,7 @@
 import random
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from benchmarks.fuzz.mutate import ODD_INTS, odd_integer
@@ -108,13 +109,13 @@ def asf_objects(data: bytes) -> Iterator[Record]:
 
 def ogg_pages(data: bytes) -> Iterator[Record]:
     starts = [match.start() for match in re.finditer(b"OggS", data)]
-    for start, stop in zip(starts, [*starts[1:], len(data)], strict=True):
+    for start, stop in pairwise([*starts, len(data)]):
         yield Record(start, start + 27, stop, start + 26, 1)
 
 
 def pes_packets(data: bytes) -> Iterator[Record]:
     starts = [match.start() for match in re.finditer(rb"\x00\x00\x01[\xba-\xef]", data)]
-    for start, stop in zip(starts, [*starts[1:], len(data)], strict=True):
+    for start, stop in pairwise([*starts, len(data)]):
         yield Record(start, start + 6, stop, start + 4, 2, name=data[start + 3 : start + 4])
 
 

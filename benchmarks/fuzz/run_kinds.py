@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import os
 import random
 import shutil
 import struct
@@ -296,12 +297,13 @@ def _plant(rng: random.Random, run: Path, path: Path, victim: Path) -> None:
 
 def _attempt_run(use: Callable[[Path], None], run: Path, victim: Path) -> str:
     before = sorted(victim.rglob("*"))
+    had_config = os.path.lexists(run / "config.yaml")
     try:
         use(run)
     finally:
         require((victim / "kept.txt").read_text() == "mine", "a file outside of the run was written")
         require([path for path in before if not path.exists()] == [], "files outside of the run were removed")
-        require((run / "config.yaml").exists() or (run / "config.yaml").is_symlink(), "the run's files were removed")
+        require(os.path.lexists(run / "config.yaml") == had_config, "the run's files were removed")
     return ""
 
 

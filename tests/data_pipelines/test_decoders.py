@@ -442,3 +442,16 @@ def test_frames_of_any_size_that_the_index_let_in_are_decoded(
     assert reader.read(8).shape == (1, 50, 66)
     assert limits == [50 * 66]
     reader.close()
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg4", "mpeg2video"])
+@pytest.mark.parametrize("name", ["v.ts", "v.mpg", "v.mkv", "v.mp4"])
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_the_first_frame_that_is_read_need_not_be_the_first(
+    tmp_path: Path, write_video: Any, read_numbers: Any, decoder: str, name: str, codec: str
+) -> None:
+    options = {"x265-params": "keyint=12:log-level=0"} if codec == "libx265" else {"g": "12"}
+    path = write_video(tmp_path / name, video=5, num_frames=60, codec=codec, options=options, fps=25)
+    for frame in (10, 35):
+        with contextlib.suppress(DecodeError):
+            assert read_numbers(_open(path, decoder)[0].read(frame)) == (5, frame)

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from data_pipelines import index_engines
+from data_pipelines.decoders import read_frames
 from data_pipelines.errors import UserError
+from data_pipelines.files import user_cache_dir
 from data_pipelines.index import (
     INDEX_HEADER,
     INDEX_NAME,
@@ -394,3 +396,30 @@ def test_files_with_large_frames_are_left_out_and_read_again_when_the_limit_chan
         assert (named in caplog.text) == (found == small)
     with pytest.raises(UserError, match=rf"none of 4 .*data\.max_frame_px={48 * 64 - 1}"):
         paths(48 * 64 - 1)
+
+
+def test_a_file_name_that_is_not_utf8_is_read(tmp_path: Path, write_video: Any) -> None:
+    write_video(tmp_path / "a.mp4").rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9\n.mp4"))
+    write_video(tmp_path / "b.mp4")
+    for _ in range(2):  # found, and read from the cached index
+        index = load_or_build_index(tmp_path, progress=False)
+        assert [video.path for video in index.videos] == ["b.mp4", "caf\udce9\n.mp4"] and len(index.content_hash) == 16
+    frames = list(read_frames(tmp_path / index.videos[1].path, channels=1, size_px=None))
+    assert len(frames) == 9
+    (tmp_path / "b.mp4").write_bytes(b"nothing")
+    os.rename(tmp_path / "b.mp4", os.fsencode(tmp_path) + b"/\xff.mp4")
+    with pytest.raises(UserError, match=r"1 of 2 video files are bad.*'\\udcff.mp4'") as caught:
+        load_or_build_index(tmp_path, progress=False)
+    assert str(caught.value).isprintable()
+
+
+def test_a_user_without_a_home_needs_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write_video: Any) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    write_video(tmp_path / "a.mp4")
+    for home in ("", None):
+        monkeypatch.setattr(Path, "home", no_home)
+        monkeypatch.setenv("HOME", "") if home == "" else monkeypatch.delenv("HOME")
+        assert user_cache_dir() is None
+        assert len(load_or_build_index(tmp_path, progress=False).videos) == 1

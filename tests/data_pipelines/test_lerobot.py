@@ -278,3 +278,31 @@ def test_without_pyarrow_the_extra_is_named(data_set: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"needs pyarrow.*pip install 'worldmodel\[lerobot\]'"):
         _index(data_set)
+
+
+@pytest.mark.parametrize("column", ["episode_index", "dataset_from_index", f"videos/{FRONT}/chunk_index"])
+@pytest.mark.parametrize("value", [[1, 2], 0.5, None, "x"])
+def test_tables_of_another_kind_are_one_line(own: Path, column: str, value: Any) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    path = own / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+    table = parquet.read_table(path)
+    place = table.schema.get_field_index(column)
+    parquet.write_table(table.set_column(place, column, pyarrow.array([value] * table.num_rows)), path)
+    with pytest.raises(UserError, match="LeRobot data set") as caught:
+        _index(own)
+    assert column.rpartition("/")[2] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_row_numbers_that_are_lists_are_one_line(own: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    for path in (own / "data").glob("*/*.parquet"):
+        table = parquet.read_table(path)
+        place = table.schema.get_field_index("episode_index")
+        pairs = pyarrow.array([[0, 1]] * table.num_rows)
+        parquet.write_table(table.set_column(place, "episode_index", pairs), path)
+    with pytest.raises(UserError, match="episode_index"):
+        _index(own)
