@@ -415,6 +415,9 @@ class TorchcodecReader:
         self._path, self._video, self._channels, self._size_px = local_url(path), video, channels, size_px
         # A torchcodec of another version may raise any of these; a failed torch operator is a RuntimeError.
         self._errors = (RuntimeError, ValueError, IndexError, OSError, AssertionError)
+        is_avi = os.path.splitext(video.path)[1].lower() == ".avi"
+        if not (video.keyframe_pts or is_avi):
+            raise DecodeError("torchcodec finds frames by times, and some of its are wrong: use decoder='pyav'")
         self._shown_s = video.shown_s() + video.keyframe_pts[0] * video.tick_s if video.keyframe_pts else None
         self._tolerance_s = min(2 * ROUNDING_S, 0.5 / (video.fps or 1))
         self._open(scan=bool(video.frame_ms))

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from data_pipelines.errors import UserError
 from data_pipelines.files import check_regular, read_text, remove, write_bytes, write_text
+from data_pipelines.probe import one_line
 from worldmodel.config import Config, flatten, read_tree, to_dict, to_yaml, validate
 from worldmodel.finite import ADVICE, not_finite
 from worldmodel.sharding import shared_like
@@ -284,7 +285,7 @@ def load_checkpoint(run: Path, which: Literal["latest", "best"] = "latest") -> C
         tensors = {part: load_file(folder / f"{part}.safetensors") for part in _WEIGHT_FILES}
         state = _checked_state(json.loads(read_text(folder / "state.json", MAX_STATE_BYTES)))
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise UserError(f"checkpoint {folder} is damaged: {error}") from error
+        raise UserError(f"checkpoint {folder} is damaged: {one_line(error)}") from error
     if bad := not_finite(tensors["model"] | {f"teacher/{key}": value for key, value in tensors["teacher"].items()}):
         raise UserError(f"checkpoint {folder} holds weights that are not finite, first in {bad}: train the run again")
     return Checkpoint(**tensors, state=state)

@@ -60,7 +60,7 @@ def videos(draw: Any, path: str = "a.mp4") -> Video:
     fps = draw(st.sampled_from([1.0, 5.0, 24.0, 25.0, 30000 / 1001, 60.0]))
     return Video(
         path=path,
-        size_bytes=draw(st.integers(1, 2**50)),
+        size_bytes=draw(st.integers(30, 2**50)),
         mtime_ns=draw(st.integers(0, 2**62)),
         num_frames=num_frames,
         fps=fps,

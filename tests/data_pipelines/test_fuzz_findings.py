@@ -8,8 +8,12 @@ import pytest
 
 from benchmarks.fuzz.rounds import KINDS, Workplace
 
-FINDINGS: dict[str, tuple[int, ...]] = {"metadata": (7302, 7492), "tar": (7284, 7414)}
-RUN_FINDINGS: tuple[int, ...] = ()
+FINDINGS: dict[str, tuple[int, ...]] = {
+    "lerobot": (22193, 22243, 23073, 23163, 23613, 24763),
+    "metadata": (7302, 7492),
+    "tar": (7284, 7414, 22934),
+}
+RUN_FINDINGS = (24419,)
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,8 @@ def test_numbers_in_metadata_are_kept(tmp_path: Path, numbers: list[tuple[int, f
 @EXAMPLES
 @given(st.lists(st.lists(st.floats(-10, 10, width=32), min_size=2, max_size=2), min_size=7, max_size=7))
 def test_lists_for_each_frame_label_the_frames(frames: list[list[float]]) -> None:
-    labels = stack_labels([{"pose": frames[:3]}, {"pose": frames[3:]}], [3, 4])
+    videos = [replace(FACTS, num_frames=count) for count in (3, 4)]
+    labels = stack_labels([{"pose": frames[:3]}, {"pose": frames[3:]}], videos)
     assert labels.of_videos == {} and labels.offsets is not None and labels.offsets.tolist() == [0, 3]
     assert torch.equal(labels.of_frames["pose"], torch.tensor(frames))
 
@@ -95,7 +96,8 @@ def test_a_video_in_a_shard_survives_shards_jsonl(video: Video, labels: dict[str
 @given(st.integers(-2000, 20_000), st.integers(-2000, 20_000))
 def test_bytes_outside_of_the_shard_are_refused(offset: int, size: int) -> None:
     fields = asdict(FACTS) | {"shard": "s.tar", "offset_bytes": offset, "size_bytes": size}
-    lies_within = offset >= 0 and size > 0 and offset + size <= SHARD["size_bytes"]  # type: ignore[operator]
+    holds_frames = size >= FACTS.num_frames
+    lies_within = offset >= 0 and holds_frames and offset + size <= SHARD["size_bytes"]  # type: ignore[operator]
     parsed = result_or_refusal(lambda: _parse(shards_text(SHARD, fields), "here"))
     assert (parsed is not None) == lies_within
 

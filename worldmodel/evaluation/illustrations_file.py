@@ -13,6 +13,7 @@ from safetensors.numpy import save as serialise
 
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_bytes
+from data_pipelines.probe import one_line
 
 ILLUSTRATIONS_NAME = "illustrations.safetensors"
 PLANNED_NAME = "planning.safetensors"
@@ -44,7 +45,7 @@ def load_parts(path: Path, kind: type[Part]) -> list[Part]:
             values = json.loads(metadata["others"]) | {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return [_restored(kind, str(number), values) for number in range(int(metadata["parts"]))]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged, write it again by the script that did: {error!r}") from error
+        raise UserError(f"{path} is damaged, write it again by the script that did: {one_line(error)}") from error
 
 
 def _gather(value: Any, name: str, arrays: dict[str, np.ndarray], others: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import save as serialise
 
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_bytes
+from data_pipelines.probe import one_line
 from data_pipelines.sources.law import Quantity
 from worldmodel.evaluation.readout import Readout
 
@@ -48,7 +49,7 @@ def load_readout(run: str | Path, step: int, device: str | torch.device = "cpu")
         quantity = Quantity(metadata["name"], metadata["unit"], tuple(json.loads(metadata["dimensions"])))
         evaluated_step = int(metadata["step"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged, evaluate the run again: {error}") from error
+        raise UserError(f"{path} is damaged, evaluate the run again: {one_line(error)}") from error
     if evaluated_step != step:
         raise UserError(
             f"the run {run} was evaluated at step {evaluated_step}, and the checkpoint loaded is of step {step}: "
