@@ -283,7 +283,7 @@ def by_times(shown_s: Sequence[float], fps: float, early_s: float) -> list[int]:
 
 
 def agree(ours: Sequence[int], theirs: Sequence[int], last_slot: int) -> bool:
-    """Whether two lists are equal up to `last_slot`, and show nothing but the last frame after it."""
+    """Return True where two lists are equal up to `last_slot`, and show nothing but the last frame after it."""
     decided = max(0, last_slot)
     rest = {*ours[decided:], *theirs[decided:]}
     return bool(ours) and list(ours[:decided]) == list(theirs[:decided]) and rest <= {ours[-1]}

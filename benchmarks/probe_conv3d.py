@@ -62,7 +62,7 @@ class Shape(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a process died, or whether a gradient was wrong, ms a step, and what oneDNN computes the gradient with."""
+    """Return the fault of a process or gradient, ms per step, and the kernel of oneDNN that computes the gradient."""
 
     died: str | None
     wrong: bool

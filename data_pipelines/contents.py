@@ -81,7 +81,7 @@ def probe_again(root: str | Path, video: Video) -> Video | BadFile:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a run learns from, as far as it is read from files.
+    """The videos and labels that a run learns from, as far as they are read from files.
 
     videos: path -> hash of the content. labels: name -> hash of all values. bad: path -> why a file is left out.
     """
@@ -102,7 +102,7 @@ class Contents:
         return digest.hexdigest()[:16]
 
     def change_since(self, earlier: "Contents") -> str:
-        """What differs from earlier contents, the first video by name and how many more; "" if nothing does."""
+        """Name the first difference from earlier contents, and count the others; "" if there is none."""
         changes = [_change_of(path, earlier.videos, self) for path in sorted({*self.videos, *earlier.videos})]
         changes = list(filter(None, changes))
         changes += [f"label {name!r} has other values" for name in _differing(earlier.labels, self.labels)]
@@ -145,7 +145,7 @@ def _hash_of_tensor(values: Tensor) -> str:
 
 
 def read_contents(path: Path) -> Contents | None:
-    """What Contents.lines() wrote to a file; None if there is none. Raises UserError: it is damaged."""
+    """Read what Contents.lines() wrote to a file; None if there is none. Raises UserError: it is damaged."""
     try:
         with open(path, encoding="utf-8") as file:
             lines = iter(lambda: file.readline(MAX_LINE_CHARACTERS), "")

@@ -102,7 +102,7 @@ def _ascend(numbers: tuple[int, ...]) -> bool:
 
 
 def _fit(times: tuple[int, ...]) -> bool:
-    """Whether numbers are neither negative nor wider than 64 bits."""
+    """Return True where numbers are neither negative nor wider than 64 bits."""
     try:
         return bool(array("Q", times))
     except OverflowError:

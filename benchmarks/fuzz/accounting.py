@@ -201,7 +201,7 @@ def frames_of(index: VideoIndex, decoder: str) -> dict[str, torch.Tensor]:
 def differs(
     video: torch.Tensor, clip: int, index: VideoIndex, table: ClipTable, truth: dict[str, torch.Tensor]
 ) -> bool:
-    """Whether a delivered clip shows anything but what the undamaged file shows at that place."""
+    """Return True where a delivered clip differs from the undamaged file at that place."""
     [row] = table.videos_of(np.array([clip]))
     number = clip - int(table.first_clip[row])
     expected = truth.get(index.videos[row].path)

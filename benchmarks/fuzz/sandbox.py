@@ -202,7 +202,7 @@ def _attempt(attempt: Callable[[], str], is_good: bool) -> dict[str, Any]:
 
 
 def _flaw(message: str) -> str:
-    """What is wrong with a message that is not clean."""
+    """Return the reason why a message is not one clean line, or ""."""
     length = f", {len(message):,} characters" if len(message) > MAX_REASON_CHARS else ""
     return f"not one clean line{length}: {message[:400]!r}"
 
