@@ -202,7 +202,7 @@ def _attempt(attempt: Callable[[], str], is_good: bool) -> dict[str, Any]:
 
 
 def _flaw(message: str) -> str:
-    """Return the reason why a message is not one clean line, or ""."""
+    """Describe a message that is not one clean line."""
     length = f", {len(message):,} characters" if len(message) > MAX_REASON_CHARS else ""
     return f"not one clean line{length}: {message[:400]!r}"
 
