@@ -1,5 +1,7 @@
 """The one exception for mistakes of the user, as opposed to mistakes of ours, and names as messages may show them."""
 
+import logging
+
 
 class UserError(Exception):
     """Something the user can mend. The message is one line: what is wrong, the value, what to do.
@@ -19,6 +21,18 @@ def printable(name: object) -> str:
     """
     text = str(name)
     return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def one_line_logger(name: str) -> logging.Logger:
+    """Return the logger of a module, whose messages quote names of strangers as `printable` shows them."""
+    logger = logging.getLogger(name)
+    logger.addFilter(_escape)
+    return logger
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
 
 
 def _escaped(character: str) -> str:

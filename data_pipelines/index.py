@@ -5,7 +5,6 @@ The index file is JSON lines: a header with format, version and content hash, th
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.files import bounded_lines, check_regular, user_cache_dir, written_whole
 from data_pipelines.index_engines import Engine, index_files
 from data_pipelines.labels import read_labels
@@ -27,7 +26,7 @@ from data_pipelines.probe import MAX_FRAME_PX, BadFile, Video, entry_from_fields
 if TYPE_CHECKING:
     from data_pipelines.remote import RemoteShards
 
-log = logging.getLogger(__name__)
+log = one_line_logger(__name__)
 
 VIDEO_EXTENSIONS = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"),

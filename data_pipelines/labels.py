@@ -2,7 +2,6 @@
 
 import csv
 import json
-import logging
 import math
 import posixpath
 import reprlib
@@ -13,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.probe import Video, one_line
 
-log = logging.getLogger(__name__)
+log = one_line_logger(__name__)
 
 Row = tuple[str, dict[str, Any]]  # file_name and the other fields
 

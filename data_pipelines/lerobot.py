@@ -5,7 +5,6 @@ nearest to `from_timestamp`; its frame i is the i-th from there, and row dataset
 """
 
 import json
-import logging
 import math
 import re
 from collections.abc import Sequence
@@ -18,11 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.files import read_text
 from data_pipelines.probe import one_line
 
-log = logging.getLogger(__name__)
+log = one_line_logger(__name__)
 
 NUMERIC = re.compile(r"bool|u?int\d+|float\d+")
 BOOKKEEPING = ("index", "episode_index", "task_index")  # the latter two are labels of episodes

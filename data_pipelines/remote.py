@@ -9,7 +9,6 @@ then depend on the weather of the network. Nothing has been skipped, so that the
 """
 
 import errno
-import logging
 import os
 import re
 import threading
@@ -20,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.files import user_cache_dir
 from data_pipelines.probe import one_line
 from data_pipelines.stores import LocalError, Shard, Store, local_errors
 
-log = logging.getLogger(__name__)
+log = one_line_logger(__name__)
 
 FOLDER_NAME = re.compile(r"[0-9a-f]{16}")  # of a data set, within the cache
 

@@ -7,7 +7,6 @@ and never unpacked.
 
 import io
 import json
-import logging
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm.auto import tqdm
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.facts import MAX_INT, SHARD_NAME
 from data_pipelines.files import bounded_lines, written_whole
 from data_pipelines.index import (
@@ -37,7 +36,7 @@ from data_pipelines.probe import MAX_FRAME_PX, BadFile, Video, entry_from_fields
 from data_pipelines.remote import RemoteShards, default_cache_dir
 from data_pipelines.stores import Shard, Store, is_url
 
-log = logging.getLogger(__name__)
+log = one_line_logger(__name__)
 
 SHARDS_NAME = "shards.jsonl"
 SHARDS_HEADER = {"format": "worldmodel-shards", "version": 1}

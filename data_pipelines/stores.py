@@ -5,7 +5,6 @@ code that it found in a file. The author of a config may not be its user.
 """
 
 import hashlib
-import logging
 import os
 import random
 import re
@@ -17,10 +16,10 @@ from io import BytesIO, FileIO
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.probe import one_line
 
-log = logging.getLogger(__name__)
+log = one_line_logger(__name__)
 
 SCHEMES = ("http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf")
 MAX_INDEX_BYTES = 2**30

@@ -4,7 +4,6 @@ A part is a pure function of its number. So a process that takes over from anoth
 """
 
 import gc
-import logging
 import os
 import signal
 import socket
@@ -16,12 +15,12 @@ from typing import Any, Protocol
 
 import torch
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.index import VideoIndex
 from data_pipelines.messages import Numbers, is_waiting, receive_message, receive_numbers, send_message, share_numbers
 from data_pipelines.processes import POLL_S, Parent, Patience, is_stopped, worker_context
 
-log = logging.getLogger(__name__)
+log = one_line_logger(__name__)
 
 Part = dict[str, Any]  # what one worker contributes to a batch, in NumPy arrays
 Place = tuple[int, int]  # a video's position in the index, and a frame

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from data_pipelines.errors import UserError, printable
+from data_pipelines.errors import UserError, one_line_logger, printable
 from data_pipelines.files import check_writable, write_text
 from data_pipelines.probe import one_line
 from data_pipelines.stores import check_url, host_of, is_url
@@ -21,7 +21,7 @@ from data_pipelines.text_files import shown
 from worldmodel.config import DataConfig
 from worldmodel.terminal import safe_terminal
 
-log = logging.getLogger(__name__)
+log = one_line_logger(__name__)
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130

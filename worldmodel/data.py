@@ -3,7 +3,6 @@
 Three splits of disjoint identities: "train" fits, "selection" chooses, "test" reports.
 """
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from data_pipelines.clips import ClipSpec
 from data_pipelines.contents import Contents, contents_of, read_contents
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.files import write_text
 from data_pipelines.index import VideoIndex, share_of_split, split_index
 from data_pipelines.shards import SHARDS_NAME, load_videos
@@ -30,7 +29,7 @@ from data_pipelines.stream import Batch, VideoStream, clips_of, read_all, share_
 from data_pipelines.transforms import on_device, split_segments, to_float
 from worldmodel.config import Config, DataConfig
 
-logger = logging.getLogger(__name__)
+logger = one_line_logger(__name__)
 
 EVALUATION_BATCH = 128
 MIN_CLIPS = 2

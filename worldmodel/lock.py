@@ -6,7 +6,6 @@ processes do not inherit it. A process loses it when it closes any descriptor of
 
 import errno
 import fcntl
-import logging
 import os
 import re
 import socket
@@ -15,10 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, one_line_logger
 from worldmodel.checkpoint import LOCK_NAME
 
-logger = logging.getLogger(__name__)
+logger = one_line_logger(__name__)
 
 _held: set[tuple[int, int]] = set()
 """Device and inode of the lock files of this process, which could lock them again."""

@@ -1,6 +1,5 @@
 """What a training step costs: its floating-point operations, and a profile of a few steps."""
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +10,10 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from data_pipelines.errors import one_line_logger
 from data_pipelines.files import write_text
 
-logger = logging.getLogger(__name__)
+logger = one_line_logger(__name__)
 
 PROFILED_STEPS = 5
 WARMUP_STEPS = 2

@@ -1,7 +1,6 @@
 """Logging of a run: metrics.jsonl always, and wandb."""
 
 import json
-import logging
 import os
 import platform
 import sys
@@ -10,12 +9,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.files import write_text
 from worldmodel.config import Config
 from worldmodel.wandb_tracking import start_wandb
 
-logger = logging.getLogger(__name__)
+logger = one_line_logger(__name__)
 
 MAX_STEP = 10**12
 

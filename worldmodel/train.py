@@ -4,7 +4,6 @@ Everything random in a step is a function of (seed, step) and of a clip's place 
 optimiser and step number has to be saved for a resumed run to go on bit for bit, on however many processes.
 """
 
-import logging
 import math
 import re
 import signal
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed import DistError
 from tqdm.auto import tqdm
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.transforms import on_device
 from worldmodel import sharding
 from worldmodel.checkpoint import (
@@ -77,7 +76,7 @@ from worldmodel.timing import StepTimes
 from worldmodel.tracking import RowLostError, Tracker
 from worldmodel.wandb_tracking import wandb_mode
 
-logger = logging.getLogger(__name__)
+logger = one_line_logger(__name__)
 
 COLLAPSE_RANK = 2.0
 OTHER_ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)

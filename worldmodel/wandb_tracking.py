@@ -1,6 +1,5 @@
 """wandb alongside metrics.jsonl: a run neither waits long for it nor ends because of it."""
 
-import logging
 import netrc
 import os
 import threading
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from data_pipelines.errors import UserError, printable
+from data_pipelines.errors import UserError, one_line_logger, printable
 from data_pipelines.probe import one_line
 from worldmodel.config import Config, to_dict
 
-logger = logging.getLogger(__name__)
+logger = one_line_logger(__name__)
 
 # wandb's own words for modes, and what they are here.
 MODES = {

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from data_pipelines.errors import UserError, printable
+from data_pipelines.errors import UserError, one_line_logger, printable
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,8 @@ def test_names_are_shown_on_one_line(name: str, shown: str) -> None:
     assert printable(name) == shown
     error = UserError(f"'{name}' is missing")
     assert str(error) == f"'{shown}' is missing" == str(pickle.loads(pickle.dumps(error)))
+
+
+def test_log_messages_are_one_line_too(caplog: pytest.LogCaptureFixture) -> None:
+    one_line_logger("data_pipelines.anywhere").warning("'%s' and %d more", "a\n\x1b[2J", 3)
+    assert caplog.messages == [r"'a\n\x1b[2J' and 3 more"]

@@ -4,13 +4,12 @@ Legend: E episodes, T decisions, M imagined futures, H steps of the horizon, D e
 state.
 """
 
-import logging
 from collections.abc import Callable
 
 import numpy as np
 from torch import Tensor
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, one_line_logger
 from worldmodel.evaluation.forecast import embed_clips, fitted_readout, frozen, quantity_of
 from worldmodel.evaluation.illustrations import PlannedEpisode
 from worldmodel.evaluation.planning import Episodes
@@ -18,7 +17,7 @@ from worldmodel.evaluation.readout import Readout
 from worldmodel.planning import LatentPolicy
 from worldmodel.run import TrainedRun
 
-logger = logging.getLogger(__name__)
+logger = one_line_logger(__name__)
 
 NUM_SHOWN = 4
 STATE_LABEL = "state"  # of recorded videos: what info["state"] holds

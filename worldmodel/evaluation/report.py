@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.errors import one_line_logger
 from data_pipelines.files import write_text
 from worldmodel.checkpoint import load_run_config
 from worldmodel.config import to_yaml
@@ -21,7 +21,7 @@ from worldmodel.evaluation.illustrations_file import ILLUSTRATIONS_NAME, PLANNED
 from worldmodel.evaluation.metrics_file import METRICS_NAME, PLANNING_NAME, read_metrics_file
 from worldmodel.tracking import read_metrics, versions
 
-logger = logging.getLogger(__name__)
+logger = one_line_logger(__name__)
 
 CURVES = {
     "loss": "Loss",
