@@ -91,12 +91,11 @@ CODECS = (
     _codec("mpeg4 B", "mpeg4", ".mp4 .mkv", g=G, bf="2", b="900k"),
     _codec("vp8", "libvpx", ".webm .mkv", g=G, deadline="realtime", **{"cpu-used": "8"}),
     _codec("vp9", "libvpx-vp9", ".webm .mkv .mp4", g=G, deadline="realtime", **{"cpu-used": "8"}),
-    _codec("av1", "libaom-av1", ".mkv .mp4 .webm", g=G, usage="realtime", **{"cpu-used": "9"}),
+    _codec("av1", "libsvtav1", ".mkv .mp4 .webm", g=G, preset="12", **{"svtav1-params": "lp=1"}),
     _codec("mjpeg", "mjpeg", ".avi .mov .mkv", "yuvj420p"),
     _codec("ffv1", "ffv1", ".mkv .avi"),
     _codec("wmv2", "wmv2", ".wmv .avi", g=G, b="900k"),
     _codec("msmpeg4", "msmpeg4", ".avi .wmv", g=G, b="900k"),
-    _codec("theora", "libtheora", ".ogv .mkv", g=G),
     _codec("flv1", "flv", ".flv", g=G, b="900k"),
 )
 
@@ -175,7 +174,7 @@ def read_number(picture: np.ndarray[Any, Any]) -> int:
 
 
 def encode(path: Path, codec: Codec) -> None:
-    """A video of NUM_FRAMES numbered frames in Matroska or AVI."""
+    """A video of NUM_FRAMES numbered frames."""
     import av
 
     with av.open(str(path), "w") as out:
@@ -210,7 +209,7 @@ def repack(source: Path, target: Path, fault: str, rng: np.random.Generator) -> 
         with av.open(
             str(target), "w", options={"avoid_negative_ts": "disabled"} if fault == "late start" else {}
         ) as out:
-            copy = out.add_stream_from_template(stream)
+            copy = out.add_stream_from_template(stream, opaque=True)
             for i, packet in enumerate(packets[first:], start=first):
                 packet.stream = copy
                 packet.time_base = Fraction(1, 1000)
@@ -307,7 +306,8 @@ def check(
     import av
 
     codec, fault = combination.codec, combination.fault
-    source = folder / f"{codec.name.replace(' ', '_')}.source.mkv"
+    suffix = ".nut" if codec.encoder in ("wmv2", "flv") else ".mkv"  # Matroska does not take these
+    source = folder / f"{codec.name.replace(' ', '_')}.source{suffix}"
     path = folder / f"{codec.name}_{fault}{combination.suffix}".replace(" ", "_")
     try:
         if not source.exists():
