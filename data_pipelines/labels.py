@@ -82,7 +82,9 @@ def stack_labels(rows: Sequence[Mapping[str, Any]], videos: Sequence[Video]) -> 
     faults: dict[str, str] = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         values: list[Any] = [row.get(name) for row in rows]
-        is_of_frames = all(_has_a_list_for_each(value, video.num_frames) for value, video in zip(values, videos))  # noqa: B905 (both are one per video)
+        is_of_frames = all(
+            _has_a_list_for_each(value, video.num_frames) for value, video in zip(values, videos, strict=True)
+        )
         flat = [frame for value in values for frame in value] if is_of_frames else values
         tensor = _numbers_to_tensor(flat)
         if tensor is not None and bool(tensor.isfinite().all()):

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from data_pipelines.errors import UserError, one_line_logger, printable
+from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.files import check_writable, write_text
 from data_pipelines.probe import one_line
 from data_pipelines.stores import check_url, host_of, is_url
@@ -38,7 +38,7 @@ def report_errors() -> Iterator[None]:
         try:
             yield
         except UserError as error:
-            message = f"error: {printable(error)}"
+            message = f"error: {error}"
             print(message, file=sys.stderr)
             if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
                 # The launcher of several processes ends with a summary of its own, which then names the cause.

@@ -141,7 +141,7 @@ def _within(seconds: float, call: Callable[[], Any]) -> None:
 
 
 def _told(error: Exception) -> str:
-    return printable(one_line(error))
+    return one_line(error)
 
 
 def _credentials() -> bool:
