@@ -34,8 +34,8 @@ import torch
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from data_pipelines.sources.moving_mnist import write_world
-from worldmodel.machine import child_processes
+from data_pipelines.worlds.moving_mnist import write_world
+from worldmodel.training.machine import child_processes
 
 REPO = Path(__file__).resolve().parents[1]
 LEFT_S = 2.0

@@ -1,4 +1,4 @@
-"""The yardstick of scripts/bench_train.py: AdaSSL-V's training step as a reader of the paper would write it.
+"""The yardstick of benchmarks/train_step.py: AdaSSL-V's training step as a reader of the paper would write it.
 
 Plain eager PyTorch in fp32, with nothing of worldmodel in it and nothing done for speed: tensors in the default layout,
 AdamW with its default arguments, a loop over parameters for the moving average. Nothing slows it down either. It
@@ -152,7 +152,7 @@ NAMES_IN_WORLDMODEL = {
 
 
 def from_worldmodel(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a worldmodel.model.WorldModel -> that of an AdaSslV."""
+    """The state dict of a worldmodel.nets.world_model.WorldModel -> that of an AdaSslV."""
     return {
         here + name.removeprefix(there): values
         for here, there in NAMES_IN_WORLDMODEL.items()

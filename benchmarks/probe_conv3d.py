@@ -2,7 +2,8 @@
 
 python -m benchmarks.probe_conv3d [--sizes 64 160 224] [--widths 0.25 1] [--frames 2 3] [--threads 1]
 
-Each shape runs in a process of its own, in bf16 and fp32, and once more as worldmodel/convolutions.py replaces it where
+Each shape runs in a process of its own, in bf16 and fp32, and once more as worldmodel/nets/convolutions.py replaces it
+where
 it expects a fault. glibc fills freed memory with junk and checks what lies behind each block. Gradients are compared
 with those in fp64. The exit code is 1 where a shape fails that is not replaced, or a replacement fails.
 """
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from worldmodel.convolutions import (
+from worldmodel.nets.convolutions import (
     Conv2d,
     Conv3d,
     conv2d_of_centre,
@@ -35,8 +36,8 @@ from worldmodel.convolutions import (
     skips_a_frame,
     splits_rows,
 )
-from worldmodel.encoders import Conv3dEncoder, ResNetEncoder
-from worldmodel.machine import has_amx, machine_description, set_threads
+from worldmodel.nets.encoders import Conv3dEncoder, ResNetEncoder
+from worldmodel.training.machine import has_amx, machine_description, set_threads
 
 REPO = Path(__file__).resolve().parents[1]
 MAX_ERRORS = {"bf16": 0.02, "fp32": 1e-4}
@@ -163,7 +164,7 @@ def layer_of(shape: Shape) -> nn.Module:
 
 
 def is_replaced(shape: Shape, precision: str) -> bool:
-    """Return True where worldmodel/convolutions.py replaces the layer, if only on a processor with AMX."""
+    """Return True where worldmodel/nets/convolutions.py replaces the layer, if only on a processor with AMX."""
     layer = layer_of(shape)
     if isinstance(layer, Conv3d):
         num_frames, *size = shape.input[2:]

@@ -34,10 +34,9 @@ from tqdm.auto import tqdm
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_bytes, write_text
 from data_pipelines.text_files import MAX_YAML_BYTES, read_small
-from worldmodel.checkpoint import RESUMABLE_CHANGES, load_run_config
-from worldmodel.cli import EXIT_USER_ERROR, make_out_folder, report_errors
+from worldmodel.commands.shared import EXIT_USER_ERROR, make_out_folder, report_errors
 from worldmodel.config import Config, ModelConfig, ObjectiveConfig, flatten, load_config, to_dict, to_yaml
-from worldmodel.evaluation.comparison import (
+from worldmodel.report.comparison import (
     Run,
     comparison_figure,
     comparison_markdown,
@@ -45,12 +44,13 @@ from worldmodel.evaluation.comparison import (
     png,
     summarise_cells,
 )
-from worldmodel.evaluation.comparison_page import write_comparison_page
-from worldmodel.evaluation.metrics_file import METRICS_NAME, read_metrics_file
-from worldmodel.evaluation.tables import value_at
-from worldmodel.machine import fair_share_of_cores
-from worldmodel.tracking import read_metrics
-from worldmodel.train import Interrupted, stop_signals
+from worldmodel.report.comparison_page import write_comparison_page
+from worldmodel.report.tables import value_at
+from worldmodel.runs.checkpoint import RESUMABLE_CHANGES, load_run_config
+from worldmodel.runs.metrics import METRICS_NAME, read_metrics_file
+from worldmodel.runs.tracking import read_metrics
+from worldmodel.training.loop import Interrupted, stop_signals
+from worldmodel.training.machine import fair_share_of_cores
 
 SCRIPTS = Path(__file__).resolve().parent
 OVERRIDE = re.compile(r"[\w.]+=.*", re.DOTALL)

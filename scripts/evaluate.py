@@ -14,18 +14,18 @@ import torch
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
 from worldmodel import TrainedRun, load
-from worldmodel.cli import add_allow_remote, check_remote, check_run_writable, report_errors, write_result
+from worldmodel.commands.shared import add_allow_remote, check_remote, check_run_writable, report_errors, write_result
 from worldmodel.data import clip_spec, read_index
 from worldmodel.evaluation.factors import evaluate_factors, factors_table
 from worldmodel.evaluation.forecast import evaluate_forecasts
-from worldmodel.evaluation.illustrations import Timeline
-from worldmodel.evaluation.illustrations_file import ILLUSTRATIONS_NAME, save_parts
-from worldmodel.evaluation.metrics_file import METRICS_NAME, read_metrics_file
 from worldmodel.evaluation.readout_file import save_readout
-from worldmodel.evaluation.report import report_of_run
-from worldmodel.evaluation.tables import markdown_table, value_at
-from worldmodel.machine import keep_freed_memory
-from worldmodel.surprise import obstacle
+from worldmodel.evaluation.surprise import obstacle
+from worldmodel.report.illustrations import Timeline
+from worldmodel.report.illustrations_file import ILLUSTRATIONS_NAME, save_parts
+from worldmodel.report.run_page import report_of_run
+from worldmodel.report.tables import markdown_table, value_at
+from worldmodel.runs.metrics import METRICS_NAME, read_metrics_file
+from worldmodel.training.machine import keep_freed_memory
 
 MIN_TIMELINE_TRANSITIONS = 4
 

@@ -19,7 +19,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.index import VideoIndex, index_folder, index_path, merge_parts, verify_folder
 from data_pipelines.probe import BadFile, Video
 from data_pipelines.shards import holds_shards, verify_shards
-from worldmodel.cli import check_counts, report_errors
+from worldmodel.commands.shared import check_counts, report_errors
 from worldmodel.data import split_folders
 
 

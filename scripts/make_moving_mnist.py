@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 from data_pipelines.errors import UserError
-from data_pipelines.sources import kicked_mnist, moving_mnist
-from data_pipelines.sources.digits import Split
-from data_pipelines.sources.moving_mnist import SEGMENT_FRAMES
-from worldmodel.cli import report_errors
+from data_pipelines.worlds import kicked_mnist, moving_mnist
+from data_pipelines.worlds.digits import Split
+from data_pipelines.worlds.moving_mnist import SEGMENT_FRAMES
+from worldmodel.commands.shared import report_errors
 
 COUNTS: dict[str, dict[Split, int]] = {
     "single": {"train": 16_384, "selection": 2_048, "test": 1_024},

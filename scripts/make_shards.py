@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from data_pipelines.shards import index_shards, load_videos, pack_videos
-from worldmodel.cli import report_errors
+from worldmodel.commands.shared import report_errors
 from worldmodel.data import split_folders
 
 

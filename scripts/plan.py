@@ -1,6 +1,6 @@
 """Plan with a trained run: how often it reaches its goals in an environment, against chance and the true simulator.
 
-python scripts/plan.py --run runs/two_rooms --env data_pipelines.sources.two_rooms:worldmodel/TwoRooms-v0
+python scripts/plan.py --run runs/two_rooms --env data_pipelines.worlds.two_rooms:worldmodel/TwoRooms-v0
 python scripts/plan.py --run runs/two_rooms_latent --labels 100 1000 --env ...      # r as a latent action
 
 Prints success with its 95 % interval over all episodes and the whole protocol, and writes both to planning.json in the
@@ -20,10 +20,10 @@ import gymnasium
 import torch
 
 from data_pipelines.errors import UserError
-from data_pipelines.sources.recorder import parse_kwargs
 from data_pipelines.text_files import shown
+from data_pipelines.worlds.recorder import parse_kwargs
 from worldmodel import load
-from worldmodel.cli import (
+from worldmodel.commands.shared import (
     add_allow_remote,
     check_counts,
     check_device,
@@ -34,10 +34,10 @@ from worldmodel.cli import (
     write_result,
 )
 from worldmodel.config import PlanningConfig, apply_override, to_dict, validate
-from worldmodel.evaluation.illustrations_file import PLANNED_NAME, save_parts
-from worldmodel.evaluation.metrics_file import METRICS_NAME, PLANNING_NAME, read_metrics_file
-from worldmodel.evaluation.planned_episodes import planned_episodes
-from worldmodel.evaluation.planning import (
+from worldmodel.planning.imagination import LatentPolicy
+from worldmodel.planning.latent_actions import ActionDecoder, fit_action_decoder
+from worldmodel.planning.planned_episodes import planned_episodes
+from worldmodel.planning.protocol import (
     Episodes,
     PlanningProtocol,
     Policy,
@@ -49,10 +49,10 @@ from worldmodel.evaluation.planning import (
     run_seeds,
     summary,
 )
-from worldmodel.evaluation.report import report_of_run
-from worldmodel.latent_actions import ActionDecoder, fit_action_decoder
-from worldmodel.planning import LatentPolicy
-from worldmodel.run import TrainedRun
+from worldmodel.report.illustrations_file import PLANNED_NAME, save_parts
+from worldmodel.report.run_page import report_of_run
+from worldmodel.runs.metrics import METRICS_NAME, PLANNING_NAME, read_metrics_file
+from worldmodel.runs.trained_run import TrainedRun
 
 CURVE_KEYS = ("success_rate", "ci95", "per_seed", "ms_per_decision")
 CEILING_CANDIDATES, CEILING_HORIZON = 100, 12  # the true simulator is slow, and its distances see around corners

@@ -1,6 +1,6 @@
 """Record a Gymnasium environment: a folder of videos with the actions and states of each frame, ready for training.
 
-python scripts/record_env.py --env data_pipelines.sources.two_rooms:worldmodel/TwoRooms-v0 --past-end --out data/rooms
+python scripts/record_env.py --env data_pipelines.worlds.two_rooms:worldmodel/TwoRooms-v0 --past-end --out data/rooms
 python scripts/record_env.py --import gym_pusht --env gym_pusht/PushT-v0 --policy drift --size-px 96 --out data/pusht
 """
 
@@ -9,9 +9,9 @@ import os
 import sys
 from pathlib import Path
 
-from data_pipelines.sources.digits import SPLITS
-from data_pipelines.sources.recorder import POLICIES, Recording, parse_kwargs, record
-from worldmodel.cli import report_errors
+from data_pipelines.worlds.digits import SPLITS
+from data_pipelines.worlds.recorder import POLICIES, Recording, parse_kwargs, record
+from worldmodel.commands.shared import report_errors
 
 
 def main() -> int:

@@ -16,7 +16,14 @@ from data_pipelines.errors import UserError
 from data_pipelines.files import write_bytes
 from data_pipelines.transforms import to_float
 from worldmodel import TrainedRun, load
-from worldmodel.cli import check_counts, check_device, check_out_file, check_seed, check_video, report_errors
+from worldmodel.commands.shared import (
+    check_counts,
+    check_device,
+    check_out_file,
+    check_seed,
+    check_video,
+    report_errors,
+)
 
 MAX_SEGMENTS = 2**22  # predicted ones, which are in memory together
 

@@ -5,7 +5,7 @@ python scripts/surprise.py --run runs/demo --video FILE --out surprises
 Writes surprise.csv, a row a transition, and a picture of the timeline with the frames of its peaks (surprise.png,
 surprise.webp) into --out. surprise = kl_nats + prediction_error / beta + scene_nats, in nats: how far r was from what
 was expected, what even that r does not explain, and how improbable it is that the scene is the same; without a latent
-the prediction error alone (worldmodel/surprise.py).
+the prediction error alone (worldmodel/evaluation/surprise.py).
 """
 
 import argparse
@@ -19,10 +19,10 @@ import torch
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_bytes, write_text
 from worldmodel import load
-from worldmodel.cli import check_counts, check_device, check_video, make_out_folder, report_errors
-from worldmodel.evaluation.figures import save, timeline_figure
-from worldmodel.evaluation.illustrations import Timeline
-from worldmodel.surprise import MEASURES
+from worldmodel.commands.shared import check_counts, check_device, check_video, make_out_folder, report_errors
+from worldmodel.evaluation.surprise import MEASURES
+from worldmodel.report.figures import save, timeline_figure
+from worldmodel.report.illustrations import Timeline
 
 PICTURE_DPI = 150
 

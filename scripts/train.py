@@ -6,9 +6,9 @@ accelerate launch scripts/train.py --config configs/demo.yaml [key=value ...]
 import argparse
 import sys
 
-from worldmodel.cli import leave, report_errors
+from worldmodel.commands.shared import leave, report_errors
 from worldmodel.config import load_config
-from worldmodel.train import Interrupted, train
+from worldmodel.training.loop import Interrupted, train
 
 
 def main() -> int:

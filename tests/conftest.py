@@ -10,8 +10,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from data_pipelines.sources import kicked_mnist
-from data_pipelines.sources.moving_mnist import write_world
+from data_pipelines.worlds import kicked_mnist
+from data_pipelines.worlds.moving_mnist import write_world
 from worldmodel.config import Config, load_config
 
 torch.set_num_threads(1)  # the tests are small: threads would only wait for each other
@@ -82,9 +82,10 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
 
 
 def run_script(name: str, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-    """Run scripts/NAME in a fresh process."""
+    """Run scripts/NAME, or a path below the repository, in a fresh process."""
+    script = REPO / name if "/" in name else REPO / "scripts" / name
     return subprocess.run(
-        [sys.executable, str(REPO / "scripts" / name), *arguments],
+        [sys.executable, str(script), *arguments],
         capture_output=True,
         text=True,
         timeout=timeout_s,

@@ -1,7 +1,7 @@
 """Video world models whose futures are many: joint-embedding prediction with a latent variable."""
 
-from worldmodel.model import WorldModel
-from worldmodel.run import TrainedRun, load
+from worldmodel.nets.world_model import WorldModel
+from worldmodel.runs.trained_run import TrainedRun, load
 
 __version__ = "0.1.0"
 

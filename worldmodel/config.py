@@ -16,11 +16,11 @@ from pydantic.dataclasses import dataclass
 
 from data_pipelines.clips import MAX_FPS
 from data_pipelines.errors import UserError
-from data_pipelines.sources.causal import NUM_FACTORS, Change
 from data_pipelines.text_files import is_optional, is_text, kind_of_key, parse_yaml, read_yaml, shown
-from worldmodel.encoders import SCALED_ENCODERS
-from worldmodel.objectives import OBJECTIVES
-from worldmodel.vit import VIT_SIZES
+from data_pipelines.worlds.causal import NUM_FACTORS, Change
+from worldmodel.nets.encoders import SCALED_ENCODERS
+from worldmodel.nets.vit import VIT_SIZES
+from worldmodel.training.objectives import OBJECTIVES
 
 _KNOWN_KEYS = ConfigDict(extra="forbid")
 MAX_PROBLEMS = 5  # of a config, in a message
@@ -70,7 +70,7 @@ class DataConfig:
     """
 
     source: Literal["videos", "moving_mnist", "causal"] = "videos"
-    """videos: files. The others are worlds of known laws, drawn afresh (data_pipelines/sources)."""
+    """videos: files. The others are worlds of known laws, drawn afresh (data_pipelines/worlds)."""
     root: Text = "data/videos"
     """videos: a folder of video files or of tar shards, a LeRobot data set, or the URL of shards (http, s3, ...). Its
     subfolders train/, selection/ (or validation/ or val/) and test/ are the splits where they exist."""
@@ -129,7 +129,8 @@ class ModelConfig:
         "conv3d"
     )
     """conv3d: the published one. resnet: for frames of 128 px and up. mlp: for data.source=causal. vit_*: a vision
-    transformer (worldmodel/vit.py). pretrained: an image model from elsewhere on each frame (worldmodel/pretrained.py),
+    transformer (worldmodel/nets/vit.py). pretrained: an image model from elsewhere on each frame
+    (worldmodel/nets/pretrained.py),
     which needs the package transformers."""
     width: Annotated[float, Field(strict=True, gt=0, le=64, allow_inf_nan=False)] = 1.0
     """conv3d, resnet, mlp: multiplies the encoder's channels."""
@@ -169,7 +170,8 @@ class ModelConfig:
     are conditioned on it. It is learned in refinement (train.refine_steps). 0: the embedding is all."""
     distance_dim: SizeFrom0 = 0
     """Numbers in each of the 8 groups of a temporal distance: how many steps lead from one state to another at the
-    least (worldmodel/distance.py). It is learned in refinement (train.refine_steps), and what planning.distance=steps
+    least (worldmodel/nets/distance.py). It is learned in refinement (train.refine_steps), and what
+    planning.distance=steps
     plans by. 0: there is none."""
     oracle_label: Text = "velocity_change"
     """oracle: the label that is the true r."""
@@ -187,7 +189,8 @@ class ModelConfig:
 
 @dataclass(frozen=True, config=_KNOWN_KEYS)
 class ObjectiveConfig:
-    """The loss between edited and target embeddings (worldmodel/objectives.py), and beta times the latent's penalty."""
+    """The loss between edited and target embeddings (worldmodel/training/objectives.py), and beta times the latent's
+    penalty."""
 
     name: Literal["byol", "jepa", "infonce", "aninfonce", "hinfonce", "vicreg", "sigreg", "ressl", "ssl_hsic"] = "byol"
     beta: NonNegativeFloat | None = None
@@ -229,7 +232,7 @@ class TrainConfig:
     """For matrices and kernels only; one-dimensional parameters have none."""
     refine_steps: CountFrom0 = 0
     """Updates after these in which the encoder stands still and editor and latent go on learning from its embeddings of
-    refine_clips clips, which are free of the noise of batch statistics (worldmodel/refine.py)."""
+    refine_clips clips, which are free of the noise of batch statistics (worldmodel/training/refine.py)."""
     refine_horizon: Repeat = 1
     """Steps from which a refined clip's step is drawn, with the scene code from any segment up to there; above 1 for
     model.scene_dim, so that a code still holds when it is many steps old."""
@@ -241,7 +244,8 @@ class TrainConfig:
     """Largest norm of the gradient; 0 leaves it as it is."""
     grad_accumulation: Samples = 1
     """Parts that a batch goes through the networks in, one after the other, to save memory. The update is that of the
-    whole batch, whatever the objective (worldmodel/gradients.py), but for batch norm, which sees a part at a time."""
+    whole batch, whatever the objective (worldmodel/training/gradients.py), but for batch norm, which sees a part at a
+    time."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """bf16 and fp16 are mixed; auto is bf16 where the processor or GPU computes it natively, otherwise fp32."""
     compile: Literal["auto", "none", "default", "max-autotune"] = "auto"
@@ -282,7 +286,8 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, config=_KNOWN_KEYS)
 class PlanningConfig:
-    """How actions are chosen (worldmodel/planners.py); a decision compares iterations * candidates rollouts."""
+    """How actions are chosen (worldmodel/planning/planners.py); a decision compares iterations * candidates
+    rollouts."""
 
     planner: Literal["cem", "icem", "mppi"] = "icem"
     horizon: Repeat = 20

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from benchmarks.fuzz import archive_kinds, run_kinds, table_kinds, video_kinds
 from benchmarks.fuzz.kinds import Kind
 from benchmarks.fuzz.sandbox import Outcome, Verdict, prepare_in_child, run_case
-from worldmodel.evaluation.tables import aligned_table
+from worldmodel.report.tables import aligned_table
 
 KINDS: Mapping[str, Kind] = {
     kind.name: kind
@@ -149,7 +149,7 @@ def _copy_regular(source: str, target: str) -> None:
 
 
 def describe(kind: Kind, seed: int, outcome: Outcome, saved: Path) -> str:
-    command = f"python scripts/fuzz_videos.py --kinds {kind.name} --seed {seed} --repeat"
+    command = f"python -m benchmarks.fuzz --kinds {kind.name} --seed {seed} --repeat"
     place = f" at {outcome.place}" if outcome.place else ""
     return (
         f"{outcome.verdict.upper()} {kind.name} {seed}: {outcome.reason or 'no reason'}{place}\n"

@@ -20,11 +20,11 @@ import worldmodel
 from benchmarks.fuzz.kinds import Case, Kind, require
 from benchmarks.fuzz.mutate import ODD_TEXTS, damage_bytes, dumps, mutate_json, mutate_text, odd_value
 from data_pipelines.errors import UserError
-from data_pipelines.sources.moving_mnist import write_world
-from worldmodel.checkpoint import load_checkpoint, load_run_config, save_checkpoint
+from data_pipelines.worlds.moving_mnist import write_world
 from worldmodel.config import load_config, to_dict, to_yaml
-from worldmodel.evaluation.report import report_of_run
-from worldmodel.train import train
+from worldmodel.report.run_page import report_of_run
+from worldmodel.runs.checkpoint import load_checkpoint, load_run_config, save_checkpoint
+from worldmodel.training.loop import train
 
 REPO = Path(__file__).resolve().parents[2]
 

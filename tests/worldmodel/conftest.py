@@ -6,12 +6,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from data_pipelines.sources.digits import load_sprites
-from data_pipelines.sources.kicked_mnist import render_digits, sample_videos
-from data_pipelines.sources.written import encode_h264
+from data_pipelines.worlds.digits import load_sprites
+from data_pipelines.worlds.kicked_mnist import render_digits, sample_videos
+from data_pipelines.worlds.written import encode_h264
 from tests.conftest import REPO, TINY
 from worldmodel.config import load_config
-from worldmodel.train import train
+from worldmodel.training.loop import train
 
 
 @pytest.fixture(scope="session")

@@ -31,9 +31,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from tests.conftest import REPO
-from worldmodel import train as training
-from worldmodel.cli import leave
+from worldmodel.commands.shared import leave
 from worldmodel.config import TrainConfig, load_config
+from worldmodel.training import loop as training
 
 NAME = "pretend"
 ATEN = torch.ops.aten

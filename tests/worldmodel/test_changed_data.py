@@ -11,7 +11,7 @@ import pytest
 from data_pipelines.errors import UserError
 from worldmodel.config import Config
 from worldmodel.data import CONTENTS_NAME, read_index
-from worldmodel.train import train
+from worldmodel.training.loop import train
 
 ORACLE = ["model.latent=oracle", "model.latent_dim=2"]
 

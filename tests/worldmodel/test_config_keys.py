@@ -18,10 +18,10 @@ from worldmodel.config import Config, flatten, load_config
 from worldmodel.data import actions_of
 from worldmodel.evaluation.factors import evaluate_factors
 from worldmodel.evaluation.forecast import evaluate_forecasts
-from worldmodel.model import WorldModel
-from worldmodel.planning import LatentPolicy
-from worldmodel.run import TrainedRun
-from worldmodel.train import train
+from worldmodel.nets.world_model import WorldModel
+from worldmodel.planning.imagination import LatentPolicy
+from worldmodel.runs.trained_run import TrainedRun
+from worldmodel.training.loop import train
 
 CAUSAL = [
     "model.latent=oracle",

@@ -12,11 +12,11 @@ import pytest
 from pydantic import Field
 
 from data_pipelines.errors import UserError
-from data_pipelines.sources.recorder import parse_kwargs
 from data_pipelines.text_files import MAX_YAML_BYTES, MAX_YAML_NODES, is_optional, is_text, kind_of_items, shown
+from data_pipelines.worlds.recorder import parse_kwargs
 from tests.conftest import REPO
-from worldmodel.checkpoint import load_run_config
 from worldmodel.config import Config, load_config, to_yaml, validate
+from worldmodel.runs.checkpoint import load_run_config
 
 DEMO = REPO / "configs" / "demo.yaml"
 # What YAML reads as something else, or as less.

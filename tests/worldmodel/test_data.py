@@ -10,15 +10,15 @@ import torch
 
 from data_pipelines.errors import UserError
 from data_pipelines.shards import pack_videos
-from data_pipelines.sources.digits import SPLITS
-from data_pipelines.sources.kicked_mnist import KickedMnistLaw
-from data_pipelines.sources.moving_mnist import MovingMnistLaw
-from data_pipelines.sources.written import write_whole
 from data_pipelines.transforms import split_segments
+from data_pipelines.worlds.digits import SPLITS
+from data_pipelines.worlds.kicked_mnist import KickedMnistLaw
+from data_pipelines.worlds.moving_mnist import MovingMnistLaw
+from data_pipelines.worlds.written import write_whole
 from tests.data_pipelines.shard_server import ShardServer
 from worldmodel.config import Config
 from worldmodel.data import evaluation_batches, known_law, read_index, split_folders, training_stream
-from worldmodel.train import train
+from worldmodel.training.loop import train
 
 
 def test_both_sources_have_one_batch_layout(tiny_config: Callable[..., Config]) -> None:

@@ -12,8 +12,8 @@ from data_pipelines.errors import UserError
 from data_pipelines.shards import pack_videos
 from tests.conftest import run_script
 from tests.data_pipelines.shard_server import ShardServer
-from worldmodel.checkpoint import load_run_config
-from worldmodel.cli import check_remote
+from worldmodel.commands.shared import check_remote
+from worldmodel.runs.checkpoint import load_run_config
 
 
 @pytest.fixture

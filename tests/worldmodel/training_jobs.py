@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import save_file
 
 from tests.conftest import REPO
-from worldmodel import train as training
-from worldmodel.cli import leave
+from worldmodel.commands.shared import leave
 from worldmodel.config import load_config
 from worldmodel.data import evaluation_batches, training_stream
 from worldmodel.evaluation import forecast
-from worldmodel.sharding import local, whole
+from worldmodel.training import loop as training
+from worldmodel.training.sharding import local, whole
 
 
 def three_updates(out: Path, cases: dict[str, list[str]]) -> None:

@@ -1,1 +1,4 @@
-"""Judging a trained world model: forecasts scored as probability forecasts, and the report."""
+"""Evaluation: forecasts of a trained run, scored against baselines; probes; surprise.
+
+Numbers only: worldmodel/report draws them.
+"""

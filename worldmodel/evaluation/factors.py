@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data_pipelines.sources.causal import WIDER
+from data_pipelines.worlds.causal import WIDER
 from worldmodel.config import Config
 from worldmodel.data import causal_world, oracle_r, segments_of
 from worldmodel.evaluation.forecast import frozen, mean_penalty
 from worldmodel.evaluation.readout import Readout, choose_readout
-from worldmodel.model import WorldModel
-from worldmodel.scores import dci, r_squared
+from worldmodel.evaluation.scores import dci, r_squared
+from worldmodel.nets.world_model import WorldModel
 
 DEVELOPMENT_CLIPS = 2048
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
-from data_pipelines.sources.digits import Split
-from data_pipelines.sources.law import Law, Quantity
 from data_pipelines.stream import share_of_pass
+from data_pipelines.worlds.digits import Split
+from data_pipelines.worlds.law import Law, Quantity
 from worldmodel.config import Config
 from worldmodel.data import (
     EVALUATION_BATCH,
@@ -38,12 +38,12 @@ from worldmodel.data import (
     oracle_r,
     segments_of,
 )
-from worldmodel.distributed import global_batch
-from worldmodel.evaluation.illustrations import Fans, Illustrations, Latents
 from worldmodel.evaluation.probes import Splits, probe_all
 from worldmodel.evaluation.readout import Readout, choose_readout, fit_ridge
-from worldmodel.model import WorldModel
-from worldmodel.scores import effective_rank, energy_score, forecast_scores, r_squared, retrieval_scores
+from worldmodel.evaluation.scores import effective_rank, energy_score, forecast_scores, r_squared, retrieval_scores
+from worldmodel.nets.world_model import WorldModel
+from worldmodel.report.illustrations import Fans, Illustrations, Latents
+from worldmodel.training.distributed import global_batch
 
 ENCODE_BATCH = 512
 BANK_CLIPS = 512

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from worldmodel.evaluation.readout import RIDGE_STRENGTHS, choose_readout
-from worldmodel.scores import r_squared
+from worldmodel.evaluation.scores import r_squared
 
 # Few clips of many dimensions need more shrinkage than a readout of all clips.
 PROBE_STRENGTHS = (*RIDGE_STRENGTHS, 1e4)

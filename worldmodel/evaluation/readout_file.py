@@ -10,7 +10,7 @@ from safetensors.torch import save as serialise
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_bytes
 from data_pipelines.probe import one_line
-from data_pipelines.sources.law import Quantity
+from data_pipelines.worlds.law import Quantity
 from worldmodel.evaluation.readout import Readout
 
 READOUT_NAME = "readout.safetensors"

@@ -1,4 +1,4 @@
-"""How well surprise finds impossible events, planted in videos of test identities (data_pipelines.sources.planted)."""
+"""How well surprise finds impossible events, planted in videos of test identities (data_pipelines.worlds.planted)."""
 
 from pathlib import Path
 
@@ -8,20 +8,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
-from data_pipelines.sources.kicked_mnist import KickedMnistLaw, render_digits, sample_videos
-from data_pipelines.sources.moving_mnist import SEGMENT_FRAMES
-from data_pipelines.sources.planted import EVENTS, Planted, plant
-from data_pipelines.sources.written import read_world
+from data_pipelines.worlds.kicked_mnist import KickedMnistLaw, render_digits, sample_videos
+from data_pipelines.worlds.moving_mnist import SEGMENT_FRAMES
+from data_pipelines.worlds.planted import EVENTS, Planted, plant
+from data_pipelines.worlds.written import read_world
 from worldmodel.data import known_law
-from worldmodel.run import TrainedRun
-from worldmodel.scores import auroc
-from worldmodel.surprise import MEASURES, Transitions, check_model, score_transitions
+from worldmodel.evaluation.scores import auroc
+from worldmodel.evaluation.surprise import MEASURES, Transitions, check_model, score_transitions
+from worldmodel.runs.trained_run import TrainedRun
 
 MIN_SEGMENTS = 4  # an event has two before it and two from it on
 
 
 def detect_events(run: TrainedRun, num_videos: int, seed: int) -> dict[str, dict[str, float]]:
-    """AUROC over transitions, by measure of worldmodel.surprise and by event: {measure: {event: AUROC, "all": AUROC}}.
+    """AUROC over transitions, by measure of worldmodel.evaluation.surprise and by event: {measure: {event: AUROC,
+    "all": AUROC}}.
 
     num_videos videos for each event and as many without one. Positive are the transitions whose segments lie on both
     sides of the event's first frame, negative those of all these videos that show nothing of it; the others do not

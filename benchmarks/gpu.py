@@ -1,0 +1,156 @@
+"""Run on one GPU all that is asked of one, and print a table; on a CPU, with overrides that make it small, a rehearsal.
+
+python benchmarks/gpu.py --out runs/bench_gpu data.mnist_dir=data/mnist [key=value ...]
+
+    step-MODE      a training step of configs/paper.yaml against a plain one, for each train.compile of --compile
+    paper          configs/paper.yaml trained to its end in the precision that the device is fast in, and scored
+    best_gpu-SEED  configs/best_gpu.yaml for each seed, trained and scored
+
+Each part is some processes of its own, which write to OUT/PART.log. What is done is in OUT/gpu.json after each
+part, and the same command again goes on where it stopped. A part that fails does not keep the others from running.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from data_pipelines.errors import UserError
+from worldmodel.commands.shared import report_errors, write_result
+from worldmodel.training.machine import machine_description
+
+REPO = Path(__file__).resolve().parents[1]
+CONFIGS = REPO / "configs"
+PARTS = "step", "paper", "best_gpu"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Commands, of a script and its arguments each, and what is read of the files that they leave."""
+
+    name: str
+    commands: list[list[str]]
+    result: Callable[[], dict[str, Any]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench_gpu"), help="folder of results, runs and logs")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="those to run (all)")
+    parser.add_argument(
+        "--compile", nargs="+", default=["auto"], metavar="MODE", help="modes of the timed steps (auto)"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of best_gpu (0)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every part, such as train.steps=100")
+    args = parser.parse_intermixed_args()
+    with report_errors():
+        parts = make_parts(args)
+        results = run_parts(parts, args.out)
+        print(f"\n{summary(results)}\n{args.out / 'gpu.json'}")
+        failed = [name for name, result in results["parts"].items() if "failed" in result]
+        if failed:
+            raise UserError(f"{', '.join(failed)} failed: see {args.out / failed[0]}.log")
+    return 0
+
+
+def make_parts(args: argparse.Namespace) -> list[Part]:
+    parts: list[Part] = []
+    if "step" in args.parts:
+        parts += [step_part(args.out, mode, args.overrides) for mode in args.compile]
+    if "paper" in args.parts:
+        parts.append(trained_part("paper", "paper.yaml", args.out, ["train.precision=auto", *args.overrides]))
+    if "best_gpu" in args.parts:
+        for seed in args.seeds:
+            overrides = [*args.overrides, f"seed={seed}"]
+            parts.append(trained_part(f"best_gpu-{seed}", "best_gpu.yaml", args.out, overrides))
+    return parts
+
+
+def step_part(out: Path, mode: str, overrides: list[str]) -> Part:
+    written = out / f"bench_train-{mode}.json"
+    settings = [f"train.compile={mode}", *overrides]
+    command = ["benchmarks/train_step.py", "--config", str(CONFIGS / "paper.yaml"), "--out", str(written), *settings]
+
+    def result() -> dict[str, Any]:
+        timed = json.loads(written.read_text(encoding="utf-8"))
+        names = "precision", "baseline_step_s", "step_s", "speedup", "render_batch_s", "loss_max_diff"
+        return {name: timed[name] for name in names}
+
+    return Part(f"step-{mode}", [command], result)
+
+
+def trained_part(name: str, config: str, out: Path, overrides: list[str]) -> Part:
+    run = out / name
+    last = f"run_dir={run}", "tracking.wandb=disabled"
+    train = ["scripts/train.py", "--resume", "--config", str(CONFIGS / config), *overrides, *last]
+
+    def result() -> dict[str, Any]:
+        metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+        model, oracle = (metrics["forecasts"][forecast] for forecast in ("model", "simulator_oracle"))
+        return {
+            "updates": metrics["train"]["steps"],
+            "seconds": metrics["train"]["seconds"],
+            "energy_score": model["energy_score"][0],
+            "oracle_energy_score": oracle["energy_score"][0],
+            "x_oracle": model["ratio_to_oracle"][0],
+        }
+
+    return Part(name, [train, ["scripts/evaluate.py", "--run", str(run)]], result)
+
+
+def run_parts(parts: list[Part], out: Path) -> dict[str, Any]:
+    """What gpu.json holds, the parts of earlier calls among it."""
+    path = out / "gpu.json"
+    found = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.is_file() else {}
+    results = {"machine": machine_description(), "parts": found}
+    out.mkdir(parents=True, exist_ok=True)
+    with tqdm(parts, unit="part") as bar:
+        for part in bar:
+            bar.set_postfix_str(part.name)
+            commands = [shlex.join(command) for command in part.commands]
+            earlier = found.get(part.name, {})
+            if earlier.get("commands") != commands or "failed" in earlier:
+                found[part.name] = {"commands": commands, **outcome(part, out / f"{part.name}.log")}
+                write_result(path, results)
+    return results
+
+
+def outcome(part: Part, log: Path) -> dict[str, Any]:
+    """The part's result, or how it failed."""
+    with log.open("w", encoding="utf-8") as written:
+        for script, *arguments in part.commands:
+            command = [sys.executable, str(REPO / script), *arguments]
+            if code := subprocess.run(command, stdout=written, stderr=subprocess.STDOUT).returncode:
+                return {"failed": f"{script} ended with {code}"}
+    return part.result()
+
+
+def summary(results: dict[str, Any]) -> str:
+    machine = results["machine"]
+    lines = [f"{machine['gpu'] or machine['cpu']}, torch {machine['torch']}"]
+    for name, result in results["parts"].items():
+        if "failed" in result:
+            found = f"failed: {result['failed']}"
+        elif "speedup" in result:
+            found = (
+                f"{result['speedup']:.2f} x: {1000 * result['step_s']:.2f} ms in {result['precision']}, plain "
+                f"{1000 * result['baseline_step_s']:.2f} ms; rendering {1000 * result['render_batch_s']:.2f} ms"
+            )
+        else:
+            found = (
+                f"{result['updates']:,} updates in {result['seconds']:.0f} s; Energy Score "
+                f"{result['energy_score']:.3f}, {result['x_oracle']:.3f} x the oracle's"
+            )
+        lines.append(f"{name:<18} {found}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

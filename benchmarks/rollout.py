@@ -1,0 +1,119 @@
+"""Time rollouts: the latency for one clip, and batches of queries and samples against a loop over single samples.
+
+python benchmarks/rollout.py --config configs/demo.yaml --out rollout.json
+
+Latency is that of sampling --samples futures of --steps segments of one clip, on one thread of the CPU, once the model
+is loaded. Throughput counts queries x samples x steps a second, on one thread and on all that this process may use: one
+rollout of all samples of --queries clips at once, and a loop that calls the same rollout for each sample of each clip.
+The two take turns, --repeats times; medians are reported. Without --run the weights are random, which costs the same.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipelines.errors import UserError
+from worldmodel import WorldModel, load
+from worldmodel.commands.shared import check_counts, report_errors, write_result
+from worldmodel.config import Config, load_config
+from worldmodel.training.machine import fair_share_of_cores, keep_freed_memory, machine_description
+from worldmodel.training.timing import seconds_in_turns
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--run", type=Path, help="folder of a trained run")
+    which.add_argument("--config", type=Path, default=Path("configs/demo.yaml"), help="a config, for random weights")
+    parser.add_argument("--out", type=Path, default=Path("rollout.json"), help="JSON file to write")
+    parser.add_argument("--queries", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=16, help="segments to predict")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    keep_freed_memory()
+    with report_errors():
+        check_counts(args, "queries", "samples", "steps", "repeats")
+        trained = load(args.run) if args.run else None
+        config = trained.config if trained else load_config(args.config)
+        if config.data.source == "causal":
+            raise UserError(f"{args.run or args.config} has data.source=causal: rollouts are timed on clips of video")
+        model = trained.model if trained else WorldModel(config).eval()
+        result = bench(model, random_clips(config, args.queries), args.samples, args.steps, args.repeats)
+        write_result(args.out, result)
+        print(f"{summary(result)}\n{args.out}")
+    return 0
+
+
+def random_clips(config: Config, count: int) -> Tensor:
+    """Segments in [0, 1] of the config's shape: [count, T, C, H, W]."""
+    data = config.data
+    return torch.rand(count, data.num_frames, data.channels, data.size_px, data.size_px)
+
+
+@torch.inference_mode()
+def bench(model: WorldModel, clips: Tensor, samples: int, steps: int, repeats: int) -> dict[str, Any]:
+    """Latency in ms and throughputs, each with all repeats: clips [Q, T, C, H, W]."""
+
+    def batched() -> None:
+        model.rollout(clips, steps, samples)
+
+    def loop() -> None:
+        for clip in clips.split(1):
+            for _ in range(samples):
+                model.rollout(clip, steps, 1)
+
+    count = len(clips) * samples * steps
+    threads_before, throughput = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(1)
+        [latencies_s] = seconds_in_turns([lambda: model.rollout(clips[:1], steps, samples)], repeats, "latency")
+        for num_threads in sorted({1, fair_share_of_cores()}):
+            torch.set_num_threads(num_threads)
+            batched_s, loop_s = seconds_in_turns([batched, loop], repeats, f"throughput, {num_threads} threads")
+            throughput.append(
+                {
+                    "num_threads": num_threads,
+                    "batched_per_s": count / median(batched_s),
+                    "loop_per_s": count / median(loop_s),
+                    "ratio": median(loop_s) / median(batched_s),
+                    "batched_s": batched_s,
+                    "loop_s": loop_s,
+                }
+            )
+    finally:
+        torch.set_num_threads(threads_before)
+    return {
+        "machine": machine_description(),
+        "queries": len(clips),
+        "samples": samples,
+        "steps": steps,
+        "clip": list(clips.shape[1:]),
+        "latency_ms": 1e3 * median(latencies_s),
+        "latencies_ms": [1e3 * seconds for seconds in latencies_s],
+        "throughput": throughput,
+    }
+
+
+def summary(result: dict[str, Any]) -> str:
+    frames, channels, height, width = result["clip"]
+    lines = [
+        f"latency: {result['latency_ms']:.1f} ms for {result['samples']} rollouts of {result['steps']} segments of one "
+        f"clip of {frames} frames of {width}x{height}x{channels}, on one thread"
+    ]
+    for row in result["throughput"]:
+        threads = "one thread" if row["num_threads"] == 1 else f"{row['num_threads']} threads"
+        lines.append(
+            f"throughput on {threads}: {row['batched_per_s']:,.0f} steps a second batched over {result['queries']} "
+            f"queries, {row['loop_per_s']:,.0f} in a loop over samples: {row['ratio']:.1f} x"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Time training steps on 1, 2, 4, ... processes: how much faster they are together.
+
+python benchmarks/scaling.py --config configs/paper.yaml --processes 1 2 --out scaling.json [key=value ...]
+
+Each number of processes trains on the same global batches of data.batch_size clips, the loader or renderer included:
+on CPUs with one thread each (train.num_threads), on GPUs with one GPU each. The numbers take turns, so that a load that
+comes and goes hits all. Speedup is clips per second over those of the first number, by the median of all steps; by the
+quickest tenth it is what processes reach that nothing disturbs, as other users of a shared host do. Efficiency is the
+speedup per process. Unless key=value says otherwise, train.precision is auto, and data.mnist_dir null: digits that
+need no files.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from data_pipelines.errors import UserError
+from data_pipelines.files import write_text
+from worldmodel.commands.shared import check_counts, leave, report_errors, write_result
+from worldmodel.config import Config, load_config
+from worldmodel.data import training_stream
+from worldmodel.training.loop import Trainer, make_accelerator
+from worldmodel.training.machine import keep_freed_memory, machine_description
+from worldmodel.training.timing import synchronise
+
+DEFAULTS = ("train.precision=auto", "data.mnist_dir=null", "train.num_threads=1")
+WARMUP_STEPS = 3
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/paper.yaml"))
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes, in this order")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each number, of processes started anew")
+    parser.add_argument("--steps", type=int, default=12, help=f"timed steps a turn, after {WARMUP_STEPS} that are not")
+    parser.add_argument("--out", type=Path, default=Path("scaling.json"), help="JSON file to write")
+    parser.add_argument("--times", type=Path, help=argparse.SUPPRESS)  # one of the processes: where its times go
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.batch_size=256")
+    args = parser.parse_intermixed_args()
+    with report_errors():
+        config = load_config(args.config, [*DEFAULTS, *args.overrides])
+        if args.times:
+            run_steps(config, args.steps, args.times)
+            return 0
+        check_counts(args, "rounds", "steps")
+        if min(args.processes) < 1:
+            raise UserError(f"--processes must be at least 1, not {min(args.processes)}")
+        arguments = ["--config", str(args.config), "--steps", str(args.steps), *args.overrides]
+        result = bench(config, args.processes, args.rounds, arguments)
+        write_result(args.out, result)
+        print(f"{summary(result)}\n{args.out}")
+    return 0
+
+
+def bench(config: Config, numbers: list[int], rounds: int, arguments: list[str]) -> dict[str, Any]:
+    """What scaling.json holds."""
+    seconds: list[list[float]] = [[] for _ in numbers]
+    turns = [pair for _ in range(rounds) for pair in zip(numbers, seconds, strict=True)]
+    for number, of_number in tqdm(turns, unit="turn"):
+        of_number += seconds_of(number, arguments)
+    rows: list[dict[str, Any]] = []
+    for number, of_number in zip(numbers, seconds, strict=True):
+        step_s, quick_step_s = median(of_number), sorted(of_number)[len(of_number) // 10]
+        first = rows[0] if rows else {"processes": number, "step_s": step_s, "quick_step_s": quick_step_s}
+        speedup = first["step_s"] / step_s
+        rows.append(
+            {
+                "processes": number,
+                "step_s": step_s,
+                "clips_per_s": config.data.batch_size / step_s,
+                "speedup": speedup,
+                "efficiency": speedup * first["processes"] / number,
+                "quick_step_s": quick_step_s,
+                "quick_speedup": first["quick_step_s"] / quick_step_s,
+            }
+        )
+    return {"machine": machine_description(), "batch_size": config.data.batch_size, "rows": rows}
+
+
+def seconds_of(num_processes: int, arguments: list[str]) -> list[float]:
+    """The seconds of each step of so many processes, as the first of them sees it.
+
+    Raises:
+        UserError: they did not get through; what they said is on stderr.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    with tempfile.TemporaryDirectory(prefix="scaling_") as folder:
+        times = Path(folder) / "times.json"
+        command = [*launcher, str(Path(__file__).resolve()), "--times", str(times), *arguments]
+        if subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}).returncode or not times.is_file():
+            raise UserError(f"{num_processes} processes did not get through {arguments}: see above")
+        return json.loads(times.read_text(encoding="utf-8"))
+
+
+def run_steps(config: Config, steps: int, times: Path) -> None:
+    """One of the processes: trains, and writes the seconds of its steps if it is the first."""
+    accelerator = make_accelerator(config.train)
+    torch.set_num_threads(config.train.num_threads or 1)
+    keep_freed_memory()
+    rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    stream = training_stream(config, config.objective.rollout_steps, rank=rank, world_size=world_size, device=device)
+    trainer = Trainer(config, accelerator, times.parent, stream.fingerprint)
+    batches = stream.batches()
+    seconds = []
+    for _ in range(WARMUP_STEPS + steps):
+        start_s = time.perf_counter()
+        trainer.update(batches)
+        synchronise(device)
+        seconds.append(time.perf_counter() - start_s)
+    batches.close()
+    if accelerator.is_main_process:
+        write_text(times, json.dumps(seconds[WARMUP_STEPS:]))
+    accelerator.end_training()
+
+
+def summary(result: dict[str, Any]) -> str:
+    header = (
+        f"{'processes':>9}  {'step, s':>8}  {'clips/s':>8}  {'speedup':>7}  {'efficiency':>10}  "
+        f"{'quickest tenth, s':>17}  {'speedup':>7}"
+    )
+    return "\n".join(
+        [
+            header,
+            *(
+                f"{row['processes']:9}  {row['step_s']:8.3f}  {row['clips_per_s']:8.1f}  {row['speedup']:7.2f}  "
+                f"{row['efficiency']:10.0%}  {row['quick_step_s']:17.3f}  {row['quick_speedup']:7.2f}"
+                for row in result["rows"]
+            ),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    leave(main())

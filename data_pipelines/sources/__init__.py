@@ -1,1 +1,0 @@
-"""Worlds whose law is known: they write real videos with labels, and serve fresh trajectories as tensors."""

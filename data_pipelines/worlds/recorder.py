@@ -1,0 +1,299 @@
+"""Any Gymnasium environment, recorded: RGB videos with actions and states as labels of their frames.
+
+An episode is one video: the picture after the reset and the one after each step. Frame t has the labels
+
+    action           the action that was taken at frame t and led to frame t + 1; zeros at the last frame
+    applied_action   as the environment carried it out, where info["applied_action"] says so after a step
+    state            info["state"], or else the observation where it is a vector of at most 64 numbers
+
+Actions are laid flat by gymnasium.spaces.flatten: discrete ones are one-hot. A video has the labels seed (of its reset)
+and every number of the reset's info. Chance comes from (seed, split, number of the episode) alone, so that it does not
+matter which process records an episode, or when.
+"""
+
+import contextlib
+import importlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import gymnasium
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+
+from data_pipelines.decoders import scaled_size
+from data_pipelines.errors import UserError
+from data_pipelines.probe import one_line
+from data_pipelines.text_files import parse_yaml
+from data_pipelines.worlds.digits import SPLITS, Split
+from data_pipelines.worlds.policies import Policy, drift, smooth_walk, uniform
+from data_pipelines.worlds.written import (
+    RECORDED,
+    ending_pool,
+    finish_split,
+    run_chunks,
+    start_world,
+    video_names,
+    write_whole,
+)
+
+PolicyName = Literal["own", "random", "drift", "uniform"]
+POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
+
+MAX_STATE_NUMBERS = 64
+DEFAULT_FPS = 10
+OWN_LABELS = frozenset({"file_name", "seed", "action", "applied_action", "state"})
+ROWS_NAME = ".rows"  # labels of the episodes that are recorded already, while others are not
+EPISODES_PER_JOB = 8
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What is recorded, and how.
+
+    env: an id that gymnasium.make knows, MODULE:ID included; imports: modules that register it.
+    kwargs: for gymnasium.make; values that JSON can hold.
+    policy: "own" is the environment's exploration_policy(rng), which gives the policy of an episode; "random",
+        "drift" and "uniform" are those of policies.py; None: "own" where there is such a method, else "random".
+    num_steps: of an episode, which has one frame more. It ends before that where the environment says so, unless
+        past_end: then steps go on, which not every environment can bear. Limits of time are lifted.
+    size_px: the short side of the videos; None: as rendered.
+    """
+
+    env: str
+    imports: tuple[str, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    policy: PolicyName | None = None
+    num_steps: int = 32
+    past_end: bool = False
+    size_px: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {"num_steps": 1, "size_px": 16, "seed": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name}={value} must be at least {least}")
+        if self.policy not in (None, *POLICIES):
+            raise UserError(f"policy={self.policy!r} is unknown: use {', '.join(POLICIES)}")
+
+
+def record(
+    out: Path, counts: Mapping[Split, int], recording: Recording, *, num_processes: int, overwrite: bool = False
+) -> None:
+    """Record episodes into out/train, out/selection and out/test, each with its metadata.jsonl.
+
+    world.json says what was recorded. A recording that was interrupted goes on where it stopped, to the same end, for
+    environments in which a seeded reset fixes all that follows; one that is complete is left alone.
+
+    Raises:
+        UserError: the environment cannot be made or has no pictures; it has no such policy; `out` holds something
+            else and `overwrite` is not given, or another recording.
+    """
+    for split in SPLITS:
+        if counts[split] < 1:
+            raise UserError(f"{counts[split]} {split} episodes: there must be at least one")
+    if num_processes < 1:
+        raise UserError(f"num_processes={num_processes} must be at least 1")
+    facts = json.dumps(asdict(_tried(recording)))
+    world = {"world": RECORDED, **json.loads(facts), "counts": {split: counts[split] for split in SPLITS}}
+    unfinished = start_world(out, world, overwrite=overwrite)
+    if unfinished:
+        with ending_pool(num_processes) as pool:
+            for split in unfinished:
+                folder, names = out / split, video_names(counts[split])
+                (folder / ROWS_NAME).mkdir(parents=True, exist_ok=True)
+
+                def start(episodes: list[int], folder: Path = folder) -> Future[None]:
+                    return pool.submit(_record_episodes, facts, folder, episodes)
+
+                missing = [
+                    episode
+                    for episode, name in enumerate(names)
+                    if not ((folder / name).is_file() and _row_path(folder, episode).is_file())
+                ]
+                run_chunks(start, missing, len(names), split, chunk_size=EPISODES_PER_JOB)
+                rows = (json.loads(_row_path(folder, episode).read_text()) for episode in range(len(names)))
+                finish_split(folder, names, rows)
+    for split in SPLITS:
+        shutil.rmtree(out / split / ROWS_NAME, ignore_errors=True)
+
+
+def _tried(recording: Recording) -> Recording:
+    """The recording with its policy named, after a first step: mistakes are told before anything is written."""
+    try:
+        json.dumps(dict(recording.kwargs))
+    except TypeError as error:
+        raise UserError(f"kwargs={dict(recording.kwargs)!r} are not what JSON can hold: {error}") from None
+    with contextlib.closing(
+        make_env(recording.env, recording.kwargs, num_steps=recording.num_steps, imports=recording.imports)
+    ) as env:
+        offers = hasattr(env.unwrapped, "exploration_policy")
+        if recording.policy == "own" and not offers:
+            raise UserError(f"policy='own': {recording.env} has no exploration_policy: use {', '.join(POLICIES[1:])}")
+        recording = replace(recording, policy=recording.policy or ("own" if offers else "random"))
+        record_episode(env, replace(recording, num_steps=1), "train", 0)
+    return recording
+
+
+def make_env(
+    env: str, kwargs: Mapping[str, Any], *, num_steps: int, imports: Sequence[str] = ()
+) -> gymnasium.Env[Any, Any]:
+    """An environment that renders pictures and is cut off after num_steps steps.
+
+    Raises:
+        UserError: a module that is not there, no such environment, arguments that it does not take.
+    """
+    for module in imports:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(f"module {module!r} cannot be imported: {one_line(error)}") from None
+    try:
+        return gymnasium.make(
+            env,
+            render_mode="rgb_array",
+            max_episode_steps=num_steps,
+            disable_env_checker=True,
+            **kwargs,
+        )
+    except (gymnasium.error.Error, ImportError, TypeError) as error:
+        raise UserError(f"environment {env!r} cannot be made: {one_line(error)}") from None
+
+
+def record_episode(
+    env: gymnasium.Env, recording: Recording, split: Split, episode: int
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Run an episode -> its frames, RGB uint8 [T, H, W, 3], and its row of labels.
+
+    Raises UserError: the environment renders no pictures, or has actions that are not a fixed number of numbers.
+    """
+    entropy = [recording.seed, SPLITS.index(split), episode]
+    env_seed, policy_seed = np.random.SeedSequence(entropy).generate_state(2).tolist()
+    env_seed >>= 1  # some environments take 31 bits
+    observation, info = env.reset(seed=env_seed)
+    policy = _policy(env, recording, np.random.default_rng(policy_seed))
+    row: dict[str, Any] = _numbers_of(info) | {"seed": env_seed}
+    frames = [_render(env, recording)]
+    states = [_state(observation, info)]
+    actions: list[list[float]] = []
+    applied: list[list[float]] = []
+    for _ in range(recording.num_steps):
+        action = policy(observation, info)
+        observation, _, terminated, truncated, info = env.step(action)
+        frames.append(_render(env, recording))
+        states.append(_state(observation, info))
+        actions.append(_flat_action(env, action))
+        if "applied_action" in info:
+            applied.append(_flat_action(env, info["applied_action"]))
+        if (terminated or truncated) and not recording.past_end:
+            break
+    sizes = {frame.shape for frame in frames}
+    if len(sizes) > 1:
+        (height, width, _), (other_height, other_width, _) = sorted(sizes)[:2]
+        raise UserError(
+            f"environment {recording.env!r} renders pictures of {width}x{height} and of {other_width}x{other_height} "
+            "in one episode: set a fixed size with --env-kwargs"
+        )
+    nothing = [0.0] * len(actions[0])
+    row["action"] = [*actions, nothing]
+    if len(applied) == len(actions):
+        row["applied_action"] = [*applied, nothing]
+    if all(state is not None for state in states):
+        row["state"] = states
+    return np.stack(frames), row
+
+
+def _policy(env: gymnasium.Env, recording: Recording, rng: np.random.Generator) -> Policy:
+    if recording.policy == "own":
+        return env.unwrapped.exploration_policy(rng)  # type: ignore[attr-defined]
+    assert recording.policy is not None
+    return {"random": smooth_walk, "drift": drift, "uniform": uniform}[recording.policy](env.action_space, rng)
+
+
+def _render(env: gymnasium.Env, recording: Recording) -> np.ndarray:
+    picture = env.render()
+    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] != (3,):
+        what = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
+        raise UserError(f"environment {recording.env!r} renders {what} with render_mode='rgb_array', no RGB picture")
+    size = scaled_size(picture.shape[:2], recording.size_px)
+    if size == picture.shape[:2]:
+        return picture
+    planes = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None]
+    return F.interpolate(planes, size=size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+
+
+def _state(observation: Any, info: Mapping[str, Any]) -> list[float] | None:
+    state = info.get("state", observation)
+    if not isinstance(state, np.ndarray) or (state is observation and state.ndim != 1):
+        return None
+    return _floats(state) if state.size <= MAX_STATE_NUMBERS else None
+
+
+def _flat_action(env: gymnasium.Env, action: Any) -> list[float]:
+    space = env.action_space
+    if not space.is_np_flattenable:
+        raise UserError(f"actions of {space} are not a fixed number of numbers: such an environment cannot be recorded")
+    return _floats(gymnasium.spaces.flatten(space, action))
+
+
+def _floats(values: Any) -> list[float]:
+    """The shortest decimals that are the same float32: what a label is read as."""
+    return [float(str(value)) for value in np.asarray(values, np.float32).ravel()]
+
+
+def _numbers_of(info: Mapping[str, Any]) -> dict[str, int | float]:
+    numbers: dict[str, int | float] = {}
+    for name, value in info.items():
+        number = value.item() if isinstance(value, np.generic) else value
+        if isinstance(number, int | float) and name not in OWN_LABELS:
+            numbers[name] = int(number) if isinstance(number, bool) else number
+    return numbers
+
+
+@lru_cache(maxsize=1)
+def _env_of_process(facts: str) -> tuple[gymnasium.Env, Recording]:
+    fields = json.loads(facts)
+    recording = Recording(**fields | {"imports": tuple(fields["imports"])})
+    return make_env(
+        recording.env, recording.kwargs, num_steps=recording.num_steps, imports=recording.imports
+    ), recording
+
+
+def _record_episodes(facts: str, folder: Path, episodes: Sequence[int]) -> None:
+    torch.set_num_threads(1)
+    env, recording = _env_of_process(facts)
+    fps = max(1, round(env.metadata.get("render_fps") or DEFAULT_FPS))
+    names = video_names(max(episodes) + 1)
+    for episode in episodes:
+        frames, row = record_episode(env, recording, folder.name, episode)  # type: ignore[arg-type]
+        path = _row_path(folder, episode)
+        aside = path.with_suffix(".partial")
+        aside.write_text(json.dumps(row), encoding="utf-8")
+        aside.replace(path)
+        write_whole(folder / names[episode], frames, fps)
+
+
+def _row_path(folder: Path, episode: int) -> Path:
+    return folder / ROWS_NAME / f"{episode:06d}.json"
+
+
+def parse_kwargs(texts: Sequence[str]) -> dict[str, Any]:
+    """["slip=0.1", "layout=random"] -> {"slip": 0.1, "layout": "random"}; values are YAML. Raises UserError."""
+    kwargs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        try:
+            if not (name.isidentifier() and equals):
+                raise ValueError
+            kwargs[name] = parse_yaml(value)
+        except (ValueError, yaml.YAMLError):
+            raise UserError(f"--env-kwargs {text!r} must read NAME=VALUE, such as slip=0.1") from None
+    return kwargs

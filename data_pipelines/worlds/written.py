@@ -1,0 +1,190 @@
+"""Worlds written as video files: H.264, a metadata.jsonl a split, and a world.json that says which world it is."""
+
+import json
+import multiprocessing
+import shutil
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from data_pipelines.errors import UserError
+from data_pipelines.worlds.digits import SPLITS, Split, Sprites
+
+WORLD_NAME = "world.json"
+METADATA_NAME = "metadata.jsonl"
+SPRITES_NAME = "sprites.safetensors"
+RECORDED = "recorded"  # what world.json calls a recorded environment, which has neither sprites nor a law
+MAX_PENDING_CHUNKS = 16
+
+
+@dataclass(frozen=True)
+class WorldSplit:
+    """What a split is written from: a row of labels for each video, and its pixels on demand.
+
+    render: positions of videos -> uint8 [n, T, H, W].
+    """
+
+    sprites: Sprites
+    labels: Sequence[Mapping[str, Any]]
+    render: Callable[[list[int]], np.ndarray]
+
+
+def write_videos(
+    out: Path,
+    world: Mapping[str, Any],
+    draw_split: Callable[[Split], WorldSplit],
+    *,
+    num_processes: int,
+    overwrite: bool = False,
+) -> None:
+    """Write the videos of all splits; `world` is what world.json holds and what tells one world from another.
+
+    A world that was interrupted goes on where it stopped; one that is complete is left alone.
+
+    Raises:
+        UserError: `out` holds a world of other parameters, or something else, and `overwrite` is not given.
+    """
+    unfinished = start_world(out, world, overwrite=overwrite)
+    if not unfinished:
+        return
+    with ending_pool(num_processes) as pool:
+        for split in unfinished:
+            _write_split(out / split, draw_split(split), pool)
+
+
+def start_world(out: Path, world: Mapping[str, Any], *, overwrite: bool) -> list[Split]:
+    """Mark the folder with what it is to hold, or find the same world in it -> the splits that are not complete.
+
+    Raises:
+        UserError: `out` holds a world of other parameters, or something else, and `overwrite` is not given.
+    """
+    marker = out / WORLD_NAME
+    if marker.is_file() and read_world(out) != world and not overwrite:
+        raise UserError(f"{out} holds a world of other parameters: choose another folder, or pass --overwrite")
+    if not marker.is_file() and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+        raise UserError(f"{out} is not empty and holds no world of this script: choose another folder")
+    if overwrite and marker.is_file():
+        for split in SPLITS:
+            shutil.rmtree(out / split, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    marker.write_text(json.dumps(world, indent=1) + "\n", encoding="utf-8")
+    return [split for split in SPLITS if not (out / split / METADATA_NAME).is_file()]
+
+
+@contextmanager
+def ending_pool(num_processes: int) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes that leave Ctrl-C to the main one; after an error they end once the jobs in hand are done."""
+    pool = ProcessPoolExecutor(
+        num_processes,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    )
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def read_world(root: Path) -> dict[str, Any] | None:
+    """What the world.json of a folder says; None where there is none."""
+    marker = root / WORLD_NAME
+    return json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else None
+
+
+def read_sprites(folder: Path) -> Sprites:
+    """The sprites of a written split."""
+    stored = load_file(folder / SPRITES_NAME)
+    return Sprites(stored["images"].float() / 255, stored["digits"])
+
+
+def _write_split(folder: Path, split: WorldSplit, pool: ProcessPoolExecutor) -> None:
+    folder.mkdir(exist_ok=True)
+    names = video_names(len(split.labels))
+    missing = [row for row, name in enumerate(names) if not (folder / name).is_file()]
+
+    def start(rows: list[int]) -> Future[None]:
+        return pool.submit(_encode_chunk, [folder / names[row] for row in rows], split.render(rows))
+
+    run_chunks(start, missing, len(names), folder.name, chunk_size=64)
+    images = (split.sprites.images * 255).round().byte()
+    save_file({"images": images, "digits": split.sprites.digits}, folder / SPRITES_NAME)
+    finish_split(folder, names, split.labels)
+
+
+def video_names(count: int) -> list[str]:
+    """The file names of a split's videos."""
+    return [f"{row:06d}.mp4" for row in range(count)]
+
+
+def finish_split(folder: Path, names: Sequence[str], labels: Iterable[Mapping[str, Any]]) -> None:
+    """Write the labels, last and as a whole: a split with this file is complete."""
+    aside = folder / ".metadata.partial"
+    with open(aside, "w", encoding="utf-8") as out:
+        out.writelines(json.dumps({"file_name": name, **row}) + "\n" for name, row in zip(names, labels, strict=True))
+    aside.replace(folder / METADATA_NAME)
+
+
+def run_chunks(
+    start: Callable[[list[int]], Future[None]], rows: Sequence[int], num_videos: int, split: str, *, chunk_size: int
+) -> None:
+    """Start a job for each chunk of the rows that are left of a split's, and wait for all, with a progress bar.
+
+    Few jobs are pending at a time, as rendered frames are large. The first error of a job is raised.
+    """
+    done = num_videos - len(rows)
+    pending: deque[tuple[Future[None], int]] = deque()
+    with tqdm(total=num_videos, initial=done, desc=f"{split} videos", unit="file") as bar:
+
+        def wait(leave: int) -> None:
+            while len(pending) > leave:
+                job, count = pending.popleft()
+                job.result()
+                bar.update(count)
+
+        for first in range(0, len(rows), chunk_size):
+            chunk = list(rows[first : first + chunk_size])
+            pending.append((start(chunk), len(chunk)))
+            wait(leave=MAX_PENDING_CHUNKS)
+        wait(leave=0)
+
+
+def _encode_chunk(paths: list[Path], frames: np.ndarray) -> None:
+    for path, video in zip(paths, frames, strict=True):
+        write_whole(path, video)
+
+
+def write_whole(path: Path, frames: np.ndarray, fps: int = 10) -> None:
+    """encode_h264, so that the file appears complete or not at all."""
+    aside = path.with_suffix(".partial")
+    encode_h264(aside, frames, fps)
+    aside.replace(path)
+
+
+def encode_h264(path: Path, frames: np.ndarray, fps: int = 10) -> None:
+    """Write uint8 frames as an H.264 .mp4 file without loss: gray [T, H, W] with even sides, or RGB [T, H, W, 3].
+
+    Only the conversion to YUV rounds, by a gray level or two and the same way in every frame. A lossy file of these
+    small, plain frames is less than half as large, and its artefacts are all that some embeddings come to hold
+    (docs/experiments.md). RGB keeps its colours at full resolution (4:4:4).
+    """
+    import av
+
+    gray = frames.ndim == 3
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"qp": "0", "preset": "veryfast"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p" if gray else "yuv444p"
+        stream.codec_context.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="gray" if gray else "rgb24")))
+        container.mux(stream.encode(None))

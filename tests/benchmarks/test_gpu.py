@@ -1,0 +1,47 @@
+"""What is asked of a GPU runs on a CPU at reduced size, goes on where it stopped and says what failed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import Part, run_parts, summary
+from tests.conftest import TINY, run_script
+from tests.worldmodel.commands.test_scripts import assert_one_line
+
+
+@pytest.mark.slow
+def test_it_times_trains_and_scores_and_does_nothing_twice(tmp_path: Path) -> None:
+    arguments = ["benchmarks/gpu.py", "--out", str(tmp_path), *TINY, "data.mnist_dir=null", "train.warmup_steps=0"]
+    done = run_script(*arguments, "--seeds", "0", "1", timeout_s=400)
+    assert done.returncode == 0, done.stderr
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert list(parts) == ["step-auto", "paper", "best_gpu-0", "best_gpu-1"]
+    assert parts["step-auto"]["speedup"] > 0
+    for name in ("paper", "best_gpu-0", "best_gpu-1"):
+        assert parts[name]["updates"] == 6 and parts[name]["x_oracle"] > 1 and parts[name]["seconds"] > 0
+    assert parts["best_gpu-0"]["energy_score"] != parts["best_gpu-1"]["energy_score"]
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.log")}
+    again = run_script(*arguments, "--seeds", "0", "1")
+    assert again.returncode == 0
+    assert f"best_gpu-1         6 updates in {parts['best_gpu-1']['seconds']:.0f} s" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.log")} == before
+
+
+def test_a_part_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
+    trained = {"updates": 5, "seconds": 2.0, "energy_score": 0.66, "oracle_energy_score": 0.6, "x_oracle": 1.1}
+    fails = Part("one", [["train.py", "--config", "nowhere.yaml"]], dict)
+    parts = [fails, Part("two", [["train.py", "--help"]], lambda: trained)]
+    results = run_parts(parts, tmp_path)
+    assert results["parts"]["one"]["failed"] == "train.py ended with 2"
+    assert "nowhere.yaml" in (tmp_path / "one.log").read_text()
+    assert "one                failed: train.py ended with 2\n" in summary(results)
+    assert "two                5 updates in 2 s; Energy Score 0.660, 1.100 x the oracle's" in summary(results)
+    mended = [Part("one", fails.commands[:0], lambda: trained), parts[1]]
+    assert "failed" not in run_parts(mended, tmp_path)["parts"]["one"]
+
+
+def test_a_failure_is_one_line(tmp_path: Path) -> None:
+    arguments = "model.width=none", "--out", str(tmp_path), "--parts", "paper"
+    assert_one_line("benchmarks/gpu.py", *arguments, tells=f"paper failed: see {tmp_path / 'paper.log'}")

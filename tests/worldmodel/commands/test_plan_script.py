@@ -1,0 +1,198 @@
+"""From recorded videos to plans: scripts/plan.py, its controls, and a model that learns to reach its goals."""
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from data_pipelines.worlds.recorder import Recording, record
+from tests.conftest import REPO, TINY, run_script
+from worldmodel.config import PlanningConfig, load_config
+from worldmodel.planning.protocol import (
+    PlanningProtocol,
+    PrivilegedPolicy,
+    RandomPolicy,
+    evaluate_policy,
+    run_episodes,
+)
+from worldmodel.report.illustrations import PlannedEpisode
+from worldmodel.report.illustrations_file import load_parts
+from worldmodel.report.tables import value_at
+from worldmodel.training.loop import train
+
+ENV = "data_pipelines.worlds.two_rooms:worldmodel/TwoRooms-v0"
+CONFIG = REPO / "configs" / "two_rooms.yaml"
+
+
+def protocol(episodes: int = 6, seeds: int = 1, budget: int = 50) -> PlanningProtocol:
+    return PlanningProtocol(env=ENV, env_kwargs={}, seeds=seeds, episodes=episodes, budget=budget, first_seed=0)
+
+
+def recording(root: Path, train_episodes: int) -> Path:
+    facts = Recording(env=ENV, past_end=True)
+    record(root, {"train": train_episodes, "selection": 12, "test": 12}, facts, num_processes=2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few recorded episodes."""
+    return recording(tmp_path_factory.mktemp("plan") / "rooms", 16)
+
+
+def trained_in(rooms: Path, config: Path, run: Path) -> Path:
+    """The folder of a run of six updates."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    tiny = [*TINY, "data.num_lanes=4", f"data.root={rooms}", f"run_dir={run}", "data.cache_mb=0"]
+    return train(load_config(config, [*tiny, "planning.candidates=16", "planning.elites=4", "planning.horizon=4"]))
+
+
+@pytest.fixture(scope="module")
+def planner(rooms: Path) -> Path:
+    """A run that is conditioned on actions."""
+    return trained_in(rooms, CONFIG, rooms.parent / "run")
+
+
+@pytest.fixture(scope="module")
+def passive(rooms: Path) -> Path:
+    """A run with r as a latent action."""
+    return trained_in(rooms, REPO / "configs" / "two_rooms_latent.yaml", rooms.parent / "passive")
+
+
+def test_the_script_prints_and_writes_success_its_controls_and_the_protocol(planner: Path) -> None:
+    arguments = ["--run", str(planner), "--env", ENV, "--seeds", "2", "--episodes", "3", "--budget", "4"]
+    done = run_script("plan.py", *arguments, "planning.iterations=2")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((planner / "planning.json").read_text())
+    assert len(result["per_seed"]) == 2 and result["success_rate"] == pytest.approx(np.mean(result["per_seed"]))
+    low, high = result["ci95"]
+    assert low <= result["success_rate"] <= high and result["ms_per_decision"] > 0
+    assert result["protocol"]["budget"] == 4 and result["protocol"]["planning"]["iterations"] == 2
+    assert result["protocol"]["planning"]["candidates"] == 16 and result["protocol"]["step"] == 6
+    assert {"random_floor", "oracle_ceiling"} <= result.keys()
+    assert f"{result['success_rate']:.3f}" in done.stdout and '"budget": 4' in done.stdout
+    assert "curve" not in result and str(planner / "report.html") in done.stdout
+
+
+def test_the_report_has_the_planning_by_itself_and_beside_the_forecasts(planner: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(planner, run)
+    arguments = ["--run", str(run), "--env", ENV, "--seeds", "1", "--episodes", "6", "--budget", "3"]
+    for script, headings in (
+        (["plan.py", *arguments, "planning.iterations=1"], ["Planning"]),
+        (["evaluate.py", "--run", str(run)], ["Forecasts", "Planning"]),
+    ):
+        done = run_script(*script)
+        assert done.returncode == 0, done.stderr
+        page = (run / "report.html").read_text()
+        assert [name for name in ("Forecasts", "Planning") if f">{name}</h2>" in page] == headings
+        metrics = {"planning": json.loads((run / "planning.json").read_text())}
+        shown = re.findall(r'data-metric="(planning\.[^"]*)">([^<]*)<', page)
+        assert {"planning.success_rate", "planning.ci95.0", "planning.oracle_ceiling.steps"} <= dict(shown).keys()
+        for path, text in shown:
+            assert f"{value_at(metrics, path):.{len(text.partition('.')[2])}f}" == text, path
+    episodes = load_parts(run / "planning.safetensors", PlannedEpisode)
+    assert len(episodes) == 4 and not all(episode.success for episode in episodes)
+    for episode in episodes:
+        assert episode.imagined_px is not None and episode.way_px is not None and episode.goal_px is not None
+        steps = len(episode.frames) - 1
+        assert episode.frames.shape[1:] == (3, 64, 64) and (steps == 3 or episode.success)
+        assert episode.imagined_px.shape == (steps, 1, 4, 2) and np.isfinite(episode.imagined_px).all()
+        for frame, place in ((episode.frames[-1], episode.way_px[-1]), (episode.goal, episode.goal_px)):
+            y, x = np.unravel_index(frame[1].argmax(), frame[1].shape)  # the dot is green
+            assert np.abs(np.array([x, y]) - place).max() <= 0.6
+
+
+def test_several_counts_of_labels_make_a_curve(passive: Path) -> None:
+    arguments = ["--run", str(passive), "--env", ENV, "--seeds", "2", "--episodes", "2", "--budget", "2"]
+    done = run_script("plan.py", *arguments, "--labels", "40", "20", "--checkpoint", "latest")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((passive / "planning.json").read_text())
+    assert [entry["labels"] for entry in result["curve"]] == [40, 20] and result["protocol"]["labels"] == 20
+    keys = {"success_rate", "ci95", "per_seed", "ms_per_decision"}
+    assert all(entry.keys() == {"labels", *keys} for entry in result["curve"])
+    assert {key: result["curve"][-1][key] for key in keys} == {key: result[key] for key in keys}
+    page = (passive / "report.html").read_text()
+    assert "This run, 40 labels" in page and "Success against labels, with 95% intervals: 40 labels" in page
+    assert "40 labels" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("labels", "tells"),
+    [
+        (["100", "0"], "--labels 0: at least 20"),
+        (["30", "30"], "30 30: a count is given twice"),
+        (["9999"], "--labels 9999: the training split has"),
+    ],
+)
+def test_counts_of_labels_that_cannot_be(passive: Path, labels: list[str], tells: str) -> None:
+    done = run_script("plan.py", "--run", str(passive), "--env", ENV, "--labels", *labels)
+    assert done.returncode == 2 and tells in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tells"),
+    [
+        (["--env", "CartPole-v1"], "no goal_frame()"),
+        (["--env", ENV, "--episodes", "0"], "--episodes must be at least 1, not 0"),
+        (["--env", ENV, "model.width=2"], "only planning.KEY=VALUE"),
+        (["--env", ENV, "planning.elites=99"], "elites"),
+        (["--env", ENV, "--env-kwargs", "slip=2"], "slip=2"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(planner: Path, arguments: list[str], tells: str) -> None:
+    done = run_script("plan.py", "--run", str(planner), *arguments)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and len(errors) == 1 and tells in errors[0], done.stderr
+
+
+def test_a_passive_run_cannot_plan(trained_run: Path) -> None:
+    done = run_script("plan.py", "--run", str(trained_run), "--env", ENV)
+    assert done.returncode == 2 and "knows no actions" in done.stderr
+
+
+def privileged(seed: int, envs: Sequence[gymnasium.Env]) -> PrivilegedPolicy:
+    return PrivilegedPolicy(envs, PlanningConfig(candidates=64, elites=8, iterations=3, horizon=10), seed)
+
+
+def test_the_privileged_planner_reaches_every_goal_by_nearly_the_shortest_way() -> None:
+    ceiling = evaluate_policy(protocol(episodes=12), privileged, label="ceiling")
+    assert ceiling["success_rate"] == 1
+    assert 0.99 < ceiling["path_ratio"] < 1.3
+
+
+def test_chance_is_far_below_it_and_the_same_for_the_same_seed() -> None:
+    first, again = (run_episodes(protocol(episodes=20), 0, lambda envs: RandomPolicy(envs, 3)).states for _ in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    floor = evaluate_policy(protocol(episodes=40), lambda seed, envs: RandomPolicy(envs, seed), label="floor")
+    assert floor["success_rate"] < 0.3
+
+
+def test_ways_begin_where_the_episode_does_and_end_within_the_goal() -> None:
+    ran = run_episodes(protocol(episodes=8), 0, lambda envs: privileged(0, envs))
+    assert ran.success.all()
+    for way, steps, path in zip(ran.states, ran.steps, ran.path, strict=True):
+        legs = np.linalg.norm(np.diff(way, axis=0), axis=1)
+        assert len(way) == steps + 1 and legs.max() <= 4 + 1e-4 and path == pytest.approx(legs.sum())
+    assert (ran.path >= ran.shortest - 1e-3).all()
+
+
+@pytest.mark.slow
+def test_a_model_trained_for_two_minutes_plans_far_above_chance(tmp_path: Path) -> None:
+    """End to end: 600 recorded episodes, 600 updates, 50 episodes planned in the fixed rooms."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(2)
+    root = recording(tmp_path / "rooms", 600)
+    overrides = [f"data.root={root}", f"run_dir={tmp_path / 'run'}", "train.steps=600", "train.eval_every=600"]
+    run = train(load_config(CONFIG, [*overrides, "tracking.wandb=disabled"]))
+    done = run_script("plan.py", "--run", str(run), "--env", ENV, "--seeds", "1", timeout_s=600)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run / "planning.json").read_text())
+    assert result["success_rate"] > 0.5 > 2 * result["random_floor"]["success_rate"]

@@ -1,0 +1,83 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data_pipelines.worlds.causal import NUM_FACTORS
+from tests.conftest import REPO, run_script
+from tests.data_pipelines.worlds.test_causal import unmix
+from worldmodel.config import Config, load_config
+from worldmodel.data import causal_world
+from worldmodel.evaluation.factors import development_scores, evaluate_factors, tree_importance
+from worldmodel.nets.latents import Inference
+from worldmodel.nets.world_model import WorldModel
+
+CPU = torch.device("cpu")
+CAUSAL = REPO / "configs" / "causal" / "heteroscedastic.yaml"
+SIZES = ["evaluation.fit_clips=1000", "evaluation.selection_clips=500", "evaluation.queries=1000"]
+
+
+class Unmixer(WorldModel):
+    """Knows the mixing network: its embedding is a warped copy of the factors."""
+
+    def __init__(self, config: Config, warp: float) -> None:
+        nn.Module.__init__(self)
+        self.world = causal_world(config)
+        self.warp = warp
+        self.latent = None
+        self.embedding_dim = NUM_FACTORS
+
+    def observe(self, video: Tensor) -> Tensor:
+        factors = unmix(self.world, video[:, 0, :, 0, 0])
+        return torch.tanh(self.warp * factors) / self.warp if self.warp else factors
+
+    def infer(
+        self,
+        state: Tensor,
+        segments: Tensor,
+        known_r: Tensor | None,
+        generator: torch.Generator | None = None,
+        *,
+        action: Tensor | None = None,
+    ) -> Inference:
+        return Inference(state[:, :0], None, None)
+
+
+def test_the_factors_themselves_score_one() -> None:
+    config = load_config(CAUSAL, SIZES)
+    metrics = evaluate_factors(config, Unmixer(config, 0), CPU)
+    assert metrics["factors"]["in_distribution_r2"] == pytest.approx(1, abs=1e-4)
+    assert metrics["factors"]["out_of_distribution_r2"] == pytest.approx(1, abs=1e-4)
+    assert metrics["dci"]["disentanglement"] > 0.95 and metrics["dci"]["completeness"] > 0.95
+    assert development_scores(config, Unmixer(config, 0), CPU)["factors_r2"] == pytest.approx(1, abs=1e-4)
+
+
+def test_a_warped_copy_fails_out_of_distribution_first() -> None:
+    config = load_config(CAUSAL, SIZES)
+    scores = evaluate_factors(config, Unmixer(config, 2.0), CPU)["factors"]
+    assert 0.85 < scores["in_distribution_r2"] < 0.99
+    assert scores["out_of_distribution_r2"] < scores["in_distribution_r2"] - 0.1
+
+
+def test_tree_importance_finds_which_dimension_tells_of_which_factor() -> None:
+    codes = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+    importance = tree_importance(codes, torch.stack([codes[:, 2].sign(), codes[:, 0] ** 3], dim=1))
+    assert importance.shape == (3, 2)
+    assert importance.argmax(dim=0).tolist() == [2, 0]
+    torch.testing.assert_close(importance.sum(dim=0), torch.ones(2, dtype=importance.dtype))
+
+
+def test_training_and_evaluating_by_the_scripts(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    few = ["train.steps=30", "train.eval_every=30", "tracking.wandb=disabled", f"run_dir={run}"]
+    trained = run_script("train.py", "--config", str(CAUSAL), *few, *SIZES)
+    assert trained.returncode == 0, trained.stderr
+    evaluated = run_script("evaluate.py", "--run", str(run))
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "linear R² of the factors, out of distribution" in evaluated.stdout
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["factors"]["in_distribution_r2"] > 0.2 and metrics["kl_nats"] > 0
+    compared = run_script("evaluate.py", "--run", str(run), "--compare", str(run))
+    assert compared.returncode == 2 and "scripts/compare.py compares runs on known factors" in compared.stderr

@@ -1,0 +1,213 @@
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data_pipelines.errors import UserError
+from data_pipelines.worlds.digits import pixel_centroid
+from data_pipelines.worlds.kicked_mnist import KickedMnistLaw
+from data_pipelines.worlds.moving_mnist import centroid_velocity, sample_law
+from worldmodel import WorldModel, load
+from worldmodel.config import Config
+from worldmodel.data import known_law
+from worldmodel.evaluation import forecast
+from worldmodel.evaluation.forecast import development_scores, evaluate_forecasts
+from worldmodel.nets.latents import Inference
+from worldmodel.nets.teacher import Teacher
+from worldmodel.training.loop import train
+
+CPU = torch.device("cpu")
+KICKED = ("evaluation.horizon=4", "data.clip_step=3", "evaluation.queries=16", "evaluation.fit_clips=48")
+
+
+class Pixels(nn.Module):
+    """An embedding that is where the ink is, and how it moves: [B, T, 1, H, W] -> [B, 4] px and px/frame."""
+
+    def forward(self, video: Tensor) -> Tensor:
+        return torch.cat([pixel_centroid(video[:, -1, 0]), centroid_velocity(video)], dim=1)
+
+    def features(self, video: Tensor) -> Tensor:
+        return self(video)
+
+    def project(self, features: Tensor) -> Tensor:
+        return features
+
+
+class OracleStudent(WorldModel):
+    """Knows the law: its embedding of a context is what the pixels show, and its latent draws what the law does."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.latent = nn.Identity()  # type: ignore[assignment]
+        self.embedder = Pixels()  # type: ignore[assignment]
+        self.scene = None
+        self.embedding_dim = 4
+
+    def rollout_embedding(
+        self,
+        state: Tensor,
+        horizon: int,
+        num_samples: int,
+        generator: torch.Generator | None = None,
+        *,
+        actions: Tensor | None = None,
+        shuffle: bool = False,
+    ) -> Tensor:
+        assert generator is not None and horizon == 1
+        velocity = state[:, 2:].roll(1, dims=0) if shuffle else state[:, 2:]
+        after = sample_law(velocity, torch.zeros(len(state), dtype=torch.int64), num_samples, "A", generator)
+        return torch.cat([state[:, None, :2] + 3 * after, after], dim=-1)[:, :, None]
+
+    def prior_mean_rollout(self, state: Tensor, horizon: int, actions: Tensor | None = None) -> Tensor:
+        return torch.cat([state[:, :2] + 3 * state[:, 2:], state[:, 2:]], dim=-1)[:, None]
+
+    def seen(self, segments: Tensor) -> Tensor | None:
+        return None
+
+    def infer_from(
+        self,
+        state: Tensor,
+        seen: Tensor | None,
+        known_r: Tensor | None,
+        generator: torch.Generator | None = None,
+        *,
+        action: Tensor | None = None,
+    ) -> Inference:
+        return Inference(state[:, 2:], None, None)
+
+
+def test_a_model_that_knows_the_law_scores_as_the_oracle_does(tiny_config: Callable[..., Config]) -> None:
+    """The whole protocol, with pixel measurements as the embedding: every forecast's score is known beforehand."""
+    sizes = ("evaluation.queries=512", "evaluation.num_samples=64", "evaluation.law_samples=128")
+    config = tiny_config(
+        "data.source=moving_mnist", *sizes, "evaluation.fit_clips=512", "evaluation.selection_clips=256"
+    )
+    result = evaluate_forecasts(config, OracleStudent(), Pixels(), CPU)
+    scores = {name: dict(values) for name, values in result.metrics["forecasts"].items()}
+    energy = {name: values["energy_score"][0] for name, values in scores.items()}
+    assert energy["simulator_oracle"] == pytest.approx(0.61, abs=0.04)
+    assert scores["simulator_oracle"]["ratio_to_oracle"] == [1]
+    assert energy["model"] == pytest.approx(energy["simulator_oracle"], rel=0.03)
+    for name in ("simulator_oracle", "model"):
+        for covered in scores[name]["coverage"]["90"][0]:
+            assert covered == pytest.approx(0.9, abs=0.02)
+    assert energy["persistence"] == pytest.approx(energy["prior_mean"], rel=0.02)
+    assert energy["persistence"] == pytest.approx(energy["pixel_constant_velocity"], rel=0.02)
+    assert energy["shuffled_r"] > energy["pixel_constant_velocity"] > 1.2 * energy["simulator_oracle"]
+    assert scores["persistence"]["coverage"] is None
+    assert result.metrics["probes"]["embedding"]["velocity"]["linear"] > 0.999
+    assert result.metrics["queries"] == 512
+
+
+@pytest.fixture
+def trained(tiny_config: Callable[..., Config]) -> Any:
+    return load(train(tiny_config()))
+
+
+@pytest.fixture
+def kicked(tiny_config: Callable[..., Config], kicked_world: Path) -> Any:
+    return load(train(tiny_config(f"data.root={kicked_world}", *KICKED, "objective.rollout_steps=2")))
+
+
+CONTROLS = {"model", "prior_mean", "shuffled_r", "persistence"}
+ORACLES = {"encode_decode_oracle", "simulator_oracle"}
+
+
+def test_metrics_of_a_trained_run(trained: Any) -> None:
+    result = evaluate_forecasts(trained.config, trained.model, trained.target_encoder, CPU)
+    metrics = result.metrics
+    assert set(metrics["forecasts"]) == CONTROLS | ORACLES | {"pixel_constant_velocity"}
+    assert set(metrics["embedding"]["forecasts"]) == CONTROLS | {"climatology", "encode_decode_oracle"}
+    assert metrics["kl_nats"] > 0 and metrics["queries"] == 24 and metrics["horizon"] == 1
+    assert set(metrics["probes"]) == {"backbone", "embedding", "r", "embedding_and_r"}
+    assert set(metrics["probes"]["r"]) == {"digit", "velocity", "velocity_change", "position"}
+    shown = result.illustrations
+    assert shown.frames.shape == (6, 6, 1, 64, 64)
+    assert shown.neighbours.shape == (6, 1, 4, 3, 1, 64, 64)
+    assert shown.fans is not None and shown.fans.samples.shape == (6, 8, 1, 2) and shown.fans.on_frames
+    again = evaluate_forecasts(trained.config, trained.model, trained.target_encoder, CPU)
+    assert again.metrics == metrics
+
+
+def test_a_run_is_scored_at_every_step_of_its_horizon(kicked: Any) -> None:
+    result = evaluate_forecasts(kicked.config, kicked.model, kicked.target_encoder, CPU)
+    metrics = result.metrics
+    assert metrics["space"] == "centroid, px" and metrics["horizon"] == 4
+    for forecasts in (metrics["forecasts"], metrics["embedding"]["forecasts"]):
+        for scores in forecasts.values():
+            assert len(scores["energy_score"]) == len(scores["crps"]) == 4
+    assert [len(row) for row in metrics["forecasts"]["model"]["coverage"]["90"]] == [2] * 4
+    assert len(metrics["embedding"]["retrieval"]["forecasts"]["model"]["mrr"]) == 4
+    assert result.illustrations.frames.shape == (6, 15, 1, 64, 64)
+    assert result.illustrations.neighbour_steps == (1, 2, 4)
+    fans = result.illustrations.fans
+    assert fans is not None and fans.law is not None
+    law = known_law(kicked.config, "test")
+    assert isinstance(law, KickedMnistLaw)
+    # What is drawn is where the ink is in the frames shown.
+    seen = pixel_centroid(torch.from_numpy(result.illustrations.frames[:, 2::3, 0]).float())
+    torch.testing.assert_close(torch.from_numpy(fans.origin), seen[:, 0], atol=0.3, rtol=0)
+    torch.testing.assert_close(torch.from_numpy(fans.true), seen[:, 1:], atol=0.3, rtol=0)
+
+
+def test_a_label_of_frames_is_forecast_where_no_law_is_known(kicked: Any, tiny_config: Callable[..., Config]) -> None:
+    def labelled(name: str) -> Config:
+        root = f"data.root={kicked.config.data.root}"
+        return tiny_config(root, *KICKED, "data.clip_step=4", f"evaluation.label={name}", "objective.rollout_steps=2")
+
+    metrics = evaluate_forecasts(labelled("velocity"), kicked.model, kicked.target_encoder, CPU).metrics
+    assert metrics["quantity"] == {"name": "velocity", "unit": "", "dimensions": ["0", "1"]}
+    assert set(metrics["forecasts"]) == CONTROLS
+    assert metrics["forecasts"]["model"]["energy_score"][3] > 0
+    with pytest.raises(UserError, match=r"evaluation.label='digit' is no label of frames: these videos have centre, "):
+        evaluate_forecasts(labelled("digit"), kicked.model, kicked.target_encoder, CPU)
+
+
+def test_development_scores_leave_the_networks_training(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config()
+    student = WorldModel(config)
+    teacher = Teacher(student.embedder)
+    student.train()
+    teacher.train()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    scores = development_scores(config, student, teacher, CPU)
+    assert scores["relative_energy_score"] > 0 and math.isfinite(scores["energy_score"])
+    assert student.training and teacher.training
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_videos_without_a_law_are_scored_in_embedding_space(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "known_law", lambda config, split: None)
+    result = evaluate_forecasts(trained.config, trained.model, trained.target_encoder, CPU)
+    scores = development_scores(trained.config, trained.model, trained.target_encoder, CPU)
+    assert result.metrics["space"] == "embedding" and result.metrics["quantity"] is None
+    assert result.metrics["forecasts"] == result.metrics["embedding"]["forecasts"]
+    assert set(result.metrics["forecasts"]) == CONTROLS | {"climatology"}
+    assert result.illustrations.fans is None and result.readout is None
+    assert scores["relative_energy_score"] > 0
+
+
+def test_too_few_clips_is_one_line(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config()
+    student = WorldModel(config)
+    with pytest.raises(UserError, match="fewer than 2 clips"):
+        forecast.embed_clips(config, student.eval(), Teacher(student.embedder).eval(), "test", 1, CPU)
+
+
+def test_labels_that_name_clips_or_do_not_vary_are_not_probed_for() -> None:
+    labels = {
+        "seed": torch.tensor([1570558271, 12, 7]),
+        "kind": torch.tensor([0, 2, 1]),
+        "same": torch.tensor([5, 5, 5]),
+        "wall_x_px": torch.tensor([30.5, 20.0, 31.0]),
+        "state": torch.rand(3, 4, 2),
+    }
+    targets = forecast._probe_targets(labels)
+    assert {name: (tuple(values.shape), values.dtype) for name, values in targets.items()} == {
+        "kind": ((3,), torch.int64),
+        "wall_x_px": ((3, 1), torch.float32),
+    }

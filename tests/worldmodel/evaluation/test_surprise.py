@@ -1,0 +1,320 @@
+import csv
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data_pipelines.decoders import read_frames
+from data_pipelines.errors import UserError
+from scripts.evaluate import timeline_of_test_video
+from tests.conftest import run_script
+from tests.worldmodel.commands.test_scripts import assert_one_line
+from worldmodel import TrainedRun, load
+from worldmodel.config import Config, DataConfig, ModelConfig, ObjectiveConfig
+from worldmodel.evaluation.surprise import (
+    Transitions,
+    clip_surprise,
+    cut_segments,
+    find_peaks,
+    measure,
+    score_transitions,
+    surprise_unit,
+    video_surprise,
+)
+from worldmodel.nets.latents import GaussianLatent, gaussian_kl
+from worldmodel.nets.world_model import WorldModel
+
+
+def tiny(
+    data: DataConfig | None = None, objective: ObjectiveConfig | None = None, **changes: object
+) -> tuple[Config, WorldModel]:
+    torch.manual_seed(0)
+    model = {"width": 0.125, "embedding_dim": 16, "hidden_dim": 32, "latent_dim": 3, **changes}
+    config = Config(
+        run_dir="",
+        data=data or DataConfig(channels=1),
+        model=ModelConfig(**model),  # type: ignore[arg-type]
+        objective=objective or ObjectiveConfig(),
+    )
+    return config, WorldModel(config).eval()
+
+
+def clip(num_frames: int) -> Tensor:
+    return torch.rand(num_frames, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def embeddings(rows: int, seed: int) -> Tensor:
+    return torch.randn(rows, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def scored(config: Config, model: WorldModel, video: Tensor, **options: int) -> Transitions:
+    return score_transitions(config, model, model.embedder, video.numpy(), len(video), name="it", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "stride", "starts"), [(3, 1, [0, 3, 6]), (3, 1, [0, 1, 2, 7]), (2, 3, [1, 4, 6]), (1, 2, [0, 5])]
+)
+def test_segments_are_cut_from_a_stream_that_is_never_held(num_frames: int, stride: int, starts: list[int]) -> None:
+    given = -1
+
+    def frames() -> Iterator[np.ndarray]:
+        nonlocal given
+        for given in range(10**9):
+            yield np.full((1, 1, 1), given)
+
+    for start, segment in zip(starts, cut_segments(frames(), starts, num_frames, stride), strict=True):
+        assert segment[:, 0, 0, 0].tolist() == list(range(start, start + num_frames * stride, stride))
+        assert given == start + (num_frames - 1) * stride
+        if start == starts[-1]:
+            break
+
+
+@pytest.mark.parametrize(
+    ("data", "sees", "step", "num_segments"),
+    [
+        (DataConfig(channels=1), "later", 3, 3),
+        (DataConfig(channels=1, frame_stride=2), "later", 6, 3),
+        (DataConfig(channels=1), "target", 3, 2),
+        (DataConfig(channels=1, num_segments=2, num_frames=2), "later", 2, 2),
+        (DataConfig(channels=1, num_frames=2), "later", 1, 3),
+        (DataConfig(channels=1), "later", 4, 3),
+    ],
+)
+def test_each_transition_is_scored_on_its_own_segments(
+    data: DataConfig, sees: str, step: int, num_segments: int
+) -> None:
+    """Against one transition at a time, cut by hand; with one Gaussian as prior the KL has a closed form."""
+    config, model = tiny(data, posterior_sees=sees)
+    video, span = clip(26), data.num_frames * data.frame_stride
+    length = (num_segments * data.num_frames - 1) * data.frame_stride + 1
+    found = scored(config, model, video, step_frames=step)
+    assert found.start.tolist() == list(range(0, 26 - length + 1, step))
+    assert isinstance(model.latent, GaussianLatent)
+    with torch.no_grad():
+        for start, surprise, kl, error, scene in zip(*found, strict=True):
+            segments = [video[None, start + k * span :][:, : span : data.frame_stride] for k in range(num_segments)]
+            context, target, seen = (model.encode(segments[k]) for k in (0, 1, num_segments - 1))
+            prior = model.latent.prior(context).components
+            expected = gaussian_kl(
+                model.latent.posterior(context, seen), type(prior)(prior.mean[:, 0], prior.scale[:, 0])
+            )
+            assert kl == pytest.approx(float(expected), rel=1e-4, abs=1e-5)
+            assert error == pytest.approx(float(measure(model, context, target, seen)[1]), abs=1e-5)
+            assert surprise == pytest.approx(kl + error / 0.001, rel=1e-5)  # byol's default beta
+            assert scene == 0
+
+
+def test_segments_that_tile_are_embedded_once() -> None:
+    config, model = tiny()
+    seen = 0
+
+    def count(module: object, inputs: tuple[Tensor], output: object) -> None:
+        nonlocal seen
+        seen += len(inputs[0])
+
+    model.embedder.encoder.register_forward_hook(count)
+    found = scored(config, model, clip(30))
+    assert len(found.start) == 8 and seen == 10
+
+
+def test_kl_from_a_mixture_is_the_mean_over_draws_and_no_matter_of_company() -> None:
+    _, model = tiny(prior_components=4)
+    context, target, later = embeddings(40, 1), embeddings(40, 2), embeddings(40, 3)
+    assert isinstance(model.latent, GaussianLatent)
+    with torch.no_grad():
+        kl, error = measure(model, context, target, later)
+        posterior, prior = model.latent.posterior(context, later), model.latent.prior(context)
+        generator = torch.Generator().manual_seed(5)
+        draws = [posterior.draw(generator) for _ in range(4000)]
+        each = torch.stack([posterior.log_density(r) - prior.log_density(r) for r in draws])
+        alone = measure(model, context[7:8], target[7:8], later[7:8])
+    assert float((kl - each.mean(dim=0)).abs().max()) < 4 * float(each.std(dim=0).max()) / 16**0.5
+    assert float((kl - each.mean(dim=0)).abs().mean()) < 0.5 * float(each.std(dim=0).mean())  # one draw: 0.8
+    torch.testing.assert_close(torch.cat(alone), torch.stack([kl[7], error[7]]))
+
+
+def test_the_prediction_error_is_what_the_best_r_leaves() -> None:
+    _, model = tiny()
+    context, later = embeddings(4, 1), embeddings(4, 3)
+    assert isinstance(model.latent, GaussianLatent)
+    with torch.no_grad():
+        without_spread(model.latent)
+        reached = model.edit(context, model.latent.posterior(context, later).mean)
+        assert float(measure(model, context, reached, later)[1].abs().max()) < 1e-4
+        torch.testing.assert_close(
+            measure(model, context, -reached, later)[1], torch.full((4,), 2.0), atol=1e-4, rtol=0
+        )
+
+
+def without_spread(latent: GaussianLatent) -> None:
+    last = latent.posterior_net[-1]
+    assert isinstance(last, nn.Linear)
+    last.weight[latent.latent_dim :] = 0
+    last.bias[latent.latent_dim :] = -30
+
+
+@pytest.mark.parametrize(
+    ("objective", "beta"),
+    [
+        (ObjectiveConfig(), 0.001),
+        (ObjectiveConfig(beta=0.2), 0.2),
+        (ObjectiveConfig("vicreg", beta=0.2, vicreg_weights=(7.0, 25.0, 1.0)), 0.2),
+        (ObjectiveConfig("sigreg"), 0.002),
+        (ObjectiveConfig("infonce", temperature=0.5), 0.01),
+    ],
+)
+def test_surprise_is_the_kl_and_the_objective_s_own_error_over_beta(objective: ObjectiveConfig, beta: float) -> None:
+    """Computed by hand where the posterior is a point, whose error is that of one edit."""
+    _, model = tiny(objective=objective)
+    context, target, later = embeddings(6, 1), embeddings(6, 2), embeddings(6, 3)
+    assert isinstance(model.latent, GaussianLatent)
+    with torch.no_grad():
+        without_spread(model.latent)
+        posterior, prior = model.latent.posterior(context, later), model.latent.prior(context).components
+        kl = gaussian_kl(posterior, type(prior)(prior.mean[:, 0], prior.scale[:, 0]))
+        edited = model.edit(context, posterior.mean)
+        error = {
+            "byol": 1 - (edited * target).sum(dim=1) / edited.norm(dim=1) / target.norm(dim=1),
+            "vicreg": 7 * (edited - target).square().mean(dim=1),
+            "sigreg": (edited - target).square().mean(dim=1),
+            "infonce": (edited - target).square().mean(dim=1) / 2 / 0.5,
+        }[objective.name]
+        parts = measure(model, context, target, later)
+    torch.testing.assert_close(parts, (kl, error), rtol=1e-4, atol=1e-4)
+    assert surprise_unit(model) == "nats"
+
+
+def test_a_scene_code_adds_how_surprising_it_is_that_the_scene_is_the_same() -> None:
+    config, model = tiny(scene_dim=3, posterior_sees="target")
+    assert model.scene is not None
+    model.scene.learn(torch.randn(32, 3, len(model.scene.mean), generator=torch.Generator().manual_seed(0)))
+    found = scored(config, model, clip(15))
+    with torch.no_grad():
+        kept = model.scene.kept(model.embedder.features(clip(15).unflatten(0, (5, 3))))
+        expected = model.scene.change_nats(kept[:-1], kept[1:])
+    np.testing.assert_allclose(found.scene_nats, expected, rtol=1e-4)
+    nats = found.kl_nats + found.prediction_error / model.beta + found.scene_nats
+    np.testing.assert_allclose(found.surprise, nats, rtol=1e-5)
+
+
+def test_where_the_loss_has_no_kl_surprise_is_the_prediction_error(long_video: Path) -> None:
+    config, model = tiny(latent="none")
+    found = scored(config, model, clip(15))
+    assert found.start.tolist() == [0, 3, 6, 9]  # two segments each: nothing is inferred from a third
+    with torch.no_grad():
+        segments = model.encode(clip(15).unflatten(0, (5, 3)))
+        expected = 1 - torch.cosine_similarity(model.edit(segments[:-1], segments[:-1, :0]), segments[1:], dim=-1)
+    np.testing.assert_allclose(found.surprise, expected, atol=1e-5)
+    np.testing.assert_array_equal(found.surprise, found.prediction_error)
+    assert not found.kl_nats.any()
+    assert video_surprise(config, model, model.embedder, long_video).unit == "units of the loss"
+    config, model = tiny(objective=ObjectiveConfig(beta=0.0))
+    found = scored(config, model, clip(15))
+    np.testing.assert_array_equal(found.surprise, found.prediction_error)
+    assert found.kl_nats.all() and clip_surprise(config, model, model.embedder, clip(15)).unit == "units of the loss"
+
+
+def found(surprise: list[float], step: int = 3) -> Transitions:
+    others = -np.array(surprise)
+    return Transitions(np.arange(len(surprise)) * step, np.array(surprise), others, others, others)
+
+
+def test_peaks_are_the_highest_maxima_that_do_not_touch() -> None:
+    data = DataConfig(num_frames=3)
+    assert find_peaks(found([0, 5, 4, 1, 3, 0, 9]), data, 5).tolist() == [6, 1, 4]
+    assert find_peaks(found([0, 5, 4, 1, 3, 0, 9]), data, 2).tolist() == [6, 1]
+    assert find_peaks(found([2, 2, 2]), data, 5).tolist() == [0, 2]
+    # With a transition at every frame, those up to a segment away touch.
+    assert find_peaks(found([9, 0, 5, 0, 4, 0, 6, 0], step=1), data, 5).tolist() == [0, 6]
+
+
+def test_frames_and_times_are_those_of_the_source(long_video: Path) -> None:
+    """36 frames at 10 a second, resampled to 5: every other one."""
+    config, model = tiny(DataConfig(channels=1, fps=5.0))
+    timeline = video_surprise(config, model, model.embedder, long_video, num_peaks=1)
+    assert timeline.frame.tolist() == [6, 12, 18, 24]
+    assert timeline.time_s is not None
+    np.testing.assert_allclose(timeline.time_s, [0.6, 1.2, 1.8, 2.4], atol=2e-3)
+    source = np.stack(list(read_frames(long_video, channels=1, size_px=64)))
+    [peak] = timeline.peaks
+    np.testing.assert_array_equal(timeline.peak_frames[0], source[timeline.frame[peak] - 6 :][:12:2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"latent": "sparse"}, r"needs a run with model\.latent=gaussian or none"),
+        ({"latent": "oracle"}, r"needs a run with model\.latent=gaussian or none"),
+        ({"action_dim": 2, "editor": "residual"}, r"needs a passive run"),
+        ({"latent": "none", "action_dim": 2, "editor": "residual"}, r"needs a passive run"),
+    ],
+)
+def test_a_model_that_cannot_score_videos_says_why(changes: dict[str, object], reason: str, long_video: Path) -> None:
+    config, model = tiny(**changes)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=reason):
+        video_surprise(config, model, model.embedder, long_video)
+    with pytest.raises(UserError, match=reason):
+        clip_surprise(config, model, model.embedder, clip(12))
+
+
+@pytest.mark.parametrize(
+    ("changes", "unit"),
+    [
+        ({}, "nats"),
+        ({"latent": "none"}, "units of the loss"),
+        ({"latent": "sparse"}, None),
+        ({"action_dim": 2, "editor": "residual"}, None),
+    ],
+)
+def test_an_evaluation_has_a_timeline_of_every_model_that_scores_videos(
+    changes: dict[str, object], unit: str | None, kicked_world: Path
+) -> None:
+    config, model = tiny(DataConfig(root=str(kicked_world), channels=1), **changes)  # type: ignore[arg-type]
+    timeline = timeline_of_test_video(TrainedRun(kicked_world, config, model, None, {}))
+    assert (timeline and timeline.unit) == unit
+
+
+def test_what_cannot_be_scored_is_told_in_one_line(long_video: Path, tmp_path: Path) -> None:
+    config, model = tiny()
+    with pytest.raises(UserError, match="the clip has 8 frames, and one transition takes 9"):
+        clip_surprise(config, model, model.embedder, clip(8))
+    with pytest.raises(UserError, match="step_frames=0 must be at least 1"):
+        clip_surprise(config, model, model.embedder, clip(9), step_frames=0)
+    with pytest.raises(UserError, match="num_peaks=0 must be at least 1"):
+        clip_surprise(config, model, model.embedder, clip(9), num_peaks=0)
+    causal = replace(config, data=replace(config.data, source="causal"))
+    with pytest.raises(UserError, match="needs a run on videos"):
+        video_surprise(causal, model, model.embedder, long_video)
+
+
+def test_the_script_writes_a_row_a_transition_and_pictures(trained_run: Path, long_video: Path, tmp_path: Path) -> None:
+    arguments = ["--run", str(trained_run), "--video", str(long_video), "--out", str(tmp_path / "out")]
+    done = run_script("surprise.py", *arguments, "--peaks", "2")
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "out" / "surprise.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    timeline = load(trained_run).surprise(long_video, num_peaks=2)
+    assert [int(row["frame"]) for row in rows] == list(range(3, 31, 3))
+    assert [int(row["transition"]) for row in rows] == list(range(10))
+    np.testing.assert_allclose([float(row["time_s"]) for row in rows], np.arange(3, 31, 3) / 10, atol=2e-3)
+    assert list(rows[0])[3:] == ["surprise", "kl_nats", "prediction_error", "scene_nats", "is_peak"]
+    for name in ("surprise", "kl_nats", "prediction_error", "scene_nats"):
+        np.testing.assert_allclose([float(row[name]) for row in rows], getattr(timeline, name), rtol=1e-4, atol=1e-6)
+    assert {row for row in range(10) if rows[row]["is_peak"] == "1"} == set(timeline.peaks.tolist())
+    assert "surprise, nats" in done.stdout and f"{timeline.surprise[timeline.peaks[0]]:.3f}" in done.stdout
+    assert (tmp_path / "out" / "surprise.png").read_bytes()[1:4] == b"PNG"
+    assert (tmp_path / "out" / "surprise.webp").read_bytes()[8:12] == b"WEBP"
+
+
+def test_mistakes_at_the_script_end_with_one_line(
+    trained_run: Path, world: Path, long_video: Path, tmp_path: Path
+) -> None:
+    run, video, out = ("--run", str(trained_run)), ("--video", str(long_video)), ("--out", str(tmp_path / "out"))
+    assert_one_line("surprise.py", *run, "--video", str(tmp_path / "no.mp4"), *out, tells="no.mp4")
+    assert_one_line("surprise.py", *run, *video, *out, "--peaks", "0", tells="--peaks must be at least 1, not 0")
+    assert_one_line("surprise.py", *run, *video, *out, "--step-frames", "-1", tells="--step-frames must be at least 1")
+    assert not (tmp_path / "out").exists()

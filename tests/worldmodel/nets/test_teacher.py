@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+from worldmodel.config import Config, DataConfig, ModelConfig
+from worldmodel.nets.teacher import Teacher, ema_momentum
+from worldmodel.nets.world_model import WorldModel
+
+
+def student() -> WorldModel:
+    torch.manual_seed(0)
+    model = ModelConfig(width=0.125, hidden_dim=16, embedding_dim=8)
+    return WorldModel(Config(run_dir="", data=DataConfig(channels=1), model=model))
+
+
+def test_parameters_follow_by_the_momentum() -> None:
+    world = student()
+    teacher = Teacher(world.embedder)
+    before = [p.clone() for p in teacher.parameters()]
+    with torch.no_grad():
+        for parameter in world.embedder.parameters():
+            parameter.add_(1.0)
+    teacher.update(world.embedder, 0.9)
+    for old, new in zip(before, teacher.parameters(), strict=True):
+        torch.testing.assert_close(new, old + 0.1)
+
+
+def test_it_shares_nothing_with_the_student_and_has_no_gradient() -> None:
+    world = student()
+    teacher = Teacher(world.embedder)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    own = {p.data_ptr() for p in [*teacher.parameters(), *teacher.buffers()]}
+    assert own.isdisjoint(p.data_ptr() for p in [*world.parameters(), *world.buffers()])
+    assert not teacher(torch.rand(2, 3, 1, 64, 64)).requires_grad
+
+
+@pytest.mark.parametrize(("step", "expected"), [(0, 0.99), (50, 0.995), (100, 1.0)])
+def test_cosine_momentum(step: int, expected: float) -> None:
+    assert ema_momentum(step, 100, 0.99, "cosine") == pytest.approx(expected)
+    assert ema_momentum(step, 100, 0.99, "constant") == 0.99

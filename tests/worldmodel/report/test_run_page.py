@@ -1,0 +1,583 @@
+"""The report: every number is the one in the metrics, and any part may be missing."""
+
+import base64
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines.errors import UserError
+from data_pipelines.files import write_text
+from tests.conftest import REPO
+from tests.worldmodel.report.samples import (
+    make_episodes,
+    make_history,
+    make_illustrations,
+    make_metrics,
+    make_planning,
+    make_unlabelled_metrics,
+)
+from worldmodel.config import load_config, to_yaml
+from worldmodel.report.figures import (
+    Picture,
+    animation,
+    imagined_paths,
+    path_until,
+    planning_animation,
+    principal_components,
+    spread_labels,
+    timeline_figure,
+)
+from worldmodel.report.illustrations import NO_ILLUSTRATIONS, Fans, Illustrations, PlannedEpisode
+from worldmodel.report.illustrations_file import ILLUSTRATIONS_NAME, PLANNED_NAME, save_parts
+from worldmodel.report.run_page import report_of_run, write_report
+from worldmodel.report.tables import (
+    duration,
+    headline,
+    markdown_table,
+    marked_steps,
+    number,
+    planning_table,
+    protocol_facts,
+    score_table,
+    text_of,
+    value_at,
+)
+
+VOID = {"meta", "img", "source", "br", "hr", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Checks that tags balance; gathers images, resources, headings and the text outside of <style>."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.resources: list[str] = []
+        self.tags: set[str] = set()
+        self.headings: list[str] = []
+        self.words: list[str] = []
+        self.metrics: dict[str, set[str]] = {}
+        self.path: str | None = None
+        self.feed(html)
+        self.close()
+        assert self.open == []
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.path = dict(attrs).get("data-metric")
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "img":
+            self.images.append(dict(attrs))
+        if tag in {"h1", "h2", "h3"}:
+            self.headings.append(tag)
+        self.resources += [v or "" for k, v in attrs if k in {"src", "srcset", "href", "data", "poster", "action"}]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, tag
+
+    def handle_data(self, data: str) -> None:
+        if self.path:
+            self.metrics.setdefault(self.path, set()).add(data)
+            self.path = None
+        if "style" not in self.open:
+            self.words.append(data)
+
+
+def report(
+    path: Path,
+    *,
+    title: str = "demo",
+    metrics: dict[str, Any] | None = None,
+    history: list[dict[str, Any]] | None = None,
+    illustrations: Illustrations | None = None,
+    config_yaml: str = "seed: 17\n",
+    episodes: Sequence[PlannedEpisode] = (),
+) -> tuple[str, Page]:
+    write_report(
+        path,
+        title=title,
+        metrics=make_metrics(2) if metrics is None else metrics,
+        config_yaml=config_yaml,
+        history=history or [],
+        illustrations=illustrations or make_illustrations(queries=0, num_steps=2),
+        versions={"torch": "2.13.0"},
+        episodes=episodes,
+    )
+    html = path.read_text(encoding="utf-8")
+    return html, Page(html)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page]:
+    return report(
+        tmp_path_factory.mktemp("report") / "new" / "report.html",
+        metrics=make_metrics(3) | {"planning": make_planning()},
+        history=make_history(),
+        illustrations=make_illustrations(queries=1, num_steps=3, size_px=32),
+        episodes=make_episodes(2),
+    )
+
+
+@pytest.fixture
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts take seconds and are drawn in other tests: here they are only asked for, with their words."""
+    monkeypatch.setattr(
+        "worldmodel.report.figures.chart", lambda draw, alt, **_: Picture("data:image/", "data:image/", alt, 1, 1)
+    )
+
+
+def text_of_headline(metrics: dict[str, Any]) -> str:
+    return "".join(part.text for part in headline(metrics))
+
+
+def test_every_number_with_a_path_is_the_one_in_the_metrics(full: tuple[str, Page]) -> None:
+    metrics = json.loads(json.dumps(make_metrics(3) | {"planning": make_planning()}))
+    shown = full[1].metrics
+    assert {
+        "forecasts.model.energy_score.0",
+        "forecasts.simulator_oracle.energy_score.2",
+        "forecasts.model.coverage.90.2.1",
+        "embedding.retrieval.forecasts.model.hit_5.1",
+        "embedding.forecasts.climatology.energy_score.0",
+        "probes.embedding_and_r.velocity_change.mlp",
+        "readout.r2.1",
+        "kl_nats",
+        "queries",
+        "seed",
+        "planning.success_rate",
+        "planning.ci95.1",
+        "planning.per_seed.2",
+        "planning.path_ratio",
+        "planning.curve.0.success_rate",
+        "planning.random_floor.steps",
+        "planning.oracle_ceiling.ms_per_decision",
+    } <= set(shown)
+    for path, texts in shown.items():
+        for text in texts:
+            plain = text.replace(",", "")
+            decimals = len(plain.partition(".")[2])
+            assert f"{value_at(metrics, path):.{decimals}f}" == plain, path
+    assert "nan" not in full[1].text.lower()
+
+
+def test_headline_names_the_scores_and_their_ratio_to_the_oracle(full: tuple[str, Page]) -> None:
+    sentence = text_of_headline(make_metrics(3))
+    assert sentence == (
+        "Forecasts reach an Energy Score of 0.659 px at horizon 1 and 1.253 px at horizon 3, "
+        "1.10 and 1.12 times those of the true law itself."
+    ).replace("1.253 px", "1.253")
+    assert sentence in full[1].text
+    assert text_of_headline(make_metrics(1)).endswith("0.659 px, 1.10 times the 0.598 of the true law itself.")
+    assert text_of_headline({}) == "This run has no forecast score."
+    without = make_metrics(1)
+    del without["forecasts"]["model"]["ratio_to_oracle"]
+    without["forecasts"]["model"]["energy_score"] = [2 * 0.5982]
+    assert "2.00 times" in text_of_headline(without)
+
+
+def test_without_an_oracle_the_headline_prefers_climatology() -> None:
+    scores = {"model": 0.3, "persistence": 1.2, "climatology": 0.6}
+    forecasts = {name: {"energy_score": [score]} for name, score in scores.items()}
+    sentence = text_of_headline({"forecasts": forecasts})
+    assert sentence.endswith("0.300 in embedding space, 0.50 times the 0.600 of other clips' futures.")
+
+
+def test_the_best_forecast_is_marked_and_an_oracle_never_is() -> None:
+    metrics = make_metrics(1)
+    (bold,) = [line for line in markdown_table(metrics).splitlines() if "**" in line]
+    assert bold.startswith("| This run") and "**0.659**" in bold
+    metrics["forecasts"]["model"]["energy_score"] = [0.9]
+    (bold,) = [line for line in markdown_table(metrics).splitlines() if "**" in line]
+    assert "Shuffled r" in bold
+    assert [row.label for row in score_table(metrics).rows if row.best] == ["Shuffled r"]
+
+
+def test_markdown_of_one_step_is_one_aligned_table() -> None:
+    lines = markdown_table(make_metrics(1)).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["forecast", "Energy Score, px", "x oracle", "90% coverage x / y"]
+    assert ["This run", "**0.659**", "1.10", "0.88 / 0.89"] in cells
+    assert ["Persistence", "1.619", "2.71", "–"] in cells
+    assert len(markdown_table({}).splitlines()) == 2
+
+
+def test_markdown_over_a_horizon_has_every_step() -> None:
+    scores, ratios, coverage = markdown_table(make_metrics(8)).split("\n\n")
+    assert scores.splitlines()[0].count("h = ") == 8 and "**2.736**" in scores
+    assert "1.17" in ratios and "h = 8" in ratios
+    assert "Prior mean" not in coverage and "0.84 / 0.85" in coverage
+
+
+def test_table_of_the_page_at_the_first_a_middle_and_the_last_step() -> None:
+    assert [marked_steps(n) for n in (1, 2, 3, 8)] == [[0], [0, 1], [0, 1, 2], [0, 3, 7]]
+    table = score_table(make_metrics(8))
+    assert table.groups == [("Energy Score, px", 3), ("× oracle", 3), ("90% coverage x / y", 2)]
+    assert [text_of(cell) for cell in table.rows[0].cells] == [
+        *("0.659", "1.549", "2.736", "1.10", "1.13", "1.17", "0.88 / 0.89", "0.84 / 0.85")
+    ]
+    assert [group for group, _ in score_table(make_metrics(1)).columns][-1] == "90% width x / y"
+
+
+def test_page_is_whole_and_needs_nothing_else(full: tuple[str, Page]) -> None:
+    html, page = full
+    assert html.lstrip().startswith("<!DOCTYPE html>")
+    assert "script" not in page.tags and "link" not in page.tags
+    assert page.resources and all(r.startswith("data:image/") for r in page.resources)
+    assert "http://" not in html and "https://" not in html
+    assert "@import" not in html and "url(" not in html
+    assert page.headings[0] == "h1" and page.headings.count("h1") == 1 and page.headings[1] == "h2"
+    for heading in (
+        "Sampled futures",
+        "Over the horizon",
+        "Calibration",
+        "What r says",
+        "Retrieval",
+        "Surprise",
+        "Planning",
+    ):
+        assert heading in page.text
+
+
+def test_every_image_has_words_of_its_own_and_a_size(full: tuple[str, Page]) -> None:
+    alts = [image["alt"] or "" for image in full[1].images]
+    assert len(set(alts)) == len(alts) > 20 and all(len(alt) > 20 for alt in alts)
+    assert all(int(image["width"] or 0) > 0 and int(image["height"] or 0) > 0 for image in full[1].images)
+    assert any("This run 0.66 to 1.25" in alt for alt in alts)
+    assert any("90% intervals hold 89%" in alt for alt in alts)
+    assert any("5.00 nats at frame 63, 2.52 s" in alt for alt in alts)
+
+
+def test_the_animation_plays_all_frames_and_has_a_still(full: tuple[str, Page]) -> None:
+    html, page = full
+    (source,) = [i["src"] or "" for i in page.images if "under sampled paths" in (i["alt"] or "")]
+    moving = Image.open(BytesIO(base64.b64decode(source.split(",")[1])))
+    assert getattr(moving, "n_frames") == 4 * 3 and moving.info["loop"] == 0  # noqa: B009
+    assert html.count("prefers-reduced-motion: reduce") == 1 + 2  # and two episodes of planning
+
+
+def test_paths_grow_straight_between_the_ends_of_segments() -> None:
+    ends = np.array([[[2.0, 0.0], [2.0, 4.0]]])
+    origin = np.zeros(2)
+    assert path_until(origin, ends, 0.5).tolist() == [[[0, 0], [1, 0]]]
+    assert path_until(origin, ends, 1.25).tolist() == [[[0, 0], [2, 0], [2, 1]]]
+    assert path_until(origin, ends, 2.0).tolist() == [[[0, 0], [2, 0], [2, 4]]]
+
+
+def test_the_ring_is_drawn_where_the_frames_show_the_truth() -> None:
+    """A white pixel moves along the true path: in the last frame the ring must be around it."""
+    centre, velocity, n = np.array([20, 12]), np.array([4, 3]), 3
+    frames = np.zeros((2 * n, 1, 64, 64), dtype=np.uint8)
+    for k in range(1, n + 1):
+        frames[n + k - 1, 0, centre[1] + k * velocity[1], centre[0] + k * velocity[0]] = 255
+    true = (centre + n * velocity).astype(float)
+    fans = Fans(np.array([[[[40.0, 4.0]]]]), None, true[None, None], centre[None].astype(float), on_frames=True)
+    picture = animation(frames, n, "alt", fans=fans)
+    assert picture.still is not None
+    image = Image.open(BytesIO(base64.b64decode(picture.still.split(",")[1]))).convert("RGB")
+    pixels = np.asarray(image).astype(int)[:320, :320]
+    white = np.argwhere((pixels.min(axis=2) > 100) & (np.ptp(pixels, axis=2) < 20))
+    orange = np.argwhere((pixels[..., 0] > 190) & (pixels[..., 2] < 100))
+    tip = orange.max(axis=0)  # the path goes right and down, so the ring's edge is the outermost orange
+    middle = true[::-1] * 5 + 2
+    assert np.abs(white.mean(axis=0) - middle).max() < 4
+    assert np.all(tip - middle > 5) and abs((tip - middle)[0] - (tip - middle)[1]) <= 3
+
+
+@pytest.mark.parametrize("num_frames", [1, 7])
+def test_unlabelled_colour_video(tmp_path: Path, no_charts: None, num_frames: int) -> None:
+    metrics = make_unlabelled_metrics(2) | {"kl_nats": None, "embedding": {"effective_rank": math.nan}}
+    drawn = make_illustrations(
+        queries=1, num_steps=2, channels=3, num_frames=num_frames, size_px=24, labels=False, num_neighbours=1
+    )
+    _, page = report(tmp_path / "report.html", metrics=metrics, illustrations=drawn)
+    assert "in embedding space" in page.text and "times those of other clips' futures" in page.text
+    assert "Nearest real futures" in page.text and "true law" not in page.text and "probes" not in page.text
+    assert "–" in page.words and "KL, nats" not in page.text
+
+
+def test_quantities_that_are_no_positions_get_a_fan_chart_and_plain_frames(tmp_path: Path) -> None:
+    drawn = make_illustrations(queries=1, num_steps=2, size_px=24, on_frames=False)
+    _, page = report(tmp_path / "report.html", metrics={}, illustrations=drawn)
+    alts = [image["alt"] or "" for image in page.images]
+    assert any("against the horizon" in alt for alt in alts) and not any("under sampled paths" in alt for alt in alts)
+
+
+def drop(metrics: dict[str, Any], key: str) -> dict[str, Any]:
+    return {k: v for k, v in metrics.items() if k != key}
+
+
+@pytest.mark.parametrize("key", ["horizon", "quantity", "forecasts", "embedding", "readout", "probes", "train"])
+@pytest.mark.parametrize("missing", ["absent", "null"])
+def test_any_part_of_the_metrics_may_be_missing(tmp_path: Path, no_charts: None, key: str, missing: str) -> None:
+    metrics = drop(make_metrics(2), key) | ({key: None} if missing == "null" else {})
+    _, page = report(tmp_path / "report.html", metrics=metrics)
+    assert "How it was made" in page.text
+    assert markdown_table(metrics)
+
+
+def test_nothing_to_show_still_makes_a_page(tmp_path: Path) -> None:
+    empty = make_illustrations(queries=0, labels=False)
+    bare = Illustrations(empty.frames, 3, None, empty.neighbours, (), None, None)
+    _, page = report(tmp_path / "report.html", metrics={}, illustrations=bare)
+    assert page.images == [] and "This run has no forecast score." in page.text
+
+
+def test_six_queries_of_restless_colour_stay_under_the_limit(tmp_path: Path) -> None:
+    drawn = make_illustrations(queries=1, size_px=128, channels=3, texture=True, num_neighbours=4)
+    drawn = replace(drawn, latents=None, timeline=None)  # one of each, however many queries
+    html, _ = report(tmp_path / "report.html", metrics={}, illustrations=drawn)
+    metrics = {"planning": make_planning(())}
+    restless = make_episodes(1, size_px=128, num_steps=50, texture=True)
+    planned, _ = report(tmp_path / "planned.html", metrics=metrics, illustrations=NO_ILLUSTRATIONS, episodes=restless)
+    # Six queries and four episodes are the most that are drawn.
+    assert 6 * len(html.encode()) + 4 * len(planned.encode()) < 5_000_000
+
+
+def moving_image(picture: Picture) -> Any:
+    return Image.open(BytesIO(base64.b64decode(picture.light.split(",")[1])))
+
+
+def test_the_protocol_of_planning_is_shown_whole(full: tuple[str, Page]) -> None:
+    facts = {
+        "env": "data_pipelines.worlds.two_rooms:worldmodel/TwoRooms-v0",
+        "env_kwargs": "–",
+        "seeds": "3",
+        "episodes": "1250",
+        "budget": "50",
+        "first_seed": "0",
+        "planning.planner": "icem",
+        "planning.horizon": "20",
+        "planning.init_std": "0.5",
+        "planning.risk_quantile": "–",
+        "planning.num_samples": "4",
+        "step": "3000",
+        "labels": "10000",
+    }
+    assert dict(protocol_facts({"planning": make_planning()})) == facts
+    assert " ".join(f"{name} {value}" for name, value in facts.items()) in full[1].text
+
+
+def test_planning_is_told_beside_chance_and_the_ceiling(full: tuple[str, Page]) -> None:
+    metrics = {"planning": make_planning()}
+    assert text_of_headline(metrics) == (
+        "Plans reach 0.800 of their goals (95% interval 0.737 to 0.842), random actions 0.132."
+    )
+    assert "Plans reach 0.800 of their goals" in full[1].text
+    table = planning_table(metrics)
+    assert [row.label for row in table.rows] == [
+        "This run, 100 labels",
+        "This run, 1,000 labels",
+        "This run, 10,000 labels",
+        "Random actions",
+        "Privileged planner",
+    ]
+    assert [text_of(cell) for cell in table.rows[2].cells] == [
+        *("0.800", "0.737", "0.842", "1.23", "17.2", "9.88", "0.78 / 0.80 / 0.82")
+    ]
+    assert [text_of(cell) for cell in table.rows[0].cells[3:5]] == ["–", "–"]
+    without = make_planning(()) | {"oracle_ceiling": None}
+    assert [row.label for row in planning_table({"planning": without}).rows] == ["This run", "Random actions"]
+    assert planning_table({}).rows == []
+
+
+@pytest.mark.parametrize(("labels", "drawn"), [((), False), ((100,), False), ((100, 1000), True)])
+def test_success_against_labels_is_drawn_for_several_counts(
+    tmp_path: Path, no_charts: None, labels: tuple[int, ...], drawn: bool
+) -> None:
+    _, page = report(tmp_path / "report.html", metrics={"planning": make_planning(labels)})
+    alts = " ".join(image["alt"] or "" for image in page.images)
+    assert ("100 labels 0.700 (0.637 to 0.742); 1,000 labels 0.800 (0.737 to 0.842)" in alts) == drawn
+    assert ("Success against labels" in page.text) == drawn and "Planning" in page.text
+
+
+def test_an_episode_moves_through_all_its_frames_and_says_what_came_of_it(full: tuple[str, Page]) -> None:
+    reached, failed = [image for image in full[1].images if "the goal is" in (image["alt"] or "")]
+    assert "Episode 1: the goal is reached after 6 steps, of at most 50." in (reached["alt"] or "")
+    assert "and ends 0.0 px from it. The first plan is imagined to come within" in (reached["alt"] or "")
+    assert "Episode 2: the goal is not reached in 6 steps" in (failed["alt"] or "")
+    moving = Image.open(BytesIO(base64.b64decode((reached["src"] or "").split(",")[1])))
+    assert getattr(moving, "n_frames") == 6 + 1 and moving.info["loop"] == 0  # noqa: B009
+    assert sum("the picture of the goal" in (image["alt"] or "") for image in full[1].images) == 2
+
+
+def test_long_episodes_are_thinned_from_their_first_frame_to_their_last() -> None:
+    (episode,) = make_episodes(1, size_px=16, num_steps=200)
+    assert moving_image(planning_animation(episode, "alt")).n_frames == 64
+
+
+def test_the_way_the_goal_and_the_plan_are_drawn_where_they_are() -> None:
+    """Blue from the agent to where the plan leads, a pink cross at the goal, orange behind the agent."""
+    way = np.array([[10.0, 10.0], [20.0, 10.0]])
+    plan = np.array([[[[20.0, 40.0], [50.0, 40.0]]]])
+    frames = np.zeros((2, 3, 64, 64), np.uint8)
+    episode = PlannedEpisode(0, True, frames, frames[0], way, np.array([50.0, 20.0]), plan)
+    assert imagined_paths(episode, 0).tolist() == [[[10, 10], [20, 40], [50, 40]]]
+    moving = moving_image(planning_animation(episode, "alt"))
+
+    def seen(number: int) -> dict[str, np.ndarray]:
+        moving.seek(number)
+        red, green, blue = np.moveaxis(np.asarray(moving.convert("RGB")).astype(int)[:320], -1, 0)
+        return {
+            "plan": np.argwhere((blue > 150) & (red < 140)),
+            "goal": np.argwhere((red > 150) & (blue > 120) & (green < 150)),
+            "way": np.argwhere((red > 180) & (blue < 90)),
+        }
+
+    def at(x: float, y: float) -> np.ndarray:
+        return 5 * np.array([y, x]) + 2
+
+    first, last = seen(0), seen(1)
+    assert np.abs(first["plan"].min(axis=0) - at(10, 10)).max() < 5
+    assert np.abs(first["plan"].max(axis=0) - at(50, 40)).max() < 8
+    assert np.abs(first["goal"].mean(axis=0) - at(50, 20)).max() < 3
+    assert len(first["way"]) == 0 and len(last["plan"]) == 0
+    assert np.abs(last["way"].min(axis=0) - at(10, 10)).max() < 5
+    assert np.abs(last["way"].max(axis=0) - at(20, 10)).max() < 5
+
+
+def test_episodes_without_positions_show_frames_only(tmp_path: Path) -> None:
+    metrics = {"planning": make_planning(())}
+    _, page = report(tmp_path / "report.html", metrics=metrics, episodes=make_episodes(1, positions=False))
+    assert "the way so far" not in page.text and "px from it" not in (page.images[0]["alt"] or "")
+    assert moving_image(planning_animation(make_episodes(1, positions=False)[0], "alt")).n_frames == 7
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    run = tmp_path / "demo"
+    run.mkdir()
+    write_text(run / "config.yaml", to_yaml(load_config(REPO / "configs" / "demo.yaml")))
+    return run
+
+
+def headings(run: Path) -> set[str]:
+    page = Page(report_of_run(run).read_text(encoding="utf-8"))
+    return {name for name in ("Forecasts", "Sampled futures", "Planning", "Episodes") if name in page.words}
+
+
+def test_the_report_of_a_run_has_what_lies_in_its_folder(run_folder: Path, no_charts: None) -> None:
+    assert headings(run_folder) == set()
+    write_text(run_folder / "planning.json", json.dumps(make_planning()))
+    assert headings(run_folder) == {"Planning"}
+    save_parts(run_folder / PLANNED_NAME, make_episodes(1))
+    assert headings(run_folder) == {"Planning", "Episodes"}
+    write_text(run_folder / "metrics.json", json.dumps(make_metrics(2)))
+    save_parts(run_folder / ILLUSTRATIONS_NAME, [make_illustrations(queries=1, num_steps=2, size_px=16)])
+    assert headings(run_folder) == {"Forecasts", "Sampled futures", "Planning", "Episodes"}
+    (run_folder / "planning.json").unlink()
+    assert headings(run_folder) == {"Forecasts", "Sampled futures"}
+
+
+def test_pictures_that_an_older_evaluation_did_not_keep_are_missed_aloud(
+    run_folder: Path, no_charts: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_text(run_folder / "metrics.json", json.dumps(make_metrics(2)))
+    assert headings(run_folder) == {"Forecasts"}
+    assert "evaluate the run again" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["planning.json", "metrics.json"])
+@pytest.mark.parametrize("content", ["{", "3"])
+def test_damaged_results_are_one_line(run_folder: Path, name: str, content: str) -> None:
+    write_text(run_folder / name, content)
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        report_of_run(run_folder)
+    assert not (run_folder / "report.html").exists()
+
+
+def test_texts_are_escaped(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    metrics = {
+        "run": evil,
+        "quantity": {"name": evil, "unit": evil, "dimensions": [evil, evil]},
+        "forecasts": {evil: {"energy_score": [1.0]}},
+        "probes": {evil: {evil: {"linear": 1.0}}},
+    }
+    html, page = report(tmp_path / "r.html", title=evil, metrics=metrics, config_yaml=f"name: {evil}\n")
+    assert "script" not in page.tags and "<script" not in html
+    assert evil in page.text
+
+
+def test_both_splits_of_the_history_are_drawn_and_the_later_row_of_a_step_counts(tmp_path: Path) -> None:
+    rows = [{"step": s, "split": "train", "loss": v} for s, v in [(1, 9.0), (2, 8.0), (3, math.nan), (2, 4.25)]]
+    rows += [{"step": 9, "split": "selection", "energy_score": 0.25}]
+    _, page = report(tmp_path / "report.html", metrics={}, history=rows)
+    alts = " ".join(image["alt"] or "" for image in page.images)
+    assert "Loss against training step; 4.250 at step 2, the last one drawn." in alts and "0.250 at step 9" in alts
+
+
+def test_a_failed_write_keeps_the_report_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("before")
+
+    def full_disk(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.replace", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        report(path, metrics={})
+    assert path.read_text() == "before"
+
+
+def test_labels_keep_their_distance_and_stay_in_the_frame() -> None:
+    assert spread_labels([0.2, 0.8], 0.1) == [0.2, 0.8]
+    assert spread_labels([0.5, 0.5, 0.52], 0.1) == pytest.approx([0.5, 0.6, 0.7])
+    assert spread_labels([1.0, 0.99], 0.1) == pytest.approx([1.0, 0.9])
+
+
+def test_the_leading_plane_of_r() -> None:
+    line = np.outer(np.arange(5.0), [3.0, 4.0, 0.0])
+    plane, held = principal_components(line)
+    assert held == pytest.approx(1) and np.abs(plane[:, 0]) == pytest.approx([10, 5, 0, 5, 10])
+    assert principal_components(np.arange(4.0)[:, None])[0].shape == (4, 2)
+
+
+def test_the_picture_of_surprise_has_the_frames_of_every_peak() -> None:
+    timeline = make_illustrations(queries=1, size_px=16).timeline
+    assert timeline is not None
+    figure = timeline_figure(timeline)
+    assert len(figure.axes) == 1 + 2 * 6
+    assert "5.00 nats at frame 63, 2.52 s" in [text.get_text() for text in figure.texts]
+    curve: Any = figure.axes[0].lines[0]
+    assert np.array_equal(curve.get_ydata(), timeline.surprise)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (math.nan, "–"),
+        (np.float32("inf"), "–"),
+        (12345, "12,345"),
+        (np.int64(7), "7"),
+        (0.12345, "0.123"),
+        (np.float32(0.5), "0.500"),
+        ([0.5, None], "0.500 / –"),
+        ([], "–"),
+        ("text", "text"),
+        (True, "True"),
+    ],
+)
+def test_number(value: Any, text: str) -> None:
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "–"), (42.4, "42 s"), (211.4, "3 min 31 s"), (8177, "2 h 16 min"), (59.7, "1 min 0 s")],
+)
+def test_duration(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text

@@ -1,0 +1,299 @@
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipelines.errors import UserError
+from worldmodel import load
+from worldmodel.config import Config
+from worldmodel.runs import checkpoint as checkpoint_module
+from worldmodel.runs.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    load_optimizer_tensors,
+    open_run,
+    optimizer_tensors,
+    save_checkpoint,
+)
+
+
+def make(step: int) -> Checkpoint:
+    weights = {"w": torch.full((3,), float(step))}
+    return Checkpoint(weights, weights, {"w/step": torch.tensor(step)}, make_state(step))
+
+
+def make_state(step: int) -> dict[str, Any]:
+    return {"step": step, "train_seconds": 1.5, "best_score": float("inf"), "stream": "0123456789abcdef"}
+
+
+def saved_steps(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("step_*"))
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, make(5), keep=2, is_best=False)
+    loaded = load_checkpoint(tmp_path)
+    assert loaded is not None and loaded.state == make_state(5)
+    assert torch.equal(loaded.model["w"], torch.full((3,), 5.0))
+    assert load_checkpoint(tmp_path, "best") is None
+
+
+def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        save_checkpoint(tmp_path, make(step), keep=2, is_best=step == 2)
+    assert saved_steps(tmp_path) == ["step_00000002", "step_00000005", "step_00000006"]
+    best = load_checkpoint(tmp_path, "best")
+    assert best is not None and best.state["step"] == 2
+    save_checkpoint(tmp_path, make(7), keep=2, is_best=True)
+    assert saved_steps(tmp_path) == ["step_00000006", "step_00000007"]
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path, make(1), keep=1, is_best=True)
+    written: list[str] = []
+
+    def full_after_one(path: Path, content: bytes) -> None:
+        if written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(path.name)
+        path.write_bytes(content)
+
+    monkeypatch.setattr(checkpoint_module, "write_bytes", full_after_one)
+    with pytest.raises(UserError, match="No space left on device; the checkpoint step_00000001 is intact"):
+        save_checkpoint(tmp_path, make(2), keep=1, is_best=True)
+    assert written == ["model.safetensors"]
+    survivor = load_checkpoint(tmp_path)
+    assert survivor is not None and survivor.state["step"] == 1
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name != "index.json"] == [
+        "step_00000001"
+    ]
+
+
+def test_what_a_kill_left_behind_is_ignored_and_replaced(tmp_path: Path) -> None:
+    """Killed while writing aside, and killed between the rename and the index."""
+    save_checkpoint(tmp_path, make(1), keep=1, is_best=False)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "step_00000001", folder / ".step_00000002.partial")
+    shutil.copytree(folder / "step_00000001", folder / "step_00000002")
+    before = load_checkpoint(tmp_path)
+    assert before is not None and before.state["step"] == 1
+    save_checkpoint(tmp_path, make(2), keep=1, is_best=False)
+    after = load_checkpoint(tmp_path)
+    assert after is not None and after.state["step"] == 2
+    assert torch.equal(after.model["w"], torch.full((3,), 2.0))
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "garbage"])
+def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, damage: str) -> None:
+    weights = save_checkpoint(tmp_path, make(1), keep=1, is_best=False) / "model.safetensors"
+    if damage == "missing":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:20] if damage == "cut" else b"\x80\x04garbage" * 9)
+    with pytest.raises(UserError, match="is damaged") as caught:
+        load_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_index_cannot_point_outside_the_run(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, make(1), keep=1, is_best=False)
+    index: dict[str, Any] = {"latest": "../../elsewhere", "best": None, "kept": []}
+    (tmp_path / "checkpoints" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="not a checkpoint of a run"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["..", "", ".", "/tmp", "step_1/../..", "Documents", "step_00000001\n", "step_x", 7, {}]
+)
+@pytest.mark.parametrize("key", ["latest", "best", "kept"])
+def test_names_in_the_index_are_those_of_checkpoints(tmp_path: Path, key: str, name: Any) -> None:
+    save_checkpoint(tmp_path, make(1), keep=1, is_best=False)
+    index: dict[str, Any] = {"latest": "step_00000001", "best": None, "kept": ["step_00000001"]}
+    index[key] = [name, "step_00000001"] if key == "kept" else name
+    (tmp_path / "checkpoints" / "index.json").write_text(json.dumps(index))
+    for action in (
+        lambda: load_checkpoint(tmp_path),
+        lambda: save_checkpoint(tmp_path, make(2), keep=1, is_best=False),
+    ):
+        with pytest.raises(UserError, match="not a checkpoint of a run") as caught:
+            action()
+        assert "\n" not in str(caught.value)
+
+
+def test_only_folders_of_checkpoints_are_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    save_checkpoint(tmp_path, make(1), keep=1, is_best=False)
+    (folder / "step_00000007").mkdir()
+    (folder / "step_00000007" / "thesis.tex").write_text("years")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "state.json").write_text("{}")
+    (folder / "step_00000008").symlink_to(outside)
+    kept = ["step_00000007", "step_00000008", "step_00000001"]
+    (folder / "index.json").write_text(json.dumps({"latest": "step_00000001", "best": None, "kept": kept}))
+    save_checkpoint(tmp_path, make(9), keep=1, is_best=False)
+    assert (folder / "step_00000007" / "thesis.tex").exists() and (outside / "state.json").exists()
+    assert not (folder / "step_00000001").exists() and (folder / "step_00000009").is_dir()
+
+
+def test_checkpoints_are_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is a link"):
+        save_checkpoint(tmp_path, make(1), keep=1, is_best=False)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_partial_checkpoints_that_are_links_are_removed_as_links(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "precious").write_text("years")
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in (".step_00000001.partial", "step_00000001"):
+        (folder / name).symlink_to(victim)
+    save_checkpoint(tmp_path, make(1), keep=1, is_best=False)
+    assert (victim / "precious").exists() and not (folder / "step_00000001").is_symlink()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "no JSON", "[]", "3", "{}", '{"latest": null}', '{"latest": null, "best": null, "kept": 7}', "[" * 100_000],
+)
+def test_a_damaged_index_is_one_line(tmp_path: Path, text: str) -> None:
+    save_checkpoint(tmp_path, make(1), keep=1, is_best=False)
+    (tmp_path / "checkpoints" / "index.json").write_text(text)
+    with pytest.raises(UserError, match=r"index\.json is damaged") as caught:
+        load_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"step": "x"}', "[" * 100_000, "\xff", '{"step": true}', '{"step": -1}'])
+def test_a_damaged_state_is_one_line(tmp_path: Path, text: str) -> None:
+    final = save_checkpoint(tmp_path, make(1), keep=1, is_best=False)
+    (final / "state.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match="is damaged") as caught:
+        load_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "../index.json"])
+def test_what_is_not_a_regular_file_is_not_opened(tmp_path: Path, name: str) -> None:
+    final = save_checkpoint(tmp_path, make(1), keep=1, is_best=False)
+    (final / name).unlink()
+    os.mkfifo(final / name)
+    with pytest.raises(UserError, match="is not a regular file"):
+        load_checkpoint(tmp_path)
+
+
+def test_optimizer_state_round_trip_by_name() -> None:
+    def network() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
+
+    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    first = network()
+    optimizer = torch.optim.AdamW(first.parameters())
+    step(first, optimizer)
+    second = network()
+    second.load_state_dict(first.state_dict())
+    # Other groups, other order: names decide.
+    parameters = list(second.parameters())
+    restored = torch.optim.AdamW([{"params": parameters[2:]}, {"params": parameters[:2]}])
+    load_optimizer_tensors(restored, second, optimizer_tensors(optimizer, first))
+    step(first, optimizer)
+    step(second, restored)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_run_folder_is_never_overwritten_unasked(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config()
+    run = open_run(config)
+    save_checkpoint(run, make(1), keep=1, is_best=False)
+    (run / ".metrics.json.partial").write_text("cut off")
+    (run / "wandb").mkdir()
+    with pytest.raises(UserError, match=r"already holds a run: pass --resume .* --overwrite"):
+        open_run(config)
+    assert open_run(config, resume=True) == run and saved_steps(run)
+    open_run(config, overwrite=True)
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml"]
+
+
+@pytest.mark.parametrize("foreign", ["notes.txt", "src/main.py", ".git/HEAD", "checkpoints/mine.txt", ".notes.partial"])
+def test_overwriting_removes_nothing_but_a_run(tiny_config: Callable[..., Config], foreign: str) -> None:
+    run = open_run(tiny_config())
+    save_checkpoint(run, make(1), keep=1, is_best=False)
+    (run / foreign).parent.mkdir(exist_ok=True)
+    (run / foreign).write_text("precious")
+    with pytest.raises(UserError, match=f"holds '{foreign.split('/')[0]}.*not of a run"):
+        open_run(tiny_config(), overwrite=True)
+    assert (run / foreign).read_text() == "precious" and saved_steps(run)
+
+
+def test_overwriting_needs_the_config_of_a_run(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("site: mine\n")
+    with pytest.raises(UserError, match="site"):
+        open_run(tiny_config(), overwrite=True)
+    assert (tmp_path / "run" / "config.yaml").read_text() == "site: mine\n"
+
+
+@pytest.mark.parametrize("name", ["wandb", "checkpoints"])
+def test_overwriting_follows_no_link(tiny_config: Callable[..., Config], tmp_path: Path, name: str) -> None:
+    run = open_run(tiny_config())
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "thesis.tex").write_text("years")
+    (run / name).symlink_to(documents)
+    if name == "checkpoints":
+        with pytest.raises(UserError, match="not of a run"):
+            open_run(tiny_config(), overwrite=True)
+    else:
+        open_run(tiny_config(), overwrite=True)
+        assert not (run / name).exists()
+    assert (documents / "thesis.tex").read_text() == "years"
+
+
+def test_a_folder_that_is_no_run_is_never_touched(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years")
+    for flags in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(UserError, match="holds no run"):
+            open_run(tiny_config(), **flags)
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "years"
+
+
+def test_resuming_with_another_config_names_the_key_and_both_values(
+    tiny_config: Callable[..., Config],
+) -> None:
+    open_run(tiny_config())
+    with pytest.raises(UserError, match=r"train.lr=0.002, the config says 0.5"):
+        open_run(tiny_config("train.lr=0.5"), resume=True)
+    open_run(tiny_config("data.num_workers=1", "train.log_every=2"), resume=True)
+
+
+def test_loading_what_is_no_run(tmp_path: Path, tiny_config: Callable[..., Config]) -> None:
+    with pytest.raises(UserError, match="no run in"):
+        load(tmp_path)
+    run = open_run(tiny_config())
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        load(run)
+
+
+def test_state_holds_numbers_that_json_can_say(tmp_path: Path) -> None:
+    state = make_state(3) | {"scaler": None}
+    save_checkpoint(tmp_path, Checkpoint({}, {}, {}, state), keep=1, is_best=False)
+    loaded = load_checkpoint(tmp_path)
+    assert loaded is not None and loaded.state == state

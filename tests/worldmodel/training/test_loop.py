@@ -1,0 +1,286 @@
+import gzip
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_pipelines.errors import UserError
+from data_pipelines.transforms import split_segments, to_float
+from tests.conftest import REPO, run_processes, run_script, script_environment
+from worldmodel import WorldModel, load
+from worldmodel.config import Config
+from worldmodel.data import read_index, training_stream
+from worldmodel.nets.teacher import Teacher
+from worldmodel.training import loop as train_module
+from worldmodel.training import timing
+from worldmodel.training.loop import compile_mode, make_accelerator, train
+
+REFINED = ["train.refine_steps=2", "train.refine_clips=12"]
+TIMING = ("clips_per_s", "data_s", "forward_s", "backward_s", "optimiser_s", "step_s", "tflops", "mfu")
+DEMO = ["--config", str(REPO / "configs" / "demo.yaml")]
+
+
+def rows(run: Path, split: str = "train") -> list[dict[str, float]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["split"] == split]
+
+
+def final_tensors(run: Path) -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints" / json.loads((run / "checkpoints" / "index.json").read_text())["latest"]
+    return {
+        f"{part}/{name}": tensor
+        for part in ("model", "teacher", "optimizer")
+        for name, tensor in load_file(folder / f"{part}.safetensors").items()
+    }
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    one, other = final_tensors(a), final_tensors(b)
+    assert one.keys() == other.keys()
+    differing = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not differing, f"{len(differing)} of {len(one)} tensors differ, such as {differing[0]}"
+
+
+def test_beta_warms_up(tiny_config: Callable[..., Config]) -> None:
+    """A logged row says the beta of the step it ends."""
+    run = train(tiny_config("objective.beta=0.2", "objective.beta_warmup_steps=4"))
+    assert [row["beta"] for row in rows(run)] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2, 0.2])
+
+
+def test_a_run_logs_evaluates_and_saves(tiny_config: Callable[..., Config]) -> None:
+    run = train(tiny_config())
+    logged = rows(run)
+    assert [row["step"] for row in logged] == [1, 2, 3, 4, 5, 6]
+    for row in logged:
+        assert row["loss"] == pytest.approx(row["prediction_loss"] + row["beta"] * row["kl_nats"], rel=1e-5)
+        assert 1 <= row["effective_rank"] <= 16 and row["embedding_std"] > 0 and row["alignment"] <= 1
+        assert min(row[name] for name in TIMING) > 0
+        assert sum(row[f"{part}_s"] for part in ("data", "forward", "backward", "optimiser")) <= row["step_s"]
+    (evaluation,) = rows(run, "selection")
+    assert evaluation["step"] == 6 and math.isfinite(evaluation["relative_energy_score"])
+    assert {path.name for path in (run / "checkpoints").glob("step_*")} == {"step_00000004", "step_00000006"}
+    # All that a resumed stream needs is in here: the number of the next batch, and a fingerprint of the data.
+    assert (run / "checkpoints" / "step_00000006" / "state.json").stat().st_size < 300
+
+
+def test_each_segment_goes_where_it_belongs(
+    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is given all segments, the teacher x+."""
+    config = tiny_config("train.steps=1")
+    stream = training_stream(config, 1, rank=0, world_size=1, device=torch.device("cpu"))
+    batches = stream.batches()
+    expected = split_segments(to_float(next(batches)["video"]), 3)
+    batches.close()
+    seen: dict[str, torch.Tensor] = {}
+    forward, teach = WorldModel.forward, Teacher.forward
+
+    def model_spy(self: WorldModel, segments: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        seen["segments"] = segments.clone()
+        return forward(self, segments, *rest, **named)
+
+    def teacher_spy(self: Teacher, video: torch.Tensor) -> torch.Tensor:
+        seen.setdefault("target", video.clone())  # evaluation comes after
+        return teach(self, video)
+
+    monkeypatch.setattr(WorldModel, "forward", model_spy)
+    monkeypatch.setattr(Teacher, "forward", teacher_spy)
+    train(config)
+    assert torch.equal(seen["segments"], expected)
+    assert torch.equal(seen["target"], expected[:, 1])
+
+
+def test_training_lowers_the_loss(tiny_config: Callable[..., Config]) -> None:
+    longer = ("train.steps=60", "train.checkpoint_every=60", "train.eval_every=60")
+    run = train(tiny_config(*longer, "train.lr=3e-3", "objective.ema_momentum=0.9"))
+    losses = [row["loss"] for row in rows(run)]
+    assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.1
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.encoder=resnet", "data.size_px=96", "data.channels=3"],
+        ["data.num_segments=2", "data.num_frames=1"],
+        ["data.num_segments=2", "data.num_frames=1", "model.latent=none"],
+        ["train.precision=bf16"],
+        ["model.prior_components=3"],
+        ["data.decoder=decord"],
+        ["train.clip_norm=0.1", "objective.ema_schedule=cosine", "objective.beta_warmup_steps=2"],
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_other_settings_train_evaluate_and_load(tiny_config: Callable[..., Config], overrides: list[str]) -> None:
+    run = train(tiny_config("train.steps=2", "train.eval_every=2", *overrides))
+    assert all(math.isfinite(row["loss"]) for row in rows(run))
+    trained = load(run)
+    data = trained.config.data
+    clip = torch.rand(2, data.num_frames, data.channels, data.size_px, data.size_px)
+    assert trained.model.rollout(clip, 3, 4).shape == (2, 4, 3, 16)
+
+
+def test_a_killed_run_resumes_bit_for_bit(tiny_overrides: list[str], tmp_path: Path) -> None:
+    """SIGKILL at a random step, resumed in a fresh process, across the end of epochs (4 batches each)."""
+    steps = ["train.steps=18", "train.checkpoint_every=3", "train.eval_every=9", "data.num_workers=1"]
+    whole = [*DEMO, *tiny_overrides, *steps, f"run_dir={tmp_path / 'whole'}"]
+    assert run_script("train.py", *whole).returncode == 0
+    killed = [*DEMO, *tiny_overrides, *steps, f"run_dir={tmp_path / 'killed'}"]
+    kill_at = random.Random(7).randint(4, 15)
+    process = subprocess.Popen(
+        [sys.executable, str(REPO / "scripts" / "train.py"), *killed],
+        stderr=subprocess.DEVNULL,
+        cwd=REPO,
+        env=script_environment(),
+        start_new_session=True,
+    )
+    try:
+        wait_for_step(process, tmp_path / "killed", kill_at)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert len(rows(tmp_path / "killed")) < 18
+    resumed = run_script("train.py", *killed, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming" in resumed.stdout
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+    without_timing = [
+        [{key: value for key, value in row.items() if key not in TIMING} for row in rows(tmp_path / name)]
+        for name in ("whole", "killed")
+    ]
+    assert without_timing[0] == without_timing[1]
+
+
+def test_a_profiled_run_learns_the_same(
+    tiny_overrides: list[str], tiny_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    steps = ["train.steps=14", "train.eval_every=14"]
+    profiled = tmp_path / "profiled"
+    done = run_script("train.py", *DEMO, *tiny_overrides, *steps, f"run_dir={profiled}", "--profile")
+    assert done.returncode == 0, done.stderr
+    plain = train(tiny_config(*steps))
+    assert_same_weights(profiled, plain)
+    assert steps_in_trace(profiled) == [f"ProfilerStep#{step}" for step in range(7, 12)]
+    lines = (profiled / "profile" / "table.txt").read_text().splitlines()
+    assert "Self CPU" in lines[1] and len(lines) < 40
+    assert {"aten::convolution_backward", "forward", "backward"} <= {line.split()[0] for line in lines if line}
+    assert not (plain / "profile").exists()
+
+
+def test_no_step_is_timed_with_the_measurement_of_the_peak(
+    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that goes on by one each time it is read, and by a thousand while the peak is measured."""
+    now_s = [0.0]
+
+    def go_on(by_s: float) -> float:
+        now_s[0] += by_s
+        return now_s[0]
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: go_on(1.0)))
+    monkeypatch.setattr(train_module, "peak_flops_per_s", lambda *_: go_on(1000.0))
+    run = train(tiny_config("train.steps=2"))
+    assert now_s[0] > 1000 and all(row["step_s"] < 100 and row["mfu"] > 0 for row in rows(run))
+
+
+def test_a_short_run_is_profiled_whole(tiny_config: Callable[..., Config]) -> None:
+    run = train(tiny_config("train.steps=2", "train.eval_every=2"), profile=True)
+    assert steps_in_trace(run) == ["ProfilerStep#0", "ProfilerStep#1"]
+
+
+def steps_in_trace(run: Path) -> list[str]:
+    trace = json.loads(gzip.decompress((run / "profile" / "trace.json.gz").read_bytes()))
+    assert {"data", "forward", "backward", "optimiser"} <= {event["name"] for event in trace["traceEvents"]}
+    return sorted(
+        (event["name"] for event in trace["traceEvents"] if event["name"].startswith("ProfilerStep#")),
+        key=lambda name: int(name.partition("#")[2]),
+    )
+
+
+def wait_for_step(process: "subprocess.Popen[bytes]", run: Path, step: int) -> None:
+    while process.poll() is None:
+        if (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"training ended with exit code {process.returncode} before step {step}")
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_a_checkpoint_and_tell_by_the_exit_code(
+    tiny_overrides: list[str], tmp_path: Path, number: signal.Signals, exit_code: int
+) -> None:
+    overrides = [
+        *tiny_overrides,
+        "train.steps=100000",
+        "train.checkpoint_every=100000",
+        "train.eval_every=100000",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, str(REPO / "scripts" / "train.py"), *DEMO, *overrides, "data.num_workers=1"],
+        stderr=subprocess.PIPE,
+        cwd=REPO,
+        env=script_environment(),
+        text=True,
+        start_new_session=True,
+    )
+    wait_for_step(process, tmp_path / "run", 3)  # type: ignore[arg-type]
+    os.killpg(process.pid, number)  # as Ctrl-C and batch systems do it: the decoding processes get it too
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == exit_code, stderr
+    assert "Traceback" not in stderr and f"stopped by {number.name}; go on with --resume" in stderr
+    index = json.loads((tmp_path / "run" / "checkpoints" / "index.json").read_text())
+    assert index["latest"] is not None
+
+
+@pytest.mark.parametrize(("objective", "precision"), [("byol", "fp32"), ("infonce", "bf16")])
+def test_two_processes_log_once_and_agree(
+    objective: str, precision: str, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    script = [str(REPO / "scripts" / "train.py"), *DEMO, *tiny_overrides, *REFINED]
+    changes = f"objective.name={objective}", f"train.precision={precision}"
+    done = run_processes(2, *script, *changes, timeout_s=180)
+    assert done.stdout.count(f"2 processes on cpu, {precision}") == 1
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows(tmp_path / "run", "refinement")] == [7, 8]
+
+
+def test_resuming_on_other_videos_is_refused(tiny_config: Callable[..., Config], world: Path) -> None:
+    train(tiny_config())
+    extra = world / "train" / "zz_extra.mp4"
+    extra.write_bytes((world / "train" / "000000.mp4").read_bytes())
+    read_index.cache_clear()
+    try:
+        with pytest.raises(UserError, match="have changed since its checkpoint"):
+            train(tiny_config(), resume=True)
+    finally:
+        extra.unlink()
+        read_index.cache_clear()
+
+
+def test_what_is_compiled(tiny_config: Callable[..., Config]) -> None:
+    accelerator = make_accelerator(tiny_config().train)
+    modes = {name: compile_mode(tiny_config(f"train.compile={name}").train, accelerator) for name in ("auto", "none")}
+    assert modes == {"auto": None, "none": None}
+    assert compile_mode(tiny_config("train.compile=max-autotune").train, accelerator) == "max-autotune"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_encoder_learns_the_same(tiny_config: Callable[..., Config]) -> None:
+    plain = train(tiny_config("train.steps=2"))
+    losses = [row["loss"] for row in rows(plain)]
+    compiled = train(tiny_config("train.steps=2", "train.compile=default", f"run_dir={plain}_compiled"))
+    assert [row["loss"] for row in rows(compiled)] == pytest.approx(losses, abs=1e-2)
+    assert final_tensors(compiled).keys() == final_tensors(plain).keys()

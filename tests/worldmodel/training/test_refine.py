@@ -1,0 +1,216 @@
+import signal
+from collections.abc import Callable
+from contextlib import closing
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from data_pipelines.errors import UserError
+from data_pipelines.stream import VideoStream
+from tests.worldmodel.training.test_loop import assert_same_weights, final_tensors, rows
+from worldmodel import WorldModel
+from worldmodel.config import Config
+from worldmodel.data import segments_of, training_stream
+from worldmodel.nets.teacher import Teacher
+from worldmodel.training.loop import Interrupted, train
+from worldmodel.training.refine import (
+    EmbeddedClips,
+    draw_pairs,
+    draw_steps,
+    embed_clips,
+    like_clips,
+    refine,
+    refinement_stream,
+    steps_of,
+)
+
+CPU = torch.device("cpu")
+REFINED = ["train.refine_steps=4", "train.refine_clips=12"]
+
+
+def never() -> int:
+    return 0
+
+
+def full_precision() -> torch.autocast:
+    return torch.autocast("cpu", enabled=False)
+
+
+def embedded(config: Config, model: WorldModel, target_encoder: nn.Module) -> EmbeddedClips:
+    with closing(refinement_stream(config, CPU).batches(0)) as batches:
+        return embed_clips(config, model, target_encoder, batches, CPU, full_precision, never)
+
+
+def test_clips_are_embedded_with_running_statistics_by_student_and_teacher(
+    tiny_config: Callable[..., Config],
+) -> None:
+    config = tiny_config(*REFINED)
+    torch.manual_seed(0)
+    model = WorldModel(config)
+    teacher = Teacher(WorldModel(config).embedder)
+    clips = embedded(config, model, teacher)
+    with closing(training_stream(config, 1, rank=0, world_size=1, device=CPU).batches(0)) as batches:
+        segments = torch.cat([segments_of(next(batches), 3, CPU) for _ in range(2)])[:12]
+    model.eval(), teacher.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(clips.own.flatten(0, 1), model.encode(segments.flatten(0, 1)))
+        torch.testing.assert_close(clips.targets.flatten(0, 1), teacher(segments[:, 1:].flatten(0, 1)))
+    assert clips.features is None and clips.known_r is None and clips.actions is None
+
+
+def test_refined_clips_go_on_where_the_steps_of_the_one_before_end(
+    tiny_config: Callable[..., Config], kicked_world: Path
+) -> None:
+    config = tiny_config(f"data.root={kicked_world}", "data.clip_step=1", "train.refine_horizon=2")
+    stream = refinement_stream(config, CPU)
+    # 8 videos of 24 frames: clips of 4 segments that begin at frames 0, 6 and 12
+    assert isinstance(stream, VideoStream) and stream.batches_per_epoch == 8 * 3 // config.data.batch_size
+    with closing(stream.batches(0)) as batches:
+        assert next(batches)["video"].shape[1] == 12
+
+
+def numbered(num_clips: int, num_segments: int, first: int) -> torch.Tensor:
+    """[N, L, 1]: first + 100 n + l"""
+    clips = 100.0 * torch.arange(num_clips)[:, None] + torch.arange(num_segments)
+    return first + clips[..., None]
+
+
+@pytest.mark.parametrize(("horizon", "rollout_steps"), [(1, 1), (4, 1), (3, 2)])
+def test_a_step_is_drawn_with_its_targets_actions_and_a_scene_from_before(
+    tiny_config: Callable[..., Config], horizon: int, rollout_steps: int
+) -> None:
+    config = tiny_config(
+        "data.source=videos", "data.batch_size=512", f"train.refine_horizon={horizon}",
+        f"objective.rollout_steps={rollout_steps}", "model.scene_dim=2", "model.embedding_dim=1",
+        "train.refine_steps=1",
+    )  # fmt: skip
+    model = WorldModel(config)
+    length = steps_of(config) + 2  # x, x+ and x++ of the last step
+    own, targets, features = numbered(5, length, 0), numbered(5, length - 1, 1001), numbered(5, length, 2000)
+    clips = EmbeddedClips(own, targets, features, None, numbered(5, length - 2, 3000))
+    batch, known_r, actions = draw_steps(clips, config, model, torch.Generator().manual_seed(0))
+    first = batch.real[:, 0, 0]
+    assert batch.features is not None and batch.age is not None and batch.seen is not None and actions is not None
+    assert set(first.tolist()) == {100.0 * clip + step for clip in range(5) for step in range(horizon)}
+    following = first[:, None] + torch.arange(rollout_steps)
+    assert torch.equal(batch.real[:, 1:, 0], following + 1001)
+    assert torch.equal(batch.seen[..., 0], following + 2)
+    assert torch.equal(actions[..., 0], following + 3000)
+    read_at = batch.features[:, 0] - 2000
+    assert torch.equal(read_at, first - batch.age)
+    assert set(batch.age.tolist()) == set(range(horizon)) and known_r is None
+    assert ((read_at % 100) >= 0).all()
+
+
+def test_pairs_are_of_clips_alike_and_half_of_them_near_each_other(tiny_config: Callable[..., Config]) -> None:
+    features = numbered(6, 5, 0)
+    own = 10 * torch.arange(5.0)[None, :, None] + torch.arange(6.0)[:, None, None]  # clips lie near each other
+    clips = EmbeddedClips(own, own[:, 1:], features, None, None)
+    alike = torch.tensor([[0, 1], [1, 0], [2, 3], [3, 2], [4, 5], [5, 4]])
+    pairs = draw_pairs(clips, alike, 400, torch.Generator().manual_seed(0))
+    assert pairs.features is not None
+    clip, segment = pairs.features[..., 0].div(100).floor(), pairs.features[..., 0].remainder(100)
+    assert torch.equal(pairs.embeddings[..., 0], 10 * segment + clip)
+    assert set((segment[0] - segment[1])[:200].tolist()) == set(map(float, range(-4, 5)))
+    assert torch.equal((clip[0] / 2).floor(), (clip[1] / 2).floor())
+    assert ((clip[0] != clip[1])[:200].float().mean() - 0.5).abs() < 0.1 and (clip[0] != clip[1])[200:].any()
+    assert (segment[0] - segment[1])[200:].abs().mean() < 0.7
+    assert (clip[0] > clip[1]).any() and (clip[0] < clip[1]).any()
+
+    config = tiny_config("model.scene_dim=2", "model.embedding_dim=1", "train.refine_steps=1", "model.distance_dim=2",
+                         "train.refine_batch_size=64")  # fmt: skip
+    batch, _, _ = draw_steps(clips, config, WorldModel(config), torch.Generator().manual_seed(0), alike)
+    assert batch.other_features is not None and batch.pairs is not None and batch.pairs.embeddings.shape == (2, 128, 1)
+    assert len(batch.real) == 64
+    assert torch.equal(batch.other_features[:, 0].div(100).floor(), batch.real[:, 0, 0].remainder(10))
+
+
+@pytest.mark.parametrize("scene_dim", [0, 2])
+def test_a_temporal_distance_is_learned_in_refinement(tiny_config: Callable[..., Config], scene_dim: int) -> None:
+    config = tiny_config(
+        "model.distance_dim=2", f"model.scene_dim={scene_dim}", "train.refine_steps=60", "train.refine_clips=12",
+        "train.log_every=20", "objective.distance_error_weight=1", "data.source=videos", "train.refine_lr=3e-3",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = WorldModel(config)
+    clips = embedded(config, model, Teacher(model.embedder))
+    alike = like_clips(model, clips)
+    assert alike.shape == (12, 8 if scene_dim else 1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    logged: list[dict[str, float]] = []
+    assert refine(config, model, clips, CPU, full_precision, lambda _, values: logged.append(values), never) == 0
+    assert model.distance is not None
+    weights = {name: value for name, value in model.distance.named_parameters() if value.ndim > 1}
+    assert all(not torch.equal(value, before[f"distance.{name}"]) for name, value in weights.items())
+    assert logged[-1]["distance_nearness"] < logged[0]["distance_nearness"]
+    assert all(row["distance_error"] > 0 and row["distance_excess"] >= 0 for row in logged)
+
+
+def test_refinement_lowers_the_loss_and_moves_all_but_the_encoder(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config("train.refine_steps=60", "train.refine_clips=12", "train.log_every=20")
+    torch.manual_seed(0)
+    model = WorldModel(config)
+    clips = embedded(config, model, Teacher(model.embedder))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    logged: list[tuple[int, dict[str, float]]] = []
+
+    def log(updates: int, values: dict[str, float]) -> None:
+        logged.append((updates, values))
+
+    assert refine(config, model, clips, CPU, full_precision, log, never) == 0
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == {name for name, _ in model.named_parameters() if not name.startswith("embedder.")}
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items() if "embedder." in name)
+    assert [updates for updates, _ in logged] == [20, 40, 60]
+    assert logged[-1][1]["loss"] < logged[0][1]["loss"] - 0.05
+    assert all(parameter.requires_grad for parameter in model.embedder.parameters())
+
+
+def test_a_signal_ends_refinement(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config(*REFINED)
+    model = WorldModel(config)
+    clips = embedded(config, model, Teacher(model.embedder))
+    calls = count()
+
+    def third_time() -> int:
+        return 15 if next(calls) == 2 else 0
+
+    assert refine(config, model, clips, CPU, full_precision, lambda *_: None, third_time) == 15
+
+
+def test_a_run_is_refined_once_and_an_interrupted_refinement_begins_anew(
+    tiny_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = train(tiny_config(f"run_dir={tmp_path / 'plain'}"))
+    whole = train(tiny_config(f"run_dir={tmp_path / 'whole'}", *REFINED))
+    assert [row["step"] for row in rows(whole, "refinement")] == [7, 8, 9, 10]
+    before, after = final_tensors(plain), final_tensors(whole)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("model/") and "embedder" not in name for name in changed)
+
+    interrupted = tiny_config(f"run_dir={tmp_path / 'interrupted'}", *REFINED)
+    with monkeypatch.context() as patched:
+        patched.setattr("worldmodel.training.loop.refine", lambda *_: signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            train(interrupted)
+    assert_same_weights(plain, tmp_path / "interrupted")
+    train(interrupted, resume=True)
+    assert_same_weights(whole, tmp_path / "interrupted")
+
+    metrics = (tmp_path / "interrupted" / "metrics.jsonl").read_text()
+    with monkeypatch.context() as patched:
+        patched.setattr("worldmodel.training.loop.refine", lambda *_: pytest.fail("a refined run is refined again"))
+        train(interrupted, resume=True)
+    assert (tmp_path / "interrupted" / "metrics.jsonl").read_text() == metrics, "rows of refinement are kept"
+
+
+def test_videos_too_short_for_refinement_are_told_before_training(
+    tiny_config: Callable[..., Config], kicked_world: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(f"run_dir={tmp_path / 'run'}", f"data.root={kicked_world}", *REFINED, "train.refine_horizon=9")
+    with pytest.raises(UserError, match=r"clips span 33 frames .* but the longest video has 24"):
+        train(config)
+    assert not (tmp_path / "run").exists()

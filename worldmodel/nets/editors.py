@@ -1,0 +1,95 @@
+"""Editors t(z, r): the embedding of a future, given that of the past and the latent.
+
+An editor may end in a predictor, an MLP that only the prediction passes through: BYOL and its kin need that asymmetry.
+
+Legend: B clips, D embedding dimensions, R latent dimensions.
+"""
+
+import torch
+from einops import einsum
+from torch import Tensor, nn
+
+from worldmodel.nets.encoders import Norm, mlp
+
+
+class MlpEditor(nn.Module):
+    """t([f(x), r]), an MLP with two hidden layers (AdaSSL, arXiv 2602.02381, appendix D.5).
+
+    It is itself a predictor. With latent_dim 0 it is BYOL's: one future for each past.
+    """
+
+    def __init__(self, embedding_dim: int, hidden_dim: int, latent_dim: int, norm: Norm = "batch") -> None:
+        super().__init__()
+        self.net = mlp([embedding_dim + latent_dim, hidden_dim, hidden_dim, embedding_dim], norm=norm)
+
+    def forward(self, context: Tensor, r: Tensor) -> Tensor:
+        """context [B, D], r [B, R] -> edited [B, D]."""
+        return self.net(torch.cat([context, r], dim=-1))
+
+
+class ResidualEditor(nn.Module):
+    """t = f(x) + MLP([f(x), r]): small changes of state from step to step, as planning over many steps wants them."""
+
+    def __init__(self, embedding_dim: int, hidden_dim: int, latent_dim: int, norm: Norm = "batch") -> None:
+        super().__init__()
+        self.net = mlp([embedding_dim + latent_dim, hidden_dim, hidden_dim, embedding_dim], norm=norm)
+
+    def forward(self, context: Tensor, r: Tensor) -> Tensor:
+        """context [B, D], r [B, R] -> edited [B, D]."""
+        return context + self.net(torch.cat([context, r], dim=-1))
+
+
+class SumEditor(nn.Module):
+    """t = f(x) + r, the plain sum (AdaSSL, arXiv 2602.02381); R is D, or 0 without a latent."""
+
+    def forward(self, context: Tensor, r: Tensor) -> Tensor:
+        """context [B, D], r [B, D] or [B, 0] -> edited [B, D]."""
+        return context + r if r.shape[1] else context
+
+
+class LowRankEditor(nn.Module):
+    """t = f(x) + sum_i tanh(r_i) (B_i A_i f(x) + b_i): one low-rank module for each coordinate of r.
+
+    AdaSSL-S, arXiv 2602.02381. A_i is Linear(D -> R), B_i Linear(R -> D) without bias that starts at zero.
+    """
+
+    def __init__(self, embedding_dim: int, latent_dim: int) -> None:
+        super().__init__()
+        rank = latent_dim
+        self.down = nn.Linear(embedding_dim, latent_dim * rank)
+        self.up = nn.Parameter(torch.zeros(latent_dim, rank, embedding_dim))
+        self.shift = nn.Parameter(torch.zeros(latent_dim, embedding_dim))
+
+    def forward(self, context: Tensor, r: Tensor) -> Tensor:
+        """context [B, D], r [B, R] -> edited [B, D]."""
+        gate = torch.tanh(r)
+        reduced = self.down(context).unflatten(-1, self.up.shape[:2]) * gate.unsqueeze(-1)
+        return context + einsum(reduced, self.up, "b i k, i k d -> b d") + gate @ self.shift
+
+
+def make_editor(
+    name: str, *, embedding_dim: int, hidden_dim: int, latent_dim: int, predictor: bool, norm: Norm = "batch"
+) -> nn.Module:
+    """The editor by its name in the config, with a predictor after it where one is needed and the editor is none."""
+    if name == "mlp":
+        return MlpEditor(embedding_dim, hidden_dim, latent_dim, norm)
+    if name == "residual":
+        return ResidualEditor(embedding_dim, hidden_dim, latent_dim, norm)
+    # Without a latent there is nothing to add, and no module to add it.
+    plain = LowRankEditor(embedding_dim, latent_dim) if name == "low_rank" and latent_dim else SumEditor()
+    return WithPredictor(plain, embedding_dim, hidden_dim, norm) if predictor else plain
+
+
+class WithPredictor(nn.Module):
+    """An editor followed by BYOL's predictor (Grill et al., arXiv 2006.07733, section 3)."""
+
+    def __init__(
+        self, editor: SumEditor | LowRankEditor, embedding_dim: int, hidden_dim: int, norm: Norm = "batch"
+    ) -> None:
+        super().__init__()
+        self.editor = editor
+        self.predictor = mlp([embedding_dim, hidden_dim, embedding_dim], norm=norm)
+
+    def forward(self, context: Tensor, r: Tensor) -> Tensor:
+        """context [B, D], r [B, R] -> edited [B, D]."""
+        return self.predictor(self.editor(context, r))

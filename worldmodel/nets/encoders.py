@@ -1,0 +1,307 @@
+"""Encoders: clip -> features -> embedding.
+
+Legend: B clips, T frames, C channels, H = W pixels, F features, D embedding dimensions.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from worldmodel.nets.convolutions import Conv2d, Conv3d
+from worldmodel.nets.pretrained import PretrainedEncoder
+from worldmodel.nets.vit import VIT_SIZES, VitEncoder
+from worldmodel.training.distributed import gathered
+
+Pooling = Literal["mean", "moments"]
+Norm = Literal["batch", "layer", "none"]
+NUM_MOMENTS = {"mean": 1, "moments": 6}
+"""Numbers that pooling keeps of each feature map. The mean forgets where a feature is; first moments, of the pixels'
+coordinates weighed by the map, tell its place, and second ones its extent."""
+
+
+class Conv3dEncoder(nn.Module):
+    """The video encoder of AdaSSL (arXiv 2602.02381, appendix D.5): five convolutions, each with BN and ReLU.
+
+    Channels 32, 64, 128, 128, 256 times `width`; kernels space, space, time, time, space; spatial strides 2, 2, 1, 1,
+    2; the number of frames is kept. The mean over height and width, or more moments, leaves F = channels * moments * T
+    features.
+    """
+
+    CHANNELS = (32, 64, 128, 128, 256)
+    KERNELS = ((1, 3, 3), (1, 3, 3), (3, 1, 1), (3, 1, 1), (1, 3, 3))
+    STRIDES = (2, 2, 1, 1, 2)
+
+    def __init__(self, in_channels: int, num_frames: int, width: float, pooling: Pooling = "mean") -> None:
+        super().__init__()
+        self.pooling = pooling
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for base, kernel, stride in zip(self.CHANNELS, self.KERNELS, self.STRIDES, strict=True):
+            out_channels = _scaled(base, width)
+            layers += [
+                Conv3d(channels, out_channels, kernel, stride),
+                nn.BatchNorm3d(out_channels),
+                nn.ReLU(inplace=True),
+            ]
+            channels = out_channels
+        self.layers = nn.Sequential(*layers).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        self.num_features = channels * NUM_MOMENTS[pooling] * num_frames
+
+    def forward(self, video: Tensor) -> Tensor:
+        """video [B, T, C, H, W] in [0, 1] -> features [B, F]."""
+        volume = rearrange(video, "b t c h w -> b c t h w").contiguous(memory_format=torch.channels_last_3d)
+        pooled = _pooled(rearrange(self.layers(volume), "b c t h w -> (b t) c h w"), self.pooling)
+        return rearrange(pooled, "(b t) c -> b (c t)", b=len(video))
+
+
+class ResNetEncoder(nn.Module):
+    """For larger frames (128 px and up): a residual network on each frame, then a convolution over time.
+
+    Four stages of two basic blocks (He et al., arXiv 1512.03385, table 1, ResNet-18) at channels 64, 128, 256, 512
+    times `width`, total stride 32. The mean over height and width, or more moments, leaves [B, C * moments, T]; one
+    convolution over time mixes the frames; F = channels * T features.
+    """
+
+    CHANNELS = (64, 128, 256, 512)
+
+    def __init__(self, in_channels: int, num_frames: int, width: float, pooling: Pooling = "mean") -> None:
+        super().__init__()
+        self.pooling = pooling
+        channels = _scaled(self.CHANNELS[0], width)
+        layers: list[nn.Module] = [
+            nn.Conv2d(in_channels, channels, 7, 2, 3, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, 2, 1),
+        ]
+        for stage, base in enumerate(self.CHANNELS):
+            out_channels = _scaled(base, width)
+            layers += [
+                _BasicBlock(channels, out_channels, stride=1 if stage == 0 else 2),
+                _BasicBlock(out_channels, out_channels, stride=1),
+            ]
+            channels = out_channels
+        self.frames = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.time = nn.Sequential(
+            nn.Conv1d(channels * NUM_MOMENTS[pooling], channels, 3, padding=1, bias=False),
+            nn.BatchNorm1d(channels),
+            nn.ReLU(inplace=True),
+        )
+        self.num_features = channels * num_frames
+
+    def forward(self, video: Tensor) -> Tensor:
+        """video [B, T, C, H, W] in [0, 1] -> features [B, F]."""
+        images = rearrange(video, "b t c h w -> (b t) c h w").contiguous(memory_format=torch.channels_last)
+        pooled = _pooled(self.frames(images), self.pooling)
+        return self.time(rearrange(pooled, "(b t) c -> b c t", b=len(video))).flatten(1)
+
+
+class _BasicBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            Conv2d(in_channels, out_channels, 3, stride),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
+        )
+        same = stride == 1 and in_channels == out_channels
+        self.shortcut: nn.Module = (
+            nn.Identity()
+            if same
+            else nn.Sequential(Conv2d(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.relu(self.residual(images) + self.shortcut(images))
+
+
+class MlpEncoder(nn.Module):
+    """For observations that are vectors: a clip [B, T, C, 1, 1] through three layers of 256 times `width` units."""
+
+    def __init__(self, in_channels: int, num_frames: int, width: float, pooling: Pooling = "mean") -> None:
+        super().__init__()
+        assert pooling == "mean", "an observation that is a vector has one pixel"
+        self.num_features = _scaled(256, width)
+        # Leaky, and without batch norm: what is learned goes on in a straight line outside the range of training.
+        dims = [in_channels * num_frames, self.num_features, self.num_features, self.num_features]
+        layers = [layer for pair in pairwise(dims) for layer in (nn.Linear(*pair), nn.LeakyReLU(0.2))]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """video [B, T, C, 1, 1] -> features [B, F]."""
+        return self.layers(video.flatten(1))
+
+
+Encoder = Conv3dEncoder | ResNetEncoder | MlpEncoder | VitEncoder | PretrainedEncoder
+SCALED_ENCODERS: dict[str, type[Conv3dEncoder] | type[ResNetEncoder] | type[MlpEncoder]] = {
+    "conv3d": Conv3dEncoder,
+    "resnet": ResNetEncoder,
+    "mlp": MlpEncoder,
+}
+"""Those whose channels `width` multiplies."""
+
+
+def make_encoder(
+    name: str,
+    *,
+    in_channels: int,
+    num_frames: int,
+    size_px: int,
+    width: float,
+    pooling: Pooling,
+    patch_px: int,
+    pretrained: str | None,
+    freeze: bool,
+    checkpoint_activations: bool,
+) -> Encoder:
+    """The encoder that the config names; each takes what concerns it."""
+    if name in VIT_SIZES:
+        return VitEncoder(VIT_SIZES[name], in_channels, num_frames, size_px, patch_px, checkpoint_activations)
+    if name == "pretrained":
+        assert pretrained is not None, "the config is checked for this"
+        return PretrainedEncoder(pretrained, in_channels, num_frames, size_px, freeze, checkpoint_activations)
+    return SCALED_ENCODERS[name](in_channels, num_frames, width, pooling)
+
+
+def mlp(
+    dims: Sequence[int], *, final_norm: bool = False, learned_scale: bool = True, norm: Norm = "batch"
+) -> nn.Sequential:
+    """Linear layers, with BN and ReLU, LN and GELU or ReLU alone between them: [B, dims[0]] -> [B, dims[-1]].
+
+    `final_norm` ends in BN instead of a bare Linear layer, with a scale and shift that are learned or, without
+    `learned_scale`, 1 and 0. A Linear layer before BN has no bias, which BN would cancel.
+    """
+    layers: list[nn.Module] = []
+    for index, (fan_in, fan_out) in enumerate(pairwise(dims)):
+        last = index == len(dims) - 2
+        layers.append(nn.Linear(fan_in, fan_out, bias=not final_norm if last else norm != "batch"))
+        if last:
+            layers += [nn.BatchNorm1d(fan_out, affine=learned_scale)] if final_norm else []
+        elif norm == "batch":
+            layers += [nn.BatchNorm1d(fan_out), nn.ReLU(inplace=True)]
+        elif norm == "layer":
+            layers += [nn.LayerNorm(fan_out), nn.GELU()]
+        else:
+            layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
+
+
+class Embedder(nn.Module):
+    """Encoder and projector: clip -> embedding, normalised in one of three ways (config: model.embedding_norm).
+
+    A cosine fixes an embedding only up to its length, so on the sphere all embeddings (the encoder's, the teacher's and
+    the editor's) are brought to one length. That keeps coordinates of order 1 and lets a prediction be fed back.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        hidden_dims: Sequence[int],
+        embedding_dim: int,
+        norm: Literal["sphere", "standard", "white"],
+        learned_scale: bool = True,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.norm = norm
+        dims = [encoder.num_features, *hidden_dims, embedding_dim]
+        self.projector = mlp(dims, final_norm=norm != "white", learned_scale=learned_scale)
+        if norm == "white":
+            self.projector.append(Whitening(embedding_dim))
+
+    def forward(self, video: Tensor) -> Tensor:
+        """video [B, T, C, H, W] in [0, 1] -> embedding float32 [B, D]."""
+        return self.project(self.features(video))
+
+    def features(self, video: Tensor) -> Tensor:
+        """video [B, T, C, H, W] in [0, 1] -> the encoder's features [B, F], before the projector."""
+        return self.encoder(video)
+
+    def project(self, features: Tensor) -> Tensor:
+        """The encoder's features [B, F] -> embedding float32 [B, D]."""
+        embedding = self.projector(features).float()
+        return normalise(embedding) if self.norm == "sphere" else embedding
+
+
+class Whitening(nn.Module):
+    """Batch norm that also decorrelates: y = L^-1 (x - mean), L L^T the covariance (Huang et al., arXiv 1804.08450).
+
+    Batch statistics in training, running ones in evaluation. Without it a linear layer before the loss can undo any
+    constant metric on the embedding.
+    """
+
+    def __init__(self, dim: int, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.running_mean: Tensor
+        self.running_covariance: Tensor
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_covariance", torch.eye(dim))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """[B, D] -> float32 [B, D]."""
+        with torch.autocast(values.device.type, enabled=False):
+            values = values.float()
+            if self.training:
+                batch = gathered(values)
+                mean = batch.mean(dim=0)
+                centred = batch - mean
+                covariance = centred.T @ centred / len(batch)
+                with torch.no_grad():
+                    self.running_mean.lerp_(mean, self.momentum)
+                    self.running_covariance.lerp_(covariance, self.momentum)
+            else:
+                mean, covariance = self.running_mean, self.running_covariance
+            # Relative to the mean variance: an untrained network's embeddings may be tiny.
+            floor = 1e-4 * covariance.diagonal().mean() + 1e-12
+            stable = covariance + floor * torch.eye(len(mean), device=mean.device)
+            factor = torch.linalg.cholesky_ex(stable).L  # unlike cholesky, no GPU is asked whether it went well
+            return torch.linalg.solve_triangular(factor, (values - mean).T, upper=False).T
+
+
+def normalise(embedding: Tensor) -> Tensor:
+    """[..., D] -> float32 [..., D] of Euclidean length sqrt(D)."""
+    return F.normalize(embedding.float(), dim=-1) * embedding.shape[-1] ** 0.5
+
+
+def _pooled(maps: Tensor, pooling: Pooling) -> Tensor:
+    """[N, C, H, W] -> [N, C * NUM_MOMENTS[pooling]], as a product with the pixels' weights.
+
+    Its gradient is dense and lies in memory as channels-last values do. That of `mean` is one number for all pixels,
+    spread by strides, with which the layers below took a quarter of a CPU step longer.
+    """
+    num_pixels = maps.shape[2] * maps.shape[3]
+    weights = pixel_weights(maps.shape[2], maps.shape[3], pooling, maps.device)
+    pixels = rearrange(maps, "n c h w -> n (h w) c")
+    if pooling == "mean":
+        sums = weights.to(maps).expand(len(maps), -1, -1) @ pixels
+        return rearrange(sums / num_pixels, "n k c -> n (c k)")
+    # In bf16 a place would be a tenth of a pixel off.
+    with torch.autocast(maps.device.type, enabled=False):
+        mass, moments = (weights.expand(len(maps), -1, -1) @ pixels.float()).split([1, len(weights) - 1], dim=1)
+        pooled = torch.cat([mass / num_pixels, moments / (mass + EMPTY_MASS)], dim=1)
+        return rearrange(pooled, "n k c -> n (c k)")
+
+
+EMPTY_MASS = 0.05
+"""Added to the sum of a map, which is never negative, so that an empty one has its centre in the middle."""
+
+
+def pixel_weights(height: int, width: int, pooling: Pooling, device: torch.device) -> Tensor:
+    """What pixels count for each number that pooling keeps, [K, H * W]: 1, and with "moments" x, y, x^2, x y, y^2; x
+    and y run from -1 to 1."""
+    y = torch.linspace(-1, 1, height, device=device)[:, None].expand(height, width)
+    x = torch.linspace(-1, 1, width, device=device).expand(height, width)
+    ones = torch.ones(height, width, device=device)
+    return torch.stack([ones] if pooling == "mean" else [ones, x, y, x * x, x * y, y * y]).flatten(1)
+
+
+def _scaled(channels: int, width: float) -> int:
+    return max(1, round(channels * width))

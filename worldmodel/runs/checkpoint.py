@@ -1,0 +1,349 @@
+"""A run folder: the resolved config, metrics.jsonl and checkpoints.
+
+    run/config.yaml                       the resolved config
+    run/metrics.jsonl                     one row a log or evaluation
+    run/videos.jsonl                      hashes of the videos and labels, compared on a resume (worldmodel/data.py)
+    run/.lock                             process and host that train the run now (worldmodel/runs/lock.py)
+    run/checkpoints/index.json            {"latest": name, "best": name, "kept": [names]}
+    run/checkpoints/step_00001000/        model, teacher, optimizer (.safetensors), state.json
+
+Everything is written aside, flushed to disk and renamed, so a kill or a full disk at any moment leaves the previous
+checkpoint whole. Nothing here is ever unpickled.
+
+A run folder may come from a stranger. Names in it become paths only where they are names that runs give, nothing is
+written or removed through a link, and only what is named here is removed.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
+
+from data_pipelines.errors import UserError
+from data_pipelines.files import check_regular, read_text, remove, write_bytes, write_text
+from data_pipelines.probe import one_line
+from worldmodel.config import Config, flatten, read_tree, to_dict, to_yaml, validate
+from worldmodel.training.finite import ADVICE, not_finite
+from worldmodel.training.sharding import shared_like
+
+# What may differ between a checkpoint's config and the one it is resumed with: nothing that changes the result.
+RESUMABLE_CHANGES = frozenset(
+    {
+        "run_dir",
+        "data.cache_mb",
+        "data.num_workers",
+        "model.checkpoint_activations",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.timeout_s",
+        "train.compile",
+        "tracking.wandb",
+        "tracking.project",
+    }
+)
+_WEIGHT_FILES = ("model", "teacher", "optimizer")
+
+RUN_FILES = frozenset(
+    {
+        *("config.yaml", "metrics.jsonl", "videos.jsonl", "metrics.json", "forecasts.md", "report.html"),
+        *("readout.safetensors", "illustrations.safetensors", "surprise_events.json"),
+        *("planning.json", "planning.safetensors"),
+    }
+)
+RUN_FOLDERS = frozenset({"checkpoints", "profile", "wandb"})
+LOCK_NAME = ".lock"
+"""Names in a run folder. Whatever has another name belongs to somebody else."""
+
+STEP_NAME = re.compile(r"step_\d{8,12}")
+MAX_STATE_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by name, and the small state: step, train_seconds, stream fingerprint, best score."""
+
+    model: dict[str, Tensor]
+    teacher: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+# --------------------------------------------------------------------------------------------------- run folders
+
+
+def open_run(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """The folder for a training run, holding config.yaml.
+
+    Raises:
+        UserError: the folder holds another run and neither flag is given, holds something that is not a run, or was
+            made by another config than the one to resume with.
+    """
+    run = Path(config.run_dir)
+    begun = {LOCK_NAME, ".config.yaml.partial"}  # a kill may leave these in a new folder
+    if run.is_dir() and {path.name for path in run.iterdir()} - begun and not (run / "config.yaml").is_file():
+        raise UserError(f"run_dir={run} is not empty and holds no run: choose another folder")
+    try:
+        if (run / "config.yaml").is_file():
+            if overwrite:
+                _remove_run(run)
+            elif resume:
+                _check_same_config(load_run_config(run), config, run)
+            else:
+                raise UserError(
+                    f"run_dir={run} already holds a run: pass --resume to continue it, --overwrite to replace it"
+                )
+        run.mkdir(parents=True, exist_ok=True)
+        write_text(run / "config.yaml", to_yaml(config))
+    except OSError as error:
+        raise UserError(f"cannot write to run_dir={run}: {error.strerror or error}") from error
+    return run
+
+
+def _remove_run(run: Path) -> None:
+    """Remove what a run wrote into its folder, the config last. The lock stays.
+
+    Raises:
+        UserError: config.yaml is not a run's, or something in the folder is not of a run.
+    """
+    load_run_config(run)
+    entries = sorted(run.iterdir())
+    foreign = [path for path in entries if not _is_of_a_run(path)] or _foreign_in(run / "checkpoints")
+    if foreign:
+        raise UserError(
+            f"run_dir={run} holds '{foreign[0].relative_to(run)}', which is not of a run: move it away, or choose "
+            "another folder"
+        )
+    for path in sorted(entries, key=lambda path: path.name == "config.yaml"):
+        if path.name != LOCK_NAME:
+            remove(path)
+
+
+def _is_of_a_run(path: Path) -> bool:
+    name = path.name.removeprefix(".").removesuffix(".partial") if path.name.endswith(".partial") else path.name
+    return name in RUN_FILES or name in (LOCK_NAME, "writable") or (name in RUN_FOLDERS and path.is_dir())
+
+
+def _foreign_in(checkpoints: Path) -> list[Path]:
+    """What in the folder of checkpoints is not a checkpoint."""
+    if checkpoints.is_symlink():
+        return [checkpoints]
+    return [
+        path
+        for path in (sorted(checkpoints.iterdir()) if checkpoints.is_dir() else [])
+        if not re.fullmatch(rf"\.?({STEP_NAME.pattern}|index\.json)(\.partial)?", path.name)
+    ]
+
+
+def load_run_config(run: str | Path) -> Config:
+    """The resolved config of a run.
+
+    Raises:
+        UserError: no run is there, or its config is damaged.
+    """
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"no run in {run}: {path} does not exist")
+    return validate(read_tree(path), source=str(path))
+
+
+def _check_same_config(saved: Config, given: Config, run: Path) -> None:
+    before, now = flatten(to_dict(saved)), flatten(to_dict(given))
+    for key in before:
+        if before[key] != now[key] and key not in RESUMABLE_CHANGES:
+            raise UserError(
+                f"run_dir={run} was trained with {key}={before[key]!r}, the config says {now[key]!r}: "
+                "resume with the same config, or choose another run_dir"
+            )
+
+
+# --------------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(run: Path, checkpoint: Checkpoint, *, keep: int, is_best: bool) -> Path:
+    """Write a checkpoint aside and rename it; then drop all but the last `keep` and the best.
+
+    Raises:
+        UserError: a value is not finite, or the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    check_finite(checkpoint.state["step"], **{part: getattr(checkpoint, part) for part in _WEIGHT_FILES})
+    folder = run / "checkpoints"
+    name = f"step_{checkpoint.state['step']:08d}"
+    aside = folder / f".{name}.partial"
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a link, through which nothing is written: move the checkpoints to this place")
+    try:
+        remove(aside)
+        aside.mkdir(parents=True)
+        for part in _WEIGHT_FILES:
+            tensors = {key: value.detach().cpu().contiguous() for key, value in getattr(checkpoint, part).items()}
+            write_bytes(aside / f"{part}.safetensors", serialise(tensors))
+        write_text(aside / "state.json", json.dumps(checkpoint.state, indent=1))
+        final = folder / name
+        remove(final)
+        aside.rename(final)
+        index = _read_index(run)
+        kept = [*(other for other in index["kept"] if other != name), name]
+        best = name if is_best else index["best"]
+        doomed = [other for other in kept[:-keep] if other != best]
+        kept = [other for other in kept if other not in doomed]
+        _write_index(run, {"latest": name, "best": best, "kept": kept})
+    except OSError as error:
+        with suppress(OSError):
+            remove(aside)
+        before = _read_index(run)["latest"]
+        intact = f"; the checkpoint {before} is intact" if before else ""
+        raise UserError(f"cannot save a checkpoint in {folder}: {error.strerror or error}{intact}") from error
+    for other in doomed:
+        if _is_checkpoint(folder / other):
+            with suppress(OSError):
+                remove(folder / other)
+    return final
+
+
+def check_finite(step: int, **parts: Mapping[str, Tensor]) -> None:
+    """Raise UserError if a value of a checkpoint to be saved is not finite."""
+    for part, tensors in parts.items():
+        if name := not_finite(tensors):
+            raise UserError(
+                f"the {part} is not finite after step {step}, first in {name}: {ADVICE}; earlier checkpoints are intact"
+            )
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a run has made this folder."""
+    is_named = STEP_NAME.fullmatch(path.name) is not None
+    return is_named and path.is_dir() and not path.is_symlink() and (path / "state.json").is_file()
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove from a run folder what a kill left there: checkpoints that the index does not name, and files written
+    aside.
+
+    Call it while no training writes there. Without the checkpoint that the index names as the latest, all others stay.
+
+    Raises:
+        UserError: the index is damaged.
+    """
+    folder = run / "checkpoints"
+    leftovers = [path for name in RUN_FILES if (path := run / f".{name}.partial").is_file() and not path.is_symlink()]
+    if folder.is_dir() and not folder.is_symlink():
+        index = _read_index(run)
+        named = {index["latest"], index["best"], *index["kept"]}
+        has_latest = index["latest"] is not None and _is_checkpoint(folder / index["latest"])
+        for path in folder.iterdir():
+            is_orphan = has_latest and path.name not in named and (_is_checkpoint(path) or _is_half_removed(path))
+            if is_orphan or _is_partial(path):
+                leftovers.append(path)
+    for path in leftovers:
+        with suppress(OSError):
+            remove(path)
+
+
+def _is_half_removed(path: Path) -> bool:
+    """True if this is what a kill left of a checkpoint that a run was removing."""
+    return STEP_NAME.fullmatch(path.name) is not None and _holds_parts_only(path)
+
+
+def _is_partial(path: Path) -> bool:
+    """True if a run has begun to write this."""
+    if path.name == ".index.json.partial":
+        return path.is_file() and not path.is_symlink()
+    return re.fullmatch(rf"\.{STEP_NAME.pattern}\.partial", path.name) is not None and _holds_parts_only(path)
+
+
+def _holds_parts_only(path: Path) -> bool:
+    """True for a folder with nothing in it but parts of a checkpoint, whole or not."""
+    names = {f"{part}.safetensors" for part in _WEIGHT_FILES} | {"state.json"}
+    is_folder = path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK | os.X_OK)
+    return is_folder and all(inner.name.removeprefix(".").removesuffix(".partial") in names for inner in path.iterdir())
+
+
+def load_checkpoint(run: Path, which: Literal["latest", "best"] = "latest") -> Checkpoint | None:
+    """The checkpoint that index.json names, or None where there is none yet.
+
+    Raises:
+        UserError: a file of it is missing or damaged, or a weight is not finite.
+    """
+    name = _read_index(run)[which]
+    if name is None:
+        return None
+    folder = run / "checkpoints" / name
+    try:
+        for part in _WEIGHT_FILES:
+            check_regular(folder / f"{part}.safetensors")
+        tensors = {part: load_file(folder / f"{part}.safetensors") for part in _WEIGHT_FILES}
+        state = _checked_state(json.loads(read_text(folder / "state.json", MAX_STATE_BYTES)))
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise UserError(f"checkpoint {folder} is damaged: {one_line(error)}") from error
+    if bad := not_finite(tensors["model"] | {f"teacher/{key}": value for key, value in tensors["teacher"].items()}):
+        raise UserError(f"checkpoint {folder} holds weights that are not finite, first in {bad}: train the run again")
+    return Checkpoint(**tensors, state=state)
+
+
+def _checked_state(state: Any) -> dict[str, Any]:
+    """A checkpoint's state. Raises ValueError: it is not an object, or lacks a number."""
+    if not isinstance(state, dict):
+        raise ValueError("state.json is not a JSON object")
+    is_step = isinstance(state.get("step"), int) and not isinstance(state["step"], bool) and 0 <= state["step"] < 10**12
+    is_number = all(isinstance(state.get(key), int | float) for key in ("train_seconds", "best_score"))
+    if not (is_step and is_number and isinstance(state.get("stream"), str)):
+        raise ValueError("state.json lacks a valid step, train_seconds, best_score or stream")
+    return state
+
+
+def _read_index(run: Path) -> dict[str, Any]:
+    path = run / "checkpoints" / "index.json"
+    if not os.path.lexists(path):
+        return {"latest": None, "best": None, "kept": []}
+    try:
+        index = json.loads(read_text(path, MAX_STATE_BYTES))
+        names = [index["latest"], index["best"], *index["kept"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {str(error)[:80]}): restore it") from error
+    for name in names:
+        # Names become paths: a run folder from elsewhere must not point outside itself.
+        if name is not None and not (isinstance(name, str) and STEP_NAME.fullmatch(name)):
+            raise UserError(f"{path} names {str(name)[:80]!r}, which is not a checkpoint of a run")
+    return index
+
+
+def _write_index(run: Path, index: Mapping[str, Any]) -> None:
+    write_text(run / "checkpoints" / "index.json", json.dumps(index, indent=1))
+
+
+# ------------------------------------------------------------------------------------ optimiser state as tensors
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """Optimiser state keyed "parameter name/state name", independent of the order of parameter groups."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}/{key}": torch.as_tensor(value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`, for an optimiser that keeps its state on its parameters' device."""
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for name, tensor in tensors.items():
+        parameter_name, key = name.rsplit("/", 1)
+        parameter = parameters[parameter_name]
+        if tensor.shape == parameter.shape:
+            # Moments lie in memory as their parameter does: fused kernels walk both side by side.
+            optimizer.state[parameter][key] = torch.empty_like(parameter).copy_(shared_like(tensor, parameter))
+        else:
+            optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)

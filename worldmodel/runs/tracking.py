@@ -1,0 +1,113 @@
+"""Logging of a run: metrics.jsonl always, and wandb."""
+
+import json
+import os
+import platform
+import sys
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.errors import UserError, one_line_logger
+from data_pipelines.files import write_text
+from worldmodel.config import Config
+from worldmodel.runs.wandb_tracking import start_wandb
+
+logger = one_line_logger(__name__)
+
+MAX_STEP = 10**12
+
+
+class RowLostError(UserError):
+    """A row of metrics.jsonl could not be written."""
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The valid rows of metrics.jsonl. Others, such as a last row that a kill cut short, are dropped with a warning."""
+    path = run / "metrics.jsonl"
+    # Split where rows were joined: splitlines would also split at characters inside a string.
+    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n") if path.is_file() else []
+    rows = [(number, _row(line)) for number, line in enumerate(lines, start=1) if line.strip()]
+    if bad := [number for number, row in rows if row is None]:
+        logger.warning("%s: dropped rows that are cut short or not valid: %d, first line %d", path, len(bad), bad[0])
+    return [row for _, row in rows if row is not None]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """The row in a line, an object with a step and numbers; None if it is not valid."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not (isinstance(row, dict) and isinstance(row.get("split", ""), str)):
+        return None
+    step, numbers = row.get("step"), [value for key, value in row.items() if key != "split"]
+    if isinstance(step, int) and 0 <= step < MAX_STEP and all(map(_is_number, numbers)):
+        return row
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    """True for a number that fits into a float, or NaN. json.loads makes infinity of 1e999."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and (abs(value) <= sys.float_info.max or value != value)
+
+
+class Tracker:
+    """Writes rows of numbers to metrics.jsonl and to wandb.
+
+    wandb is offline unless config.tracking.wandb or the environment's WANDB_MODE says otherwise; it never prompts.
+    On a resume, rows after `start_step` are dropped: the steps behind them run again.
+
+    Raises:
+        UserError: as `worldmodel.runs.wandb_tracking.wandb_mode`, or metrics.jsonl cannot be written.
+    """
+
+    def __init__(self, run: Path, config: Config, start_step: int) -> None:
+        self._path = run / "metrics.jsonl"
+        rows = [row for row in read_metrics(run) if row["step"] <= start_step] if start_step else []
+        try:
+            write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+            self._file = self._path.open("ab", buffering=0)  # without a buffer, nothing is left to fail at the end
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
+        self._wandb = start_wandb(run, config)
+
+    def log(self, split: str, step: int, values: dict[str, float]) -> None:
+        """Write one row.
+
+        Raises:
+            RowLostError: it cannot be written; the rows before it are whole.
+        """
+        row = (json.dumps({"step": step, "split": split, **values}) + "\n").encode("utf-8")
+        size_bytes = os.fstat(self._file.fileno()).st_size
+        try:
+            written = 0
+            while written < len(row):
+                written += self._file.write(row[written:])
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(size_bytes)
+            raise RowLostError(
+                f"cannot write a row of step {step} to {self._path}: {error.strerror or error}"
+            ) from error
+        if self._wandb is not None:
+            self._wandb.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and what it computes with; "-" for what is not installed."""
+    found = {"python": platform.python_version()}
+    for name in ("worldmodel", "torch", "accelerate", "av", "decord", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "-"
+    return found

@@ -1,0 +1,192 @@
+"""A trained run in Python: load it, then encode, roll out, forecast and score clips and videos.
+
+Legend: B clips, T frames, C channels, H = W pixels, D embedding dimensions, S samples, K dimensions of a quantity.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from data_pipelines.errors import UserError
+from data_pipelines.probe import one_line
+from data_pipelines.transforms import to_float
+from worldmodel.config import Config
+from worldmodel.evaluation.readout_file import load_readout
+from worldmodel.evaluation.surprise import clip_surprise, video_surprise
+from worldmodel.nets.teacher import Teacher
+from worldmodel.nets.world_model import WorldModel
+from worldmodel.report.illustrations import Timeline
+from worldmodel.runs.checkpoint import Checkpoint, load_checkpoint, load_run_config
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run's config, its networks in evaluation mode, and the state of the checkpoint they came from.
+
+    The methods take clips as floating point in [0, 1] or as uint8, on any device, and compute without gradients on the
+    run's. All of them raise UserError where a clip has not the shape or the values that the run was trained on.
+    """
+
+    folder: Path
+    config: Config
+    model: WorldModel
+    teacher: Teacher | None
+    """None where the objective has no teacher."""
+    state: dict[str, Any]
+
+    @property
+    def target_encoder(self) -> nn.Module:
+        """What embeds targets: clip [B, T, C, H, W] -> [B, D]."""
+        return self.teacher or self.model.embedder
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        """C, H, W of the frames that the run was trained on."""
+        data = self.config.data
+        size_px = 1 if data.source == "causal" else data.size_px
+        return data.channels, size_px, size_px
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Segments [B, T, C, H, W] -> embeddings [B, D]."""
+        return self.model.encode(self._segments(video))
+
+    @torch.no_grad()
+    def rollout(
+        self, clip: Tensor, horizon: int, num_samples: int, seed: int = 0, *, actions: Tensor | None = None
+    ) -> Tensor:
+        """Sampled futures of context segments: [B, T, C, H, W] -> embeddings [B, S, horizon, D].
+
+        actions [B, horizon, A] go with a run that is conditioned on them, and only with it.
+
+        Raises:
+            UserError: horizon or num_samples is below 1; actions are missing, not wanted, or of another shape.
+        """
+        for name, value in (("horizon", horizon), ("num_samples", num_samples)):
+            if value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        wanted = (len(clip), horizon, self.model.action_dim) if self.model.action_dim else None
+        given = None if actions is None else tuple(actions.shape)
+        if given != wanted:
+            raise UserError(f"actions of shape {given} do not fit the run {self.folder}: it takes {wanted}")
+        generator = torch.Generator(self.device).manual_seed(seed)
+        taken = None if actions is None else actions.float().to(self.device)
+        return self.model.rollout(self._segments(clip), horizon, num_samples, generator, actions=taken)
+
+    def forecast(
+        self, clip: Tensor, horizon: int, num_samples: int, seed: int = 0, *, actions: Tensor | None = None
+    ) -> Tensor:
+        """Sampled futures of the labelled quantity: [B, T, C, H, W] -> [B, S, horizon, K], in the quantity's unit.
+
+        Each is the `rollout` of the same seed, read through the ridge readout that the evaluation of the run fitted.
+
+        Raises:
+            UserError: as rollout; the run was not evaluated at this checkpoint, or its videos have no labels.
+        """
+        readout, _ = load_readout(self.folder, self.state["step"], self.device)
+        return readout(self.rollout(clip, horizon, num_samples, seed, actions=actions))
+
+    def surprise(
+        self, video: str | Path | Tensor, *, num_peaks: int = 5, step_frames: int | None = None, progress: bool = False
+    ) -> Timeline:
+        """Surprise at every transition of a video file, or of a clip [T, C, H, W] of any number of frames.
+
+        KL(q || p) + prediction error / beta, what it costs by the training loss, and with a scene code how improbable
+        it is that the scene is the same; in nats. Without a latent the error alone (worldmodel.evaluation.surprise).
+        step_frames
+        is the distance of successive transitions in source frames, without it segments tile the video.
+
+        Raises:
+            UserError: the latent is sparse or an oracle, the run takes actions, the video cannot be read or is too
+                short for one transition.
+        """
+        networks = self.config, self.model, self.target_encoder
+        if isinstance(video, Tensor):
+            clip = self._checked(video, ("T", *self.frame_shape))
+            return clip_surprise(*networks, clip, num_peaks=num_peaks, step_frames=step_frames, progress=progress)
+        return video_surprise(*networks, Path(video), num_peaks=num_peaks, step_frames=step_frames, progress=progress)
+
+    def _segments(self, video: Tensor) -> Tensor:
+        """Segments [B, T, C, H, W], checked, as the networks want them."""
+        checked = self._checked(video, ("B", self.config.data.num_frames, *self.frame_shape))
+        return to_float(checked.to(self.device))
+
+    def _checked(self, video: Tensor, expected: tuple[int | str, ...]) -> Tensor:
+        """video, if it has the expected shape, of which the first number is free. Raises UserError."""
+        if video.ndim != len(expected) or tuple(video.shape[1:]) != expected[1:] or not len(video):
+            wanted = ", ".join(str(size) for size in expected)
+            raise UserError(
+                f"a clip of shape {list(video.shape)} does not fit the run {self.folder}: it takes [{wanted}] "
+                f"({'[B, T, C, H, W]' if len(expected) == 5 else '[T, C, H, W]'})"
+            )
+        if video.dtype != torch.uint8 and not video.is_floating_point():
+            raise UserError(f"a clip of {video.dtype}: give uint8, or floating point in [0, 1]")
+        # Causal observations are numbers of any size.
+        if (
+            self.config.data.source != "causal"
+            and video.is_floating_point()
+            and not 0 <= video.min() <= video.max() <= 1
+        ):
+            raise UserError(
+                f"a clip of values {video.min():g} to {video.max():g}: give uint8, or floating point in [0, 1]"
+            )
+        return video
+
+
+def load(
+    run: str | Path, *, which: Literal["latest", "best"] = "latest", device: str | torch.device = "cpu"
+) -> TrainedRun:
+    """Load a run folder.
+
+    Raises:
+        UserError: no run is there, it has no checkpoint yet, or the checkpoint is damaged.
+    """
+    config = load_run_config(run)
+    checkpoint = load_checkpoint(Path(run), which)
+    if checkpoint is None:
+        raise UserError(f"the run {run} has no checkpoint yet: train it first")
+    _check_shapes(config, checkpoint, run)
+    model = WorldModel(config)
+    model.load_state_dict(checkpoint.model)
+    teacher = None
+    if model.objective.needs_teacher:
+        teacher = Teacher(model.embedder)
+        teacher.load_state_dict(checkpoint.teacher)
+        teacher = teacher.to(device).eval()
+    return TrainedRun(Path(run), config, model.to(device).eval(), teacher, checkpoint.state)
+
+
+def _check_shapes(config: Config, checkpoint: Checkpoint, run: str | Path) -> None:
+    """Compare the weights with what the config describes, before any memory is taken for that.
+
+    Raises:
+        UserError: they differ, or the config describes networks that cannot be.
+    """
+    if config.model.encoder == "pretrained":  # its sizes come with its own files
+        return
+    # A flow is built by what it computes, which takes real tensors: its own sizes follow from the others.
+    is_flow = config.model.prior == "flow"
+    model = dataclasses.replace(config.model, prior="mixture") if is_flow else config.model
+    try:
+        with torch.device("meta"):
+            network = WorldModel(dataclasses.replace(config, model=model))
+        described = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    except (RuntimeError, OverflowError, MemoryError, ValueError) as error:
+        raise UserError(f"{run}/config.yaml describes networks that cannot be built: {one_line(error)}") from None
+    stored = {name: tensor.shape for name, tensor in checkpoint.model.items()}
+    for name in sorted(described.keys() | stored.keys()):
+        if is_flow and name.startswith("latent.prior"):
+            continue
+        if described.get(name) != stored.get(name):
+            sizes = [list(shapes[name]) if name in shapes else "nothing" for shapes in (stored, described)]
+            raise UserError(
+                f"the checkpoint of {run} does not fit its config.yaml: it holds {sizes[0]} for {name}, not {sizes[1]}"
+            )
