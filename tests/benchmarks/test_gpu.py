@@ -31,12 +31,12 @@ def test_it_times_trains_and_scores_and_does_nothing_twice(tmp_path: Path) -> No
 
 def test_a_part_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
     trained = {"updates": 5, "seconds": 2.0, "energy_score": 0.66, "oracle_energy_score": 0.6, "x_oracle": 1.1}
-    fails = Part("one", [["train.py", "--config", "nowhere.yaml"]], dict)
-    parts = [fails, Part("two", [["train.py", "--help"]], lambda: trained)]
+    fails = Part("one", [["scripts/train.py", "--config", "nowhere.yaml"]], dict)
+    parts = [fails, Part("two", [["scripts/train.py", "--help"]], lambda: trained)]
     results = run_parts(parts, tmp_path)
-    assert results["parts"]["one"]["failed"] == "train.py ended with 2"
+    assert results["parts"]["one"]["failed"] == "scripts/train.py ended with 2"
     assert "nowhere.yaml" in (tmp_path / "one.log").read_text()
-    assert "one                failed: train.py ended with 2\n" in summary(results)
+    assert "one                failed: scripts/train.py ended with 2\n" in summary(results)
     assert "two                5 updates in 2 s; Energy Score 0.660, 1.100 x the oracle's" in summary(results)
     mended = [Part("one", fails.commands[:0], lambda: trained), parts[1]]
     assert "failed" not in run_parts(mended, tmp_path)["parts"]["one"]
