@@ -55,7 +55,7 @@ ENVIRONMENT = {
     "WANDB_MODE": "disabled",
 }
 
-TWO_ROOMS = "data_pipelines.worlds.two_rooms:worldmodel/TwoRooms-v0"
+TWO_ROOMS = "{two_rooms}"  # stands for the environment, whose module has moved
 DATA: dict[str, tuple[str, ...]] = {
     "single": ("make_moving_mnist", "--train", "32", "--selection", "16", "--test", "12"),
     "kicked": (
@@ -182,6 +182,9 @@ class Side:
         Raises:
             CommandError: the exit code is not 0, or the process takes longer than TIMEOUT_S.
         """
+        folder = "worlds" if (self.checkout / "data_pipelines" / "worlds").is_dir() else "sources"
+        environment = f"data_pipelines.{folder}.two_rooms:worldmodel/TwoRooms-v0"
+        arguments = tuple(environment if word == TWO_ROOMS else word for word in arguments)
         script = self.checkout / "scripts" / f"{name}.py"
         command = [str(script)] if script.is_file() else ["-m", "worldmodel", name]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
