@@ -37,7 +37,8 @@ from tqdm.auto import tqdm
 from data_pipelines.clips import EARLY_S
 from data_pipelines.decoders import DecodeError, open_video, read_frames, resolve_decoder
 from data_pipelines.errors import UserError
-from data_pipelines.probe import BadFile, Video, index_file
+from data_pipelines.facts import BadFile, Video
+from data_pipelines.indexing.probe import index_file
 
 SIZE_PX = 96
 NUM_FRAMES = 60

@@ -18,7 +18,7 @@ from statistics import fmean
 from tqdm.auto import tqdm
 
 from data_pipelines.clips import ClipSpec
-from data_pipelines.index import load_or_build_index
+from data_pipelines.formats.registry import load_videos
 from data_pipelines.stream import VideoStream
 from data_pipelines.worlds.moving_mnist import write_world
 from worldmodel.commands.shared import report_errors
@@ -50,7 +50,7 @@ def main() -> int:
 
 def check(root: Path, args: argparse.Namespace) -> int:
     stream = VideoStream(
-        load_or_build_index(root),
+        load_videos(root),
         ClipSpec(),
         size_px=args.size_px,
         channels=args.channels,

@@ -30,10 +30,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from data_pipelines.clips import ClipSpec
+from data_pipelines.containers import open_container
 from data_pipelines.errors import UserError
-from data_pipelines.index import VideoIndex, load_or_build_index
-from data_pipelines.probe import open_container
-from data_pipelines.shards import load_videos, pack_videos
+from data_pipelines.formats.registry import load_videos
+from data_pipelines.index import VideoIndex
+from data_pipelines.shards.packing import pack_videos
 from data_pipelines.stream import VideoStream, clips_of
 from data_pipelines.worlds.moving_mnist import write_world
 from worldmodel.commands.shared import report_errors, write_result
@@ -184,7 +185,7 @@ def measure(case: Case, method: str, workers: int, data: Path, seconds: float) -
             clips_per_s, peak_mb = time_stream(case, index, workers)
             peak_mb -= memory_mb(server_pid, "VmHWM")
         return Row(case.name, method, workers, clips_per_s, clips_per_s * SPEC.length, peak_mb)
-    index = load_or_build_index(data / case.name, progress=False)
+    index = load_videos(data / case.name, progress=False)
     if method == "stream":
         clips_per_s, peak_mb = time_stream(case, index, workers)
     elif method == "ffmpeg_null":

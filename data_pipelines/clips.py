@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.errors import UserError
-from data_pipelines.probe import Video
+from data_pipelines.facts import Video
 
 # Keyframe intervals are merged until a group has this many frames: short intervals would else make tiny
 # groups, each of which costs a seek and the frames between its keyframe and its first clip.

@@ -1,12 +1,11 @@
-"""Changed videos: noticed when a file is opened, by size and time, and when a run is resumed, by content.
+"""Find changed videos: when a file is opened, by size and time stamp, and when a run is resumed, by content.
 
-A file whose size or time stamp differs from the index is read again and compared by content. So a copy, or a `touch`,
-changes nothing, and another video under the same name is never taken for the one that was indexed.
+A file whose size or time stamp differs from the index is read again and compared by content. So a copy or a `touch`
+changes nothing, and another video under the same name is never used in place of the one that was indexed.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, one_line
+from data_pipelines.facts import MAX_FRAME_PX, BadFile, Video
 from data_pipelines.index import VideoIndex, difference_of
-from data_pipelines.index_engines import SLOWEST_BYTES_PER_S
-from data_pipelines.probe import MAX_FRAME_PX, BadFile, Video, index_file, index_member, one_line
-from data_pipelines.shards import SHARDS_NAME
+from data_pipelines.indexing.parallel import SLOWEST_BYTES_PER_S
+from data_pipelines.indexing.probe import Stamp, index_file, index_member, stamp_of
+from data_pipelines.shards.index_file import SHARDS_NAME
 from data_pipelines.workers import Faults
 
-Stamp = tuple[int, int]  # size in bytes and time stamp in nanoseconds
 CONTENTS_HEADER = {"format": "worldmodel-contents", "version": 1}
 MAX_LINE_CHARACTERS = 2**16
 
@@ -29,26 +28,25 @@ MAX_LINE_CHARACTERS = 2**16
 # ------------------------------------------------------------------------------------------------- while streaming
 
 
-def stamp_of(path: str | Path) -> Stamp | None:
-    """Size and time stamp of a file; None if it cannot be found."""
+def _stamp_of(path: str | Path) -> Stamp | None:
+    """Return size and time stamp of a video; None if it cannot be found."""
     try:
-        found = os.stat(path)
+        return stamp_of(path)
     except OSError:
         return None
-    return found.st_size, found.st_mtime_ns
 
 
 def shard_stamps(index: VideoIndex) -> dict[str, Stamp]:
-    """The stamps of local shards, as far as these are no newer than their index; what is newer may be another shard."""
+    """Return the stamps of local shards that are no newer than their index; a newer one may be another shard."""
     if index.remote is not None:
         return {}
-    written = stamp_of(index.root / SHARDS_NAME)
-    found = {name: stamp_of(index.root / name) for name in {video.shard for video in index.videos} if name}
+    written = _stamp_of(index.root / SHARDS_NAME)
+    found = {name: _stamp_of(index.root / name) for name in {video.shard for video in index.videos} if name}
     return {name: stamp for name, stamp in found.items() if stamp and written and stamp[1] <= written[1]}
 
 
 def why_changed(index: VideoIndex, stamps: Mapping[str, Stamp], row: int, faults: Faults) -> str:
-    """Say, as a predicate, why the file of a row is not what was indexed; "" if it is, or if it is missing.
+    """Return, as a predicate, why the file of a row is not the one that was indexed; "" if it is, or is missing.
 
     stamps: as shard_stamps returned them. Shards from a URL were compared with their checksums when they were fetched.
     """
@@ -56,7 +54,7 @@ def why_changed(index: VideoIndex, stamps: Mapping[str, Stamp], row: int, faults
         return ""
     video = index.videos[row]
     expected = stamps.get(video.shard) if video.shard else (video.size_bytes, video.mtime_ns)
-    found = stamp_of(f"{index.root}/{video.shard or video.path}")
+    found = _stamp_of(f"{index.root}/{video.shard or video.path}")
     if found is None or found == expected:
         return ""
     judged = faults.judged.get(video.path)
@@ -69,7 +67,7 @@ def why_changed(index: VideoIndex, stamps: Mapping[str, Stamp], row: int, faults
 
 
 def probe_again(root: str | Path, video: Video) -> Video | BadFile:
-    """The facts of a file as it is now."""
+    """Return the facts of a file as it is now."""
     max_frame_px = max(MAX_FRAME_PX, video.width * video.height)
     if video.shard:
         return index_member(root, video.shard, video.path, video.offset_bytes, video.size_bytes, max_frame_px)
@@ -81,9 +79,11 @@ def probe_again(root: str | Path, video: Video) -> Video | BadFile:
 
 @dataclass(frozen=True)
 class Contents:
-    """The videos and labels that a run learns from, as far as they are read from files.
+    """The videos and labels in files that a run learns from.
 
-    videos: path -> hash of the content. labels: name -> hash of all values. bad: path -> why a file is left out.
+    videos: path -> hash of the content.
+    labels: name -> hash of all values.
+    bad: path -> reason why a file is left out.
     """
 
     videos: Mapping[str, str]
@@ -91,18 +91,19 @@ class Contents:
     bad: Mapping[str, str]
 
     def lines(self) -> Iterator[str]:
-        """JSON: a header with the labels, then the path and the hash of each video."""
+        """Yield lines of JSON: a header with the labels, then the path and the hash of each video."""
         yield json.dumps(CONTENTS_HEADER | {"labels": dict(self.labels)})
         yield from map(json.dumps, self.videos.items())
 
     def hash(self) -> str:
+        """Return a hash of the lines."""
         digest = hashlib.sha256()
         for line in self.lines():
             digest.update(f"{line}\n".encode())
         return digest.hexdigest()[:16]
 
     def change_since(self, earlier: "Contents") -> str:
-        """Name the first difference from earlier contents, and count the others; "" if there is none."""
+        """Return the first difference from earlier contents and the number of others; "" if there is none."""
         changes = [_change_of(path, earlier.videos, self) for path in sorted({*self.videos, *earlier.videos})]
         changes = list(filter(None, changes))
         changes += [f"label {name!r} has other values" for name in _differing(earlier.labels, self.labels)]
@@ -123,7 +124,7 @@ def _differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def contents_of(index: VideoIndex, labels: Collection[str]) -> Contents:
-    """labels: the names of those that matter; what the index lacks is passed over."""
+    """Return the contents of an index. labels: the names of those that the run uses; unknown ones are ignored."""
     found = index.labels | index.frame_labels
     return Contents(
         videos={video.path: content_of(video) for video in index.videos},
@@ -133,7 +134,7 @@ def contents_of(index: VideoIndex, labels: Collection[str]) -> Contents:
 
 
 def content_of(video: Video) -> str:
-    """A hash of a video's content; without a digest, of its facts."""
+    """Return a hash of a video's content; without a digest, of its facts."""
     facts = (video.size_bytes, video.num_frames, video.keyframes, video.keyframe_pts, video.frame_ms)
     return video.digest or hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
@@ -159,7 +160,7 @@ def read_contents(path: Path) -> Contents | None:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"'{path}' is damaged ({one_line(error)}): restore it; or delete it, and no change of videos is noticed"
+            f"'{path}' is damaged ({one_line(error)}): restore it; or delete it, and changed videos are not noticed"
         ) from None
 
 

@@ -23,21 +23,17 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from data_pipelines.clips import frames_on_screen
-from data_pipelines.errors import UserError
-from data_pipelines.probe import (
-    MAX_FRAME_PX,
-    ROUNDING_S,
-    BadFile,
-    Video,
+from data_pipelines.containers import (
     decoded_frames,
     decoding_errors,
-    index_file,
     local_url,
-    one_line,
     open_container,
     prepare_codec,
     video_stream,
 )
+from data_pipelines.errors import UserError, one_line
+from data_pipelines.facts import MAX_FRAME_PX, ROUNDING_S, BadFile, Video
+from data_pipelines.indexing.probe import index_file
 
 if TYPE_CHECKING:
     from av import VideoFrame

@@ -1,12 +1,15 @@
-"""The one exception for mistakes of the user, as opposed to mistakes of ours, and names as messages may show them."""
+"""The exception for a user's mistakes, and text of strangers as messages may show it.
+
+Mistakes of our own are assertions.
+"""
 
 import logging
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: what is wrong, the value, what to do.
+    """A mistake that the user can correct. The message is one line: what is wrong, the value, what to do.
 
-    Scripts print it without a traceback and exit with code 2. It may quote names and texts of strangers: characters
+    Commands print it without a traceback and exit with code 2. It may quote names and texts of strangers: characters
     that a terminal would act on are escaped.
     """
 
@@ -17,10 +20,16 @@ class UserError(Exception):
 def printable(name: object) -> str:
     """Return the text of `name` on one line, with every character escaped that a terminal would act on.
 
-    Those are control characters, line ends, marks that turn the direction of writing, and bytes that are not UTF-8.
+    These are control characters, line ends, marks that change the direction of writing, and bytes that are not UTF-8.
     """
     text = str(name)
     return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception as one short line, without the path that messages of FFmpeg and the system repeat."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return printable(" ".join(str(text).split())[:200])
 
 
 def one_line_logger(name: str) -> logging.Logger:

@@ -1,20 +1,28 @@
-"""Checks of the facts of a video that an index file states: their types, ranges and order.
+"""Facts about videos as index files state them: the records, and checks of their types, ranges and order.
 
-Index files lie beside the data, or come from servers. Arrays are as long as these numbers say.
+Index files lie alongside the data or come from servers, and arrays are as long as these numbers say. So every record
+that is read from a file is checked.
 """
 
 import dataclasses
 import os
 import re
 from array import array
+from dataclasses import dataclass
 from functools import cache
 from operator import attrgetter, lt
-from typing import TYPE_CHECKING, Any, get_origin
+from typing import Any, get_origin
+
+import numpy as np
+from numpy.typing import NDArray
 
 from data_pipelines.text_files import shown
 
-if TYPE_CHECKING:
-    from data_pipelines.probe import BadFile, Video
+# Timestamps are rounded, in Matroska to milliseconds: closer to a constant rate than this, they keep to it.
+ROUNDING_S = 0.00101
+
+MAX_FRAME_PX = 2**26
+"""Frames of more pixels are refused before they are decoded: 8K video has 2**25."""
 
 MAX_FRAMES = 2**27  # 25 days at 60 frames a second
 MAX_SIDE_PX = 2**16
@@ -27,8 +35,96 @@ DIGEST = re.compile("[0-9a-f]{16,128}")
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")  # one that needs no quoting in a path or a URL
 
 
-def checked(video: "Video") -> "Video":
-    """Return a video whose facts a file could have.
+@dataclass(frozen=True, slots=True)
+class Video:
+    """One readable video: a file, a part of a shard, or a folder of images.
+
+    keyframes: presentation index of each frame at which decoding can start; the first is always 0.
+    keyframe_pts: timestamps of the keyframes in the container's time base. Empty where the container has none that
+        can be trusted; keyframes is then (0,), and such a file is only ever decoded from its beginning.
+    open_gop: some frames are stored after a keyframe and shown before it.
+    shard, offset_bytes: the tar that holds the bytes, as a name in the root, and their start; "" for a plain file.
+    tick_s: seconds per tick of the container's time base.
+    frame_ms: milliseconds from each frame to the next, if they vary. Otherwise empty: frame i is shown i / fps seconds
+        after the first.
+    quarter_turns: number of counterclockwise turns by 90 degrees that the stored picture needs.
+    mirrored: the stored picture is mirrored, left to right, before it is turned.
+    stream: number of the stream that holds the video, if the file has several video streams; otherwise -1.
+    begins_late: decoding the first packets gives errors or nothing; the first frame is the first that decodes.
+    digest: a hash of the packets, equal for equal content; "" if it was not computed.
+    """
+
+    path: str  # relative to the root, with forward slashes
+    size_bytes: int
+    mtime_ns: int
+    num_frames: int
+    fps: float  # average; 0 if unknown
+    width: int  # as shown
+    height: int  # as shown
+    duration_s: float
+    keyframes: tuple[int, ...]
+    keyframe_pts: tuple[int, ...]
+    open_gop: bool
+    shard: str = ""
+    offset_bytes: int = 0
+    tick_s: float = 0.0
+    frame_ms: tuple[int, ...] = ()
+    quarter_turns: int = 0
+    mirrored: bool = False
+    stream: int = -1
+    begins_late: bool = False
+    digest: str = ""
+
+    def shown_s(self) -> NDArray[np.float64]:
+        """Return the seconds from the first frame to each, [num_frames], to about a millisecond; zeros without fps."""
+        if self.frame_ms:
+            return np.cumsum([0.0, *self.frame_ms]) / 1000
+        return np.arange(self.num_frames) / (self.fps or np.inf)
+
+
+@dataclass(frozen=True, slots=True)
+class BadFile:
+    """A file with the name of a video that cannot be used, and the reason."""
+
+    path: str
+    size_bytes: int
+    mtime_ns: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar of videos as its index describes it."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+def entry_from_fields(fields: dict[str, Any]) -> Video | BadFile:
+    """Return the entry that dataclasses.asdict and JSON made these fields of.
+
+    Raises TypeError, KeyError, ValueError: other fields, or values that no file has.
+    """
+    if "reason" in fields:
+        return checked_bad_file(BadFile(**fields))
+    numbers = {name: tuple(fields[name]) for name in ("keyframes", "keyframe_pts", "frame_ms")}
+    return checked(Video(**fields | numbers))
+
+
+def checked_shard(shard: Shard) -> Shard:
+    """Return a shard whose values a tar could have. Raises ValueError: another type, or out of range."""
+    if not (isinstance(shard.name, str) and SHARD_NAME.fullmatch(shard.name)):
+        raise ValueError(f"name {shard.name!r} is not a valid name of a shard")
+    if type(shard.size_bytes) is not int or not 0 <= shard.size_bytes <= MAX_INT:
+        raise ValueError(f"size_bytes {shard.size_bytes!r} is not a possible size")
+    if not (isinstance(shard.sha256, str) and re.fullmatch("[0-9a-f]{64}", shard.sha256)):
+        raise ValueError(f"sha256 {shard.sha256!r} is not 64 hexadecimal digits")
+    return shard
+
+
+def checked(video: Video) -> Video:
+    """Return a video whose facts a file could have; other facts are an error.
 
     Raises ValueError: a value has another type than its field, is out of range, or contradicts another one.
     """
@@ -41,7 +137,7 @@ def checked(video: "Video") -> "Video":
     if shard and not SHARD_NAME.fullmatch(shard):
         raise ValueError(f"shard={shown(shard)} is not a valid name of a shard")
     if shard and (video.offset_bytes < 0 or video.size_bytes < 1):
-        raise ValueError("it lies outside of its shard")
+        raise ValueError("it is outside its shard")
     if not (0 <= video.size_bytes <= MAX_INT and 0 <= video.offset_bytes <= MAX_INT and abs(video.mtime_ns) <= MAX_INT):
         raise ValueError("size_bytes, offset_bytes or mtime_ns is out of range")
     if not 0 < num_frames <= min(MAX_FRAMES, video.size_bytes):
@@ -69,7 +165,7 @@ def checked(video: "Video") -> "Video":
     return video
 
 
-def checked_bad_file(entry: "BadFile") -> "BadFile":
+def checked_bad_file(entry: BadFile) -> BadFile:
     """Return a bad file whose values have the types of their fields. Raises ValueError: one does not."""
     _check_types(entry)
     if not 0 <= entry.size_bytes <= MAX_INT or abs(entry.mtime_ns) > MAX_INT:
@@ -78,7 +174,7 @@ def checked_bad_file(entry: "BadFile") -> "BadFile":
 
 
 def _check_types(entry: Any) -> None:
-    """Raises ValueError unless each value is of exactly its field's type: True is not an int, 1 is a float."""
+    """Raise ValueError unless each value has exactly the type of its field: True is not an int, 1 is a float."""
     names, values_of, types = _types(entry.__class__)
     values = values_of(entry)
     if tuple(map(type, values)) != types:
@@ -92,7 +188,7 @@ def _check_types(entry: Any) -> None:
 
 @cache
 def _types(kind: type) -> tuple[tuple[str, ...], Any, tuple[type, ...]]:
-    """The names of a dataclass's fields, a function to get their values, and their types."""
+    """Return the names of a dataclass's fields, a function that gets their values, and their types."""
     fields = {field.name: field.type for field in dataclasses.fields(kind)}
     return tuple(fields), attrgetter(*fields), tuple(get_origin(wanted) or wanted for wanted in fields.values())  # type: ignore[misc]
 

@@ -1,4 +1,4 @@
-"""Files in a folder that a stranger may have made: written never through a link, read where they are regular files."""
+"""Files in folders that a stranger may have made: never written through a link, read only if they are regular files."""
 
 import os
 import secrets
@@ -7,28 +7,40 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
 MAX_TEXT_BYTES = 2**28
 MAX_LINE_BYTES = 2**27
 
 
 def write_text(path: Path, text: str) -> None:
+    """Replace a file as write_bytes does, with text in UTF-8."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file as a whole: readers see the old content or the new, also after a crash.
+    """Replace a file as `replacing` does. Raises OSError."""
+    with replacing(path) as file:
+        file.write(content)
 
-    A link at `path` is replaced, and what it leads to stays as it is. Raises OSError.
+
+@contextmanager
+def replacing(path: Path, *, is_shared: bool = False) -> Iterator[BinaryIO]:
+    """Open a new file that replaces `path` when the block ends without an exception. Raises OSError.
+
+    Readers see the old content or the new one, also after a crash. A link at `path` is replaced, and its target stays
+    as it is.
+
+    is_shared: several processes may write the file at once, so the unfinished file has a random name. Otherwise it is
+        `.NAME.partial`, and replaces the one that a killed process left.
     """
-    aside = path.with_name(f".{path.name}.partial")
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial" if is_shared else f".{path.name}.partial")
     with suppress(FileNotFoundError):
-        aside.unlink()  # of a run that was killed; of a link the link alone
+        aside.unlink()  # of a link, only the link
     number = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
         with os.fdopen(number, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
@@ -36,23 +48,6 @@ def write_bytes(path: Path, content: bytes) -> None:
         with suppress(OSError):
             aside.unlink()
         raise
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[TextIO]:
-    """Open a file to be written line by line, which replaces `path` as a whole at the end.
-
-    Its name is random, so that several processes can write the same file. Raises OSError.
-    """
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    with open(aside, "x", encoding="utf-8") as out:
-        try:
-            yield out
-            out.close()
-            os.replace(aside, path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
 
 
 def check_writable(folder: Path) -> None:
@@ -63,13 +58,13 @@ def check_writable(folder: Path) -> None:
 
 
 def check_regular(path: Path) -> None:
-    """Raise OSError where there is no file, or what opening could hang on: a FIFO, a device, a socket."""
+    """Raise OSError if there is no file, or one that can block on opening: a FIFO, a device, a socket."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(f"{path.name} is not a regular file")
 
 
 def user_cache_dir() -> Path | None:
-    """The folder for what can be made again; None: this user has no home."""
+    """Return the folder for files that can be made again; None: this user has no home."""
     if not os.environ.get("HOME", "home"):
         return None
     try:
@@ -79,7 +74,10 @@ def user_cache_dir() -> Path | None:
 
 
 def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """Read a text file in UTF-8. Raises OSError: it is not a regular file, or too large; UnicodeDecodeError."""
+    """Read a text file in UTF-8; a byte order mark is dropped.
+
+    Raises OSError: it is not a regular file, or too large; UnicodeDecodeError.
+    """
     check_regular(path)
     with path.open("rb") as file:
         content = file.read(max_bytes + 1)
@@ -89,7 +87,7 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
 
 
 def bounded_lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file. Raises ValueError: one is longer than MAX_LINE_BYTES."""
+    """Yield the lines of a file. Raises ValueError: one is longer than MAX_LINE_BYTES."""
     while line := file.readline(MAX_LINE_BYTES + 1):
         if len(line) > MAX_LINE_BYTES:
             raise ValueError(f"the next line is longer than {MAX_LINE_BYTES:,} bytes")
@@ -97,7 +95,7 @@ def bounded_lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder with all that it holds, or a link (not what it leads to). Raises OSError."""
+    """Remove a file, a folder with its content, or a link (not its target). Raises OSError."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,4 +1,4 @@
-"""What is written beside videos: labels, in the layout of Hugging Face's `videofolder`."""
+"""Labels of videos and of their frames, from metadata in the layout of Hugging Face's `videofolder`."""
 
 import csv
 import json
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data_pipelines.errors import UserError, one_line_logger
-from data_pipelines.probe import Video, one_line
+from data_pipelines.errors import UserError, one_line, one_line_logger
+from data_pipelines.facts import Video
 
 log = one_line_logger(__name__)
 
@@ -21,10 +21,12 @@ Row = tuple[str, dict[str, Any]]  # file_name and the other fields
 
 
 class Labels(NamedTuple):
-    """of_videos: int64 or float32 [N] or [N, K]; of_frames: [F, K] for the F frames of all videos, one after the other.
+    """Labels of N videos and of their F frames.
 
-    Frame f of video n has the row offsets[n] + f of of_frames; offsets is None where there are none.
-    faults: names of labels that are left out, and why: what asks for one of them is told.
+    of_videos: per name, int64 or float32 [N] or [N, K].
+    of_frames: per name, [F, K] for the frames of all videos, video after video.
+    offsets: int64 [N]; frame f of video n has the row offsets[n] + f of of_frames. None: there are none.
+    faults: names of labels that are left out, and the reasons.
     """
 
     of_videos: dict[str, torch.Tensor]
@@ -34,28 +36,29 @@ class Labels(NamedTuple):
 
 
 def read_labels(root: Path, videos: Sequence[Video], class_names: Sequence[str], *, is_split: bool = False) -> Labels:
-    """Labels of videos and of their frames.
+    """Read the labels of videos and of their frames.
 
-    From metadata.jsonl, metadata.csv or metadata.parquet in root or in folders of videos: the numeric and
-    list-of-number fields that every video has; `file_name` is relative to the metadata's folder. A list that holds one
-    list of numbers for each frame of its video labels the frames. Without any, where all videos are in subfolders of
-    root and those are several, "label" is the number of a video's subfolder among class_names.
+    They come from metadata.jsonl, metadata.csv or metadata.parquet in root or in folders of videos, in which
+    `file_name` is relative to the metadata's folder. A label is a field that every video has as a number or as a list
+    of numbers. A field with one list of numbers per frame of its video labels the frames. Without metadata, "label" is
+    the number of a video's subfolder among class_names, if all videos are in subfolders and these are several.
 
     is_split: root is one of several splits in a folder, whose metadata holds for all of them. A line that is closer to
-        a video counts.
+        a video takes precedence.
 
-    Raises UserError: broken metadata, two kinds of it in a folder, .parquet without pyarrow.
+    Raises UserError: broken metadata, several kinds of it in a folder, two different lines for a video, .parquet
+    without pyarrow.
     """
     folders = {folder for video in videos for folder in PurePosixPath(video.path).parents}
     metadata = [path for folder in sorted(folders) if (path := _metadata_in(root / folder)) is not None]
     rows: dict[str, dict[str, Any]] = {}
     if is_split and (above := _metadata_in(root.parent)) is not None:
         prefix = f"{root.name}/"
-        for name, row in _read_metadata(above):
-            if (file_name := posixpath.normpath(name)).startswith(prefix):
-                rows[file_name.removeprefix(prefix)] = row
+        for name, row in _read_metadata(above).items():
+            if name.startswith(prefix):
+                rows[name.removeprefix(prefix)] = row
         if metadata:
-            log.info("'%s' is closer to its videos than '%s', and counts where both have a line", metadata[0], above)
+            log.info("'%s' is closer to its videos than '%s' and takes precedence", metadata[0], above)
         metadata = [above, *metadata] if rows else metadata
     if not metadata:
         return Labels(_labels_of_classes(videos, class_names), {}, None, {})
@@ -63,7 +66,8 @@ def read_labels(root: Path, videos: Sequence[Video], class_names: Sequence[str],
         if path.parent == root.parent and is_split:
             continue
         prefix = path.parent.relative_to(root).as_posix()
-        rows |= {posixpath.normpath(posixpath.join(prefix, name)): row for name, row in _read_metadata(path)}
+        found = _read_metadata(path)
+        rows |= {posixpath.normpath(posixpath.join(prefix, name)): row for name, row in found.items()}
     missing = [video.path for video in videos if video.path not in rows]
     if missing:
         log.warning(
@@ -76,7 +80,7 @@ def read_labels(root: Path, videos: Sequence[Video], class_names: Sequence[str],
 
 
 def stack_labels(rows: Sequence[Mapping[str, Any]], videos: Sequence[Video]) -> Labels:
-    """One row of labels per video -> the fields of numbers that every row has. The others are faults."""
+    """Stack one row of fields per video into labels: the fields that every row has as numbers. Others are faults."""
     of_videos: dict[str, torch.Tensor] = {}
     of_frames: dict[str, torch.Tensor] = {}
     faults: dict[str, str] = {}
@@ -103,7 +107,7 @@ def _has_a_list_for_each(value: Any, count: int) -> bool:
 
 
 def _fault_of(name: str, values: Sequence[Any], videos: Sequence[Video]) -> str:
-    """Describe the first video, and frame, in which a label is not a number, or not of the size that others have."""
+    """Describe the first video, and frame, with a label that is not a number or has another size than the others."""
     of_frames = any(isinstance(value, list) and value and isinstance(value[0], list) for value in values)
     first = next((value for value in values if value is not None), None)
     width: int | None = None
@@ -150,11 +154,17 @@ def _metadata_in(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _read_metadata(path: Path) -> Iterator[Row]:
+def _read_metadata(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the fields of each line by its normalised file_name. Raises UserError."""
+    rows: dict[str, dict[str, Any]] = {}
     try:
-        yield from _READERS[path.suffix](path)
+        for name, row in _READERS[path.suffix](path):
+            file_name = posixpath.normpath(name)
+            if rows.setdefault(file_name, row) is not row and repr(rows[file_name]) != repr(row):  # NaN equals itself
+                raise UserError(f"'{path}' has different lines for '{file_name}': keep one")
+        return rows
     except UnicodeDecodeError:
-        raise UserError(f"'{path}' is not text in UTF-8: save it in that encoding") from None
+        raise UserError(f"'{path}' is not UTF-8 text: save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"'{path}' is unreadable: {one_line(error)}") from None
 
@@ -170,7 +180,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 if not isinstance(file_name, str):
                     raise TypeError
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                # The line itself stays unsaid: a link may have led to another file.
+                # The message does not quote the line: a link may have led to another file.
                 raise UserError(f"'{path}' line {number} is not a JSON object with a file_name") from None
             yield file_name, row
 
@@ -178,14 +188,14 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 def _read_csv(path: Path) -> Iterator[Row]:
     with open(path, encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
-        _check_columns(path, reader.fieldnames or [])
         try:
+            _check_columns(path, reader.fieldnames or [])
             for row in reader:
                 if None in row or None in row.values():
                     raise UserError(f"'{path}' line {reader.line_num} has more or fewer cells than the header")
                 yield row.pop("file_name"), {name: _number_or_text(cell) for name, cell in row.items()}
         except csv.Error as error:
-            raise UserError(f"'{path}' line {reader.line_num} is no CSV: {error}") from None
+            raise UserError(f"'{path}' line {reader.line_num} is not valid CSV: {error}") from None
 
 
 def _number_or_text(cell: str) -> int | float | str:
@@ -201,12 +211,16 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     except ImportError:
         raise UserError(f"'{path}' needs pyarrow, which is not installed: pip install 'worldmodel[lerobot]'") from None
     try:
-        table = parquet.read_table(path)
-    except ArrowException as error:
-        raise UserError(f"'{path}' is no Parquet file: {one_line(error)}") from None
-    _check_columns(path, table.column_names)
-    for row in table.to_pylist():
-        yield str(row.pop("file_name")), row
+        table = parquet.ParquetFile(path).read()  # read_table would add columns from the names of folders
+        _check_columns(path, table.column_names)
+        rows = table.to_pylist()
+    except (ArrowException, ValueError, TypeError, LookupError, ArithmeticError) as error:
+        raise UserError(f"'{path}' is not a readable Parquet file: {one_line(error)}") from None
+    for number, row in enumerate(rows, start=1):
+        file_name = row.pop("file_name")
+        if not isinstance(file_name, str):
+            raise UserError(f"'{path}' row {number} has a file_name that is not text")
+        yield file_name, row
 
 
 _READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
@@ -215,16 +229,20 @@ _READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
 def _check_columns(path: Path, names: Sequence[str]) -> None:
     if "file_name" not in names:
         raise UserError(f"'{path}' has no column file_name: its columns are {', '.join(names) or 'none'}")
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise UserError(f"'{path}' has the column {twice[0]!r} twice: rename one")
 
 
 def _numbers_to_tensor(values: Sequence[Any]) -> torch.Tensor | None:
-    """Numbers or equally long lists of numbers -> int64 or float32 [N] or [N, K]; anything else -> None."""
+    """Return numbers, or equally long lists of numbers, as int64 or float32 [N] or [N, K]; None for other values."""
     if isinstance(values[0], list):
-        flat = [x for row in values if isinstance(row, list) and len(row) == len(values[0]) for x in row]
+        if not all(isinstance(row, list) and len(row) == len(values[0]) for row in values):
+            return None
+        flat = [x for row in values for x in row]
         shape: tuple[int, ...] = (len(values), len(values[0]))
     else:
         flat, shape = list(values), (len(values),)
-    if len(flat) != math.prod(shape) or not all(isinstance(x, int | float) for x in flat):
+    if not all(isinstance(x, int | float) for x in flat):
         return None
     is_integer = all(isinstance(x, int) and abs(x) < 2**63 for x in flat)
     try:

@@ -1,8 +1,8 @@
-"""Messages between processes of a machine, handed over as memory.
+"""Messages between processes of a machine, passed as memory.
 
-A message is written to a file without a name, and the file's descriptor goes through a socket. From then on the system
-holds it: the sender may be stopped or killed, and when nobody uses the memory any more it is free. On Linux the file is
-a memfd, which is not part of /dev/shm and not bounded by its size (64 MiB in many containers).
+A message is written to a file without a name, and the file's descriptor is sent through a socket. From then on the
+system keeps it: the sender may be stopped or killed, and the memory is freed when no process uses it. On Linux the file
+is a memfd, which is not part of /dev/shm and not limited by its size (64 MiB in many containers).
 """
 
 import mmap
@@ -22,7 +22,7 @@ _SIZES = struct.Struct(f"={TABLE_BYTES // 8}Q")
 
 
 def send_message(to: socket.socket, message: Any) -> None:
-    """Send what can be pickled, copying NumPy arrays once. Raises OSError: there is no memory, or no receiver."""
+    """Send an object that can be pickled, copying NumPy arrays once. Raises OSError: no memory, or no receiver."""
     buffers: list[pickle.PickleBuffer] = []
     pickled = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
     parts = [memoryview(pickled), *(buffer.raw() for buffer in buffers)]
@@ -41,7 +41,7 @@ def send_message(to: socket.socket, message: Any) -> None:
 
 
 def receive_message(source: socket.socket) -> Any:
-    """The next message; its NumPy arrays are views of the memory. Raises EOFError, OSError: the sender has ended."""
+    """Return the next message; its NumPy arrays are views of the memory. Raises EOFError, OSError: the sender ended."""
     memory = _receive_memory(source)
     count, *sizes = _SIZES.unpack_from(memory)
     start, parts = TABLE_BYTES, []
@@ -52,7 +52,7 @@ def receive_message(source: socket.socket) -> Any:
 
 
 def share_numbers(to: socket.socket, values: Sequence[float]) -> Numbers:
-    """Numbers that this process and the one that calls receive_numbers both see and change."""
+    """Return numbers that this process shares with the one that calls receive_numbers; both may change them."""
     file = _file_of(8 * len(values))
     try:
         numbers = memoryview(mmap.mmap(file, 0)).cast("d")
@@ -65,7 +65,7 @@ def share_numbers(to: socket.socket, values: Sequence[float]) -> Numbers:
 
 
 def receive_numbers(source: socket.socket) -> Numbers:
-    """The numbers that the other process shares. Raises EOFError, OSError: it has ended."""
+    """Return the numbers that the other process shares. Raises EOFError, OSError: it has ended."""
     return _receive_memory(source).cast("d")
 
 
@@ -80,7 +80,7 @@ def _receive_memory(source: socket.socket) -> memoryview:
 
 
 def is_waiting(source: socket.socket, timeout_s: float) -> bool:
-    """True as soon as there is something to receive, False after timeout_s."""
+    """Return True as soon as there is a message to receive, False after timeout_s seconds."""
     return bool(wait([source], timeout_s))
 
 
@@ -89,7 +89,7 @@ def _padded(size: int) -> int:
 
 
 def _file_of(size_bytes: int) -> int:
-    """The descriptor of a new file without a name, whose memory is reserved: it cannot run out while it is written."""
+    """Return the descriptor of a new file without a name, with its memory reserved. Raises OSError: there is none."""
     try:
         file = os.memfd_create("worldmodel")
     except (AttributeError, OSError):  # another system, or a sandbox

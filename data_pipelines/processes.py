@@ -1,4 +1,4 @@
-"""Processes that work for this one: how they are started, how long they may be silent, and how none outlives it."""
+"""Worker processes: starting them, noticing those that hang, and ending them with their parent."""
 
 import ctypes
 import os
@@ -16,12 +16,12 @@ from typing import Any
 from data_pipelines.errors import UserError
 
 POLL_S = 1.0
-LONGEST_STEP_S = 2 * POLL_S  # of what a call of waited_s adds
+LONGEST_STEP_S = 2 * POLL_S  # the most that a call of waited_s adds
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def environment_int(name: str, default: int, least: int = 0) -> int:
-    """A whole number of at least `least` from the environment. Raises UserError: it is not one."""
+    """Return a whole number of at least `least` from the environment. Raises UserError: it is not one."""
     text = os.environ.get(name)
     if text is None:
         return default
@@ -34,54 +34,55 @@ def environment_int(name: str, default: int, least: int = 0) -> int:
 
 
 def worker_context() -> Any:
-    """The multiprocessing context of workers: forked on Linux, so that a script needs no __main__ guard."""
+    """Return the multiprocessing context of workers: on Linux they are forked, so a script needs no __main__ guard."""
     return get_context("fork" if sys.platform == "linux" else "spawn")
 
 
 @dataclass(frozen=True)
 class Parent:
-    """The process that starts workers, as they know it."""
+    """The process that starts workers, as seen by them."""
 
     pid: int
     in_main_thread: bool
 
     @classmethod
     def here(cls) -> "Parent":
-        """This process, called from the thread that starts the workers."""
+        """Return this process. Call it from the thread that starts the workers."""
         return cls(os.getpid(), threading.current_thread() is threading.main_thread())
 
     def is_gone(self) -> bool:
+        """Return whether the parent has ended. Call it in a worker."""
         return os.getppid() != self.pid
 
     def take_along(self) -> None:
         """End this process when the parent ends, even if this process is stopped at that time.
 
-        Linux sends the signal when the parent's *thread* ends that forked this process. So only workers of the main
-        thread ask for it. The others, and all workers elsewhere, have to look at is_gone() from time to time.
+        Linux sends the signal when that *thread* of the parent ends which forked this process. So only workers of the
+        main thread request it. The others, and all workers on other systems, must check is_gone() from time to time.
         """
         if sys.platform == "linux" and self.in_main_thread:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if self.is_gone():  # it ended before it could be asked
+        if self.is_gone():  # it ended before the request
             os._exit(1)
 
 
 class Patience:
-    """Seconds that a worker spent on one task while this process waited for it.
+    """A clock of the seconds that a worker spends on one task while this process waits.
 
-    Time during which this process was itself stopped or suspended does not count, because the worker was, too.
+    Time during which this process was stopped or suspended does not count, because the worker was too.
     """
 
     def __init__(self) -> None:
         self.start()
 
     def start(self) -> None:
-        """Begin to wait."""
+        """Start to wait."""
         self._task: Hashable = None
         self._waited_s = 0.0
         self._looked_s = time.monotonic()
 
     def waited_s(self, task: Hashable) -> float:
-        """Seconds since `task` was first seen. Call it about every POLL_S seconds."""
+        """Return the seconds since `task` was first passed. Call it about every POLL_S seconds."""
         now_s = time.monotonic()
         passed_s, self._looked_s = min(now_s - self._looked_s, LONGEST_STEP_S), now_s
         self._waited_s = self._waited_s + passed_s if task == self._task else 0.0
@@ -90,7 +91,7 @@ class Patience:
 
 
 def is_stopped(pid: int) -> bool:
-    """True if a process is stopped by a signal such as SIGSTOP. Always False where there is no /proc."""
+    """Return whether a process is stopped by a signal such as SIGSTOP. False on systems without /proc."""
     try:
         return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
     except (OSError, IndexError):

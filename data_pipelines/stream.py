@@ -32,13 +32,13 @@ from data_pipelines.clips import (
     resample,
     with_shards,
 )
+from data_pipelines.containers import video_url
 from data_pipelines.contents import Stamp, shard_stamps, why_changed
 from data_pipelines.decoders import DecodeError, Frame, VideoReader, open_video, resolve_decoder
 from data_pipelines.errors import UserError
 from data_pipelines.index import VideoIndex
-from data_pipelines.probe import video_url
 from data_pipelines.processes import environment_int
-from data_pipelines.remote import HeldShards
+from data_pipelines.remote.cache import HeldShards
 from data_pipelines.workers import DECODE_TIMEOUT_S, OTHER_WORK_S, Failures, Faults, Part, run_workers
 
 ORDER_VERSION = 1  # to be raised with any change to the order in which clips come

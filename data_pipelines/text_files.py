@@ -1,4 +1,4 @@
-"""Small text files that people or strangers wrote: read within bounds, YAML typed by the dataclass that it fills."""
+"""Small text files from people or strangers, read within bounds; YAML typed by the dataclass that it fills."""
 
 import dataclasses
 import re
@@ -15,7 +15,7 @@ from data_pipelines.files import read_text
 MAX_YAML_BYTES = 1 << 20
 MAX_YAML_DEPTH = 32
 MAX_YAML_NODES = 10_000
-MAX_INT_CHARS = 40  # of a number in YAML: longer ones remain text
+MAX_INT_CHARS = 40  # of a number in YAML; longer ones remain text
 
 _shortened = reprlib.Repr()
 _shortened.maxstring = _shortened.maxother = _shortened.maxlong = 120
@@ -23,7 +23,7 @@ _shortened.maxlevel = 3
 
 
 def shown(value: Any) -> str:
-    """Return repr(value), shortened to what fits in a message."""
+    """Return repr(value), shortened to fit in a message."""
     try:
         return _shortened.repr(value)
     except ValueError:  # more digits than Python writes out
@@ -61,7 +61,7 @@ def read_yaml(path: Path, kind: Any = Any) -> Any:
     try:
         return parse_yaml(text, kind)
     except yaml.YAMLError as error:
-        raise UserError(f"config {path} is no valid YAML: {_explained(error)}") from error
+        raise UserError(f"config {path} is not valid YAML: {_explained(error)}") from error
 
 
 def parse_yaml(text: str, kind: Any = Any) -> Any:
@@ -91,9 +91,9 @@ def _explained(error: yaml.YAMLError) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML of trees alone: nothing refers to something else, and nothing but numbers, flags, null and text is made.
+    """A loader of plain trees: no anchors, aliases or tags; scalars are numbers, flags, null and text only.
 
-    1e-3 is a number, as in YAML 1.2; PyYAML's own rule wants 1.0e-3. A date is text.
+    1e-3 is a number, as in YAML 1.2; PyYAML by itself requires 1.0e-3. A date is text.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012
@@ -165,7 +165,7 @@ def _scalar(loader: _Loader, node: yaml.ScalarNode, kind: Any) -> Any:
 
 
 def is_text(kind: Any) -> bool:
-    """Return True where a field of this type holds text: str, Path, a Literal of str, or one of these or None."""
+    """Return True if a field of this type holds text: str, Path, a Literal of str, or one of these or None."""
     kind = _plain(kind)
     if get_origin(kind) in (Union, UnionType):
         return all(is_text(option) for option in get_args(kind) if option is not NoneType)
@@ -175,13 +175,13 @@ def is_text(kind: Any) -> bool:
 
 
 def is_optional(kind: Any) -> bool:
-    """Return True where a field of this type may be None."""
+    """Return True if a field of this type may be None."""
     kind = _plain(kind)
     return get_origin(kind) in (Union, UnionType) and NoneType in get_args(kind)
 
 
 def kind_of_key(kind: Any, key: str) -> Any:
-    """Return the type of a key of a dataclass or dict; Any where the type does not say."""
+    """Return the type of a key of a dataclass or dict; Any if it is not stated."""
     kind = _plain(kind)
     if dataclasses.is_dataclass(kind):
         return get_type_hints(kind, include_extras=True).get(key, Any)
@@ -190,7 +190,7 @@ def kind_of_key(kind: Any, key: str) -> Any:
 
 
 def kind_of_items(kind: Any) -> Any:
-    """Return the type of a list's items, or of a tuple's that are all alike; Any where the type does not say."""
+    """Return the type of the items of a list, or of a tuple with one type; Any if it is not stated."""
     kind = _plain(kind)
     if get_origin(kind) in (Union, UnionType):
         kind = next((_plain(option) for option in get_args(kind) if get_origin(_plain(option)) in (list, tuple)), Any)

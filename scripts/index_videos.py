@@ -1,8 +1,7 @@
-"""Index a folder of videos, as training does by itself at the first start; on a cluster in parts, or with Ray.
+"""Index a folder of videos, as training does by itself at the first start; on a cluster in parts.
 
 python scripts/index_videos.py FOLDER
 python scripts/index_videos.py FOLDER --part 1/8   (one job for each of 1/8 to 8/8, then --merge)
-RAY_ADDRESS=... python scripts/index_videos.py FOLDER --engine ray
 python scripts/index_videos.py FOLDER --verify     (read all files again, and name those that differ from the index)
 
 Files that did not change since the last time are not read again. Where FOLDER has train/, selection/ and test/, each
@@ -16,9 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipelines.errors import UserError
-from data_pipelines.index import VideoIndex, index_folder, index_path, merge_parts, verify_folder
-from data_pipelines.probe import BadFile, Video
-from data_pipelines.shards import holds_shards, verify_shards
+from data_pipelines.facts import BadFile, Video
+from data_pipelines.formats.registry import detect_format
+from data_pipelines.formats.tar_shards import ShardFolder
+from data_pipelines.index import VideoIndex
+from data_pipelines.indexing.folder import index_folder, merge_parts, verify_folder
+from data_pipelines.indexing.index_file import index_path
+from data_pipelines.shards.index_file import verify_shards
 from worldmodel.commands.shared import check_counts, report_errors
 from worldmodel.data import split_folders
 
@@ -30,7 +33,6 @@ def main() -> int:
     what.add_argument("--part", metavar="K/N", help="index only every N-th file and put the result aside")
     what.add_argument("--merge", action="store_true", help="put the N parts together")
     what.add_argument("--verify", action="store_true", help="compare all files, or shards, with the index by content")
-    parser.add_argument("--engine", choices=["local", "ray"], default="local", help="where files are read")
     parser.add_argument("--workers", type=int, help="processes of this machine; default: one a core")
     args = parser.parse_args()
     with report_errors():
@@ -42,10 +44,7 @@ def main() -> int:
             verify(folders, args.workers)
             return 0
         for folder in folders:
-            if args.merge:
-                entries = merge_parts(folder)
-            else:
-                entries = index_folder(folder, part=part, engine=args.engine, num_workers=args.workers)
+            entries = merge_parts(folder) if args.merge else index_folder(folder, part=part, num_workers=args.workers)
             print(summary(folder, entries))
             print(f"  part {args.part} put aside: --merge puts all together" if part else f"  {where(folder)}")
     return 0
@@ -55,7 +54,8 @@ def verify(folders: Sequence[Path], num_workers: int | None) -> None:
     """Raises UserError: files have changed; they are printed first."""
     num_changes = 0
     for folder in folders:
-        changes = verify_shards(folder) if holds_shards(folder) else verify_folder(folder, num_workers=num_workers)
+        in_shards = isinstance(detect_format(str(folder)), ShardFolder)
+        changes = verify_shards(folder) if in_shards else verify_folder(folder, num_workers=num_workers)
         print(f"{folder}: {len(changes):,} changes since it was indexed")
         print("".join(f"  {change}\n" for change in changes), end="")
         num_changes += len(changes)

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from data_pipelines.errors import UserError
+from data_pipelines.splits import Split
 from data_pipelines.worlds import kicked_mnist, moving_mnist
-from data_pipelines.worlds.digits import Split
 from data_pipelines.worlds.moving_mnist import SEGMENT_FRAMES
 from worldmodel.commands.shared import report_errors
 

@@ -10,7 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from data_pipelines.shards import index_shards, load_videos, pack_videos
+from data_pipelines.formats.registry import load_videos
+from data_pipelines.shards.packing import pack_videos
+from data_pipelines.shards.scan import index_shards
 from worldmodel.commands.shared import report_errors
 from worldmodel.data import split_folders
 

@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from data_pipelines.worlds.digits import SPLITS
+from data_pipelines.splits import SPLITS
 from data_pipelines.worlds.recorder import POLICIES, Recording, parse_kwargs, record
 from worldmodel.commands.shared import report_errors
 

@@ -15,14 +15,16 @@ from data_pipelines.clips import ClipSpec
 from data_pipelines.contents import Contents, contents_of, read_contents
 from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.files import write_text
-from data_pipelines.index import VideoIndex, share_of_split, split_index
-from data_pipelines.shards import SHARDS_NAME, load_videos
-from data_pipelines.stores import Store, is_url
+from data_pipelines.formats.registry import load_videos
+from data_pipelines.index import VideoIndex
+from data_pipelines.remote.stores import Store, is_url
+from data_pipelines.shards.index_file import SHARDS_NAME
+from data_pipelines.splits import SPLITS, Split, share_of_split, split_index
 from data_pipelines.stream import Batch, VideoStream, clips_of, read_all, share_of_pass
 from data_pipelines.transforms import on_device, split_segments, to_float
 from data_pipelines.worlds import kicked_mnist, moving_mnist
 from data_pipelines.worlds.causal import CausalStream, CausalWorld
-from data_pipelines.worlds.digits import SPLITS, Split, load_sprites
+from data_pipelines.worlds.digits import load_sprites
 from data_pipelines.worlds.kicked_mnist import KickedMnistLaw
 from data_pipelines.worlds.law import Law
 from data_pipelines.worlds.moving_mnist import MovingMnistLaw, MovingMnistStream

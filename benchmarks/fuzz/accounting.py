@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 
 from data_pipelines.clips import ClipSpec, ClipTable
 from data_pipelines.errors import UserError
-from data_pipelines.index import VideoIndex, load_or_build_index
+from data_pipelines.formats.registry import load_videos
+from data_pipelines.index import VideoIndex
 from data_pipelines.stream import VideoStream, clips_of
 
 SPEC = ClipSpec(num_segments=3, num_frames=3)
@@ -71,7 +72,7 @@ def _account(folder: Path, num_files: int, seed: int, decoder: str) -> int:
     names = sorted(damage_of)
     for name in names[::2]:
         spoil(damaged / name, damage_of[name], rng)
-    index = load_or_build_index(damaged, max_bad_fraction=1.0)
+    index = load_videos(damaged, max_bad_fraction=1.0)
     for name in names[1::2]:
         spoil(damaged / name, damage_of[name], rng)
     index = with_present_stamps(index)
@@ -79,7 +80,7 @@ def _account(folder: Path, num_files: int, seed: int, decoder: str) -> int:
     counts = Counter({"files": len(list(pristine.iterdir())), "refused by the index": len(index.bad)})
     table = clips_of(index, SPEC)
     clips = deliver(index, decoder)
-    truth = frames_of(load_or_build_index(pristine, progress=False), decoder)
+    truth = frames_of(load_videos(pristine, progress=False), decoder)
     wrong = [clip for clip, video in clips if differs(video, clip, index, table, truth)]
     counts.update(tally(index, table, [clip for clip, _ in clips]))
     for name, number in counts.items():

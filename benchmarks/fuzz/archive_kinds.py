@@ -15,10 +15,14 @@ from benchmarks.fuzz.media import CODECS, number_in, write_video
 from benchmarks.fuzz.mutate import ODD_INTS, damage_bytes, dumps, mutate_json, mutate_text, odd_value
 from benchmarks.fuzz.sandbox import is_clean
 from benchmarks.fuzz.table_kinds import LENGTHS, check_index, copy_folder, make_rows, prepare_folder
+from data_pipelines.containers import video_url
 from data_pipelines.decoders import DecodeError, open_video
-from data_pipelines.index import INDEX_NAME, VideoIndex, load_or_build_index, split_index
-from data_pipelines.probe import Video, entry_from_fields, video_url
-from data_pipelines.shards import SHARDS_NAME, load_videos
+from data_pipelines.facts import Video, entry_from_fields
+from data_pipelines.formats.registry import load_videos
+from data_pipelines.index import VideoIndex
+from data_pipelines.indexing.index_file import INDEX_NAME
+from data_pipelines.shards.index_file import SHARDS_NAME
+from data_pipelines.splits import split_index
 
 BLOCK = tarfile.BLOCKSIZE
 Header = bytearray
@@ -311,7 +315,7 @@ def _hash_of(rows: Sequence[Any]) -> Any:
 
 
 def attempt_index(folder: Path, is_good: bool) -> str:
-    index = load_or_build_index(folder, num_workers=0, max_bad_fraction=1.0, progress=False)
+    index = load_videos(folder, num_workers=0, max_bad_fraction=1.0, progress=False)
     for entry in index.bad:
         require(is_clean(entry.reason), f"the reason is not one clean line: {entry.reason!r}")
     check_index(index)

@@ -18,7 +18,8 @@ from benchmarks.fuzz.kinds import Case, Kind, require
 from benchmarks.fuzz.media import CODECS, FPS, write_video
 from benchmarks.fuzz.mutate import damage_bytes, dumps, mutate_json, mutate_text, odd_value
 from data_pipelines.clips import ClipSpec, epoch_order
-from data_pipelines.index import VideoIndex, load_or_build_index
+from data_pipelines.formats.registry import load_videos
+from data_pipelines.index import VideoIndex
 from data_pipelines.stream import clips_of
 
 SPEC = ClipSpec(num_segments=2, num_frames=2)
@@ -53,7 +54,7 @@ def prepare_folder(seeds: Path) -> None:
     (seeds / "sub").mkdir()
     for name, length in LENGTHS.items():
         write_video(seeds / name, CODECS[0], length)
-    load_or_build_index(seeds, num_workers=0, progress=False)
+    load_videos(seeds, num_workers=0, progress=False)
 
 
 def copy_folder(seeds: Path, folder: Path) -> None:
@@ -176,7 +177,7 @@ def _odd_file(rng: random.Random, folder: Path, path: Path) -> None:
 
 
 def attempt_metadata(folder: Path, rows: Sequence[Mapping[str, Any]] | None, are_cells: bool) -> str:
-    index = load_or_build_index(folder, num_workers=0, progress=False)
+    index = load_videos(folder, num_workers=0, progress=False)
     check_index(index)
     if rows is not None:
         names = ["label", "speed"] if are_cells else ["label", "speed", "pose"]
@@ -205,7 +206,7 @@ def prepare_lerobot(seeds: Path) -> None:
     (seeds / "meta" / "info.json").write_text(json.dumps(info))
     (seeds / "meta" / "episodes" / "chunk-000" / "file-000.parquet").write_bytes(_table(episodes))
     (seeds / "data" / "chunk-000" / "file-000.parquet").write_bytes(_table(data))
-    load_or_build_index(seeds, num_workers=0, progress=False)
+    load_videos(seeds, num_workers=0, progress=False)
 
 
 def lerobot_tables() -> tuple[dict[str, Any], dict[str, list[Any]], dict[str, list[Any]]]:
@@ -317,7 +318,7 @@ def build_lerobot(rng: random.Random, seeds: Path, folder: Path) -> Case:
 
 
 def attempt_lerobot(folder: Path, camera: str | None, is_good: bool) -> str:
-    index = load_or_build_index(folder, camera=camera, num_workers=0, progress=False)
+    index = load_videos(folder, camera=camera, num_workers=0, progress=False)
     check_index(index)
     if is_good:
         require(list(index.episodes or ()) == [(start, stop) for _, start, stop in EPISODES], f"{index.episodes}")

@@ -21,7 +21,8 @@ from benchmarks.fuzz.sandbox import is_clean
 from data_pipelines.clips import MAX_HOLD_S, frames_on_screen
 from data_pipelines.decoders import DecodeError, open_video
 from data_pipelines.errors import UserError
-from data_pipelines.probe import BadFile, Video, entry_from_fields, index_file
+from data_pipelines.facts import BadFile, Video, entry_from_fields
+from data_pipelines.indexing.probe import index_file
 
 DECODERS = ("pyav", "torchcodec", "decord")
 # decord 0.6.0 carries an FFmpeg of 2021, which crashes at some damage: it is not for files from strangers.

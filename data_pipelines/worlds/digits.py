@@ -16,12 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipelines.errors import UserError
+from data_pipelines.splits import Split
 
 CANVAS_PX = 64
 SPRITE_PX = 16
-
-Split = Literal["train", "selection", "test"]
-SPLITS: tuple[Split, ...] = ("train", "selection", "test")
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipelines.splits import SPLITS, Split
 from data_pipelines.worlds.digits import (
     CANVAS_PX,
-    SPLITS,
     SPRITE_PX,
-    Split,
     Sprites,
     ink_centroid,
     load_sprites,

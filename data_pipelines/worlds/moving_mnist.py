@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipelines.splits import SPLITS, Split
 from data_pipelines.transforms import on_device
-from data_pipelines.worlds.digits import SPLITS, Split, Sprites, load_sprites, pixel_centroid, render
+from data_pipelines.worlds.digits import Sprites, load_sprites, pixel_centroid, render
 from data_pipelines.worlds.fresh import batch_generator, share_of_rank
 from data_pipelines.worlds.law import ClipFormat, Quantity
 from data_pipelines.worlds.written import WorldSplit, write_videos

@@ -29,10 +29,9 @@ import torch.nn.functional as F
 import yaml
 
 from data_pipelines.decoders import scaled_size
-from data_pipelines.errors import UserError
-from data_pipelines.probe import one_line
+from data_pipelines.errors import UserError, one_line
+from data_pipelines.splits import SPLITS, Split
 from data_pipelines.text_files import parse_yaml
-from data_pipelines.worlds.digits import SPLITS, Split
 from data_pipelines.worlds.policies import Policy, drift, smooth_walk, uniform
 from data_pipelines.worlds.written import (
     RECORDED,

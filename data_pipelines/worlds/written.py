@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data_pipelines.errors import UserError
-from data_pipelines.worlds.digits import SPLITS, Split, Sprites
+from data_pipelines.splits import SPLITS, Split
+from data_pipelines.worlds.digits import Sprites
 
 WORLD_NAME = "world.json"
 METADATA_NAME = "metadata.jsonl"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from benchmarks.fuzz.sandbox import is_clean
 from data_pipelines.errors import UserError
-from data_pipelines.probe import Video
+from data_pipelines.facts import Video
 
 Result = TypeVar("Result")
 

@@ -17,7 +17,7 @@ from data_pipelines.clips import (
     with_shards,
 )
 from data_pipelines.errors import UserError
-from data_pipelines.probe import Video
+from data_pipelines.facts import Video
 
 
 def whole(*num_frames: int) -> list[tuple[int, int]]:

@@ -16,8 +16,9 @@ from data_pipelines import stream as stream_module
 from data_pipelines.clips import ClipSpec
 from data_pipelines.contents import contents_of, read_contents
 from data_pipelines.errors import UserError
-from data_pipelines.index import VideoIndex, load_or_build_index
-from data_pipelines.shards import load_videos, pack_videos
+from data_pipelines.formats.registry import load_videos
+from data_pipelines.index import VideoIndex
+from data_pipelines.shards.packing import pack_videos
 from data_pipelines.stream import VideoStream, read_all
 from tests.data_pipelines.conftest import WriteVideo
 
@@ -112,7 +113,7 @@ def test_a_changed_file_is_left_out_and_named_once(
     num_workers: int,
 ) -> None:
     twins = _twins(folder, write_video)
-    index = load_or_build_index(folder, progress=False)
+    index = load_videos(folder, progress=False)
     before = _clips(index)
     change(*twins)
     after = _clips(index, num_workers=num_workers)
@@ -123,7 +124,7 @@ def test_a_changed_file_is_left_out_and_named_once(
 
 
 def test_a_touched_or_copied_file_changes_nothing(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    index = load_or_build_index(folder, progress=False)
+    index = load_videos(folder, progress=False)
     before = _clips(index)
     for path in folder.glob("*.mp4"):
         path.write_bytes(path.read_bytes())
@@ -133,7 +134,7 @@ def test_a_touched_or_copied_file_changes_nothing(folder: Path, caplog: pytest.L
 
 
 def test_too_many_changed_files_end_the_run_with_one_line(folder: Path, write_video: WriteVideo) -> None:
-    index = load_or_build_index(folder, progress=False)
+    index = load_videos(folder, progress=False)
     for number in range(6):
         write_video(folder / f"v{number:02d}.mp4", video=100 + number, num_frames=27)
     with pytest.raises(UserError, match=r"3 of 12 videos do not decode or have changed.*max_bad_fraction=0\.2") as line:
@@ -145,7 +146,7 @@ def test_a_file_that_is_replaced_while_it_is_read_gives_no_further_clip(
     folder: Path, write_video: WriteVideo, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, other = _twins(folder, write_video)
-    index = load_or_build_index(folder, progress=False)
+    index = load_videos(folder, progress=False)
     before = _clips(index)
     open_video = stream_module.open_video
 
@@ -169,7 +170,7 @@ def test_a_file_that_is_replaced_while_it_is_read_gives_no_further_clip(
 
 def test_evaluation_leaves_changed_files_out_too(folder: Path, write_video: WriteVideo) -> None:
     first, other = _twins(folder, write_video)
-    index = load_or_build_index(folder, progress=False)
+    index = load_videos(folder, progress=False)
     arguments: dict[str, Any] = {"size_px": None, "channels": 1, "batch_size": 5}
     before = dict(_hashes(read_all(index, SPEC, **arguments)))
     _replace(first, other)
@@ -181,7 +182,7 @@ def test_a_file_of_several_episodes_is_named_once(
     folder: Path, write_video: WriteVideo, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, other = _twins(folder, write_video)
-    files = load_or_build_index(folder, progress=False)
+    files = load_videos(folder, progress=False)
     rows = [0, 0, 0, *range(1, NUM_VIDEOS)]
     frames = [(0, 9), (9, 18), (18, 27), *[(0, 27)] * (NUM_VIDEOS - 1)]
     index = VideoIndex(folder, [files.videos[row] for row in rows], episodes=frames)
@@ -243,7 +244,7 @@ def test_a_touched_shard_changes_nothing(shards: tuple[Path, Path], caplog: pyte
 
 
 def _contents(folder: Path, *labels: str) -> Any:
-    return contents_of(load_or_build_index(folder, progress=False), labels)
+    return contents_of(load_videos(folder, progress=False), labels)
 
 
 def test_contents_name_what_has_changed(folder: Path, write_video: WriteVideo, tmp_path: Path) -> None:
@@ -269,7 +270,7 @@ def test_contents_name_what_has_changed(folder: Path, write_video: WriteVideo, t
 
 
 def test_contents_cover_the_labels_that_matter(folder: Path) -> None:
-    index = load_or_build_index(folder, progress=False)
+    index = load_videos(folder, progress=False)
     labels = {name: torch.arange(NUM_VIDEOS) + number for number, name in enumerate(("used", "other"))}
     frames = {"action": torch.zeros(27 * NUM_VIDEOS, 2)}
     offsets = torch.arange(NUM_VIDEOS) * 27

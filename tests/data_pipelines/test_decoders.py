@@ -13,7 +13,8 @@ import pytest
 from data_pipelines import decoders
 from data_pipelines.decoders import DecodeError, VideoReader, open_video, read_frames, resolve_decoder
 from data_pipelines.errors import UserError
-from data_pipelines.probe import Video, index_file
+from data_pipelines.facts import Video
+from data_pipelines.indexing.probe import index_file
 from tests.data_pipelines.conftest import DECODERS
 
 

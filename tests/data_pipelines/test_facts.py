@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from data_pipelines.errors import UserError
-from data_pipelines.facts import MAX_FRAMES
-from data_pipelines.index import INDEX_NAME, VideoIndex, index_path, load_or_build_index
-from data_pipelines.probe import BadFile, Video, entry_from_fields
-from data_pipelines.shards import SHARDS_HEADER, SHARDS_NAME, _parse, load_videos
+from data_pipelines.facts import MAX_FRAMES, BadFile, Video, entry_from_fields
+from data_pipelines.formats.registry import load_videos
+from data_pipelines.index import VideoIndex
+from data_pipelines.indexing.index_file import INDEX_NAME, index_path
+from data_pipelines.shards.index_file import SHARDS_HEADER, SHARDS_NAME, parse_shards
 
 FACTS: dict[str, Any] = {
     "path": "a/b.mp4",
@@ -84,8 +85,8 @@ def test_what_no_file_can_have_is_refused_in_one_line(name: str, value: Any) -> 
     if value not in ("", "other.tar") or name != "shard":  # which a file could have, but not in this shard
         with pytest.raises((TypeError, ValueError, KeyError)):
             entry_from_fields(FACTS | {name: value})
-    with pytest.raises(UserError, match=r"'there' is damaged in line 3 \(.*make_shards.py --index") as raised:
-        _parse(_text(SHARD, FACTS | {name: value}), "there")
+    with pytest.raises(UserError, match=r"'there' is damaged in line 3 \(.*\): index the shards again") as raised:
+        parse_shards(_text(SHARD, FACTS | {name: value}), "there")
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
 
 
@@ -119,7 +120,7 @@ def test_what_no_file_can_have_is_refused_in_one_line(name: str, value: Any) -> 
 def test_a_damaged_line_of_shards_jsonl_is_one_line(line: str) -> None:
     text = _text(SHARD, FACTS | {"path": "s.tar/twice.mp4"}) + line.encode("latin-1") + b"\n"
     with pytest.raises(UserError, match=r"'there' is damaged in line 4 ") as raised:
-        _parse(text, "there")
+        parse_shards(text, "there")
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
 
 
@@ -128,23 +129,23 @@ def test_videos_of_an_impossible_length_in_all_are_refused() -> None:
     size = {"size_bytes": MAX_FRAMES, "num_frames": MAX_FRAMES, "frame_ms": []}
     rows = [FACTS | size | {"path": f"{number}.mp4"} for number in range(33)]
     shard = SHARD | {"size_bytes": 2**40}
-    assert len(_parse(_text(shard, *rows[:32]), "there")[1]) == 32
+    assert len(parse_shards(_text(shard, *rows[:32]), "there")[1]) == 32
     with pytest.raises(UserError, match=r"line 35 .* more than 4,294,967,296 frames"):
-        _parse(_text(shard, *rows), "there")
+        parse_shards(_text(shard, *rows), "there")
 
 
 def test_lists_without_number_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipelines.shards.MAX_LISTS", 1000)
+    monkeypatch.setattr("data_pipelines.shards.index_file.MAX_LISTS", 1000)
     rows = [FACTS | {"path": f"{number}.mp4", "labels": {"a": [[]] * 100}} for number in range(10)]
-    assert len(_parse(_text(SHARD, *rows[:9]), "there")[1]) == 9
+    assert len(parse_shards(_text(SHARD, *rows[:9]), "there")[1]) == 9
     with pytest.raises(UserError, match=r"line 12 .* more than 1,000 lists and objects"):
-        _parse(_text(SHARD, *rows), "there")
+        parse_shards(_text(SHARD, *rows), "there")
 
 
 def test_a_line_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data_pipelines.files.MAX_LINE_BYTES", 1000)
     with pytest.raises(UserError, match="longer than 1,000 bytes"):
-        _parse(_text(SHARD, FACTS) + b'{"labels": "' + b"x" * 1000, "there")
+        parse_shards(_text(SHARD, FACTS) + b'{"labels": "' + b"x" * 1000, "there")
 
 
 # ------------------------------------------------------------------------------------------------- the cached index
@@ -191,19 +192,19 @@ def _tamper(root: Path, index: VideoIndex, **changes: Any) -> None:
 def test_a_cached_index_with_impossible_facts_is_built_again(
     videos: Path, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = load_or_build_index(videos, progress=False)
+    before = load_videos(videos, progress=False)
     _tamper(videos, before, **changes)
-    after = load_or_build_index(videos, progress=False)
+    after = load_videos(videos, progress=False)
     assert after.videos == before.videos and [video.num_frames for video in after.videos] == [9] * 3
     [warning] = [record.getMessage() for record in caplog.records]
     assert "is unreadable (" in warning and "\n" not in warning and len(warning) < 500
     caplog.clear()
-    assert load_or_build_index(videos, progress=False).videos == before.videos and not caplog.records
+    assert load_videos(videos, progress=False).videos == before.videos and not caplog.records
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "nesting", "digits", "bytes"])
 def test_what_is_no_index_is_built_again(videos: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    before = load_or_build_index(videos, progress=False)
+    before = load_videos(videos, progress=False)
     path = videos / INDEX_NAME
     header = path.read_text(encoding="utf-8").splitlines()[0]
     path.unlink()
@@ -214,7 +215,7 @@ def test_what_is_no_index_is_built_again(videos: Path, kind: str, caplog: pytest
     else:
         damage = {"nesting": "[" * 200_000, "digits": "9" * 5000, "bytes": "\xff"}[kind]
         path.write_bytes(f"{header}\n{damage}\n".encode("latin-1"))
-    assert load_or_build_index(videos, progress=False).videos == before.videos
+    assert load_videos(videos, progress=False).videos == before.videos
     assert "is unreadable (" in caplog.text
 
 
@@ -226,7 +227,7 @@ def test_an_index_is_not_written_through_a_link(videos: Path, name: str, tmp_pat
     for link in (name, f"{name}.{os.getpid()}.tmp", f".{name}.{os.getpid()}.tmp"):
         (videos / link).symlink_to(precious)
     if name == INDEX_NAME:
-        load_or_build_index(videos, progress=False)
+        load_videos(videos, progress=False)
     else:
         (videos / name).unlink()
         import tarfile

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.files import MAX_TEXT_BYTES, check_writable, read_text, remove, write_text
+from data_pipelines.files import MAX_TEXT_BYTES, check_writable, read_text, remove, replacing, write_text
 
 
 @pytest.mark.parametrize("name", [".metrics.json.partial", "metrics.json"])
@@ -62,3 +62,22 @@ def test_a_folder_that_cannot_be_written_is_found_out(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     with pytest.raises(OSError):
         check_writable(Path("/proc"))
+
+
+def test_processes_that_write_one_file_at_once_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "index.jsonl"
+    with replacing(path, is_shared=True) as first, replacing(path, is_shared=True) as second:
+        first.write(b"one")
+        second.write(b"two")
+    assert path.read_bytes() == b"one"  # the first block ends last
+    assert [file.name for file in tmp_path.iterdir()] == ["index.jsonl"]
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_an_exception_keeps_the_old_content(tmp_path: Path, is_shared: bool) -> None:
+    path = tmp_path / "index.jsonl"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError), replacing(path, is_shared=is_shared) as file:
+        file.write(b"new")
+        raise RuntimeError
+    assert path.read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["index.jsonl"]

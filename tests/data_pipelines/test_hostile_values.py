@@ -11,10 +11,12 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data_pipelines.index import INDEX_HEADER, INDEX_NAME, VideoIndex, load_or_build_index
+from data_pipelines.facts import BadFile, Video, entry_from_fields
+from data_pipelines.formats.registry import load_videos
+from data_pipelines.index import VideoIndex
+from data_pipelines.indexing.index_file import INDEX_HEADER, INDEX_NAME
 from data_pipelines.labels import read_labels
-from data_pipelines.probe import BadFile, Video, entry_from_fields
-from data_pipelines.shards import _parse
+from data_pipelines.shards.index_file import parse_shards
 from tests.data_pipelines.generated import DEEP, EXAMPLES, JSON, result_or_refusal
 from tests.data_pipelines.test_parsers import FACTS, PATHS, SHARD, VIDEOS, shards_text
 
@@ -74,14 +76,14 @@ def test_an_entry_that_no_file_has_is_refused(name: str, value: Any) -> None:
 @example("shard", [])
 @example("shard", "\x1b[2J")
 def test_shards_jsonl_with_an_odd_value_is_refused(name: str, value: Any) -> None:
-    parsed = result_or_refusal(lambda: _parse(shards_text(SHARD, IN_SHARD | {name: value}), "here"))
+    parsed = result_or_refusal(lambda: parse_shards(shards_text(SHARD, IN_SHARD | {name: value}), "here"))
     for entry, _ in parsed[1] if parsed else []:
         assert_possible(entry)
 
 
 @pytest.mark.parametrize("deep", DEEP, ids=["list", "object"])
 def test_deep_nesting_is_refused(tmp_path: Path, deep: str) -> None:
-    assert result_or_refusal(lambda: _parse(shards_text() + deep.encode(), "here")) is None
+    assert result_or_refusal(lambda: parse_shards(shards_text() + deep.encode(), "here")) is None
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.mp4", "x": ' + deep)
     assert result_or_refusal(lambda: read_labels(tmp_path, VIDEOS, [])) is None
 
@@ -125,9 +127,9 @@ def test_any_text_is_csv_or_is_refused(tmp_path: Path, text: str) -> None:
 def test_an_index_file_that_lies_is_built_again(tmp_path: Path, write_video: Any, name: str, value: Any) -> None:
     """Its hash is no secret: here it is the right one of the wrong facts."""
     write_video(tmp_path / "a.mp4", num_frames=9)
-    true = load_or_build_index(tmp_path, num_workers=0, progress=False).videos[0]
+    true = load_videos(tmp_path, num_workers=0, progress=False).videos[0]
     wrong = replace(true)
     object.__setattr__(wrong, name, value)
     header = INDEX_HEADER | {"content_hash": VideoIndex(tmp_path, [wrong]).content_hash}
     (tmp_path / INDEX_NAME).write_text("".join(json.dumps(row) + "\n" for row in (header, asdict(wrong))))
-    assert load_or_build_index(tmp_path, num_workers=0, progress=False).videos == [true]
+    assert load_videos(tmp_path, num_workers=0, progress=False).videos == [true]

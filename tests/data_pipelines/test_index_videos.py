@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from data_pipelines.index import INDEX_NAME, load_or_build_index
-from data_pipelines.shards import pack_videos
+from data_pipelines.formats.registry import load_videos
+from data_pipelines.indexing.index_file import INDEX_NAME
+from data_pipelines.shards.packing import pack_videos
 from scripts.index_videos import main
 
 
@@ -32,7 +33,7 @@ def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_the_index_is_the_one_that_training_builds(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    index = load_or_build_index(folder, progress=False, max_bad_fraction=0.5)
+    index = load_videos(folder, progress=False, max_bad_fraction=0.5)
     cache = folder / INDEX_NAME
     expected = cache.read_bytes()
     cache.unlink()

@@ -3,17 +3,15 @@
 import io
 import json
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from data_pipelines.errors import UserError
-from data_pipelines.index import VideoIndex, load_or_build_index, share_of_split
-from data_pipelines.lerobot import frames_of_episode
-from data_pipelines.shards import SHARDS_NAME, load_videos
+from data_pipelines.formats.registry import load_videos
+from data_pipelines.index import VideoIndex
+from data_pipelines.shards.index_file import SHARDS_NAME
 
 NUM_FRAMES = 9
 ACTION = [[float(frame), 1.0] for frame in range(NUM_FRAMES)]
@@ -73,7 +71,7 @@ class _Matches:
 def test_a_faulty_label_is_named_by_video_and_frame(folder: Path, fault: str) -> None:
     action, message = FAULTS[fault]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, _lines(action))))
-    _check(load_or_build_index(folder, progress=False), message)
+    _check(load_videos(folder, progress=False), message)
 
 
 @pytest.mark.parametrize("fault", ["nan", "one short", "absent"])
@@ -95,7 +93,7 @@ def test_a_faulty_label_in_a_tar_is_named(folder: Path, tmp_path: Path, fault: s
 @pytest.mark.parametrize("mass", ["nan", "1e999", "light"])
 def test_a_faulty_number_in_a_table_is_named(folder: Path, mass: str) -> None:
     (folder / "metadata.csv").write_text(f"file_name,mass\na.mp4,1\nb.mp4,{mass}\nc.mp4,2\n")
-    index = load_or_build_index(folder, progress=False)
+    index = load_videos(folder, progress=False)
     assert index.label_faults["mass"].startswith("'mass' of 'b.mp4' is ") and not index.labels
 
 
@@ -103,7 +101,7 @@ def test_a_faulty_number_in_a_table_is_named(folder: Path, mass: str) -> None:
 def test_damaged_lines_are_named_by_their_number_alone(folder: Path, text: str) -> None:
     (folder / "metadata.jsonl").write_text(f'{{"file_name": "a.mp4"}}\n{text}\n')
     with pytest.raises(UserError, match=r"metadata.jsonl' line 2 is not a JSON object with a file_name$"):
-        load_or_build_index(folder, progress=False)
+        load_videos(folder, progress=False)
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
@@ -115,10 +113,10 @@ def test_byte_order_marks(folder: Path, name: str, encoding: str) -> None:
     }[name]
     (folder / name).write_text("\n".join(lines), encoding=encoding)
     if encoding == "utf-16":
-        with pytest.raises(UserError, match=f"{name}' is not text in UTF-8"):
-            load_or_build_index(folder, progress=False)
+        with pytest.raises(UserError, match=f"{name}' is not UTF-8 text"):
+            load_videos(folder, progress=False)
     else:
-        assert load_or_build_index(folder, progress=False).labels["mass"].tolist() == [2] * 3
+        assert load_videos(folder, progress=False).labels["mass"].tolist() == [2] * 3
 
 
 # ------------------------------------------------------------------------------------------------------------- places
@@ -137,10 +135,10 @@ def test_metadata_above_the_splits_is_read(tmp_path: Path, write_video: Any) -> 
         for mass, name in enumerate(("train/a.mp4", "./train/deep/b.mp4", "validation/c.mp4", "test/d.mp4"))
     ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found = [load_or_build_index(split, siblings=splits, progress=False).labels["mass"].tolist() for split in splits]
+    found = [load_videos(split, siblings=splits, progress=False).labels["mass"].tolist() for split in splits]
     assert found == [[0, 1], [2], [3]]
     (tmp_path / "train" / "metadata.jsonl").write_text('{"file_name": "a.mp4", "mass": 7}')  # closer, of one video
-    assert load_or_build_index(splits[0], siblings=splits, progress=False).labels["mass"].tolist() == [7, 1]
+    assert load_videos(splits[0], siblings=splits, progress=False).labels["mass"].tolist() == [7, 1]
 
 
 @pytest.mark.parametrize("place", ["", "walk"])
@@ -165,38 +163,38 @@ def test_an_archive_without_videos_leaves_no_index(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["notes.tar"]
 
 
-def test_parts_of_a_folder_are_disjoint_and_all(tmp_path: Path, write_video: Any) -> None:
-    for number in range(12):
-        write_video(tmp_path / f"{number:02d}.mp4", video=number)
-    index = load_or_build_index(tmp_path, progress=False)
-    for shares in ((0.9, 0.1), (0.5, 0.5), (0.8, 0.1, 0.1)):
-        parts = [{video.path for video in share_of_split(index, part, shares).videos} for part in range(len(shares))]
-        assert sum(map(len, parts)) == 12 == len(set().union(*parts)) and all(parts)
-    few = index.rows([0, 1])
-    assert [share_of_split(few, part, (0.5, 0.5)).share for part in (0, 1)] == [(0.0, 0.5), (0.5, 1.0)]
+@pytest.mark.parametrize("values", [([], [1.0], [2.0]), ([], 1.0, 2.0), ([], [], [1.0])])
+def test_lists_of_different_lengths_are_no_label_even_if_the_first_is_empty(folder: Path, values: Any) -> None:
+    rows = [{"file_name": f"{name}.mp4", "v": value} for name, value in zip("abc", values, strict=True)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    index = load_videos(folder, progress=False)
+    assert not index.labels and index.label_faults["v"].startswith(("'v' of 'b.mp4' has", "'v' of 'c.mp4' has"))
 
 
-# ----------------------------------------------------------------------------------------------------------- episodes
+def test_two_lines_for_a_video_must_agree(folder: Path) -> None:
+    lines = [json.dumps({"file_name": f"{name}.mp4", "mass": 1}) for name in ("a", "b", "c", "./a")]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    assert load_videos(folder, progress=False).labels["mass"].tolist() == [1] * 3
+    (folder / "metadata.jsonl").write_text("\n".join([*lines, '{"file_name": "a.mp4", "mass": 2}']))
+    with pytest.raises(UserError, match=r"metadata.jsonl' has different lines for 'a.mp4': keep one"):
+        load_videos(folder, progress=False)
 
 
-@pytest.mark.parametrize(
-    ("start_s", "length", "expected"),
-    [
-        (0.0, 10, (0, 10)),
-        (1.04, 10, (10, 20)),
-        (1.06, 10, (11, 21)),
-        (9.06, 10, (90, 100)),  # would end one frame behind the file
-        (9.2, 10, (92, 102)),
-        (20.0, 5, (200, 205)),
-    ],
-)
-def test_an_episode_begins_with_the_nearest_frame(start_s: float, length: int, expected: tuple[int, int]) -> None:
-    assert frames_of_episode(start_s, length, np.arange(100) / 10) == expected
+@pytest.mark.parametrize("text", ["file_name,mass,mass\na.mp4,1,2\n", f"file_name,{'x' * 200_000}\na.mp4,1\n"])
+def test_a_csv_header_that_cannot_be_used_is_one_line(folder: Path, text: str) -> None:
+    (folder / "metadata.csv").write_text(text)
+    with pytest.raises(UserError, match=r"metadata.csv' (has the column 'mass' twice|line \d is not valid CSV)"):
+        load_videos(folder, progress=False)
 
 
-def test_the_times_of_the_file_decide_and_not_its_rate() -> None:
-    shown_s = np.concatenate([np.arange(50) / 10, 5.3 + np.arange(50) / 10])  # measured: a pause of 0.3 s
-    assert frames_of_episode(5.31, 20, shown_s) == (50, 70)
-    nearest: Callable[[float], int] = lambda time: int(np.abs(shown_s - time).argmin())  # noqa: E731
-    for start_s in np.random.default_rng(0).uniform(0, 9, 50):
-        assert frames_of_episode(start_s, 3, shown_s)[0] == nearest(start_s)
+def test_names_of_folders_are_no_columns_of_a_parquet_file(tmp_path: Path, write_video: Any) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    root = tmp_path / "seed=7"
+    write_video(root / "a.mp4")
+    parquet.write_table(pyarrow.table({"file_name": ["a.mp4"], "mass": [1]}), root / "metadata.parquet")
+    assert load_videos(root, progress=False).labels.keys() == {"mass"}
+    parquet.write_table(pyarrow.table({"file_name": [None, "a.mp4"], "mass": [1, 1]}), root / "metadata.parquet")
+    with pytest.raises(UserError, match=r"metadata.parquet' row 1 has a file_name that is not text"):
+        load_videos(root, progress=False)

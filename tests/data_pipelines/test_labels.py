@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from data_pipelines.errors import UserError
-from data_pipelines.index import load_or_build_index
+from data_pipelines.formats.registry import load_videos
 
 Rows = list[dict[str, Any]]
 
 
 def _labels(root: Path, **arguments: Any) -> dict[str, torch.Tensor]:
-    return load_or_build_index(root, progress=False, num_workers=0, **arguments).labels
+    return load_videos(root, progress=False, num_workers=0, **arguments).labels
 
 
 def _write_jsonl(folder: Path, rows: Rows) -> None:
@@ -127,12 +127,12 @@ def test_metadata_with_gaps_gives_no_labels(tmp_path: Path, write_video: Any, ca
     [
         ("jsonl", '{"file_name": "a.mp4"}\nnonsense\n', "metadata.jsonl' line 2 is not a JSON object with a file_name"),
         ("jsonl", '{"file_name": 1}\n', "metadata.jsonl' line 1 is not a JSON object with a file_name"),
-        ("jsonl", b"\xff\xfe", "metadata.jsonl' is not text in UTF-8"),
+        ("jsonl", b"\xff\xfe", "metadata.jsonl' is not UTF-8 text"),
         ("csv", "file,digit\na.mp4,1\n", "metadata.csv' has no column file_name: its columns are file, digit"),
         ("csv", "", "metadata.csv' has no column file_name: its columns are none"),
         ("csv", "file_name,digit\na.mp4\n", "metadata.csv' line 2 has more or fewer cells than the header"),
         ("csv", "file_name,digit\na.mp4,1,2\n", "metadata.csv' line 2 has more or fewer cells than the header"),
-        ("parquet", "nonsense", "metadata.parquet' is no Parquet file"),
+        ("parquet", "nonsense", "metadata.parquet' is not a readable Parquet file"),
     ],
 )
 def test_broken_metadata_is_one_line(tmp_path: Path, write_video: Any, name: str, text: Any, message: str) -> None:

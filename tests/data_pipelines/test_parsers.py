@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from data_pipelines.clips import EARLY_S, MAX_HOLD_S, ClipSpec, frames_on_screen, make_clip_table
 from data_pipelines.errors import UserError
+from data_pipelines.facts import Video, entry_from_fields
 from data_pipelines.labels import read_labels, stack_labels
-from data_pipelines.probe import Video, entry_from_fields
-from data_pipelines.shards import SHARDS_HEADER, _parse
+from data_pipelines.shards.index_file import SHARDS_HEADER, parse_shards
 from tests.data_pipelines.generated import EXAMPLES, JSON, result_or_refusal, videos
 
 PATHS = ("a.mp4", "sub/b.mp4")
@@ -88,7 +88,7 @@ def shards_text(*rows: Any) -> bytes:
 @given(videos("s.tar/a.mp4"), st.dictionaries(st.text(max_size=5), st.integers(-9, 9), max_size=3))
 def test_a_video_in_a_shard_survives_shards_jsonl(video: Video, labels: dict[str, int]) -> None:
     inside = replace(video, size_bytes=500, shard="s.tar", offset_bytes=512)
-    shards, entries = _parse(shards_text(SHARD, asdict(inside) | {"labels": labels}), "here")
+    shards, entries = parse_shards(shards_text(SHARD, asdict(inside) | {"labels": labels}), "here")
     assert asdict(shards["s.tar"]) == SHARD and entries == [(inside, labels)]
 
 
@@ -98,7 +98,7 @@ def test_bytes_outside_of_the_shard_are_refused(offset: int, size: int) -> None:
     fields = asdict(FACTS) | {"shard": "s.tar", "offset_bytes": offset, "size_bytes": size}
     holds_frames = size >= FACTS.num_frames
     lies_within = offset >= 0 and holds_frames and offset + size <= SHARD["size_bytes"]  # type: ignore[operator]
-    parsed = result_or_refusal(lambda: _parse(shards_text(SHARD, fields), "here"))
+    parsed = result_or_refusal(lambda: parse_shards(shards_text(SHARD, fields), "here"))
     assert (parsed is not None) == lies_within
 
 

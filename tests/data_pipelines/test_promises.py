@@ -19,8 +19,9 @@ import pytest
 
 from data_pipelines.clips import ClipSpec, ClipTable, epoch_order, lanes_of_worker
 from data_pipelines.decoders import PyAVReader
+from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
-from data_pipelines.shards import load_videos, pack_videos
+from data_pipelines.shards.packing import pack_videos
 from data_pipelines.stream import VideoStream, make_source
 from data_pipelines.workers import PARTS_AHEAD
 from tests.data_pipelines.shard_server import ShardServer
@@ -45,7 +46,7 @@ from itertools import islice
 from pathlib import Path
 from data_pipelines import stream as stream_module
 from data_pipelines.clips import ClipSpec
-from data_pipelines.shards import load_videos
+from data_pipelines.formats.registry import load_videos
 
 root, settings, jobs, log = json.loads(sys.argv[1])
 open_video = stream_module.open_video

@@ -24,7 +24,8 @@ from data_pipelines import stream as stream_module
 from data_pipelines import workers as workers_module
 from data_pipelines.clips import ClipSpec
 from data_pipelines.errors import UserError
-from data_pipelines.index import VideoIndex, load_or_build_index
+from data_pipelines.formats.registry import load_videos
+from data_pipelines.index import VideoIndex
 from data_pipelines.stream import Batch, VideoStream, clips_of, read_all
 from tests.data_pipelines.conftest import DECODERS
 
@@ -41,7 +42,7 @@ SPEC = ClipSpec()
 
 @pytest.fixture(scope="module")
 def index(mixed_folder: Path) -> VideoIndex:
-    return load_or_build_index(mixed_folder, progress=False)
+    return load_videos(mixed_folder, progress=False)
 
 
 def _stream(index: VideoIndex, spec: ClipSpec = SPEC, **changes: Any) -> VideoStream:
@@ -128,7 +129,7 @@ def timed_index(tmp_path_factory: pytest.TempPathFactory, write_video: Any) -> V
         write_video(
             root / name, video=video, times_ms=[round(time) for time in times_ms], options={"g": "25", "bf": "2"}
         )
-    return load_or_build_index(root, progress=False)
+    return load_videos(root, progress=False)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -214,12 +215,12 @@ RESUME = """
 import hashlib, json, sys
 from itertools import islice
 from data_pipelines.clips import ClipSpec
-from data_pipelines.index import load_or_build_index
+from data_pipelines.formats.registry import load_videos
 from data_pipelines.stream import VideoStream
 
 root, settings, runs = json.loads(sys.argv[1])
 for num_workers, start_batch, count in runs:
-    index = load_or_build_index(root, progress=False)
+    index = load_videos(root, progress=False)
     stream = VideoStream(index, ClipSpec(), **settings, num_workers=num_workers)
     for batch in islice(stream.batches(start_batch), count):
         digest = hashlib.sha256(batch["video"].numpy().tobytes())
@@ -593,11 +594,11 @@ def test_an_error_in_a_worker_arrives_with_its_traceback(index: VideoIndex, monk
 ORPHAN = """
 import json, multiprocessing, sys, time
 from data_pipelines.clips import ClipSpec
-from data_pipelines.index import load_or_build_index
+from data_pipelines.formats.registry import load_videos
 from data_pipelines.stream import VideoStream
 
 root, settings = json.loads(sys.argv[1])
-batches = VideoStream(load_or_build_index(root, progress=False), ClipSpec(), **settings, num_workers=1).batches()
+batches = VideoStream(load_videos(root, progress=False), ClipSpec(), **settings, num_workers=1).batches()
 next(batches)
 print(multiprocessing.active_children()[0].pid, flush=True)
 time.sleep(1000)
@@ -659,4 +660,4 @@ def test_mistakes_are_named(index: VideoIndex, tmp_path: Path, write_video: Any)
     write_video(tmp_path / "a.mp4")
     write_video(tmp_path / "b.mp4", size=(32, 32))
     with pytest.raises(UserError, match=r"'a.mp4' is 64x48, 'b.mp4' 32x32\): set size_px"):
-        _stream(load_or_build_index(tmp_path, progress=False), batch_size=1, num_lanes=1)
+        _stream(load_videos(tmp_path, progress=False), batch_size=1, num_lanes=1)

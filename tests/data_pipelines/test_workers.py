@@ -25,7 +25,8 @@ from data_pipelines import stream as stream_module
 from data_pipelines import workers as workers_module
 from data_pipelines.clips import ClipSpec
 from data_pipelines.errors import UserError
-from data_pipelines.index import VideoIndex, load_or_build_index
+from data_pipelines.formats.registry import load_videos
+from data_pipelines.index import VideoIndex
 from data_pipelines.processes import Parent, Patience, environment_int
 from data_pipelines.stream import VideoStream
 
@@ -44,7 +45,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc and prctl are 
 
 @pytest.fixture(scope="module")
 def index(mixed_folder: Path) -> VideoIndex:
-    return load_or_build_index(mixed_folder, progress=False)
+    return load_videos(mixed_folder, progress=False)
 
 
 @pytest.fixture
@@ -175,12 +176,12 @@ import hashlib, json, multiprocessing, sys, time
 from itertools import islice
 from data_pipelines import workers
 from data_pipelines.clips import ClipSpec
-from data_pipelines.index import load_or_build_index
+from data_pipelines.formats.registry import load_videos
 from data_pipelines.stream import VideoStream
 
 root, settings, pause_s = json.loads(sys.argv[1])
 workers.POLL_S = 0.05
-batches = VideoStream(load_or_build_index(root, progress=False), ClipSpec(), **settings).batches()
+batches = VideoStream(load_videos(root, progress=False), ClipSpec(), **settings).batches()
 for number, batch in enumerate(islice(batches, 12)):
     if number == 3:
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)

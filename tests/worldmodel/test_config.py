@@ -137,5 +137,5 @@ def test_a_missing_key_and_a_missing_or_broken_file(tmp_path: Path) -> None:
         load_config(tmp_path / "no.yaml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [1")
-    with pytest.raises(UserError, match="no valid YAML"):
+    with pytest.raises(UserError, match="not valid YAML"):
         load_config(broken)

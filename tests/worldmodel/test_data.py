@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from data_pipelines.errors import UserError
-from data_pipelines.shards import pack_videos
+from data_pipelines.shards.packing import pack_videos
+from data_pipelines.splits import SPLITS
 from data_pipelines.transforms import split_segments
-from data_pipelines.worlds.digits import SPLITS
 from data_pipelines.worlds.kicked_mnist import KickedMnistLaw
 from data_pipelines.worlds.moving_mnist import MovingMnistLaw
 from data_pipelines.worlds.written import write_whole
@@ -147,7 +147,7 @@ def test_classes_have_the_same_number_in_every_split(tiny_config: Callable[..., 
 
 
 def test_a_camera_is_for_lerobot_data_sets_only(tiny_config: Callable[..., Config]) -> None:
-    with pytest.raises(UserError, match=r"camera='front': .* is no LeRobot data set"):
+    with pytest.raises(UserError, match=r"camera='front': .* is a folder of video files, which has no cameras"):
         next(iter(evaluation_batches(tiny_config("data.camera=front"), "test", 4)))
 
 

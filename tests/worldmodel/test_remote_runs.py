@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from data_pipelines.errors import UserError
-from data_pipelines.shards import pack_videos
+from data_pipelines.shards.packing import pack_videos
 from tests.conftest import run_script
 from tests.data_pipelines.shard_server import ShardServer
 from worldmodel.commands.shared import check_remote

@@ -13,10 +13,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from data_pipelines.errors import UserError, one_line_logger
+from data_pipelines.errors import UserError, one_line, one_line_logger
 from data_pipelines.files import check_writable, write_text
-from data_pipelines.probe import one_line
-from data_pipelines.stores import check_url, host_of, is_url
+from data_pipelines.remote.stores import check_url, host_of, is_url
 from data_pipelines.text_files import shown
 from worldmodel.commands.terminal import safe_terminal
 from worldmodel.config import DataConfig

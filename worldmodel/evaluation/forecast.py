@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
+from data_pipelines.splits import Split
 from data_pipelines.stream import share_of_pass
-from data_pipelines.worlds.digits import Split
 from data_pipelines.worlds.law import Law, Quantity
 from worldmodel.config import Config
 from worldmodel.data import (

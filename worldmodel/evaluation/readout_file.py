@@ -7,9 +7,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, one_line
 from data_pipelines.files import write_bytes
-from data_pipelines.probe import one_line
 from data_pipelines.worlds.law import Quantity
 from worldmodel.evaluation.readout import Readout
 

@@ -11,9 +11,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialise
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, one_line
 from data_pipelines.files import write_bytes
-from data_pipelines.probe import one_line
 
 ILLUSTRATIONS_NAME = "illustrations.safetensors"
 PLANNED_NAME = "planning.safetensors"

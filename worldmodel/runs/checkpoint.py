@@ -29,9 +29,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, one_line
 from data_pipelines.files import check_regular, read_text, remove, write_bytes, write_text
-from data_pipelines.probe import one_line
 from worldmodel.config import Config, flatten, read_tree, to_dict, to_yaml, validate
 from worldmodel.training.finite import ADVICE, not_finite
 from worldmodel.training.sharding import shared_like

@@ -11,8 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from data_pipelines.errors import UserError
-from data_pipelines.probe import one_line
+from data_pipelines.errors import UserError, one_line
 from data_pipelines.transforms import to_float
 from worldmodel.config import Config
 from worldmodel.evaluation.readout_file import load_readout

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from data_pipelines.errors import UserError, one_line_logger, printable
-from data_pipelines.probe import one_line
+from data_pipelines.errors import UserError, one_line, one_line_logger, printable
 from worldmodel.config import Config, to_dict
 
 logger = one_line_logger(__name__)

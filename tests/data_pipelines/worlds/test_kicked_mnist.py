@@ -7,8 +7,8 @@ import torch
 
 from data_pipelines.clips import ClipSpec
 from data_pipelines.decoders import read_frames
-from data_pipelines.index import load_or_build_index
-from data_pipelines.shards import load_videos, pack_videos
+from data_pipelines.formats.registry import load_videos
+from data_pipelines.shards.packing import pack_videos
 from data_pipelines.stream import read_all
 from data_pipelines.worlds.digits import Sprites, load_sprites, pixel_centroid
 from data_pipelines.worlds.kicked_mnist import (
@@ -152,7 +152,7 @@ def test_frame_labels_come_with_the_frames_of_each_clip_also_from_shards(kicked_
     lines = (kicked_world / "test" / "metadata.jsonl").read_text().splitlines()
     row_of = {row["file_name"]: row for row in map(json.loads, lines)}
     pack_videos(kicked_world / "test", tmp_path / "shards")
-    for index in (load_or_build_index(kicked_world / "test"), load_videos(str(tmp_path / "shards"))):
+    for index in (load_videos(kicked_world / "test"), load_videos(str(tmp_path / "shards"))):
         [batch] = read_all(index, ClipSpec(2, 3, clip_step=6), size_px=None, channels=1, batch_size=64)
         assert batch["labels"]["digit"].shape == (9,) and batch["labels"]["centre"].shape == (9, 6, 2)
         for clip, (video, start) in enumerate((video, start) for video in index.videos for start in (0, 6, 12)):

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from data_pipelines.decoders import read_frames
 from data_pipelines.errors import UserError
-from data_pipelines.worlds.digits import SPLITS, Split, Sprites, load_sprites, render
+from data_pipelines.splits import SPLITS, Split
+from data_pipelines.worlds.digits import Sprites, load_sprites, render
 from data_pipelines.worlds.moving_mnist import (
     MovingMnistLaw,
     MovingMnistStream,

@@ -13,9 +13,10 @@ import torch
 from data_pipelines.clips import ClipSpec
 from data_pipelines.decoders import read_facts, read_frames
 from data_pipelines.errors import UserError
-from data_pipelines.index import load_or_build_index
+from data_pipelines.formats.registry import load_videos
+from data_pipelines.splits import Split
 from data_pipelines.stream import VideoStream, read_all
-from data_pipelines.worlds.digits import Split, pixel_centroid
+from data_pipelines.worlds.digits import pixel_centroid
 from data_pipelines.worlds.recorder import Recording, record
 from data_pipelines.worlds.two_rooms import ENV_ID, move, step_of_action
 from tests.conftest import REPO, TINY, run_script, script_environment
@@ -57,7 +58,7 @@ def assert_follows_the_law(labels: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_decoded_dots_are_where_the_labels_of_their_frames_say(rooms: Path, decoder: str) -> None:
-    index = load_or_build_index(rooms / "test")
+    index = load_videos(rooms / "test")
     spec = ClipSpec(3, 4, clip_step=5)
     [batch] = read_all(index, spec, size_px=None, channels=3, batch_size=64, decoder=decoder)
     labels = batch["labels"]
@@ -73,7 +74,7 @@ def test_decoded_dots_are_where_the_labels_of_their_frames_say(rooms: Path, deco
 
 def test_training_batches_carry_actions_and_states(rooms: Path) -> None:
     stream = VideoStream(
-        load_or_build_index(rooms / "train"), ClipSpec(3, 3, clip_step=1), size_px=64, channels=3,
+        load_videos(rooms / "train"), ClipSpec(3, 3, clip_step=1), size_px=64, channels=3,
         batch_size=16, num_lanes=4, pool_clips=32, seed=0,
     )  # fmt: skip
     batches = stream.batches()
@@ -262,7 +263,7 @@ def test_pusht_is_recorded(tmp_path: Path) -> None:
     pytest.importorskip("gym_pusht")
     recording = Recording("gym_pusht/PushT-v0", imports=("gym_pusht",), policy="drift", num_steps=12, size_px=96)
     record(tmp_path, {"train": 1, "selection": 1, "test": 2}, recording, num_processes=1)
-    index = load_or_build_index(tmp_path / "test")
+    index = load_videos(tmp_path / "test")
     [batch] = read_all(index, ClipSpec(1, 13), size_px=None, channels=3, batch_size=4)
     labels = batch["labels"]
     assert batch["video"].shape == (2, 13, 3, 96, 96)

@@ -1,7 +1,7 @@
-"""Files behind a URL, read with patience and within bounds.
+"""Files behind a URL, read with retries and within bounds.
 
 Only the schemes in SCHEMES are opened. fsspec knows many more, and chains of them: some read local files, and one ran
-code that it found in a file. The author of a config may not be its user.
+code from a file. The author of a config may not be its user.
 """
 
 import hashlib
@@ -16,8 +16,8 @@ from io import BytesIO, FileIO
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_pipelines.errors import UserError, one_line_logger
-from data_pipelines.probe import one_line
+from data_pipelines.errors import UserError, one_line, one_line_logger
+from data_pipelines.facts import Shard
 
 log = one_line_logger(__name__)
 
@@ -43,21 +43,13 @@ TRANSIENT_STATUS = (408, 429)  # besides 5xx
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A tar of videos as its index describes it."""
-
-    name: str
-    size_bytes: int
-    sha256: str
-
-
 def is_url(root: str | Path) -> bool:
+    """Return whether a data root is a URL."""
     return "://" in str(root)
 
 
 def check_url(url: str) -> None:
-    """Raises UserError unless a URL has a scheme that is opened, and is not a chain of several."""
+    """Raise UserError unless a URL has a scheme that is opened, and is not a chain of several."""
     shown = repr(url[:200])
     if not re.match(rf"({'|'.join(SCHEMES)})://", url):
         raise UserError(f"{shown} is not opened: give a folder, or a URL that begins with {'://, '.join(SCHEMES)}://")
@@ -66,14 +58,20 @@ def check_url(url: str) -> None:
 
 
 def host_of(url: str) -> str:
-    """The host or bucket that a URL names, with its scheme and without a password."""
+    """Return the host or bucket that a URL names, with its scheme and without a password."""
     scheme, _, rest = url.partition("://")
     return f"{scheme}://{re.split('[/?#]', rest)[0].rpartition('@')[2]}"
 
 
 @dataclass(frozen=True)
 class Store:
-    """Files behind a URL. Raises UserError for a URL that is not opened (check_url)."""
+    """Files behind a URL. Raises UserError: the URL is refused (check_url).
+
+    url: of a folder.
+    sleep: called between tries with the seconds to wait.
+    stall_s: seconds without a byte, or with too few, after which a try ends.
+    max_index_bytes: the most that is read of an index.
+    """
 
     url: str
     sleep: Callable[[float], None] = time.sleep
@@ -84,7 +82,7 @@ class Store:
         check_url(self.url)
 
     def read(self, name: str) -> bytes | None:
-        """Return an index's bytes, or None if there is none. Raises UserError: it cannot be had, or is too long."""
+        """Return an index's bytes, or None if there is none. Raises UserError: it cannot be fetched, or is too long."""
 
         def attempt() -> bytes | None:
             text = BytesIO()
@@ -93,8 +91,8 @@ class Store:
                     for chunk in self._chunks(source):
                         if text.write(chunk) and text.tell() > self.max_index_bytes:
                             raise UserError(
-                                f"'{self.url}/{name}' is longer than {self.max_index_bytes:,} bytes, the most that is "
-                                "read of an index: divide the shards into several folders"
+                                f"'{self.url}/{name}' is longer than {self.max_index_bytes:,} bytes, the limit of an "
+                                "index: divide the shards into several folders"
                             )
             except FileNotFoundError:
                 return None
@@ -103,7 +101,7 @@ class Store:
         return self._try(name, attempt)
 
     def holds(self, name: str) -> bool:
-        """Whether there is such a file. Raises UserError when that cannot be found out."""
+        """Return whether there is such a file. Raises UserError: the store does not say."""
 
         def attempt() -> bool:
             try:
@@ -115,7 +113,7 @@ class Store:
         return self._try(name, attempt)
 
     def fetch(self, shard: Shard, out: FileIO) -> None:
-        """Write a shard to `out`, from its beginning. Raises UserError when it cannot be had."""
+        """Write a shard to `out`, from the start of the file. Raises UserError: it cannot be fetched; LocalError."""
         self._try(shard.name, lambda: self._copy(shard, out))
 
     def _copy(self, shard: Shard, out: FileIO) -> None:
@@ -133,12 +131,12 @@ class Store:
             more = "more than " if size_bytes > shard.size_bytes else f"{size_bytes:,} of "
             raise OSError(f"it sends {more}{shard.size_bytes:,} bytes")
         if digest.hexdigest() != shard.sha256:
-            raise OSError("its bytes are not those that were indexed (sha256 differs)")
+            raise OSError("its bytes differ from those that were indexed (sha256)")
         with local_errors():
-            os.fsync(out.fileno())  # else a loss of power could leave a file of the right size without its content
+            os.fsync(out.fileno())  # otherwise a loss of power could leave a file of the right size without its content
 
     def _chunks(self, source: Any) -> Iterator[bytes]:
-        """The bytes of a stream. Raises OSError where they come slower than MIN_BYTES_PER_S over stall_s seconds."""
+        """Yield the bytes of a stream. Raises OSError: fewer than MIN_BYTES_PER_S arrive over stall_s seconds."""
         begin_s, num_bytes = time.monotonic(), 0
         while chunk := source.read(CHUNK_BYTES):
             yield chunk
@@ -150,14 +148,14 @@ class Store:
                 begin_s, num_bytes = time.monotonic(), 0
 
     def _try(self, name: str, attempt: Callable[[], T]) -> T:
-        """Call `attempt` until it succeeds, with pauses that double; jitter keeps processes from coming in step."""
+        """Call `attempt` until it succeeds, with pauses that double, and jitter. Raises UserError."""
         jitter = random.Random(f"{name} {os.getpid()}")
         for tries in range(1, TRIES + 1):
             try:
                 return attempt()
             except (UserError, LocalError):
                 raise
-            except Exception as error:  # each kind of store has exceptions of its own
+            except Exception as error:  # each kind of store raises its own exceptions
                 reason = one_line(error)
                 if not _may_pass(error) or tries == TRIES:
                     break
@@ -166,13 +164,13 @@ class Store:
                 self.sleep(pause_s)
         times = "once" if tries == 1 else f"{tries} times"
         raise UserError(
-            f"'{self.url}/{name}' could not be fetched, tried {times}: {reason}: mend that and resume: nothing was "
-            "skipped"
+            f"'{self.url}/{name}' could not be fetched, tried {times}: {reason}: nothing was skipped, so the run "
+            "can be resumed"
         )
 
     @contextmanager
     def _open(self, name: str) -> Iterator[Any]:
-        """A remote file as a stream of bytes."""
+        """Open a remote file as a stream of bytes. Raises UserError, and the exceptions of the store."""
         try:
             from fsspec.core import url_to_fs
         except ImportError:
@@ -180,7 +178,7 @@ class Store:
         try:
             files, path = url_to_fs(f"{self.url}/{name}", **self._options())
             if "http" in files.protocol:
-                from data_pipelines.http_bodies import HttpBody
+                from data_pipelines.remote.http_bodies import HttpBody
         except (ImportError, ValueError) as error:
             hint = "pip install 'worldmodel[remote]', or fsspec's package for it"
             raise UserError(f"'{self.url}' cannot be opened: {one_line(error)}: {hint}") from None
@@ -192,20 +190,21 @@ class Store:
             yield source
 
     def _options(self) -> dict[str, Any]:
-        """A stalled connection is an error. Stores other than these and http have time limits of their own."""
+        """Return options that make a stalled connection to S3 an error. Other stores have their own limits."""
         if self.url.startswith(("s3://", "s3a://")):
             return {"config_kwargs": {"connect_timeout": self.stall_s, "read_timeout": self.stall_s}}
         return {}
 
 
 def write_all(out: FileIO, chunk: bytes) -> None:
+    """Write all of `chunk`, in several calls if the system writes less. Raises OSError."""
     left = memoryview(chunk)
     while left:
         left = left[out.write(left) :]
 
 
 class LocalError(Exception):
-    """Writing failed, which asking the store again does not mend."""
+    """Writing to the local disk failed, so fetching again is of no use."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(one_line(error))
@@ -214,6 +213,7 @@ class LocalError(Exception):
 
 @contextmanager
 def local_errors() -> Iterator[None]:
+    """Raise an OSError of the block as a LocalError."""
     try:
         yield
     except OSError as error:
@@ -221,7 +221,7 @@ def local_errors() -> Iterator[None]:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether another try may succeed where this one failed."""
+    """Return whether another try may succeed."""
     status = getattr(error, "status", None)
     if isinstance(status, int) and 400 <= status < 500:
         return status in TRANSIENT_STATUS

@@ -1,7 +1,8 @@
 """Bodies of HTTP responses, read as streams, without trust in the server.
 
-A redirect is followed to the same host, or to a host whose addresses are all public. A server can thereby not make this
-machine ask itself, its neighbours or a cloud's metadata service. From https nothing leads to http.
+A redirect is followed to the same host, or to a host whose addresses are all public. So a server cannot make this
+machine send requests to itself, to its network or to a cloud's metadata service. A redirect from https to http is
+refused.
 """
 
 import asyncio
@@ -21,14 +22,14 @@ AS_IT_IS = {"Accept-Encoding": "identity"}
 
 
 class RefusedRedirect(ValueError):
-    """The server sent this machine to a place where it does not go."""
+    """A redirect that is not followed."""
 
 
 class HttpBody:
     """The body of one response. Close it after use.
 
-    files: fsspec's file system for http, which has the session, with the user's settings for it.
-    stall_s: seconds to connect, to wait for more bytes, and, twice these, to have the headers.
+    files: fsspec's file system for http, which has the session, with the user's settings.
+    stall_s: seconds to connect and to wait for more bytes. The headers must arrive within twice as many.
 
     Raises FileNotFoundError (status 404), RefusedRedirect, OSError (no answer in time), aiohttp's ClientError.
     """
@@ -71,14 +72,14 @@ class HttpBody:
             raise OSError(f"no answer within {limit_s:g} s") from None
 
     async def _follow(self, files: Any, start: URL) -> None:
-        """Have the response to `start`, or the one that its redirects lead to."""
+        """Set the response to `start`, or to the last of its redirects. Raises as the class does."""
         url = start
         for _ in range(MAX_REDIRECTS + 1):
             if _is_same_host(start, url):
                 session, options = await files.set_session(), dict(files.kwargs)
             else:
                 self._strangers = self._strangers or ClientSession(connector=_public_connector())
-                session, options = self._strangers, {}  # the user's headers are for the first host
+                session, options = self._strangers, {}  # the user's headers are for the first host only
             options["headers"] = {**options.get("headers", {}), **AS_IT_IS}
             self._response = response = await session.get(url, allow_redirects=False, timeout=self._limits, **options)
             if response.status == 404:
@@ -93,7 +94,7 @@ class HttpBody:
 
 
 def _next_url(start: URL, url: URL, place: str) -> URL:
-    """The URL that a redirect from `url` names. Raises RefusedRedirect unless it may be asked."""
+    """Return the URL that a redirect from `url` names. Raises RefusedRedirect: it is not followed."""
     try:
         following = url.join(URL(place))
         host = following.host or ""
@@ -111,22 +112,22 @@ def _next_url(start: URL, url: URL, place: str) -> URL:
 def _refused(host: str, address: str = "") -> RefusedRedirect:
     named = f"{host!r} ({address})" if address else repr(host)
     return RefusedRedirect(
-        f"it redirects to {named}, another host that is not public: give that URL itself, if it is meant"
+        f"it redirects to {named}, another host, which is not public: if you trust it, give its URL instead"
     )
 
 
 def _is_same_host(start: URL, url: URL) -> bool:
-    """Whether a URL has the host and port of the first one, or https on the same host."""
+    """Return whether a URL has the host and port of the first one, or https on the same host."""
     return url.host == start.host and (url.port == start.port or url.scheme == "https")
 
 
 def _is_literal(host: str) -> bool:
-    """Whether a host is an address (127.0.0.1, 0x7f.1, 2130706433, ::1), which no resolver sees, rather than a name."""
+    """Return whether a host is an address (127.0.0.1, 0x7f.1, 2130706433, ::1), which is not resolved, not a name."""
     return ":" in host or host.rstrip(".").rpartition(".")[2][:1].isdigit()
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet; False for what is not an address in its plain form."""
+    """Return whether an IP address belongs to the public internet; False for text that is not a plain address."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -138,7 +139,7 @@ def is_public(address: str) -> bool:
 
 
 class _PublicResolver(ThreadedResolver):
-    """Resolves names, and refuses those with an address that is not public."""
+    """A resolver that refuses names with an address that is not public."""
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET

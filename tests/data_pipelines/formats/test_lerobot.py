@@ -1,7 +1,10 @@
 """LeRobot data sets: each episode's frames and what was recorded with them stay together; strangers' paths stay in."""
 
 import json
+import os
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,14 @@ import torch
 
 from data_pipelines.clips import ClipSpec
 from data_pipelines.errors import UserError
-from data_pipelines.index import VideoIndex, load_or_build_index, split_index
-from data_pipelines.shards import pack_videos
+from data_pipelines.facts import BadFile, Video
+from data_pipelines.formats import lerobot
+from data_pipelines.formats.lerobot import frames_of_episode
+from data_pipelines.formats.registry import load_videos
+from data_pipelines.index import VideoIndex
+from data_pipelines.indexing.folder import index_folder
+from data_pipelines.shards.packing import pack_videos
+from data_pipelines.splits import split_index
 from data_pipelines.stream import Batch, VideoStream, read_all
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -110,7 +119,7 @@ def own(tmp_path: Path, data_set: Path) -> Path:
 
 
 def _index(root: Path, **arguments: Any) -> VideoIndex:
-    return load_or_build_index(root, progress=False, num_workers=0, **arguments)
+    return load_videos(root, progress=False, num_workers=0, **arguments)
 
 
 def _check(batches: list[Batch], camera: int, read_numbers: Any) -> list[tuple[int, int]]:
@@ -173,7 +182,7 @@ def test_actions_follow_the_frames_of_a_resampled_video(data_set: Path, read_num
 
 
 def test_files_of_several_episodes_are_not_packed_as_one_video_each(data_set: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is a LeRobot data set, whose files hold several episodes"):
+    with pytest.raises(UserError, match="is a LeRobot data set: only a folder of video files can be packed"):
         pack_videos(data_set, tmp_path / "shards", progress=False)
 
 
@@ -242,7 +251,7 @@ def test_mistakes_are_one_line(own: Path, tmp_path: Path, write_video: Any) -> N
     with pytest.raises(UserError, match=rf"camera='top' is unknown: .* has {FRONT}, {WRIST}$"):
         _index(own, camera="top")
     write_video(tmp_path / "plain" / "a.mp4")
-    with pytest.raises(UserError, match=r"camera='top': .*plain' is no LeRobot data set"):
+    with pytest.raises(UserError, match=r"camera='top': .*plain' is a folder of video files, which has no cameras"):
         _index(tmp_path / "plain", camera="top")
     _edit_info(own, codebase_version="v2.1")
     with pytest.raises(UserError, match=r"is of version 'v2.1', and only v3.0 is read: convert it with"):
@@ -306,3 +315,92 @@ def test_row_numbers_that_are_lists_are_one_line(own: Path) -> None:
         parquet.write_table(table.set_column(place, "episode_index", pairs), path)
     with pytest.raises(UserError, match="episode_index"):
         _index(own)
+
+
+@pytest.mark.parametrize(
+    ("start_s", "length", "expected"),
+    [
+        (0.0, 10, (0, 10)),
+        (1.04, 10, (10, 20)),
+        (1.06, 10, (11, 21)),
+        (9.06, 10, (90, 100)),  # would end one frame behind the file
+        (9.2, 10, (92, 102)),
+        (20.0, 5, (200, 205)),
+    ],
+)
+def test_an_episode_begins_with_the_nearest_frame(start_s: float, length: int, expected: tuple[int, int]) -> None:
+    assert frames_of_episode(start_s, length, np.arange(100) / 10) == expected
+
+
+def test_the_times_of_the_file_decide_and_not_its_rate() -> None:
+    shown_s = np.concatenate([np.arange(50) / 10, 5.3 + np.arange(50) / 10])  # measured: a pause of 0.3 s
+    assert frames_of_episode(5.31, 20, shown_s) == (50, 70)
+    nearest: Callable[[float], int] = lambda time: int(np.abs(shown_s - time).argmin())  # noqa: E731
+    for start_s in np.random.default_rng(0).uniform(0, 9, 50):
+        assert frames_of_episode(start_s, 3, shown_s)[0] == nearest(start_s)
+
+
+# ------------------------------------------------------------------------------------------------- faults of the tables
+
+
+def _change_table(path: Path, change: Callable[[Any], Any]) -> None:
+    from pyarrow import parquet
+
+    parquet.write_table(change(parquet.ParquetFile(path).read()), path)
+
+
+def _with_column(table: Any, name: str, values: list[Any], kind: Any = None) -> Any:
+    return table.set_column(table.schema.get_field_index(name), name, pyarrow.array(values, kind))
+
+
+def test_tables_are_read_in_the_order_of_their_numbers(own: Path, data_set: Path) -> None:
+    chunk = own / "data" / "chunk-000"
+    (chunk / "file-000.parquet").rename(chunk / "file-999.parquet")
+    (chunk / "file-001.parquet").rename(chunk / "file-1000.parquet")
+    assert torch.equal(_index(own).frame_labels["action"], _index(data_set).frame_labels["action"])
+
+
+def test_an_episode_that_is_listed_twice_is_refused(own: Path) -> None:
+    path = own / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+    _change_table(path, lambda table: pyarrow.concat_tables([table, table.slice(1, 1)]))
+    with pytest.raises(UserError, match="meta/episodes lists episode 1 twice"):
+        _index(own)
+
+
+def test_a_column_that_is_there_twice_is_left_out(own: Path) -> None:
+    for path in (own / "data").glob("*/*.parquet"):
+        _change_table(path, lambda table: table.append_column("action", table["action"]))
+    index = _index(own)
+    assert "action" in index.label_faults and "action" not in index.frame_labels
+    assert "observation.state" in index.frame_labels
+
+
+def test_numbers_beyond_63_bits_are_no_label(own: Path) -> None:
+    path = own / "data" / "chunk-000" / "file-001.parquet"
+
+    def change(table: Any) -> Any:
+        return _with_column(table, "frame_index", [0, 0, 2**63, *[0] * (table.num_rows - 3)], pyarrow.uint64())
+
+    _change_table(path, change)
+    index = _index(own)
+    assert "row 2 is 9223372036854775808" in index.label_faults["frame_index"]
+    assert "frame_index" not in index.frame_labels
+
+
+def test_a_table_that_is_a_fifo_is_not_opened(own: Path) -> None:
+    path = own / "data" / "chunk-000" / "file-001.parquet"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"file-001.parquet is not a regular file"):
+        _index(own)
+
+
+def test_the_stated_rate_counts_if_a_file_has_none(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = _index(data_set).episodes
+
+    def without_times(*arguments: Any, **settings: Any) -> list[Video | BadFile]:
+        entries = index_folder(*arguments, **settings)
+        return [replace(entry, fps=0.0, frame_ms=()) if isinstance(entry, Video) else entry for entry in entries]
+
+    monkeypatch.setattr(lerobot, "index_folder", without_times)
+    assert _index(data_set).episodes == expected

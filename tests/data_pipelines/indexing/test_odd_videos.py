@@ -15,8 +15,9 @@ import pytest
 from data_pipelines.clips import frames_on_screen
 from data_pipelines.decoders import DecodeError, open_video, read_frames
 from data_pipelines.errors import UserError
-from data_pipelines.h264 import may_have_fields
-from data_pipelines.probe import BadFile, Video, index_file
+from data_pipelines.facts import BadFile, Video
+from data_pipelines.indexing.h264 import may_have_fields
+from data_pipelines.indexing.probe import index_file
 from tests.conftest import REPO
 from tests.data_pipelines.conftest import DECODERS, _paint
 from tests.data_pipelines.odd_streams import field_pictures

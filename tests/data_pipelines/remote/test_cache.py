@@ -21,14 +21,17 @@ from typing import Any
 
 import pytest
 
-from data_pipelines import stores
 from data_pipelines.clips import ClipSpec
 from data_pipelines.errors import UserError
+from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
-from data_pipelines.remote import HeldShards, RemoteShards
-from data_pipelines.shards import SHARDS_NAME, load_videos, pack_videos
-from data_pipelines.stores import Store
+from data_pipelines.remote import stores
+from data_pipelines.remote.cache import HeldShards, RemoteShards
+from data_pipelines.remote.stores import Store
+from data_pipelines.shards.index_file import SHARDS_NAME
+from data_pipelines.shards.packing import pack_videos
 from data_pipelines.stream import VideoStream, make_source, read_all
+from tests.conftest import REPO
 from tests.data_pipelines.shard_server import ShardServer
 
 SETTINGS: dict[str, Any] = {
@@ -119,7 +122,7 @@ def test_pixels_are_those_of_the_plain_files(index: VideoIndex, packed: VideoInd
         (["stall"], "[Tt]imeout"),
         (["short"], r"it sends [\d,]+ of [\d,]+ bytes"),
         (["long"], "it sends more than"),
-        (["corrupt"], "sha256 differs"),
+        (["corrupt"], r"its bytes differ from those that were indexed \(sha256\)"),
         ([503, 503], "503"),
         ([429], "429"),
         (["reset", "corrupt", 500], "500"),
@@ -147,14 +150,14 @@ def test_a_failure_that_passes_is_survived(
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize(
-    ("fault", "message"), [("corrupt", "tried 8 times: its bytes are not those"), (503, "tried 8 times: 503")]
+    ("fault", "message"), [("corrupt", "tried 8 times: its bytes differ from those"), (503, "tried 8 times: 503")]
 )
 def test_a_failure_that_stays_ends_the_run_in_one_line(
     server: ShardServer, index: VideoIndex, fault: int | str, message: str, num_workers: int
 ) -> None:
     server.faults[FIRST] = [fault] * 100
     with pytest.raises(
-        UserError, match=f"{FIRST}' could not be fetched, {message}.*resume: nothing was skipped"
+        UserError, match=f"{FIRST}' could not be fetched, {message}.*nothing was skipped, so the run can be resumed"
     ) as raised:
         _epoch(index, num_workers)
     assert "\n" not in str(raised.value)
@@ -180,7 +183,7 @@ def test_what_is_not_there_or_forbidden_is_not_asked_for_again(
 def test_an_index_that_is_missing_or_cannot_be_had_is_one_line(
     server: ShardServer, slept: list[float], tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=rf"holds no {SHARDS_NAME}: run scripts/make_shards.py --index"):
+    with pytest.raises(UserError, match=rf"holds no {SHARDS_NAME}: index a copy of the shards"):
         _index(f"{server.url}/elsewhere", tmp_path, slept)
     server.faults[SHARDS_NAME] = [503, "reset"]
     assert len(_index(server.url, tmp_path, slept).videos) == 48
@@ -317,7 +320,7 @@ def test_a_full_disk_loses_what_is_not_in_use_or_is_one_line(
 KILLED = """
 import json, sys
 from pathlib import Path
-from data_pipelines.shards import load_videos
+from data_pipelines.formats.registry import load_videos
 
 url, cache, name = json.loads(sys.argv[1])
 index = load_videos(url, cache_dir=Path(cache), cache_mb=8, progress=False)
@@ -332,7 +335,7 @@ def test_what_a_process_killed_while_it_fetched_left_is_cleaned_up(
     remote = _remote(index)
     server.faults[FIRST] = ["stall"]
     command = [sys.executable, "-c", KILLED, json.dumps([server.url, str(tmp_path / "cache"), FIRST])]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPO) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         for _ in range(500):
             if FIRST in server.requests:

@@ -1,11 +1,11 @@
-"""One fact of an H.264 stream that FFmpeg does not report before decoding: may its pictures be fields?"""
+"""Find out from an H.264 header whether pictures may be fields, which FFmpeg reports only after decoding."""
 
 HIGH_PROFILES = frozenset({44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244})
 SPS = 7  # nal_unit_type of a sequence parameter set
 
 
 class _Bits:
-    """Reads a raw byte sequence payload bit by bit (ITU-T H.264, 7.2 and 9.1). Raises IndexError past the end."""
+    """A raw byte sequence payload, read bit by bit (ITU-T H.264, 7.2 and 9.1). Raises IndexError past the end."""
 
     def __init__(self, payload: bytes) -> None:
         self._payload = payload.replace(b"\x00\x00\x03", b"\x00\x00")  # without emulation prevention
@@ -19,14 +19,14 @@ class _Bits:
         return value
 
     def unsigned(self) -> int:
-        """ue(v)"""
+        """Read a ue(v)."""
         zeros = 0
         while not self.bits(1):
             zeros += 1
         return (1 << zeros) - 1 + self.bits(zeros)
 
     def signed(self) -> int:
-        """se(v)"""
+        """Read a se(v)."""
         code = self.unsigned()
         return (code + 1) // 2 if code % 2 else -(code // 2)
 
@@ -34,7 +34,7 @@ class _Bits:
 def may_have_fields(extradata: bytes | None) -> bool:
     """Return whether a stream's sequence parameter sets allow field pictures (frame_mbs_only_flag = 0).
 
-    extradata: the codec's, in either form: that of MP4 (avcC) or that of MPEG-TS (Annex B). Damaged ones allow nothing.
+    extradata: of the codec, in the form of MP4 (avcC) or of MPEG-TS (Annex B). Damaged sets count as not allowing it.
     """
     try:
         return any(not _frames_only(unit) for unit in _sps_units(extradata or b""))
@@ -54,7 +54,7 @@ def _sps_units(extradata: bytes) -> list[bytes]:
 
 
 def _frames_only(unit: bytes) -> bool:
-    """frame_mbs_only_flag of a sequence parameter set (7.3.2.1.1)."""
+    """Return frame_mbs_only_flag of a sequence parameter set (7.3.2.1.1)."""
     sps = _Bits(unit[1:])
     profile = sps.bits(8)
     sps.bits(16)  # constraints, level

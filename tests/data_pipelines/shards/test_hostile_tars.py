@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from data_pipelines import shards as shards_module
+from data_pipelines.facts import BadFile, Video
+from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
-from data_pipelines.probe import BadFile, Video
-from data_pipelines.shards import _scan_shard, load_videos
+from data_pipelines.shards import scan
+from data_pipelines.shards.scan import _scan_shard
 
 
 @pytest.fixture(scope="module")
@@ -129,13 +130,13 @@ def test_of_members_with_one_name_the_first_counts(
     tmp_path: Path, clip: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probed = []
-    index_member = shards_module.index_member
+    index_member = scan.index_member
 
     def count(*place: Any) -> Any:
         probed.append(place)
         return index_member(*place)
 
-    monkeypatch.setattr(shards_module, "index_member", count)
+    monkeypatch.setattr(scan, "index_member", count)
     index = _index(tmp_path, *[_member("a.mp4", clip), _member("a.mp4", b"noise")] * 3)
     assert [video.size_bytes for video in index.videos] == [len(clip)] and not index.bad and len(probed) == 1
 

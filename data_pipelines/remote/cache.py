@@ -1,11 +1,11 @@
-"""Shards behind a URL, fetched whole into a folder that all processes of a host share.
+"""The cache of shards from a URL: a folder that all processes of a host share, into which shards are fetched whole.
 
-A shard is written aside, checked against the index (size, sha256) and renamed. Locks of the operating system, which end
-with the process that holds them, see to it that no two processes fetch the same shard at the same time and that no
-shard is removed while one decodes from it.
+A shard is written under another name, checked against the index (size, sha256) and renamed. Locks of the operating
+system ensure that no two processes fetch a shard at the same time, and that no shard is removed while a process decodes
+from it. These locks end with the process that holds them.
 
-A shard that cannot be fetched ends the run with one line. Its videos are not dropped instead: what is delivered would
-then depend on the weather of the network. Nothing has been skipped, so that the run can be resumed where it stopped.
+A shard that cannot be fetched ends the run with one line. Its videos are not dropped, because the delivered clips would
+then depend on the state of the network. Nothing has been skipped, so the run can be resumed where it stopped.
 """
 
 import errno
@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from data_pipelines.errors import UserError, one_line_logger
+from data_pipelines.errors import UserError, one_line, one_line_logger
+from data_pipelines.facts import Shard
 from data_pipelines.files import user_cache_dir
-from data_pipelines.probe import one_line
-from data_pipelines.stores import LocalError, Shard, Store, local_errors
+from data_pipelines.remote.stores import LocalError, Store, local_errors
 
 log = one_line_logger(__name__)
 
@@ -30,6 +30,7 @@ FOLDER_NAME = re.compile(r"[0-9a-f]{16}")  # of a data set, within the cache
 
 
 def default_cache_dir() -> Path:
+    """Return the folder for shards in the user's cache. Raises UserError: this user has no home."""
     folder = user_cache_dir()
     if folder is None:
         raise UserError("this user has no home folder for shards from a URL: set data.remote_cache_dir")
@@ -40,8 +41,9 @@ def default_cache_dir() -> Path:
 class RemoteShards:
     """The shards behind a URL, and the folder that holds some of them.
 
-    folder: this data set's, within cache_dir, which max_bytes bounds. Shards in use are never removed: if those of
-        other runs fill it, the bound gives way, with a warning.
+    folder: of this data set, within cache_dir.
+    max_bytes: the size limit of cache_dir. Shards in use are never removed: if those of other runs fill the cache, the
+        limit is exceeded, with a warning.
     """
 
     store: Store
@@ -51,24 +53,24 @@ class RemoteShards:
     max_bytes: int
 
     def check_room(self, num_held: int) -> None:
-        """Raises UserError unless the cache holds any `num_held` shards together."""
+        """Raise UserError unless the cache can hold any `num_held` shards at a time."""
         sizes = sorted((shard.size_bytes for shard in self.shards.values()), reverse=True)[:num_held]
         if sum(sizes) > self.max_bytes:
             raise UserError(
                 f"remote_cache_mb={self.max_bytes // 2**20} cannot hold the {len(sizes)} shards in use at a time "
-                f"(one a lane, one ahead a worker): set it to at least {-(-sum(sizes) // 2**20)}, or lower num_lanes"
+                f"(one per lane, one ahead per worker): set at least {-(-sum(sizes) // 2**20)}, or lower num_lanes"
             )
 
     def pin(self, name: str) -> BinaryIO:
-        """Have a shard in the folder, fetched if need be, until the result is closed. Raises UserError."""
+        """Keep a shard in the folder until the returned file is closed, fetching it if necessary. Raises UserError."""
         shard, path = self.shards[name], self.folder / name
         while True:
             with suppress(FileNotFoundError, NotADirectoryError):
                 pin = self._open(path)
                 if _lock(pin, path, shared=True):
                     if os.fstat(pin.fileno()).st_size == shard.size_bytes:
-                        with suppress(OSError):  # a cache that is owned by somebody else
-                            os.utime(path)  # the least recently used one goes first
+                        with suppress(OSError):  # the cache of another user
+                            os.utime(path)  # the least recently used one is evicted first
                         return pin
                     path.unlink(missing_ok=True)
                 pin.close()
@@ -86,7 +88,7 @@ class RemoteShards:
         return UserError(f"remote_cache_dir='{self.cache_dir}' cannot be used ({one_line(error)}): name another folder")
 
     def _fetch(self, shard: Shard, path: Path) -> None:
-        """Fetch a shard, or wait for the process that does."""
+        """Fetch a shard, or wait for the process that is fetching it. Raises UserError."""
         aside, turn = path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.lock")
         try:
             self.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -96,7 +98,7 @@ class RemoteShards:
             fetching = open(turn, "ab", opener=_no_links)  # noqa: SIM115 (closed below)
         except OSError as error:
             raise self._unusable(error) from None
-        # The lock has a file of its own: one on what becomes the shard would wait for those who then decode from it.
+        # The lock is a separate file: a lock on the shard itself would wait for the processes that decode from it.
         with fetching:
             _lock(fetching, turn)
             if path.exists():
@@ -119,9 +121,9 @@ class RemoteShards:
                 aside.unlink(missing_ok=True)
 
     def _make_room(self, aside: Path, size_bytes: int, everything: bool) -> None:
-        """Remove what is not in use, the least recently used first, and reserve `size_bytes` by making `aside` as long.
+        """Evict shards that are not in use, the least recently used first, and reserve `size_bytes` for `aside`.
 
-        everything: all that is not in use.
+        everything: evict all that are not in use. Raises LocalError: the file system is full or fails.
         """
         turn = self.cache_dir / "lock"
         with local_errors(), open(turn, "ab", opener=_no_links) as making_room:
@@ -134,7 +136,7 @@ class RemoteShards:
                     files.append((path.suffix == ".tar", stat.st_mtime_ns, path, stat.st_size))
             room = self.max_bytes - size_bytes - sum(size for *_, size in files)
             for is_whole, _, path, size in sorted(files):
-                # Whoever fetches a shard holds its .lock; whoever reads from it, the shard itself.
+                # A process that fetches a shard locks its .lock; one that reads from it locks the shard itself.
                 lock = path if is_whole else path.with_suffix(".lock")
                 if (room < 0 or everything or not is_whole) and _remove_if_unused(path, lock):
                     room += size
@@ -147,7 +149,7 @@ class RemoteShards:
                 out.truncate(size_bytes)
 
     def _removable(self) -> Iterator[Path]:
-        """The shards in the cache, and parts of shards: what has a lock beside it, in a folder named as a data set's.
+        """Yield the shards in the cache, and unfinished ones: files with a lock, in a folder named like a data set's.
 
         A config may name any folder as the cache: nothing else in it is touched.
         """
@@ -159,12 +161,12 @@ class RemoteShards:
 
 
 def _no_links(path: str, flags: int) -> int:
-    """An opener for files in a folder that others may write to: follows no link, and waits for no FIFO."""
+    """Open a file in a folder that others may write to: follow no link, and do not block on a FIFO."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
 
 
 def _lock(file: BinaryIO, path: Path, *, shared: bool = False, wait: bool = True) -> bool:
-    """Lock an open file until it is closed. False: another process holds it, or it is no longer the one at `path`."""
+    """Lock an open file until it is closed. Returns False if another process holds it, or it left `path`."""
     import fcntl
 
     try:
@@ -175,21 +177,22 @@ def _lock(file: BinaryIO, path: Path, *, shared: bool = False, wait: bool = True
 
 
 def _remove_if_unused(path: Path, lock: Path) -> bool:
+    """Remove a file unless `lock` is held. Returns whether it was removed."""
     try:
         with open(lock, "rb", opener=_no_links) as file:
             if _lock(file, lock, wait=False):
                 path.unlink()
                 return True
     except OSError:
-        pass  # somebody else removed it, or owns it
+        pass  # another process removed it, or another user owns it
     return False
 
 
 @dataclass
 class HeldShards:
-    """One worker's hold on remote shards: one a lane, and the next one that is needed, fetched by a thread.
+    """The remote shards that a worker keeps: one per lane, and the next one that is needed, fetched by a thread.
 
-    With remote=None, for videos that are here, nothing has any effect.
+    With remote=None, for local videos, nothing has any effect.
     """
 
     remote: RemoteShards | None
@@ -199,11 +202,11 @@ class HeldShards:
     _ahead: tuple[str, "Future[BinaryIO]"] | None = None
 
     def expect(self, plan: Sequence[tuple[int, str]]) -> None:
-        """What will be held, as (lane, shard), in about this order."""
+        """Announce the shards that will be held, as (lane, shard), in approximate order."""
         self._plan = list(plan)
 
     def hold(self, lane: int, shard: str) -> None:
-        """Have `shard` at hand, and no longer the one that this lane held before. Raises UserError."""
+        """Keep `shard` for a lane, in place of the one that the lane held before. Raises UserError."""
         if self.remote is None or self._holds.get(lane) == shard:
             return
         self.release(lane)
@@ -219,11 +222,13 @@ class HeldShards:
         self._look_ahead(self.remote)
 
     def release(self, lane: int) -> None:
+        """Let go of the shard of a lane."""
         if pin := self._pins.pop(lane, None):
             pin.close()
             del self._holds[lane]
 
     def close(self) -> None:
+        """Let go of all shards."""
         self._plan = []
         self._drop_ahead()
         for lane in list(self._pins):

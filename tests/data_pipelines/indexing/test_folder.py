@@ -8,27 +8,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from data_pipelines import index_engines
 from data_pipelines.decoders import read_frames
 from data_pipelines.errors import UserError
+from data_pipelines.facts import BadFile, Video
 from data_pipelines.files import user_cache_dir
-from data_pipelines.index import (
-    INDEX_HEADER,
-    INDEX_NAME,
-    VideoIndex,
-    index_folder,
-    load_or_build_index,
-    merge_parts,
-    split_index,
-)
-from data_pipelines.probe import BadFile, Video, index_file
-from data_pipelines.shards import load_videos, pack_videos
+from data_pipelines.formats.registry import load_videos
+from data_pipelines.index import VideoIndex
+from data_pipelines.indexing import parallel
+from data_pipelines.indexing.folder import index_folder, merge_parts
+from data_pipelines.indexing.index_file import INDEX_HEADER, INDEX_NAME
+from data_pipelines.indexing.probe import index_file
+from data_pipelines.shards.packing import pack_videos
 
 
 def _index(root: Path, **arguments: Any) -> VideoIndex:
-    return load_or_build_index(root, **({"progress": False, "num_workers": 0} | arguments))
+    return load_videos(root, **({"progress": False, "num_workers": 0} | arguments))
 
 
 def test_facts_of_a_video_with_b_frames(tmp_path: Path, write_video: Any) -> None:
@@ -161,7 +156,7 @@ def test_cache_is_reused_and_only_what_changed_is_read_again(
         read.append(path)
         return index_file(root, path, *limit)
 
-    monkeypatch.setattr(index_engines, "index_file", spy)
+    monkeypatch.setattr(parallel, "index_file", spy)
     first = _index(tmp_path)
     assert read == ["a.mp4", "b.mp4", "c.mp4"]
     assert _index(tmp_path) == first
@@ -211,7 +206,7 @@ def test_a_folder_that_cannot_be_written_is_cached_at_home(
     (root / INDEX_NAME).mkdir()  # stands in the way (a read-only folder does not stop a superuser)
     first = _index(root)
     assert len(list((home / ".cache" / "worldmodel").iterdir())) == 1
-    monkeypatch.setattr(index_engines, "index_file", None)
+    monkeypatch.setattr(parallel, "index_file", None)
     assert _index(root) == first
 
 
@@ -221,7 +216,7 @@ def test_processes_give_the_same_index(tmp_path: Path, write_video: Any, monkeyp
         (tmp_path / f"{i}.mp4").write_bytes(data if i != 7 else b"")
     serial = _index(tmp_path)
     (tmp_path / INDEX_NAME).unlink()
-    monkeypatch.setattr(index_engines, "FILES_PER_TASK", 2)
+    monkeypatch.setattr(parallel, "FILES_PER_PROCESS", 2)
     assert _index(tmp_path, num_workers=2) == serial
     assert [entry.path for entry in serial.bad] == ["7.mp4"]
 
@@ -272,7 +267,7 @@ def test_parts_merge_into_the_file_that_one_run_writes(tmp_path: Path, write_vid
 
 
 def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path, write_video: Any) -> None:
-    with pytest.raises(UserError, match=r"has no parts of an index: build them with --part 1/N to --part N/N"):
+    with pytest.raises(UserError, match=r"has no parts of an index: build all parts first"):
         merge_parts(tmp_path)
     _folder_of_seven(tmp_path, write_video)
     _index_parts(tmp_path, 3)
@@ -280,10 +275,10 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path, write_vid
     text = second.read_text()
 
     second.unlink()
-    with pytest.raises(UserError, match=r"lacks part 2 of 3: build it with --part 2/3"):
+    with pytest.raises(UserError, match=r"lacks part 2 of 3 of its index: build it first"):
         merge_parts(tmp_path)
     second.write_text(text.replace('"version": 3', '"version": 1'))
-    with pytest.raises(UserError, match=r"part-2-of-3.jsonl' is not of version 3: build it anew"):
+    with pytest.raises(UserError, match=r"part-2-of-3.jsonl' is not of version 3: build it again"):
         merge_parts(tmp_path)
     second.write_text(text[:-20])
     with pytest.raises(UserError, match=r"part-2-of-3.jsonl' is unreadable \("):
@@ -291,7 +286,7 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path, write_vid
 
     (tmp_path / "00.mp4").write_bytes((tmp_path / "0.mp4").read_bytes())
     index_folder(tmp_path, part=(2, 3), num_workers=0, progress=False)
-    with pytest.raises(UserError, match=r"the 3 parts of .* saw different files in it: build them all anew"):
+    with pytest.raises(UserError, match=r"the 3 parts of .* list different files: build all of them again"):
         merge_parts(tmp_path)
 
     index_folder(tmp_path, part=(1, 2), num_workers=0, progress=False)
@@ -300,76 +295,6 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path, write_vid
     with pytest.raises(UserError, match=r"part 9 of 9 of .* is empty: use fewer parts"):
         index_folder(tmp_path, part=(9, 9), progress=False)
     assert not (tmp_path / INDEX_NAME).exists()
-
-
-def _facts(name: str, num_frames: int = 100) -> Video:
-    return Video(
-        path=name,
-        size_bytes=1,
-        mtime_ns=0,
-        num_frames=num_frames,
-        fps=10.0,
-        width=64,
-        height=64,
-        duration_s=num_frames / 10,
-        keyframes=(0,),
-        keyframe_pts=(0,),
-        open_gop=False,
-    )
-
-
-def test_many_videos_are_split_by_video() -> None:
-    videos = [_facts(f"{row}.mp4") for row in range(45)]
-    index = VideoIndex(Path("x"), videos, labels={"row": torch.arange(45)})
-    train, selection, test = (split_index(index, split) for split in ("train", "selection", "test"))
-    assert [len(part.videos) for part in (train, selection, test)] == [37, 4, 4]
-    paths = [video.path for part in (train, selection, test) for video in part.videos]
-    assert sorted(paths) == sorted(video.path for video in videos)
-    for part in (train, selection, test):
-        assert [video.path for video in part.videos] == [f"{row}.mp4" for row in part.labels["row"].tolist()]
-    assert len({part.content_hash for part in (train, selection, test)}) == 3
-
-
-def test_few_videos_are_split_by_time() -> None:
-    index = VideoIndex(Path("x"), [_facts("a.mp4", 100), _facts("b.mp4", 50)])
-    ranges = {split: split_index(index, split).frame_ranges for split in ("train", "selection", "test")}
-    assert ranges == {
-        "train": [(0, 80), (0, 40)],
-        "selection": [(80, 90), (40, 45)],
-        "test": [(90, 100), (45, 50)],
-    }
-    assert split_index(index, "train").content_hash != index.content_hash
-
-
-def test_episodes_are_rows_of_their_own() -> None:
-    files = [_facts("a.mp4", 100), _facts("b.mp4", 60)]
-    index = VideoIndex(
-        Path("x"),
-        [files[row // 8] for row in range(12)],
-        labels={"row": torch.arange(12)},
-        episodes=[(10 * (row % 8), 10 * (row % 8) + 10) for row in range(12)],
-        frame_labels={"action": torch.arange(160)},
-        frame_label_offsets=torch.arange(12),
-    )
-    assert index.frame_ranges[9] == (10, 20)
-    assert VideoIndex(Path("x"), index.videos, episodes=[(0, 5)] * 12).content_hash != index.content_hash
-    parts = [split_index(index, split) for split in ("train", "selection", "test")]
-    assert [len(part.videos) for part in parts] == [10, 1, 1]
-    for part in parts:
-        for row, number in enumerate(part.labels["row"].tolist()):
-            assert part.videos[row] == index.videos[number]
-            assert part.frame_ranges[row] == index.frame_ranges[number]
-            assert part.frame_label_offsets is not None and part.frame_label_offsets[row] == number
-    one_file = VideoIndex(
-        Path("x"),
-        files[:1] * 50,
-        labels={"row": torch.arange(50)},
-        episodes=[(2 * row, 2 * row + 2) for row in range(50)],
-    )
-    held_out = split_index(one_file, "test").labels["row"]
-    assert len(held_out) == 5 and (held_out.diff() > 1).any()  # from anywhere in it
-    few = split_index(index.rows([8, 9]), "selection")
-    assert few.frame_ranges == [(8, 9), (18, 19)]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["files", "shards"])
@@ -402,14 +327,14 @@ def test_a_file_name_that_is_not_utf8_is_read(tmp_path: Path, write_video: Any) 
     write_video(tmp_path / "a.mp4").rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9\n.mp4"))
     write_video(tmp_path / "b.mp4")
     for _ in range(2):  # found, and read from the cached index
-        index = load_or_build_index(tmp_path, progress=False)
+        index = load_videos(tmp_path, progress=False)
         assert [video.path for video in index.videos] == ["b.mp4", "caf\udce9\n.mp4"] and len(index.content_hash) == 16
     frames = list(read_frames(tmp_path / index.videos[1].path, channels=1, size_px=None))
     assert len(frames) == 9
     (tmp_path / "b.mp4").write_bytes(b"nothing")
     os.rename(tmp_path / "b.mp4", os.fsencode(tmp_path) + b"/\xff.mp4")
     with pytest.raises(UserError, match=r"1 of 2 video files are bad.*'\\udcff.mp4'") as caught:
-        load_or_build_index(tmp_path, progress=False)
+        load_videos(tmp_path, progress=False)
     assert str(caught.value).isprintable()
 
 
@@ -422,4 +347,24 @@ def test_a_user_without_a_home_needs_none(monkeypatch: pytest.MonkeyPatch, tmp_p
         monkeypatch.setattr(Path, "home", no_home)
         monkeypatch.setenv("HOME", "") if home == "" else monkeypatch.delenv("HOME")
         assert user_cache_dir() is None
-        assert len(load_or_build_index(tmp_path, progress=False).videos) == 1
+        assert len(load_videos(tmp_path, progress=False).videos) == 1
+
+
+def test_a_subfolder_that_cannot_be_read_is_named(
+    tmp_path: Path, write_video: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_video(tmp_path / "a.mp4")
+    write_video(tmp_path / "locked" / "b.mp4")
+    scan, list_names = os.scandir, os.listdir
+
+    def refuse(call: Any, path: Any) -> Any:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return call(path)
+
+    monkeypatch.setattr(os, "scandir", lambda path: refuse(scan, path))
+    monkeypatch.setattr(os, "listdir", lambda path: refuse(list_names, path))
+    assert [video.path for video in _index(tmp_path).videos] == ["a.mp4"]
+    assert f"folder '{tmp_path}/locked' cannot be read and is left out: Permission denied" in caplog.text
+    with pytest.raises(UserError, match="locked' cannot be read: Permission denied"):
+        _index(tmp_path, siblings=[tmp_path / "locked"])

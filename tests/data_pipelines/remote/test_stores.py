@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 
-from data_pipelines import http_bodies, stores
 from data_pipelines.errors import UserError
-from data_pipelines.http_bodies import is_public
-from data_pipelines.shards import SHARDS_NAME, load_videos
-from data_pipelines.stores import MAX_INDEX_BYTES, MIN_BYTES_PER_S, SCHEMES, Shard, Store, check_url, host_of
+from data_pipelines.facts import Shard
+from data_pipelines.formats.registry import load_videos
+from data_pipelines.remote import http_bodies, stores
+from data_pipelines.remote.http_bodies import is_public
+from data_pipelines.remote.stores import MAX_INDEX_BYTES, MIN_BYTES_PER_S, SCHEMES, Store, check_url, host_of
+from data_pipelines.shards.index_file import SHARDS_NAME
 from tests.conftest import REPO, run_script
 from tests.data_pipelines.shard_server import ShardServer
 
@@ -153,7 +155,7 @@ def _bomb() -> Callable[[Handler], None]:
 READ = """
 import json, resource, sys
 from data_pipelines.errors import UserError
-from data_pipelines.stores import Store
+from data_pipelines.remote.stores import Store
 
 url, limit = json.loads(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipelines import shards as shards_module
+from data_pipelines.containers import video_url
 from data_pipelines.decoders import open_video
 from data_pipelines.errors import UserError
-from data_pipelines.index import VideoIndex, load_or_build_index
-from data_pipelines.probe import video_url
-from data_pipelines.shards import SHARDS_NAME, index_shards, load_videos, pack_videos
+from data_pipelines.formats.registry import load_videos
+from data_pipelines.index import VideoIndex
+from data_pipelines.shards import packing
+from data_pipelines.shards.index_file import SHARDS_NAME
+from data_pipelines.shards.packing import pack_videos
+from data_pipelines.shards.scan import index_shards
 from tests.conftest import run_script
 from tests.data_pipelines.conftest import DECODERS
 
@@ -51,7 +54,7 @@ def _numbers(index: VideoIndex, row: int, read_numbers: Any, decoder: str = "pya
 
 
 def test_packed_videos_keep_facts_labels_and_pixels(source: Path, packed: VideoIndex, read_numbers: Any) -> None:
-    plain = load_or_build_index(source, progress=False)
+    plain = load_videos(source, progress=False)
     assert packed.videos != plain.videos and packed.remote is None
     assert len({video.shard for video in packed.videos}) >= 3
     rows = {video.path: row for row, video in enumerate(plain.videos)}
@@ -122,14 +125,14 @@ def test_equal_sources_and_seeds_make_equal_shards(source: Path, packed: VideoIn
 def test_a_pack_that_is_interrupted_leaves_nothing_behind(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = shards_module._add_sample
+    add = packing._add_sample
 
     def stop_at_the_third(tar: Any, shard: str, index: VideoIndex, row: int) -> Any:
         if len(tar.getnames()) == 4:
             raise KeyboardInterrupt
         return add(tar, shard, index, row)
 
-    monkeypatch.setattr(shards_module, "_add_sample", stop_at_the_third)
+    monkeypatch.setattr(packing, "_add_sample", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         pack_videos(source, tmp_path / "out", progress=False)
     assert list(tmp_path.iterdir()) == []
@@ -139,7 +142,7 @@ def test_what_a_killed_pack_left_is_removed_and_nothing_else(source: Path, tmp_p
     aside = tmp_path / ".out.packing"
     aside.mkdir()
     (aside / "notes.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(UserError, match=r"\.out\.packing' holds other files than shards: move it away"):
+    with pytest.raises(UserError, match=r"\.out\.packing' holds files other than shards: move it away"):
         pack_videos(source, tmp_path / "out", progress=False)
     assert (aside / "notes.txt").read_text(encoding="utf-8") == "mine"
     aside.rename(tmp_path / "elsewhere")
@@ -233,9 +236,9 @@ def _change_line(path: Path, number: int, **changes: Any) -> None:
         (1, {"name": "../shard.tar"}, r"line 2 .*'../shard.tar'"),
         (1, {"name": "/etc/shard.tar"}, "line 2 "),
         (-1, {"shard": "other.tar"}, "damaged in line"),
-        (-1, {"offset_bytes": 10**9}, "outside of its shard"),
-        (-1, {"offset_bytes": -1}, "outside of its shard"),
-        (-1, {"size_bytes": 0}, "outside of its shard"),
+        (-1, {"offset_bytes": 10**9}, "outside its shard"),
+        (-1, {"offset_bytes": -1}, "outside its shard"),
+        (-1, {"size_bytes": 0}, "outside its shard"),
         (-1, {"surprise": 1}, "surprise"),
     ],
 )
@@ -246,7 +249,7 @@ def test_a_damaged_index_is_named_by_its_line(
     _change_line(tmp_path / "copy" / SHARDS_NAME, number, **changes)
     with pytest.raises(UserError, match=message) as raised:
         load_videos(tmp_path / "copy", progress=False)
-    assert "\n" not in str(raised.value) and "make_shards.py --index" in str(raised.value)
+    assert "\n" not in str(raised.value) and "index the shards again" in str(raised.value)
 
 
 def test_shards_that_do_not_fit_their_index_are_named(packed: VideoIndex, tmp_path: Path) -> None:
@@ -275,7 +278,7 @@ def test_mistakes_are_named(source: Path, packed: VideoIndex, tmp_path: Path) ->
     (tmp_path / "a b.tar").write_bytes(b"")
     with pytest.raises(UserError, match=r"'.*a b.tar': rename it"):
         index_shards(tmp_path)
-    with pytest.raises(UserError, match=r"camera='top': .* holds shards, not a LeRobot data set"):
+    with pytest.raises(UserError, match=r"camera='top': .* is a folder of shards, which has no cameras"):
         load_videos(packed.root, camera="top")
 
 

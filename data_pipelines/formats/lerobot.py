@@ -1,13 +1,13 @@
-"""LeRobot data sets of version 3: which frames of which file each episode is, and what was recorded with each frame.
+"""LeRobot data sets of version 3: the frames of each episode, and the labels that were recorded with each frame.
 
 Several episodes share a video file, one after the other. An episode begins with the frame of its file whose time is
-nearest to `from_timestamp`; its frame i is the i-th from there, and row dataset_from_index + i of the tables in data/.
+nearest to `from_timestamp`. Its frame i is the i-th from there, and row dataset_from_index + i of the tables in data/.
 """
 
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from string import Formatter
@@ -17,9 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_pipelines.errors import UserError, one_line_logger
-from data_pipelines.files import read_text
-from data_pipelines.probe import one_line
+from data_pipelines.errors import UserError, one_line, one_line_logger
+from data_pipelines.facts import BadFile, Video
+from data_pipelines.files import check_regular, read_text
+from data_pipelines.formats.base import LoadOptions
+from data_pipelines.index import VideoIndex, check_bad_fraction
+from data_pipelines.indexing.folder import index_folder
 
 log = one_line_logger(__name__)
 
@@ -27,20 +30,40 @@ NUMERIC = re.compile(r"bool|u?int\d+|float\d+")
 BOOKKEEPING = ("index", "episode_index", "task_index")  # the latter two are labels of episodes
 
 
+class LeRobot:
+    """A LeRobot data set; the videos of one camera."""
+
+    name = "a LeRobot data set"
+    has_cameras = True
+
+    def detect(self, root: str) -> bool:
+        return (Path(root) / "meta" / "info.json").is_file()
+
+    def load(self, root: str, options: LoadOptions) -> VideoIndex:
+        folder = Path(root)
+        episodes = _read_episodes(folder, options.camera)
+        entries = index_folder(
+            folder, num_workers=options.num_workers, progress=options.progress, max_frame_px=options.max_frame_px
+        )
+        return _make_index(folder, entries, episodes, options.max_bad_fraction)
+
+
 @dataclass(frozen=True)
-class Episodes:
-    """One camera's episodes in order of their index, E of them, and F frames of all.
+class _Episodes:
+    """One camera's E episodes in order of their index, with F frames in all.
 
     paths: the file of each episode, relative to the root.
-    starts_s: float64 [E], the time in its file at which an episode begins.
+    fps: the frame rate that the data set states.
+    starts_s: float64 [E], the time in its file, in seconds, at which an episode begins.
     lengths: int64 [E], frames.
     labels: "episode_index", "task_index": int64 [E].
-    frame_labels: "action", "observation.state" and whatever else was recorded as numbers, [F, ...].
+    frame_labels: "action", "observation.state" and all else that was recorded as numbers, [F, ...] per name.
     first_rows: int64 [E]; frame i of an episode has the frame label first_row + i.
-    label_faults: labels that are left out, and why.
+    label_faults: labels that are left out, and the reasons.
     """
 
     paths: Sequence[str]
+    fps: float
     starts_s: NDArray[np.float64]
     lengths: NDArray[np.int64]
     labels: dict[str, torch.Tensor]
@@ -49,15 +72,53 @@ class Episodes:
     label_faults: dict[str, str]
 
 
-def is_lerobot(root: Path) -> bool:
-    return (root / "meta" / "info.json").is_file()
+def _make_index(
+    root: Path, entries: Iterable[Video | BadFile], episodes: _Episodes, max_bad_fraction: float
+) -> VideoIndex:
+    """Make the index of the episodes, from the entries of all cameras' files. Raises UserError: too many are bad."""
+    entry_of = {entry.path: entry for entry in entries}
+    videos: list[Video] = []
+    rows: list[int] = []
+    frames: list[tuple[int, int]] = []
+    bad: dict[str, BadFile] = {}
+    shown_s: dict[str, NDArray[np.float64]] = {}
+    for row, (path, start_s, length) in enumerate(
+        zip(episodes.paths, episodes.starts_s.tolist(), episodes.lengths.tolist(), strict=True)
+    ):
+        entry = entry_of.get(path, BadFile(path, 0, 0, "no such file"))
+        if isinstance(entry, Video):
+            if path not in shown_s:
+                is_known = entry.fps or entry.frame_ms
+                shown_s[path] = entry.shown_s() if is_known else np.arange(entry.num_frames) / episodes.fps
+            start, stop = frames_of_episode(start_s, length, shown_s[path])
+            if stop > entry.num_frames:
+                reason = f"has {entry.num_frames} frames, but an episode in it ends at frame {stop}"
+                entry = BadFile(path, entry.size_bytes, entry.mtime_ns, reason)
+        if isinstance(entry, Video):
+            videos.append(entry)
+            rows.append(row)
+            frames.append((start, stop))
+        else:
+            bad[path] = entry
+    check_bad_fraction(root, list(bad.values()), len(set(episodes.paths)), max_bad_fraction)
+    offsets = episodes.first_rows[rows] - np.array([start for start, _ in frames], dtype=np.int64)
+    return VideoIndex(
+        root=root,
+        videos=videos,
+        bad=list(bad.values()),
+        labels={name: values[rows] for name, values in episodes.labels.items()},
+        episodes=frames,
+        frame_labels=episodes.frame_labels,
+        frame_label_offsets=torch.from_numpy(offsets),
+        label_faults=episodes.label_faults,
+    )
 
 
-def read_episodes(root: Path, camera: str | None) -> Episodes:
+def _read_episodes(root: Path, camera: str | None) -> _Episodes:
     """Read a data set's tables. camera: a feature of dtype video; None: the first by name.
 
     Raises UserError: another version, no such camera, tables that are missing or contradict each other, a file name
-    that leads out of the root, pyarrow is not installed.
+    that leads out of the root, or pyarrow is not installed.
     """
     try:
         import pyarrow  # noqa: F401
@@ -82,6 +143,8 @@ def read_episodes(root: Path, camera: str | None) -> Episodes:
     episode, first, stop, chunk, file, from_s = (table[name][order] for name in columns)
     if not len(episode) or not (from_s >= -0.5 / info["fps"]).all():
         raise UserError(f"LeRobot data set '{root}': meta/episodes has no episodes, or one that starts before 0 s")
+    if len(twice := episode[1:][np.diff(episode) == 0]):
+        raise UserError(f"LeRobot data set '{root}': meta/episodes lists episode {twice[0]} twice: download it again")
 
     names = [name for name, feature in info["features"].items() if NUMERIC.fullmatch(feature["dtype"])]
     faults: dict[str, str] = {}
@@ -97,8 +160,9 @@ def read_episodes(root: Path, camera: str | None) -> Episodes:
     if "task_index" in data and data["task_index"].ndim == 1 and (stop > first).all():
         labels["task_index"] = torch.from_numpy(data["task_index"][first])
     files = zip(chunk.tolist(), file.tolist(), strict=True)
-    return Episodes(
+    return _Episodes(
         paths=[_video_path(root, info["video_path"], camera, *numbers) for numbers in files],
+        fps=info["fps"],
         starts_s=from_s,
         lengths=stop - first,
         labels=labels,
@@ -111,13 +175,13 @@ def read_episodes(root: Path, camera: str | None) -> Episodes:
 def frames_of_episode(start_s: float, length: int, shown_s: NDArray[np.float64]) -> tuple[int, int]:
     """Find the frames [start, stop) of an episode that begins at `start_s` of a file with frames at shown_s [F].
 
-    Measured durations drift: an episode that would end one frame behind the file begins one frame earlier.
+    Measured durations drift: an episode that would end one frame after the end of the file begins one frame earlier.
     """
     after = int(np.searchsorted(shown_s, start_s))
     near = [frame for frame in (after - 1, after) if 0 <= frame < len(shown_s)]
     start = min(near, key=lambda frame: abs(float(shown_s[frame]) - start_s))
     step_s = float(shown_s[-1]) / max(1, len(shown_s) - 1)
-    if after == len(shown_s) and step_s:  # behind the last frame, by so many
+    if after == len(shown_s) and step_s:  # after the last frame, by this many
         start += round((start_s - float(shown_s[-1])) / step_s)
     if start + length == len(shown_s) + 1 and start:
         start -= 1
@@ -125,7 +189,7 @@ def frames_of_episode(start_s: float, length: int, shown_s: NDArray[np.float64])
 
 
 def _read_info(root: Path) -> dict[str, Any]:
-    """meta/info.json: its fps, features and video_path, checked."""
+    """Return fps, features and video_path of meta/info.json. Raises UserError: they are missing or not valid."""
     path = root / "meta" / "info.json"
     try:
         info = json.loads(read_text(path))
@@ -155,7 +219,10 @@ def _choose_camera(root: Path, info: dict[str, Any], camera: str | None) -> str:
 
 
 def _video_path(root: Path, template: str, camera: str, chunk: int, file: int) -> str:
-    """The template comes from strangers: it may name the three fields and nothing else, and stays in the root."""
+    """Return the path of a file, relative to the root.
+
+    The template comes from strangers. Raises UserError: it has other fields than the three, or leads out of the root.
+    """
     refusal = UserError(
         f"LeRobot data set '{root}': video_path={template[:200]!r} in meta/info.json is refused: it must be a path in "
         "the data set, of {video_key}, {chunk_index} and {file_index}"
@@ -180,18 +247,21 @@ def _read_tables(
     float_type: type[np.floating[Any]],
     faults: dict[str, str] | None = None,
 ) -> dict[str, NDArray[Any]]:
-    """Columns of root/folder/chunk-*/file-*.parquet, one file after the other: int64 or float_type [rows, ...].
+    """Return columns of root/folder/chunk-*/file-*.parquet, file after file: int64 or float_type [rows, ...].
 
-    faults: takes why a column is left out of the result; None: such a column is an error.
+    faults: receives the columns that are left out of the result, with reasons; None: such a column is an error.
+
+    Raises UserError: no tables, one that cannot be read, or one without a column.
     """
     from pyarrow import ArrowException, parquet
 
-    paths = sorted((root / folder).glob("*/*.parquet"))
+    paths = sorted((root / folder).glob("*/*.parquet"), key=lambda path: _numbers_in(path.relative_to(root)))
     if not paths:
         raise UserError(f"LeRobot data set '{root}' has no {folder}/*/*.parquet: download it whole")
     parts: dict[str, list[NDArray[Any]]] = {name: [] for name in columns}
     for path in paths:
         try:
+            check_regular(path)
             table = parquet.ParquetFile(path)
             missing = [name for name in columns if name not in table.schema_arrow.names]
             if missing:
@@ -202,7 +272,7 @@ def _read_tables(
         for name in columns:
             try:
                 parts[name].append(_to_array(read[name], float_type))
-            except (ArrowException, ValueError) as error:
+            except (ArrowException, ValueError, KeyError) as error:  # KeyError: there are two columns of this name
                 fault = f"column {name!r} of '{path.relative_to(root)}': {one_line(error)}"
                 if faults is None:
                     raise UserError(f"LeRobot data set '{root}': {fault}") from None
@@ -221,10 +291,15 @@ def _read_tables(
     return found
 
 
-def _to_array(column: Any, float_type: type[np.floating[Any]]) -> NDArray[Any]:
-    """A column of numbers, or of equally long (nested) lists of numbers -> [rows, ...].
+def _numbers_in(path: Path) -> list[tuple[str, int]]:
+    """Return a sort key that puts file-1000 after file-999."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", path.as_posix())]
 
-    ValueError for others, and for what is missing or not finite, with its row.
+
+def _to_array(column: Any, float_type: type[np.floating[Any]]) -> NDArray[Any]:
+    """Return a column of numbers, or of equally long (nested) lists of numbers, as int64 or float_type [rows, ...].
+
+    Raises ValueError: other values, or one that is missing, not finite or too large, with its row.
     """
     from pyarrow import compute
 
@@ -244,7 +319,10 @@ def _to_array(column: Any, float_type: type[np.floating[Any]]) -> NDArray[Any]:
         raise ValueError(f"row {values.is_null().to_pylist().index(True) // per_row} holds a null")
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{values.type} where numbers belong")
-    array = array.astype(float_type if array.dtype.kind == "f" else np.int64)
+    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"row {int(array.argmax()) // per_row} is {array.max()}, which needs more than 63 bits")
+    with np.errstate(over="ignore"):  # the next test finds it
+        array = array.astype(float_type if array.dtype.kind == "f" else np.int64)
     if not np.isfinite(array).all():
         place = int(np.flatnonzero(~np.isfinite(array))[0])
         raise ValueError(f"row {place // per_row} is {array[place]}, not a finite number")
@@ -254,7 +332,7 @@ def _to_array(column: Any, float_type: type[np.floating[Any]]) -> NDArray[Any]:
 def _check_rows(
     root: Path, episode: NDArray[Any], first: NDArray[Any], stop: NDArray[Any], of_row: NDArray[Any]
 ) -> None:
-    """Raises UserError unless each episode's rows in data/ are its own."""
+    """Raise UserError unless each episode's rows in data/ belong to it."""
     for number, start, end in zip(episode.tolist(), first.tolist(), stop.tolist(), strict=True):
         if not (0 <= start <= end <= len(of_row) and (of_row[start:end] == number).all()):
             raise UserError(
