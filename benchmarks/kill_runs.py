@@ -48,7 +48,7 @@ WEIGHT_FILES = ("model", "teacher", "optimizer")
 TIMES = ("clips_per_s", "tflops", "mfu")
 CONFIG = (
     *("seed=3", "data.size_px=32", "data.batch_size=16", "data.num_lanes=4", "data.num_workers=2"),
-    *("model.width=0.125", "model.hidden_dim=32", "model.embedding_dim=16"),
+    *("model.encoder.width=0.125", "model.hidden_dim=32", "model.embedding_dim=16"),
     *("train.steps=150", "train.warmup_steps=5", "train.precision=fp32", "train.num_threads=1", "train.log_every=1"),
     *("train.eval_every=50", "train.checkpoint_every=5", "train.refine_steps=200", "train.refine_clips=32"),
     *("evaluation.queries=24", "evaluation.num_samples=8", "evaluation.law_samples=8", "evaluation.fit_clips=64"),

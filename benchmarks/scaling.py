@@ -27,13 +27,13 @@ from tqdm.auto import tqdm
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
 from worldmodel.commands.shared import check_counts, leave, report_errors, write_result
-from worldmodel.config import Config, load_config
+from worldmodel.config import Config, MovingMnistConfig, load_config
 from worldmodel.data import training_stream
 from worldmodel.training.loop import Trainer, make_accelerator
 from worldmodel.training.machine import keep_freed_memory, machine_description
 from worldmodel.training.timing import synchronise
 
-DEFAULTS = ("train.precision=auto", "data.mnist_dir=null", "train.num_threads=1")
+DEFAULTS = ("train.precision=auto", "train.num_threads=1")
 WARMUP_STEPS = 3
 
 
@@ -48,7 +48,10 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.batch_size=256")
     args = parser.parse_intermixed_args()
     with report_errors():
-        config = load_config(args.config, [*DEFAULTS, *args.overrides])
+        overrides = [*DEFAULTS, *args.overrides]
+        if isinstance(load_config(args.config, overrides).data, MovingMnistConfig):
+            overrides = ["data.mnist_dir=null", *overrides]
+        config = load_config(args.config, overrides)
         if args.times:
             run_steps(config, args.steps, args.times)
             return 0

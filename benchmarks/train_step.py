@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
 from worldmodel.commands.shared import check_counts, report_errors, write_result
-from worldmodel.config import Config, flatten, load_config, to_dict
+from worldmodel.config import ByolConfig, Config, Conv3dConfig, GaussianConfig, flatten, load_config, to_dict
 from worldmodel.data import training_stream
 from worldmodel.training.loop import Sums, Trainer, make_accelerator
 from worldmodel.training.machine import keep_freed_memory, machine_description, set_threads
@@ -45,18 +45,18 @@ TIMED_BATCHES = 4
 # What the plain step is written for.
 PLAIN = {
     "data.source": "moving_mnist",
-    "model.encoder": "conv3d",
-    "model.pooling": "mean",
+    "model.encoder.name": "conv3d",
+    "model.encoder.pooling": "mean",
     "model.embedding_norm": "sphere",
     "model.projector_layers": 2,
-    "model.latent": "gaussian",
-    "model.posterior_sees": "later",
+    "model.latent.name": "gaussian",
+    "model.latent.posterior_sees": "later",
     "model.scene_dim": 0,
     "model.distance_dim": 0,
-    "model.prior": "mixture",
-    "model.prior_components": 1,
-    "model.editor": "mlp",
-    "model.editor_norm": "batch",
+    "model.latent.prior": "mixture",
+    "model.latent.prior_components": 1,
+    "model.editor.name": "mlp",
+    "model.editor.norm": "batch",
     "objective.name": "byol",
     "objective.beta_warmup_steps": 0,
     "objective.smoothness_weight": 0.0,
@@ -91,6 +91,8 @@ def main() -> int:
 
 def bench(config: Config, plain: Callable[..., Any], steps: int, compare_steps: int) -> dict[str, Any]:
     """What train_step.json holds: times in seconds, losses of each step."""
+    encoder = config.model.encoder
+    assert isinstance(encoder, Conv3dConfig), "the plain step is written for it alone"
     set_threads(config.train.num_threads)
     keep_freed_memory()
     losses = {"plain": plain("losses", compare_steps), "fp32": our_losses(config, in_fp32(config), compare_steps)}
@@ -112,7 +114,7 @@ def bench(config: Config, plain: Callable[..., Any], steps: int, compare_steps: 
         "device": device.type,
         "precision": precision,
         "batch_size": config.data.batch_size,
-        "width": config.model.width,
+        "width": encoder.width,
         "parameters": sum(parameter.numel() for parameter in trainer.student.parameters()),
         "baseline_step_s": median(baseline_s),
         "step_s": median(ours_s),
@@ -188,14 +190,15 @@ def make_trainer(config: Config) -> Trainer:
 def make_plain(config: Config, trainer: Trainer) -> PlainStep:
     """The plain step, from the trainer's weights."""
     data, model, train = config.data, config.model, config.train
-    plain = AdaSslV(
-        data.channels, data.num_frames, model.width, model.hidden_dim, model.embedding_dim, model.latent_dim
-    )
+    encoder, latent, objective = model.encoder, model.latent, config.objective
+    assert isinstance(encoder, Conv3dConfig) and isinstance(latent, GaussianConfig)
+    assert isinstance(objective, ByolConfig), "the plain step is written for these alone"
+    plain = AdaSslV(data.channels, data.num_frames, encoder.width, model.hidden_dim, model.embedding_dim, latent.dim)
     plain.load_state_dict(from_worldmodel(trainer.student.state_dict()))
     return PlainStep(
         plain.to(trainer.accelerator.device),
         beta=trainer.student.beta,
-        ema_momentum=config.objective.ema_momentum,
+        ema_momentum=objective.ema_momentum,
         lr=train.lr,
         weight_decay=train.weight_decay,
         num_steps=train.steps,

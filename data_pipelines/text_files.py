@@ -181,10 +181,13 @@ def is_optional(kind: Any) -> bool:
 
 
 def kind_of_key(kind: Any, key: str) -> Any:
-    """Return the type of a key of a dataclass or dict; Any if it is not stated."""
+    """Return the type of a key of a dataclass or dict, or of a union of these; Any where the type does not say."""
     kind = _plain(kind)
     if dataclasses.is_dataclass(kind):
         return get_type_hints(kind, include_extras=True).get(key, Any)
+    if get_origin(kind) in (Union, UnionType):
+        kinds = (kind_of_key(option, key) for option in get_args(kind))
+        return next((found for found in kinds if found is not Any), Any)
     arguments = get_args(kind) if get_origin(kind) is dict else ()
     return arguments[1] if arguments else Any
 

@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
-from typing import Any, BinaryIO, get_args
+from typing import Any, BinaryIO
 
 from tqdm.auto import tqdm
 
@@ -35,7 +35,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.files import write_bytes, write_text
 from data_pipelines.text_files import MAX_YAML_BYTES, read_small
 from worldmodel.commands.shared import EXIT_USER_ERROR, make_out_folder, report_errors
-from worldmodel.config import Config, ModelConfig, ObjectiveConfig, flatten, load_config, to_dict, to_yaml
+from worldmodel.config import Config, changed_keys, choices, load_config, to_yaml
 from worldmodel.report.comparison import (
     Run,
     comparison_figure,
@@ -150,7 +150,7 @@ def compare_folders(args: argparse.Namespace) -> int:
         if metrics is None:
             raise UserError(f"--runs {folder}: there is no metrics.json, evaluate the run first")
         config, name = load_run_config(folder), os.path.relpath(folder.resolve(), above)
-        made.append(MadeRun(folder, Run(name, config.model.latent, config.seed, flat_numbers(metrics)), metrics))
+        made.append(MadeRun(folder, Run(name, config.model.latent.name, config.seed, flat_numbers(metrics)), metrics))
     make_out_folder(args.out)
     write_comparison(args.out, made, {"runs_given": [str(folder) for folder in args.runs]})
     return 0
@@ -186,8 +186,8 @@ def compare(args: argparse.Namespace) -> int:
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises: UserError: a name that the config does not know, a key that the grid sets, a launcher that is missing."""
     for option, names, allowed in (
-        ("--objectives", args.objectives, get_args(ObjectiveConfig.__annotations__["name"])),
-        ("--latents", args.latents, get_args(ModelConfig.__annotations__["latent"])),
+        ("--objectives", args.objectives, choices("objective")),
+        ("--latents", args.latents, choices("model.latent")),
     ):
         for name in names:
             if name not in allowed:
@@ -278,22 +278,21 @@ def saved_config(run: GridRun) -> Config | None:
     return load_run_config(run.folder) if (run.folder / "config.yaml").is_file() else None
 
 
-def changed_keys(run: GridRun) -> list[str]:
+def changes_of(run: GridRun) -> list[str]:
     """What keeps a run from being resumed with the grid's config, each as 'key=before, now after'."""
     saved = saved_config(run)
     if saved is None:
         return []
-    before, now = flatten(to_dict(saved)), flatten(to_dict(run.config))
     return [
-        f"{key}={before[key]!r}, now {now[key]!r}"
-        for key in now
-        if key not in RESUMABLE_CHANGES and before[key] != now[key]
+        f"{key}={before!r}, now {now!r}"
+        for key, (before, now) in changed_keys(saved, run.config).items()
+        if key not in RESUMABLE_CHANGES
     ]
 
 
 def check_same_configs(grid: Sequence[GridRun]) -> None:
     """Raises: UserError: a folder of the grid holds a run of another config."""
-    stale = {run.name: changes for run in grid if (changes := changed_keys(run))}
+    stale = {run.name: changes for run in grid if (changes := changes_of(run))}
     if stale:
         name, changes = next(iter(stale.items()))
         others = f" (so do {len(stale) - 1} more runs)" if len(stale) > 1 else ""
@@ -306,7 +305,7 @@ def check_same_configs(grid: Sequence[GridRun]) -> None:
 def is_done(run: GridRun) -> bool:
     """Whether the run's metrics are those of this config, at its last step."""
     metrics = read_metrics_file(run.folder / METRICS_NAME)
-    return value_at(metrics, "train.steps") == run.config.train.steps and not changed_keys(run)
+    return value_at(metrics, "train.steps") == run.config.train.steps and not changes_of(run)
 
 
 # ------------------------------------------------------------------------------------------------------ children

@@ -15,6 +15,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
 from worldmodel import TrainedRun, load
 from worldmodel.commands.shared import add_allow_remote, check_remote, check_run_writable, report_errors, write_result
+from worldmodel.config import VideosConfig
 from worldmodel.data import clip_spec, read_index
 from worldmodel.evaluation.factors import evaluate_factors, factors_table
 from worldmodel.evaluation.forecast import evaluate_forecasts
@@ -73,7 +74,7 @@ def evaluate(run: Path, which: str, compare: Path | None, device: torch.device, 
 def timeline_of_test_video(trained: TrainedRun) -> Timeline | None:
     """Surprise along the first test video that holds several transitions; None without one, or where none is scored."""
     config = trained.config
-    if config.data.source != "videos" or obstacle(trained.model):
+    if not isinstance(config.data, VideosConfig) or obstacle(trained.model):
         return None
     index = read_index(config.data, "test")
     length = clip_spec(config, MIN_TIMELINE_TRANSITIONS).span

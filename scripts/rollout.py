@@ -24,6 +24,7 @@ from worldmodel.commands.shared import (
     check_video,
     report_errors,
 )
+from worldmodel.config import VideosConfig
 
 MAX_SEGMENTS = 2**22  # predicted ones, which are in memory together
 
@@ -59,6 +60,7 @@ def main() -> int:
 def read_context(trained: TrainedRun, video: Path, start_frame: int) -> torch.Tensor:
     """The context segment: [1, num_frames, C, H, W] in [0, 1]."""
     data = trained.config.data
+    fps, decoder = (data.fps, data.decoder) if isinstance(data, VideosConfig) else (None, "auto")
     span = (data.num_frames - 1) * data.frame_stride + 1
     frames = read_frames(
         video,
@@ -66,8 +68,8 @@ def read_context(trained: TrainedRun, video: Path, start_frame: int) -> torch.Te
         start_frame + span,
         channels=data.channels,
         size_px=data.size_px,
-        decoder=data.decoder,
-        fps=data.fps,
+        decoder=decoder,
+        fps=fps,
     )
     chosen = [frame for number, frame in enumerate(frames) if number % data.frame_stride == 0]
     return to_float(torch.from_numpy(np.stack(chosen)))[None]

@@ -15,7 +15,7 @@ from data_pipelines.worlds.digits import load_sprites
 from data_pipelines.worlds.kicked_mnist import render_digits, sample_videos
 from data_pipelines.worlds.moving_mnist import write_world
 from data_pipelines.worlds.written import encode_h264
-from worldmodel.config import Config, load_config
+from worldmodel.config import Config, VideosConfig, load_config
 from worldmodel.training.loop import train
 
 torch.set_num_threads(1)  # the tests are small: threads would only wait for each other
@@ -27,7 +27,7 @@ TINY = (
     "data.batch_size=16",
     "data.num_lanes=4",
     "data.num_workers=0",
-    "model.width=0.125",
+    "model.encoder.width=0.125",
     "model.hidden_dim=32",
     "model.embedding_dim=16",
     "train.steps=6",
@@ -97,6 +97,12 @@ def long_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("long") / "long.mp4"
     encode_h264(path, (frames * 255).round().byte().numpy())
     return path
+
+
+def videos_of(config: Config) -> VideosConfig:
+    """The section `data` of a config of videos."""
+    assert isinstance(config.data, VideosConfig)
+    return config.data
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ from data_pipelines.worlds.kicked_mnist import KickedMnistLaw
 from data_pipelines.worlds.law import Law
 from data_pipelines.worlds.moving_mnist import MovingMnistLaw, MovingMnistStream
 from data_pipelines.worlds.written import RECORDED, read_sprites, read_world
-from worldmodel.config import Config, DataConfig
+from worldmodel.config import CausalConfig, Config, DataConfig, MovingMnistConfig, OracleConfig, VideosConfig
 
 logger = one_line_logger(__name__)
 
@@ -81,16 +81,23 @@ def oracle_r(batch: Batch, config: Config, device: torch.device) -> Tensor | Non
     Raises:
         UserError: the videos have no such label, or not of that size.
     """
-    if config.model.latent != "oracle":
+    name, labels = oracle_label(config), batch["labels"]
+    if name is None:
         return None
-    name, labels = config.model.oracle_label, batch["labels"]
     if name not in labels:
         has = f"they have {', '.join(sorted(labels))}" if labels else "they have none"
-        raise UserError(f"model.latent=oracle needs the label model.oracle_label={name!r} of each video: {has}")
+        raise UserError(f"model.latent=oracle needs the label model.latent.label={name!r} of each video: {has}")
     r = labels[name].float().flatten(1) if labels[name].ndim > 1 else labels[name].float()[:, None]
-    if r.shape[1] != config.model.latent_dim:
-        raise UserError(f"the label {name!r} has {r.shape[1]} numbers: set model.latent_dim={r.shape[1]}")
+    assert isinstance(config.model.latent, OracleConfig)
+    if r.shape[1] != config.model.latent.dim:
+        raise UserError(f"the label {name!r} has {r.shape[1]} numbers: set model.latent.dim={r.shape[1]}")
     return on_device(r, device)
+
+
+def oracle_label(config: Config) -> str | None:
+    """Return the label that holds the true r of an oracle latent; None for other latents."""
+    latent = config.model.latent
+    return (latent.label or config.data.oracle_label) if isinstance(latent, OracleConfig) else None
 
 
 def labelled_actions(batch: Batch, config: Config, steps: int) -> Tensor:
@@ -101,7 +108,9 @@ def labelled_actions(batch: Batch, config: Config, steps: int) -> Tensor:
     Raises:
         UserError: the videos have no such label of frames.
     """
-    name, labels, num_frames = config.data.action_label, batch["labels"], config.data.num_frames
+    data, labels = config.data, batch["labels"]
+    assert isinstance(data, VideosConfig), "the config is checked for this"
+    name, num_frames = data.action_label, data.num_frames
     if name not in labels or labels[name].ndim != 3:
         has = ", ".join(sorted(key for key, values in labels.items() if values.ndim == 3)) or "none"
         raise UserError(f"data.action_label={name!r} is no label of frames: these videos have {has}")
@@ -120,6 +129,7 @@ def actions_of(batch: Batch, config: Config, steps: int, device: torch.device) -
     actions = labelled_actions(batch, config, steps)
     size = actions.shape[2] // config.data.num_frames
     if size != config.model.action_dim:
+        assert isinstance(config.data, VideosConfig)
         raise UserError(f"the label {config.data.action_label!r} has {size} numbers: set model.action_dim={size}")
     return on_device(actions, device)
 
@@ -131,11 +141,11 @@ def training_stream(config: Config, steps: int, *, rank: int, world_size: int, d
         UserError: the data cannot be read, or the number of processes does not divide a batch.
     """
     data = config.data
-    if data.source == "causal":
+    if isinstance(data, CausalConfig):
         return CausalStream(
             causal_world(config), batch_size=data.batch_size, seed=config.seed, rank=rank, world_size=world_size
         )
-    if data.source == "moving_mnist":
+    if isinstance(data, MovingMnistConfig):
         return MovingMnistStream(
             _sprites("train", data.mnist_dir),
             setting=data.setting,
@@ -145,6 +155,7 @@ def training_stream(config: Config, steps: int, *, rank: int, world_size: int, d
             world_size=world_size,
             device=device,
         )
+    assert isinstance(data, VideosConfig), "the caller loads code from outside"
     return VideoStream(
         read_index(data, "train"),
         clip_spec(config, steps),
@@ -166,12 +177,9 @@ def training_stream(config: Config, steps: int, *, rank: int, world_size: int, d
 
 def training_contents(config: Config) -> Contents | None:
     """What a run learns from, to be compared when it is resumed; None for worlds without files."""
-    if config.data.source != "videos":
+    if not isinstance(config.data, VideosConfig):
         return None
-    labels = {config.model.oracle_label} if config.model.latent == "oracle" else set()
-    if config.model.action_dim:
-        labels.add(config.data.action_label)
-    return contents_of(read_index(config.data, "train"), labels)
+    return contents_of(read_index(config.data, "train"), learned_labels(config))
 
 
 def check_contents(config: Config, run: Path) -> None:
@@ -207,9 +215,10 @@ def evaluation_batches(
     Clips of videos are spread evenly over the split. A rank gets its share; rank after rank, the shares are the whole.
     """
     data = config.data
-    if data.source == "moving_mnist":
+    if isinstance(data, MovingMnistConfig):
         batches = _fresh_batches(config, split, num_clips, share_of_pass(num_clips, rank, world_size))
     else:
+        assert isinstance(data, VideosConfig), "the caller has batches of its own"
         batches = read_all(
             read_index(data, split),
             clip_spec(config, horizon),
@@ -230,6 +239,7 @@ def _fresh_batches(config: Config, split: Split, num_clips: int, share: slice) -
     """The clips numbered `share` of the `num_clips` first ones that a world without files generates."""
     size = min(EVALUATION_BATCH, num_clips)
     seed = config.evaluation.seed + SPLITS.index(split)
+    assert isinstance(config.data, MovingMnistConfig)
     sprites = _sprites(split, config.data.mnist_dir)
     stream = MovingMnistStream(sprites, setting=config.data.setting, batch_size=size, seed=seed)
     firsts = range(share.start // size * size, share.stop, size)
@@ -240,8 +250,10 @@ def _fresh_batches(config: Config, split: Split, num_clips: int, share: slice) -
 def known_law(config: Config, split: Split) -> Law | None:
     """The true law behind a split's clips; None for videos from elsewhere, or cut otherwise than the labels say."""
     data = config.data
-    if data.source == "moving_mnist":
+    if isinstance(data, MovingMnistConfig):
         return MovingMnistLaw(data.setting, _sprites(split, data.mnist_dir))
+    if not isinstance(data, VideosConfig):
+        return None
     if is_url(data.root) or (world := read_world(Path(data.root))) is None or world["world"] == RECORDED:
         return None
     sprites = read_sprites(Path(data.root) / split)
@@ -258,6 +270,7 @@ def known_law(config: Config, split: Split) -> Law | None:
 def _fits(config: Config, law: Law) -> bool:
     """Whether clips are cut and shown as the law's labels say."""
     data, cut = config.data, law.clip_format
+    assert isinstance(data, VideosConfig)
     if (data.num_frames, data.size_px, data.channels) != (cut.num_frames, cut.size_px, 1):
         return False
     if (data.frame_stride, data.fps) != (1, None):
@@ -271,12 +284,14 @@ def _fits(config: Config, law: Law) -> bool:
 
 def causal_world(config: Config) -> CausalWorld:
     """The mixing network and the law of a run's seed."""
+    assert isinstance(config.data, CausalConfig)
     return CausalWorld(config.data.change, config.seed)
 
 
 def clip_spec(config: Config, steps: int) -> ClipSpec:
     """How clips for `steps` steps of prediction are cut."""
     data = config.data
+    assert isinstance(data, VideosConfig)
     return ClipSpec(num_segments(config, steps), data.num_frames, data.frame_stride, data.clip_step, data.fps)
 
 
@@ -294,7 +309,7 @@ def _sprites(split: Split, mnist_dir: str | None) -> Any:
 
 
 @lru_cache(maxsize=4)
-def read_index(data: DataConfig, split: Split) -> VideoIndex:
+def read_index(data: VideosConfig, split: Split) -> VideoIndex:
     """A split's videos: those of its folder, where splits have folders, otherwise a share of all videos."""
     root = data.root.rstrip("/")
     folders = split_folders(root)
@@ -347,10 +362,17 @@ def split_folders(root: str | Path) -> dict[Split, str] | None:
 
 def used_labels(config: Config) -> set[str]:
     """The labels that a config asks for."""
-    used = {config.model.oracle_label} if config.model.latent == "oracle" else set()
+    return learned_labels(config) | ({config.evaluation.label} if config.evaluation.label else set())
+
+
+def learned_labels(config: Config) -> set[str]:
+    """Return the labels that training reads."""
+    label = oracle_label(config)
+    used = set() if label is None else {label}
     if config.model.action_dim:
+        assert isinstance(config.data, VideosConfig)
         used.add(config.data.action_label)
-    return used | ({config.evaluation.label} if config.evaluation.label else set())
+    return used
 
 
 def check_splits(config: Config, uses: Mapping[tuple[Split, int], str]) -> None:
@@ -361,7 +383,7 @@ def check_splits(config: Config, uses: Mapping[tuple[Split, int], str]) -> None:
     Raises:
         UserError: no video of a split is long enough, or a label is faulty. The message names both.
     """
-    if config.data.source != "videos":
+    if not isinstance(config.data, VideosConfig):
         return
     for (split, steps), keys in uses.items():
         index, spec = read_index(config.data, split), clip_spec(config, steps)

@@ -175,7 +175,7 @@ def attempt_config(path: Path, overrides: Sequence[str]) -> str:
 
 TINY = (
     *("train.steps=2", "train.checkpoint_every=1", "train.eval_every=2", "train.log_every=1", "train.warmup_steps=0"),
-    *("data.batch_size=8", "data.num_lanes=4", "data.num_workers=0", "model.width=0.125", "model.hidden_dim=8"),
+    *("data.batch_size=8", "data.num_lanes=4", "data.num_workers=0", "model.encoder.width=0.125", "model.hidden_dim=8"),
     *("model.embedding_dim=8", "evaluation.queries=8", "evaluation.num_samples=4", "evaluation.law_samples=4"),
     *("evaluation.fit_clips=16", "evaluation.selection_clips=16", "tracking.wandb=disabled", "train.precision=fp32"),
     *("train.num_threads=1", "train.timeout_s=60"),

@@ -43,5 +43,5 @@ def test_a_part_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
 
 
 def test_a_failure_is_one_line(tmp_path: Path) -> None:
-    arguments = "model.width=none", "--out", str(tmp_path), "--parts", "paper"
+    arguments = "model.encoder.width=none", "--out", str(tmp_path), "--parts", "paper"
     assert_one_line("benchmarks/gpu.py", *arguments, tells=f"paper failed: see {tmp_path / 'paper.log'}")

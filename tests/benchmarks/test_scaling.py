@@ -9,7 +9,7 @@ from tests.worldmodel.commands.test_scripts import assert_one_line
 REDUCED = [
     "--rounds=2",
     "--steps=2",
-    "model.width=0.125",
+    "model.encoder.width=0.125",
     "model.hidden_dim=16",
     "data.batch_size=8",
     "data.num_lanes=8",

@@ -14,7 +14,13 @@ from tests.worldmodel.commands.test_scripts import assert_one_line
 from worldmodel.config import load_config
 
 PAPER = str(REPO / "configs" / "paper.yaml")
-REDUCED = ["model.width=0.125", "model.hidden_dim=64", "data.num_lanes=8", "train.num_threads=1", "train.steps=10"]
+REDUCED = [
+    "model.encoder.width=0.125",
+    "model.hidden_dim=64",
+    "data.num_lanes=8",
+    "train.num_threads=1",
+    "train.steps=10",
+]
 
 
 def test_our_step_in_fp32_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from worldmodel.config import Config
 from worldmodel.data import CONTENTS_NAME, read_index
 from worldmodel.training.loop import train
 
-ORACLE = ["model.latent=oracle", "model.latent_dim=2"]
+ORACLE = ["model.latent=oracle", "model.latent.dim=2"]
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_an_edited_label_is_named_if_the_run_learns_from_it(tiny_config: Callabl
     oracle, plain = tiny_config(*names, *ORACLE), tiny_config(names[1])
     train(oracle)
     train(plain)
-    _edit_label(root, oracle.model.oracle_label)
+    _edit_label(root, "velocity_change")
     with pytest.raises(UserError, match="since its checkpoint: label 'velocity_change' has other values"):
         _resume(oracle)
     _resume(plain)

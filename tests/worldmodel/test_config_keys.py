@@ -3,18 +3,18 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
-import yaml
 
-from tests.conftest import REPO
+from tests.conftest import REPO, videos_of
 from tests.worldmodel.test_config import CONFIGS
-from worldmodel import config as config_module
 from worldmodel import load
-from worldmodel.config import Config, flatten, load_config
+from worldmodel.config import Config, flatten, load_config, read_with_bases
+from worldmodel.config.kinds import OUTSIDE, choice_of, members_of
 from worldmodel.data import actions_of
 from worldmodel.evaluation.factors import evaluate_factors
 from worldmodel.evaluation.forecast import evaluate_forecasts
@@ -31,21 +31,23 @@ CAUSAL = [
     "evaluation.fit_clips=50",
     "evaluation.selection_clips=50",
 ]
-GROUPS = {
-    "DataConfig": "data.",
-    "ModelConfig": "model.",
-    "ObjectiveConfig": "objective.",
-    "TrainConfig": "train.",
-    "EvaluationConfig": "evaluation.",
-    "PlanningConfig": "planning.",
-    "TrackingConfig": "tracking.",
-    "Config": "",
-}
+TAGS = {"data.source", "model.encoder.name", "model.latent.name", "model.editor.name", "planning.planner.name"}
+"""Names of choices, which select the dataclass that is read."""
+
+
+def dataclasses_of(kind: Any = Config, prefix: str = "") -> Iterator[tuple[type, str]]:
+    """The dataclasses of the project's own choices and of sections, with the prefix of their keys."""
+    members = members_of(kind) if choice_of(kind) else {"": kind}
+    for member in dict.fromkeys(member for name, member in members.items() if name != OUTSIDE):
+        yield member, prefix
+        for key, hint in get_type_hints(member, include_extras=True).items():
+            if choice_of(hint) or is_dataclass(hint):
+                yield from dataclasses_of(hint, f"{prefix}{key}.")
 
 
 @contextmanager
 def recorded_reads() -> Iterator[set[str]]:
-    """The keys that are read by code of the two packages other than config.py itself, which reads all to copy them."""
+    """The keys that are read by code of the two packages; worldmodel/config reads all to copy them."""
     reads: set[str] = set()
     originals: dict[type, Any] = {}
 
@@ -54,14 +56,14 @@ def recorded_reads() -> Iterator[set[str]]:
 
         def spy(self: object, name: str) -> Any:
             reader = sys._getframe(1).f_globals.get("__name__", "")
-            if reader.split(".")[0] in ("worldmodel", "data_pipelines") and reader != "worldmodel.config":
+            if reader.split(".")[0] in ("worldmodel", "data_pipelines") and not reader.startswith("worldmodel.config"):
                 reads.add(prefix + name)
             return original(self, name)  # type: ignore[call-arg, arg-type]
 
         cls.__getattribute__ = spy  # type: ignore[method-assign, assignment]
 
-    for name, prefix in GROUPS.items():
-        watch(getattr(config_module, name), prefix)
+    for kind, prefix in dataclasses_of():
+        watch(kind, prefix)
     try:
         yield reads
     finally:
@@ -76,7 +78,7 @@ def train_and_evaluate(config: Config) -> None:
 
 def plan_once(config: Config) -> None:
     """One decision of a model that is conditioned on actions, untrained."""
-    labels = {config.data.action_label: torch.zeros(2, 2, config.model.action_dim)}
+    labels = {videos_of(config).action_label: torch.zeros(2, 2, config.model.action_dim)}
     assert actions_of({"labels": labels}, config, 1, torch.device("cpu")) is not None
     run = TrainedRun(Path("run"), config, WorldModel(config).eval(), None, {})
     policy = LatentPolicy(run, config.planning, seed=0)
@@ -100,7 +102,8 @@ def test_every_key_of_every_shipped_config_is_read(
         evaluate_factors(trained.config, trained.model, torch.device("cpu"))
         for name in ("two_rooms.yaml", "two_rooms_random.yaml"):
             plan_once(load_config(REPO / "configs" / name, ["planning.candidates=40", "planning.iterations=2"]))
+        WorldModel(load_config(REPO / "configs" / "video_vit.yaml", ["model.encoder=vit_tiny"]))
     for path in CONFIGS:
-        unread = set(flatten(yaml.safe_load(path.read_text()))) - reads
+        unread = set(flatten(read_with_bases(path))) - reads - TAGS
         assert not unread, f"{path.name} sets keys that nothing reads: {sorted(unread)}"
-    assert "model.width" in reads and "train.nonsense" not in reads
+    assert "model.encoder.width" in reads and "train.nonsense" not in reads

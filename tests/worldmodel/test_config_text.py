@@ -14,8 +14,9 @@ from pydantic import Field
 from data_pipelines.errors import UserError
 from data_pipelines.text_files import MAX_YAML_BYTES, MAX_YAML_NODES, is_optional, is_text, kind_of_items, shown
 from data_pipelines.worlds.recorder import parse_kwargs
-from tests.conftest import REPO
-from worldmodel.config import Config, load_config, to_yaml, validate
+from tests.conftest import REPO, videos_of
+from worldmodel.config import Config, flatten, load_config, to_dict, to_yaml, validate
+from worldmodel.config.kinds import choice_of, members_of
 from worldmodel.runs.checkpoint import load_run_config
 
 DEMO = REPO / "configs" / "demo.yaml"
@@ -30,14 +31,19 @@ TEXTS = (
 def keys_of_text(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The dotted keys of the config that hold text, and their types."""
     for name, hint in get_type_hints(kind, include_extras=True).items():
-        if dataclasses.is_dataclass(hint):
+        if choice_of(hint):
+            for member in members_of(hint).values():
+                yield from keys_of_text(member, f"{prefix}{name}.")
+        elif dataclasses.is_dataclass(hint):
             yield from keys_of_text(hint, f"{prefix}{name}.")
         elif is_text(hint):
             yield prefix + name, hint
 
 
 KEYS = dict(keys_of_text())
-FREE_KEYS = [key for key, kind in KEYS.items() if not str(kind).startswith("typing.Literal")]
+DEMO_KEYS = flatten(to_dict(load_config(DEMO)))
+FREE_KEYS = [key for key, kind in KEYS.items() if key in DEMO_KEYS and not key.endswith((".name", ".source"))]
+FREE_KEYS = [key for key in FREE_KEYS if not str(KEYS[key]).startswith("typing.Literal")]
 
 
 def value_of(config: Config, key: str) -> Any:
@@ -48,8 +54,8 @@ def value_of(config: Config, key: str) -> Any:
 
 
 def test_the_keys_of_text_are_found_by_their_types() -> None:
-    assert {"run_dir", "data.root", "data.camera", "tracking.project", "model.latent", "data.change"} <= set(KEYS)
-    assert not {"train.steps", "data.num_segments", "data.fps", "objective.beta", "model.freeze_encoder"} & set(KEYS)
+    assert {"run_dir", "data.root", "data.camera", "tracking.project", "model.latent.name", "data.change"} <= set(KEYS)
+    assert not {"train.steps", "data.num_segments", "data.fps", "objective.beta", "model.encoder.freeze"} & set(KEYS)
     assert is_text(Annotated[Literal["a", "b"] | None, Field()]) and is_optional(Annotated[str | None, Field()])
     assert not is_text(Literal["a", 2]) and not is_text(str | int) and not is_text(tuple[str, ...]) and not is_text(Any)
     assert kind_of_items(tuple[str, ...] | None) is str and kind_of_items(tuple[float, str]) is Any
@@ -58,7 +64,7 @@ def test_the_keys_of_text_are_found_by_their_types() -> None:
 @pytest.mark.parametrize("text", TEXTS)
 def test_an_override_of_text_is_taken_as_it_is(text: str) -> None:
     config = load_config(DEMO, [f"run_dir={text}", f"data.camera={text}", f"tracking.project={text}"])
-    assert (config.run_dir, config.data.camera, config.tracking.project) == (text, text, text)
+    assert (config.run_dir, videos_of(config).camera, config.tracking.project) == (text, text, text)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -69,12 +75,12 @@ def test_text_survives_the_file_of_a_run(text: str, tmp_path: Path) -> None:
 
 
 def test_null_and_nothing_are_null_where_a_key_may_be_null_and_text_elsewhere() -> None:
-    optional = [key for key in FREE_KEYS if is_optional(KEYS[key]) and key != "model.pretrained"]
+    optional = [key for key in FREE_KEYS if is_optional(KEYS[key])]
     assert optional
     for text in ("null", ""):
         config = load_config(DEMO, [f"{key}={text}" for key in optional])
         assert [value_of(config, key) for key in optional] == [None] * len(optional)
-    assert load_config(DEMO, ["data.camera=Null"]).data.camera == "Null"
+    assert videos_of(load_config(DEMO, ["data.camera=Null"])).camera == "Null"
     assert load_config(DEMO, ["run_dir=null"]).run_dir == "null"
     for key in FREE_KEYS:
         if not is_optional(KEYS[key]):
@@ -87,9 +93,9 @@ def test_a_file_needs_no_quotes_for_text(text: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(f"run_dir: {text} # a remark\ndata: {{root: {text}, camera: {text}}}\n")
     config = load_config(path)
-    assert (config.run_dir, config.data.root, config.data.camera) == (text, text, text)
-    path.write_text("run_dir: runs/x\ndata: {camera: null, mnist_dir: }\n")
-    assert load_config(path).data.camera is None
+    assert (config.run_dir, videos_of(config).root, videos_of(config).camera) == (text, text, text)
+    path.write_text("run_dir: runs/x\ndata: {camera: null, remote_cache_dir: }\n")
+    assert videos_of(load_config(path)).camera is None
     path.write_text("run_dir:\n")
     with pytest.raises(UserError, match=r"run_dir=None: .*string"):
         load_config(path)
@@ -99,7 +105,7 @@ def test_a_file_needs_no_quotes_for_text(text: str, tmp_path: Path) -> None:
 def test_a_name_that_no_file_can_have_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="run_dir="):
         validate({"run_dir": text}, "here")
-    assert load_config(DEMO, [f"data.root=https://host/{'x' * 300}"]).data.root.endswith("xxx")
+    assert videos_of(load_config(DEMO, [f"data.root=https://host/{'x' * 300}"])).root.endswith("xxx")
 
 
 def test_several_ways_of_a_mistake_are_short() -> None:

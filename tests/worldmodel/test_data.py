@@ -15,6 +15,7 @@ from data_pipelines.transforms import split_segments
 from data_pipelines.worlds.kicked_mnist import KickedMnistLaw
 from data_pipelines.worlds.moving_mnist import MovingMnistLaw
 from data_pipelines.worlds.written import write_whole
+from tests.conftest import videos_of
 from tests.data_pipelines.shard_server import ShardServer
 from worldmodel.config import Config
 from worldmodel.data import evaluation_batches, known_law, read_index, split_folders, training_stream
@@ -134,7 +135,7 @@ def test_split_folders_go_by_several_names(tmp_path: Path, name: str) -> None:
 
 
 def test_classes_have_the_same_number_in_every_split(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
-    world = Path(tiny_config().data.root)
+    world = Path(videos_of(tiny_config()).root)
     for split, name in (("train", "train"), ("selection", "val"), ("test", "test")):
         for folder in ("ape", "cat") if split == "train" else ("cat",):
             (tmp_path / "classes" / name / folder).mkdir(parents=True)
@@ -211,7 +212,7 @@ def test_splits_in_capitals_or_without_one_folder(
     shared: str | None,
 ) -> None:
     caplog.set_level("INFO")
-    world = Path(tiny_config().data.root)
+    world = Path(videos_of(tiny_config()).root)
     counts = {"train": 24, "test": 10}
     for folder in folders:
         (tmp_path / "v" / folder).mkdir(parents=True)
@@ -249,13 +250,13 @@ def test_short_splits_are_found_out_before_the_first_step(
 
 
 def test_a_label_that_is_asked_for_must_be_sound(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
-    world = Path(tiny_config().data.root)
+    world = Path(videos_of(tiny_config()).root)
     shutil.copytree(world, tmp_path / "w")
     metadata = tmp_path / "w" / "train" / "metadata.jsonl"
     rows = [json.loads(line) for line in metadata.read_text().splitlines()]
     rows[3]["velocity_change"] = [float("nan"), 0.0]
     metadata.write_text("\n".join(map(json.dumps, rows)))
-    asked = ["model.latent=oracle", "model.oracle_label=velocity_change", "model.latent_dim=2"]
+    asked = ["model.latent=oracle", "model.latent.label=velocity_change", "model.latent.dim=2"]
     with pytest.raises(UserError, match=r"'velocity_change' cannot be used: .* of '000003.mp4' is nan"):
         train(tiny_config(f"data.root={tmp_path / 'w'}", *asked))
     train(tiny_config(f"data.root={tmp_path / 'w'}", "train.steps=1"))  # nobody asks for it

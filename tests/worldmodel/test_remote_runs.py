@@ -10,9 +10,10 @@ import yaml
 
 from data_pipelines.errors import UserError
 from data_pipelines.shards.packing import pack_videos
-from tests.conftest import run_script
+from tests.conftest import run_script, videos_of
 from tests.data_pipelines.shard_server import ShardServer
 from worldmodel.commands.shared import check_remote
+from worldmodel.config import MovingMnistConfig
 from worldmodel.runs.checkpoint import load_run_config
 
 
@@ -57,8 +58,8 @@ def test_with_the_users_word_it_is_evaluated(trained_run: Path, tmp_path: Path, 
 
 
 def test_what_is_not_a_url_of_videos_needs_no_word(trained_run: Path) -> None:
-    data = load_run_config(trained_run).data
+    data = videos_of(load_run_config(trained_run))
     check_remote(data, False)
-    check_remote(replace(data, source="moving_mnist", root="http://host"), False)
+    check_remote(MovingMnistConfig(), False)
     with pytest.raises(UserError, match="'file:///etc' is not opened"):
         check_remote(replace(data, root="file:///etc"), True)

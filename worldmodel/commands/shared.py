@@ -18,7 +18,7 @@ from data_pipelines.files import check_writable, write_text
 from data_pipelines.remote.stores import check_url, host_of, is_url
 from data_pipelines.text_files import shown
 from worldmodel.commands.terminal import safe_terminal
-from worldmodel.config import DataConfig
+from worldmodel.config import DataConfig, VideosConfig
 
 log = one_line_logger(__name__)
 
@@ -139,7 +139,7 @@ def check_remote(data: DataConfig, is_allowed: bool) -> None:
     Raises:
         UserError: the videos lie behind a URL, and the user has not agreed.
     """
-    if data.source != "videos" or not is_url(data.root):
+    if not isinstance(data, VideosConfig) or not is_url(data.root):
         return
     check_url(data.root)
     host = host_of(data.root)

@@ -26,7 +26,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.splits import Split
 from data_pipelines.stream import share_of_pass
 from data_pipelines.worlds.law import Law, Quantity
-from worldmodel.config import Config
+from worldmodel.config import Config, VideosConfig
 from worldmodel.data import (
     EVALUATION_BATCH,
     actions_of,
@@ -289,8 +289,9 @@ def embed_clips(
             labels.setdefault(name, []).append(values)
     whole, all_labels = (_of_all_processes(own, world_size) for own in (parts, labels))
     if len(whole.get("clip_id", ())) < 2:
+        place = config.data.root if isinstance(config.data, VideosConfig) else config.data.source
         raise UserError(
-            f"the {split} split of {config.data.root} has fewer than 2 clips of {num_segments(config, horizon)} "
+            f"the {split} split of {place} has fewer than 2 clips of {num_segments(config, horizon)} "
             "segments: add videos, or lower data.clip_step or evaluation.horizon"
         )
     r, penalty = _infer(config, student, whole, device)

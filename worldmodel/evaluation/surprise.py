@@ -40,7 +40,7 @@ from data_pipelines.clips import frames_on_screen
 from data_pipelines.decoders import Frame, read_facts, read_frames
 from data_pipelines.errors import UserError
 from data_pipelines.transforms import to_float
-from worldmodel.config import Config, DataConfig
+from worldmodel.config import Config, DataConfig, VideosConfig
 from worldmodel.data import segment_span
 from worldmodel.nets.latents import GaussianLatent, kl_divergence
 from worldmodel.nets.world_model import WorldModel
@@ -89,13 +89,14 @@ def video_surprise(
     check_model(model)
     if data.source == "causal":
         raise UserError("surprise of a video file needs a run on videos: this one has data.source=causal")
+    fps, decoder = (data.fps, data.decoder) if isinstance(data, VideosConfig) else (None, "auto")
     video = read_facts(path)
-    shown = frames_on_screen(video, data.fps)
+    shown = frames_on_screen(video, fps)
 
     def read(start: int, stop: int) -> Iterator[Frame]:
         return read_frames(
             path, start, stop,
-            channels=data.channels, size_px=data.size_px, decoder=data.decoder, fps=data.fps, video=video,
+            channels=data.channels, size_px=data.size_px, decoder=decoder, fps=fps, video=video,
         )  # fmt: skip
 
     found = score_transitions(

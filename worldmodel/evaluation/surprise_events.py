@@ -12,6 +12,7 @@ from data_pipelines.worlds.kicked_mnist import KickedMnistLaw, render_digits, sa
 from data_pipelines.worlds.moving_mnist import SEGMENT_FRAMES
 from data_pipelines.worlds.planted import EVENTS, Planted, plant
 from data_pipelines.worlds.written import read_world
+from worldmodel.config import VideosConfig
 from worldmodel.data import known_law
 from worldmodel.evaluation.scores import auroc
 from worldmodel.evaluation.surprise import MEASURES, Transitions, check_model, score_transitions
@@ -33,18 +34,18 @@ def detect_events(run: TrainedRun, num_videos: int, seed: int) -> dict[str, dict
             score videos.
     """
     check_model(run.model)
-    law = known_law(run.config, "test")
-    if not isinstance(law, KickedMnistLaw) or law.borders != "bounce":
+    data, law = run.config.data, known_law(run.config, "test")
+    if not isinstance(data, VideosConfig) or not isinstance(law, KickedMnistLaw) or law.borders != "bounce":
         raise UserError(
             f"events are planted in the kicked world with bouncing borders, and the run {run.folder} is not of it, or "
             "not cut as it is: train one on what make_moving_mnist.py --world kicked writes"
         )
-    world = read_world(Path(run.config.data.root))
+    world = read_world(Path(data.root))
     assert world is not None
     num_digits, num_frames = world["num_digits"], world["num_frames"]
     if num_frames < MIN_SEGMENTS * SEGMENT_FRAMES:
         raise UserError(
-            f"the videos of {run.config.data.root} have {num_frames} frames, and events need at least "
+            f"the videos of {data.root} have {num_frames} frames, and events need at least "
             f"{MIN_SEGMENTS * SEGMENT_FRAMES}: write longer ones"
         )
     generator = torch.Generator().manual_seed(seed)

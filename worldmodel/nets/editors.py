@@ -9,7 +9,8 @@ import torch
 from einops import einsum
 from torch import Tensor, nn
 
-from worldmodel.nets.encoders import Norm, mlp
+from worldmodel.config import EditorConfig, External, LowRankEditorConfig, MlpEditorConfig, Norm, ResidualEditorConfig
+from worldmodel.nets.encoders import mlp
 
 
 class MlpEditor(nn.Module):
@@ -68,16 +69,21 @@ class LowRankEditor(nn.Module):
 
 
 def make_editor(
-    name: str, *, embedding_dim: int, hidden_dim: int, latent_dim: int, predictor: bool, norm: Norm = "batch"
+    config: EditorConfig, *, embedding_dim: int, hidden_dim: int, latent_dim: int, predictor: bool
 ) -> nn.Module:
-    """The editor by its name in the config, with a predictor after it where one is needed and the editor is none."""
-    if name == "mlp":
-        return MlpEditor(embedding_dim, hidden_dim, latent_dim, norm)
-    if name == "residual":
-        return ResidualEditor(embedding_dim, hidden_dim, latent_dim, norm)
-    # Without a latent there is nothing to add, and no module to add it.
-    plain = LowRankEditor(embedding_dim, latent_dim) if name == "low_rank" and latent_dim else SumEditor()
-    return WithPredictor(plain, embedding_dim, hidden_dim, norm) if predictor else plain
+    """Build the editor of a config.
+
+    With `predictor`, an editor that is not an MLP is followed by one.
+    """
+    assert not isinstance(config, External), "the caller loads code from outside"
+    if isinstance(config, MlpEditorConfig):
+        return MlpEditor(embedding_dim, hidden_dim, latent_dim, config.norm)
+    if isinstance(config, ResidualEditorConfig):
+        return ResidualEditor(embedding_dim, hidden_dim, latent_dim, config.norm)
+    # Without a latent, a low-rank editor would have no modules.
+    is_low_rank = isinstance(config, LowRankEditorConfig) and latent_dim
+    plain = LowRankEditor(embedding_dim, latent_dim) if is_low_rank else SumEditor()
+    return WithPredictor(plain, embedding_dim, hidden_dim, config.norm) if predictor else plain
 
 
 class WithPredictor(nn.Module):

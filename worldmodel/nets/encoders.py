@@ -12,13 +12,22 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from worldmodel.config import (
+    Conv3dConfig,
+    DataConfig,
+    EncoderConfig,
+    MlpConfig,
+    Norm,
+    Pooling,
+    PretrainedConfig,
+    ResNetConfig,
+    VitConfig,
+)
 from worldmodel.nets.convolutions import Conv2d, Conv3d
 from worldmodel.nets.pretrained import PretrainedEncoder
 from worldmodel.nets.vit import VIT_SIZES, VitEncoder
 from worldmodel.training.distributed import gathered
 
-Pooling = Literal["mean", "moments"]
-Norm = Literal["batch", "layer", "none"]
 NUM_MOMENTS = {"mean": 1, "moments": 6}
 """Numbers that pooling keeps of each feature map. The mean forgets where a feature is; first moments, of the pixels'
 coordinates weighed by the map, tell its place, and second ones its extent."""
@@ -125,9 +134,8 @@ class _BasicBlock(nn.Module):
 class MlpEncoder(nn.Module):
     """For observations that are vectors: a clip [B, T, C, 1, 1] through three layers of 256 times `width` units."""
 
-    def __init__(self, in_channels: int, num_frames: int, width: float, pooling: Pooling = "mean") -> None:
+    def __init__(self, in_channels: int, num_frames: int, width: float) -> None:
         super().__init__()
-        assert pooling == "mean", "an observation that is a vector has one pixel"
         self.num_features = _scaled(256, width)
         # Leaky, and without batch norm: what is learned goes on in a straight line outside the range of training.
         dims = [in_channels * num_frames, self.num_features, self.num_features, self.num_features]
@@ -140,34 +148,21 @@ class MlpEncoder(nn.Module):
 
 
 Encoder = Conv3dEncoder | ResNetEncoder | MlpEncoder | VitEncoder | PretrainedEncoder
-SCALED_ENCODERS: dict[str, type[Conv3dEncoder] | type[ResNetEncoder] | type[MlpEncoder]] = {
-    "conv3d": Conv3dEncoder,
-    "resnet": ResNetEncoder,
-    "mlp": MlpEncoder,
-}
-"""Those whose channels `width` multiplies."""
 
 
-def make_encoder(
-    name: str,
-    *,
-    in_channels: int,
-    num_frames: int,
-    size_px: int,
-    width: float,
-    pooling: Pooling,
-    patch_px: int,
-    pretrained: str | None,
-    freeze: bool,
-    checkpoint_activations: bool,
-) -> Encoder:
-    """The encoder that the config names; each takes what concerns it."""
-    if name in VIT_SIZES:
-        return VitEncoder(VIT_SIZES[name], in_channels, num_frames, size_px, patch_px, checkpoint_activations)
-    if name == "pretrained":
-        assert pretrained is not None, "the config is checked for this"
-        return PretrainedEncoder(pretrained, in_channels, num_frames, size_px, freeze, checkpoint_activations)
-    return SCALED_ENCODERS[name](in_channels, num_frames, width, pooling)
+def make_encoder(config: EncoderConfig, data: DataConfig) -> Encoder:
+    """Build the encoder of a config for the frames of its data."""
+    shape = data.channels, data.num_frames
+    if isinstance(config, Conv3dConfig):
+        return Conv3dEncoder(*shape, config.width, config.pooling)
+    if isinstance(config, ResNetConfig):
+        return ResNetEncoder(*shape, config.width, config.pooling)
+    if isinstance(config, MlpConfig):
+        return MlpEncoder(*shape, config.width)
+    if isinstance(config, VitConfig):
+        return VitEncoder(VIT_SIZES[config.name], *shape, data.size_px, config.patch_px, config.checkpoint_activations)
+    assert isinstance(config, PretrainedConfig) and config.path is not None, "the config is checked for this"
+    return PretrainedEncoder(config.path, *shape, data.size_px, config.freeze, config.checkpoint_activations)
 
 
 def mlp(

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from data_pipelines.errors import UserError
+from worldmodel.config import External, GaussianConfig, LatentConfig, NoLatentConfig, SparseConfig
 from worldmodel.nets.encoders import mlp
 from worldmodel.training.distributed import multinomial_rows, rand_rows, randn_rows
 
@@ -186,7 +187,7 @@ class FlowPrior(nn.Module):
         try:
             import zuko
         except ImportError as error:
-            raise UserError("model.prior=flow needs the package zuko: pip install 'worldmodel[flow]'") from error
+            raise UserError("model.latent.prior=flow needs the package zuko: pip install 'worldmodel[flow]'") from error
         self.latent_dim = latent_dim
         self.flow = zuko.flows.NSF(
             features=latent_dim,
@@ -306,37 +307,30 @@ class OracleLatent(nn.Module):
 Latent = GaussianLatent | SparseLatent | OracleLatent
 
 
-def make_latent(
-    name: str,
-    *,
-    context_dim: int,
-    embedding_dim: int,
-    hidden_dim: int,
-    latent_dim: int,
-    prior: str,
-    prior_components: int,
-) -> Latent | None:
-    """The latent by its name in the config; None for "none".
+def make_latent(config: LatentConfig, *, context_dim: int, embedding_dim: int, hidden_dim: int) -> Latent | None:
+    """Build the latent of a config; None for "none".
 
-    context_dim: numbers of what r is conditioned on, an embedding, or an embedding and an action.
+    Args:
+        context_dim: the size of the prior's input: an embedding, and a scene code and an action if there are any.
 
     Raises:
         UserError: the prior needs a package that is not installed.
     """
-    if name == "none":
+    if isinstance(config, NoLatentConfig):
         return None
-    if name == "gaussian":
+    assert not isinstance(config, External), "the caller loads code from outside"
+    if isinstance(config, GaussianConfig):
         smooth = (
-            FlowPrior(context_dim, hidden_dim, latent_dim)
-            if prior == "flow"
-            else MixturePrior(context_dim, hidden_dim, latent_dim, prior_components)
+            FlowPrior(context_dim, hidden_dim, config.dim)
+            if config.prior == "flow"
+            else MixturePrior(context_dim, hidden_dim, config.dim, config.prior_components)
         )
-        return GaussianLatent(context_dim, embedding_dim, hidden_dim, latent_dim, smooth)
-    # A sparse r is exactly zero at times, and so is a true one (an axis that does not change).
-    spiked = SpikeAndSlabPrior(context_dim, hidden_dim, latent_dim, prior_components)
-    if name == "sparse":
-        return SparseLatent(context_dim, embedding_dim, hidden_dim, latent_dim, spiked)
-    return OracleLatent(latent_dim, spiked)
+        return GaussianLatent(context_dim, embedding_dim, hidden_dim, config.dim, smooth)
+    # A sparse r is sometimes exactly zero. So is a true r, for an axis that does not change.
+    spiked = SpikeAndSlabPrior(context_dim, hidden_dim, config.dim, config.prior_components)
+    if isinstance(config, SparseConfig):
+        return SparseLatent(context_dim, embedding_dim, hidden_dim, config.dim, spiked)
+    return OracleLatent(config.dim, spiked)
 
 
 # ------------------------------------------------------------------------------------------------- pure functions

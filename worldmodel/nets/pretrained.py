@@ -95,7 +95,7 @@ class PretrainedEncoder(nn.Module):
             features = self.image_features(torch.zeros(1, 3, size_px, size_px))
         except (AttributeError, RuntimeError, ValueError) as error:
             raise UserError(
-                f"model.pretrained={source} takes no frames of data.size_px={size_px}: {_first_line(error)}"
+                f"model.encoder.path={source} takes no frames of data.size_px={size_px}: {_first_line(error)}"
             ) from error
         names, weights = zip(*self.backbone.named_parameters(), strict=True)
         gradients = torch.autograd.grad(features.sum(), weights, allow_unused=True)
@@ -103,7 +103,7 @@ class PretrainedEncoder(nn.Module):
             if gradient is None:
                 weight.requires_grad_(False)
             elif name in missing:
-                raise UserError(f"model.pretrained={source} lacks the weight {name}: it holds another model")
+                raise UserError(f"model.encoder.path={source} lacks the weight {name}: it holds another model")
         self.num_image_features = features.shape[1]
 
 
@@ -132,15 +132,15 @@ def _load(source: str) -> tuple[Any, set[str]]:
         )
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise UserError(
-            f"model.pretrained={source} cannot be loaded: give a folder with config.json and model.safetensors, or the "
-            f"name of a model on the Hugging Face hub ({_first_line(error)})"
+            f"model.encoder.path={source} cannot be loaded: give a folder with config.json and "
+            f"model.safetensors, or the name of a model on the Hugging Face hub ({_first_line(error)})"
         ) from error
     finally:
         messages.set_verbosity(verbosity)
     if backbone.main_input_name != "pixel_values":
         raise UserError(
-            f"model.pretrained={source} is a {type(backbone).__name__}, which takes {backbone.main_input_name}: give a "
-            "model of images alone"
+            f"model.encoder.path={source} is a {type(backbone).__name__}, which takes {backbone.main_input_name}: "
+            "give a model of images alone"
         )
     return backbone, set(info["missing_keys"])
 
@@ -166,7 +166,7 @@ def _normalisation(source: str) -> tuple[list[float], list[float]]:
     except (FileNotFoundError, huggingface_hub.errors.EntryNotFoundError):
         pass
     except ValueError as error:
-        raise UserError(f"model.pretrained={source}: {path} is no valid JSON") from error
+        raise UserError(f"model.encoder.path={source}: {path} is no valid JSON") from error
     if not settings.get("do_normalize", True):
         return [0.0] * 3, [1.0] * 3
     return list(settings.get("image_mean", IMAGENET_MEAN)), list(settings.get("image_std", IMAGENET_STD))
@@ -177,8 +177,8 @@ def _checkpoint_activations(backbone: Any, source: str) -> None:
     has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules())
     if has_batch_norm or not backbone.supports_gradient_checkpointing:
         raise UserError(
-            f"model.checkpoint_activations: model.pretrained={source}, a {type(backbone).__name__}, cannot compute its "
-            "layers again: leave it out"
+            f"model.encoder.checkpoint_activations: model.encoder.path={source}, a {type(backbone).__name__}, cannot "
+            "compute its layers again: leave it out"
         )
     backbone.activation_checkpointing_enable({"use_reentrant": False})
 

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldmodel.nets.encoders import Norm, mlp
+from worldmodel.config import Norm
+from worldmodel.nets.encoders import mlp
 
 MAX_DIRECTIONS = 64
 RIDGE = 1e-3  # of the mean variance of a feature within clips

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from worldmodel.config import Config
+from data_pipelines.errors import UserError
+from worldmodel.config import Config, External, GaussianConfig, SparseConfig, outside_names
 from worldmodel.nets.distance import STEP_WEIGHT, TemporalDistance, excess_steps, nearness
 from worldmodel.nets.editors import make_editor
 from worldmodel.nets.encoders import Embedder, make_encoder, normalise
@@ -111,18 +112,10 @@ class WorldModel(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         model, data, objective = config.model, config.data, config.objective
-        encoder = make_encoder(
-            model.encoder,
-            in_channels=data.channels,
-            num_frames=data.num_frames,
-            size_px=data.size_px,
-            width=model.width,
-            pooling=model.pooling,
-            patch_px=model.patch_px,
-            pretrained=model.pretrained,
-            freeze=model.freeze_encoder,
-            checkpoint_activations=model.checkpoint_activations,
-        )
+        for key, name in outside_names(config).items():
+            raise UserError(f"{key}={name}: code from outside of the project cannot be loaded")
+        assert not isinstance(model.editor, External)
+        encoder = make_encoder(model.encoder, data)
         self.embedder = Embedder(
             encoder,
             [model.hidden_dim] * model.projector_layers,
@@ -132,7 +125,7 @@ class WorldModel(nn.Module):
             learned_scale=model.embedding_norm == "sphere" or not OBJECTIVES[objective.name].needs_teacher,
         )
         self.scene = (
-            SceneCode(encoder.num_features, model.hidden_dim, model.scene_dim, model.editor_norm)
+            SceneCode(encoder.num_features, model.hidden_dim, model.scene_dim, model.editor.norm)
             if model.scene_dim
             else None
         )
@@ -144,18 +137,8 @@ class WorldModel(nn.Module):
             context_dim=model.embedding_dim + scene_dim + self.action_dim,
             embedding_dim=model.embedding_dim,
             hidden_dim=model.hidden_dim,
-            latent_dim=model.latent_dim,
-            prior=model.prior,
-            prior_components=model.prior_components,
         )
-        self.objective = make_objective(
-            objective.name,
-            embedding_dim=model.embedding_dim,
-            hidden_dim=model.hidden_dim,
-            temperature=objective.temperature,
-            sigreg_weight=objective.sigreg_weight,
-            vicreg_weights=objective.vicreg_weights,
-        )
+        self.objective = make_objective(objective, embedding_dim=model.embedding_dim, hidden_dim=model.hidden_dim)
         # Of the latent's penalty, after its warm-up.
         self.beta = self.objective.default_beta if objective.beta is None else objective.beta
         self.sequence_terms = SequenceTerms(
@@ -174,7 +157,6 @@ class WorldModel(nn.Module):
             hidden_dim=model.hidden_dim,
             latent_dim=(self.latent.latent_dim if self.latent else 0) + scene_dim + self.action_dim,
             predictor=self.objective.needs_predictor,
-            norm=model.editor_norm,
         )
         self.distance = (
             TemporalDistance(model.embedding_dim + model.scene_dim, model.hidden_dim, model.distance_dim)
@@ -187,7 +169,8 @@ class WorldModel(nn.Module):
         weights = objective.step_weights or (1.0,) * self.num_steps
         self.step_weights = [weight / sum(weights) for weight in weights]
         # The last segment of a transition, which the posterior sees beside the first one: x++, or x+ itself.
-        sees_target = data.num_segments == 2 or model.posterior_sees == "target" or self.latent is None
+        sees_later = isinstance(model.latent, GaussianConfig | SparseConfig) and model.latent.posterior_sees == "later"
+        sees_target = data.num_segments == 2 or not sees_later
         self.seen_at = 1 if sees_target else 2
 
     def encode(self, video: Tensor) -> Tensor:

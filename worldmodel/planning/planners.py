@@ -30,7 +30,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from worldmodel.config import PlanningConfig
+from worldmodel.config import External, IcemConfig, MppiConfig, PlanningConfig
 
 Cost = Callable[[Tensor], Tensor]
 """Actions [E, N, H, A], of any N, -> finite cost [E, N]; lower is better."""
@@ -70,26 +70,28 @@ def improve(config: PlanningConfig, plan: Plan, cost: Cost, generator: torch.Gen
     """
     mean, kept = plan
     std = torch.full_like(mean, config.init_std)
+    planner = config.planner
+    assert not isinstance(planner, External), "the caller loads code from outside"
     for iteration in range(config.iterations):
         noise = draw_noise(config, mean.shape[-1], generator).to(mean)
         candidates = project_(torch.addcmul(mean[:, None], std[:, None], noise), config.action_set)
-        if config.planner == "icem":
+        if isinstance(planner, IcemConfig):
             candidates[:, : kept.shape[1]] = kept
             if iteration == config.iterations - 1:
                 candidates[:, kept.shape[1]] = mean
         costs = _evaluate(cost, candidates)
-        if config.planner == "mppi":
-            weights = path_integral_weights(costs, config.temperature)
+        if isinstance(planner, MppiConfig):
+            weights = path_integral_weights(costs, planner.temperature)
             mean = (weights[:, None] @ candidates.flatten(2)).unflatten(-1, mean.shape[1:]).squeeze(1)
             continue
-        elite_costs, order = costs.topk(config.elites, largest=False)
+        elite_costs, order = costs.topk(planner.elites, largest=False)
         elites = candidates[torch.arange(len(order), device=order.device)[:, None], order]
         elite_mean = elites.mean(dim=1)
         elite_std = (elites - elite_mean[:, None]).square_().mean(dim=1).sqrt_()  # torch.std takes ten times as long
         mean, std = elite_mean.lerp(mean, MOMENTUM), elite_std.lerp(std, MOMENTUM)
-        if config.planner == "icem":
-            kept = elites[:, : max(1, round(KEPT_SHARE * config.elites))]
-    if config.planner == "icem":
+        if isinstance(planner, IcemConfig):
+            kept = elites[:, : max(1, round(KEPT_SHARE * planner.elites))]
+    if isinstance(planner, IcemConfig):
         return Plan(mean, kept), elites[:, 0], elite_costs[:, 0]
     return Plan(mean, kept), mean, _evaluate(cost, mean[:, None]).squeeze(1)
 
@@ -97,8 +99,8 @@ def improve(config: PlanningConfig, plan: Plan, cost: Cost, generator: torch.Gen
 def draw_noise(config: PlanningConfig, action_dim: int, generator: torch.Generator) -> Tensor:
     """Standard normal numbers [N, H, A], white in time, or for iCEM of a power that falls as f^-noise_beta."""
     noise = torch.randn(config.candidates, action_dim, config.horizon, generator=generator)
-    if config.planner == "icem":
-        noise = noise @ colouring(config.horizon, config.noise_beta)
+    if isinstance(config.planner, IcemConfig):
+        noise = noise @ colouring(config.horizon, config.planner.noise_beta)
     return noise.mT.contiguous()
 
 

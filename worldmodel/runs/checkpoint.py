@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.files import check_regular, read_text, remove, write_bytes, write_text
-from worldmodel.config import Config, flatten, read_tree, to_dict, to_yaml, validate
+from worldmodel.config import Config, changed_keys, read_tree, to_yaml, validate
 from worldmodel.training.finite import ADVICE, not_finite
 from worldmodel.training.sharding import shared_like
 
@@ -41,7 +41,7 @@ RESUMABLE_CHANGES = frozenset(
         "run_dir",
         "data.cache_mb",
         "data.num_workers",
-        "model.checkpoint_activations",
+        "model.encoder.checkpoint_activations",
         "train.log_every",
         "train.checkpoint_every",
         "train.keep_checkpoints",
@@ -157,11 +157,10 @@ def load_run_config(run: str | Path) -> Config:
 
 
 def _check_same_config(saved: Config, given: Config, run: Path) -> None:
-    before, now = flatten(to_dict(saved)), flatten(to_dict(given))
-    for key in before:
-        if before[key] != now[key] and key not in RESUMABLE_CHANGES:
+    for key, (before, now) in changed_keys(saved, given).items():
+        if key not in RESUMABLE_CHANGES:
             raise UserError(
-                f"run_dir={run} was trained with {key}={before[key]!r}, the config says {now[key]!r}: "
+                f"run_dir={run} was trained with {key}={before!r}, the config says {now!r}: "
                 "resume with the same config, or choose another run_dir"
             )
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.transforms import to_float
-from worldmodel.config import Config
+from worldmodel.config import Config, GaussianConfig, PretrainedConfig
 from worldmodel.evaluation.readout_file import load_readout
 from worldmodel.evaluation.surprise import clip_surprise, video_surprise
 from worldmodel.nets.teacher import Teacher
@@ -50,8 +50,7 @@ class TrainedRun:
     def frame_shape(self) -> tuple[int, int, int]:
         """C, H, W of the frames that the run was trained on."""
         data = self.config.data
-        size_px = 1 if data.source == "causal" else data.size_px
-        return data.channels, size_px, size_px
+        return data.channels, data.size_px, data.size_px
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
@@ -130,7 +129,7 @@ class TrainedRun:
             raise UserError(f"a clip of {video.dtype}: give uint8, or floating point in [0, 1]")
         # Causal observations are numbers of any size.
         if (
-            self.config.data.source != "causal"
+            self.config.data.content != "factors"
             and video.is_floating_point()
             and not 0 <= video.min() <= video.max() <= 1
         ):
@@ -169,11 +168,14 @@ def _check_shapes(config: Config, checkpoint: Checkpoint, run: str | Path) -> No
     Raises:
         UserError: they differ, or the config describes networks that cannot be.
     """
-    if config.model.encoder == "pretrained":  # its sizes come with its own files
+    if isinstance(config.model.encoder, PretrainedConfig):  # its sizes come with its own files
         return
     # A flow is built by what it computes, which takes real tensors: its own sizes follow from the others.
-    is_flow = config.model.prior == "flow"
-    model = dataclasses.replace(config.model, prior="mixture") if is_flow else config.model
+    latent = config.model.latent
+    is_flow = isinstance(latent, GaussianConfig) and latent.prior == "flow"
+    if isinstance(latent, GaussianConfig):
+        latent = dataclasses.replace(latent, prior="mixture")
+    model = dataclasses.replace(config.model, latent=latent)
     try:
         with torch.device("meta"):
             network = WorldModel(dataclasses.replace(config, model=model))

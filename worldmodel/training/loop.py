@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.transforms import on_device
-from worldmodel.config import Config, TrainConfig, flatten, to_dict
+from worldmodel.config import Config, TeacherObjective, TrainConfig, VideosConfig, flatten, to_dict
 from worldmodel.data import (
     check_contents,
     check_splits,
@@ -250,9 +250,9 @@ class Trainer:
             self.optimizer.zero_grad()
             self.sums.add(losses)
             if self.teacher:
-                momentum = ema_momentum(
-                    self.step, config.train.steps, config.objective.ema_momentum, config.objective.ema_schedule
-                )
+                of_teacher = config.objective
+                assert isinstance(of_teacher, TeacherObjective)
+                momentum = ema_momentum(self.step, config.train.steps, of_teacher.ema_momentum, of_teacher.ema_schedule)
                 self.teacher.update(self.student.embedder, momentum)
         self.step += 1
 
@@ -380,7 +380,7 @@ class Trainer:
             score = -scores["factors_r2"]
         else:
             with accelerator.main_process_first(), accelerator.local_main_process_first():
-                if config.data.source == "videos":
+                if isinstance(config.data, VideosConfig):
                     read_index(config.data, "selection")
             scores = forecast.development_scores(
                 config,

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worldmodel.config import InfoNceConfig, ObjectiveConfig, SigregConfig, VicregConfig
 from worldmodel.nets.encoders import mlp
 
 MAX_LOGIT = 20.0
@@ -33,8 +34,6 @@ class Objective(nn.Module, ABC):
     """Clips of a batch are told apart: the loss of a batch is not the mean of the losses of its parts."""
     needs_batch_statistics: ClassVar[bool] = False
     """The distribution of a batch enters the loss: it is not the mean of the losses of its parts."""
-    needs_sphere: ClassVar[bool] = False
-    """Embeddings are compared by direction only: their length would be undetermined."""
     needs_predictor: ClassVar[bool] = False
     """An asymmetry between the two sides is what prevents collapse: the editor must end in an MLP."""
     default_beta: ClassVar[float] = 0.001
@@ -62,7 +61,6 @@ class Byol(Objective):
     """Negative cosine to an EMA teacher (Grill et al., arXiv 2006.07733, eq. 2, up to scale and shift)."""
 
     needs_teacher = True
-    needs_sphere = True
     needs_predictor = True
 
     def forward(
@@ -111,7 +109,6 @@ class Ressl(Objective):
 
     needs_teacher = True
     needs_negatives = True
-    needs_sphere = True
     default_beta = 0.01
 
     def forward(
@@ -140,7 +137,6 @@ class SslHsic(Objective):
     needs_teacher = True
     needs_negatives = True
     needs_batch_statistics = True
-    needs_sphere = True
     needs_predictor = True
 
     def forward(
@@ -427,18 +423,12 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
-def make_objective(
-    name: str,
-    *,
-    embedding_dim: int,
-    hidden_dim: int,
-    temperature: float,
-    sigreg_weight: float,
-    vicreg_weights: Sequence[float],
-) -> Objective:
-    kind = OBJECTIVES[name]
-    if issubclass(kind, InfoNce):
-        return kind(embedding_dim, hidden_dim, temperature)
-    if kind is Vicreg:
-        return Vicreg(vicreg_weights)
-    return SigReg(sigreg_weight) if kind is SigReg else kind()
+def make_objective(config: ObjectiveConfig, *, embedding_dim: int, hidden_dim: int) -> Objective:
+    """Build the objective of a config."""
+    kind = OBJECTIVES[config.name]
+    if isinstance(config, InfoNceConfig):
+        assert issubclass(kind, InfoNce)
+        return kind(embedding_dim, hidden_dim, config.temperature)
+    if isinstance(config, VicregConfig):
+        return Vicreg(config.vicreg_weights)
+    return SigReg(config.sigreg_weight) if isinstance(config, SigregConfig) else kind()

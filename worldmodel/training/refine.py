@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
-from worldmodel.config import Config
+from worldmodel.config import Config, VideosConfig
 from worldmodel.data import Batch, Stream, segment_span, training_inputs, training_stream
 from worldmodel.evaluation.forecast import frozen
 from worldmodel.nets.distance import clips_alike
@@ -58,9 +58,10 @@ def refinement_stream(config: Config, device: torch.device) -> Stream:
     """The stream of what is embedded: clips for steps_of(config) steps, each cut where the refined steps of the one
     before it end. Whatever data.clip_step is, a segment is then embedded about once and many videos are seen.
     """
-    clip_step = config.train.refine_horizon * segment_span(config.data)
-    spaced = replace(config, data=replace(config.data, clip_step=clip_step))
-    return training_stream(spaced, steps_of(config), rank=0, world_size=1, device=device)
+    data = config.data
+    if isinstance(data, VideosConfig):
+        data = replace(data, clip_step=config.train.refine_horizon * segment_span(data))
+    return training_stream(replace(config, data=data), steps_of(config), rank=0, world_size=1, device=device)
 
 
 def embed_clips(

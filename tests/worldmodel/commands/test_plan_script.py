@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 
 from data_pipelines.worlds.recorder import Recording, record
 from tests.conftest import REPO, TINY, run_script
-from worldmodel.config import PlanningConfig, load_config
+from worldmodel.config import IcemConfig, PlanningConfig, load_config
 from worldmodel.planning.protocol import (
     PlanningProtocol,
     PrivilegedPolicy,
@@ -51,7 +51,9 @@ def trained_in(rooms: Path, config: Path, run: Path) -> Path:
     """The folder of a run of six updates."""
     AcceleratorState._reset_state(reset_partial_state=True)
     tiny = [*TINY, "data.num_lanes=4", f"data.root={rooms}", f"run_dir={run}", "data.cache_mb=0"]
-    return train(load_config(config, [*tiny, "planning.candidates=16", "planning.elites=4", "planning.horizon=4"]))
+    return train(
+        load_config(config, [*tiny, "planning.candidates=16", "planning.planner.elites=4", "planning.horizon=4"])
+    )
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +144,8 @@ def test_counts_of_labels_that_cannot_be(passive: Path, labels: list[str], tells
     [
         (["--env", "CartPole-v1"], "no goal_frame()"),
         (["--env", ENV, "--episodes", "0"], "--episodes must be at least 1, not 0"),
-        (["--env", ENV, "model.width=2"], "only planning.KEY=VALUE"),
-        (["--env", ENV, "planning.elites=99"], "elites"),
+        (["--env", ENV, "model.encoder.width=2"], "only planning.KEY=VALUE"),
+        (["--env", ENV, "planning.planner.elites=99"], "elites"),
         (["--env", ENV, "--env-kwargs", "slip=2"], "slip=2"),
     ],
 )
@@ -159,7 +161,9 @@ def test_a_passive_run_cannot_plan(trained_run: Path) -> None:
 
 
 def privileged(seed: int, envs: Sequence[gymnasium.Env]) -> PrivilegedPolicy:
-    return PrivilegedPolicy(envs, PlanningConfig(candidates=64, elites=8, iterations=3, horizon=10), seed)
+    return PrivilegedPolicy(
+        envs, PlanningConfig(planner=IcemConfig(elites=8), candidates=64, iterations=3, horizon=10), seed
+    )
 
 
 def test_the_privileged_planner_reaches_every_goal_by_nearly_the_shortest_way() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from scripts import compare, plan, rollout, surprise
-from tests.conftest import REPO, run_script
+from tests.conftest import REPO, run_script, videos_of
 from worldmodel.config import Config, to_yaml
 
 Call = Callable[..., str]
@@ -171,5 +171,5 @@ def test_arguments_of_a_grid(refused: Call, tmp_path: Path, monkeypatch: pytest.
     args = compare.parse(grid("out=#3", "data.root=#3 a: b ", "--set", "byol:data.camera=007", "--launch", "X=1"))
     (run,), _ = compare.make_grid(args)
     assert args.out == Path("out=#3") and args.launch == "X=1"
-    assert (run.config.run_dir, run.config.data.root) == ("out=#3/byol-none/seed_0", "#3 a: b ")
-    assert run.config.data.camera == "007"
+    assert (run.config.run_dir, videos_of(run.config).root) == ("out=#3/byol-none/seed_0", "#3 a: b ")
+    assert videos_of(run.config).camera == "007"

@@ -14,7 +14,24 @@ from scripts.evaluate import timeline_of_test_video
 from tests.conftest import run_script
 from tests.worldmodel.commands.test_scripts import assert_one_line
 from worldmodel import TrainedRun, load
-from worldmodel.config import Config, DataConfig, ModelConfig, ObjectiveConfig
+from worldmodel.config import (
+    ByolConfig,
+    CausalConfig,
+    Config,
+    Conv3dConfig,
+    DataConfig,
+    GaussianConfig,
+    InfoNceConfig,
+    ModelConfig,
+    NoLatentConfig,
+    ObjectiveConfig,
+    OracleConfig,
+    ResidualEditorConfig,
+    SigregConfig,
+    SparseConfig,
+    VicregConfig,
+    VideosConfig,
+)
 from worldmodel.evaluation.surprise import (
     Transitions,
     clip_surprise,
@@ -33,12 +50,17 @@ def tiny(
     data: DataConfig | None = None, objective: ObjectiveConfig | None = None, **changes: object
 ) -> tuple[Config, WorldModel]:
     torch.manual_seed(0)
-    model = {"width": 0.125, "embedding_dim": 16, "hidden_dim": 32, "latent_dim": 3, **changes}
+    sizes = {
+        "encoder": Conv3dConfig(width=0.125),
+        "latent": GaussianConfig(dim=3),
+        "embedding_dim": 16,
+        "hidden_dim": 32,
+    }
     config = Config(
         run_dir="",
-        data=data or DataConfig(channels=1),
-        model=ModelConfig(**model),  # type: ignore[arg-type]
-        objective=objective or ObjectiveConfig(),
+        data=data or VideosConfig(channels=1),
+        model=ModelConfig(**{**sizes, **changes}),  # type: ignore[arg-type]
+        objective=objective or ByolConfig(),
     )
     return config, WorldModel(config).eval()
 
@@ -76,19 +98,19 @@ def test_segments_are_cut_from_a_stream_that_is_never_held(num_frames: int, stri
 @pytest.mark.parametrize(
     ("data", "sees", "step", "num_segments"),
     [
-        (DataConfig(channels=1), "later", 3, 3),
-        (DataConfig(channels=1, frame_stride=2), "later", 6, 3),
-        (DataConfig(channels=1), "target", 3, 2),
-        (DataConfig(channels=1, num_segments=2, num_frames=2), "later", 2, 2),
-        (DataConfig(channels=1, num_frames=2), "later", 1, 3),
-        (DataConfig(channels=1), "later", 4, 3),
+        (VideosConfig(channels=1), "later", 3, 3),
+        (VideosConfig(channels=1, frame_stride=2), "later", 6, 3),
+        (VideosConfig(channels=1), "target", 3, 2),
+        (VideosConfig(channels=1, num_segments=2, num_frames=2), "later", 2, 2),
+        (VideosConfig(channels=1, num_frames=2), "later", 1, 3),
+        (VideosConfig(channels=1), "later", 4, 3),
     ],
 )
 def test_each_transition_is_scored_on_its_own_segments(
     data: DataConfig, sees: str, step: int, num_segments: int
 ) -> None:
     """Against one transition at a time, cut by hand; with one Gaussian as prior the KL has a closed form."""
-    config, model = tiny(data, posterior_sees=sees)
+    config, model = tiny(data, latent=GaussianConfig(dim=3, posterior_sees=sees))  # type: ignore[arg-type]
     video, span = clip(26), data.num_frames * data.frame_stride
     length = (num_segments * data.num_frames - 1) * data.frame_stride + 1
     found = scored(config, model, video, step_frames=step)
@@ -122,7 +144,7 @@ def test_segments_that_tile_are_embedded_once() -> None:
 
 
 def test_kl_from_a_mixture_is_the_mean_over_draws_and_no_matter_of_company() -> None:
-    _, model = tiny(prior_components=4)
+    _, model = tiny(latent=GaussianConfig(dim=3, prior_components=4))
     context, target, later = embeddings(40, 1), embeddings(40, 2), embeddings(40, 3)
     assert isinstance(model.latent, GaussianLatent)
     with torch.no_grad():
@@ -160,11 +182,11 @@ def without_spread(latent: GaussianLatent) -> None:
 @pytest.mark.parametrize(
     ("objective", "beta"),
     [
-        (ObjectiveConfig(), 0.001),
-        (ObjectiveConfig(beta=0.2), 0.2),
-        (ObjectiveConfig("vicreg", beta=0.2, vicreg_weights=(7.0, 25.0, 1.0)), 0.2),
-        (ObjectiveConfig("sigreg"), 0.002),
-        (ObjectiveConfig("infonce", temperature=0.5), 0.01),
+        (ByolConfig(), 0.001),
+        (ByolConfig(beta=0.2), 0.2),
+        (VicregConfig(beta=0.2, vicreg_weights=(7.0, 25.0, 1.0)), 0.2),
+        (SigregConfig(), 0.002),
+        (InfoNceConfig("infonce", temperature=0.5), 0.01),
     ],
 )
 def test_surprise_is_the_kl_and_the_objective_s_own_error_over_beta(objective: ObjectiveConfig, beta: float) -> None:
@@ -189,7 +211,7 @@ def test_surprise_is_the_kl_and_the_objective_s_own_error_over_beta(objective: O
 
 
 def test_a_scene_code_adds_how_surprising_it_is_that_the_scene_is_the_same() -> None:
-    config, model = tiny(scene_dim=3, posterior_sees="target")
+    config, model = tiny(scene_dim=3, latent=GaussianConfig(dim=3, posterior_sees="target"))
     assert model.scene is not None
     model.scene.learn(torch.randn(32, 3, len(model.scene.mean), generator=torch.Generator().manual_seed(0)))
     found = scored(config, model, clip(15))
@@ -202,7 +224,7 @@ def test_a_scene_code_adds_how_surprising_it_is_that_the_scene_is_the_same() -> 
 
 
 def test_where_the_loss_has_no_kl_surprise_is_the_prediction_error(long_video: Path) -> None:
-    config, model = tiny(latent="none")
+    config, model = tiny(latent=NoLatentConfig())
     found = scored(config, model, clip(15))
     assert found.start.tolist() == [0, 3, 6, 9]  # two segments each: nothing is inferred from a third
     with torch.no_grad():
@@ -212,7 +234,7 @@ def test_where_the_loss_has_no_kl_surprise_is_the_prediction_error(long_video: P
     np.testing.assert_array_equal(found.surprise, found.prediction_error)
     assert not found.kl_nats.any()
     assert video_surprise(config, model, model.embedder, long_video).unit == "units of the loss"
-    config, model = tiny(objective=ObjectiveConfig(beta=0.0))
+    config, model = tiny(objective=ByolConfig(beta=0.0))
     found = scored(config, model, clip(15))
     np.testing.assert_array_equal(found.surprise, found.prediction_error)
     assert found.kl_nats.all() and clip_surprise(config, model, model.embedder, clip(15)).unit == "units of the loss"
@@ -224,7 +246,7 @@ def found(surprise: list[float], step: int = 3) -> Transitions:
 
 
 def test_peaks_are_the_highest_maxima_that_do_not_touch() -> None:
-    data = DataConfig(num_frames=3)
+    data = VideosConfig(num_frames=3)
     assert find_peaks(found([0, 5, 4, 1, 3, 0, 9]), data, 5).tolist() == [6, 1, 4]
     assert find_peaks(found([0, 5, 4, 1, 3, 0, 9]), data, 2).tolist() == [6, 1]
     assert find_peaks(found([2, 2, 2]), data, 5).tolist() == [0, 2]
@@ -234,7 +256,7 @@ def test_peaks_are_the_highest_maxima_that_do_not_touch() -> None:
 
 def test_frames_and_times_are_those_of_the_source(long_video: Path) -> None:
     """36 frames at 10 a second, resampled to 5: every other one."""
-    config, model = tiny(DataConfig(channels=1, fps=5.0))
+    config, model = tiny(VideosConfig(channels=1, fps=5.0))
     timeline = video_surprise(config, model, model.embedder, long_video, num_peaks=1)
     assert timeline.frame.tolist() == [6, 12, 18, 24]
     assert timeline.time_s is not None
@@ -247,10 +269,10 @@ def test_frames_and_times_are_those_of_the_source(long_video: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"latent": "sparse"}, r"needs a run with model\.latent=gaussian or none"),
-        ({"latent": "oracle"}, r"needs a run with model\.latent=gaussian or none"),
-        ({"action_dim": 2, "editor": "residual"}, r"needs a passive run"),
-        ({"latent": "none", "action_dim": 2, "editor": "residual"}, r"needs a passive run"),
+        ({"latent": SparseConfig()}, r"needs a run with model\.latent=gaussian or none"),
+        ({"latent": OracleConfig()}, r"needs a run with model\.latent=gaussian or none"),
+        ({"action_dim": 2, "editor": ResidualEditorConfig()}, r"needs a passive run"),
+        ({"latent": NoLatentConfig(), "action_dim": 2, "editor": ResidualEditorConfig()}, r"needs a passive run"),
     ],
 )
 def test_a_model_that_cannot_score_videos_says_why(changes: dict[str, object], reason: str, long_video: Path) -> None:
@@ -265,15 +287,15 @@ def test_a_model_that_cannot_score_videos_says_why(changes: dict[str, object], r
     ("changes", "unit"),
     [
         ({}, "nats"),
-        ({"latent": "none"}, "units of the loss"),
-        ({"latent": "sparse"}, None),
-        ({"action_dim": 2, "editor": "residual"}, None),
+        ({"latent": NoLatentConfig()}, "units of the loss"),
+        ({"latent": SparseConfig()}, None),
+        ({"action_dim": 2, "editor": ResidualEditorConfig()}, None),
     ],
 )
 def test_an_evaluation_has_a_timeline_of_every_model_that_scores_videos(
     changes: dict[str, object], unit: str | None, kicked_world: Path
 ) -> None:
-    config, model = tiny(DataConfig(root=str(kicked_world), channels=1), **changes)  # type: ignore[arg-type]
+    config, model = tiny(VideosConfig(root=str(kicked_world), channels=1), **changes)  # type: ignore[arg-type]
     timeline = timeline_of_test_video(TrainedRun(kicked_world, config, model, None, {}))
     assert (timeline and timeline.unit) == unit
 
@@ -286,7 +308,7 @@ def test_what_cannot_be_scored_is_told_in_one_line(long_video: Path, tmp_path: P
         clip_surprise(config, model, model.embedder, clip(9), step_frames=0)
     with pytest.raises(UserError, match="num_peaks=0 must be at least 1"):
         clip_surprise(config, model, model.embedder, clip(9), num_peaks=0)
-    causal = replace(config, data=replace(config.data, source="causal"))
+    causal = replace(config, data=CausalConfig())
     with pytest.raises(UserError, match="needs a run on videos"):
         video_surprise(causal, model, model.embedder, long_video)
 

@@ -27,7 +27,7 @@ def trained(run: Path, beta: float, steps: int) -> tuple[float, float]:
             f"train.eval_every={steps}",
             "data.source=moving_mnist",
             "data.batch_size=64",
-            "model.prior_components=1",
+            "model.latent.prior_components=1",
             "train.num_threads=1",
             "tracking.wandb=disabled",
         ],

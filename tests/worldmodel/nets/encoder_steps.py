@@ -4,8 +4,10 @@ import multiprocessing
 from typing import NamedTuple
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
+from worldmodel.config import ModelConfig, VideosConfig
 from worldmodel.nets.encoders import make_encoder
 
 TIMEOUT_S = 240
@@ -43,18 +45,15 @@ def take(step: Step) -> None:
     """Forward, backward and an update of the weights. All is finite, and gradients in bf16 are near those in fp32."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    encoder = make_encoder(
-        step.encoder,
-        in_channels=3,
-        num_frames=step.num_frames,
-        size_px=step.size_px,
-        width=step.width,
-        pooling="mean",
-        patch_px=16,
-        pretrained=step.pretrained,
-        freeze=False,
-        checkpoint_activations=False,
+    tree = (
+        {"path": step.pretrained}
+        if step.pretrained
+        else {}
+        if step.encoder.startswith("vit")
+        else {"width": step.width}
     )
+    model = TypeAdapter(ModelConfig).validate_python({"encoder": {"name": step.encoder} | tree})
+    encoder = make_encoder(model.encoder, VideosConfig(num_frames=step.num_frames, size_px=step.size_px))
     video = torch.rand(step.batch, step.num_frames, 3, step.size_px, step.size_px)
     found = gradient(encoder, video, step.precision == "bf16")
     assert found.isfinite().all()

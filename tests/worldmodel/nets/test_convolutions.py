@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import REPO, normal
 from tests.worldmodel.test_config import CONFIGS
-from worldmodel.config import load_config
+from worldmodel.config import Conv3dConfig, load_config
 from worldmodel.nets import convolutions
 from worldmodel.nets.convolutions import Conv2d, Conv3d, bits_on_cpu, conv2d_of_centre, conv3d_by_conv2d, splits_rows
 from worldmodel.nets.encoders import Conv3dEncoder
@@ -103,9 +103,9 @@ def test_no_layer_of_the_shipped_configs_is_replaced() -> None:
     checked = 0
     for path in CONFIGS:
         config = load_config(REPO / "configs" / path)
-        if config.model.encoder != "conv3d":
+        if not isinstance(config.model.encoder, Conv3dConfig):
             continue
-        encoder = Conv3dEncoder(config.data.channels, config.data.num_frames, config.model.width)
+        encoder = Conv3dEncoder(config.data.channels, config.data.num_frames, config.model.encoder.width)
         size_px = config.data.size_px
         for layer in encoder.layers:
             if isinstance(layer, Conv3d):

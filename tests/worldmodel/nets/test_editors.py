@@ -2,7 +2,15 @@ from typing import Any
 
 import torch
 
+from worldmodel.config import LowRankEditorConfig, MlpEditorConfig, ResidualEditorConfig, SumEditorConfig
 from worldmodel.nets.editors import LowRankEditor, MlpEditor, ResidualEditor, SumEditor, WithPredictor, make_editor
+
+CONFIGS: dict[str, Any] = {
+    "mlp": MlpEditorConfig,
+    "residual": ResidualEditorConfig,
+    "sum": SumEditorConfig,
+    "low_rank": LowRankEditorConfig,
+}
 
 
 def batch(seed: int, *shape: int) -> torch.Tensor:
@@ -58,7 +66,7 @@ def test_with_layer_norm_no_clip_depends_on_the_others() -> None:
     context, r = batch(0, 5, 6), batch(1, 5, 3)
     sizes: dict[str, Any] = {"embedding_dim": 6, "hidden_dim": 8, "latent_dim": 3, "predictor": True}
     for name in ("mlp", "residual", "low_rank"):
-        by_batch, by_layer = make_editor(name, **sizes), make_editor(name, **sizes, norm="layer")
+        by_batch, by_layer = make_editor(CONFIGS[name](), **sizes), make_editor(CONFIGS[name](norm="layer"), **sizes)
         for editor, alone in ((by_batch, False), (by_layer, True)):
             assert torch.allclose(editor(context, r)[:2], editor(context[:2], r[:2]), atol=1e-6) == alone
 
@@ -66,7 +74,7 @@ def test_with_layer_norm_no_clip_depends_on_the_others() -> None:
 def test_the_name_in_the_config_makes_the_editor() -> None:
     sizes: dict[str, Any] = {"embedding_dim": 6, "hidden_dim": 8}
     kinds = {
-        (name, predictor): type(make_editor(name, **sizes, latent_dim=6, predictor=predictor))
+        (name, predictor): type(make_editor(CONFIGS[name](), **sizes, latent_dim=6, predictor=predictor))
         for name in ("mlp", "residual", "sum", "low_rank")
         for predictor in (False, True)
     }
@@ -74,4 +82,4 @@ def test_the_name_in_the_config_makes_the_editor() -> None:
     assert kinds["residual", False] is kinds["residual", True] is ResidualEditor
     assert kinds["sum", False] is SumEditor and kinds["low_rank", False] is LowRankEditor
     assert kinds["sum", True] is kinds["low_rank", True] is WithPredictor
-    assert type(make_editor("low_rank", **sizes, latent_dim=0, predictor=False)) is SumEditor
+    assert type(make_editor(LowRankEditorConfig(), **sizes, latent_dim=0, predictor=False)) is SumEditor

@@ -5,7 +5,6 @@ import torch
 
 from worldmodel.nets.encoders import (
     NUM_MOMENTS,
-    SCALED_ENCODERS,
     Conv3dEncoder,
     Embedder,
     MlpEncoder,
@@ -14,6 +13,8 @@ from worldmodel.nets.encoders import (
     mlp,
     normalise,
 )
+
+ENCODERS = {"conv3d": Conv3dEncoder, "resnet": ResNetEncoder}
 
 
 def clip(batch: int = 3, frames: int = 3, channels: int = 1, size_px: int = 64) -> torch.Tensor:
@@ -32,14 +33,14 @@ def test_the_published_sizes() -> None:
 @pytest.mark.parametrize("name", ["conv3d", "resnet"])
 @pytest.mark.parametrize(("channels", "frames", "size_px"), [(1, 3, 64), (3, 2, 96), (3, 1, 64)])
 def test_any_number_of_frames_channels_and_pixels(name: str, channels: int, frames: int, size_px: int) -> None:
-    encoder = SCALED_ENCODERS[name](channels, frames, 0.125)
+    encoder = ENCODERS[name](channels, frames, 0.125)
     assert encoder(clip(2, frames, channels, size_px)).shape == (2, encoder.num_features)
 
 
 @pytest.mark.parametrize("name", ["conv3d", "resnet"])
 def test_features_tell_the_order_of_frames(name: str) -> None:
     torch.manual_seed(0)
-    encoder = SCALED_ENCODERS[name](1, 3, 0.125).eval()
+    encoder = ENCODERS[name](1, 3, 0.125).eval()
     video = clip()
     assert not torch.allclose(encoder(video), encoder(video.flip(1)), atol=1e-4)
 

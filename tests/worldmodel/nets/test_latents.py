@@ -8,6 +8,7 @@ from torch.distributions import Bernoulli, Categorical, Independent, MixtureSame
 
 from data_pipelines.errors import UserError
 from tests.conftest import normal
+from worldmodel.config import GaussianConfig, LatentConfig, NoLatentConfig, OracleConfig, SparseConfig
 from worldmodel.nets.latents import (
     Distribution,
     Flow,
@@ -73,8 +74,13 @@ def flow_prior(latent_dim: int) -> FlowPrior:
 
 def make(name: str, prior: str = "mixture", latent_dim: int = 3, prior_components: int = 2) -> Latent:
     torch.manual_seed(0)
-    sizes = {"hidden_dim": 16, "latent_dim": latent_dim, "prior_components": prior_components}
-    latent = make_latent(name, context_dim=8, embedding_dim=8, prior=prior, **sizes)
+    config: LatentConfig
+    if name == "gaussian":
+        config = GaussianConfig(dim=latent_dim, prior=prior, prior_components=prior_components)  # type: ignore[arg-type]
+    else:
+        kind = {"sparse": SparseConfig, "oracle": OracleConfig}[name]
+        config = kind(dim=latent_dim, prior_components=prior_components)
+    latent = make_latent(config, context_dim=8, embedding_dim=8, hidden_dim=16)
     assert latent is not None
     return latent
 
@@ -368,8 +374,7 @@ def test_the_name_in_the_config_makes_the_latent_and_its_prior(name: str, prior:
 
 
 def test_no_latent_is_made_of_none() -> None:
-    sizes = {"hidden_dim": 16, "latent_dim": 3, "prior_components": 1}
-    assert make_latent("none", context_dim=8, embedding_dim=8, prior="mixture", **sizes) is None
+    assert make_latent(NoLatentConfig(), context_dim=8, embedding_dim=8, hidden_dim=16) is None
 
 
 @pytest.mark.parametrize("num_components", [1, 4])

@@ -206,16 +206,20 @@ def test_without_the_package_the_command_that_installs_it_is_told(monkeypatch: p
 
 
 def test_activations_of_a_frozen_encoder_are_not_checkpointed() -> None:
-    overrides = ["model.encoder=pretrained", "model.pretrained=name", "model.width=1.0", "model.freeze_encoder=true"]
-    with pytest.raises(UserError, match=r"saves nothing with model.freeze_encoder"):
-        load_config(REPO / "configs" / "demo.yaml", [*overrides, "model.checkpoint_activations=true"])
+    overrides = [
+        "model.encoder=pretrained",
+        "model.encoder.path=name",
+        "model.encoder.freeze=true",
+    ]
+    with pytest.raises(UserError, match=r"saves nothing with model.encoder.freeze"):
+        load_config(REPO / "configs" / "demo.yaml", [*overrides, "model.encoder.checkpoint_activations=true"])
 
 
 @pytest.mark.parametrize("freeze", ["true", "false"])
 def test_it_trains_end_to_end(freeze: str, models: Path, tiny_config: Callable[..., Config]) -> None:
-    source = f"model.pretrained={models / 'dinov2'}"
+    source = f"model.encoder.path={models / 'dinov2'}"
     config = tiny_config(
-        "model.encoder=pretrained", source, f"model.freeze_encoder={freeze}", "model.width=1.0", "train.steps=2",
+        "model.encoder=pretrained", source, f"model.encoder.freeze={freeze}", "train.steps=2",
         "train.eval_every=2",
     )  # fmt: skip
     run = train(config)

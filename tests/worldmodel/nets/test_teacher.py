@@ -1,15 +1,15 @@
 import pytest
 import torch
 
-from worldmodel.config import Config, DataConfig, ModelConfig
+from worldmodel.config import Config, Conv3dConfig, ModelConfig, VideosConfig
 from worldmodel.nets.teacher import Teacher, ema_momentum
 from worldmodel.nets.world_model import WorldModel
 
 
 def student() -> WorldModel:
     torch.manual_seed(0)
-    model = ModelConfig(width=0.125, hidden_dim=16, embedding_dim=8)
-    return WorldModel(Config(run_dir="", data=DataConfig(channels=1), model=model))
+    model = ModelConfig(encoder=Conv3dConfig(width=0.125), hidden_dim=16, embedding_dim=8)
+    return WorldModel(Config(run_dir="", data=VideosConfig(channels=1), model=model))
 
 
 def test_parameters_follow_by_the_momentum() -> None:

@@ -16,7 +16,7 @@ from worldmodel.training.loop import train
 
 SMALL = VitSize(dim=24, num_blocks=2, num_heads=3)
 VIDEOS = REPO.parent / "shared" / "data" / "videos"
-VIT = ("model.encoder=vit_tiny", "model.width=1.0", "model.pooling=mean", "model.patch_px=32")
+VIT = ("model.encoder=vit_tiny", "model.encoder.patch_px=32")
 
 
 def encoder(num_frames: int = 2, channels: int = 1, size_px: int = 32, checkpointed: bool = False) -> VitEncoder:
@@ -143,15 +143,19 @@ def test_checkpointed_activations_give_the_same_gradients_and_are_not_kept() -> 
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["model.patch_px=24"], "data.size_px=64 must be a multiple of model.patch_px=24"),
-        (["model.width=0.5"], "model.width=0.5 multiplies the channels of conv3d, resnet, mlp: model.encoder=vit_tiny"),
-        (["model.pooling=moments"], "model.pooling=moments is for model.encoder=conv3d and resnet"),
-        (["model.freeze_encoder=true"], "model.freeze_encoder would keep random weights: model.encoder=vit_tiny must"),
-        (["model.pretrained=name"], "model.pretrained=name is for model.encoder=pretrained, not vit_tiny"),
-        (["model.encoder=pretrained"], "model.encoder=pretrained needs model.pretrained: a folder of safetensors"),
-        (["model.encoder=conv3d", "model.checkpoint_activations=true"], "is for model.encoder=vit_* and pretrained"),
-        (["model.checkpoint_activations=1"], "model.checkpoint_activations=1: input should be a valid boolean"),
-        (["model.encoder=vit_huge"], "model.encoder='vit_huge'"),
+        (["model.encoder.patch_px=24"], "data.size_px=64 must be a multiple of model.encoder.patch_px=24"),
+        (["model.encoder.width=0.5"], "unknown key model.encoder.width=0.5; allowed here: name, patch_px, c"),
+        (["model.encoder.freeze=true"], "unknown key model.encoder.freeze=True; allowed here: name, patch_px"),
+        (["model.encoder=pretrained"], "model.encoder=pretrained needs model.encoder.path: a folder of safetensors"),
+        (
+            ["model.encoder=conv3d", "model.encoder.checkpoint_activations=true"],
+            "unknown key model.encoder.checkpoint_activations=True; allowed here: name, width",
+        ),
+        (
+            ["model.encoder.checkpoint_activations=1"],
+            "model.encoder.checkpoint_activations=1: input should be a valid boolean",
+        ),
+        (["model.encoder=vit_huge"], "model.encoder.name='vit_huge'"),
     ],
 )
 def test_a_senseless_encoder_is_refused_in_a_sentence(overrides: list[str], told: str) -> None:
@@ -165,12 +169,13 @@ def test_it_trains_and_resumes_with_activations_checkpointed(tiny_config: Callab
     folder = train(config)
     assert (
         train(
-            tiny_config(*VIT, "train.steps=2", "model.checkpoint_activations=true", "train.eval_every=2"), resume=True
+            tiny_config(*VIT, "train.steps=2", "model.encoder.checkpoint_activations=true", "train.eval_every=2"),
+            resume=True,
         )
         == folder
     )
-    with pytest.raises(UserError, match=r"was trained with model.patch_px=32"):
-        train(tiny_config(*VIT, "train.steps=2", "model.patch_px=64", "train.eval_every=2"), resume=True)
+    with pytest.raises(UserError, match=r"was trained with model.encoder.patch_px=32"):
+        train(tiny_config(*VIT, "train.steps=2", "model.encoder.patch_px=64", "train.eval_every=2"), resume=True)
     rows = [json.loads(line) for line in Path(config.run_dir, "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["split"] == "train"]
     assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
@@ -181,7 +186,12 @@ def test_it_trains_and_resumes_with_activations_checkpointed(tiny_config: Callab
 @pytest.mark.skipif(not VIDEOS.is_dir(), reason="the real video is not on this machine")
 def test_the_shipped_config_trains_on_real_video(tmp_path: Path) -> None:
     """configs/video_vit.yaml at 224 px, with the smallest transformer, large patches and few clips."""
-    small = ["model.width=1.0", "model.encoder=vit_tiny", "model.patch_px=56", "data.batch_size=4", "train.steps=2"]
+    small = [
+        "model.encoder=vit_tiny",
+        "model.encoder.patch_px=56",
+        "data.batch_size=4",
+        "train.steps=2",
+    ]
     few = ["evaluation.queries=4", "evaluation.fit_clips=4", "evaluation.selection_clips=4"]
     where = [f"data.root={VIDEOS}", f"run_dir={tmp_path / 'run'}"]
     run = train(load_config(REPO / "configs" / "video_vit.yaml", [*TINY, *small, *few, *where]))

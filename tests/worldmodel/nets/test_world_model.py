@@ -1,10 +1,20 @@
 import itertools
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from worldmodel.config import Config, DataConfig, ModelConfig, ObjectiveConfig
+from worldmodel.config import (
+    Config,
+    Conv3dConfig,
+    ModelConfig,
+    NoLatentConfig,
+    ResidualEditorConfig,
+    VicregConfig,
+    VideosConfig,
+    choices,
+)
 from worldmodel.nets.latents import Gaussian, GaussianLatent, Mixture, gaussian_kl
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.training.objectives import OBJECTIVES, covariance_penalty
@@ -17,19 +27,26 @@ def model(
     objective: str = "byol",
     num_segments: int = 3,
     step_weights: tuple[float, ...] = (1.0,),
+    posterior_sees: str = "later",
+    editor: str = "mlp",
     **changes: object,
 ) -> WorldModel:
     torch.manual_seed(0)
-    defaults = {"embedding_dim": 16, "hidden_dim": 32, "latent_dim": 3}
+    latent_keys: dict[str, Any] = {} if latent == "none" else {"dim": 3}
+    if latent in ("gaussian", "sparse"):
+        latent_keys["posterior_sees"] = posterior_sees
+    parts = {
+        "encoder": Conv3dConfig(width=0.125),
+        "latent": choices("model.latent")[latent](**latent_keys),
+        "editor": choices("model.editor")[editor](),
+    }
     return WorldModel(
         Config(
             run_dir="",
-            data=DataConfig(channels=1, num_segments=num_segments),  # type: ignore[arg-type]
-            model=ModelConfig(width=0.125, latent=latent, **{**defaults, **changes}),  # type: ignore[arg-type]
-            objective=ObjectiveConfig(
-                name=objective,  # type: ignore[arg-type]
-                rollout_steps=len(step_weights),
-                step_weights=step_weights,
+            data=VideosConfig(channels=1, num_segments=num_segments),  # type: ignore[arg-type]
+            model=ModelConfig(**parts, **{"embedding_dim": 16, "hidden_dim": 32, **changes}),  # type: ignore[arg-type]
+            objective=choices("objective")[objective](
+                name=objective, rollout_steps=len(step_weights), step_weights=step_weights
             ),
         )
     )
@@ -333,13 +350,13 @@ def test_the_loss_of_a_model_with_actions_is_that_of_its_steps_and_of_its_sequen
     world = WorldModel(
         Config(
             run_dir="",
-            data=DataConfig(channels=1, num_segments=2),
+            data=VideosConfig(channels=1, num_segments=2),
             model=ModelConfig(
-                width=0.125, latent="none", embedding_dim=16, hidden_dim=32, action_dim=1, editor="residual",
-                embedding_norm="standard",
+                encoder=Conv3dConfig(width=0.125), latent=NoLatentConfig(), editor=ResidualEditorConfig(),
+                embedding_dim=16, hidden_dim=32, action_dim=1, embedding_norm="standard",
             ),
-            objective=ObjectiveConfig(
-                name="vicreg", vicreg_weights=(1.0, 0.0, 0.5), rollout_steps=2, smoothness_weight=2.0,
+            objective=VicregConfig(
+                vicreg_weights=(1.0, 0.0, 0.5), rollout_steps=2, smoothness_weight=2.0,
                 inverse_dynamics_weight=3.0,
             ),
         )

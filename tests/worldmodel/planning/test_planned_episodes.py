@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipelines.worlds.two_rooms import TwoRoomsEnv
-from worldmodel.config import Config, DataConfig, EvaluationConfig, PlanningConfig
+from worldmodel.config import Config, EvaluationConfig, PlanningConfig, VideosConfig
 from worldmodel.evaluation.readout import Readout
 from worldmodel.planning.imagination import LatentPolicy
 from worldmodel.planning.planned_episodes import choose_shown, planned_episodes, read_paths, state_readout
@@ -59,7 +59,7 @@ def policy(noise_px: float = 0.0, **planning: Any) -> LatentPolicy:
     run: Any = SimpleNamespace(
         model=plane,
         target_encoder=plane.observe,
-        config=Config(run_dir="", data=DataConfig(num_frames=1, num_segments=2)),
+        config=Config(run_dir="", data=VideosConfig(num_frames=1, num_segments=2)),
         folder=Path("plane"),
         device=torch.device("cpu"),
     )
@@ -157,7 +157,7 @@ def test_videos_that_are_not_there_cost_the_path_alone(tmp_path: Path, caplog: p
     planner = policy()
     planner.run.config = Config(  # type: ignore[misc]
         run_dir="",
-        data=DataConfig(root=str(tmp_path / "gone"), num_frames=1, num_segments=2),
+        data=VideosConfig(root=str(tmp_path / "gone"), num_frames=1, num_segments=2),
         evaluation=EvaluationConfig(label="state"),
     )
     planner.run.target_encoder = nn.Identity()  # type: ignore[misc]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_pipelines.errors import UserError
 from tests.conftest import REPO
-from worldmodel.config import PlanningConfig, load_config
+from worldmodel.config import CemConfig, IcemConfig, MppiConfig, PlannerConfig, PlanningConfig, load_config
 from worldmodel.planning.planners import (
     Cost,
     Plan,
@@ -28,6 +28,7 @@ from worldmodel.planning.planners import (
 
 EFFORT = 0.5
 CPU = torch.device("cpu")
+PLANNERS: dict[str, PlannerConfig] = {"cem": CemConfig(), "icem": IcemConfig(), "mppi": MppiConfig()}
 Planner = Literal["cem", "icem", "mppi"]
 NAMES: tuple[Planner, ...] = ("cem", "icem", "mppi")
 
@@ -77,7 +78,7 @@ def test_the_optimum_is_found_for_every_goal(name: Planner) -> None:
     assert optimum.norm(dim=-1).max() < 0.9
     cost = reaching(goal)
     best, at_rest = cost(optimum[:, None])[:, 0], goal.square().sum(dim=1)
-    config = PlanningConfig(planner=name, horizon=horizon, iterations=10)
+    config = PlanningConfig(planner=PLANNERS[name], horizon=horizon, iterations=10)
     _, actions, costs = decide(config, cost, len(goal))
     torch.testing.assert_close(costs, cost(actions[:, None])[:, 0])
     assert (costs >= best * (1 - 1e-5)).all()
@@ -90,7 +91,7 @@ def test_the_optimum_is_found_for_every_goal(name: Planner) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_goal_out_of_reach_is_approached_at_full_length(name: Planner) -> None:
     goal = goals(8, farthest=30.0) + torch.nn.functional.normalize(goals(8, farthest=1.0), dim=1) * 10
-    config = PlanningConfig(planner=name, horizon=5, iterations=15)
+    config = PlanningConfig(planner=PLANNERS[name], horizon=5, iterations=15)
     _, actions, _ = decide(config, reaching(goal), len(goal))
     heading = torch.nn.functional.normalize(goal, dim=1)
     # The optimum is the heading itself at each step: the nearest point to the goal is 5 of it away.
@@ -102,7 +103,8 @@ def test_more_iterations_cost_less() -> None:
     goal = goals(16, farthest=8.0)
     for name in NAMES:
         few, many = (
-            decide(PlanningConfig(planner=name, horizon=10, iterations=n), reaching(goal), 16)[2].mean() for n in (1, 8)
+            decide(PlanningConfig(planner=PLANNERS[name], horizon=10, iterations=n), reaching(goal), 16)[2].mean()
+            for n in (1, 8)
         )
         assert many < few, name
 
@@ -110,7 +112,7 @@ def test_more_iterations_cost_less() -> None:
 def test_coloured_noise_finds_far_goals_sooner() -> None:
     goal = goals(16, farthest=18.0)
     white, coloured = (
-        decide(PlanningConfig(planner="icem", noise_beta=beta, iterations=2), reaching(goal), 16)[2].mean()
+        decide(PlanningConfig(planner=IcemConfig(noise_beta=beta), iterations=2), reaching(goal), 16)[2].mean()
         for beta in (0.0, 2.0)
     )
     assert coloured < 0.8 * white
@@ -123,7 +125,7 @@ def test_coloured_noise_finds_far_goals_sooner() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_no_candidate_and_no_plan_leaves_the_action_set(name: Planner, action_set: Literal["ball", "box"]) -> None:
     goal = goals(4, farthest=40.0)
-    config = PlanningConfig(planner=name, action_set=action_set, init_std=2.0, horizon=8)
+    config = PlanningConfig(planner=PLANNERS[name], action_set=action_set, init_std=2.0, horizon=8)
     recorder = Recorder(reaching(goal))
     plan, actions, _ = decide(config, recorder, 4)
     for shown in [*recorder.actions, actions, plan.mean, plan.elites]:
@@ -144,7 +146,7 @@ def test_projection_is_onto_the_nearest_point() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_seed_fixes_the_plan_and_another_changes_it(name: Planner) -> None:
-    config, cost = PlanningConfig(planner=name, horizon=6), reaching(goals(3, farthest=4.0))
+    config, cost = PlanningConfig(planner=PLANNERS[name], horizon=6), reaching(goals(3, farthest=4.0))
     first, again, other = (decide(config, cost, 3, seed)[1] for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.allclose(first, other, atol=1e-3)
@@ -153,7 +155,7 @@ def test_a_seed_fixes_the_plan_and_another_changes_it(name: Planner) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_an_episode_is_planned_alike_alone_and_among_others(name: Planner) -> None:
     goal = goals(5, farthest=5.0).double()
-    config = PlanningConfig(planner=name, horizon=6)
+    config = PlanningConfig(planner=PLANNERS[name], horizon=6)
 
     def two_decisions(goal: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(3)
@@ -168,7 +170,7 @@ def test_an_episode_is_planned_alike_alone_and_among_others(name: Planner) -> No
 @pytest.mark.parametrize("name", NAMES)
 def test_a_warm_start_beats_a_cold_one_of_the_same_budget(name: Planner) -> None:
     goal = goals(24, farthest=10.0)
-    config = PlanningConfig(planner=name, horizon=12, iterations=2)
+    config = PlanningConfig(planner=PLANNERS[name], horizon=12, iterations=2)
     generator = torch.Generator().manual_seed(0)
     plan, place = start(config, len(goal), 2, CPU), torch.zeros_like(goal)
     for _ in range(4):
@@ -182,7 +184,7 @@ def test_a_warm_start_beats_a_cold_one_of_the_same_budget(name: Planner) -> None
 
 
 def test_shift_drops_the_first_action_and_appends_zero() -> None:
-    config = PlanningConfig(planner="icem", horizon=5)
+    config = PlanningConfig(planner=IcemConfig(), horizon=5)
     plan, _, _ = decide(config, reaching(goals(3, farthest=4.0)), 3)
     later = shift(plan)
     for before, after in zip(plan, later, strict=True):
@@ -207,11 +209,11 @@ def test_a_cost_of_a_wrong_shape_or_not_finite_is_refused() -> None:
 
 def test_elites_must_be_fewer_than_candidates() -> None:
     demo = REPO / "configs" / "demo.yaml"
-    with pytest.raises(UserError, match=r"planning.elites=30 must be below planning.candidates=30"):
+    with pytest.raises(UserError, match=r"planning.planner.elites=30 must be below planning.candidates=30"):
         load_config(demo, ["planning.candidates=30"])
-    least = load_config(demo, ["planning.candidates=2", "planning.elites=1"]).planning
-    for name in NAMES:
-        _, actions, _ = decide(replace(least, planner=name), reaching(goals(2, farthest=1.0)), 2)
+    least = load_config(demo, ["planning.candidates=2", "planning.planner.elites=1"]).planning
+    for planner in (CemConfig(elites=1), IcemConfig(elites=1), MppiConfig()):
+        _, actions, _ = decide(replace(least, planner=planner), reaching(goals(2, farthest=1.0)), 2)
         assert actions.isfinite().all()
 
 
@@ -221,8 +223,13 @@ def test_elites_must_be_fewer_than_candidates() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_candidates_of_every_iteration_are_those_of_a_loop(name: Planner) -> None:
     """One episode after the other in float64 numpy, from the same noise; the action set is not reached."""
+    planners = {"cem": CemConfig(elites=7), "icem": IcemConfig(elites=7), "mppi": MppiConfig(temperature=0.4)}
     config = PlanningConfig(
-        planner=name, horizon=4, candidates=40, iterations=4, elites=7, init_std=0.05, temperature=0.4
+        planner=planners[name],  # type: ignore[arg-type]
+        horizon=4,
+        candidates=40,
+        iterations=4,
+        init_std=0.05,
     )
     goal = goals(3, farthest=0.5)
     recorder = Recorder(reaching(goal))
@@ -242,11 +249,11 @@ def test_candidates_of_every_iteration_are_those_of_a_loop(name: Planner) -> Non
             cost = recorder.costs[iteration][episode].tolist()
             if name == "mppi":
                 scale = np.std(cost)
-                raw = [np.exp(-(c - min(cost)) / (config.temperature * scale)) for c in cost]
+                raw = [np.exp(-(c - min(cost)) / (0.4 * scale)) for c in cost]
                 mean = np.sum([w / sum(raw) * a for w, a in zip(raw, candidates, strict=True)], axis=0)
                 continue
             ranks = sorted(range(len(cost)), key=cost.__getitem__)
-            elites = [candidates[n] for n in ranks[: config.elites]]
+            elites = [candidates[n] for n in ranks[:7]]
             mean = 0.9 * np.mean(elites, axis=0) + 0.1 * mean
             std = 0.9 * np.std(elites, axis=0) + 0.1 * std
             kept = elites[:2] if name == "icem" else []  # 0.3 of 7
@@ -260,7 +267,7 @@ def test_candidates_of_every_iteration_are_those_of_a_loop(name: Planner) -> Non
 
 
 def test_kept_elites_keep_the_best_so_far() -> None:
-    config = PlanningConfig(planner="icem", horizon=10, candidates=20, elites=4, iterations=8)
+    config = PlanningConfig(planner=IcemConfig(elites=4), horizon=10, candidates=20, iterations=8)
     recorder = Recorder(reaching(goals(6, farthest=8.0)))
     plan, _, costs = decide(config, recorder, 6)
     best = torch.stack([cost.amin(dim=1) for cost in recorder.costs])
@@ -288,7 +295,7 @@ def test_path_integral_weights_are_those_of_a_loop_whatever_the_unit_of_cost() -
 @pytest.mark.parametrize("horizon", [20, 33])
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0, 3.0])
 def test_noise_has_the_spectrum_asked_for_and_variance_one(beta: float, horizon: int) -> None:
-    config = PlanningConfig(planner="icem", horizon=horizon, candidates=20_000, noise_beta=beta)
+    config = PlanningConfig(planner=IcemConfig(noise_beta=beta), horizon=horizon, candidates=20_000)
     noise = draw_noise(config, 2, torch.Generator().manual_seed(0)).double().numpy()
     assert noise.shape == (20_000, horizon, 2)
     power = (np.abs(np.fft.rfft(noise, axis=1)) ** 2).mean(axis=(0, 2))
@@ -306,7 +313,7 @@ def test_colouring_is_a_filter_and_cem_and_mppi_have_none() -> None:
     torch.testing.assert_close(colouring(9, 0.0), torch.eye(9), rtol=0, atol=1e-6)
     matrix = colouring(12, 2.0)
     torch.testing.assert_close(matrix, matrix.T, rtol=0, atol=1e-6)
-    white = draw_noise(PlanningConfig(planner="icem", noise_beta=0.0), 2, torch.Generator().manual_seed(0))
+    white = draw_noise(PlanningConfig(planner=IcemConfig(noise_beta=0.0)), 2, torch.Generator().manual_seed(0))
     for name in ("cem", "mppi"):
-        plain = PlanningConfig(planner=name, noise_beta=3.0)
+        plain = PlanningConfig(planner=PLANNERS[name])
         torch.testing.assert_close(draw_noise(plain, 2, torch.Generator().manual_seed(0)), white, rtol=0, atol=1e-5)

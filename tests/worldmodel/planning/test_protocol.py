@@ -2,23 +2,36 @@ import torch
 from torch import Tensor
 
 from tests.conftest import normal
-from worldmodel.config import Config, DataConfig, ModelConfig, ObjectiveConfig, PlanningConfig
+from worldmodel.config import (
+    Config,
+    Conv3dConfig,
+    GaussianConfig,
+    LatentConfig,
+    ModelConfig,
+    NoLatentConfig,
+    PlanningConfig,
+    ResidualEditorConfig,
+    VicregConfig,
+    VideosConfig,
+)
 from worldmodel.nets.distance import steps_between
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.planning.imagination import LatentCost, imagine
 
+NO_LATENT = NoLatentConfig()
 
-def world(latent: str = "none", distance_dim: int = 0) -> WorldModel:
+
+def world(latent: LatentConfig = NO_LATENT, distance_dim: int = 0) -> WorldModel:
     torch.manual_seed(0)
     return WorldModel(
         Config(
             run_dir="",
-            data=DataConfig(num_frames=1, num_segments=2),
+            data=VideosConfig(num_frames=1, num_segments=2),
             model=ModelConfig(
-                width=0.125, latent=latent, embedding_dim=8, hidden_dim=16, action_dim=2, editor="residual",  # type: ignore[arg-type]
-                embedding_norm="standard", distance_dim=distance_dim,
+                encoder=Conv3dConfig(width=0.125), latent=latent, editor=ResidualEditorConfig(), embedding_dim=8,
+                hidden_dim=16, action_dim=2, embedding_norm="standard", distance_dim=distance_dim,
             ),
-            objective=ObjectiveConfig(name="vicreg"),
+            objective=VicregConfig(),
         )
     ).eval()  # fmt: skip
 
@@ -45,7 +58,7 @@ def test_costs_are_distances_to_the_goal_of_each_candidate_rolled_out_by_itself(
 
 
 def test_of_several_futures_the_mean_counts_or_their_quantile() -> None:
-    model, actions = world("gaussian"), 0.5 * normal(3, 3, 5, 4, 2)
+    model, actions = world(GaussianConfig()), 0.5 * normal(3, 3, 5, 4, 2)
     mean = costs(model, actions, num_samples=64)
     low, high = (costs(model, actions, num_samples=64, risk_quantile=level) for level in (0.0, 1.0))
     assert (low < mean).all() and (mean < high).all()

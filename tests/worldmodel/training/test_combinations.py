@@ -16,9 +16,9 @@ from worldmodel.training.objectives import OBJECTIVES
 SHORT = ("train.steps=20", "train.log_every=10", "train.eval_every=20", "train.checkpoint_every=20")
 LATENTS = {
     "none": [],
-    "gaussian": ["model.prior_components=2"],
-    "sparse": ["model.editor=low_rank", "model.prior_components=2"],
-    "oracle": ["model.latent_dim=2", "model.prior_components=2"],
+    "gaussian": ["model.latent.prior_components=2"],
+    "sparse": ["model.editor=low_rank", "model.latent.prior_components=2"],
+    "oracle": ["model.latent.dim=2", "model.latent.prior_components=2"],
 }
 
 
@@ -44,12 +44,12 @@ def test_trains_and_rolls_out(objective: str, latent: str, tiny_config: Callable
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["model.prior=flow"],
-        ["model.editor=sum", "model.latent_dim=16"],
+        ["model.latent.prior=flow"],
+        ["model.editor=sum", "model.latent.dim=16"],
         ["model.editor=low_rank"],
-        ["model.posterior_sees=target"],
+        ["model.latent.posterior_sees=target"],
         ["objective.name=infonce", "model.embedding_norm=standard"],
-        ["objective.name=infonce", "model.embedding_norm=white", "model.editor=sum", "model.latent_dim=16"],
+        ["objective.name=infonce", "model.embedding_norm=white", "model.editor=sum", "model.latent.dim=16"],
         ["objective.name=vicreg", "model.embedding_norm=standard", "data.num_segments=2"],
     ],
 )

@@ -24,21 +24,26 @@ from worldmodel.training.distributed import (
 )
 from worldmodel.training.objectives import OBJECTIVES
 
-CAUSAL = ["causal/heteroscedastic.yaml", "data.batch_size=64", "model.latent_dim=4", "model.embedding_norm=sphere"]
+CAUSAL = ["causal/heteroscedastic.yaml", "data.batch_size=64", "model.latent.dim=4", "model.embedding_norm=sphere"]
 WHITE = ["model.embedding_norm=white", "model.embedding_dim=6"]
 STEPS = ["data.num_segments=2", "data.num_frames=1", "objective.rollout_steps=2"]
 TERMS = ["objective.smoothness_weight=1", "objective.time_variance_weight=1"]
-VIT = ["demo.yaml", "model.encoder=vit_tiny", "model.patch_px=16", "model.width=1"]
+VIT = ["demo.yaml", "model.encoder=vit_tiny", "model.encoder.patch_px=16"]
 CASES: dict[str, list[str]] = {
     **{name: [*CAUSAL, f"objective.name={name}"] for name in OBJECTIVES},
     "infonce_white_sparse_double": [*CAUSAL, "objective.name=infonce", *WHITE, "model.latent=sparse"],
-    "jepa_mixture": [*CAUSAL, "objective.name=jepa", "model.embedding_norm=standard", "model.prior_components=3"],
+    "jepa_mixture": [
+        *CAUSAL,
+        "objective.name=jepa",
+        "model.embedding_norm=standard",
+        "model.latent.prior_components=3",
+    ],
     "sigreg_in_parts": [*CAUSAL, "objective.name=sigreg", "train.grad_accumulation=2"],
     "hinfonce_in_parts": [*CAUSAL, "objective.name=hinfonce", "train.grad_accumulation=3"],
     "byol_in_parts": [*CAUSAL, "objective.name=byol", "train.grad_accumulation=2", "train.clip_norm=0.1"],
     "byol_video_double": ["demo.yaml"],
     "vicreg_video_double": ["demo.yaml", "objective.name=vicreg", "model.embedding_norm=standard", *STEPS, *TERMS],
-    "byol_vit_double": [*VIT, "train.clip_norm=0.1", "model.checkpoint_activations=true"],
+    "byol_vit_double": [*VIT, "train.clip_norm=0.1", "model.encoder.checkpoint_activations=true"],
 }
 IN_SHARDS = [name for name in CASES if name not in ("sigreg_in_parts", "hinfonce_in_parts")]
 """Losses that compare clips take no parts there."""
@@ -83,7 +88,7 @@ def test_two_processes_compute_the_losses_and_gradients_of_one(by: str, case: st
 
 
 SCORED: dict[str, list[str]] = {
-    "videos": ["model.prior_components=3", "evaluation.selection_clips=25", "evaluation.fit_clips=51"],
+    "videos": ["model.latent.prior_components=3", "evaluation.selection_clips=25", "evaluation.fit_clips=51"],
     "fresh": ["data.source=moving_mnist", "evaluation.selection_clips=131", "evaluation.fit_clips=2"],
     "refined": ["model.scene_dim=2", "train.refine_steps=2", "train.refine_clips=48", "evaluation.selection_clips=5"],
 }

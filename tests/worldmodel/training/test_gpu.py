@@ -20,17 +20,28 @@ SMALL = [*TINY, "train.steps=3", "train.eval_every=3", "evaluation.selection_cli
 FRESH = ["demo.yaml", "data.source=moving_mnist"]
 STEPS = ["data.num_segments=2", "data.num_frames=1", "objective.rollout_steps=2", "objective.smoothness_weight=1"]
 REFINED = ["train.refine_steps=3", "train.refine_clips=16", "model.scene_dim=2", "model.distance_dim=2"]
-PLANNED = ["data.cache_mb=0", "planning.candidates=8", "planning.elites=4", "planning.horizon=3"]
+PLANNED = ["data.cache_mb=0", "planning.candidates=8", "planning.planner.elites=4", "planning.horizon=3"]
 CASES = {
-    "fresh": [*FRESH, "objective.name=byol", "model.prior_components=2"],
+    "fresh": [*FRESH, "objective.name=byol", "model.latent.prior_components=2"],
     "videos, refined": ["demo.yaml", *REFINED, "objective.name=jepa"],
-    "steps": ["demo.yaml", *STEPS, "objective.name=vicreg", "model.embedding_norm=standard", "model.pooling=moments"],
+    "steps": [
+        "demo.yaml",
+        *STEPS,
+        "objective.name=vicreg",
+        "model.embedding_norm=standard",
+        "model.encoder.pooling=moments",
+    ],
     "parts": [*FRESH, "objective.name=sigreg", "train.grad_accumulation=2", "train.clip_norm=0.1"],
     "white, sparse": [*FRESH, "objective.name=infonce", "model.embedding_norm=white", "model.latent=sparse"],
     "low rank": [*FRESH, "objective.name=ssl_hsic", "model.editor=low_rank"],
-    "oracle": ["causal/heteroscedastic.yaml", "objective.name=hinfonce", "model.latent=oracle", "model.latent_dim=6"],
-    "transformer": [*FRESH, "objective.name=ressl", "model.encoder=vit_tiny", "model.patch_px=16", "model.width=1"],
-    "residual network, flow": [*FRESH, "objective.name=aninfonce", "model.encoder=resnet", "model.prior=flow"],
+    "oracle": ["causal/heteroscedastic.yaml", "objective.name=hinfonce", "model.latent=oracle", "model.latent.dim=6"],
+    "transformer": [
+        *FRESH,
+        "objective.name=ressl",
+        "model.encoder=vit_tiny",
+        "model.encoder.patch_px=16",
+    ],
+    "residual network, flow": [*FRESH, "objective.name=aninfonce", "model.encoder=resnet", "model.latent.prior=flow"],
     "actions": ["two_rooms_random.yaml", *PLANNED, *REFINED, "train.refine_horizon=4"],
 }
 TIMES = ("_s", "tflops", "mfu")

@@ -34,7 +34,7 @@ def in_so_many(num_parts: int, overrides: list[str]) -> tuple[dict[str, torch.Te
     "overrides",
     [
         *([f"objective.name={name}"] for name in OBJECTIVES),
-        ["objective.name=infonce", "model.latent=sparse", "model.prior_components=2"],
+        ["objective.name=infonce", "model.latent=sparse", "model.latent.prior_components=2"],
         ["objective.name=vicreg", "model.latent=none", "objective.time_variance_weight=1"],
     ],
     ids=lambda overrides: " ".join(overrides),

@@ -117,7 +117,7 @@ def test_training_lowers_the_loss(tiny_config: Callable[..., Config]) -> None:
         ["data.num_segments=2", "data.num_frames=1"],
         ["data.num_segments=2", "data.num_frames=1", "model.latent=none"],
         ["train.precision=bf16"],
-        ["model.prior_components=3"],
+        ["model.latent.prior_components=3"],
         ["data.decoder=decord"],
         ["train.clip_norm=0.1", "objective.ema_schedule=cosine", "objective.beta_warmup_steps=2"],
     ],

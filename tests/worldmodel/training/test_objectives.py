@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 from scipy.integrate import quad
 from torch import Tensor
 
+from worldmodel.config import TeacherObjective, choices
 from worldmodel.training.objectives import (
     OBJECTIVES,
     AnInfoNce,
@@ -26,6 +28,7 @@ from worldmodel.training.objectives import (
 )
 from worldmodel.training.objectives import Objective as AnyObjective
 
+CONFIGS: dict[str, Any] = choices("objective")
 every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
 
@@ -35,15 +38,10 @@ def batch(seed: int, *shape: int) -> Tensor:
 
 def make(name: str, embedding_dim: int = 4, temperature: float = 0.5) -> AnyObjective:
     torch.manual_seed(0)
-    objective = make_objective(
-        name,
-        embedding_dim=embedding_dim,
-        hidden_dim=5,
-        temperature=temperature,
-        sigreg_weight=0.3,
-        vicreg_weights=(25, 25, 1),
-    )
-    return objective.double()
+    own = {"sigreg": {"sigreg_weight": 0.3}, "infonce": {"temperature": temperature}}
+    own |= dict.fromkeys(("aninfonce", "hinfonce"), own["infonce"])
+    config = CONFIGS[name](name=name, **own.get(name, {}))
+    return make_objective(config, embedding_dim=embedding_dim, hidden_dim=5).double()
 
 
 def evaluate(objective: AnyObjective, edited: Tensor, target: Tensor, context: Tensor) -> dict[str, Tensor]:
@@ -119,8 +117,10 @@ def test_loss_falls_as_the_prediction_moves_to_the_target(name: str) -> None:
     ],
 )
 def test_what_an_objective_asks_for(name: str, needs: set[str]) -> None:
-    flags = ("teacher", "negatives", "batch_statistics", "sphere", "predictor")
-    assert {flag for flag in flags if getattr(OBJECTIVES[name], f"needs_{flag}")} == needs
+    flags = ("teacher", "negatives", "batch_statistics", "predictor")
+    found = {flag for flag in flags if getattr(OBJECTIVES[name], f"needs_{flag}")}
+    assert found | ({"sphere"} if CONFIGS[name].needs_sphere else set()) == needs
+    assert OBJECTIVES[name].needs_teacher == issubclass(CONFIGS[name], TeacherObjective)
 
 
 @every_objective
@@ -139,7 +139,7 @@ def test_the_length_of_either_side_matters_unless_the_sphere_is_asked_for(name: 
     before = loss(objective, edited, target, context)
     for scaled in ((1.7 * edited, target), (edited, 0.3 * target)):
         ignored = loss(objective, *scaled, context) == pytest.approx(before, abs=1e-9)
-        assert ignored is objective.needs_sphere
+        assert ignored is CONFIGS[name].needs_sphere
 
 
 @every_objective

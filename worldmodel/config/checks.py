@@ -1,0 +1,126 @@
+"""Conditions between keys, which the type of a single key cannot state."""
+
+from collections.abc import Iterator
+
+from data_pipelines.text_files import shown
+from worldmodel.config.data import VideosConfig
+from worldmodel.config.model import (
+    External,
+    NoLatentConfig,
+    OracleConfig,
+    PretrainedConfig,
+    SumEditorConfig,
+    VitConfig,
+)
+from worldmodel.config.sections import CemConfig, Config, IcemConfig
+
+
+def contradictions(config: Config) -> Iterator[str]:
+    """Yield what is wrong with a config whose keys are valid one by one, as phrases that name keys and values."""
+    yield from _of_data(config)
+    yield from _of_encoder(config)
+    yield from _of_latent_and_editor(config)
+    yield from _of_steps(config)
+    yield from _of_refinement(config)
+    yield from _of_weights(config)
+    yield from _of_planning(config)
+
+
+def _of_data(config: Config) -> Iterator[str]:
+    data, accumulation = config.data, config.train.grad_accumulation
+    if isinstance(data, VideosConfig) and data.batch_size % data.num_lanes:
+        yield f"data.batch_size={data.batch_size} must be a multiple of data.num_lanes={data.num_lanes}"
+    if data.batch_size < 2 * accumulation:
+        yield (
+            f"data.batch_size={data.batch_size} is too small for train.grad_accumulation={accumulation} micro-batches "
+            "of at least 2 clips"
+        )
+
+
+def _of_encoder(config: Config) -> Iterator[str]:
+    data, encoder = config.data, config.model.encoder
+    name = f"model.encoder={encoder.name}"
+    if isinstance(encoder, External):
+        return
+    if data.content is not None and encoder.content != data.content:
+        yield f"{name} does not fit data.source={data.source}: mlp is for causal, and only for it"
+    if isinstance(encoder, VitConfig) and data.size_px % encoder.patch_px:
+        yield f"{name}: data.size_px={data.size_px} must be a multiple of model.encoder.patch_px={encoder.patch_px}"
+    if isinstance(encoder, PretrainedConfig):
+        if not encoder.path:
+            yield f"{name} needs model.encoder.path: a folder of safetensors, or a model's name on the Hugging Face hub"
+        if encoder.checkpoint_activations and encoder.freeze:
+            yield (
+                "model.encoder.checkpoint_activations saves nothing with model.encoder.freeze, which stores no "
+                "activations"
+            )
+
+
+def _of_latent_and_editor(config: Config) -> Iterator[str]:
+    model, data = config.model, config.data
+    latent, editor = model.latent, model.editor
+    if isinstance(latent, OracleConfig) and latent.label is None and data.oracle_label is None:
+        yield f"model.latent=oracle needs model.latent.label, the label of data.source={data.source} that holds r"
+    if model.action_dim and not (isinstance(data, VideosConfig) and (data.frame_stride, data.fps) == (1, None)):
+        yield (
+            f"model.action_dim={model.action_dim} needs the action at every frame: data.source=videos with "
+            "data.frame_stride=1 and without data.fps"
+        )
+    if isinstance(editor, External):
+        return
+    if model.action_dim and not editor.takes_conditions:
+        yield f"model.editor={editor.name} takes no actions: with model.action_dim it must be mlp or residual"
+    if model.scene_dim and not editor.takes_conditions:
+        yield f"model.editor={editor.name} takes no scene code: with model.scene_dim it must be mlp or residual"
+    dim = None if isinstance(latent, NoLatentConfig | External) else latent.dim
+    if isinstance(editor, SumEditorConfig) and dim not in (None, model.embedding_dim):
+        yield (
+            f"model.editor=sum adds r to the embedding: model.latent.dim={dim} must equal "
+            f"model.embedding_dim={model.embedding_dim}"
+        )
+
+
+def _of_steps(config: Config) -> Iterator[str]:
+    data, objective = config.data, config.objective
+    trained = max(objective.rollout_steps, config.train.refine_horizon)
+    if data.max_steps is not None and max(trained, config.evaluation.horizon) > data.max_steps:
+        yield (
+            f"data.source={data.source} has one step: objective.rollout_steps, train.refine_horizon and "
+            "evaluation.horizon must be 1"
+        )
+    if isinstance(config.model.latent, OracleConfig) and trained > 1:
+        yield "model.latent=oracle knows the r of one step: objective.rollout_steps and train.refine_horizon must be 1"
+    weights = objective.step_weights
+    if weights is not None and (len(weights) != objective.rollout_steps or not sum(weights)):
+        yield (
+            f"objective.step_weights={shown(list(weights))} needs a number for each of "
+            f"objective.rollout_steps={objective.rollout_steps} steps, not all of them 0"
+        )
+
+
+def _of_refinement(config: Config) -> Iterator[str]:
+    model = config.model
+    for key, dim in (("scene_dim", model.scene_dim), ("distance_dim", model.distance_dim)):
+        if dim and not config.train.refine_steps:
+            yield f"model.{key}={dim} is learned in refinement: it needs train.refine_steps"
+
+
+def _of_weights(config: Config) -> Iterator[str]:
+    model, objective = config.model, config.objective
+    if objective.distance_error_weight and not model.distance_dim:
+        yield "objective.distance_error_weight weighs errors by a distance: it needs model.distance_dim"
+    if objective.inverse_dynamics_weight and not model.action_dim:
+        yield "objective.inverse_dynamics_weight reads actions: it needs model.action_dim"
+    if objective.needs_sphere and model.embedding_norm != "sphere":
+        yield (
+            f"objective.name={objective.name} compares directions only and leaves lengths undetermined: it needs "
+            "model.embedding_norm=sphere"
+        )
+
+
+def _of_planning(config: Config) -> Iterator[str]:
+    planning, planner = config.planning, config.planning.planner
+    if planning.distance == "steps" and not config.model.distance_dim:
+        yield "planning.distance=steps plans by a distance in steps: it needs model.distance_dim"
+    if isinstance(planner, CemConfig | IcemConfig) and planner.elites >= planning.candidates:
+        yield (f"planning.planner.elites={planner.elites} must be below planning.candidates={planning.candidates}")

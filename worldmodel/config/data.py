@@ -1,0 +1,162 @@
+"""Where clips come from: the section `data`, a choice by `data.source`."""
+
+import dataclasses
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from worldmodel.config.kinds import (
+    KEYS,
+    Count,
+    CountFrom0,
+    Fraction,
+    Options,
+    OutsideName,
+    Repeat,
+    RepeatFrom0,
+    Samples,
+    SamplesFrom2,
+    Seconds,
+    Text,
+)
+
+ImageSize = Annotated[int, Field(strict=True, ge=8, le=4_096)]
+MAX_FPS = 1_000
+
+
+@dataclass(frozen=True, config=KEYS)
+class VideosConfig:
+    """Clips of video files.
+
+    A clip is a row of consecutive segments of `num_frames` frames, `frame_stride` source frames apart: the context x,
+    the target x+ and the later x++, which the posterior sees. With two segments the posterior sees the target.
+    """
+
+    content: ClassVar[Literal["frames", "factors"]] = "frames"
+    max_steps: ClassVar[int | None] = None
+    oracle_label: ClassVar[str | None] = "velocity_change"
+
+    source: Literal["videos"] = "videos"
+    """Name of the source."""
+    root: Text = "data/videos"
+    """A folder of video files or of tar shards, a LeRobot data set, or the URL of shards (http, s3, ...). Its
+    subfolders train/, selection/ (or validation/ or val/) and test/ are the splits where they exist."""
+    camera: Text | None = None
+    """Camera of a LeRobot data set whose videos are read. None: the first by name."""
+    remote_cache_dir: Text | None = None
+    """Folder in which shards from a URL are stored. None: in the user's cache."""
+    remote_cache_mb: Count = 16_384
+    """Size limit of this folder, MiB. The least recently used shards are evicted."""
+    size_px: ImageSize = 64
+    """Side of the square frames, pixels: the short side is resized to it, the centre is cropped."""
+    channels: Literal[1, 3] = 3
+    """1 is luma, 3 is RGB."""
+    num_segments: Literal[2, 3] = 3
+    """Segments per prediction step: context and target (2), plus a later one (3). Each further rollout step needs one
+    more."""
+    num_frames: Repeat = 3
+    """Frames per segment."""
+    frame_stride: Count = 1
+    """Source frames from one frame of a segment to the next."""
+    clip_step: Count | None = None
+    """Source frames between the starts of successive clips of a video. None: clips do not overlap."""
+    fps: Annotated[float, Field(strict=True, gt=0, le=MAX_FPS)] | None = None
+    """Frames per second to which videos are resampled first, by their timestamps; `frame_stride` and `clip_step` then
+    count resampled frames. None: frames as stored."""
+    batch_size: SamplesFrom2 = 128
+    """Clips per global batch, over all processes."""
+    num_lanes: Samples = 32
+    """Independent sequential readers. Divides `batch_size`; the number of processes divides it."""
+    pool_clips: Count = 1024
+    """Limit of decoded clips that wait in memory to be shuffled, over all lanes."""
+    cache_mb: CountFrom0 = 0
+    """Memory per training process for decoded clips that later epochs reuse, MiB. Other clips are decoded again."""
+    num_workers: RepeatFrom0 = 1
+    """Decoding processes per training process. 0: the training process decodes."""
+    decoder: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
+    """Library that decodes videos. auto: the best for each file."""
+    decode_timeout_s: Seconds = 60.0
+    """Time limit for decoding one clip, seconds. A slower decoding process is replaced and the frame skipped."""
+    max_bad_fraction: Fraction = 0.1
+    """Fraction of unreadable videos above which a run stops."""
+    max_frame_px: Count = 2**26
+    """Limit of the pixels in a frame. A file with larger frames is skipped before it is decoded, which could exhaust
+    the memory. 8K video has 2^25."""
+    action_label: Text = "action"
+    """Per-frame label with the action taken at each frame, which leads to the next frame. Read with
+    `model.action_dim`."""
+
+
+@dataclass(frozen=True, config=KEYS)
+class MovingMnistConfig:
+    """Stochastic Moving-MNIST, drawn afresh: three segments of three frames, 64 px, one channel."""
+
+    content: ClassVar[Literal["frames", "factors"]] = "frames"
+    max_steps: ClassVar[int | None] = 1
+    oracle_label: ClassVar[str | None] = "velocity_change"
+    size_px: ClassVar[int] = 64
+    channels: ClassVar[int] = 1
+    num_segments: ClassVar[int] = 3
+    num_frames: ClassVar[int] = 3
+    frame_stride: ClassVar[int] = 1
+
+    source: Literal["moving_mnist"] = "moving_mnist"
+    """Name of the source."""
+    mnist_dir: Text | None = None
+    """Folder with the IDX files of MNIST. None: the digits bundled with scikit-learn."""
+    setting: Literal["A", "B"] = "A"
+    """Axis whose velocity changes. A: either, with equal probability. B: more often y for larger digits."""
+    batch_size: SamplesFrom2 = 128
+    """Clips per global batch, over all processes."""
+
+
+@dataclass(frozen=True, config=KEYS)
+class CausalConfig:
+    """Pairs of observations of six known factors, drawn afresh: three segments of one observation, six numbers each."""
+
+    content: ClassVar[Literal["frames", "factors"]] = "factors"
+    max_steps: ClassVar[int | None] = 1
+    oracle_label: ClassVar[str | None] = "change"
+    size_px: ClassVar[int] = 1
+    channels: ClassVar[int] = 6
+    num_segments: ClassVar[int] = 3
+    num_frames: ClassVar[int] = 1
+    frame_stride: ClassVar[int] = 1
+
+    source: Literal["causal"] = "causal"
+    """Name of the source."""
+    change: Literal["isotropic", "anisotropic", "heteroscedastic", "multimodal"] = "heteroscedastic"
+    """Distribution of the difference between the factors of a pair."""
+    batch_size: SamplesFrom2 = 128
+    """Clips per global batch, over all processes."""
+
+
+@dataclass(frozen=True, config=KEYS)
+class ExternalData:
+    """A source from outside of the project: a class in the user's own code."""
+
+    content: ClassVar[Literal["frames", "factors"] | None] = None
+    max_steps: ClassVar[int | None] = None
+    oracle_label: ClassVar[str | None] = None
+
+    source: OutsideName
+    """`package.module:Class`."""
+    options: Options = dataclasses.field(default_factory=dict)
+    """Passed to the class."""
+    size_px: Annotated[int, Field(strict=True, ge=1, le=4_096)] = 64
+    """Side of the square frames, pixels."""
+    channels: Repeat = 3
+    """Channels of a frame."""
+    num_segments: Literal[2, 3] = 3
+    """Segments per prediction step: context and target (2), plus a later one (3). Each further rollout step needs one
+    more."""
+    num_frames: Repeat = 3
+    """Frames per segment."""
+    frame_stride: Count = 1
+    """Source frames from one frame of a segment to the next."""
+    batch_size: SamplesFrom2 = 128
+    """Clips per global batch, over all processes."""
+
+
+DataConfig = VideosConfig | MovingMnistConfig | CausalConfig | ExternalData

@@ -1,0 +1,210 @@
+"""The whole configuration of a run, and the sections that are not choices themselves."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from pydantic.dataclasses import dataclass
+
+from worldmodel.config.data import DataConfig, VideosConfig
+from worldmodel.config.kinds import (
+    KEYS,
+    Choice,
+    Count,
+    CountFrom0,
+    CountFrom2,
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    Repeat,
+    Samples,
+    SamplesFrom0,
+    SamplesFrom2,
+    Seconds,
+    Seed,
+    Text,
+)
+from worldmodel.config.model import External, ModelConfig
+from worldmodel.config.objective import ByolConfig, ObjectiveConfig
+
+
+@dataclass(frozen=True, config=KEYS)
+class TrainConfig:
+    """Optimisation, refinement, precision, and the intervals of a run's files."""
+
+    steps: Count = 75_000
+    """Updates."""
+    lr: PositiveFloat = 1e-4
+    """Largest learning rate of AdamW."""
+    warmup_steps: CountFrom0 = 0
+    """Updates over which the learning rate rises linearly from zero."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """Weight decay of matrices and kernels; one-dimensional parameters have none."""
+    refine_steps: CountFrom0 = 0
+    """Extra updates after training, with the encoder frozen, on embeddings of `refine_clips` clips, which are free of
+    batch-norm noise (worldmodel/training/refine.py)."""
+    refine_horizon: Repeat = 1
+    """Maximum start offset, in steps, of a refinement example within its clip. Its scene code may come from any earlier
+    segment: use more than 1 with `model.scene_dim`, so that a code still holds after many steps."""
+    refine_clips: CountFrom2 = 65_536
+    """Clips that are embedded for refinement."""
+    refine_batch_size: SamplesFrom2 | None = None
+    """Embedded clips per refinement update. None: `data.batch_size`."""
+    refine_lr: PositiveFloat = 1e-3
+    """Largest learning rate of refinement."""
+    clip_norm: NonNegativeFloat = 0.0
+    """Limit of the norm of the gradient. 0: no limit."""
+    grad_accumulation: Samples = 1
+    """Micro-batches per batch, which save memory. The update is that of the whole batch for every objective
+    (worldmodel/training/gradients.py); only batch norm sees one micro-batch at a time."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the networks; bf16 and fp16 are mixed. auto: bf16 if the processor or GPU computes it natively,
+    otherwise fp32."""
+    compile: Literal["auto", "none", "default", "max-autotune"] = "auto"
+    """Mode of torch.compile for the encoder, which takes nearly all of the time. max-autotune is slow to start and
+    replays CUDA graphs. auto: default on a single GPU, otherwise none."""
+    num_threads: Repeat | None = None
+    """CPU threads per process for tensor work. None: the cores of the machine, divided among its processes."""
+    timeout_s: Seconds = 1800.0
+    """Time that processes wait for each other before the connection counts as lost, seconds. Use more than any work of
+    the first process alone takes: indexing videos, an evaluation, refinement."""
+    log_every: Count = 50
+    """Updates from one row of losses in metrics.jsonl to the next."""
+    eval_every: Count = 1000
+    """Updates from one evaluation to the next."""
+    checkpoint_every: Count = 1000
+    """Updates from one checkpoint to the next."""
+    keep_checkpoints: Count = 2
+    """Latest checkpoints that are kept, besides the best."""
+
+
+@dataclass(frozen=True, config=KEYS)
+class EvaluationConfig:
+    """The Energy Score protocol: numbers of clips, all of disjoint identities."""
+
+    horizon: Repeat = 1
+    """Segments that are forecast."""
+    label: Text | None = None
+    """Per-frame label, a list of numbers, that is forecast if no law is known. None: only embeddings are forecast."""
+    queries: SamplesFrom2 = 1024
+    """Test clips that are forecast."""
+    num_samples: SamplesFrom2 = 64
+    """Sampled futures per query."""
+    law_samples: SamplesFrom2 = 128
+    """Draws of the true law per query, if it is known."""
+    fit_clips: CountFrom2 = 8192
+    """Training clips on which the readout is fitted."""
+    selection_clips: CountFrom2 = 2048
+    """Clips on which the regularisation of the readout is selected."""
+    seed: Seed = 20_000
+    """Seed of the queries, the draws of the law and the sampled futures."""
+
+
+@dataclass(frozen=True, config=KEYS)
+class CemConfig:
+    """The cross-entropy method."""
+
+    name: Literal["cem"] = "cem"
+    """Name of the planner."""
+    elites: Samples = 30
+    """Cheapest candidates, to which the next distribution of candidates is fitted."""
+
+
+@dataclass(frozen=True, config=KEYS)
+class IcemConfig:
+    """Sample-efficient CEM (iCEM, arXiv 2008.06389): coloured noise, elites kept between decisions."""
+
+    name: Literal["icem"] = "icem"
+    """Name of the planner."""
+    elites: Samples = 30
+    """Cheapest candidates, to which the next distribution of candidates is fitted."""
+    noise_beta: NonNegativeFloat = 2.0
+    """Noise of frequency f has the power f^-noise_beta. 0 is white; larger values are smoother in time."""
+
+
+@dataclass(frozen=True, config=KEYS)
+class MppiConfig:
+    """Model predictive path integral control (arXiv 1707.02342)."""
+
+    name: Literal["mppi"] = "mppi"
+    """Name of the planner."""
+    temperature: PositiveFloat = 0.3
+    """Divisor of the costs, in standard deviations of the costs of an episode's candidates."""
+
+
+PlannerConfig = CemConfig | IcemConfig | MppiConfig | External
+
+
+@dataclass(frozen=True, config=KEYS)
+class PlanningConfig:
+    """How actions are chosen (worldmodel/planning/planners.py). A decision compares iterations * candidates
+    rollouts."""
+
+    planner: Annotated[PlannerConfig, Choice("icem")] = IcemConfig()
+    """Search over sequences of actions."""
+    horizon: Repeat = 20
+    """Actions in a sequence."""
+    candidates: Samples = 300
+    """Sequences that are compared in one iteration."""
+    iterations: Repeat = 5
+    """Iterations per decision."""
+    init_std: PositiveFloat = 0.5
+    """Standard deviation of the actions of candidates around the mean, in the first iteration; for mppi in all."""
+    cost: Literal["sum", "last"] = "sum"
+    """Distance to the goal, summed over the steps of the horizon, or of the last step alone."""
+    distance: Literal["embedding", "steps"] = "embedding"
+    """Distance of a state to the goal. embedding: mean squared difference of the embeddings. steps: temporal distance
+    of a model with `model.distance_dim`."""
+    num_samples: SamplesFrom0 = 0
+    """Imagined futures per candidate, by draws from the prior. 0: one, at the mean of the prior."""
+    risk_quantile: Fraction | None = None
+    """Quantile of the costs of these futures that counts. None: their mean."""
+    action_set: Literal["ball", "box"] = "ball"
+    """Set of allowed actions. ball: of norm 1 at most. box: each coordinate is in [-1, 1]."""
+
+
+@dataclass(frozen=True, config=KEYS)
+class TrackingConfig:
+    """Logging with Weights & Biases."""
+
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    """Mode of wandb."""
+    project: Text = "worldmodel"
+    """Project of wandb."""
+
+
+@dataclass(frozen=True, config=KEYS)
+class Config:
+    """The configuration of a run."""
+
+    run_dir: Text
+    """Folder of the run."""
+    seed: Seed = 0
+    """Seed of the weights, the order of clips and all draws of training."""
+    data: Annotated[DataConfig, Choice("videos", tag="source")] = VideosConfig()
+    """Source of clips."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    """The networks."""
+    objective: Annotated[ObjectiveConfig, Choice("byol")] = ByolConfig()
+    """Training loss."""
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    """Training."""
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    """Forecasts that are scored."""
+    planning: PlanningConfig = dataclasses.field(default_factory=PlanningConfig)
+    """Choice of actions."""
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+    """Experiment tracking."""
+
+
+def outside_names(config: Config) -> dict[str, str]:
+    """Return the names of code outside of the project that a config selects, by their dotted keys."""
+    choices: dict[str, object] = {
+        "model.encoder.name": config.model.encoder,
+        "model.latent.name": config.model.latent,
+        "model.editor.name": config.model.editor,
+        "objective.name": config.objective,
+        "planning.planner.name": config.planning.planner,
+        "data.source": config.data,
+    }
+    names = {key: getattr(choice, key.rpartition(".")[2]) for key, choice in choices.items()}
+    return {key: name for key, name in names.items() if ":" in name}

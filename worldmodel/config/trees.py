@@ -1,0 +1,104 @@
+"""Configurations as nested dicts, before they are validated: short forms, bases, overrides."""
+
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+import yaml
+
+from data_pipelines.errors import UserError
+from data_pipelines.text_files import is_optional, is_text, kind_of_key, parse_yaml, shown
+from worldmodel.config.kinds import as_key, choice_of, keys_of, members_of
+from worldmodel.config.old import MOVED
+from worldmodel.config.sections import Config
+
+
+def expanded(tree: Mapping[str, Any], kind: Any = Config) -> dict[str, Any]:
+    """Return a tree in which a choice that is given by its name alone is a dict: `encoder: mlp` -> {"name": "mlp"}."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {key: _expanded_part(part, hints.get(key)) for key, part in tree.items()}
+
+
+def _expanded_part(part: Any, kind: Any) -> Any:
+    choice = choice_of(kind)
+    if choice is not None:
+        return {choice.tag: part} if isinstance(part, str) else part
+    return expanded(part, kind) if isinstance(part, dict) and hasattr(kind, "__dataclass_fields__") else part
+
+
+def merged(base: Mapping[str, Any], tree: Mapping[str, Any], kind: Any = Config) -> dict[str, Any]:
+    """Return `base` with the values of `tree`; dicts are merged, and a choice of another name drops foreign keys."""
+    choice = choice_of(kind)
+    result = dict(base)
+    if choice is not None and choice.tag in tree:
+        result = renamed(base, tree[choice.tag], kind)
+    for key, part in tree.items():
+        before = result.get(key)
+        if isinstance(before, dict) and isinstance(part, dict):
+            part = merged(before, part, kind_of_key(kind, key))
+        result[key] = part
+    return result
+
+
+def renamed(tree: Mapping[str, Any], name: Any, kind: Any) -> dict[str, Any]:
+    """Return the tree of a choice under another name, with those keys that the choice of that name has."""
+    choice = choice_of(kind)
+    assert choice is not None
+    member = members_of(kind).get(as_key(name))
+    rest = {key: value for key, value in tree.items() if key != choice.tag}
+    if member is not None and name != tree.get(choice.tag, choice.default):
+        rest = {key: value for key, value in rest.items() if key in keys_of(member) and key != "options"}
+    return {choice.tag: name, **rest}
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one key of nested dicts from "a.b=value".
+
+    The value of a key that holds text is that text, whatever it would be in YAML. For a key that may be null, `null`
+    and the empty text are null. Any other value is YAML. A choice takes its name: "model.encoder=resnet" keeps the keys
+    that resnet has, and drops the others.
+
+    Raises:
+        UserError: the override has another form, the key has moved, or the value is not valid YAML.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {shown(override)} must read key=value, such as train.steps=100")
+    if key in MOVED:
+        raise UserError(f"override {shown(override)}: {key} is now {MOVED[key]}")
+    *parents, leaf = key.split(".")
+    node: dict[str, Any] = tree
+    kind: Any = Config
+    for parent in parents:
+        node, kind = node.setdefault(parent, {}), kind_of_key(kind, parent)
+        if not isinstance(node, dict):
+            raise UserError(f"override {shown(override)}: {shown(parent)} is a value, not a group of keys")
+    choice, kind_of_leaf = choice_of(kind), kind_of_key(kind, leaf)
+    if choice is not None and leaf == choice.tag:
+        other = renamed(node, text, kind)
+        node.clear()
+        node.update(other)
+    elif choice_of(kind_of_leaf) is not None and not text.startswith("{"):
+        before = node.get(leaf)
+        node[leaf] = renamed(before if isinstance(before, dict) else {}, text, kind_of_leaf)
+    else:
+        node[leaf] = _override_value(override, text, kind_of_leaf)
+
+
+def _override_value(override: str, text: str, kind: Any) -> Any:
+    if is_text(kind):
+        return None if is_optional(kind) and text in ("", "null") else text
+    try:
+        return parse_yaml(text, kind)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {shown(override)}: the value is not valid YAML") from error
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
