@@ -23,8 +23,7 @@ from benchmarks.compare_runs import (
     write_config,
 )
 from tests.conftest import REPO
-from worldmodel.config import load_config
-from worldmodel.nets.encoders import SCALED_ENCODERS
+from worldmodel.config import choices, load_config
 from worldmodel.training.objectives import OBJECTIVES
 
 SCRIPT = """
@@ -142,11 +141,11 @@ def test_values_are_compared_by_place_and_bits() -> None:
 def test_the_cases_are_valid_and_cover_the_choices(tmp_path: Path) -> None:
     configs = [load_config(write_config(name, case, tmp_path)) for name, case in CASES.items()]
     assert {config.objective.name for config in configs} == set(OBJECTIVES)
-    assert {config.model.encoder for config in configs} == {*SCALED_ENCODERS, "vit_tiny"}
-    assert {config.model.latent for config in configs} == {"gaussian", "sparse", "oracle", "none"}
-    assert {config.model.editor for config in configs} == {"mlp", "residual", "sum", "low_rank"}
-    assert {config.data.source for config in configs} == {"videos", "moving_mnist", "causal"}
-    assert {config.model.prior for config in configs} == {"mixture", "flow"}
+    assert {config.model.encoder.name for config in configs} == {"conv3d", "resnet", "mlp", "vit_tiny"}
+    assert {config.model.latent.name for config in configs} == set(choices("model.latent"))
+    assert {config.model.editor.name for config in configs} == set(choices("model.editor"))
+    assert {config.data.source for config in configs} == set(choices("data"))
+    assert {getattr(config.model.latent, "prior", "mixture") for config in configs} == {"mixture", "flow"}
 
 
 @pytest.mark.slow

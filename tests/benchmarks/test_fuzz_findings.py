@@ -1,7 +1,7 @@
 """Rounds of the fuzzer that were findings once.
 
 A seed stands for the input that the fuzzer builds of it. Where the fuzzer is changed it builds another one: put what
-matters into a test that states the input, too (test_hostile_values.py, test_hostile_config.py).
+matters into a test that states the input, too (test_hostile_values.py, test_hostile.py).
 """
 
 import pytest

@@ -43,9 +43,9 @@ class VideosConfig:
     """A folder of video files or of tar shards, a LeRobot data set, or the URL of shards (http, s3, ...). Its
     subfolders train/, selection/ (or validation/ or val/) and test/ are the splits where they exist."""
     camera: Text | None = None
-    """Camera of a LeRobot data set whose videos are read. None: the first by name."""
+    """Camera of a LeRobot data set whose videos are read. null: the first by name."""
     remote_cache_dir: Text | None = None
-    """Folder in which shards from a URL are stored. None: in the user's cache."""
+    """Folder in which shards from a URL are stored. null: in the user's cache."""
     remote_cache_mb: Count = 16_384
     """Size limit of this folder, MiB. The least recently used shards are evicted."""
     size_px: ImageSize = 64
@@ -60,10 +60,10 @@ class VideosConfig:
     frame_stride: Count = 1
     """Source frames from one frame of a segment to the next."""
     clip_step: Count | None = None
-    """Source frames between the starts of successive clips of a video. None: clips do not overlap."""
+    """Source frames between the starts of successive clips of a video. null: clips do not overlap."""
     fps: Annotated[float, Field(strict=True, gt=0, le=MAX_FPS)] | None = None
     """Frames per second to which videos are resampled first, by their timestamps; `frame_stride` and `clip_step` then
-    count resampled frames. None: frames as stored."""
+    count resampled frames. null: frames as stored."""
     batch_size: SamplesFrom2 = 128
     """Clips per global batch, over all processes."""
     num_lanes: Samples = 32
@@ -104,7 +104,7 @@ class MovingMnistConfig:
     source: Literal["moving_mnist"] = "moving_mnist"
     """Name of the source."""
     mnist_dir: Text | None = None
-    """Folder with the IDX files of MNIST. None: the digits bundled with scikit-learn."""
+    """Folder with the IDX files of MNIST. null: the digits bundled with scikit-learn."""
     setting: Literal["A", "B"] = "A"
     """Axis whose velocity changes. A: either, with equal probability. B: more often y for larger digits."""
     batch_size: SamplesFrom2 = 128

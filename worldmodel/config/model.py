@@ -146,7 +146,7 @@ class OracleConfig:
     dim: Size = 2
     """Dimensions of r, as many as the label has numbers."""
     label: Text | None = None
-    """Label that holds the true r. None: `change` for `data.source=causal`, otherwise `velocity_change`."""
+    """Label that holds the true r. null: `change` for `data.source=causal`, otherwise `velocity_change`."""
     prior_components: Repeat = 1
     """Components of the spike-and-slab prior."""
 

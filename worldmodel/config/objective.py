@@ -30,7 +30,7 @@ class AnyObjective:
     name: str
     """Name of the objective."""
     beta: NonNegativeFloat | None = None
-    """Weight of KL(posterior || prior) in nats, or of the expected L0 of a sparse r. None: the default of the
+    """Weight of KL(posterior || prior) in nats, or of the expected L0 of a sparse r. null: the default of the
     objective."""
     beta_warmup_steps: CountFrom0 = 0
     """Steps over which beta grows linearly from zero."""
@@ -47,7 +47,7 @@ class AnyObjective:
     rollout_steps: Repeat = 1
     """Segments predicted in sequence in training, each from the previous prediction; the paper has one."""
     step_weights: tuple[NonNegativeFloat, ...] | None = None
-    """Relative weight of each of these steps in the loss. None: equal weights."""
+    """Relative weight of each of these steps in the loss. null: equal weights."""
 
 
 @dataclass(frozen=True, config=KEYS)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipelines.text_files import kind_of_key
+from worldmodel.config.data import CausalConfig
 from worldmodel.config.kinds import keys_of, member_for, members_of
 from worldmodel.config.model import ModelConfig
 from worldmodel.config.sections import Config, PlanningConfig
@@ -39,6 +40,8 @@ _ONLY_VALUE = {
     "model.freeze_encoder": False,
     "model.checkpoint_activations": False,
 }
+# Keys that this choice fixes now, and that had any value before.
+_UNUSED: dict[type, set[str]] = {CausalConfig: {"size_px", "frame_stride"}}
 
 
 def converted(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,5 +79,6 @@ def _without_foreign(tree: Mapping[str, Any], kind: Any) -> dict[str, Any]:
     member = member_for(kind, tree)
     if member is None:
         return dict(tree)
-    others = {key for other in members_of(kind).values() for key in keys_of(other)} - set(keys_of(member))
-    return {key: value for key, value in tree.items() if key not in others or value != getattr(member, key, value)}
+    foreign = {key for other in members_of(kind).values() for key in keys_of(other)} - set(keys_of(member))
+    fixed = {key: getattr(member, key) for key in foreign - _UNUSED.get(member, set()) if hasattr(member, key)}
+    return {key: value for key, value in tree.items() if key not in foreign or value != fixed.get(key, value)}

@@ -48,7 +48,7 @@ class TrainConfig:
     refine_clips: CountFrom2 = 65_536
     """Clips that are embedded for refinement."""
     refine_batch_size: SamplesFrom2 | None = None
-    """Embedded clips per refinement update. None: `data.batch_size`."""
+    """Embedded clips per refinement update. null: `data.batch_size`."""
     refine_lr: PositiveFloat = 1e-3
     """Largest learning rate of refinement."""
     clip_norm: NonNegativeFloat = 0.0
@@ -63,7 +63,7 @@ class TrainConfig:
     """Mode of torch.compile for the encoder, which takes nearly all of the time. max-autotune is slow to start and
     replays CUDA graphs. auto: default on a single GPU, otherwise none."""
     num_threads: Repeat | None = None
-    """CPU threads per process for tensor work. None: the cores of the machine, divided among its processes."""
+    """CPU threads per process for tensor work. null: the cores of the machine, divided among its processes."""
     timeout_s: Seconds = 1800.0
     """Time that processes wait for each other before the connection counts as lost, seconds. Use more than any work of
     the first process alone takes: indexing videos, an evaluation, refinement."""
@@ -84,7 +84,7 @@ class EvaluationConfig:
     horizon: Repeat = 1
     """Segments that are forecast."""
     label: Text | None = None
-    """Per-frame label, a list of numbers, that is forecast if no law is known. None: only embeddings are forecast."""
+    """Per-frame label, a list of numbers, that is forecast if no law is known. null: only embeddings are forecast."""
     queries: SamplesFrom2 = 1024
     """Test clips that are forecast."""
     num_samples: SamplesFrom2 = 64
@@ -157,7 +157,7 @@ class PlanningConfig:
     num_samples: SamplesFrom0 = 0
     """Imagined futures per candidate, by draws from the prior. 0: one, at the mean of the prior."""
     risk_quantile: Fraction | None = None
-    """Quantile of the costs of these futures that counts. None: their mean."""
+    """Quantile of the costs of these futures that counts. null: their mean."""
     action_set: Literal["ball", "box"] = "ball"
     """Set of allowed actions. ball: of norm 1 at most. box: each coordinate is in [-1, 1]."""
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import REPO, normal
-from tests.worldmodel.test_config import CONFIGS
+from tests.worldmodel.config.test_mistakes import CONFIGS
 from worldmodel.config import Conv3dConfig, load_config
 from worldmodel.nets import convolutions
 from worldmodel.nets.convolutions import Conv2d, Conv3d, bits_on_cpu, conv2d_of_centre, conv3d_by_conv2d, splits_rows

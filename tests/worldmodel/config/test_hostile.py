@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.data_pipelines.generated import DEEP, EXAMPLES, JSON, result_or_refusal
-from tests.worldmodel.test_config_parser import DEMO, KEYS
+from tests.worldmodel.config.test_parser import DEMO, KEYS
 from worldmodel.config import load_config, validate
 
 ODD_YAML = (

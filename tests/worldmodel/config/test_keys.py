@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import REPO, videos_of
-from tests.worldmodel.test_config import CONFIGS
+from tests.worldmodel.config.test_mistakes import CONFIGS
 from worldmodel import load
 from worldmodel.config import Config, flatten, load_config, read_with_bases
 from worldmodel.config.kinds import OUTSIDE, choice_of, members_of

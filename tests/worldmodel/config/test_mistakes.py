@@ -123,6 +123,16 @@ def test_a_senseless_combination_is_refused_in_a_sentence(overrides: list[str], 
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_all_contradictions_are_told_at_once_five_of_them_in_words() -> None:
+    faults = ["model.scene_dim=4", "model.distance_dim=4", "objective.inverse_dynamics_weight=1", "data.batch_size=100"]
+    with pytest.raises(UserError) as caught:
+        load_config(REPO / "configs" / "demo.yaml", [*faults, "model.editor=sum"])
+    message = str(caught.value)
+    for told in ("data.num_lanes=32", "takes no scene code", "model.latent.dim=8", "model.scene_dim=4 is learned"):
+        assert told in message
+    assert message.endswith("; and 1 more") and message.count("; ") == 5 and "\n" not in message
+
+
 def test_what_makes_sense_is_not_refused() -> None:
     for overrides in (
         ["objective.name=byol", "train.grad_accumulation=2"],

@@ -1,0 +1,151 @@
+"""The reference of all keys, generated from their types: docs/reference/config.md, and `worldmodel config`."""
+
+import dataclasses
+import types
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le
+from pydantic.fields import FieldInfo
+
+from data_pipelines.errors import UserError
+from worldmodel.config.kinds import OUTSIDE, choice_of, members_of
+from worldmodel.config.sections import Config
+
+HEADER = """# Configuration
+
+A run is described by one YAML file. Any key can be set on the command line as `key=value`, such as `train.steps=400`.
+
+- A choice is given by its name and its own keys: `encoder: {name: resnet, width: 0.5}`, or by the name alone:
+  `encoder: resnet`. On the command line `model.encoder=resnet` keeps those keys of the file that `resnet` has, and
+  drops the others.
+- `base: other.yaml` reads that file first, relative to this one. Its sections are merged with this file's.
+- Code from outside of the project is named as `package.module:Class`, with `options: {...}` for the class.
+- Text is taken as it is, without quotes. `null` stands for no value.
+
+This page is generated from the types in worldmodel/config.
+"""
+COLUMNS = ("key", "type", "default", "meaning")
+
+
+def reference(section: str | None = None) -> str:
+    """Return the reference of all keys as Markdown, or that of one section such as "model".
+
+    Raises:
+        UserError: there is no such section.
+    """
+    hints = get_type_hints(Config, include_extras=True)
+    sections = [name for name, kind in hints.items() if _is_group(kind)]
+    if section is None:
+        return "\n".join([HEADER, *_lines_of_keys(Config, ""), *(_text(name, hints[name]) for name in sections)])
+    if section not in sections:
+        raise UserError(f"there is no section {section!r} of the config: sections are {', '.join(sections)}")
+    return _text(section, hints[section])
+
+
+def _text(section: str, kind: Any) -> str:
+    return "\n".join(_lines(section, kind, "##"))
+
+
+def _lines(key: str, kind: Any, heading: str) -> Iterator[str]:
+    """Yield a section or a choice: a heading, what it is, a table of keys, and the choices within."""
+    yield f"{heading} {key}\n"
+    if choice_of(kind) is None:
+        yield f"{_one_line(kind.__doc__)}\n"
+        yield from _lines_of_keys(kind, f"{key}.")
+        for name, hint in get_type_hints(kind, include_extras=True).items():
+            if choice_of(hint) is not None:
+                yield from _lines(f"{key}.{name}", hint, f"{heading}#")
+        return
+    choice, members = choice_of(kind), members_of(kind)
+    yield f"A choice by `{key}.{choice.tag}`; the default is `{choice.default}`.\n"
+    for member in dict.fromkeys(members.values()):
+        names = [name for name in members if members[name] is member]
+        yield f"{heading}# {key}: {', '.join(names)}\n"
+        yield f"{_one_line(member.__doc__)}\n"
+        yield from _lines_of_keys(member, f"{key}.")
+
+
+def _lines_of_keys(kind: Any, prefix: str) -> Iterator[str]:
+    yield f"| {' | '.join(COLUMNS)} |"
+    yield f"| {' | '.join('---' for _ in COLUMNS)} |"
+    hints = get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        if not _is_group(hint) or choice_of(hint) is not None:
+            cells = f"`{prefix}{field.name}`", _type(hint), _default(field, hint), description(kind, field.name)
+            yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    yield ""
+
+
+def description(kind: type, key: str) -> str:
+    """Return the docstring of a key of a dataclass, which may be inherited; "" if it has none."""
+    fields = [vars(base).get("__pydantic_fields__", {}).get(key) for base in kind.__mro__]
+    texts = [field.description for field in fields if field is not None and field.description]
+    return _one_line(texts[0]) if texts else ""
+
+
+def _default(field: Any, hint: Any) -> str:
+    choice = choice_of(hint)
+    if choice is not None:
+        return f"`{choice.default}`"
+    value = field.default
+    if value is dataclasses.MISSING:
+        value = None if field.default_factory is dataclasses.MISSING else field.default_factory()
+        return "required" if value is None else f"`{value}`"
+    if isinstance(value, FieldInfo):
+        value = value.default
+    if isinstance(value, bool) or value is None:
+        return f"`{str(value).lower()}`" if isinstance(value, bool) else "`null`"
+    return f"`{list(value) if isinstance(value, tuple) else value}`"
+
+
+def _type(hint: Any) -> str:
+    """Return a type and its range in words."""
+    if choice_of(hint) is not None:
+        return "choice: " + ", ".join(f"`{name}`" for name in members_of(hint))
+    limits: list[Any] = []
+    if get_origin(hint) is Annotated:
+        hint, *marks = get_args(hint)
+        limits = [limit for mark in marks if isinstance(mark, FieldInfo) for limit in mark.metadata]
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if option is types.NoneType else _type(option) for option in arguments)
+    if origin is tuple:
+        count = "" if arguments[-1] is Ellipsis else f"{len(arguments)} "
+        return f"list of {count}values: {_type(arguments[0])}"
+    if origin is dict:
+        return "keys and values"
+    if any(getattr(limit, "pattern", None) for limit in limits):
+        return f"`{OUTSIDE}`"
+    name = {bool: "true or false", int: "integer", float: "number", str: "text"}[hint]
+    return name + _range(hint, limits)
+
+
+def _range(kind: type, limits: Iterable[Any]) -> str:
+    least = next((limit.ge for limit in limits if isinstance(limit, Ge)), None)
+    above = next((limit.gt for limit in limits if isinstance(limit, Gt)), None)
+    most = next((limit.le for limit in limits if isinstance(limit, Le)), None)
+    if kind is int and above is not None:
+        least, above = above + 1, None
+    if least is None and above is None:
+        return ""
+    if most is None:
+        return f", {_number(least)} or more" if least is not None else f", above {_number(above)}"
+    if least is not None:
+        return f", {_number(least)} to {_number(most)}"
+    return f", above {_number(above)}, at most {_number(most)}"
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def _is_group(kind: Any) -> bool:
+    return choice_of(kind) is not None or dataclasses.is_dataclass(kind)
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
