@@ -12,7 +12,15 @@ from tests.worldmodel.commands.test_scripts import assert_one_line
 
 @pytest.mark.slow
 def test_it_times_trains_and_scores_and_does_nothing_twice(tmp_path: Path) -> None:
-    arguments = ["benchmarks/gpu.py", "--out", str(tmp_path), *TINY, "data.mnist_dir=null", "train.warmup_steps=0"]
+    arguments = [
+        "benchmarks/gpu.py",
+        "--out",
+        str(tmp_path),
+        *TINY,
+        "data.source=moving_mnist",
+        "data.mnist_dir=null",
+        "train.warmup_steps=0",
+    ]
     done = run_script(*arguments, "--seeds", "0", "1", timeout_s=400)
     assert done.returncode == 0, done.stderr
     parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]

@@ -12,7 +12,6 @@ REDUCED = [
     "model.encoder.width=0.125",
     "model.hidden_dim=16",
     "data.batch_size=8",
-    "data.num_lanes=8",
 ]
 
 

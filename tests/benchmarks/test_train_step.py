@@ -17,7 +17,6 @@ PAPER = str(REPO / "configs" / "paper.yaml")
 REDUCED = [
     "model.encoder.width=0.125",
     "model.hidden_dim=64",
-    "data.num_lanes=8",
     "train.num_threads=1",
     "train.steps=10",
 ]
@@ -76,7 +75,7 @@ def test_it_times_both_and_compares_their_losses(tmp_path: Path) -> None:
 def test_senseless_numbers_and_other_models_end_with_one_line() -> None:
     assert_one_line("benchmarks/train_step.py", "--steps", "0", tells="--steps must be at least 1, not 0")
     assert_one_line(
-        "benchmarks/train_step.py", "--config", PAPER, "model.latent=none", tells="for model.latent=gaussian alone"
+        "benchmarks/train_step.py", "--config", PAPER, "model.latent=none", tells="for model.latent.name=gaussian alone"
     )
     # The process of the plain step is the first to meet this one.
     assert_one_line(

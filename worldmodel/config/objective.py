@@ -142,10 +142,10 @@ class ExternalObjective(TeacherObjective):
 ObjectiveConfig = (
     ByolConfig
     | JepaConfig
-    | ResslConfig
-    | SslHsicConfig
     | InfoNceConfig
     | VicregConfig
     | SigregConfig
+    | ResslConfig
+    | SslHsicConfig
     | ExternalObjective
 )

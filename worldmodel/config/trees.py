@@ -40,14 +40,15 @@ def merged(base: Mapping[str, Any], tree: Mapping[str, Any], kind: Any = Config)
 
 
 def renamed(tree: Mapping[str, Any], name: Any, kind: Any) -> dict[str, Any]:
-    """Return the tree of a choice under another name, with those keys that the choice of that name has."""
-    choice = choice_of(kind)
+    """Return the tree of a choice under a name, without keys that only choices of other names have."""
+    choice, members = choice_of(kind), members_of(kind)
     assert choice is not None
-    member = members_of(kind).get(as_key(name))
-    rest = {key: value for key, value in tree.items() if key != choice.tag}
-    if member is not None and name != tree.get(choice.tag, choice.default):
-        rest = {key: value for key, value in rest.items() if key in keys_of(member) and key != "options"}
-    return {choice.tag: name, **rest}
+    member = members.get(as_key(name))
+    foreign = {key for other in members.values() for key in keys_of(other)} - set(keys_of(member) if member else ())
+    if name != tree.get(choice.tag, choice.default):
+        foreign.add("options")
+    kept = {key: value for key, value in tree.items() if member is None or key not in foreign}
+    return {**kept, choice.tag: name}
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

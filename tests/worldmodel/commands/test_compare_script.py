@@ -207,7 +207,7 @@ def test_overrides_from_the_general_to_the_particular(script: ModuleType, tmp_pa
     assert {run.config.train.steps for run in runs} == {7}
     assert runs[-1].config.run_dir == str(tmp_path / "infonce-gaussian" / "seed_4")
     last = runs[-1].config
-    assert (last.objective.name, last.model.latent, last.seed) == ("infonce", "gaussian", 4)
+    assert (last.objective.name, last.model.latent.name, last.seed) == ("infonce", "gaussian", 4)
 
 
 def test_combinations_that_the_config_refuses(script: ModuleType, tmp_path: Path) -> None:

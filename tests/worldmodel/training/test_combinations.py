@@ -32,7 +32,7 @@ def train_and_roll_out(config: Config) -> None:
     with torch.no_grad():
         futures = trained.model.rollout(clip, 3, 4, torch.Generator().manual_seed(0))
     assert futures.shape == (2, 4, 3, config.model.embedding_dim) and futures.isfinite().all()
-    assert (futures.std(dim=1).max() > 1e-6) == (config.model.latent != "none")
+    assert (futures.std(dim=1).max() > 1e-6) == (config.model.latent.name != "none")
 
 
 @pytest.mark.parametrize("latent", LATENTS)

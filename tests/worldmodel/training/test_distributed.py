@@ -24,7 +24,13 @@ from worldmodel.training.distributed import (
 )
 from worldmodel.training.objectives import OBJECTIVES
 
-CAUSAL = ["causal/heteroscedastic.yaml", "data.batch_size=64", "model.latent.dim=4", "model.embedding_norm=sphere"]
+CAUSAL = [
+    "causal/heteroscedastic.yaml",
+    "data.source=causal",
+    "data.batch_size=64",
+    "model.latent.dim=4",
+    "model.embedding_norm=sphere",
+]
 WHITE = ["model.embedding_norm=white", "model.embedding_dim=6"]
 STEPS = ["data.num_segments=2", "data.num_frames=1", "objective.rollout_steps=2"]
 TERMS = ["objective.smoothness_weight=1", "objective.time_variance_weight=1"]

@@ -34,7 +34,13 @@ CASES = {
     "parts": [*FRESH, "objective.name=sigreg", "train.grad_accumulation=2", "train.clip_norm=0.1"],
     "white, sparse": [*FRESH, "objective.name=infonce", "model.embedding_norm=white", "model.latent=sparse"],
     "low rank": [*FRESH, "objective.name=ssl_hsic", "model.editor=low_rank"],
-    "oracle": ["causal/heteroscedastic.yaml", "objective.name=hinfonce", "model.latent=oracle", "model.latent.dim=6"],
+    "oracle": [
+        "causal/heteroscedastic.yaml",
+        "data.source=causal",
+        "objective.name=hinfonce",
+        "model.latent=oracle",
+        "model.latent.dim=6",
+    ],
     "transformer": [
         *FRESH,
         "objective.name=ressl",
@@ -52,7 +58,7 @@ def cases(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, li
     """The config of each, and its overrides."""
     rooms = recording(tmp_path_factory.mktemp("rooms") / "rooms", 16)
     roots = {name: rooms if name == "actions" else world for name in CASES}
-    return {name: [path, *SMALL, *of, f"data.root={roots[name]}"] for name, (path, *of) in CASES.items()}
+    return {name: [path, *SMALL, f"data.root={roots[name]}", *of] for name, (path, *of) in CASES.items()}
 
 
 def done(folder: Path, jobs: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from worldmodel.training.objectives import OBJECTIVES
 from worldmodel.training.optimisation import step_generator
 
 CPU = torch.device("cpu")
-CAUSAL = [*TINY, "run_dir=unused", "data.batch_size=32", "model.embedding_norm=sphere"]
+CAUSAL = [*TINY, "data.source=causal", "run_dir=unused", "data.batch_size=32", "model.embedding_norm=sphere"]
 
 
 def in_so_many(num_parts: int, overrides: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

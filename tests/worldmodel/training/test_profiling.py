@@ -31,7 +31,7 @@ def test_the_flops_of_a_step_are_those_of_its_linear_layers(latent: str, num_par
     """A layer costs 2 * B * inputs * outputs forward, and as much for each gradient, by its weight and by its input.
     Counting changes nothing of the step."""
     overrides = ["run_dir=unused", "objective.name=byol", f"model.latent={latent}", "data.batch_size=32"]
-    causal = [*TINY, "model.embedding_norm=sphere", *overrides]
+    causal = [*TINY, "data.source=causal", "model.embedding_norm=sphere", *overrides]
     config = load_config(REPO / "configs" / "causal" / "heteroscedastic.yaml", causal)
     torch.manual_seed(0)
     model = WorldModel(config)
@@ -62,7 +62,7 @@ def test_the_flops_of_a_step_are_those_of_its_linear_layers(latent: str, num_par
 
 def test_a_first_pass_is_counted_too() -> None:
     """Of a loss that compares clips, in parts: a forward pass and a product of all embeddings more."""
-    overrides = [*TINY, "run_dir=unused", "objective.name=infonce", "data.batch_size=32"]
+    overrides = [*TINY, "data.source=causal", "run_dir=unused", "objective.name=infonce", "data.batch_size=32"]
     config = load_config(REPO / "configs" / "causal" / "heteroscedastic.yaml", overrides)
     model = WorldModel(config)
     batch = next(training_stream(config, 1, rank=0, world_size=1, device=CPU).batches())
