@@ -50,14 +50,15 @@ def _text(section: str, kind: Any) -> str:
 def _lines(key: str, kind: Any, heading: str) -> Iterator[str]:
     """Yield a section or a choice: a heading, what it is, a table of keys, and the choices within."""
     yield f"{heading} {key}\n"
-    if choice_of(kind) is None:
+    choice = choice_of(kind)
+    if choice is None:
         yield f"{_one_line(kind.__doc__)}\n"
         yield from _lines_of_keys(kind, f"{key}.")
         for name, hint in get_type_hints(kind, include_extras=True).items():
             if choice_of(hint) is not None:
                 yield from _lines(f"{key}.{name}", hint, f"{heading}#")
         return
-    choice, members = choice_of(kind), members_of(kind)
+    members = members_of(kind)
     yield f"A choice by `{key}.{choice.tag}`; the default is `{choice.default}`.\n"
     for member in dict.fromkeys(members.values()):
         names = [name for name in members if members[name] is member]
@@ -125,8 +126,8 @@ def _type(hint: Any) -> str:
 
 
 def _range(kind: type, limits: Iterable[Any]) -> str:
-    least = next((limit.ge for limit in limits if isinstance(limit, Ge)), None)
-    above = next((limit.gt for limit in limits if isinstance(limit, Gt)), None)
+    least: Any = next((limit.ge for limit in limits if isinstance(limit, Ge)), None)
+    above: Any = next((limit.gt for limit in limits if isinstance(limit, Gt)), None)
     most = next((limit.le for limit in limits if isinstance(limit, Le)), None)
     if kind is int and above is not None:
         least, above = above + 1, None
