@@ -19,6 +19,7 @@ from torch import Tensor
 
 from data_pipelines.errors import UserError
 from worldmodel import WorldModel, load
+from worldmodel.build import build_model
 from worldmodel.commands.shared import check_counts, report_errors, write_result
 from worldmodel.config import Config, load_config
 from worldmodel.training.machine import fair_share_of_cores, keep_freed_memory, machine_description
@@ -43,7 +44,7 @@ def main() -> int:
         config = trained.config if trained else load_config(args.config)
         if config.data.source == "causal":
             raise UserError(f"{args.run or args.config} has data.source=causal: rollouts are timed on clips of video")
-        model = trained.model if trained else WorldModel(config).eval()
+        model = trained.model if trained else build_model(config).eval()
         result = bench(model, random_clips(config, args.queries), args.samples, args.steps, args.repeats)
         write_result(args.out, result)
         print(f"{summary(result)}\n{args.out}")

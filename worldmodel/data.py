@@ -42,12 +42,15 @@ Stream = VideoStream | MovingMnistStream | CausalStream
 
 
 class TrainingInputs(NamedTuple):
-    """What the model learns from: segments [B, S, T, C, H, W], the true r [B, R] of an oracle latent, actions [B, K, A]
-    of K steps of prediction; None for what the model does not take."""
+    """A batch as the model takes it, for K steps of prediction.
+
+    segments [B, L, T, C, H, W]; known_r [B, R], the true r of an oracle latent, [B, 0] for other latents; actions
+    [B, K, A], [B, K, 0] for a model without actions.
+    """
 
     segments: Tensor
-    known_r: Tensor | None
-    actions: Tensor | None
+    known_r: Tensor
+    actions: Tensor
 
 
 def training_inputs(batch: Batch, config: Config, steps: int, device: torch.device) -> TrainingInputs:
@@ -75,15 +78,15 @@ def segment_span(data: DataConfig) -> int:
     return data.num_frames * data.frame_stride
 
 
-def oracle_r(batch: Batch, config: Config, device: torch.device) -> Tensor | None:
-    """The true r [B, R] that an oracle latent takes from the labels; None for other latents.
+def oracle_r(batch: Batch, config: Config, device: torch.device) -> Tensor:
+    """Return the true r [B, R] that an oracle latent takes from the labels; [B, 0] for other latents.
 
     Raises:
         UserError: the videos have no such label, or not of that size.
     """
     name, labels = oracle_label(config), batch["labels"]
     if name is None:
-        return None
+        return torch.empty(len(batch["video"]), 0, device=device)
     if name not in labels:
         has = f"they have {', '.join(sorted(labels))}" if labels else "they have none"
         raise UserError(f"model.latent=oracle needs the label model.latent.label={name!r} of each video: {has}")
@@ -118,14 +121,14 @@ def labelled_actions(batch: Batch, config: Config, steps: int) -> Tensor:
     return taken.unflatten(1, (steps, num_frames)).flatten(2)
 
 
-def actions_of(batch: Batch, config: Config, steps: int, device: torch.device) -> Tensor | None:
-    """The actions that the model is conditioned on, [B, steps, A]; None for a passive model.
+def actions_of(batch: Batch, config: Config, steps: int, device: torch.device) -> Tensor:
+    """Return the actions that the model is conditioned on, [B, steps, A]; [B, steps, 0] for a model without actions.
 
     Raises:
         UserError: the videos have no such label of frames, or not of that size.
     """
     if not config.model.action_dim:
-        return None
+        return torch.empty(len(batch["video"]), steps, 0, device=device)
     actions = labelled_actions(batch, config, steps)
     size = actions.shape[2] // config.data.num_frames
     if size != config.model.action_dim:

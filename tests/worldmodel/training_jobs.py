@@ -23,8 +23,9 @@ from worldmodel.commands.shared import leave
 from worldmodel.config import load_config
 from worldmodel.data import evaluation_batches, training_stream
 from worldmodel.evaluation import forecast
+from worldmodel.nets.parallel import local_shard
 from worldmodel.training import loop as training
-from worldmodel.training.sharding import local, whole
+from worldmodel.training.sharding import whole
 
 
 def three_updates(out: Path, cases: dict[str, list[str]]) -> None:
@@ -52,7 +53,7 @@ def updates(name: str, path: str, overrides: list[str], out: Path) -> dict[str, 
     assert trainer.sharded == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
     for module in (trainer.student, trainer.teacher):
         if module is not None and trainer.sharded:
-            share = sum(local(parameter).numel() for parameter in module.parameters())
+            share = sum(local_shard(parameter).numel() for parameter in module.parameters())
             assert share < 0.55 * sum(parameter.numel() for parameter in module.parameters())
         if module is not None and name.endswith("in_parts"):
             module.eval()

@@ -41,9 +41,9 @@ from worldmodel.data import (
 from worldmodel.evaluation.probes import Splits, probe_all
 from worldmodel.evaluation.readout import Readout, choose_readout, fit_ridge
 from worldmodel.evaluation.scores import effective_rank, energy_score, forecast_scores, r_squared, retrieval_scores
+from worldmodel.nets.parallel import global_batch
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.report.illustrations import Fans, Illustrations, Latents
-from worldmodel.training.distributed import global_batch
 
 ENCODE_BATCH = 512
 BANK_CLIPS = 512
@@ -327,11 +327,9 @@ def _infer(
     for start in range(0, len(clips["state"]), EVALUATION_BATCH):
         rows = slice(start, start + EVALUATION_BATCH)
         state, seen, known_r, actions = (
-            clips[name][rows].to(device) if name in clips else None for name in ("state", "seen", "known_r", "actions")
+            clips[name][rows].to(device) for name in ("state", "seen", "known_r", "actions")
         )
-        assert state is not None
-        first = None if actions is None else actions[:, 0]
-        inferences.append(student.infer_from(state, seen, known_r, generator, action=first))
+        inferences.append(student.infer_from(state, seen, known_r, generator, action=actions[:, 0]))
     penalties = [inference.penalty.cpu() for inference in inferences if inference.penalty is not None]
     return torch.cat([inference.r.cpu() for inference in inferences]), torch.cat(penalties) if penalties else None
 
@@ -340,7 +338,7 @@ def mean_penalty(student: WorldModel, penalty: Tensor | None) -> dict[str, float
     """The mean of what the latent paid [N], by its name, such as {"kl_nats": 1.5}; nothing where it pays nothing."""
     if penalty is None:
         return {}
-    assert student.latent is not None and student.latent.penalty_name is not None
+    assert student.latent.penalty_name is not None
     return {student.latent.penalty_name: float(penalty.mean())}
 
 
@@ -359,7 +357,7 @@ def _futures(
     """Forecasts in the space of targets by name, [Q, S, H, D] each, one after the other as they are large."""
     horizon, num_samples = config.evaluation.horizon, num_futures(config, student)
     yield "model", roll_out(student, queries, horizon, num_samples, generator, device)
-    if student.latent is not None:
+    if student.latent.latent_dim:
         shuffled = roll_out(student, queries, horizon, num_samples, generator, device, shuffle=True)
         yield "shuffled_r", shuffled
         actions = None if queries.actions is None else queries.actions.to(device)
@@ -372,7 +370,7 @@ def _futures(
 
 def num_futures(config: Config, student: WorldModel) -> int:
     """Futures drawn for each query: without a latent there is one."""
-    return config.evaluation.num_samples if student.latent is not None else 1
+    return config.evaluation.num_samples if student.latent.latent_dim else 1
 
 
 def roll_out(

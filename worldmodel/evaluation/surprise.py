@@ -42,9 +42,11 @@ from data_pipelines.errors import UserError
 from data_pipelines.transforms import to_float
 from worldmodel.config import Config, DataConfig, VideosConfig
 from worldmodel.data import segment_span
-from worldmodel.nets.latents import GaussianLatent, kl_divergence
+from worldmodel.nets.distributions import kl_divergence
+from worldmodel.nets.latents import GaussianLatent, NoLatent
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.report.illustrations import Timeline
+from worldmodel.training.losses import TrainingModel
 
 SEGMENTS_AT_ONCE = 64
 TRANSITIONS_AT_ONCE = 512
@@ -68,7 +70,7 @@ MEASURES = Transitions._fields[1:]
 
 def video_surprise(
     config: Config,
-    model: WorldModel,
+    training: TrainingModel,
     target_encoder: nn.Module,
     path: Path,
     *,
@@ -86,7 +88,7 @@ def video_surprise(
             short for one transition.
     """
     data = config.data
-    check_model(model)
+    check_model(training.model)
     if data.source == "causal":
         raise UserError("surprise of a video file needs a run on videos: this one has data.source=causal")
     fps, decoder = (data.fps, data.decoder) if isinstance(data, VideosConfig) else (None, "auto")
@@ -100,7 +102,7 @@ def video_surprise(
         )  # fmt: skip
 
     found = score_transitions(
-        config, model, target_encoder, read(0, len(shown)), len(shown),
+        config, training, target_encoder, read(0, len(shown)), len(shown),
         name=f"video '{path}'", step_frames=step_frames, progress=progress,
     )  # fmt: skip
     peaks = find_peaks(found, data, num_peaks)
@@ -109,7 +111,7 @@ def video_surprise(
         video=path.name,
         frame=target_frame,
         time_s=video.shown_s()[target_frame] if video.fps else None,
-        unit=surprise_unit(model),
+        unit=surprise_unit(training),
         surprise=found.surprise,
         kl_nats=found.kl_nats,
         prediction_error=found.prediction_error,
@@ -126,7 +128,7 @@ def video_surprise(
 
 def clip_surprise(
     config: Config,
-    model: WorldModel,
+    training: TrainingModel,
     target_encoder: nn.Module,
     clip: Tensor,
     *,
@@ -135,9 +137,9 @@ def clip_surprise(
     progress: bool = False,
 ) -> Timeline:
     """As `video_surprise`, of frames in memory: [T, C, H, W], uint8 or in [0, 1], of any T that holds a transition."""
-    check_model(model)
+    check_model(training.model)
     found = score_transitions(
-        config, model, target_encoder, clip.cpu().numpy(), len(clip),
+        config, training, target_encoder, clip.cpu().numpy(), len(clip),
         name="the clip", step_frames=step_frames, progress=progress,
     )  # fmt: skip
     span = segment_span(config.data)
@@ -147,7 +149,7 @@ def clip_surprise(
         video="clip",
         frame=found.start + span,
         time_s=None,
-        unit=surprise_unit(model),
+        unit=surprise_unit(training),
         surprise=found.surprise,
         kl_nats=found.kl_nats,
         prediction_error=found.prediction_error,
@@ -161,7 +163,7 @@ def clip_surprise(
 
 def obstacle(model: WorldModel) -> str | None:
     """Why the model cannot score videos, in a sentence; None where it can."""
-    if model.latent is not None and not isinstance(model.latent, GaussianLatent):
+    if not isinstance(model.latent, NoLatent | GaussianLatent):
         return "surprise needs a run with model.latent=gaussian or none: an r of another kind has no KL(q || p)"
     if model.action_dim:
         return "surprise of a video needs a passive run: this one is conditioned on actions (model.action_dim)"
@@ -175,14 +177,14 @@ def check_model(model: WorldModel) -> None:
         raise UserError(reason)
 
 
-def weighs_kl(model: WorldModel) -> bool:
+def weighs_kl(training: TrainingModel) -> bool:
     """Whether there is a KL in the training loss, so that beta says what an error is worth in nats."""
-    return model.latent is not None and model.beta > 0
+    return training.model.latent.latent_dim > 0 and training.beta > 0
 
 
-def surprise_unit(model: WorldModel) -> str:
+def surprise_unit(training: TrainingModel) -> str:
     """As Timeline.unit has it."""
-    return "nats" if weighs_kl(model) else "units of the loss"
+    return "nats" if weighs_kl(training) else "units of the loss"
 
 
 # ---------------------------------------------------------------------------------------------------- transitions
@@ -191,7 +193,7 @@ def surprise_unit(model: WorldModel) -> str:
 @torch.no_grad()
 def score_transitions(
     config: Config,
-    model: WorldModel,
+    training: TrainingModel,
     target_encoder: nn.Module,
     frames: Iterable[Frame],
     num_frames: int,
@@ -201,7 +203,7 @@ def score_transitions(
     progress: bool = False,
 ) -> Transitions:
     """Score the transitions of `num_frames` frames, uint8 or in [0, 1], each [C, H, W]; `name` names them in errors."""
-    data, device = config.data, next(model.parameters()).device
+    model, data, device = training.model, config.data, next(training.parameters()).device
     step = segment_span(data) if step_frames is None else step_frames
     if step < 1:
         raise UserError(f"step_frames={step} must be at least 1")
@@ -218,7 +220,7 @@ def score_transitions(
             video = to_float(torch.from_numpy(np.stack(batch)).to(device))
             features = model.embedder.features(video)
             own.append(model.state_of(features))
-            kept.append(features[:, :0] if model.scene is None else model.scene.kept(features))
+            kept.append(model.scene.project(features))
             shared = target_encoder is model.embedder
             as_target.append(model.embedding_of(own[-1]) if shared else target_encoder(video))
             bar.update(len(batch))
@@ -226,23 +228,22 @@ def score_transitions(
     scores = []
     for part in np.split(starts, range(TRANSITIONS_AT_ONCE, len(starts), TRANSITIONS_AT_ONCE)):
         context, target, seen = (np.searchsorted(segments, part + span * at) for at in (0, 1, model.seen_at))
-        kl, error = measure(model, own_of[context], target_of[target], model.embedding_of(own_of[seen]))
-        scene = kl.new_zeros(len(kl))
-        if model.scene is not None:
-            scene = model.scene.change_nats(kept_of[context], kept_of[target])
-        surprise = kl + error / model.beta + scene if weighs_kl(model) else error
+        kl, error = measure(training, own_of[context], target_of[target], model.embedding_of(own_of[seen]))
+        scene = model.scene.change_nats(kept_of[context], kept_of[target])
+        surprise = kl + error / training.beta + scene if weighs_kl(training) else error
         scores.append(torch.stack([surprise, kl, error, scene]).cpu())
     return Transitions(starts, *torch.cat(scores, dim=1).numpy())
 
 
-def measure(model: WorldModel, state: Tensor, target: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+def measure(training: TrainingModel, state: Tensor, target: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q || p) in nats and the posterior's prediction error, both [B], from states [B, D + Z] to embeddings [B, D].
 
     The KL is in closed form for a single Gaussian as prior; otherwise, and the error always, a mean over NUM_DRAWS
     draws of q. All transitions take the same standard normal numbers, so that none depends on which others are scored
     with it. Without a latent the KL is 0.
     """
-    if model.latent is None:
+    model = training.model
+    if isinstance(model.latent, NoLatent):
         kl, draws = state.new_zeros(len(state)), [state[:, :0]]
     else:
         assert isinstance(model.latent, GaussianLatent)
@@ -253,7 +254,7 @@ def measure(model: WorldModel, state: Tensor, target: Tensor, seen: Tensor) -> t
         kl = torch.stack([kl_divergence(posterior, prior, r) for r in draws]).mean(dim=0)
     context = model.embedding_of(state)
     edited = (model.embedding_of(model.edit(state, r)) for r in draws)
-    errors = [model.objective.prediction_error(embedding, target, context) for embedding in edited]
+    errors = [training.objective.prediction_error(embedding, target, context) for embedding in edited]
     return kl, torch.stack(errors).mean(dim=0)
 
 

@@ -54,7 +54,7 @@ def detect_events(run: TrainedRun, num_videos: int, seed: int) -> dict[str, dict
 
     def score(video: Tensor) -> Transitions:
         frames = (video * 255).round().byte().numpy()
-        return score_transitions(run.config, run.model, run.target_encoder, frames, len(frames), name="a video")
+        return score_transitions(run.config, run.training, run.target_encoder, frames, len(frames), name="a video")
 
     untouched: list[Transitions] = []
     scored: dict[str, list[tuple[Transitions, Planted]]] = {event: [] for event in EVENTS}

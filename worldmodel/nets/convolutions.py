@@ -1,15 +1,17 @@
-"""Convolutions whose weight gradients are right where those of oneDNN, which PyTorch calls on CPUs, are not.
+"""Convolutions that avoid wrong weight gradients of oneDNN, which PyTorch calls on CPUs.
 
-Four faults, by the name that ONEDNN_VERBOSE=1 shows, of oneDNN 3.12 (PyTorch 2.13); benchmarks/probe_conv3d.py tries
-every shape:
+oneDNN 3.12 (PyTorch 2.13) has four faults, listed by the name that ONEDNN_VERBOSE=1 prints.
+benchmarks/probe_conv3d.py tries every shape.
 
-- `brgconv_bwd_w:*amx*`, 16 bits, volumes. It copies the rows of a frame block by block into a buffer that holds one
-  block per frame, but places each block as if the buffer held the whole height. Where a frame takes more than one
-  block, what lies behind the buffer is overwritten: a segmentation fault, or wrong gradients.
-- `jit_bf16:avx512_core_bf16`, volumes of two frames, a kernel of three over time: it reads a frame behind the last one.
-- `jit_bf16:avx512_core_bf16`, images of one pixel, a larger kernel with a stride: it reads memory that nothing wrote.
+- `brgconv_bwd_w:*amx*`, 16 bits, volumes. It copies the rows of a frame in blocks into a buffer that holds one block
+  per frame, but places each block as if the buffer held the whole height. If a frame takes more than one block, it
+  writes past the end of the buffer: a segmentation fault, or wrong gradients.
+- `jit_bf16:avx512_core_bf16`, volumes of two frames, a kernel of three over time. It reads past the last frame.
+- `jit_bf16:avx512_core_bf16`, images of one pixel, a larger kernel with a stride. It reads uninitialised memory.
 - `jit_1x1:avx512_core` and `jit_1x1:avx2`, fp32, channels-last, a kernel of one pixel with a stride, fewer than 16 (8)
-  channels: it writes behind its buffer.
+  channels. It writes past the end of its buffer.
+
+Legend: B clips or images, C channels, T frames, H = W pixels.
 """
 
 from math import ceil
@@ -19,16 +21,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from worldmodel.training.machine import has_amx
-
 CACHE_BYTES = 0.8 * 0.75 * 2**20
-"""Part of the L2 cache that oneDNN fills with a block of rows, of 1 MiB: processors with AMX have 2 MiB per core."""
+"""Part of the L2 cache that oneDNN fills with a block of rows, of 1 MiB. Processors with AMX have 2 MiB per core."""
 
 
 class Conv3d(nn.Conv3d):
     """nn.Conv3d whose kernel extends over space, (1, k, k), or over time, (k, 1, 1), padded by k // 2, without bias.
 
-    Where oneDNN's gradient would be at fault, the same products are computed as a convolution of images.
+    Shapes with a faulty oneDNN gradient are computed as a convolution of images, with the same products.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: tuple[int, int, int], stride_px: int) -> None:
@@ -41,14 +41,14 @@ class Conv3d(nn.Conv3d):
     def forward(self, volume: Tensor) -> Tensor:
         """volume [B, C, T, H, W] -> [B, C', T, H', W']."""
         num_frames, height_px, width_px = volume.shape[2:]
-        at_fault = skips_a_frame(self, num_frames) or (self.has_amx and splits_rows(self, height_px, width_px))
-        return conv3d_by_conv2d(self, volume) if at_fault and bits_on_cpu(volume) == 16 else super().forward(volume)
+        is_faulty = skips_a_frame(self, num_frames) or (self.has_amx and splits_rows(self, height_px, width_px))
+        return conv3d_by_conv2d(self, volume) if is_faulty and bits_on_cpu(volume) == 16 else super().forward(volume)
 
 
 class Conv2d(nn.Conv2d):
     """nn.Conv2d with a square kernel, padded by k // 2, without bias.
 
-    Where oneDNN's gradient would be at fault, the same products are computed by a kernel of one pixel without a stride.
+    Shapes with a faulty oneDNN gradient are computed by a kernel of one pixel without a stride, with the same products.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_px: int, stride_px: int) -> None:
@@ -60,6 +60,11 @@ class Conv2d(nn.Conv2d):
         return conv2d_of_centre(self, images) if faults.get(bits_on_cpu(images)) else super().forward(images)
 
 
+def has_amx() -> bool:
+    """Return True if the processor multiplies tiles of matrices (Intel AMX)."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
 def bits_on_cpu(values: Tensor) -> int:
     """Return the bits per number in which a convolution of `values` runs on the CPU; 0 on other devices."""
     if values.device.type != "cpu":
@@ -69,21 +74,21 @@ def bits_on_cpu(values: Tensor) -> int:
 
 
 def skips_a_frame(conv: nn.Conv3d, num_frames: int) -> bool:
-    """Return True where a kernel over time is longer than the clip, of two frames or more."""
+    """Return True if a kernel over time is longer than the clip, of two frames or more."""
     return 1 < num_frames < conv.kernel_size[0]
 
 
 def splits_rows(conv: nn.Conv3d, height_px: int, width_px: int) -> bool:
-    """Return True where oneDNN's AMX weight gradient may split the rows of a frame into blocks.
+    """Return True if oneDNN's AMX weight gradient may split the rows of a frame into blocks.
 
-    The estimate follows oneDNN's choice (`init_conf_bwd_w`), rounded to the safe side: one thread, and a small cache.
+    The estimate follows oneDNN's choice (`init_conf_bwd_w`) and errs on the safe side: one thread and a small cache.
     """
     kernel_px, stride_px = conv.kernel_size[1], conv.stride[1]
     if kernel_px == stride_px == 1 and width_px <= 28:
-        return False  # the frame is one row then
+        return False  # oneDNN treats the frame as one row
     out_height_px, out_width_px = ((px - 1) // stride_px + 1 for px in (height_px, width_px))
     in_width_px = ceil((width_px + 2 * (kernel_px // 2)) / stride_px)
-    # Two bytes a value, 16 channels a block, once as they come and once in the order that AMX takes.
+    # Two bytes per value and 16 channels per block, stored twice: as they come, and in the order of AMX.
     in_row_bytes = 64 * ceil(conv.in_channels / 16) * 32 * ceil(in_width_px / 32) * stride_px
     out_row_bytes = 64 * ceil(conv.out_channels / 16) * 32 * ceil(out_width_px / 32)
     rows = (CACHE_BYTES - kernel_px * in_row_bytes) / (in_row_bytes + out_row_bytes)
@@ -91,10 +96,10 @@ def splits_rows(conv: nn.Conv3d, height_px: int, width_px: int) -> bool:
 
 
 def conv3d_by_conv2d(conv: nn.Conv3d, volume: Tensor) -> Tensor:
-    """Return what `conv` returns, [B, C, T, H, W] -> [B, C', T, H', W'], by a convolution of images.
+    """Compute `conv` by a convolution of images: [B, C, T, H, W] -> [B, C', T, H', W'].
 
-    A kernel over space sees B * T frames, one over time B images of T rows and H * W columns. Nothing is copied where
-    `volume` is channels-last.
+    A kernel over space sees B * T frames, a kernel over time B images of T rows and H * W columns. A channels-last
+    `volume` is not copied.
     """
     (kernel_frames, kernel_px, _), stride_px = conv.kernel_size, conv.stride[1]
     if kernel_frames == 1:
@@ -106,17 +111,17 @@ def conv3d_by_conv2d(conv: nn.Conv3d, volume: Tensor) -> Tensor:
 
 
 def has_one_strided_pixel(conv: nn.Conv2d, height_px: int, width_px: int) -> bool:
-    """Return True where a kernel of more than one pixel moves in steps over an image of one."""
+    """Return True if a kernel of more than one pixel strides over an image of one pixel."""
     return (height_px, width_px) == (1, 1) and conv.kernel_size[0] > 1 and conv.stride[0] > 1
 
 
 def has_few_strided_channels(conv: nn.Conv2d) -> bool:
-    """Return True where a kernel of one pixel moves in steps over fewer channels than a register holds."""
+    """Return True if a kernel of one pixel strides over fewer channels than a register holds."""
     return conv.kernel_size[0] == 1 and conv.stride[0] > 1 and conv.in_channels < 16
 
 
 def conv2d_of_centre(conv: nn.Conv2d, images: Tensor) -> Tensor:
-    """Return what `conv` returns, [B, C, H, W] -> [B, C', H', W'], where only the kernel's centre meets a pixel."""
+    """Compute `conv` if only the kernel's centre meets a pixel: [B, C, H, W] -> [B, C', H', W']."""
     centre_px, stride_px = conv.kernel_size[0] // 2, conv.stride[0]
     centre = conv.weight[:, :, centre_px : centre_px + 1, centre_px : centre_px + 1]
     met = images[:, :, ::stride_px, ::stride_px].contiguous(memory_format=torch.channels_last)

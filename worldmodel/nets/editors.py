@@ -1,8 +1,10 @@
-"""Editors t(z, r): the embedding of a future, given that of the past and the latent.
+"""Editors t(z, r): from the embedding of the past and the latent to the embedding of a future.
 
-An editor may end in a predictor, an MLP that only the prediction passes through: BYOL and its kin need that asymmetry.
+An editor may end in a predictor, an MLP that only the prediction passes through. BYOL and related objectives need that
+asymmetry.
 
-Legend: B clips, D embedding dimensions, R latent dimensions.
+Legend: B clips, D embedding dimensions, R latent dimensions. The editor's r also holds the scene code and the action,
+if the model has them.
 """
 
 import torch
@@ -16,7 +18,7 @@ from worldmodel.nets.encoders import mlp
 class MlpEditor(nn.Module):
     """t([f(x), r]), an MLP with two hidden layers (AdaSSL, arXiv 2602.02381, appendix D.5).
 
-    It is itself a predictor. With latent_dim 0 it is BYOL's: one future for each past.
+    The MLP is also the predictor. With latent_dim 0 it is BYOL's: one future for each past.
     """
 
     def __init__(self, embedding_dim: int, hidden_dim: int, latent_dim: int, norm: Norm = "batch") -> None:
@@ -24,27 +26,27 @@ class MlpEditor(nn.Module):
         self.net = mlp([embedding_dim + latent_dim, hidden_dim, hidden_dim, embedding_dim], norm=norm)
 
     def forward(self, context: Tensor, r: Tensor) -> Tensor:
-        """context [B, D], r [B, R] -> edited [B, D]."""
+        """Edit context [B, D] by r [B, R]: [B, D]."""
         return self.net(torch.cat([context, r], dim=-1))
 
 
 class ResidualEditor(nn.Module):
-    """t = f(x) + MLP([f(x), r]): small changes of state from step to step, as planning over many steps wants them."""
+    """t = f(x) + MLP([f(x), r]): small changes per step, which suit planning over many steps."""
 
     def __init__(self, embedding_dim: int, hidden_dim: int, latent_dim: int, norm: Norm = "batch") -> None:
         super().__init__()
         self.net = mlp([embedding_dim + latent_dim, hidden_dim, hidden_dim, embedding_dim], norm=norm)
 
     def forward(self, context: Tensor, r: Tensor) -> Tensor:
-        """context [B, D], r [B, R] -> edited [B, D]."""
+        """Edit context [B, D] by r [B, R]: [B, D]."""
         return context + self.net(torch.cat([context, r], dim=-1))
 
 
 class SumEditor(nn.Module):
-    """t = f(x) + r, the plain sum (AdaSSL, arXiv 2602.02381); R is D, or 0 without a latent."""
+    """t = f(x) + r, the plain sum (AdaSSL, arXiv 2602.02381). R is D, or 0 without a latent."""
 
     def forward(self, context: Tensor, r: Tensor) -> Tensor:
-        """context [B, D], r [B, D] or [B, 0] -> edited [B, D]."""
+        """Add r [B, D] or [B, 0] to context [B, D]: [B, D]."""
         return context + r if r.shape[1] else context
 
 
@@ -62,10 +64,25 @@ class LowRankEditor(nn.Module):
         self.shift = nn.Parameter(torch.zeros(latent_dim, embedding_dim))
 
     def forward(self, context: Tensor, r: Tensor) -> Tensor:
-        """context [B, D], r [B, R] -> edited [B, D]."""
+        """Edit context [B, D] by r [B, R]: [B, D]."""
         gate = torch.tanh(r)
         reduced = self.down(context).unflatten(-1, self.up.shape[:2]) * gate.unsqueeze(-1)
         return context + einsum(reduced, self.up, "b i k, i k d -> b d") + gate @ self.shift
+
+
+class WithPredictor(nn.Module):
+    """An editor followed by BYOL's predictor (Grill et al., arXiv 2006.07733, section 3)."""
+
+    def __init__(
+        self, editor: SumEditor | LowRankEditor, embedding_dim: int, hidden_dim: int, norm: Norm = "batch"
+    ) -> None:
+        super().__init__()
+        self.editor = editor
+        self.predictor = mlp([embedding_dim, hidden_dim, embedding_dim], norm=norm)
+
+    def forward(self, context: Tensor, r: Tensor) -> Tensor:
+        """Edit context [B, D] by r [B, R]: [B, D]."""
+        return self.predictor(self.editor(context, r))
 
 
 def make_editor(
@@ -84,18 +101,3 @@ def make_editor(
     is_low_rank = isinstance(config, LowRankEditorConfig) and latent_dim
     plain = LowRankEditor(embedding_dim, latent_dim) if is_low_rank else SumEditor()
     return WithPredictor(plain, embedding_dim, hidden_dim, config.norm) if predictor else plain
-
-
-class WithPredictor(nn.Module):
-    """An editor followed by BYOL's predictor (Grill et al., arXiv 2006.07733, section 3)."""
-
-    def __init__(
-        self, editor: SumEditor | LowRankEditor, embedding_dim: int, hidden_dim: int, norm: Norm = "batch"
-    ) -> None:
-        super().__init__()
-        self.editor = editor
-        self.predictor = mlp([embedding_dim, hidden_dim, embedding_dim], norm=norm)
-
-    def forward(self, context: Tensor, r: Tensor) -> Tensor:
-        """context [B, D], r [B, R] -> edited [B, D]."""
-        return self.predictor(self.editor(context, r))

@@ -1,11 +1,11 @@
 """Encoders: clip -> features -> embedding.
 
-Legend: B clips, T frames, C channels, H = W pixels, F features, D embedding dimensions.
+Legend: B clips, T frames, C channels, H = W pixels, F features, D embedding dimensions, I images, M numbers per map.
 """
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,21 +24,20 @@ from worldmodel.config import (
     VitConfig,
 )
 from worldmodel.nets.convolutions import Conv2d, Conv3d
+from worldmodel.nets.parallel import all_gather
 from worldmodel.nets.pretrained import PretrainedEncoder
 from worldmodel.nets.vit import VIT_SIZES, VitEncoder
-from worldmodel.training.distributed import gathered
 
 NUM_MOMENTS = {"mean": 1, "moments": 6}
-"""Numbers that pooling keeps of each feature map. The mean forgets where a feature is; first moments, of the pixels'
-coordinates weighed by the map, tell its place, and second ones its extent."""
+"""Numbers that pooling keeps per feature map. The mean loses a feature's position. First moments, of the pixels'
+coordinates weighted by the map, give its position, and second moments its extent."""
 
 
 class Conv3dEncoder(nn.Module):
     """The video encoder of AdaSSL (arXiv 2602.02381, appendix D.5): five convolutions, each with BN and ReLU.
 
     Channels 32, 64, 128, 128, 256 times `width`; kernels space, space, time, time, space; spatial strides 2, 2, 1, 1,
-    2; the number of frames is kept. The mean over height and width, or more moments, leaves F = channels * moments * T
-    features.
+    2. The number of frames is kept. Pooling over height and width gives F = channels * moments * T features.
     """
 
     CHANNELS = (32, 64, 128, 128, 256)
@@ -62,18 +61,18 @@ class Conv3dEncoder(nn.Module):
         self.num_features = channels * NUM_MOMENTS[pooling] * num_frames
 
     def forward(self, video: Tensor) -> Tensor:
-        """video [B, T, C, H, W] in [0, 1] -> features [B, F]."""
+        """Encode video [B, T, C, H, W] in [0, 1]: features [B, F]."""
         volume = rearrange(video, "b t c h w -> b c t h w").contiguous(memory_format=torch.channels_last_3d)
         pooled = _pooled(rearrange(self.layers(volume), "b c t h w -> (b t) c h w"), self.pooling)
         return rearrange(pooled, "(b t) c -> b (c t)", b=len(video))
 
 
 class ResNetEncoder(nn.Module):
-    """For larger frames (128 px and up): a residual network on each frame, then a convolution over time.
+    """An encoder for larger frames (128 px and up): a residual network on each frame, then a convolution over time.
 
     Four stages of two basic blocks (He et al., arXiv 1512.03385, table 1, ResNet-18) at channels 64, 128, 256, 512
-    times `width`, total stride 32. The mean over height and width, or more moments, leaves [B, C * moments, T]; one
-    convolution over time mixes the frames; F = channels * T features.
+    times `width`, total stride 32. Pooling over height and width gives channels * moments numbers per frame. One
+    convolution over time mixes the frames. F = channels * T features.
     """
 
     CHANNELS = (64, 128, 256, 512)
@@ -104,7 +103,7 @@ class ResNetEncoder(nn.Module):
         self.num_features = channels * num_frames
 
     def forward(self, video: Tensor) -> Tensor:
-        """video [B, T, C, H, W] in [0, 1] -> features [B, F]."""
+        """Encode video [B, T, C, H, W] in [0, 1]: features [B, F]."""
         images = rearrange(video, "b t c h w -> (b t) c h w").contiguous(memory_format=torch.channels_last)
         pooled = _pooled(self.frames(images), self.pooling)
         return self.time(rearrange(pooled, "(b t) c -> b c t", b=len(video))).flatten(1)
@@ -132,18 +131,18 @@ class _BasicBlock(nn.Module):
 
 
 class MlpEncoder(nn.Module):
-    """For observations that are vectors: a clip [B, T, C, 1, 1] through three layers of 256 times `width` units."""
+    """An encoder for vector observations, clips [B, T, C, 1, 1]: three layers of 256 times `width` units."""
 
     def __init__(self, in_channels: int, num_frames: int, width: float) -> None:
         super().__init__()
         self.num_features = _scaled(256, width)
-        # Leaky, and without batch norm: what is learned goes on in a straight line outside the range of training.
+        # Leaky, and without batch norm: the function continues linearly outside the range of training.
         dims = [in_channels * num_frames, self.num_features, self.num_features, self.num_features]
         layers = [layer for pair in pairwise(dims) for layer in (nn.Linear(*pair), nn.LeakyReLU(0.2))]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, video: Tensor) -> Tensor:
-        """video [B, T, C, 1, 1] -> features [B, F]."""
+        """Encode video [B, T, C, 1, 1]: features [B, F]."""
         return self.layers(video.flatten(1))
 
 
@@ -168,10 +167,14 @@ def make_encoder(config: EncoderConfig, data: DataConfig) -> Encoder:
 def mlp(
     dims: Sequence[int], *, final_norm: bool = False, learned_scale: bool = True, norm: Norm = "batch"
 ) -> nn.Sequential:
-    """Linear layers, with BN and ReLU, LN and GELU or ReLU alone between them: [B, dims[0]] -> [B, dims[-1]].
+    """Build an MLP [B, dims[0]] -> [B, dims[-1]].
 
-    `final_norm` ends in BN instead of a bare Linear layer, with a scale and shift that are learned or, without
-    `learned_scale`, 1 and 0. A Linear layer before BN has no bias, which BN would cancel.
+    Between its Linear layers are BN and ReLU (norm="batch"), LN and GELU ("layer"), or ReLU alone ("none"). A Linear
+    layer before BN has no bias, which BN would cancel.
+
+    Args:
+        final_norm: end in BN instead of a bare Linear layer.
+        learned_scale: the final BN learns a scale and a shift. Otherwise they are 1 and 0.
     """
     layers: list[nn.Module] = []
     for index, (fan_in, fan_out) in enumerate(pairwise(dims)):
@@ -189,15 +192,22 @@ def mlp(
 
 
 class Embedder(nn.Module):
-    """Encoder and projector: clip -> embedding, normalised in one of three ways (config: model.embedding_norm).
+    """Encoder and projector: clip -> embedding.
 
-    A cosine fixes an embedding only up to its length, so on the sphere all embeddings (the encoder's, the teacher's and
-    the editor's) are brought to one length. That keeps coordinates of order 1 and lets a prediction be fed back.
+    Args:
+        encoder: any module from clips [B, T, C, H, W] to features [B, F] with an attribute `num_features`, its F.
+        hidden_dims: sizes of the projector's hidden layers.
+        embedding_dim: D.
+        norm: "sphere" gives every embedding the length sqrt(D). "standard" ends in batch norm, "white" in `Whitening`.
+        learned_scale: as in `mlp`.
+
+    A cosine determines an embedding only up to its length. On the sphere, the embeddings of encoder, teacher and editor
+    therefore have one length. That keeps coordinates of order 1 and lets a prediction be fed back.
     """
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: nn.Module,
         hidden_dims: Sequence[int],
         embedding_dim: int,
         norm: Literal["sphere", "standard", "white"],
@@ -205,31 +215,36 @@ class Embedder(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder
+        self.num_features = cast(int, encoder.num_features)
+        self.embedding_dim = embedding_dim
         self.norm = norm
-        dims = [encoder.num_features, *hidden_dims, embedding_dim]
+        dims = [self.num_features, *hidden_dims, embedding_dim]
         self.projector = mlp(dims, final_norm=norm != "white", learned_scale=learned_scale)
         if norm == "white":
             self.projector.append(Whitening(embedding_dim))
 
     def forward(self, video: Tensor) -> Tensor:
-        """video [B, T, C, H, W] in [0, 1] -> embedding float32 [B, D]."""
+        """Embed video [B, T, C, H, W] in [0, 1]: float32 [B, D]."""
         return self.project(self.features(video))
 
     def features(self, video: Tensor) -> Tensor:
-        """video [B, T, C, H, W] in [0, 1] -> the encoder's features [B, F], before the projector."""
+        """Return the encoder's features [B, F] of video [B, T, C, H, W] in [0, 1], before the projector."""
         return self.encoder(video)
 
     def project(self, features: Tensor) -> Tensor:
-        """The encoder's features [B, F] -> embedding float32 [B, D]."""
-        embedding = self.projector(features).float()
+        """Embed the encoder's features [B, F]: float32 [B, D]."""
+        return self.normalise(self.projector(features).float())
+
+    def normalise(self, embedding: Tensor) -> Tensor:
+        """Bring embeddings, or predictions of them, [..., D] to the length sqrt(D), if `norm` is "sphere"."""
         return normalise(embedding) if self.norm == "sphere" else embedding
 
 
 class Whitening(nn.Module):
     """Batch norm that also decorrelates: y = L^-1 (x - mean), L L^T the covariance (Huang et al., arXiv 1804.08450).
 
-    Batch statistics in training, running ones in evaluation. Without it a linear layer before the loss can undo any
-    constant metric on the embedding.
+    Training uses batch statistics of the ambient `global_batch` (worldmodel/nets/parallel.py), evaluation running ones.
+    Without whitening, a linear layer before the loss can undo any constant metric on the embedding.
     """
 
     def __init__(self, dim: int, momentum: float = 0.1) -> None:
@@ -241,11 +256,11 @@ class Whitening(nn.Module):
         self.register_buffer("running_covariance", torch.eye(dim))
 
     def forward(self, values: Tensor) -> Tensor:
-        """[B, D] -> float32 [B, D]."""
+        """Whiten [B, D]: float32 [B, D]."""
         with torch.autocast(values.device.type, enabled=False):
             values = values.float()
             if self.training:
-                batch = gathered(values)
+                batch = all_gather(values)
                 mean = batch.mean(dim=0)
                 centred = batch - mean
                 covariance = centred.T @ centred / len(batch)
@@ -257,20 +272,20 @@ class Whitening(nn.Module):
             # Relative to the mean variance: an untrained network's embeddings may be tiny.
             floor = 1e-4 * covariance.diagonal().mean() + 1e-12
             stable = covariance + floor * torch.eye(len(mean), device=mean.device)
-            factor = torch.linalg.cholesky_ex(stable).L  # unlike cholesky, no GPU is asked whether it went well
+            factor = torch.linalg.cholesky_ex(stable).L  # unlike cholesky, no GPU is synchronised for an error code
             return torch.linalg.solve_triangular(factor, (values - mean).T, upper=False).T
 
 
 def normalise(embedding: Tensor) -> Tensor:
-    """[..., D] -> float32 [..., D] of Euclidean length sqrt(D)."""
+    """Scale [..., D] to Euclidean length sqrt(D): float32 [..., D]."""
     return F.normalize(embedding.float(), dim=-1) * embedding.shape[-1] ** 0.5
 
 
 def _pooled(maps: Tensor, pooling: Pooling) -> Tensor:
-    """[N, C, H, W] -> [N, C * NUM_MOMENTS[pooling]], as a product with the pixels' weights.
+    """Pool maps [I, C, H, W] by a product with the pixels' weights: [I, C * M], M = NUM_MOMENTS[pooling].
 
-    Its gradient is dense and lies in memory as channels-last values do. That of `mean` is one number for all pixels,
-    spread by strides, with which the layers below took a quarter of a CPU step longer.
+    The gradient of the product is dense and channels-last. That of `Tensor.mean` is an expanded scalar, with which the
+    layers below take a quarter of a CPU step longer.
     """
     num_pixels = maps.shape[2] * maps.shape[3]
     weights = pixel_weights(maps.shape[2], maps.shape[3], pooling, maps.device)
@@ -278,7 +293,7 @@ def _pooled(maps: Tensor, pooling: Pooling) -> Tensor:
     if pooling == "mean":
         sums = weights.to(maps).expand(len(maps), -1, -1) @ pixels
         return rearrange(sums / num_pixels, "n k c -> n (c k)")
-    # In bf16 a place would be a tenth of a pixel off.
+    # In bf16 a position would be a tenth of a pixel off.
     with torch.autocast(maps.device.type, enabled=False):
         mass, moments = (weights.expand(len(maps), -1, -1) @ pixels.float()).split([1, len(weights) - 1], dim=1)
         pooled = torch.cat([mass / num_pixels, moments / (mass + EMPTY_MASS)], dim=1)
@@ -286,12 +301,14 @@ def _pooled(maps: Tensor, pooling: Pooling) -> Tensor:
 
 
 EMPTY_MASS = 0.05
-"""Added to the sum of a map, which is never negative, so that an empty one has its centre in the middle."""
+"""Added to the sum of a map, which is never negative, so that the centre of an empty map is in the middle."""
 
 
 def pixel_weights(height: int, width: int, pooling: Pooling, device: torch.device) -> Tensor:
-    """What pixels count for each number that pooling keeps, [K, H * W]: 1, and with "moments" x, y, x^2, x y, y^2; x
-    and y run from -1 to 1."""
+    """Return the weights of pixels in each number that pooling keeps: [M, H * W].
+
+    They are 1, and with "moments" also x, y, x^2, x y, y^2; x and y run from -1 to 1.
+    """
     y = torch.linspace(-1, 1, height, device=device)[:, None].expand(height, width)
     x = torch.linspace(-1, 1, width, device=device).expand(height, width)
     ones = torch.ones(height, width, device=device)

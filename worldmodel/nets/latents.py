@@ -1,14 +1,12 @@
-"""The latent variable r: what the past does not decide.
+"""The latent variable r, which captures what the past does not determine.
 
-How r is inferred in training (Gaussian, sparse, oracle) and the priors p(r | f(x)) that it is drawn from afterwards.
-A model without a latent has none of these.
+A latent infers r in training (Gaussian, sparse, oracle) and has a prior p(r | f(x)), from which r is drawn afterwards.
+`NoLatent` stands in for a model without a latent: its r has no dimensions.
 
-Legend: B clips, D embedding dimensions, R latent dimensions, K components of a prior.
+Legend: B clips, D context dimensions, R latent dimensions, K components of a prior.
 """
 
-import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -17,131 +15,16 @@ from torch import Tensor, nn
 
 from data_pipelines.errors import UserError
 from worldmodel.config import External, GaussianConfig, LatentConfig, NoLatentConfig, SparseConfig
+from worldmodel.nets.distributions import Certain, Flow, Gaussian, Mixture, SpikeAndSlab, bernoulli_mask, kl_divergence
 from worldmodel.nets.encoders import mlp
-from worldmodel.training.distributed import multinomial_rows, rand_rows, randn_rows
 
-# ------------------------------------------------------------------------------------------------- distributions
-
-
-class Distribution(Protocol):
-    """One distribution of r for each of B clips."""
-
-    @property
-    def mean(self) -> Tensor:
-        """[B, R]"""
-        ...
-
-    def draw(self, generator: torch.Generator | None = None) -> Tensor:
-        """One draw for each clip: [B, R]."""
-        ...
-
-    def log_density(self, r: Tensor) -> Tensor:
-        """r [B, R] -> [B] in nats."""
-        ...
-
-
-class Gaussian(NamedTuple):
-    """Diagonal Gaussians: mean and scale, each float32 [..., R]."""
-
-    mean: Tensor
-    scale: Tensor
-
-    def draw(self, generator: torch.Generator | None = None) -> Tensor:
-        """One reparameterised draw [..., R]."""
-        return self.mean + self.scale * randn_rows(self.mean, generator)
-
-    def log_density(self, r: Tensor) -> Tensor:
-        """r [..., R] -> log density [...] in nats."""
-        return self.log_densities(r).sum(dim=-1)
-
-    def log_densities(self, r: Tensor) -> Tensor:
-        """r [..., R] -> log density of each coordinate, [..., R] in nats."""
-        standard = (r - self.mean) / self.scale
-        return -(0.5 * standard.square() + self.scale.log() + 0.5 * math.log(2 * math.pi))
-
-
-class Mixture(NamedTuple):
-    """Mixtures of K diagonal Gaussians: log_weights [B, K] (normalised), components of mean and scale [B, K, R]."""
-
-    log_weights: Tensor
-    components: Gaussian
-
-    @property
-    def mean(self) -> Tensor:
-        """[B, R]"""
-        return (self.log_weights.exp().unsqueeze(-1) * self.components.mean).sum(dim=1)
-
-    def draw(self, generator: torch.Generator | None = None) -> Tensor:
-        """One draw [B, R]; no gradient flows to the weights."""
-        return Gaussian(*_choose(self.log_weights, self.components, generator)).draw(generator)
-
-    def log_density(self, r: Tensor) -> Tensor:
-        """r [B, R] -> log density [B] in nats."""
-        return torch.logsumexp(self.log_weights + self.components.log_density(r.unsqueeze(1)), dim=1)
-
-
-class SpikeAndSlab(NamedTuple):
-    """Mixtures of K distributions in which each coordinate is zero with some probability and Gaussian otherwise.
-
-    log_weights [B, K]; on_logits, mean and scale [B, K, R]. Components let coordinates be zero together.
-    """
-
-    log_weights: Tensor
-    on_logits: Tensor
-    slab: Gaussian
-
-    @property
-    def mean(self) -> Tensor:
-        """[B, R]"""
-        return (self.log_weights.exp().unsqueeze(-1) * self.on_logits.sigmoid() * self.slab.mean).sum(dim=1)
-
-    def draw(self, generator: torch.Generator | None = None) -> Tensor:
-        """One draw [B, R]."""
-        on_logits, mean, scale = _choose(self.log_weights, (self.on_logits, *self.slab), generator)
-        return bernoulli_mask(on_logits, generator) * Gaussian(mean, scale).draw(generator)
-
-    def log_density(self, r: Tensor) -> Tensor:
-        """r [B, R] -> [B] in nats: log probability where a coordinate is exactly zero, log density elsewhere."""
-        value = r.unsqueeze(1)
-        on = F.logsigmoid(self.on_logits) + self.slab.log_densities(value)
-        each = torch.where(value == 0, F.logsigmoid(-self.on_logits), on)
-        return torch.logsumexp(self.log_weights + each.sum(dim=-1), dim=1)
-
-
-@dataclass(frozen=True)
-class Flow:
-    """A normalising flow's distributions: `transform` takes r [B, R] to standard normal noise."""
-
-    transform: Any
-    like: Tensor
-    """[B, R], for shape, device and type."""
-
-    @property
-    def mean(self) -> Tensor:
-        """[B, R]: where the noise's mean goes. A flow has no mean in closed form."""
-        return self._from_noise(torch.zeros_like(self.like))
-
-    def draw(self, generator: torch.Generator | None = None) -> Tensor:
-        """One reparameterised draw [B, R]."""
-        return self._from_noise(randn_rows(self.like, generator))
-
-    def log_density(self, r: Tensor) -> Tensor:
-        """r [B, R] -> log density [B] in nats."""
-        with torch.autocast(self.like.device.type, enabled=False):
-            noise, log_determinant = self.transform.call_and_ladj(r.float())
-        return Gaussian(torch.zeros_like(noise), torch.ones_like(noise)).log_density(noise) + log_determinant
-
-    def _from_noise(self, noise: Tensor) -> Tensor:
-        # The flow's networks run here, not where it was made; in bf16 its density would be nats off.
-        with torch.autocast(self.like.device.type, enabled=False):
-            return self.transform.inv(noise)
-
+PRIOR_NLL = "prior_nll_nats"
 
 # -------------------------------------------------------------------------------------------------------- priors
 
 
 class MixturePrior(nn.Module):
-    """p(r | f(x)) as a mixture of K diagonal Gaussians; with one it is AdaSSL's prior (arXiv 2602.02381)."""
+    """p(r | f(x)) as a mixture of K diagonal Gaussians. K = 1 is AdaSSL's prior (arXiv 2602.02381)."""
 
     def __init__(self, embedding_dim: int, hidden_dim: int, latent_dim: int, num_components: int) -> None:
         super().__init__()
@@ -150,13 +33,13 @@ class MixturePrior(nn.Module):
         self.net = mlp([embedding_dim, hidden_dim, self.num_weights + 2 * latent_dim * num_components])
 
     def forward(self, context: Tensor) -> Mixture:
-        """context [B, D] -> p(r | f(x))."""
+        """Return p(r | f(x)) for context [B, D]."""
         log_weights, rest = _split_weights(self.net(context).float(), self.num_weights)
         return Mixture(log_weights, _gaussian(rearrange(rest, "b (k r) -> b k r", k=self.num_components)))
 
 
 class SpikeAndSlabPrior(nn.Module):
-    """p(r | f(x)) for an r with zeros in it, as a mixture of K spike-and-slab distributions."""
+    """p(r | f(x)) for an r with exact zeros, as a mixture of K spike-and-slab distributions."""
 
     def __init__(self, embedding_dim: int, hidden_dim: int, latent_dim: int, num_components: int) -> None:
         super().__init__()
@@ -165,10 +48,10 @@ class SpikeAndSlabPrior(nn.Module):
         self.net = mlp([embedding_dim, hidden_dim, self.num_weights + 3 * latent_dim * num_components])
 
     def forward(self, context: Tensor) -> SpikeAndSlab:
-        """context [B, D] -> p(r | f(x))."""
+        """Return p(r | f(x)) for context [B, D]."""
         log_weights, rest = _split_weights(self.net(context).float(), self.num_weights)
         on_logits, mean, raw = rearrange(rest, "b (k r) -> b k r", k=self.num_components).chunk(3, dim=-1)
-        # r is a function of the two segments: without a floor, a slab could shrink on one clip's value.
+        # r is a function of the two segments. Without a floor, a slab could shrink to the value of one clip.
         return SpikeAndSlab(log_weights, on_logits, Gaussian(mean, F.softplus(raw) + 1e-2))
 
 
@@ -199,7 +82,7 @@ class FlowPrior(nn.Module):
         )
 
     def forward(self, context: Tensor) -> Flow:
-        """context [B, D] -> p(r | f(x))."""
+        """Return p(r | f(x)) for context [B, D]."""
         return Flow(
             self.flow(context.float()).transform, context.new_zeros(len(context), self.latent_dim, dtype=torch.float32)
         )
@@ -208,23 +91,46 @@ class FlowPrior(nn.Module):
 # ------------------------------------------------------------------------------------------------------- latents
 
 
-class Inference(NamedTuple):
-    """r [B, R] as the editor gets it in training, and what it costs, each [B] or None.
+@dataclass(frozen=True)
+class Inference:
+    """r [B, R] as the editor gets it in training, and its costs [B] by name.
 
-    penalty is the regulariser that beta weighs. nll, in nats, trains a prior that takes no other part in training: it
-    carries gradient to that prior alone.
+    The cost PRIOR_NLL, in nats, fits a prior that training uses in no other way; its gradient reaches that prior alone.
+    Any other cost is the penalty, which beta weights.
     """
 
     r: Tensor
-    penalty: Tensor | None
-    nll: Tensor | None
+    costs: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def penalty(self) -> Tensor | None:
+        """The penalty [B], or None if the latent has none."""
+        return next((cost for name, cost in self.costs.items() if name != PRIOR_NLL), None)
+
+
+class NoLatent(nn.Module):
+    """The latent of a model without one: r [B, 0] at no cost."""
+
+    latent_dim = 0
+    penalty_name = None
+    sees_later = False
+
+    def prior(self, context: Tensor) -> Certain:
+        """Return the only distribution of an r [B, 0], for context [B, D]."""
+        return Certain(context[:, :0])
+
+    def infer(
+        self, context: Tensor, later: Tensor, known: Tensor, generator: torch.Generator | None = None
+    ) -> Inference:
+        """Return r [B, 0] for context [B, D]; `later` and `known` are ignored."""
+        return Inference(context[:, :0])
 
 
 class GaussianLatent(nn.Module):
-    """AdaSSL-V (arXiv 2602.02381): r ~ q(r | f(x), f(x++)), a learned diagonal Gaussian; the penalty is KL(q || p).
+    """AdaSSL-V (arXiv 2602.02381): r ~ q(r | f(x), f(x++)), a learned diagonal Gaussian, with the penalty KL(q || p).
 
-    Scales are softplus(.) + 1e-6, r is one reparameterised draw. The posterior sees a segment that is not the target,
-    so that r cannot copy it.
+    Scales are softplus(.) + 1e-6, and r is one reparameterised draw. The posterior sees a segment that is not the
+    target, so that r cannot copy the target.
     """
 
     penalty_name = "kl_nats"
@@ -244,24 +150,23 @@ class GaussianLatent(nn.Module):
         self.posterior_net = mlp([context_dim + embedding_dim, hidden_dim, 2 * latent_dim])
 
     def posterior(self, context: Tensor, later: Tensor) -> Gaussian:
-        """context, later [B, D] -> q(r | f(x), f(x++))."""
+        """Return q(r | f(x), f(x++)) for context and later [B, D]."""
         return _gaussian(self.posterior_net(torch.cat([context, later], dim=-1)).float())
 
     def infer(
-        self, context: Tensor, later: Tensor | None, known: Tensor | None, generator: torch.Generator | None = None
+        self, context: Tensor, later: Tensor, known: Tensor, generator: torch.Generator | None = None
     ) -> Inference:
-        """context, later [B, D] -> a draw of the posterior, its KL from the prior in nats."""
-        assert later is not None
+        """Draw r from the posterior for context and later [B, D], at its KL from the prior. `known` is ignored."""
         posterior = self.posterior(context, later)
         r = posterior.draw(generator)
-        return Inference(r, kl_divergence(posterior, self.prior(context), r), None)
+        return Inference(r, {self.penalty_name: kl_divergence(posterior, self.prior(context), r)})
 
 
 class SparseLatent(nn.Module):
-    """AdaSSL-S (arXiv 2602.02381): r = m(f(x), f(x++)) times a Bernoulli mask; the penalty is the expected L0 of r.
+    """AdaSSL-S (arXiv 2602.02381): r = m(f(x), f(x++)) times a Bernoulli mask, with the expected L0 of r as penalty.
 
-    The method has no prior: this one is fitted to r beside the training, by maximum likelihood and with no gradient
-    into anything else, so that r can be drawn at every checkpoint.
+    The method has no prior. This one is fitted to r alongside training, by maximum likelihood and without gradient to
+    other networks, so that r can be drawn at every checkpoint.
     """
 
     penalty_name = "expected_l0"
@@ -276,17 +181,25 @@ class SparseLatent(nn.Module):
         self.net = mlp([context_dim + embedding_dim, hidden_dim, 2 * latent_dim])
 
     def infer(
-        self, context: Tensor, later: Tensor | None, known: Tensor | None, generator: torch.Generator | None = None
+        self, context: Tensor, later: Tensor, known: Tensor, generator: torch.Generator | None = None
     ) -> Inference:
-        """context, later [B, D] -> masked content, the expected number of coordinates that are not zero."""
-        assert later is not None
+        """Return masked content for context and later [B, D], at its expected number of nonzero coordinates.
+
+        `known` is ignored.
+        """
         content, logits = self.net(torch.cat([context, later], dim=-1)).float().chunk(2, dim=-1)
         r = content * bernoulli_mask(logits, generator)
-        return Inference(r, logits.sigmoid().sum(dim=-1), _fit(self.prior, context, r))
+        expected_l0 = logits.sigmoid().sum(dim=-1)
+        return Inference(
+            r, {self.penalty_name: expected_l0, PRIOR_NLL: _negative_log_likelihood(self.prior, context, r)}
+        )
 
 
 class OracleLatent(nn.Module):
-    """The true r from the labels ("GT" in AdaSSL, arXiv 2602.02381): an upper reference. Its prior is fitted beside."""
+    """The true r from the labels ("GT" in AdaSSL, arXiv 2602.02381): an upper reference.
+
+    Its prior is fitted alongside training, as that of `SparseLatent`.
+    """
 
     penalty_name = None
     sees_later = False
@@ -297,18 +210,18 @@ class OracleLatent(nn.Module):
         self.prior = prior
 
     def infer(
-        self, context: Tensor, later: Tensor | None, known: Tensor | None, generator: torch.Generator | None = None
+        self, context: Tensor, later: Tensor, known: Tensor, generator: torch.Generator | None = None
     ) -> Inference:
-        """context [B, D], known [B, R] -> known."""
-        assert known is not None
-        return Inference(known, None, _fit(self.prior, context, known))
+        """Return known [B, R] as r for context [B, D]; `later` is ignored."""
+        assert known.shape[1] == self.latent_dim, "the labels are checked for this"
+        return Inference(known, {PRIOR_NLL: _negative_log_likelihood(self.prior, context, known)})
 
 
-Latent = GaussianLatent | SparseLatent | OracleLatent
+Latent = NoLatent | GaussianLatent | SparseLatent | OracleLatent
 
 
-def make_latent(config: LatentConfig, *, context_dim: int, embedding_dim: int, hidden_dim: int) -> Latent | None:
-    """Build the latent of a config; None for "none".
+def make_latent(config: LatentConfig, *, context_dim: int, embedding_dim: int, hidden_dim: int) -> Latent:
+    """Build the latent of a config.
 
     Args:
         context_dim: the size of the prior's input: an embedding, and a scene code and an action if there are any.
@@ -317,7 +230,7 @@ def make_latent(config: LatentConfig, *, context_dim: int, embedding_dim: int, h
         UserError: the prior needs a package that is not installed.
     """
     if isinstance(config, NoLatentConfig):
-        return None
+        return NoLatent()
     assert not isinstance(config, External), "the caller loads code from outside"
     if isinstance(config, GaussianConfig):
         smooth = (
@@ -333,47 +246,13 @@ def make_latent(config: LatentConfig, *, context_dim: int, embedding_dim: int, h
     return OracleLatent(config.dim, spiked)
 
 
-# ------------------------------------------------------------------------------------------------- pure functions
-
-
-def kl_divergence(posterior: Gaussian, prior: Distribution, r: Tensor) -> Tensor:
-    """KL(q || p) in nats: [B]. Closed form for one Gaussian, otherwise log q(r) - log p(r) at a draw r [B, R] of q."""
-    if isinstance(prior, Mixture) and prior.log_weights.shape[1] == 1:
-        return gaussian_kl(posterior, Gaussian(*(values.squeeze(1) for values in prior.components)))
-    return posterior.log_density(r) - prior.log_density(r)
-
-
-def gaussian_kl(q: Gaussian, p: Gaussian) -> Tensor:
-    """KL(q || p) of diagonal Gaussians in nats, summed over coordinates, in closed form: [..., R] each -> [...]."""
-    ratio = (q.scale / p.scale).square()
-    shift = ((q.mean - p.mean) / p.scale).square()
-    return 0.5 * (ratio + shift - 1 - ratio.log()).sum(dim=-1)
-
-
-def bernoulli_mask(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """0 or 1 with probability sigmoid(logits), same shape; the gradient is that of a sigmoid at temperature 1.
-
-    Straight-through (AdaSSL-S, arXiv 2602.02381): the mask is 1 where logits plus logistic noise are positive;
-    backward, it counts as sigmoid(logits + noise).
-    """
-    noisy = logits + torch.logit(rand_rows(logits, generator), eps=1e-6)
-    soft = noisy.sigmoid()
-    return (noisy > 0).to(soft) + (soft - soft.detach())
-
-
-def _fit(prior: nn.Module, context: Tensor, r: Tensor) -> Tensor:
-    """Negative log likelihood [B] in nats, with gradient to the prior alone."""
+def _negative_log_likelihood(prior: nn.Module, context: Tensor, r: Tensor) -> Tensor:
+    """Return -log p(r | f(x)) in nats, [B], with gradient to the prior alone."""
     return -prior(context.detach()).log_density(r.detach())
 
 
-def _choose(log_weights: Tensor, values: Any, generator: torch.Generator | None) -> list[Tensor]:
-    """Draw a component [B] by its weight and take each of values [B, K, R] there: [B, R] each."""
-    chosen = multinomial_rows(log_weights.detach().exp(), generator)
-    return [v.gather(1, chosen.unsqueeze(-1).expand(-1, -1, v.shape[-1])).squeeze(1) for v in values]
-
-
 def _split_weights(output: Tensor, num_weights: int) -> tuple[Tensor, Tensor]:
-    """The first columns as normalised log weights, 0 for a single component; and the others."""
+    """Split off the first columns as normalised log weights; they are 0 for a single component."""
     weights, rest = output[:, :num_weights], output[:, num_weights:]
     if not num_weights:
         weights = rest.new_zeros(len(rest), 1)

@@ -1,6 +1,6 @@
 """Pretrained image encoders from Hugging Face's transformers (the extra `pretrained`), applied frame by frame.
 
-Legend: B clips, T frames, C channels, H = W pixels, N = B * T images, E features of an image, F = T * E features.
+Legend: B clips, T frames, C channels, H = W pixels, I = B * T images, E features of an image, F = T * E features.
 """
 
 import inspect
@@ -22,15 +22,18 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class PretrainedEncoder(nn.Module):
     """An image model on each frame: the mean over its last patch tokens, or over the pixels of its last feature maps.
 
-    `source` names a model on the Hugging Face hub or a folder with config.json and model.safetensors; code that comes
-    with a model is never run, and nothing is unpickled. Frames are normalised as its preprocessor_config.json says, or
-    by ImageNet's mean and standard deviation; one channel is repeated to three. Its dropout is switched off. `freeze`:
-    the model stays as it is, in evaluation mode. `checkpoint_activations`: its layers are computed again in the
-    backward pass instead of kept.
+    Frames are normalised as the model's preprocessor_config.json says, or by ImageNet's mean and standard deviation. A
+    single channel is repeated to three. Dropout is switched off. Code that comes with a model is never run, and nothing
+    is unpickled.
+
+    Args:
+        source: the name of a model on the Hugging Face hub, or a folder with config.json and model.safetensors.
+        freeze: keep the weights fixed and the model in evaluation mode.
+        checkpoint_activations: recompute its layers in the backward pass instead of storing them.
 
     Raises:
-        UserError: transformers is not installed; no such model, or a damaged one; it takes other inputs than images, or
-            images of another size; it cannot compute its layers again.
+        UserError: transformers is not installed; the model does not exist or is damaged; its inputs are not images, or
+            images of another size; it cannot recompute its layers.
     """
 
     mean: Tensor
@@ -52,7 +55,7 @@ class PretrainedEncoder(nn.Module):
         mean, std = _normalisation(source)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
-        self._settle(source, size_px, missing)
+        self._probe(source, size_px, missing)
         self.num_features = self.num_image_features * num_frames
         if freeze:
             self.requires_grad_(False)
@@ -61,17 +64,17 @@ class PretrainedEncoder(nn.Module):
         self.train()
 
     def forward(self, video: Tensor) -> Tensor:
-        """video [B, T, C, H, W] in [0, 1] -> features [B, F], frame by frame."""
+        """Encode video [B, T, C, H, W] in [0, 1] frame by frame: features [B, F]."""
         images = rearrange(video, "b t c h w -> (b t) c h w")
         return rearrange(self.image_features(images), "(b t) e -> b (t e)", b=len(video))
 
     def image_features(self, images: Tensor) -> Tensor:
-        """images [N, C, H, W] in [0, 1] -> features [N, E]."""
+        """Encode images [I, C, H, W] in [0, 1]: features [I, E]."""
         normalised = (images.expand(-1, 3, -1, -1) - self.mean) / self.std
         last = self.backbone(normalised, **self._options).last_hidden_state
         if last.ndim == 4:
             return last.mean(dim=(2, 3))
-        # Before the patches come tokens of the class and registers. A hierarchy has no such, and fewer patches.
+        # Class and register tokens precede the patches. A hierarchical model has none of them, and fewer patches.
         patch_px = getattr(self.backbone.config, "patch_size", 1)
         patch_px = patch_px if isinstance(patch_px, int) else 1
         num_patches = (images.shape[2] // patch_px) * (images.shape[3] // patch_px)
@@ -83,14 +86,15 @@ class PretrainedEncoder(nn.Module):
             self.backbone.eval()
         return self
 
-    def _settle(self, source: str, size_px: int, missing: set[str]) -> None:
-        """Find out from one image how many features the model has, and which weights play no part in them.
+    def _probe(self, source: str, size_px: int, missing: set[str]) -> None:
+        """Encode one image to find the number of features, and freeze the weights that do not affect them.
 
-        Those, such as a pooling layer's, may be missing, and have no gradient, which DDP would wait for.
+        Such weights, for example a pooling layer's, may be missing in the files. They have no gradient, for which DDP
+        would wait.
         """
-        # Position encodings of another size than the frames' are interpolated where the model must be told to.
-        told = "interpolate_pos_encoding" in inspect.signature(self.backbone.forward).parameters
-        self._options: dict[str, Any] = {"interpolate_pos_encoding": True} if told else {}
+        # Some models interpolate position encodings of another size than the frames' only with this option.
+        has_option = "interpolate_pos_encoding" in inspect.signature(self.backbone.forward).parameters
+        self._options: dict[str, Any] = {"interpolate_pos_encoding": True} if has_option else {}
         try:
             features = self.image_features(torch.zeros(1, 3, size_px, size_px))
         except (AttributeError, RuntimeError, ValueError) as error:
@@ -108,7 +112,7 @@ class PretrainedEncoder(nn.Module):
 
 
 def _load(source: str) -> tuple[Any, set[str]]:
-    """The model, in fp32, and the names of weights that the files lack."""
+    """Load the model in fp32. Returns it and the names of weights that are missing in its files."""
     try:
         import transformers
     except ImportError as error:
@@ -118,7 +122,7 @@ def _load(source: str) -> tuple[Any, set[str]]:
     messages = transformers.utils.logging
     messages.disable_progress_bar()
     verbosity = messages.get_verbosity()
-    messages.set_verbosity_error()  # else a table of the weights of heads, which nothing here needs
+    messages.set_verbosity_error()  # otherwise it prints a table of unused head weights
     try:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         _switch_dropout_off(config)
@@ -146,16 +150,16 @@ def _load(source: str) -> tuple[Any, set[str]]:
 
 
 def _switch_dropout_off(config: Any) -> None:
-    """Of any kind, as stochastic depth: a step would depend on the processes that share it, and on a resume."""
+    """Set every dropout rate to zero. With dropout, a step would depend on the number of processes and on resumes."""
     for name, value in vars(config).items():
-        if hasattr(value, "model_type"):  # the config of a part
+        if hasattr(value, "model_type"):  # a nested config
             _switch_dropout_off(value)
         elif "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
 
 
 def _normalisation(source: str) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel by the model's preprocessor_config.json, else ImageNet's."""
+    """Read mean and standard deviation per channel from preprocessor_config.json. The default is ImageNet's."""
     import huggingface_hub
 
     path, settings = Path(source) / "preprocessor_config.json", {}
@@ -166,19 +170,19 @@ def _normalisation(source: str) -> tuple[list[float], list[float]]:
     except (FileNotFoundError, huggingface_hub.errors.EntryNotFoundError):
         pass
     except ValueError as error:
-        raise UserError(f"model.encoder.path={source}: {path} is no valid JSON") from error
+        raise UserError(f"model.encoder.path={source}: {path} is not valid JSON") from error
     if not settings.get("do_normalize", True):
         return [0.0] * 3, [1.0] * 3
     return list(settings.get("image_mean", IMAGENET_MEAN)), list(settings.get("image_std", IMAGENET_STD))
 
 
 def _checkpoint_activations(backbone: Any, source: str) -> None:
-    # Computed twice, batch norm would count its batch twice in the running statistics.
+    # Recomputing a batch norm would count its batch twice in the running statistics.
     has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules())
     if has_batch_norm or not backbone.supports_gradient_checkpointing:
         raise UserError(
             f"model.encoder.checkpoint_activations: model.encoder.path={source}, a {type(backbone).__name__}, cannot "
-            "compute its layers again: leave it out"
+            "recompute its layers: remove this key"
         )
     backbone.activation_checkpointing_enable({"use_reentrant": False})
 

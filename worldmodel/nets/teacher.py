@@ -1,4 +1,7 @@
-"""The EMA target network (BYOL, Grill et al., arXiv 2006.07733)."""
+"""The EMA target network (BYOL, Grill et al., arXiv 2006.07733).
+
+Legend: B clips, T frames, C channels, H = W pixels, D embedding dimensions.
+"""
 
 import copy
 import math
@@ -8,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from worldmodel.nets.encoders import Embedder
-from worldmodel.training.sharding import local
+from worldmodel.nets.parallel import local_shard
 
 
 class Teacher(nn.Module):
-    """A copy of the student's embedder whose parameters follow it slowly. It stays outside DDP and has no gradient.
+    """A copy of the student's embedder whose parameters slowly follow it. It has no gradient and stays outside DDP.
 
-    Its batch-norm statistics are its own: it normalises by the batch while training and gathers running statistics.
-    With running statistics in training too, embeddings collapse within 200 steps (docs/experiments.md).
+    Its batch-norm statistics are separate: in training it normalises by the batch and updates running statistics. With
+    running statistics in training too, embeddings collapse within 200 steps (docs/experiments.md).
     """
 
     def __init__(self, student: Embedder) -> None:
@@ -26,16 +29,20 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, video: Tensor) -> Tensor:
-        """video [B, T, C, H, W] in [0, 1] -> embedding float32 [B, D]."""
+        """Embed video [B, T, C, H, W] in [0, 1]: float32 [B, D]."""
         return self.embedder(video)
 
     @torch.no_grad()
     def update(self, student: Embedder, momentum: float) -> None:
-        """parameters <- momentum * parameters + (1 - momentum) * student's, which is the same one each time; a frozen
-        encoder's are the same anyway."""
+        """Set parameters to momentum * parameters + (1 - momentum) * student's.
+
+        `student` is the same module in every call. Parameters of a frozen encoder are skipped: they are equal anyway.
+        """
         if self._followed is None:
             pairs = zip(self.embedder.parameters(), student.parameters(), strict=True)
-            learned = [(local(own.detach()), local(other.detach())) for own, other in pairs if other.requires_grad]
+            learned = [
+                (local_shard(own.detach()), local_shard(other.detach())) for own, other in pairs if other.requires_grad
+            ]
             own, followed = (list(values) for values in zip(*learned, strict=True))
             self._followed = own, followed
         own, followed = self._followed
@@ -43,7 +50,7 @@ class Teacher(nn.Module):
 
 
 def ema_momentum(step: int, num_steps: int, base: float, schedule: Literal["constant", "cosine"]) -> float:
-    """Momentum at `step`; cosine rises from `base` to 1 at `num_steps`."""
+    """Return the momentum at `step`. The cosine schedule rises from `base` to 1 at `num_steps`."""
     if schedule == "constant":
         return base
     return 1 - (1 - base) * (math.cos(math.pi * step / num_steps) + 1) / 2

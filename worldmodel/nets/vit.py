@@ -1,7 +1,7 @@
 """A vision transformer for real video: tubelets of patches -> tokens -> features.
 
-Legend: B clips, T frames, C channels, H = W pixels; K tokens, of which N at each of P places in time; E dimensions of a
-token, F = P * E features.
+Legend: B clips, T frames, C channels, H = W pixels, L tokens, of which S at each of L / S times, E dimensions of a
+token, F = E * L / S features.
 """
 
 import math
@@ -26,18 +26,21 @@ VIT_SIZES = {
     "vit_base": VitSize(768, 12, 12),
     "vit_large": VitSize(1024, 24, 16),
 }
-"""Those of DeiT (arXiv 2012.12877, table 1), and the large one of ViT (arXiv 2010.11929, table 1)."""
+"""The sizes of DeiT (arXiv 2012.12877, table 1), and the large one of ViT (arXiv 2010.11929, table 1)."""
 MLP_RATIO = 4
 NORM_EPS = 1e-6
 
 
 class VitEncoder(nn.Module):
-    """A vision transformer (arXiv 2010.11929) whose tokens all attend to each other, over space and time.
+    """A vision transformer (arXiv 2010.11929) with attention between all tokens, over space and time.
 
-    A token is a patch of `patch_px` x `patch_px` pixels through two successive frames, or through one where their
-    number is odd. Fixed sines and cosines tell its place (V-JEPA, arXiv 2404.08471). The mean over space of the last
-    tokens leaves F = P * dim features, P = T / 2 or T. `checkpoint_activations`: the inside of a block is computed
-    again in the backward pass instead of kept, which takes a forward pass more and a fraction of the memory.
+    A token is a patch of `patch_px` x `patch_px` pixels in two successive frames, or in one if T is odd. Fixed sines
+    and cosines encode its position (V-JEPA, arXiv 2404.08471). The features are the means over space of the last
+    tokens, one per time.
+
+    Args:
+        checkpoint_activations: recompute the inside of each block in the backward pass instead of storing it. That
+            takes far less memory and one extra forward pass.
     """
 
     positions: Tensor
@@ -56,22 +59,22 @@ class VitEncoder(nn.Module):
         self.patch_px = patch_px
         self.tubelet_frames = 2 if num_frames % 2 == 0 else 1
         self.checkpoint_activations = checkpoint_activations
-        self.num_places = num_frames // self.tubelet_frames
+        self.num_times = num_frames // self.tubelet_frames
         side = size_px // patch_px
         self.patches = nn.Linear(self.tubelet_frames * in_channels * patch_px**2, size.dim)
         self.blocks = nn.ModuleList(Block(size.dim, size.num_heads) for _ in range(size.num_blocks))
         self.norm = nn.LayerNorm(size.dim, NORM_EPS)
-        self.register_buffer("positions", sincos_positions(self.num_places, side, side, size.dim), persistent=False)
-        self.num_features = size.dim * self.num_places
+        self.register_buffer("positions", sincos_positions(self.num_times, side, side, size.dim), persistent=False)
+        self.num_features = size.dim * self.num_times
         self.apply(_initialise)
 
     def forward(self, video: Tensor) -> Tensor:
-        """video [B, T, C, H, W] in [0, 1] -> features [B, F]."""
+        """Encode video [B, T, C, H, W] in [0, 1]: features [B, F]."""
         tokens = self.tokens(video)
-        return rearrange(tokens, "b (p n) e -> b p n e", p=self.num_places).mean(dim=2).flatten(1)
+        return rearrange(tokens, "b (t s) e -> b t s e", t=self.num_times).mean(dim=2).flatten(1)
 
     def tokens(self, video: Tensor) -> Tensor:
-        """video [B, T, C, H, W] in [0, 1] -> the last tokens [B, K, E]: place in time by place, row by row."""
+        """Return the last tokens [B, L, E] of video [B, T, C, H, W] in [0, 1], ordered by time, row and column."""
         patches = rearrange(
             2 * video - 1,
             "b (p t) c (h i) (w j) -> b (p h w) (t c i j)",
@@ -89,7 +92,7 @@ class VitEncoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each after a layer norm and beside a shortcut (arXiv 2010.11929, equations 2 and 3)."""
+    """Attention and an MLP, each with a layer norm before it and a shortcut (arXiv 2010.11929, equations 2 and 3)."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -101,27 +104,28 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, MLP_RATIO * dim), nn.GELU(), nn.Linear(MLP_RATIO * dim, dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B, K, E] -> [B, K, E]."""
+        """Transform tokens [B, L, E]: [B, L, E]."""
         tokens = tokens + self._attend(self.attention_norm(tokens))
         return tokens + self.mlp(self.mlp_norm(tokens))
 
     def _attend(self, tokens: Tensor) -> Tensor:
         heads = rearrange(
-            self.queries_keys_values(tokens), "b k (three heads e) -> three b heads k e", three=3, heads=self.num_heads
+            self.queries_keys_values(tokens), "b l (three heads e) -> three b heads l e", three=3, heads=self.num_heads
         )
         attended = F.scaled_dot_product_attention(*heads.unbind())
-        return self.attention_out(rearrange(attended, "b heads k e -> b k (heads e)"))
+        return self.attention_out(rearrange(attended, "b heads l e -> b l (heads e)"))
 
 
-def sincos_positions(num_places: int, num_rows: int, num_columns: int, dim: int) -> Tensor:
-    """[num_places * num_rows * num_columns, dim]: a third of the dimensions for time, row and column each.
+def sincos_positions(num_times: int, num_rows: int, num_columns: int, dim: int) -> Tensor:
+    """Encode positions: [num_times * num_rows * num_columns, dim].
 
-    A third holds sin(x w) and cos(x w) of a coordinate x, for w from 1 down to almost 1 / 10000 (Vaswani et al., arXiv
-    1706.03762, section 3.5). It is rounded up to an even number of dimensions; columns have what is left.
+    Time, row and column have a third of the dimensions each. A third holds sin(x w) and cos(x w) of a coordinate x, for
+    w from 1 down to almost 1 / 10000 (Vaswani et al., arXiv 1706.03762, section 3.5). It is rounded up to an even
+    number of dimensions; columns have the remaining ones.
     """
     third = 2 * math.ceil(dim / 6)
     coordinates = torch.meshgrid(
-        *(torch.arange(length, dtype=torch.float64) for length in (num_places, num_rows, num_columns)), indexing="ij"
+        *(torch.arange(length, dtype=torch.float64) for length in (num_times, num_rows, num_columns)), indexing="ij"
     )
     encoded = [
         _sincos(along.flatten(), part) for along, part in zip(coordinates, (third, third, dim - 2 * third), strict=True)
@@ -136,7 +140,7 @@ def _sincos(coordinate: Tensor, dim: int) -> Tensor:
 
 
 def _initialise(module: nn.Module) -> None:
-    """As ViT's published code: Glorot's uniform weights, no biases."""
+    """Initialise as ViT's published code does: Glorot's uniform weights, zero biases."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)

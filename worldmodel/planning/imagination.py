@@ -1,16 +1,16 @@
-"""Planning with a trained model: what a sequence of actions costs, by where the model imagines that it leads.
+"""Planning with a trained model: the cost of a sequence of actions, by the future that the model imagines for it.
 
-The cost of actions is how far the states that they are imagined to lead to lie from the goal, by their embeddings or by
-the steps that a temporal distance counts. Where the future is open, several are imagined for each sequence, and their
-cost averaged, or their upper quantile taken.
+The cost is the distance of the imagined states from the goal: between embeddings, or in steps of a temporal distance.
+If the future is uncertain, several futures are imagined per sequence, and their costs are averaged or reduced to an
+upper quantile.
 
-Legend: E episodes, N candidates, M imagined futures, H steps of the horizon, A numbers of an action, D embedding
-dimensions, Z numbers of a scene code, P numbers of a temporal distance, C channels, F = W pixels.
+Legend: E episodes, I candidates, S imagined futures, B rows of them, K steps of the horizon, A numbers of an action, D
+embedding dimensions, Z numbers of a scene code, L numbers of a temporal distance's phi, C channels, H = W pixels, N
+decisions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,24 +33,27 @@ def imagine(
     actions: Tensor,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Where actions [B, H, A] are imagined to lead from a state [B, D + Z]: states [B, D + Z], step by step.
+    """Yield the imagined states [B, D + Z] after each of actions [B, K, A] from a state [B, D + Z].
 
-    They are at the prior's mean or, with a generator, at draws from it. With a decoder, actions reach a passive model
-    as the r that they amount to.
+    r is the mean of the prior or, with a generator, a draw from it. With a decoder, the model takes no actions; it gets
+    them as the r that the decoder returns.
     """
-    for action in actions.unbind(1):
-        if decoder is not None:
-            state = model.edit(state, decoder(state, action))
-        elif generator is not None:
-            state = model.edit(state, model.sample(state, generator, action=action), action)
-        else:
-            state = model.edit(state, model.prior_mean(state, action), action)
-        yield state
+    if decoder:
+        return model.steps(state, actions[..., :0], _decoded(decoder, actions))
+    if generator:
+        return model.steps(state, actions, lambda state, action: model.sample(state, generator, action=action))
+    return model.steps(state, actions, model.prior_mean)
+
+
+def _decoded(decoder: ActionDecoder, actions: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a function that decodes one of actions [B, K, A] after another to r [B, R]."""
+    remaining = iter(actions.unbind(1))
+    return lambda state, _: decoder(state, next(remaining))
 
 
 @dataclass(frozen=True)
 class LatentCost:
-    """What candidates cost: state and goal [E, D + Z] -> a function of actions [E, N, H, A] to [E, N]."""
+    """The cost of candidates, a function of actions [E, I, K, A] to [E, I], for a state and a goal [E, D + Z]."""
 
     model: WorldModel
     decoder: ActionDecoder | None
@@ -64,34 +67,37 @@ class LatentCost:
         flat = actions.flatten(0, 1).repeat_interleave(num_futures, dim=0)
         state = self.state.repeat_interleave(num_candidates * num_futures, dim=0)
         cost = state.new_zeros(len(state))
-        drawn = self.generator if self.config.num_samples else None
+        generator = self.generator if self.config.num_samples else None
         with torch.autocast(state.device.type, torch.bfloat16, enabled=computes_bf16()):
-            goal = self._place(self.goal).repeat_interleave(num_candidates * num_futures, dim=0)
-            for imagined in imagine(self.model, self.decoder, state, flat, drawn):
+            goal = self._coordinates(self.goal).repeat_interleave(num_candidates * num_futures, dim=0)
+            for imagined in imagine(self.model, self.decoder, state, flat, generator):
+                state = imagined
                 if self.config.cost == "sum":
-                    cost += self._away(imagined, goal)
+                    cost += self._distance(state, goal)
         if self.config.cost == "last":
-            cost = self._away(imagined, goal)
+            cost = self._distance(state, goal)
         futures = cost.float().view(*actions.shape[:2], num_futures)
         if self.config.risk_quantile is not None:
             return futures.quantile(self.config.risk_quantile, dim=-1)
         return futures.mean(dim=-1)
 
-    def _place(self, state: Tensor) -> Tensor:
-        """What of states [B, D + Z] distances are read from: [B, D or P]."""
+    def _coordinates(self, state: Tensor) -> Tensor:
+        """Return the coordinates of states [B, D + Z] that distances are computed from: [B, D or L]."""
         if self.config.distance == "embedding":
             return self.model.embedding_of(state)
-        assert self.model.distance is not None
-        return self.model.distance(self.model.lasting(state))
+        return self.model.distance(self.model.persistent(state))
 
-    def _away(self, state: Tensor, goal: Tensor) -> Tensor:
-        """How far states [B, D + Z] are from goals [B, D or P]: [B]."""
-        place = self._place(state)
-        return steps_between(place, goal) if self.config.distance == "steps" else (place - goal).square().mean(dim=-1)
+    def _distance(self, state: Tensor, goal: Tensor) -> Tensor:
+        """Return the distance of states [B, D + Z] from goals [B, D or L]: [B]."""
+        reached = self._coordinates(state)
+        if self.config.distance == "steps":
+            return steps_between(reached, goal)
+        return (reached - goal).square().mean(dim=-1)
 
 
-class Decision(NamedTuple):
-    """What a decision began from and came to: episodes [E], their numbers; state [E, D + Z]; actions [E, H, A]."""
+@dataclass(frozen=True)
+class Decision:
+    """One decision: the running episodes [E] by number, their state [E, D + Z], and the planned actions [E, K, A]."""
 
     episodes: Tensor
     state: Tensor
@@ -99,13 +105,15 @@ class Decision(NamedTuple):
 
 
 class LatentPolicy:
-    """Acts towards pictures of goals in a batch of episodes, planning anew at every step from the last plan.
+    """A policy that acts towards goal images in a batch of episodes.
 
-    `decisions` holds what was decided at each step, for `imagined`.
+    It plans at every step, starting from its last plan.
+
+    `decisions` holds the decision of each step, for `imagined`.
 
     Raises:
-        UserError: the run is not conditioned on actions and has no decoder of them, or sees more than one frame at a
-            time; planning.distance=steps and the run has no temporal distance.
+        UserError: the run is not conditioned on actions and there is no decoder; the run sees more than one frame at a
+            time; planning.distance=steps, but the run has no temporal distance.
     """
 
     def __init__(
@@ -114,16 +122,17 @@ class LatentPolicy:
         self.decoder, self.action_dim = decoder, decoder.action_dim if decoder else run.model.action_dim
         if not self.action_dim:
             raise UserError(
-                f"the run {run.folder} knows no actions: train it with model.action_dim, or give --labels to one with "
-                "a latent"
+                f"the run {run.folder} is not conditioned on actions: train it with model.action_dim, or give --labels "
+                "to one with a latent"
             )
         if decoder and config.num_samples:
             raise UserError(
-                f"planning.num_samples={config.num_samples}: r stands for the action here, and is not drawn"
+                f"planning.num_samples={config.num_samples}: with a decoder, r is given by the action and not drawn: "
+                "set it to 0"
             )
         if run.config.data.num_frames != 1:
-            raise UserError(f"the run {run.folder} has data.num_frames={run.config.data.num_frames}: plans take 1")
-        if config.distance == "steps" and run.model.distance is None:
+            raise UserError(f"the run {run.folder} has data.num_frames={run.config.data.num_frames}: planning needs 1")
+        if config.distance == "steps" and not run.model.distance.num_values:
             raise UserError(f"the run {run.folder} has no temporal distance: train it with model.distance_dim")
         self.run, self.config, self.seed = run, config, seed
         self.plan: Plan
@@ -131,17 +140,17 @@ class LatentPolicy:
 
     @torch.no_grad()
     def begin(self, goals: Tensor) -> None:
-        """Pictures of the goals of E episodes, uint8 [E, C, F, W]."""
+        """Begin E episodes with these goal images, uint8 [E, C, H, W]."""
         self.generator = torch.Generator().manual_seed(self.seed)
         video = self._video(goals)
-        scene = self.run.model.observe(video)[:, self.run.model.embedding_dim :]
-        self.goal = torch.cat([self.run.target_encoder(video), scene], dim=1)
+        code = self.run.model.observe(video)[:, self.run.model.embedding_dim :]
+        self.goal = torch.cat([self.run.target_encoder(video), code], dim=1)
         self.plan = start(self.config, len(goals), self.action_dim, self.run.device)
         self.episodes, self.decisions = torch.arange(len(goals)), []
 
     @torch.no_grad()
     def act(self, frames: Tensor) -> Tensor:
-        """What the episodes show now, uint8 [E, C, F, W] -> the next action of each, [E, A] on the CPU."""
+        """Return the next action of each episode, [E, A] on the CPU, for the current frames, uint8 [E, C, H, W]."""
         state = self.run.model.observe(self._video(frames))
         on_device = torch.Generator(self.run.device).manual_seed(
             int(torch.randint(2**62, (), generator=self.generator))
@@ -153,15 +162,15 @@ class LatentPolicy:
         return actions[:, 0].cpu()
 
     def keep(self, going_on: Tensor) -> None:
-        """Drop the episodes that have ended: bool [E]."""
+        """Drop the episodes that have ended. going_on: bool [E]."""
         self.goal, self.episodes = self.goal[going_on], self.episodes[going_on]
         self.plan = Plan(*(part[going_on] for part in self.plan))
 
     @torch.no_grad()
     def imagined(self, episode: int) -> Tensor:
-        """Where each decision's plan was imagined to lead in one of the episodes: [T, M, H, D] for T decisions.
+        """Return the futures that the N decisions of an episode imagined for their plans: embeddings [N, S, K, D].
 
-        The futures are those that a cost averages: M drawn ones, or the one at the prior's mean.
+        They are the futures that a cost averages: S drawn ones, or the one at the prior's mean.
         """
         num_futures = max(1, self.config.num_samples)
         own = [decision.episodes == episode for decision in self.decisions]
@@ -169,14 +178,14 @@ class LatentPolicy:
         actions = torch.cat([decision.actions[rows] for decision, rows in zip(self.decisions, own, strict=True)])
         generator = torch.Generator(self.run.device).manual_seed(self.seed) if self.config.num_samples else None
         with torch.autocast(self.run.device.type, torch.bfloat16, enabled=computes_bf16()):
-            steps = imagine(
+            states = imagine(
                 self.run.model,
                 self.decoder,
                 state.repeat_interleave(num_futures, dim=0),
                 actions.repeat_interleave(num_futures, dim=0),
                 generator,
             )
-            embeddings = [self.run.model.embedding_of(state) for state in steps]
+            embeddings = [self.run.model.embedding_of(state) for state in states]
             return torch.stack(embeddings, dim=1).unflatten(0, (-1, num_futures))
 
     def _video(self, frames: Tensor) -> Tensor:

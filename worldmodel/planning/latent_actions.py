@@ -50,7 +50,7 @@ def fit_action_decoder(run: TrainedRun, num_transitions: int, seed: int) -> Acti
     Raises:
         UserError: the run is not a passive one with a latent, or the videos have no such label or too few transitions.
     """
-    if run.model.action_dim or run.model.latent is None:
+    if run.model.action_dim or not run.model.latent.latent_dim:
         raise UserError(f"labels are for a passive run with a latent, and {run.folder} is not: leave --labels out")
     if num_transitions < MIN_TRANSITIONS:
         raise UserError(f"--labels {num_transitions}: at least {MIN_TRANSITIONS} transitions are needed")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.transforms import to_float
+from worldmodel.build import build_training_model
 from worldmodel.config import Config, GaussianConfig, PretrainedConfig
 from worldmodel.evaluation.readout_file import load_readout
 from worldmodel.evaluation.surprise import clip_surprise, video_surprise
@@ -20,6 +21,7 @@ from worldmodel.nets.teacher import Teacher
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.report.illustrations import Timeline
 from worldmodel.runs.checkpoint import Checkpoint, load_checkpoint, load_run_config
+from worldmodel.training.losses import TrainingModel
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,16 @@ class TrainedRun:
 
     folder: Path
     config: Config
-    model: WorldModel
+    training: TrainingModel
+    """The networks, with the losses that they were trained by."""
     teacher: Teacher | None
     """None where the objective has no teacher."""
     state: dict[str, Any]
+
+    @property
+    def model(self) -> WorldModel:
+        """The networks."""
+        return self.training.model
 
     @property
     def target_encoder(self) -> nn.Module:
@@ -106,7 +114,7 @@ class TrainedRun:
             UserError: the latent is sparse or an oracle, the run takes actions, the video cannot be read or is too
                 short for one transition.
         """
-        networks = self.config, self.model, self.target_encoder
+        networks = self.config, self.training, self.target_encoder
         if isinstance(video, Tensor):
             clip = self._checked(video, ("T", *self.frame_shape))
             return clip_surprise(*networks, clip, num_peaks=num_peaks, step_frames=step_frames, progress=progress)
@@ -152,14 +160,14 @@ def load(
     if checkpoint is None:
         raise UserError(f"the run {run} has no checkpoint yet: train it first")
     _check_shapes(config, checkpoint, run)
-    model = WorldModel(config)
-    model.load_state_dict(checkpoint.model)
+    training = build_training_model(config)
+    training.load_state_dict(checkpoint.model)
     teacher = None
-    if model.objective.needs_teacher:
-        teacher = Teacher(model.embedder)
+    if training.objective.needs_teacher:
+        teacher = Teacher(training.embedder)
         teacher.load_state_dict(checkpoint.teacher)
         teacher = teacher.to(device).eval()
-    return TrainedRun(Path(run), config, model.to(device).eval(), teacher, checkpoint.state)
+    return TrainedRun(Path(run), config, training.to(device).eval(), teacher, checkpoint.state)
 
 
 def _check_shapes(config: Config, checkpoint: Checkpoint, run: str | Path) -> None:
@@ -178,7 +186,7 @@ def _check_shapes(config: Config, checkpoint: Checkpoint, run: str | Path) -> No
     model = dataclasses.replace(config.model, latent=latent)
     try:
         with torch.device("meta"):
-            network = WorldModel(dataclasses.replace(config, model=model))
+            network = build_training_model(dataclasses.replace(config, model=model))
         described = {name: tensor.shape for name, tensor in network.state_dict().items()}
     except (RuntimeError, OverflowError, MemoryError, ValueError) as error:
         raise UserError(f"{run}/config.yaml describes networks that cannot be built: {one_line(error)}") from None

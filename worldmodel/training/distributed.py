@@ -1,31 +1,20 @@
-"""One global batch over all processes: losses, batch statistics and random numbers do not depend on how it is shared.
+"""Several processes: what a launcher must have set, and batch norm over the clips of all of them.
 
-In the context `global_batch`, `gathered` brings the clips of all processes together, `GlobalBatchNorm` normalises by
-all of them, and `randn_rows` and `rand_rows` draw numbers that go with a clip's place in the global batch, whoever has
-it. Outside of it, and with one process, each of them sees just what it is given.
-
-Every process computes the loss of the whole batch from its own clips and the gathered others. Gradients of the others'
-copies come back and are added up, so each process has the world size times the gradient of its share, and the mean that
-DistributedDataParallel takes is the gradient of the loss.
-
-Legend: B clips of this process, N clips of the global batch.
+Each process computes the loss of the whole global batch (worldmodel/nets/parallel.py). The gradients of its copies come
+back and are summed, so the mean that DistributedDataParallel takes is the gradient of the loss.
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from data_pipelines.errors import UserError
 from data_pipelines.processes import environment_int
+from worldmodel.nets.parallel import is_shared, stack_processes
 
 _LAUNCHERS = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
 _FLAGS = (
@@ -69,83 +58,6 @@ def check_launch_environment() -> int:
     return world_size
 
 
-@dataclass(frozen=True)
-class GlobalBatch:
-    """The global batch of which this process has a share.
-
-    rows [B]: the place of each clip of this process; size: the number of places; counts: how many clips each process
-    has, which are fewer than places where clips could not be decoded.
-    """
-
-    rows: Tensor
-    size: int
-    counts: tuple[int, ...]
-
-
-_current: GlobalBatch | None = None
-
-
-@contextmanager
-def global_batch(rows: Tensor, size: int) -> Iterator[None]:
-    """Make this process's clips, at `rows` [B] of a global batch of `size` places, part of that batch.
-
-    All processes enter it together, and again for a backward pass, which communicates as well.
-
-    Raises:
-        UserError: a process has no clip, or there are fewer than two in all; raised by all processes alike.
-    """
-    global _current
-    counts = _counts(len(rows))
-    if min(counts) < 1 or sum(counts) < 2:
-        raise UserError("too few clips of a batch could be decoded: see the log for the files")
-    previous, _current = _current, GlobalBatch(rows, size, counts)
-    try:
-        yield
-    finally:
-        _current = previous
-
-
-def num_clips(local: int) -> int:
-    """Clips of the global batch, of which this process has `local`."""
-    return sum(_current.counts) if _current else local
-
-
-def gathered(values: Tensor) -> Tensor:
-    """[B, ...] -> [N, ...] of all processes, in the order of processes; differentiable. [L * B, ...], of as many
-    segments of each clip, become [L * N, ...]."""
-    return _Gather.apply(values, _current.counts) if _current and shared() else values
-
-
-def shared() -> bool:
-    """Whether the current batch is shared with other processes."""
-    return _current is not None and len(_current.counts) > 1
-
-
-def randn_rows(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal numbers of the shape [B, ...] of `like`, those of its rows in the global batch."""
-    return _rows(torch.randn, like, generator)
-
-
-def rand_rows(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform numbers in [0, 1) of the shape [B, ...] of `like`, those of its rows in the global batch."""
-    return _rows(torch.rand, like, generator)
-
-
-def multinomial_rows(weights: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One category of each row by its weights [B, K]: [B, 1], what torch.multinomial draws for the global batch."""
-    return (weights / _rows(_exponential, weights, generator)).argmax(dim=-1, keepdim=True)
-
-
-def _exponential(shape: Sequence[int], *, generator: torch.Generator | None, **options: Any) -> Tensor:
-    return torch.empty(shape, **options).exponential_(generator=generator)
-
-
-def _rows(draw: Any, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    shape = like.shape if _current is None else (_current.size, *like.shape[1:])
-    drawn = draw(shape, generator=generator, device=like.device, dtype=like.dtype)
-    return drawn if _current is None else drawn[_current.rows]
-
-
 class GlobalBatchNorm(_BatchNorm):
     """Batch norm by the clips of all processes, on any device; torch's SyncBatchNorm wants GPUs."""
 
@@ -154,7 +66,7 @@ class GlobalBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, ...] -> [B, C, ...]"""
-        if not (self.training and shared()):
+        if not (self.training and is_shared()):
             return super().forward(input)
         output, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps)
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
@@ -192,7 +104,7 @@ class _Normalise(torch.autograd.Function):
         scratch = torch.zeros(2, values.shape[1], device=values.device, dtype=precise)
         mean, variance = torch.ops.aten.batch_norm_update_stats(values, *scratch, 0.0)
         count = torch.full_like(mean[:1], values.numel() / len(mean))
-        statistics = _stack(torch.cat([mean, variance, count]))
+        statistics = stack_processes(torch.cat([mean, variance, count]))
         means, variances, counts = statistics.tensor_split([len(mean), 2 * len(mean)], dim=1)
         total = counts.sum()
         mean = (means * counts).sum(dim=0) / total
@@ -212,7 +124,7 @@ class _Normalise(torch.autograd.Function):
             gradients[0], values, factor, mean, variance, mean, scale, False, ctx.eps, [False, True, True]
         )
         # Of so few numbers Gloo's own sum takes five times as long.
-        everywhere = _stack(torch.stack([of_bias, of_weight])).sum(dim=0)
+        everywhere = stack_processes(torch.stack([of_bias, of_weight])).sum(dim=0)
         # What the values do through the statistics, and then as if those were constants: of their centred values v and
         # what comes back g it is factor * scale * g - slope * v - shift.
         shift, slope = (everywhere * (factor * scale / total)).unbind()
@@ -221,47 +133,3 @@ class _Normalise(torch.autograd.Function):
         of_values.addcmul_(gradients[0], (factor * scale).view([1, -1, *[1] * (values.ndim - 2)]).to(values))
         affine = weight is not None
         return of_values, of_weight if affine else None, of_bias if affine else None, None
-
-
-class _Gather(torch.autograd.Function):
-    """Clips of all processes, [B, ...] -> [N, ...]; backward adds up what each process's gradient says of ours."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, counts: Sequence[int]) -> Tensor:
-        segments = len(values) // counts[dist.get_rank()]
-        counts = [segments * count for count in counts]
-        ctx.first = list(accumulate(counts, initial=0))[dist.get_rank()]
-        ctx.count = len(values)
-        padded = F.pad(values.reshape(len(values), -1), (0, 0, 0, max(counts) - len(values)))
-        parts = _stack(padded)
-        rows = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-        return rows.reshape(-1, *values.shape[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        gradient = gradients[0].contiguous(memory_format=torch.contiguous_format).clone()
-        dist.all_reduce(gradient)
-        return gradient[ctx.first : ctx.first + ctx.count], None
-
-
-def _stack(values: Tensor) -> Tensor:
-    """The same-shaped tensors of all processes: [...] -> [W, ...]."""
-    stacked = values.new_empty(dist.get_world_size(), *values.shape)
-    dist.all_gather(list(stacked.unbind()), values.contiguous())
-    return stacked
-
-
-_host_group: tuple[Any, Any] | None = None
-
-
-def _counts(count: int) -> tuple[int, ...]:
-    """The number that each process has. It goes from processor to processor: no GPU is waited for."""
-    global _host_group
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return (count,)
-    world = dist.group.WORLD
-    if _host_group is None or _host_group[0] is not world:
-        _host_group = world, world if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([count]), group=_host_group[1])
-    return tuple(int(each) for each in counts)

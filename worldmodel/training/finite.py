@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from data_pipelines.errors import UserError
-from worldmodel.training.sharding import local
+from worldmodel.nets.parallel import local_shard
 
 ADVICE = "lower train.lr or set train.clip_norm, and train into another run_dir"
 
@@ -49,7 +49,7 @@ class Guard:
         values = [loss.detach().float()]
         if not self._scaled:
             parameters = (parameter for group in self._optimizer.param_groups for parameter in group["params"])
-            values += [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+            values += [local_shard(parameter.grad) for parameter in parameters if parameter.grad is not None]
         # One pass over all values. It multiplies them by one, and leaves `found` as it is where all are finite.
         torch._amp_foreach_non_finite_check_and_unscale_(values, self._found, self._one)
         if self._in_shards:
@@ -90,12 +90,14 @@ def first_overflow(*networks: nn.Module) -> Iterator[list[str]]:
 def overflowed_gradients(network: nn.Module) -> list[str]:
     """Names of the parameters whose gradient is not finite, the last first: the order of a backward pass."""
     gradients = [(name, parameter.grad) for name, parameter in network.named_parameters()]
-    return [name for name, gradient in reversed(gradients) if gradient is not None and not is_finite(local(gradient))]
+    return [
+        name for name, gradient in reversed(gradients) if gradient is not None and not is_finite(local_shard(gradient))
+    ]
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor that holds an infinite value or NaN; None where all are finite."""
-    return next((name for name, tensor in tensors.items() if not is_finite(local(tensor))), None)
+    return next((name for name, tensor in tensors.items() if not is_finite(local_shard(tensor))), None)
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.transforms import on_device
+from worldmodel.build import build_training_model
 from worldmodel.config import Config, TeacherObjective, TrainConfig, VideosConfig, flatten, to_dict
 from worldmodel.data import (
     check_contents,
@@ -46,7 +47,6 @@ from worldmodel.data import (
 from worldmodel.evaluation import factors, forecast
 from worldmodel.evaluation.scores import effective_rank
 from worldmodel.nets.teacher import Teacher, ema_momentum
-from worldmodel.nets.world_model import WorldModel
 from worldmodel.runs.checkpoint import (
     Checkpoint,
     check_finite,
@@ -63,7 +63,8 @@ from worldmodel.runs.wandb_tracking import wandb_mode
 from worldmodel.training import sharding
 from worldmodel.training.distributed import check_launch_environment, globalise_batch_norm
 from worldmodel.training.finite import Guard, NotFiniteStep, first_overflow, overflowed_gradients
-from worldmodel.training.gradients import Losses, compute_gradients, in_parts, kept_buffers
+from worldmodel.training.gradients import Losses, compute_gradients, micro_batches, snapshot_buffers
+from worldmodel.training.losses import TrainingModel
 from worldmodel.training.machine import (
     computes_bf16,
     keep_freed_memory,
@@ -73,7 +74,7 @@ from worldmodel.training.machine import (
 )
 from worldmodel.training.optimisation import learning_rate, parameter_groups, set_lr, step_generator
 from worldmodel.training.profiling import FlopCounter, profiled
-from worldmodel.training.refine import embed_clips, refine, refinement_stream
+from worldmodel.training.refine import embed_refinement_clips, refine, refinement_stream
 from worldmodel.training.timing import StepTimes
 
 logger = one_line_logger(__name__)
@@ -186,7 +187,7 @@ class Trainer:
         if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
             keep_to_own_cores(accelerator.local_process_index)
         set_seed(config.seed)
-        self.student = model = WorldModel(config)
+        self.student = model = build_training_model(config)
         # The teacher starts as the student and is no part of the wrapped module.
         self.teacher = Teacher(model.embedder) if model.objective.needs_teacher else None
         if accelerator.num_processes > 1:
@@ -227,7 +228,7 @@ class Trainer:
         self.flops: int | None = None  # of this process in a step, counted in its first one
         self.tracker: Tracker | None = None
 
-    def whole(self) -> tuple[WorldModel, nn.Module]:
+    def whole(self) -> tuple[TrainingModel, nn.Module]:
         """The student and what embeds its targets: copies where weights are in shards, to be let go of soon, otherwise
         themselves. All processes call it together."""
         student, teacher, device = self.student, self.teacher, self.accelerator.device
@@ -263,7 +264,7 @@ class Trainer:
             batch = next(batches)
             rows = on_device(batch["row"], accelerator.device)
             inputs = training_inputs(batch, config, config.objective.rollout_steps, accelerator.device)
-            parts = in_parts(inputs, rows, config.train.grad_accumulation)
+            parts = micro_batches(inputs, rows, config.train.grad_accumulation)
         with timed("step"), self.flops_counted():
             return compute_gradients(
                 accelerator,
@@ -376,7 +377,7 @@ class Trainer:
         check_finite(self.step, model=student.state_dict(), teacher=target_encoder.state_dict())
         is_best = torch.zeros((), device=device)
         if config.data.source == "causal":  # too quick to be worth sharing
-            scores = factors.development_scores(config, student, device)
+            scores = factors.development_scores(config, student.model, device)
             score = -scores["factors_r2"]
         else:
             with accelerator.main_process_first(), accelerator.local_main_process_first():
@@ -384,7 +385,7 @@ class Trainer:
                     read_index(config.data, "selection")
             scores = forecast.development_scores(
                 config,
-                student,
+                student.model,
                 target_encoder,
                 device,
                 rank=accelerator.process_index,
@@ -406,7 +407,7 @@ class Trainer:
             device, config = self.accelerator.device, self.config
             autocast = self.accelerator.autocast
             with closing(refinement_stream(config, device).batches(0)) as batches:
-                clips = embed_clips(config, student, target_encoder, batches, device, autocast, stop)
+                clips = embed_refinement_clips(config, student.model, target_encoder, batches, device, autocast, stop)
             precise = nullcontext if self.accelerator.scaler else autocast  # what fp16 needs scaling for is fast anyway
             caught = refine(config, student, clips, device, precise, self.log_refinement, stop)
         if signal_number := int(self.accelerator.reduce(torch.tensor(caught, device=self.accelerator.device))):
@@ -454,7 +455,7 @@ class Trainer:
     def kept_from_half_a_step(self) -> Iterator[None]:
         """Where a step's gradients do not arrive, put back the batch statistics that its forward passes moved."""
         networks = [self.student, *([self.teacher] if self.teacher else [])]
-        put_back = kept_buffers(*(networks if self.saves_on_loss else []))
+        put_back = snapshot_buffers(*(networks if self.saves_on_loss else []))
         try:
             yield
         except RuntimeError as error:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from data_pipelines.processes import environment_int
+from worldmodel.nets.convolutions import has_amx
 from worldmodel.training.timing import synchronise
 
 
@@ -24,11 +25,6 @@ def computes_bf16() -> bool:
 
 def cpu_computes_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or has_amx())
-
-
-def has_amx() -> bool:
-    """Return True where the processor multiplies tiles of matrices (Intel AMX)."""
-    return bool(torch.cpu._is_amx_tile_supported())
 
 
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))

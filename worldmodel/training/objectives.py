@@ -1,18 +1,18 @@
-"""Objectives: how near the edited embedding t(f(x), r) is to that of the target x+, and what keeps embeddings apart.
+"""Objectives: they bring the edited embedding t(f(x), r) near to that of the target x+ and prevent collapse.
 
-Every objective takes the same three embeddings, float32 [B, D], and returns named scalars; "prediction_loss" is the one
-to minimise, the others are its parts or what is worth logging beside it.
+Every objective takes three embeddings, float32 [B, D], and returns scalars by name. "prediction_loss" is the one to
+minimise; the others are its parts or are logged alongside.
 
     edited   t(f(x), r), the prediction
     target   the embedding of x+: the teacher's, without gradient, or the shared encoder's, with gradient
     context  f(x) of the shared encoder
 
-Legend: B clips, D embedding dimensions.
+Legend: B clips (of the global batch), D embedding dimensions, I rows, J columns, Q random directions.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -26,31 +26,31 @@ MAX_LOGIT = 20.0
 
 
 class Objective(nn.Module, ABC):
-    """What an objective asks of the model and of the trainer; `forward` is its loss."""
+    """A loss between embeddings, and its requirements on the model and the trainer."""
 
     needs_teacher: ClassVar[bool] = False
-    """The target comes from an EMA teacher; otherwise from the encoder itself, with gradient."""
+    """The target comes from an EMA teacher. Otherwise it comes from the encoder itself, with gradient."""
     needs_negatives: ClassVar[bool] = False
-    """Clips of a batch are told apart: the loss of a batch is not the mean of the losses of its parts."""
+    """The loss contrasts clips within a batch, so it is not the mean of its micro-batch losses."""
     needs_batch_statistics: ClassVar[bool] = False
-    """The distribution of a batch enters the loss: it is not the mean of the losses of its parts."""
+    """The loss depends on the distribution of a batch, so it is not the mean of its micro-batch losses."""
     needs_predictor: ClassVar[bool] = False
-    """An asymmetry between the two sides is what prevents collapse: the editor must end in an MLP."""
+    """Collapse is prevented by an asymmetry between the two sides: the editor must end in an MLP."""
     default_beta: ClassVar[float] = 0.001
-    """Weight of the latent's regulariser. It goes with how steep the loss is in the squared error of an embedding."""
+    """Weight of the latent's penalty. It suits the slope of the loss in the squared error of an embedding."""
 
     @abstractmethod
     def forward(
         self, edited: Tensor, target: Tensor, context: Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """edited, target, context [B, D] -> {"prediction_loss": scalar, ...}."""
+        """Return {"prediction_loss": scalar, ...} for edited, target and context [B, D]."""
 
     @abstractmethod
     def prediction_error(self, edited: Tensor, target: Tensor, context: Tensor) -> Tensor:
-        """What each clip's own distance from its target adds to the loss, 0 where there is none: [B, D] each -> [B].
+        """Return the prediction error of each clip, [B], for embeddings [B, D]; 0 if prediction and target agree.
 
-        In the units of the loss and with its weight there. What the loss makes of the clips of a batch together is left
-        out: the error of a clip does not depend on the others.
+        It is in the loss's units and has its weight in the loss. Batch-level terms are excluded: the error of a clip
+        does not depend on the others.
         """
 
 
@@ -66,20 +66,20 @@ class Byol(Objective):
     def forward(
         self, edited: Tensor, target: Tensor, context: Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """edited, target [B, D] -> "prediction_loss" in [-1, 1]."""
+        """Return "prediction_loss" in [-1, 1] for edited and target [B, D]."""
         return {"prediction_loss": -F.cosine_similarity(edited, target, dim=-1).mean()}
 
     def prediction_error(self, edited: Tensor, target: Tensor, context: Tensor) -> Tensor:
-        """1 - cosine, 0 to 2."""
+        """Return 1 - cosine, from 0 to 2: [B]."""
         return 1 - F.cosine_similarity(edited, target, dim=-1)
 
 
 class Jepa(Objective):
-    """Half the mean squared error to an EMA teacher's embedding, each dimension of which has variance 1 over a batch.
+    """Half the mean squared error to an EMA teacher's embedding, whose dimensions have variance 1 over a batch.
 
     Joint-embedding prediction by squared error (I-JEPA, Assran et al., arXiv 2301.08243, section 3), with targets
-    standardised as in data2vec (Baevski et al., arXiv 2202.03555, section 3.3). Between two points of the sphere it is
-    1 - cosine, BYOL's loss; without the sphere the embedding is not bent by a length that differs from clip to clip.
+    standardised as in data2vec (Baevski et al., arXiv 2202.03555, section 3.3). On the sphere it is 1 - cosine, BYOL's
+    loss. Off the sphere, the embedding is not distorted by a length that differs between clips.
     """
 
     needs_teacher = True
@@ -88,11 +88,11 @@ class Jepa(Objective):
     def forward(
         self, edited: Tensor, target: Tensor, context: Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """edited, target [B, D] -> "prediction_loss" >= 0."""
+        """Return "prediction_loss" >= 0 for edited and target [B, D]."""
         return {"prediction_loss": F.mse_loss(edited, target) / 2}
 
     def prediction_error(self, edited: Tensor, target: Tensor, context: Tensor) -> Tensor:
-        """Half the mean squared difference."""
+        """Return half the mean squared difference: [B]."""
         return (edited - target).square().mean(dim=-1) / 2
 
 
@@ -100,8 +100,8 @@ class Ressl(Objective):
     """Relational consistency (Zheng et al., arXiv 2107.09282).
 
     The prediction's similarities to the other targets of the batch follow the teacher's, by cross-entropy. The
-    teacher's distribution is sharper (temperature 0.04 against 0.1). The batch stands where the paper has a memory of
-    past targets.
+    teacher's distribution is sharper (temperature 0.04 against 0.1). The batch replaces the paper's memory of past
+    targets.
     """
 
     STUDENT_TEMPERATURE = 0.1
@@ -114,22 +114,22 @@ class Ressl(Objective):
     def forward(
         self, edited: Tensor, target: Tensor, context: Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """edited, target [B, D] -> "prediction_loss" >= 0."""
+        """Return "prediction_loss" >= 0 for edited and target [B, D]."""
         edited, target = F.normalize(edited, dim=-1), F.normalize(target, dim=-1)
         student = _without_diagonal(edited @ target.T) / self.STUDENT_TEMPERATURE
         teacher = _without_diagonal(target @ target.T) / self.TEACHER_TEMPERATURE
         return {"prediction_loss": F.cross_entropy(student, teacher.softmax(dim=-1))}
 
     def prediction_error(self, edited: Tensor, target: Tensor, context: Tensor) -> Tensor:
-        """1 - cosine, 0 to 2, which stands in: this loss compares a clip with others alone, never with its target."""
+        """Return 1 - cosine, [B], as a substitute: this loss never compares a clip with its own target."""
         return 1 - F.cosine_similarity(edited, target, dim=-1)
 
 
 class SslHsic(Objective):
     """Kernel dependence on the clip's identity (Li et al., arXiv 2106.08320): -HSIC(Z, Y) + gamma sqrt(HSIC(Z, Z)).
 
-    Z holds the predictions and the teacher's targets, Y says which clip each belongs to. Inverse multiquadric kernel on
-    the unit sphere, gamma = 3. The kernel is computed as it is; the paper approximates it by random features.
+    Z holds the predictions and the teacher's targets, Y the clip that each belongs to. Inverse multiquadric kernel on
+    the unit sphere, gamma = 3. The kernel is computed exactly; the paper approximates it by random features.
     """
 
     GAMMA = 3.0
@@ -142,11 +142,11 @@ class SslHsic(Objective):
     def forward(
         self, edited: Tensor, target: Tensor, context: Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """edited, target [B, D] -> "prediction_loss", and its parts "hsic_identity" and "hsic_self"."""
+        """Return "prediction_loss" and its parts "hsic_identity" and "hsic_self" for edited and target [B, D]."""
         both = F.normalize(torch.cat([edited, target]), dim=-1)
         kernel = inverse_multiquadric_kernel(both, both)
         num_clips = len(edited)
-        # HSIC(Z, Y) for one-hot Y times the number of clips: kernel within a clip minus kernel at large.
+        # HSIC(Z, Y) for one-hot Y, times the number of clips: the kernel within a clip minus its overall mean.
         identity = kernel.diagonal(num_clips).mean() - kernel.mean()
         own = hsic(kernel, kernel)
         return {
@@ -156,18 +156,18 @@ class SslHsic(Objective):
         }
 
     def prediction_error(self, edited: Tensor, target: Tensor, context: Tensor) -> Tensor:
-        """1 - kernel, of the part of the loss that is the mean kernel within a clip."""
+        """Return 1 - kernel, [B], for the part of the loss that is the mean kernel within a clip."""
         difference = F.normalize(edited, dim=-1) - F.normalize(target, dim=-1)
         return 1 - (1 + difference.square().sum(dim=-1)).rsqrt()
 
 
 def inverse_multiquadric_kernel(a: Tensor, b: Tensor) -> Tensor:
-    """k(a, b) = 1 / sqrt(1 + |a - b|^2): [N, D], [M, D] -> [N, M]."""
+    """Return k(a, b) = 1 / sqrt(1 + |a - b|^2): [I, D], [J, D] -> [I, J]."""
     return (1 + squared_distances(a, b)).rsqrt()
 
 
 def hsic(kernel: Tensor, other: Tensor) -> Tensor:
-    """The biased estimate trace(K H L H) / (N - 1)^2 of two kernel matrices [N, N] (Gretton et al. 2005, eq. 9)."""
+    """Return the biased estimate trace(K H L H) / (I - 1)^2 for kernel matrices [I, I] (Gretton et al. 2005, eq. 9)."""
     centred = kernel - kernel.mean(dim=0) - kernel.mean(dim=1, keepdim=True) + kernel.mean()
     return (centred * other.T).sum() / (len(kernel) - 1) ** 2
 
@@ -179,10 +179,10 @@ class InfoNce(Objective):
     """NT-Xent in both directions with negatives from both views (Chen et al., arXiv 2002.05709, eq. 1).
 
     Logits are -w |a - b|^2 / (2 D temperature) + 1 / temperature. On the sphere of radius sqrt(D) that is the cosine
-    over the temperature; without normalisation it is a Gaussian's log density. The weight w = softplus(lambda) is
-    learned and starts at 1 (AdaSSL, arXiv 2602.02381, appendix); logits are kept within +-20.
+    over the temperature. Without normalisation it is a Gaussian's log density. The weight w = softplus(lambda) is
+    learned and starts at 1 (AdaSSL, arXiv 2602.02381, appendix). Logits are clamped to +-20.
 
-    "information_nats" is the lower bound on the information between prediction and target, log B minus the
+    "information_nats" is the lower bound on the information between prediction and target: log B minus the
     cross-entropy among the B targets of a batch (van den Oord et al., arXiv 1807.03748, section 2.3).
     """
 
@@ -195,18 +195,19 @@ class InfoNce(Objective):
         self.make_metric(embedding_dim, hidden_dim)
 
     def make_metric(self, embedding_dim: int, hidden_dim: int) -> None:
+        """Create the parameters of `metric`."""
         self.raw_weight = nn.Parameter(torch.full((1,), SOFTPLUS_ONE))
 
     def metric(self, context: Tensor) -> Tensor:
-        """context [B, D] -> weights of the squared differences, [1 or B, 1 or D]."""
+        """Return the weights of the squared differences for context [B, D]: [1 or B, 1 or D]."""
         return F.softplus(self.raw_weight)[None]
 
     def forward(
         self, edited: Tensor, target: Tensor, context: Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """edited, target, context [B, D] -> "prediction_loss" in nats and "information_nats"."""
+        """Return "prediction_loss" in nats and "information_nats" for edited, target and context [B, D]."""
         metric = self.metric(context)
-        # A row takes the metric of its clip. In across.T, so does a column.
+        # Each row uses the metric of its clip. In across.T, each column does.
         across = self.logits(edited, target, metric)
         within_edited = self.logits(edited, edited, metric)
         within_target = self.logits(target, target, metric)
@@ -218,15 +219,15 @@ class InfoNce(Objective):
         return {"prediction_loss": loss, "information_nats": information}
 
     def logits(self, rows: Tensor, columns: Tensor, metric: Tensor) -> Tensor:
-        """rows [N, D], columns [M, D], metric [1 or N, 1 or D] -> [N, M]."""
+        """Return the logits of rows [I, D] and columns [J, D] by metric [1 or I, 1 or D]: [I, J]."""
         distances = squared_distances(rows, columns, metric.expand(len(rows), rows.shape[1]))
         scale = 2 * rows.shape[1] * self.temperature
         return (1 / self.temperature - distances / scale).clamp(-MAX_LOGIT, MAX_LOGIT)
 
     def prediction_error(self, edited: Tensor, target: Tensor, context: Tensor) -> Tensor:
-        """How far the logit of the pair is below its largest value, in nats, before logits are clamped.
+        """Return how far each pair's logit is below its largest value, in nats, before clamping: [B].
 
-        That is the attraction. The repulsion, a log sum over the batch, is left out.
+        That is the attraction. The repulsion, a log sum over the batch, is excluded.
         """
         distance = (self.metric(context) * (edited - target).square()).sum(dim=-1)
         return distance / (2 * edited.shape[1] * self.temperature)
@@ -240,7 +241,7 @@ class AnInfoNce(InfoNce):
 
 
 class HInfoNce(InfoNce):
-    """InfoNCE whose diagonal metric is predicted from the context (H-InfoNCE, baseline of AdaSSL, arXiv 2602.02381)."""
+    """InfoNCE with a diagonal metric predicted from the context (H-InfoNCE, a baseline of AdaSSL, arXiv 2602.02381)."""
 
     def make_metric(self, embedding_dim: int, hidden_dim: int) -> None:
         self.metric_net = mlp([embedding_dim, hidden_dim, embedding_dim])
@@ -254,14 +255,14 @@ SOFTPLUS_ONE = math.log(math.e - 1)
 
 
 def squared_distances(rows: Tensor, columns: Tensor, metric: Tensor | None = None) -> Tensor:
-    """sum_k metric[i, k] (rows[i, k] - columns[j, k])^2: [N, D], [M, D], [N, D] or ones -> [N, M]."""
+    """Return sum_d metric[i, d] (rows[i, d] - columns[j, d])^2: [I, D], [J, D], [I, D] or ones -> [I, J]."""
     weighted = rows if metric is None else rows * metric
     column_part = columns.square().sum(dim=-1) if metric is None else metric @ columns.square().T
     return ((weighted * rows).sum(dim=-1, keepdim=True) - 2 * weighted @ columns.T + column_part).clamp(min=0)
 
 
 def _without_diagonal(square: Tensor) -> Tensor:
-    """[N, N] -> [N, N - 1]"""
+    """Drop the diagonal: [I, I] -> [I, I - 1]."""
     n = len(square)
     return square.flatten()[1:].view(n - 1, n + 1)[:, :-1].reshape(n, n - 1)
 
@@ -272,8 +273,8 @@ def _without_diagonal(square: Tensor) -> Tensor:
 class Vicreg(Objective):
     """Variance, invariance, covariance (Bardes et al., arXiv 2105.04906; the paper's weights are 25, 25, 1).
 
-    Invariance is the mean over clips and dimensions; the two variance terms are averaged, the covariances summed. The
-    regularisers act on f(x) and f(x+), not on the prediction, whose spread must be free to be smaller.
+    Invariance is the mean over clips and dimensions. The two variance terms are averaged, the covariances summed. The
+    regularisers act on f(x) and f(x+), not on the prediction, whose spread may need to be smaller.
     """
 
     needs_batch_statistics = True
@@ -286,7 +287,7 @@ class Vicreg(Objective):
     def forward(
         self, edited: Tensor, target: Tensor, context: Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """edited, target, context [B, D] -> "prediction_loss" and its parts "invariance", "variance", "covariance"."""
+        """Return "prediction_loss" and its parts "invariance", "variance" and "covariance" for embeddings [B, D]."""
         invariance = F.mse_loss(edited, target)
         variance = (variance_hinge(context) + variance_hinge(target)) / 2
         covariance = covariance_penalty(context) + covariance_penalty(target)
@@ -299,19 +300,19 @@ class Vicreg(Objective):
         }
 
     def prediction_error(self, edited: Tensor, target: Tensor, context: Tensor) -> Tensor:
-        """The mean squared difference times the weight of invariance."""
+        """Return the mean squared difference times the weight of invariance: [B]."""
         return self.weights[0] * (edited - target).square().mean(dim=-1)
 
 
 def variance_hinge(embeddings: Tensor) -> Tensor:
-    """Mean over dimensions of max(0, 1 - standard deviation): [B, D] -> scalar."""
+    """Return the mean over dimensions of max(0, 1 - standard deviation): [B, D] -> []."""
     return F.relu(1 - (embeddings.var(dim=0) + 1e-4).sqrt()).mean()
 
 
 def covariance_penalty(embeddings: Tensor) -> Tensor:
-    """Sum of squared covariances between dimensions, over D: [B, D] -> scalar."""
+    """Return the sum of squared covariances between dimensions, divided by D: [B, D] -> []."""
     centred = embeddings - embeddings.mean(dim=0)
-    covariance = centred.T @ centred / (len(embeddings) - 1)  # torch.cov asks a GPU for a number
+    covariance = centred.T @ centred / (len(embeddings) - 1)  # torch.cov synchronises a GPU
     return (covariance.square().sum() - covariance.diagonal().square().sum()) / embeddings.shape[1]
 
 
@@ -333,7 +334,7 @@ class SigReg(Objective):
     def forward(
         self, edited: Tensor, target: Tensor, context: Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """edited, target, context [B, D] -> "prediction_loss" and its parts "invariance", "normality"."""
+        """Return "prediction_loss" and its parts "invariance" and "normality" for embeddings [B, D]."""
         invariance = F.mse_loss(edited, target)
         directions = torch.randn(
             self.NUM_DIRECTIONS, target.shape[1], generator=generator, device=target.device, dtype=target.dtype
@@ -347,15 +348,15 @@ class SigReg(Objective):
         }
 
     def prediction_error(self, edited: Tensor, target: Tensor, context: Tensor) -> Tensor:
-        """The mean squared difference."""
+        """Return the mean squared difference: [B]."""
         return (edited - target).square().mean(dim=-1)
 
 
 def epps_pulley(samples: Tensor) -> Tensor:
-    """Distance of samples from N(0, 1), one number a column: [N, K] -> [K].
+    """Return the distance of samples from N(0, 1) per column: [B, Q] -> [Q].
 
-    N times the integral over t of |mean exp(i t x) - exp(-t^2 / 2)|^2 exp(-t^2 / 2), by the trapezoid rule (Epps and
-    Pulley 1983; LeJEPA, arXiv 2511.08544, section 4). The integrand is even: half the axis is enough.
+    It is B times the integral over t of |mean exp(i t x) - exp(-t^2 / 2)|^2 exp(-t^2 / 2), by the trapezoid rule (Epps
+    and Pulley 1983; LeJEPA, arXiv 2511.08544, section 4). The integrand is even, so half the axis is enough.
     """
     t = torch.linspace(0, 5, 17, device=samples.device, dtype=samples.dtype)
     step = 5 / 16
@@ -365,49 +366,6 @@ def epps_pulley(samples: Tensor) -> Tensor:
     angles = samples.unsqueeze(-1) * t
     real, imaginary = angles.cos().mean(dim=0), angles.sin().mean(dim=0)
     return len(samples) * ((real - normal).square() + imaginary.square()) @ (weight * normal)
-
-
-# ------------------------------------------------------------------------------------ terms of successive embeddings
-
-
-class SequenceTerms(nn.Module):
-    """What shapes distances between embeddings of one clip, so that they can be planned in; each with a weight.
-
-    smoothness: mean squared difference of successive embeddings. With a variance that is kept up, what is few steps
-    away is near, walls counted in (slow features: Wiskott and Sejnowski 2002). inverse_dynamics: mean squared error of
-    the action, read by an MLP from the two embeddings around it; what an agent controls stays in the embedding.
-    time_variance: the variance hinge, of embeddings less their clip's mean; what does not change in a clip cannot be
-    all that they hold.
-    """
-
-    def __init__(self, weights: Mapping[str, float], embedding_dim: int, hidden_dim: int, action_dim: int) -> None:
-        super().__init__()
-        self.weights = {name: weight for name, weight in weights.items() if weight}
-        self.action_net = (
-            mlp([2 * embedding_dim, hidden_dim, action_dim]) if "inverse_dynamics" in self.weights else None
-        )
-
-    @property
-    def needs_batch_statistics(self) -> bool:
-        """As an objective's: the action is read by a network with batch norm."""
-        return "time_variance" in self.weights or "inverse_dynamics" in self.weights
-
-    def forward(self, embeddings: Tensor, actions: Tensor | None) -> dict[str, Tensor]:
-        """embeddings [B, K + 1, D] of successive segments, actions [B, K, A] between them -> the terms, unweighted."""
-        terms: dict[str, Tensor] = {}
-        if "smoothness" in self.weights:
-            terms["smoothness"] = F.mse_loss(embeddings[:, 1:], embeddings[:, :-1])
-        if "time_variance" in self.weights:
-            terms["time_variance"] = variance_hinge((embeddings - embeddings.mean(dim=1, keepdim=True)).flatten(0, 1))
-        if self.action_net is not None:
-            assert actions is not None
-            pairs = torch.cat([embeddings[:, :-1], embeddings[:, 1:]], dim=-1).flatten(0, 1)
-            terms["inverse_dynamics"] = F.mse_loss(self.action_net(pairs).float(), actions.flatten(0, 1))
-        return terms
-
-    def total(self, terms: Mapping[str, Tensor]) -> Tensor | float:
-        """The weighted sum."""
-        return sum(self.weights[name] * value for name, value in terms.items())
 
 
 OBJECTIVES: dict[str, type[Objective]] = {

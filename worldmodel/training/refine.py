@@ -1,16 +1,17 @@
-"""Refinement: the encoder stands still, and what predicts goes on learning from its embeddings.
+"""Refinement: the encoder is frozen, and the other networks continue to learn from its embeddings.
 
-While the encoder learns, batch statistics move every embedding with the batch that it is in, and the editor cannot tell
-that noise from the future. Afterwards the embeddings of many clips are computed once, with running statistics, and
-editor, posterior and prior learn from them for thousands of updates that cost what a small network costs.
+While the encoder learns, batch statistics move each embedding with its batch, and the editor cannot separate that noise
+from the future. Refinement embeds many clips once, with running statistics. Editor, posterior and prior then learn from
+them for thousands of updates, each at the cost of a small network.
 
-Legend: N clips, K steps of prediction, D embedding dimensions, R latent dimensions, A numbers of an action.
+Legend: N clips of L segments, B clips of an update, T frames, C channels, H = W pixels, K steps of prediction, D
+embedding dimensions, F features, R latent dimensions, A numbers of an action, M similar clips, I pairs of segments.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -20,43 +21,60 @@ from data_pipelines.errors import UserError
 from worldmodel.config import Config, VideosConfig
 from worldmodel.data import Batch, Stream, segment_span, training_inputs, training_stream
 from worldmodel.evaluation.forecast import frozen
-from worldmodel.nets.distance import clips_alike
-from worldmodel.nets.world_model import Embedded, Pairs, WorldModel
+from worldmodel.nets.distance import similar_clips
+from worldmodel.nets.scene import NoScene
+from worldmodel.nets.world_model import Embedded, WorldModel
 from worldmodel.training.finite import Guard, first_overflow
+from worldmodel.training.losses import DistanceExamples, TrainingModel
 from worldmodel.training.optimisation import learning_rate, parameter_groups, set_lr, step_generator
 
 Autocast = Callable[[], AbstractContextManager[None]]
-"""Accelerator.autocast: a context of the precision that training has."""
+"""Accelerator.autocast: a context of the precision of training."""
 
 WARMUP_STEPS = 100
 SEGMENTS_AT_ONCE = 256
 FRESH_SHARE = 0.4
 PAIRS_PER_CLIP = 2
-NEAR_OF = 8
+NEAREST_OF = 8
 
 
-class EmbeddedClips(NamedTuple):
+@dataclass(frozen=True)
+class RefinementClips:
     """N clips of L segments after the encoders, in evaluation mode.
 
-    own [N, L, D] are the model's embeddings of all segments, targets [N, L - 1, D] those of all but the first in the
-    space of targets, and features [N, L, F] what the encoder made of all, None where no scene code is read; known_r
-    [N, R] is what an oracle latent takes, actions [N, H + K - 1, A] what the model is conditioned on.
+    own: [N, L, D], the model's embeddings of all segments.
+    targets: [N, L - 1, D], the target encoder's embeddings of all segments but the first.
+    features: [N, L, F], the encoder's features that a scene code is read from; F is 0 without one.
+    known_r: [N, R], the r of an oracle latent; [N, 0] for other latents.
+    actions: [N, `steps_of`, A]; A is 0 for a model without actions.
     """
 
     own: Tensor
     targets: Tensor
-    features: Tensor | None
-    known_r: Tensor | None
-    actions: Tensor | None
+    features: Tensor
+    known_r: Tensor
+    actions: Tensor
 
-    def rows(self, chosen: slice) -> "EmbeddedClips":
-        features, known_r, actions = (None if part is None else part[chosen] for part in self[2:])
-        return EmbeddedClips(self.own[chosen], self.targets[chosen], features, known_r, actions)
+    def map(self, change: Callable[[Tensor], Tensor]) -> "RefinementClips":
+        """Apply a function to each tensor."""
+        return RefinementClips(**{each.name: change(getattr(self, each.name)) for each in fields(self)})
+
+
+@dataclass(frozen=True)
+class RefinementBatch:
+    """The arguments of `TrainingModel.refinement_losses` for one update: B clips, each from one of its steps."""
+
+    embedded: Embedded
+    known_r: Tensor
+    actions: Tensor
+    examples: DistanceExamples | None
 
 
 def refinement_stream(config: Config, device: torch.device) -> Stream:
-    """The stream of what is embedded: clips for steps_of(config) steps, each cut where the refined steps of the one
-    before it end. Whatever data.clip_step is, a segment is then embedded about once and many videos are seen.
+    """Open the stream of clips to embed, each with segments for `steps_of` steps.
+
+    A clip starts where the refined steps of the one before it end, whatever data.clip_step is. Each segment is then
+    embedded about once, and many videos are seen.
     """
     data = config.data
     if isinstance(data, VideosConfig):
@@ -64,7 +82,12 @@ def refinement_stream(config: Config, device: torch.device) -> Stream:
     return training_stream(replace(config, data=data), steps_of(config), rank=0, world_size=1, device=device)
 
 
-def embed_clips(
+def steps_of(config: Config) -> int:
+    """Return the number of prediction steps that a refined clip has segments for."""
+    return config.train.refine_horizon + config.objective.rollout_steps - 1
+
+
+def embed_refinement_clips(
     config: Config,
     model: WorldModel,
     target_encoder: nn.Module,
@@ -72,52 +95,53 @@ def embed_clips(
     device: torch.device,
     autocast: Autocast,
     stop: Callable[[], int],
-) -> EmbeddedClips:
-    """The embeddings of train.refine_clips clips of a stream, each for steps_of(config) steps.
+) -> RefinementClips:
+    """Embed train.refine_clips clips of a stream, each with segments for `steps_of` steps.
 
-    `stop` tells the number of a signal that came, or 0: fewer clips are embedded then.
+    `stop` returns the number of a signal that came, or 0. After a signal, fewer clips are embedded.
     """
     missing = config.train.refine_clips
-    parts: list[EmbeddedClips] = []
+    parts: list[RefinementClips] = []
     with frozen(model, target_encoder), tqdm(total=missing, desc="embedding", unit="clip") as bar:
         while missing > 0 and not (parts and stop()):
-            segments, known_r, actions = training_inputs(next(batches), config, steps_of(config), device)
+            inputs = training_inputs(next(batches), config, steps_of(config), device)
+            segments = inputs.segments
             with autocast():
-                encoded = in_parts(model.embedder.features, segments)
-                own = model.embedder.project(encoded.flatten(0, 1)).unflatten(0, segments.shape[:2])
-                shared = target_encoder is model.embedder
-                targets = own[:, 1:] if shared else in_parts(target_encoder, segments[:, 1:])
-            read_from = None if model.scene is None else encoded
-            parts.append(EmbeddedClips(own, targets, read_from, known_r, actions).rows(slice(missing)))
+                features = encode_segments(model.embedder.features, segments)
+                own = model.embedder.project(features.flatten(0, 1)).unflatten(0, segments.shape[:2])
+                is_own = target_encoder is model.embedder
+                targets = own[:, 1:] if is_own else encode_segments(target_encoder, segments[:, 1:])
+            part = RefinementClips(own, targets, model.scene.select(features), inputs.known_r, inputs.actions)
+            parts.append(part.map(itemgetter(slice(missing))))
             missing -= len(segments)
             bar.update(len(parts[-1].own))
-    columns = list(zip(*parts, strict=True))
-    features, known_r, actions = (None if column[0] is None else torch.cat(column) for column in columns[2:])
-    return EmbeddedClips(torch.cat(columns[0]), torch.cat(columns[1]), features, known_r, actions)
+    return RefinementClips(
+        **{each.name: torch.cat([getattr(part, each.name) for part in parts]) for each in fields(RefinementClips)}
+    )
 
 
-def in_parts(encode: Callable[[Tensor], Tensor], segments: Tensor) -> Tensor:
-    """[B, L, T, C, H, W] -> [B, L, F] of the segments one by one, a few at once: as many as caches hold."""
-    parts = segments.flatten(0, 1).split(SEGMENTS_AT_ONCE)
-    return torch.cat([encode(part) for part in parts]).unflatten(0, segments.shape[:2])
+def encode_segments(encode: Callable[[Tensor], Tensor], segments: Tensor) -> Tensor:
+    """Encode segments [B, L, T, C, H, W] to [B, L, F], in chunks that fit into caches."""
+    chunks = segments.flatten(0, 1).split(SEGMENTS_AT_ONCE)
+    return torch.cat([encode(chunk) for chunk in chunks]).unflatten(0, segments.shape[:2])
 
 
-def steps_of(config: Config) -> int:
-    """Steps of prediction that a refined clip has segments for."""
-    return config.train.refine_horizon + config.objective.rollout_steps - 1
+# -------------------------------------------------------------------------------------------------------- one update
 
 
-def draw_steps(
-    clips: EmbeddedClips,
+def draw_batch(
+    clips: RefinementClips,
     config: Config,
-    model: WorldModel,
+    training: TrainingModel,
     generator: torch.Generator,
-    alike: Tensor | None = None,
-) -> tuple[Embedded, Tensor | None, Tensor | None]:
-    """A batch of clips, drawn with replacement, each from a step of its own: what the losses are computed from, known_r
-    and actions. The scene code of FRESH_SHARE of them is read from the context, that of the others from any segment up
-    to it. Pairs for a temporal distance are drawn where `alike` [N, M] tells which clips are like each."""
-    device, num_steps = clips.own.device, model.num_steps
+    similar: Tensor | None = None,
+) -> RefinementBatch:
+    """Draw a batch of clips with replacement, and for each the step that its prediction starts from.
+
+    The scene code of FRESH_SHARE of the clips is read from the context, that of the others from any segment up to the
+    context. With `similar` [N, M], the most similar clips of each clip, examples for a temporal distance are drawn.
+    """
+    model, device, num_steps = training.model, clips.own.device, training.num_steps
     count = config.train.refine_batch_size or config.data.batch_size
     clip = torch.randint(len(clips.own), (count,), generator=generator, device=device)
     first = torch.randint(config.train.refine_horizon, (count,), generator=generator, device=device)
@@ -125,31 +149,30 @@ def draw_steps(
     fresh = torch.rand(count, generator=generator, device=device) < FRESH_SHARE
     read_at = torch.where(fresh, first, read_at)
 
-    def successive(part: Tensor, begin: int) -> Tensor:
-        return part[clip[:, None], first[:, None] + torch.arange(begin, begin + num_steps, device=device)]
+    def successive(values: Tensor, begin: int) -> Tensor:
+        return values[clip[:, None], first[:, None] + torch.arange(begin, begin + num_steps, device=device)]
 
-    real = torch.cat([clips.own[clip, first][:, None], successive(clips.targets, 0)], dim=1)
+    seen = successive(clips.own, model.seen_at)
     embedded = Embedded(
-        real,
-        successive(clips.own, model.seen_at) if model.sees_later else None,
-        None if clips.features is None else clips.features[clip, read_at],
-        first - read_at,
+        real=torch.cat([clips.own[clip, first][:, None], successive(clips.targets, 0)], dim=1),
+        seen=seen if model.latent.sees_later else seen[..., :0],
+        features=clips.features[clip, read_at],
+        age=first - read_at,
     )
-    if alike is not None:
+    examples = None
+    if similar is not None:
         other = torch.randint(clips.own.shape[1], (count,), generator=generator, device=device)
-        embedded = embedded._replace(
-            other_features=None if clips.features is None else clips.features[clip, other],
-            pairs=draw_pairs(clips, alike, PAIRS_PER_CLIP * count, generator),
-        )
-    known_r = None if clips.known_r is None else clips.known_r[clip]
-    return embedded, known_r, None if clips.actions is None else successive(clips.actions, 0)
+        examples = draw_pairs(clips, similar, clips.features[clip, other], PAIRS_PER_CLIP * count, generator)
+    return RefinementBatch(embedded, clips.known_r[clip], successive(clips.actions, 0), examples)
 
 
-def draw_pairs(clips: EmbeddedClips, alike: Tensor, count: int, generator: torch.Generator) -> Pairs:
-    """Pairs of segments, in any order, that are to be far apart, drawn from clips that are `alike` [N, M].
+def draw_pairs(
+    clips: RefinementClips, similar: Tensor, other_features: Tensor, count: int, generator: torch.Generator
+) -> DistanceExamples:
+    """Draw pairs of segments that should be far apart, in any order, from `similar` clips [N, M].
 
-    Half of them are of any two segments; of the others the second is the nearest of NEAR_OF segments, so that what is
-    near only in looks, as on the other side of a wall, is often asked for.
+    Half of the pairs are any two segments. In the other half, the second is the nearest of NEAREST_OF segments, so that
+    segments that merely look alike, for example across a wall, are drawn often.
     """
     device, num_segments = clips.own.device, clips.own.shape[1]
 
@@ -157,66 +180,68 @@ def draw_pairs(clips: EmbeddedClips, alike: Tensor, count: int, generator: torch
         return torch.randint(stop, shape, generator=generator, device=device)
 
     clip, segment = draw(len(clips.own), count), draw(num_segments, count)
-    others = alike[clip[:, None], draw(alike.shape[1], count, NEAR_OF)]
-    segments = draw(num_segments, count, NEAR_OF)
+    others = similar[clip[:, None], draw(similar.shape[1], count, NEAREST_OF)]
+    segments = draw(num_segments, count, NEAREST_OF)
     away = (clips.own[others, segments] - clips.own[clip, segment][:, None]).square().sum(dim=-1)
     rows, nearest = torch.arange(count, device=device), away.argmin(dim=1)
     chosen = torch.where(rows < count // 2, 0, nearest)
     other, other_segment = others[rows, chosen], segments[rows, chosen]
     in_order = torch.stack([torch.stack([clip, other]), torch.stack([segment, other_segment])])
     clip, segment = torch.where(draw(2, count).bool(), in_order.flip(1), in_order)
-    return Pairs(clips.own[clip, segment], None if clips.features is None else clips.features[clip, segment])
+    return DistanceExamples(other_features, clips.own[clip, segment], clips.features[clip, segment])
 
 
-def like_clips(model: WorldModel, clips: EmbeddedClips) -> Tensor:
-    """Which clips are alike, by a scene code that has been learned; without one each is like itself alone: [N, M]."""
-    if model.scene is None or clips.features is None:
+def most_similar(model: WorldModel, clips: RefinementClips) -> Tensor:
+    """Return the most similar clips of each clip by a learned scene code: [N, M]. Without one, each has only itself."""
+    if isinstance(model.scene, NoScene):
         return torch.arange(len(clips.own), device=clips.own.device)[:, None]
     means = clips.features.mean(dim=1, dtype=torch.float32)
-    return clips_alike(model.scene.kept(means), model.scene.correlation)
+    return similar_clips(model.scene.project(means), model.scene.correlation)
+
+
+# -------------------------------------------------------------------------------------------------------- all updates
 
 
 def refine(
     config: Config,
-    model: WorldModel,
-    clips: EmbeddedClips,
+    training: TrainingModel,
+    clips: RefinementClips,
     device: torch.device,
     autocast: Autocast,
     log: Callable[[int, dict[str, float]], None],
     stop: Callable[[], int],
 ) -> int:
-    """Train all of the model but its encoder and projector on embedded clips, for train.refine_steps updates.
+    """Train all networks but the embedder on embedded clips, for train.refine_steps updates.
 
-    `log` gets the number of updates and the mean losses since the last call every train.log_every of them; `stop` tells
-    the number of a signal that came, or 0.
+    Args:
+        log: takes the number of updates and the mean losses since its last call, every train.log_every updates.
+        stop: returns the number of a signal that came, or 0.
 
-    Returns: the number of the signal that ended it early, or 0.
+    Returns: the number of the signal that ended refinement early, or 0.
 
     Raises:
         UserError: the loss or its gradient is not finite.
     """
-    train = config.train
+    train, model = config.train, training.model
     model.embedder.requires_grad_(False)
-    if model.scene is not None:
-        assert clips.features is not None
-        model.scene.learn(clips.features)
-    alike = None
-    if model.distance is not None:
-        alike = like_clips(model, clips)
+    model.scene.learn(clips.features)
+    similar = None
+    if model.distance.num_values:
+        similar = most_similar(model, clips)
         model.distance.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameter_groups(model, train.weight_decay), train.refine_lr, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(training, train.weight_decay), train.refine_lr, fused=True)
     guard = Guard(optimizer, device)
 
     def losses_at(step: int) -> dict[str, Tensor]:
         generator = step_generator(config.seed, train.steps + step, device)
-        embedded, known_r, actions = draw_steps(clips, config, model, generator, alike)
+        batch = draw_batch(clips, config, training, generator, similar)
         with autocast():
-            return model.losses(embedded, known_r, model.beta, generator, actions=actions)
+            return training.refinement_losses(batch.embedded, batch.known_r, batch.actions, batch.examples, generator)
 
     def check_finite(num_done: int) -> None:
         if num_bad := guard.num_steps():
             bad = num_done - num_bad  # it runs again, on the same weights
-            with first_overflow(model) as modules, suppress(RuntimeError):
+            with first_overflow(training) as modules, suppress(RuntimeError):
                 losses_at(bad)
             first = f", first the output of {modules[0]}" if modules else ""
             raise UserError(
@@ -233,7 +258,7 @@ def refine(
         losses = losses_at(step)
         losses["loss"].backward()
         if train.clip_norm:
-            nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
+            nn.utils.clip_grad_norm_(training.parameters(), train.clip_norm)
         guard.watch(losses["loss"])
         optimizer.step()
         optimizer.zero_grad()

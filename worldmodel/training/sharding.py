@@ -8,18 +8,15 @@ follows shard by shard. What else needs whole weights has them in a copy of the 
 import copy
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, TypeGuard, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from data_pipelines.errors import UserError
+from worldmodel.nets.parallel import is_sharded
 from worldmodel.nets.vit import Block
-
-# What is in shards is imported where there are some: it would take each start half a second.
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -74,24 +71,14 @@ def without_weights(network: Network) -> Network:
 def filled(blank: Network, network: nn.Module, device: torch.device) -> Network:
     """A copy with the weights of a sharded network, whole. All processes call it together."""
     copied, own = copy.deepcopy(blank), network.state_dict()
-    weights = {name: tensor if is_cut(own[name]) else tensor.clone() for name, tensor in whole(own).items()}
+    weights = {name: tensor if is_sharded(own[name]) else tensor.clone() for name, tensor in whole(own).items()}
     copied.load_state_dict(weights, assign=True)
     return copied.to(device)
 
 
-def is_cut(tensor: Tensor | None) -> "TypeGuard[DTensor]":
-    """Whether this process has a share of it."""
-    return hasattr(tensor, "full_tensor")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's share of a tensor, which may be all of it. In the same memory."""
-    return tensor.to_local() if is_cut(tensor) else tensor
-
-
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same with none in shards, those in the processor's memory. All processes call it together."""
-    return {name: tensor.full_tensor().cpu() if is_cut(tensor) else tensor for name, tensor in tensors.items()}
+    return {name: tensor.full_tensor().cpu() if is_sharded(tensor) else tensor for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -103,7 +90,7 @@ def load_whole(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def shared_like(tensor: Tensor, like: Tensor | None) -> Tensor:
     """A whole tensor, cut as another is. All processes call it together."""
-    if not is_cut(like):
+    if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 

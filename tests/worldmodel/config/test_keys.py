@@ -13,12 +13,12 @@ import torch
 from tests.conftest import REPO, videos_of
 from tests.worldmodel.config.test_mistakes import CONFIGS
 from worldmodel import load
+from worldmodel.build import build_training_model
 from worldmodel.config import Config, flatten, load_config, read_with_bases
 from worldmodel.config.kinds import OUTSIDE, choice_of, members_of
 from worldmodel.data import actions_of
 from worldmodel.evaluation.factors import evaluate_factors
 from worldmodel.evaluation.forecast import evaluate_forecasts
-from worldmodel.nets.world_model import WorldModel
 from worldmodel.planning.imagination import LatentPolicy
 from worldmodel.runs.trained_run import TrainedRun
 from worldmodel.training.loop import train
@@ -79,8 +79,9 @@ def train_and_evaluate(config: Config) -> None:
 def plan_once(config: Config) -> None:
     """One decision of a model that is conditioned on actions, untrained."""
     labels = {videos_of(config).action_label: torch.zeros(2, 2, config.model.action_dim)}
-    assert actions_of({"labels": labels}, config, 1, torch.device("cpu")) is not None
-    run = TrainedRun(Path("run"), config, WorldModel(config).eval(), None, {})
+    actions = actions_of({"labels": labels}, config, 1, torch.device("cpu"))
+    assert actions.shape == (2, 1, config.model.action_dim)
+    run = TrainedRun(Path("run"), config, build_training_model(config).eval(), None, {})
     policy = LatentPolicy(run, config.planning, seed=0)
     frames = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     policy.begin(frames)
@@ -102,7 +103,7 @@ def test_every_key_of_every_shipped_config_is_read(
         evaluate_factors(trained.config, trained.model, torch.device("cpu"))
         for name in ("two_rooms.yaml", "two_rooms_random.yaml"):
             plan_once(load_config(REPO / "configs" / name, ["planning.candidates=40", "planning.iterations=2"]))
-        WorldModel(load_config(REPO / "configs" / "video_vit.yaml", ["model.encoder=vit_tiny"]))
+        build_training_model(load_config(REPO / "configs" / "video_vit.yaml", ["model.encoder=vit_tiny"]))
     for path in CONFIGS:
         unread = set(flatten(read_with_bases(path))) - reads - TAGS
         assert not unread, f"{path.name} sets keys that nothing reads: {sorted(unread)}"

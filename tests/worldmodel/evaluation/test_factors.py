@@ -11,7 +11,7 @@ from tests.data_pipelines.worlds.test_causal import unmix
 from worldmodel.config import Config, load_config
 from worldmodel.data import causal_world
 from worldmodel.evaluation.factors import development_scores, evaluate_factors, tree_importance
-from worldmodel.nets.latents import Inference
+from worldmodel.nets.latents import Inference, NoLatent
 from worldmodel.nets.world_model import WorldModel
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ class Unmixer(WorldModel):
         nn.Module.__init__(self)
         self.world = causal_world(config)
         self.warp = warp
-        self.latent = None
+        self.latent = NoLatent()
         self.embedding_dim = NUM_FACTORS
 
     def observe(self, video: Tensor) -> Tensor:
@@ -37,12 +37,12 @@ class Unmixer(WorldModel):
         self,
         state: Tensor,
         segments: Tensor,
-        known_r: Tensor | None,
+        known_r: Tensor,
         generator: torch.Generator | None = None,
         *,
         action: Tensor | None = None,
     ) -> Inference:
-        return Inference(state[:, :0], None, None)
+        return Inference(state[:, :0])
 
 
 def test_the_factors_themselves_score_one() -> None:

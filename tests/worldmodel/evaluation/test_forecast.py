@@ -12,11 +12,13 @@ from data_pipelines.worlds.digits import pixel_centroid
 from data_pipelines.worlds.kicked_mnist import KickedMnistLaw
 from data_pipelines.worlds.moving_mnist import centroid_velocity, sample_law
 from worldmodel import WorldModel, load
+from worldmodel.build import build_model
 from worldmodel.config import Config
 from worldmodel.data import known_law
 from worldmodel.evaluation import forecast
 from worldmodel.evaluation.forecast import development_scores, evaluate_forecasts
-from worldmodel.nets.latents import Inference
+from worldmodel.nets.latents import Inference, NoLatent
+from worldmodel.nets.scene import NoScene
 from worldmodel.nets.teacher import Teacher
 from worldmodel.training.loop import train
 
@@ -42,9 +44,10 @@ class OracleStudent(WorldModel):
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
-        self.latent = nn.Identity()  # type: ignore[assignment]
+        self.latent = NoLatent()
+        self.latent.latent_dim = 2
         self.embedder = Pixels()  # type: ignore[assignment]
-        self.scene = None
+        self.scene = NoScene()
         self.embedding_dim = 4
 
     def rollout_embedding(
@@ -65,19 +68,16 @@ class OracleStudent(WorldModel):
     def prior_mean_rollout(self, state: Tensor, horizon: int, actions: Tensor | None = None) -> Tensor:
         return torch.cat([state[:, :2] + 3 * state[:, 2:], state[:, 2:]], dim=-1)[:, None]
 
-    def seen(self, segments: Tensor) -> Tensor | None:
-        return None
-
     def infer_from(
         self,
         state: Tensor,
-        seen: Tensor | None,
-        known_r: Tensor | None,
+        seen: Tensor,
+        known_r: Tensor,
         generator: torch.Generator | None = None,
         *,
         action: Tensor | None = None,
     ) -> Inference:
-        return Inference(state[:, 2:], None, None)
+        return Inference(state[:, 2:])
 
 
 def test_a_model_that_knows_the_law_scores_as_the_oracle_does(tiny_config: Callable[..., Config]) -> None:
@@ -169,7 +169,7 @@ def test_a_label_of_frames_is_forecast_where_no_law_is_known(kicked: Any, tiny_c
 
 def test_development_scores_leave_the_networks_training(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config()
-    student = WorldModel(config)
+    student = build_model(config)
     teacher = Teacher(student.embedder)
     student.train()
     teacher.train()
@@ -193,7 +193,7 @@ def test_videos_without_a_law_are_scored_in_embedding_space(trained: Any, monkey
 
 def test_too_few_clips_is_one_line(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config()
-    student = WorldModel(config)
+    student = build_model(config)
     with pytest.raises(UserError, match="fewer than 2 clips"):
         forecast.embed_clips(config, student.eval(), Teacher(student.embedder).eval(), "test", 1, CPU)
 

@@ -14,6 +14,7 @@ from scripts.evaluate import timeline_of_test_video
 from tests.conftest import run_script
 from tests.worldmodel.commands.test_scripts import assert_one_line
 from worldmodel import TrainedRun, load
+from worldmodel.build import build_training_model
 from worldmodel.config import (
     ByolConfig,
     CausalConfig,
@@ -42,13 +43,15 @@ from worldmodel.evaluation.surprise import (
     surprise_unit,
     video_surprise,
 )
-from worldmodel.nets.latents import GaussianLatent, gaussian_kl
-from worldmodel.nets.world_model import WorldModel
+from worldmodel.nets.distributions import Mixture, gaussian_kl
+from worldmodel.nets.latents import GaussianLatent
+from worldmodel.nets.scene import SceneCode
+from worldmodel.training.losses import TrainingModel
 
 
 def tiny(
     data: DataConfig | None = None, objective: ObjectiveConfig | None = None, **changes: object
-) -> tuple[Config, WorldModel]:
+) -> tuple[Config, TrainingModel]:
     torch.manual_seed(0)
     sizes = {
         "encoder": Conv3dConfig(width=0.125),
@@ -62,7 +65,7 @@ def tiny(
         model=ModelConfig(**{**sizes, **changes}),  # type: ignore[arg-type]
         objective=objective or ByolConfig(),
     )
-    return config, WorldModel(config).eval()
+    return config, build_training_model(config).eval()
 
 
 def clip(num_frames: int) -> Tensor:
@@ -73,8 +76,8 @@ def embeddings(rows: int, seed: int) -> Tensor:
     return torch.randn(rows, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def scored(config: Config, model: WorldModel, video: Tensor, **options: int) -> Transitions:
-    return score_transitions(config, model, model.embedder, video.numpy(), len(video), name="it", **options)  # type: ignore[arg-type]
+def scored(config: Config, training: TrainingModel, video: Tensor, **options: int) -> Transitions:
+    return score_transitions(config, training, training.embedder, video.numpy(), len(video), name="it", **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -110,65 +113,67 @@ def test_each_transition_is_scored_on_its_own_segments(
     data: DataConfig, sees: str, step: int, num_segments: int
 ) -> None:
     """Against one transition at a time, cut by hand; with one Gaussian as prior the KL has a closed form."""
-    config, model = tiny(data, latent=GaussianConfig(dim=3, posterior_sees=sees))  # type: ignore[arg-type]
+    config, training = tiny(data, latent=GaussianConfig(dim=3, posterior_sees=sees))  # type: ignore[arg-type]
     video, span = clip(26), data.num_frames * data.frame_stride
     length = (num_segments * data.num_frames - 1) * data.frame_stride + 1
-    found = scored(config, model, video, step_frames=step)
+    found = scored(config, training, video, step_frames=step)
     assert found.start.tolist() == list(range(0, 26 - length + 1, step))
-    assert isinstance(model.latent, GaussianLatent)
+    assert isinstance(training.latent, GaussianLatent)
     with torch.no_grad():
         for start, surprise, kl, error, scene in zip(*found, strict=True):
             segments = [video[None, start + k * span :][:, : span : data.frame_stride] for k in range(num_segments)]
-            context, target, seen = (model.encode(segments[k]) for k in (0, 1, num_segments - 1))
-            prior = model.latent.prior(context).components
+            context, target, seen = (training.model.encode(segments[k]) for k in (0, 1, num_segments - 1))
+            of_context = training.latent.prior(context)
+            assert isinstance(of_context, Mixture)
+            prior = of_context.components
             expected = gaussian_kl(
-                model.latent.posterior(context, seen), type(prior)(prior.mean[:, 0], prior.scale[:, 0])
+                training.latent.posterior(context, seen), type(prior)(prior.mean[:, 0], prior.scale[:, 0])
             )
             assert kl == pytest.approx(float(expected), rel=1e-4, abs=1e-5)
-            assert error == pytest.approx(float(measure(model, context, target, seen)[1]), abs=1e-5)
+            assert error == pytest.approx(float(measure(training, context, target, seen)[1]), abs=1e-5)
             assert surprise == pytest.approx(kl + error / 0.001, rel=1e-5)  # byol's default beta
             assert scene == 0
 
 
 def test_segments_that_tile_are_embedded_once() -> None:
-    config, model = tiny()
+    config, training = tiny()
     seen = 0
 
     def count(module: object, inputs: tuple[Tensor], output: object) -> None:
         nonlocal seen
         seen += len(inputs[0])
 
-    model.embedder.encoder.register_forward_hook(count)
-    found = scored(config, model, clip(30))
+    training.embedder.encoder.register_forward_hook(count)
+    found = scored(config, training, clip(30))
     assert len(found.start) == 8 and seen == 10
 
 
 def test_kl_from_a_mixture_is_the_mean_over_draws_and_no_matter_of_company() -> None:
-    _, model = tiny(latent=GaussianConfig(dim=3, prior_components=4))
+    _, training = tiny(latent=GaussianConfig(dim=3, prior_components=4))
     context, target, later = embeddings(40, 1), embeddings(40, 2), embeddings(40, 3)
-    assert isinstance(model.latent, GaussianLatent)
+    assert isinstance(training.latent, GaussianLatent)
     with torch.no_grad():
-        kl, error = measure(model, context, target, later)
-        posterior, prior = model.latent.posterior(context, later), model.latent.prior(context)
+        kl, error = measure(training, context, target, later)
+        posterior, prior = training.latent.posterior(context, later), training.latent.prior(context)
         generator = torch.Generator().manual_seed(5)
         draws = [posterior.draw(generator) for _ in range(4000)]
         each = torch.stack([posterior.log_density(r) - prior.log_density(r) for r in draws])
-        alone = measure(model, context[7:8], target[7:8], later[7:8])
+        alone = measure(training, context[7:8], target[7:8], later[7:8])
     assert float((kl - each.mean(dim=0)).abs().max()) < 4 * float(each.std(dim=0).max()) / 16**0.5
     assert float((kl - each.mean(dim=0)).abs().mean()) < 0.5 * float(each.std(dim=0).mean())  # one draw: 0.8
     torch.testing.assert_close(torch.cat(alone), torch.stack([kl[7], error[7]]))
 
 
 def test_the_prediction_error_is_what_the_best_r_leaves() -> None:
-    _, model = tiny()
+    _, training = tiny()
     context, later = embeddings(4, 1), embeddings(4, 3)
-    assert isinstance(model.latent, GaussianLatent)
+    assert isinstance(training.latent, GaussianLatent)
     with torch.no_grad():
-        without_spread(model.latent)
-        reached = model.edit(context, model.latent.posterior(context, later).mean)
-        assert float(measure(model, context, reached, later)[1].abs().max()) < 1e-4
+        without_spread(training.latent)
+        reached = training.model.edit(context, training.latent.posterior(context, later).mean)
+        assert float(measure(training, context, reached, later)[1].abs().max()) < 1e-4
         torch.testing.assert_close(
-            measure(model, context, -reached, later)[1], torch.full((4,), 2.0), atol=1e-4, rtol=0
+            measure(training, context, -reached, later)[1], torch.full((4,), 2.0), atol=1e-4, rtol=0
         )
 
 
@@ -191,53 +196,59 @@ def without_spread(latent: GaussianLatent) -> None:
 )
 def test_surprise_is_the_kl_and_the_objective_s_own_error_over_beta(objective: ObjectiveConfig, beta: float) -> None:
     """Computed by hand where the posterior is a point, whose error is that of one edit."""
-    _, model = tiny(objective=objective)
+    _, training = tiny(objective=objective)
     context, target, later = embeddings(6, 1), embeddings(6, 2), embeddings(6, 3)
-    assert isinstance(model.latent, GaussianLatent)
+    assert isinstance(training.latent, GaussianLatent)
     with torch.no_grad():
-        without_spread(model.latent)
-        posterior, prior = model.latent.posterior(context, later), model.latent.prior(context).components
+        without_spread(training.latent)
+        posterior, of_context = training.latent.posterior(context, later), training.latent.prior(context)
+        assert isinstance(of_context, Mixture)
+        prior = of_context.components
         kl = gaussian_kl(posterior, type(prior)(prior.mean[:, 0], prior.scale[:, 0]))
-        edited = model.edit(context, posterior.mean)
+        edited = training.model.edit(context, posterior.mean)
         error = {
             "byol": 1 - (edited * target).sum(dim=1) / edited.norm(dim=1) / target.norm(dim=1),
             "vicreg": 7 * (edited - target).square().mean(dim=1),
             "sigreg": (edited - target).square().mean(dim=1),
             "infonce": (edited - target).square().mean(dim=1) / 2 / 0.5,
         }[objective.name]
-        parts = measure(model, context, target, later)
+        parts = measure(training, context, target, later)
     torch.testing.assert_close(parts, (kl, error), rtol=1e-4, atol=1e-4)
-    assert surprise_unit(model) == "nats"
+    assert surprise_unit(training) == "nats"
 
 
 def test_a_scene_code_adds_how_surprising_it_is_that_the_scene_is_the_same() -> None:
-    config, model = tiny(scene_dim=3, latent=GaussianConfig(dim=3, posterior_sees="target"))
-    assert model.scene is not None
-    model.scene.learn(torch.randn(32, 3, len(model.scene.mean), generator=torch.Generator().manual_seed(0)))
-    found = scored(config, model, clip(15))
+    config, training = tiny(scene_dim=3, latent=GaussianConfig(dim=3, posterior_sees="target"))
+    assert isinstance(training.scene, SceneCode)
+    training.scene.learn(torch.randn(32, 3, len(training.scene.mean), generator=torch.Generator().manual_seed(0)))
+    found = scored(config, training, clip(15))
     with torch.no_grad():
-        kept = model.scene.kept(model.embedder.features(clip(15).unflatten(0, (5, 3))))
-        expected = model.scene.change_nats(kept[:-1], kept[1:])
+        kept = training.scene.project(training.embedder.features(clip(15).unflatten(0, (5, 3))))
+        expected = training.scene.change_nats(kept[:-1], kept[1:])
     np.testing.assert_allclose(found.scene_nats, expected, rtol=1e-4)
-    nats = found.kl_nats + found.prediction_error / model.beta + found.scene_nats
+    nats = found.kl_nats + found.prediction_error / training.beta + found.scene_nats
     np.testing.assert_allclose(found.surprise, nats, rtol=1e-5)
 
 
 def test_where_the_loss_has_no_kl_surprise_is_the_prediction_error(long_video: Path) -> None:
-    config, model = tiny(latent=NoLatentConfig())
-    found = scored(config, model, clip(15))
+    config, training = tiny(latent=NoLatentConfig())
+    found = scored(config, training, clip(15))
     assert found.start.tolist() == [0, 3, 6, 9]  # two segments each: nothing is inferred from a third
     with torch.no_grad():
-        segments = model.encode(clip(15).unflatten(0, (5, 3)))
-        expected = 1 - torch.cosine_similarity(model.edit(segments[:-1], segments[:-1, :0]), segments[1:], dim=-1)
+        segments = training.model.encode(clip(15).unflatten(0, (5, 3)))
+        expected = 1 - torch.cosine_similarity(
+            training.model.edit(segments[:-1], segments[:-1, :0]), segments[1:], dim=-1
+        )
     np.testing.assert_allclose(found.surprise, expected, atol=1e-5)
     np.testing.assert_array_equal(found.surprise, found.prediction_error)
     assert not found.kl_nats.any()
-    assert video_surprise(config, model, model.embedder, long_video).unit == "units of the loss"
-    config, model = tiny(objective=ByolConfig(beta=0.0))
-    found = scored(config, model, clip(15))
+    assert video_surprise(config, training, training.embedder, long_video).unit == "units of the loss"
+    config, training = tiny(objective=ByolConfig(beta=0.0))
+    found = scored(config, training, clip(15))
     np.testing.assert_array_equal(found.surprise, found.prediction_error)
-    assert found.kl_nats.all() and clip_surprise(config, model, model.embedder, clip(15)).unit == "units of the loss"
+    assert (
+        found.kl_nats.all() and clip_surprise(config, training, training.embedder, clip(15)).unit == "units of the loss"
+    )
 
 
 def found(surprise: list[float], step: int = 3) -> Transitions:
@@ -256,8 +267,8 @@ def test_peaks_are_the_highest_maxima_that_do_not_touch() -> None:
 
 def test_frames_and_times_are_those_of_the_source(long_video: Path) -> None:
     """36 frames at 10 a second, resampled to 5: every other one."""
-    config, model = tiny(VideosConfig(channels=1, fps=5.0))
-    timeline = video_surprise(config, model, model.embedder, long_video, num_peaks=1)
+    config, training = tiny(VideosConfig(channels=1, fps=5.0))
+    timeline = video_surprise(config, training, training.embedder, long_video, num_peaks=1)
     assert timeline.frame.tolist() == [6, 12, 18, 24]
     assert timeline.time_s is not None
     np.testing.assert_allclose(timeline.time_s, [0.6, 1.2, 1.8, 2.4], atol=2e-3)
@@ -276,11 +287,11 @@ def test_frames_and_times_are_those_of_the_source(long_video: Path) -> None:
     ],
 )
 def test_a_model_that_cannot_score_videos_says_why(changes: dict[str, object], reason: str, long_video: Path) -> None:
-    config, model = tiny(**changes)  # type: ignore[arg-type]
+    config, training = tiny(**changes)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=reason):
-        video_surprise(config, model, model.embedder, long_video)
+        video_surprise(config, training, training.embedder, long_video)
     with pytest.raises(UserError, match=reason):
-        clip_surprise(config, model, model.embedder, clip(12))
+        clip_surprise(config, training, training.embedder, clip(12))
 
 
 @pytest.mark.parametrize(
@@ -295,22 +306,22 @@ def test_a_model_that_cannot_score_videos_says_why(changes: dict[str, object], r
 def test_an_evaluation_has_a_timeline_of_every_model_that_scores_videos(
     changes: dict[str, object], unit: str | None, kicked_world: Path
 ) -> None:
-    config, model = tiny(VideosConfig(root=str(kicked_world), channels=1), **changes)  # type: ignore[arg-type]
-    timeline = timeline_of_test_video(TrainedRun(kicked_world, config, model, None, {}))
+    config, training = tiny(VideosConfig(root=str(kicked_world), channels=1), **changes)  # type: ignore[arg-type]
+    timeline = timeline_of_test_video(TrainedRun(kicked_world, config, training, None, {}))
     assert (timeline and timeline.unit) == unit
 
 
 def test_what_cannot_be_scored_is_told_in_one_line(long_video: Path, tmp_path: Path) -> None:
-    config, model = tiny()
+    config, training = tiny()
     with pytest.raises(UserError, match="the clip has 8 frames, and one transition takes 9"):
-        clip_surprise(config, model, model.embedder, clip(8))
+        clip_surprise(config, training, training.embedder, clip(8))
     with pytest.raises(UserError, match="step_frames=0 must be at least 1"):
-        clip_surprise(config, model, model.embedder, clip(9), step_frames=0)
+        clip_surprise(config, training, training.embedder, clip(9), step_frames=0)
     with pytest.raises(UserError, match="num_peaks=0 must be at least 1"):
-        clip_surprise(config, model, model.embedder, clip(9), num_peaks=0)
+        clip_surprise(config, training, training.embedder, clip(9), num_peaks=0)
     causal = replace(config, data=CausalConfig())
     with pytest.raises(UserError, match="needs a run on videos"):
-        video_surprise(causal, model, model.embedder, long_video)
+        video_surprise(causal, training, training.embedder, long_video)
 
 
 def test_the_script_writes_a_row_a_transition_and_pictures(trained_run: Path, long_video: Path, tmp_path: Path) -> None:

@@ -3,13 +3,13 @@ import torch
 
 from tests.conftest import normal
 from worldmodel.nets.distance import (
-    NUM_ALIKE,
     NUM_GROUPS,
+    NUM_SIMILAR,
     STEP_WEIGHT,
     TemporalDistance,
-    clips_alike,
     excess_steps,
     nearness,
+    similar_clips,
     steps_between,
 )
 
@@ -34,14 +34,14 @@ def test_only_more_than_a_step_is_in_excess_and_what_is_near_costs() -> None:
     assert costs[2] == pytest.approx(6.931, abs=1e-3)
 
 
-def test_clips_are_alike_in_what_sets_clips_apart() -> None:
+def test_clips_are_similar_if_they_agree_on_what_separates_clips() -> None:
     layout = torch.arange(100.0)
     kept = torch.stack([layout, 100 * normal(0, 100)], dim=1)  # what clips differ in, and what changes in each
-    alike = clips_alike(kept, torch.tensor([0.99, 0.0]))
-    assert alike.shape == (100, NUM_ALIKE)
-    assert ((alike - torch.arange(100)[:, None]).abs() <= NUM_ALIKE).all()
-    assert (alike == torch.arange(100)[:, None]).any(dim=1).all()
-    assert clips_alike(kept[:3], torch.tensor([0.99, 0.0])).shape == (3, 3)
+    similar = similar_clips(kept, torch.tensor([0.99, 0.0]))
+    assert similar.shape == (100, NUM_SIMILAR)
+    assert ((similar - torch.arange(100)[:, None]).abs() <= NUM_SIMILAR).all()
+    assert (similar == torch.arange(100)[:, None]).any(dim=1).all()
+    assert similar_clips(kept[:3], torch.tensor([0.99, 0.0])).shape == (3, 3)
 
 
 def test_it_learns_the_way_around_a_wall() -> None:

@@ -143,7 +143,7 @@ def test_checkpointed_activations_give_the_same_gradients(models: Path) -> None:
         assert len(calls) == 1 + checkpointed
         gradients.append([p.grad for p in encoder.parameters() if p.requires_grad])
     torch.testing.assert_close(gradients[0], gradients[1], atol=0, rtol=0)
-    with pytest.raises(UserError, match=r"a ResNetModel, cannot compute its layers again: leave it out"):
+    with pytest.raises(UserError, match=r"a ResNetModel, cannot recompute its layers: remove this key"):
         PretrainedEncoder(str(models / "resnet"), 3, 2, 32, checkpoint_activations=True)
 
 

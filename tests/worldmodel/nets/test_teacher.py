@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from worldmodel.build import build_model
 from worldmodel.config import Config, Conv3dConfig, ModelConfig, VideosConfig
 from worldmodel.nets.teacher import Teacher, ema_momentum
 from worldmodel.nets.world_model import WorldModel
@@ -9,7 +10,7 @@ from worldmodel.nets.world_model import WorldModel
 def student() -> WorldModel:
     torch.manual_seed(0)
     model = ModelConfig(encoder=Conv3dConfig(width=0.125), hidden_dim=16, embedding_dim=8)
-    return WorldModel(Config(run_dir="", data=VideosConfig(channels=1), model=model))
+    return build_model(Config(run_dir="", data=VideosConfig(channels=1), model=model))
 
 
 def test_parameters_follow_by_the_momentum() -> None:

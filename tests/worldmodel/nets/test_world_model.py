@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from worldmodel.build import build_training_model
 from worldmodel.config import (
     Config,
     Conv3dConfig,
@@ -15,14 +16,18 @@ from worldmodel.config import (
     VideosConfig,
     choices,
 )
-from worldmodel.nets.latents import Gaussian, GaussianLatent, Mixture, gaussian_kl
-from worldmodel.nets.world_model import WorldModel
+from worldmodel.data import TrainingInputs
+from worldmodel.nets.distributions import Gaussian, Mixture, gaussian_kl
+from worldmodel.nets.latents import PRIOR_NLL, GaussianLatent
+from worldmodel.nets.scene import SceneCode
+from worldmodel.nets.world_model import WorldModel, concat
+from worldmodel.training.losses import TrainingModel
 from worldmodel.training.objectives import OBJECTIVES, covariance_penalty
 
 LATENTS = ("none", "gaussian", "sparse", "oracle")
 
 
-def model(
+def training(
     latent: str = "gaussian",
     objective: str = "byol",
     num_segments: int = 3,
@@ -30,7 +35,7 @@ def model(
     posterior_sees: str = "later",
     editor: str = "mlp",
     **changes: object,
-) -> WorldModel:
+) -> TrainingModel:
     torch.manual_seed(0)
     latent_keys: dict[str, Any] = {} if latent == "none" else {"dim": 3}
     if latent in ("gaussian", "sparse"):
@@ -40,7 +45,7 @@ def model(
         "latent": choices("model.latent")[latent](**latent_keys),
         "editor": choices("model.editor")[editor](),
     }
-    return WorldModel(
+    return build_training_model(
         Config(
             run_dir="",
             data=VideosConfig(channels=1, num_segments=num_segments),  # type: ignore[arg-type]
@@ -50,6 +55,10 @@ def model(
             ),
         )
     )
+
+
+def model(latent: str = "gaussian", **changes: object) -> WorldModel:
+    return training(latent, **changes).model  # type: ignore[arg-type]
 
 
 def clip(batch: int = 4, seed: int = 0) -> torch.Tensor:
@@ -68,9 +77,19 @@ def known_r(batch: int = 4) -> torch.Tensor:
     return embeddings(batch, 3, seed=7)
 
 
-def losses(world: WorldModel, beta: float = 0.1, seed: int = 0) -> dict[str, torch.Tensor]:
-    target = embeddings() if world.objective.needs_teacher else None
-    return world(segments(), target, known_r(), beta, torch.Generator().manual_seed(seed))[0]
+def no_actions(batch: int = 4, steps: int = 1) -> torch.Tensor:
+    return torch.empty(batch, steps, 0)
+
+
+def step(
+    world: TrainingModel, clips: torch.Tensor, targets: torch.Tensor | None, beta: float = 0.1, seed: int = 0
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    inputs = TrainingInputs(clips, known_r(), no_actions(len(clips), world.num_steps))
+    return world(inputs, targets, beta, torch.Generator().manual_seed(seed))
+
+
+def losses(world: TrainingModel, beta: float = 0.1, seed: int = 0) -> dict[str, torch.Tensor]:
+    return step(world, segments(), embeddings() if world.objective.needs_teacher else None, beta, seed)[0]
 
 
 def test_rollout_shape_and_determinism() -> None:
@@ -116,20 +135,22 @@ def test_off_the_sphere_embeddings_keep_their_own_length() -> None:
 
 def test_samples_come_from_the_prior() -> None:
     world = model().eval()
-    assert world.latent is not None
     context = embeddings(1).expand(20_000, -1)
     with torch.no_grad():
-        prior = world.latent.prior(context[:1]).components
+        prior = world.latent.prior(context[:1])
+        assert isinstance(prior, Mixture)
+        components = prior.components
         draws = world.sample(context, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(draws.mean(dim=0), prior.mean[0, 0], atol=0.05, rtol=0)
-    torch.testing.assert_close(draws.std(dim=0), prior.scale[0, 0], atol=0.05, rtol=0)
+    torch.testing.assert_close(draws.mean(dim=0), components.mean[0, 0], atol=0.05, rtol=0)
+    torch.testing.assert_close(draws.std(dim=0), components.scale[0, 0], atol=0.05, rtol=0)
 
 
 def test_loss_is_prediction_plus_beta_kl() -> None:
-    world = model().eval()  # running statistics: the parts can be computed one by one
+    trained = training().eval()  # running statistics: the parts can be computed one by one
+    world = trained.model
     x, _, later = segments().unbind(1)
     target = embeddings()
-    seen = losses(world, beta=0.25)
+    seen = losses(trained, beta=0.25)
     assert isinstance(world.latent, GaussianLatent)
     context = world.encode(x)
     q, p = world.latent.posterior(context, world.encode(later)), world.latent.prior(context)
@@ -144,11 +165,11 @@ def test_loss_is_prediction_plus_beta_kl() -> None:
 
 def test_the_bound_on_information_is_that_of_the_edited_embedding_minus_the_kl() -> None:
     """Chain rule: a latent may explain the target only at the price of what it says beyond the past."""
-    world = model(objective="infonce").eval()
-    seen = losses(world)
+    trained = training(objective="infonce").eval()
+    world, seen = trained.model, losses(trained)
     x, target, _ = segments().unbind(1)
     context = world.encode(x)
-    r = world.infer(context, segments(), None, torch.Generator().manual_seed(0)).r
+    r = world.infer(context, segments(), known_r(), torch.Generator().manual_seed(0)).r
     edited = world.edit(context, r)
     cosines = F.cosine_similarity(edited[:, None], world.encode(target)[None], dim=-1) / 0.1
     expected = (cosines.diagonal() - cosines.logsumexp(dim=1)).mean() + torch.tensor(4.0).log() - seen["kl_nats"]
@@ -161,7 +182,7 @@ def test_the_bound_on_information_is_that_of_the_edited_embedding_minus_the_kl()
     ("objective", "editor"), [*((name, "mlp") for name in OBJECTIVES), ("byol", "low_rank"), ("infonce", "low_rank")]
 )
 def test_every_parameter_learns(objective: str, latent: str, editor: str) -> None:
-    world = model(latent, objective, editor=editor)
+    world = training(latent, objective, editor=editor)
     for parameter in world.parameters():
         torch.nn.init.normal_(parameter, std=0.3)  # zero initialisations would hide what lies behind them
     losses(world)["loss"].backward()
@@ -171,20 +192,17 @@ def test_every_parameter_learns(objective: str, latent: str, editor: str) -> Non
 
 def test_the_encoder_learns_through_the_posterior() -> None:
     """The loss has a gradient in x++. With running statistics no other way than the posterior leads there."""
-    world = model().eval()
     clips = segments().requires_grad_()
-    world(clips, embeddings(), None, 0.1, torch.Generator().manual_seed(0))[0]["loss"].backward()
+    step(training().eval(), clips, embeddings())[0]["loss"].backward()
     assert clips.grad is not None and clips.grad[:, 2].abs().max() > 0
 
 
 @pytest.mark.parametrize("latent", ["sparse", "oracle"])
 def test_a_fitted_prior_sends_no_gradient_to_the_rest(latent: str) -> None:
     world = model(latent).eval()
-    assert world.latent is not None
     context = embeddings().requires_grad_()
-    nll = world.latent.infer(context, embeddings(seed=2), known_r(), torch.Generator().manual_seed(0)).nll
-    assert nll is not None
-    nll.sum().backward()
+    costs = world.latent.infer(context, embeddings(seed=2), known_r(), torch.Generator().manual_seed(0)).costs
+    costs[PRIOR_NLL].sum().backward()
     assert context.grad is None
     with_gradient = {name.split(".")[0] for name, p in world.named_parameters() if p.grad is not None}
     assert with_gradient == {"latent"}
@@ -193,10 +211,9 @@ def test_a_fitted_prior_sends_no_gradient_to_the_rest(latent: str) -> None:
 
 def test_a_shared_encoder_learns_from_the_target_too() -> None:
     for objective, kind in OBJECTIVES.items():
-        world = model("none", objective).eval()
+        world = training("none", objective).eval()
         clips = segments().requires_grad_()
-        teacher_target = embeddings() if kind.needs_teacher else None
-        world(clips, teacher_target, None, 0.1)[0]["loss"].backward()
+        step(world, clips, embeddings() if kind.needs_teacher else None)[0]["loss"].backward()
         assert clips.grad is not None
         assert (clips.grad[:, 1].abs().max() == 0) == kind.needs_teacher, objective
 
@@ -205,7 +222,7 @@ def test_a_shared_encoder_learns_from_the_target_too() -> None:
 def test_the_third_view_is_a_choice(sees: str, num_segments: int) -> None:
     """Only the segment that the posterior sees moves r; of two segments it is the target."""
     for objective in ("byol", "infonce"):
-        world = model(objective=objective, posterior_sees=sees, num_segments=num_segments).eval()
+        world = training(objective=objective, posterior_sees=sees, num_segments=num_segments).eval()
         x, target, later = segments().unbind(1)
         moved = {
             "target": torch.stack([x, clip(seed=9), later], dim=1),
@@ -214,31 +231,30 @@ def test_the_third_view_is_a_choice(sees: str, num_segments: int) -> None:
         kl = {"before": losses(world)["kl_nats"]}
         for name, changed in moved.items():
             teacher_target = embeddings() if world.objective.needs_teacher else None
-            kl[name] = world(changed, teacher_target, None, 0.1, torch.Generator().manual_seed(0))[0]["kl_nats"]
+            kl[name] = step(world, changed, teacher_target)[0]["kl_nats"]
         expected = "target" if num_segments == 2 else sees
         for name in moved:
             assert torch.equal(kl["before"], kl[name]) == (name != expected), (objective, name)
 
 
 def test_without_a_latent_there_is_one_future() -> None:
-    world = model("none").eval()
+    trained = training("none").eval()
     with torch.no_grad():
-        futures = world.rollout(clip(), 2, 5)
-        r, penalty, nll = world.infer(embeddings(), segments(), None)
+        futures = trained.model.rollout(clip(), 2, 5)
+        inference = trained.model.infer(embeddings(), segments(), known_r())
     torch.testing.assert_close(futures, futures[:, :1].expand(-1, 5, -1, -1))
-    assert r.shape == (4, 0) and penalty is None and nll is None
-    assert "kl_nats" not in losses(world)
+    assert inference.r.shape == (4, 0) and not inference.costs and inference.penalty is None
+    assert "kl_nats" not in losses(trained)
 
 
 @pytest.mark.parametrize("latent", ["gaussian", "sparse"])
 def test_r_moves_with_both_segments(latent: str) -> None:
     world = model(latent).eval()
-    assert world.latent is not None
     drawn = {}
     for seeds in itertools.product((1, 3), (2, 4)):
         context, later = (embeddings(64, seed=seed) for seed in seeds)
         with torch.no_grad():
-            drawn[seeds] = world.latent.infer(context, later, None, torch.Generator().manual_seed(0)).r
+            drawn[seeds] = world.latent.infer(context, later, known_r(64), torch.Generator().manual_seed(0)).r
     assert not torch.allclose(drawn[1, 2], drawn[3, 2]) and not torch.allclose(drawn[1, 2], drawn[1, 4])
 
 
@@ -248,7 +264,7 @@ def test_oracle_r_is_what_the_labels_say() -> None:
 
 
 def learn_scenes(world: WorldModel) -> WorldModel:
-    assert world.scene is not None
+    assert isinstance(world.scene, SceneCode)
     world.scene.learn(torch.randn(32, 3, len(world.scene.mean), generator=torch.Generator().manual_seed(0)))
     return world
 
@@ -261,21 +277,21 @@ def test_the_loss_of_a_rollout_is_that_of_its_steps_each_from_the_prediction_bef
 ) -> None:
     """Computed here step by step: the posterior's segment moves along, and the steps have their weights."""
     weights = (1.0, 0.5, 2.0)
-    world = model(num_segments=num_segments, posterior_sees=sees, step_weights=weights, scene_dim=scene_dim)
-    world.eval()
-    if world.scene is not None:
+    trained = training(num_segments=num_segments, posterior_sees=sees, step_weights=weights, scene_dim=scene_dim)
+    world = trained.eval().model
+    if scene_dim:
         learn_scenes(world)
     clips = segments(count=num_segments + 2)
     targets = [embeddings(seed=seed) for seed in (5, 6, 7)]
-    seen, returned = world(clips, torch.cat(targets), None, 0.25, torch.Generator().manual_seed(0))
+    seen, returned = step(trained, clips, torch.cat(targets), 0.25)
     generator = torch.Generator().manual_seed(0)
     assert isinstance(world.latent, GaussianLatent)
     state, total = world.observe(clips[:, 0]), torch.zeros(())
     first_seen = 1 if sees == "target" or num_segments == 2 else 2
     for k, (weight, target) in enumerate(zip(weights, targets, strict=True)):
-        r, kl, _ = world.latent.infer(state, world.encode(clips[:, first_seen + k]), None, generator)
-        assert kl is not None
-        state = world.edit(state, r)
+        inference = world.latent.infer(state, world.encode(clips[:, first_seen + k]), known_r(), generator)
+        kl = inference.costs["kl_nats"]
+        state = world.edit(state, inference.r)
         alignment = F.cosine_similarity(world.embedding_of(state), target, dim=-1).mean()
         torch.testing.assert_close(seen[f"alignment_{k + 1}"], alignment.detach())
         total = total + weight / 3.5 * (0.25 * kl.mean() - alignment)
@@ -286,15 +302,14 @@ def test_the_loss_of_a_rollout_is_that_of_its_steps_each_from_the_prediction_bef
 def test_targets_of_a_rollout_come_step_by_step() -> None:
     clips = segments(count=5)
     expected = torch.cat([clips[:, 1], clips[:, 2], clips[:, 3]])
-    assert torch.equal(model(step_weights=(1.0, 1.0, 1.0)).targets_of(clips), expected)
+    assert torch.equal(training(step_weights=(1.0, 1.0, 1.0)).targets_of(clips), expected)
 
 
 def test_later_steps_teach_the_encoder_of_the_context() -> None:
     """Only the last step counts: the gradient comes back through the whole rollout."""
-    world = model(step_weights=(0.0, 0.0, 1.0)).eval()
+    world = training(step_weights=(0.0, 0.0, 1.0)).eval()
     clips = segments(count=5).requires_grad_()
-    targets = embeddings(12)
-    world(clips, targets, None, 0.0, torch.Generator().manual_seed(0))[0]["loss"].backward()
+    step(world, clips, embeddings(12), 0.0)[0]["loss"].backward()
     assert clips.grad is not None and clips.grad[:, 0].abs().max() > 0
 
 
@@ -310,7 +325,6 @@ def test_shuffling_gives_each_clip_the_r_of_another() -> None:
 
 def test_the_prior_mean_is_rolled_out_step_by_step() -> None:
     world = model().eval()
-    assert world.latent is not None
     context = embeddings()
     with torch.no_grad():
         rolled = world.prior_mean_rollout(context, 2)
@@ -347,7 +361,7 @@ def test_a_rollout_takes_the_actions_in_their_order() -> None:
 
 def test_the_loss_of_a_model_with_actions_is_that_of_its_steps_and_of_its_sequence_terms() -> None:
     torch.manual_seed(0)
-    world = WorldModel(
+    trained = build_training_model(
         Config(
             run_dir="",
             data=VideosConfig(channels=1, num_segments=2),
@@ -362,7 +376,8 @@ def test_the_loss_of_a_model_with_actions_is_that_of_its_steps_and_of_its_sequen
         )
     ).eval()  # fmt: skip
     clips, actions = segments(count=3), embeddings(dims=6, seed=3).unflatten(1, (2, 3))
-    values, _ = world(clips, None, None, 0.0, actions=actions)
+    world = trained.model
+    values, _ = trained(TrainingInputs(clips, known_r(), actions), None, 0.0)
     real = torch.stack([world.encode(clips[:, k]) for k in range(3)], dim=1)
     state, total = real[:, 0], torch.zeros(())
     for k in range(2):
@@ -370,28 +385,24 @@ def test_the_loss_of_a_model_with_actions_is_that_of_its_steps_and_of_its_sequen
         covariance = covariance_penalty(real[:, k]) + covariance_penalty(real[:, k + 1])
         total = total + (F.mse_loss(state, real[:, k + 1]) + 0.5 * covariance) / 2
     smoothness = (real[:, 1:] - real[:, :-1]).square().mean()
-    assert world.sequence_terms.action_net is not None
-    read = world.sequence_terms.action_net(torch.cat([real[:, :-1], real[:, 1:]], dim=-1).flatten(0, 1))
+    read = trained.sequence_terms.action_net(torch.cat([real[:, :-1], real[:, 1:]], dim=-1).flatten(0, 1))
     total = total + 2 * smoothness + 3 * (read - actions.flatten(0, 1)).square().mean()
     torch.testing.assert_close(values["loss"], total, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(values["smoothness"], smoothness.detach())
 
 
-def with_scene_code() -> WorldModel:
-    return learn_scenes(model("gaussian", scene_dim=4))
-
-
 def test_a_scene_code_is_nothing_before_it_is_learned() -> None:
-    world = model("gaussian", scene_dim=4)
-    losses(world)["loss"].backward()
-    assert world.scene is not None and all(p.grad is None for p in world.scene.parameters())
+    trained = training("gaussian", scene_dim=4)
+    losses(trained)["loss"].backward()
+    world = trained.model
+    assert all(p.grad is None for p in world.scene.parameters())
     with torch.no_grad():
         state = world.observe(clip())
         assert not state[:, 16:].any() and not world.edit(state, known_r())[:, 16:].any()
 
 
-def test_a_scene_code_is_kept_over_a_rollout_and_tells_how_old_it_is() -> None:
-    world = with_scene_code().eval()
+def test_a_scene_code_persists_over_a_rollout_and_grows_older() -> None:
+    world = learn_scenes(model("gaussian", scene_dim=4)).eval()
     with torch.no_grad():
         state = world.observe(clip())
         assert state.shape == (4, 16 + 9) and torch.equal(world.embedding_of(state), world.encode(clip()))
@@ -406,9 +417,9 @@ def test_a_scene_code_is_kept_over_a_rollout_and_tells_how_old_it_is() -> None:
 
 
 def test_a_scene_code_decides_the_next_step_and_learns_from_it() -> None:
-    world = with_scene_code()
-    losses(world)["loss"].backward()
-    assert world.scene is not None
+    trained = training("gaussian", scene_dim=4)
+    world = learn_scenes(trained.model)
+    losses(trained)["loss"].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in world.scene.parameters() if p.ndim == 2)
     world.eval()
     with torch.no_grad():
@@ -418,13 +429,19 @@ def test_a_scene_code_decides_the_next_step_and_learns_from_it() -> None:
         assert not torch.allclose(world.prior_mean(state), world.prior_mean(other))
 
 
-def test_a_scene_code_read_some_steps_ago_tells_so() -> None:
-    world = with_scene_code().eval()
-    assert world.scene is not None
-    features = embeddings(dims=world.embedder.encoder.num_features)
+def test_a_scene_code_read_some_steps_ago_holds_its_age() -> None:
+    world = learn_scenes(model("gaussian", scene_dim=4)).eval()
+    features = embeddings(dims=world.embedder.num_features)
     with torch.no_grad():
-        fresh, old = world.scene(features), world.scene(features, torch.tensor([0, 1, 2, 3]))
+        fresh, old = world.scene(features, torch.zeros(4)), world.scene(features, torch.tensor([0, 1, 2, 3]))
         assert torch.equal(fresh[:, 4:-1], old[:, 4:-1]) and torch.equal(fresh[0], old[0])
         assert fresh[:, :4].abs().min() > 0 and not old[1:, :4].any()
         torch.testing.assert_close(old[3, -1], fresh[3, -1] * 0 + 3 / 4)
-        torch.testing.assert_close(world.scene.aged(old)[:3, -1], old[1:, -1])
+        torch.testing.assert_close(world.scene.advance(old)[:3, -1], old[1:, -1])
+
+
+def test_parts_of_width_zero_are_skipped() -> None:
+    values, empty = torch.ones(2, 3), torch.empty(2, 0)
+    assert concat(values, empty, None) is values
+    assert concat(empty, values) is values and concat(empty, empty) is empty
+    assert torch.equal(concat(values, empty, 2 * values), torch.cat([values, 2 * values], dim=1))

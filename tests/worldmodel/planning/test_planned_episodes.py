@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from data_pipelines.worlds.two_rooms import TwoRoomsEnv
 from worldmodel.config import Config, EvaluationConfig, PlanningConfig, VideosConfig
 from worldmodel.evaluation.readout import Readout
+from worldmodel.nets.world_model import WorldModel
 from worldmodel.planning.imagination import LatentPolicy
 from worldmodel.planning.planned_episodes import choose_shown, planned_episodes, read_paths, state_readout
 from worldmodel.planning.protocol import Episodes
@@ -24,6 +25,7 @@ class Plane(nn.Module):
     """An action moves the embedding by 4 px; its prior, where it has one, adds noise of a standard deviation."""
 
     action_dim = embedding_dim = 2
+    steps = WorldModel.steps
 
     def __init__(self, noise_px: float = 0.0) -> None:
         super().__init__()

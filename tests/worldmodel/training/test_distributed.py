@@ -11,17 +11,9 @@ from data_pipelines.errors import UserError
 from tests.conftest import TINY, normal, run_processes
 from tests.worldmodel import training_jobs
 from tests.worldmodel.training.test_loop import rows
+from worldmodel.nets.parallel import all_gather, global_batch, multinomial_rows, num_clips, randn_rows
 from worldmodel.runs.checkpoint import load_checkpoint
-from worldmodel.training.distributed import (
-    GlobalBatchNorm,
-    check_launch_environment,
-    gathered,
-    global_batch,
-    globalise_batch_norm,
-    multinomial_rows,
-    num_clips,
-    randn_rows,
-)
+from worldmodel.training.distributed import GlobalBatchNorm, check_launch_environment, globalise_batch_norm
 from worldmodel.training.objectives import OBJECTIVES
 
 CAUSAL = [
@@ -171,9 +163,9 @@ def test_checkpoints_do_not_tell_whether_weights_were_in_shards(tmp_path: Path) 
 
 def test_by_one_process_a_batch_is_its_own() -> None:
     values = normal(0, 4, 3)
-    assert num_clips(4) == 4 and gathered(values) is values
+    assert num_clips(4) == 4 and all_gather(values) is values
     with global_batch(torch.arange(4), 4):
-        assert num_clips(4) == 4 and gathered(values) is values
+        assert num_clips(4) == 4 and all_gather(values) is values
         plain, ours = nn.Sequential(nn.BatchNorm1d(3)), nn.Sequential(nn.BatchNorm1d(3))
         globalise_batch_norm(ours)
         assert isinstance(ours[0], GlobalBatchNorm)

@@ -20,13 +20,14 @@ from safetensors.torch import load_file
 from data_pipelines.errors import UserError
 from data_pipelines.transforms import split_segments, to_float
 from tests.conftest import REPO, run_processes, run_script, script_environment
-from worldmodel import WorldModel, load
+from worldmodel import load
 from worldmodel.config import Config
-from worldmodel.data import read_index, training_stream
+from worldmodel.data import TrainingInputs, read_index, training_stream
 from worldmodel.nets.teacher import Teacher
 from worldmodel.training import loop as train_module
 from worldmodel.training import timing
 from worldmodel.training.loop import compile_mode, make_accelerator, train
+from worldmodel.training.losses import TrainingModel
 
 REFINED = ["train.refine_steps=2", "train.refine_clips=12"]
 TIMING = ("clips_per_s", "data_s", "forward_s", "backward_s", "optimiser_s", "step_s", "tflops", "mfu")
@@ -86,17 +87,17 @@ def test_each_segment_goes_where_it_belongs(
     expected = split_segments(to_float(next(batches)["video"]), 3)
     batches.close()
     seen: dict[str, torch.Tensor] = {}
-    forward, teach = WorldModel.forward, Teacher.forward
+    forward, teach = TrainingModel.forward, Teacher.forward
 
-    def model_spy(self: WorldModel, segments: torch.Tensor, *rest: Any, **named: Any) -> Any:
-        seen["segments"] = segments.clone()
-        return forward(self, segments, *rest, **named)
+    def model_spy(self: TrainingModel, inputs: TrainingInputs, *rest: Any, **named: Any) -> Any:
+        seen["segments"] = inputs.segments.clone()
+        return forward(self, inputs, *rest, **named)
 
     def teacher_spy(self: Teacher, video: torch.Tensor) -> torch.Tensor:
         seen.setdefault("target", video.clone())  # evaluation comes after
         return teach(self, video)
 
-    monkeypatch.setattr(WorldModel, "forward", model_spy)
+    monkeypatch.setattr(TrainingModel, "forward", model_spy)
     monkeypatch.setattr(Teacher, "forward", teacher_spy)
     train(config)
     assert torch.equal(seen["segments"], expected)

@@ -16,7 +16,6 @@ from worldmodel.training.objectives import (
     HInfoNce,
     InfoNce,
     Ressl,
-    SequenceTerms,
     SslHsic,
     Vicreg,
     covariance_penalty,
@@ -508,34 +507,3 @@ def test_sigreg_draws_its_directions_from_the_generator() -> None:
         for seed in (0, 0, 1)
     )
     assert first == again != other
-
-
-def test_sequence_terms_equal_loops_over_clips_and_steps() -> None:
-    embeddings, actions = batch(0, 5, 4, 3), batch(1, 5, 3, 2)
-    torch.manual_seed(0)
-    terms = SequenceTerms({"smoothness": 2.0, "inverse_dynamics": 3.0, "time_variance": 0.5}, 3, 8, 2).double().eval()
-    values = terms(embeddings, actions)
-    assert terms.action_net is not None
-    steps, errors, centred = [], [], []
-    for clip in range(5):
-        centred += [embeddings[clip, step] - embeddings[clip].mean(dim=0) for step in range(4)]
-        for step in range(3):
-            before, after = embeddings[clip, step], embeddings[clip, step + 1]
-            steps.append((after - before).square().mean())
-            read = terms.action_net(torch.cat([before, after])[None])[0]
-            errors.append((read.double() - actions[clip, step]).square().mean())
-    spread = torch.stack(centred).var(dim=0)
-    expected = {
-        "smoothness": torch.stack(steps).mean(),
-        "inverse_dynamics": torch.stack(errors).mean(),
-        "time_variance": (1 - (spread + 1e-4).sqrt()).clamp(min=0).mean(),
-    }
-    for name, value in expected.items():
-        torch.testing.assert_close(values[name], value, atol=1e-6, rtol=1e-6)
-    total = 2 * expected["smoothness"] + 3 * expected["inverse_dynamics"] + 0.5 * expected["time_variance"]
-    torch.testing.assert_close(terms.total(values), total, atol=1e-6, rtol=1e-6)
-
-
-def test_sequence_terms_without_weight_are_not_there() -> None:
-    terms = SequenceTerms({"smoothness": 0.0, "inverse_dynamics": 0.0, "time_variance": 0.0}, 3, 8, 0)
-    assert terms(batch(0, 5, 4, 3), None) == {} and terms.total({}) == 0 and not list(terms.parameters())

@@ -7,18 +7,19 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tests.conftest import REPO, TINY, normal
+from worldmodel.build import build_training_model
 from worldmodel.config import load_config
 from worldmodel.data import training_inputs, training_stream
 from worldmodel.nets.teacher import Teacher
-from worldmodel.nets.world_model import WorldModel
-from worldmodel.training.gradients import Part, compute_gradients, in_parts
+from worldmodel.training.gradients import MicroBatch, compute_gradients, micro_batches
+from worldmodel.training.losses import TrainingModel
 from worldmodel.training.optimisation import step_generator
 from worldmodel.training.profiling import FlopCounter
 
 CPU = torch.device("cpu")
 
 
-def step_flops(model: WorldModel, teacher: Teacher | None, parts: list[Part]) -> int:
+def step_flops(model: TrainingModel, teacher: Teacher | None, parts: list[MicroBatch]) -> int:
     accelerator = Accelerator(cpu=True)
     with FlopCounter() as counter:
         compute_gradients(accelerator, model, teacher, parts, 32, 1.0, lambda: step_generator(0, 0, CPU))
@@ -34,7 +35,7 @@ def test_the_flops_of_a_step_are_those_of_its_linear_layers(latent: str, num_par
     causal = [*TINY, "data.source=causal", "model.embedding_norm=sphere", *overrides]
     config = load_config(REPO / "configs" / "causal" / "heteroscedastic.yaml", causal)
     torch.manual_seed(0)
-    model = WorldModel(config)
+    model = build_training_model(config)
     teacher = Teacher(model.embedder)
     expected = 0
 
@@ -48,7 +49,7 @@ def test_the_flops_of_a_step_are_those_of_its_linear_layers(latent: str, num_par
         if isinstance(module, nn.Linear):
             module.register_forward_hook(add)
     batch = next(training_stream(config, 1, rank=0, world_size=1, device=CPU).batches())
-    parts = in_parts(training_inputs(batch, config, 1, CPU), batch["row"], num_parts)
+    parts = micro_batches(training_inputs(batch, config, 1, CPU), batch["row"], num_parts)
     random_state = torch.random.get_rng_state()
     assert step_flops(model, teacher, parts) == expected > 0
     assert torch.equal(torch.random.get_rng_state(), random_state)
@@ -64,10 +65,10 @@ def test_a_first_pass_is_counted_too() -> None:
     """Of a loss that compares clips, in parts: a forward pass and a product of all embeddings more."""
     overrides = [*TINY, "data.source=causal", "run_dir=unused", "objective.name=infonce", "data.batch_size=32"]
     config = load_config(REPO / "configs" / "causal" / "heteroscedastic.yaml", overrides)
-    model = WorldModel(config)
+    model = build_training_model(config)
     batch = next(training_stream(config, 1, rank=0, world_size=1, device=CPU).batches())
     inputs = training_inputs(batch, config, 1, CPU)
-    whole, in_two = (step_flops(model, None, in_parts(inputs, batch["row"], num_parts)) for num_parts in (1, 2))
+    whole, in_two = (step_flops(model, None, micro_batches(inputs, batch["row"], num_parts)) for num_parts in (1, 2))
     assert 1.2 * whole < in_two < 1.5 * whole
 
 

@@ -12,16 +12,17 @@ from data_pipelines.errors import UserError
 from data_pipelines.stream import VideoStream
 from tests.worldmodel.training.test_loop import assert_same_weights, final_tensors, rows
 from worldmodel import WorldModel
+from worldmodel.build import build_model, build_training_model
 from worldmodel.config import Config
 from worldmodel.data import segments_of, training_stream
 from worldmodel.nets.teacher import Teacher
 from worldmodel.training.loop import Interrupted, train
 from worldmodel.training.refine import (
-    EmbeddedClips,
+    RefinementClips,
+    draw_batch,
     draw_pairs,
-    draw_steps,
-    embed_clips,
-    like_clips,
+    embed_refinement_clips,
+    most_similar,
     refine,
     refinement_stream,
     steps_of,
@@ -39,9 +40,9 @@ def full_precision() -> torch.autocast:
     return torch.autocast("cpu", enabled=False)
 
 
-def embedded(config: Config, model: WorldModel, target_encoder: nn.Module) -> EmbeddedClips:
+def embedded(config: Config, model: WorldModel, target_encoder: nn.Module) -> RefinementClips:
     with closing(refinement_stream(config, CPU).batches(0)) as batches:
-        return embed_clips(config, model, target_encoder, batches, CPU, full_precision, never)
+        return embed_refinement_clips(config, model, target_encoder, batches, CPU, full_precision, never)
 
 
 def test_clips_are_embedded_with_running_statistics_by_student_and_teacher(
@@ -49,8 +50,8 @@ def test_clips_are_embedded_with_running_statistics_by_student_and_teacher(
 ) -> None:
     config = tiny_config(*REFINED)
     torch.manual_seed(0)
-    model = WorldModel(config)
-    teacher = Teacher(WorldModel(config).embedder)
+    model = build_model(config)
+    teacher = Teacher(build_model(config).embedder)
     clips = embedded(config, model, teacher)
     with closing(training_stream(config, 1, rank=0, world_size=1, device=CPU).batches(0)) as batches:
         segments = torch.cat([segments_of(next(batches), 3, CPU) for _ in range(2)])[:12]
@@ -58,10 +59,10 @@ def test_clips_are_embedded_with_running_statistics_by_student_and_teacher(
     with torch.no_grad():
         torch.testing.assert_close(clips.own.flatten(0, 1), model.encode(segments.flatten(0, 1)))
         torch.testing.assert_close(clips.targets.flatten(0, 1), teacher(segments[:, 1:].flatten(0, 1)))
-    assert clips.features is None and clips.known_r is None and clips.actions is None
+    assert clips.features.shape == (12, 3, 0) and clips.known_r.shape == (12, 0) and clips.actions.shape == (12, 1, 0)
 
 
-def test_refined_clips_go_on_where_the_steps_of_the_one_before_end(
+def test_refined_clips_start_where_the_steps_of_the_one_before_end(
     tiny_config: Callable[..., Config], kicked_world: Path
 ) -> None:
     config = tiny_config(f"data.root={kicked_world}", "data.clip_step=1", "train.refine_horizon=2")
@@ -87,13 +88,13 @@ def test_a_step_is_drawn_with_its_targets_actions_and_a_scene_from_before(
         f"objective.rollout_steps={rollout_steps}", "model.scene_dim=2", "model.embedding_dim=1",
         "train.refine_steps=1",
     )  # fmt: skip
-    model = WorldModel(config)
+    training = build_training_model(config)
     length = steps_of(config) + 2  # x, x+ and x++ of the last step
     own, targets, features = numbered(5, length, 0), numbered(5, length - 1, 1001), numbered(5, length, 2000)
-    clips = EmbeddedClips(own, targets, features, None, numbered(5, length - 2, 3000))
-    batch, known_r, actions = draw_steps(clips, config, model, torch.Generator().manual_seed(0))
+    clips = RefinementClips(own, targets, features, torch.empty(5, 0), numbered(5, length - 2, 3000))
+    drawn = draw_batch(clips, config, training, torch.Generator().manual_seed(0))
+    batch, actions = drawn.embedded, drawn.actions
     first = batch.real[:, 0, 0]
-    assert batch.features is not None and batch.age is not None and batch.seen is not None and actions is not None
     assert set(first.tolist()) == {100.0 * clip + step for clip in range(5) for step in range(horizon)}
     following = first[:, None] + torch.arange(rollout_steps)
     assert torch.equal(batch.real[:, 1:, 0], following + 1001)
@@ -101,17 +102,17 @@ def test_a_step_is_drawn_with_its_targets_actions_and_a_scene_from_before(
     assert torch.equal(actions[..., 0], following + 3000)
     read_at = batch.features[:, 0] - 2000
     assert torch.equal(read_at, first - batch.age)
-    assert set(batch.age.tolist()) == set(range(horizon)) and known_r is None
+    assert set(batch.age.tolist()) == set(range(horizon))
+    assert drawn.known_r.shape == (512, 0) and drawn.examples is None
     assert ((read_at % 100) >= 0).all()
 
 
-def test_pairs_are_of_clips_alike_and_half_of_them_near_each_other(tiny_config: Callable[..., Config]) -> None:
+def test_pairs_are_of_similar_clips_and_half_of_them_near_each_other(tiny_config: Callable[..., Config]) -> None:
     features = numbered(6, 5, 0)
     own = 10 * torch.arange(5.0)[None, :, None] + torch.arange(6.0)[:, None, None]  # clips lie near each other
-    clips = EmbeddedClips(own, own[:, 1:], features, None, None)
-    alike = torch.tensor([[0, 1], [1, 0], [2, 3], [3, 2], [4, 5], [5, 4]])
-    pairs = draw_pairs(clips, alike, 400, torch.Generator().manual_seed(0))
-    assert pairs.features is not None
+    clips = RefinementClips(own, own[:, 1:], features, torch.empty(6, 0), torch.empty(6, 1, 0))
+    similar = torch.tensor([[0, 1], [1, 0], [2, 3], [3, 2], [4, 5], [5, 4]])
+    pairs = draw_pairs(clips, similar, features[:, 0], 400, torch.Generator().manual_seed(0))
     clip, segment = pairs.features[..., 0].div(100).floor(), pairs.features[..., 0].remainder(100)
     assert torch.equal(pairs.embeddings[..., 0], 10 * segment + clip)
     assert set((segment[0] - segment[1])[:200].tolist()) == set(map(float, range(-4, 5)))
@@ -122,10 +123,10 @@ def test_pairs_are_of_clips_alike_and_half_of_them_near_each_other(tiny_config: 
 
     config = tiny_config("model.scene_dim=2", "model.embedding_dim=1", "train.refine_steps=1", "model.distance_dim=2",
                          "train.refine_batch_size=64")  # fmt: skip
-    batch, _, _ = draw_steps(clips, config, WorldModel(config), torch.Generator().manual_seed(0), alike)
-    assert batch.other_features is not None and batch.pairs is not None and batch.pairs.embeddings.shape == (2, 128, 1)
-    assert len(batch.real) == 64
-    assert torch.equal(batch.other_features[:, 0].div(100).floor(), batch.real[:, 0, 0].remainder(10))
+    batch = draw_batch(clips, config, build_training_model(config), torch.Generator().manual_seed(0), similar)
+    assert batch.examples is not None and batch.examples.embeddings.shape == (2, 128, 1)
+    assert len(batch.embedded.real) == 64
+    assert torch.equal(batch.examples.other_features[:, 0].div(100).floor(), batch.embedded.real[:, 0, 0].remainder(10))
 
 
 @pytest.mark.parametrize("scene_dim", [0, 2])
@@ -135,14 +136,14 @@ def test_a_temporal_distance_is_learned_in_refinement(tiny_config: Callable[...,
         "train.log_every=20", "objective.distance_error_weight=1", "data.source=videos", "train.refine_lr=3e-3",
     )  # fmt: skip
     torch.manual_seed(0)
-    model = WorldModel(config)
+    training = build_training_model(config)
+    model = training.model
     clips = embedded(config, model, Teacher(model.embedder))
-    alike = like_clips(model, clips)
-    assert alike.shape == (12, 8 if scene_dim else 1)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    similar = most_similar(model, clips)
+    assert similar.shape == (12, 8 if scene_dim else 1)
+    before = {name: value.clone() for name, value in training.state_dict().items()}
     logged: list[dict[str, float]] = []
-    assert refine(config, model, clips, CPU, full_precision, lambda _, values: logged.append(values), never) == 0
-    assert model.distance is not None
+    assert refine(config, training, clips, CPU, full_precision, lambda _, values: logged.append(values), never) == 0
     weights = {name: value for name, value in model.distance.named_parameters() if value.ndim > 1}
     assert all(not torch.equal(value, before[f"distance.{name}"]) for name, value in weights.items())
     assert logged[-1]["distance_nearness"] < logged[0]["distance_nearness"]
@@ -152,18 +153,19 @@ def test_a_temporal_distance_is_learned_in_refinement(tiny_config: Callable[...,
 def test_refinement_lowers_the_loss_and_moves_all_but_the_encoder(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config("train.refine_steps=60", "train.refine_clips=12", "train.log_every=20")
     torch.manual_seed(0)
-    model = WorldModel(config)
+    training = build_training_model(config)
+    model = training.model
     clips = embedded(config, model, Teacher(model.embedder))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = {name: value.clone() for name, value in training.state_dict().items()}
     logged: list[tuple[int, dict[str, float]]] = []
 
     def log(updates: int, values: dict[str, float]) -> None:
         logged.append((updates, values))
 
-    assert refine(config, model, clips, CPU, full_precision, log, never) == 0
-    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
-    assert moved == {name for name, _ in model.named_parameters() if not name.startswith("embedder.")}
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items() if "embedder." in name)
+    assert refine(config, training, clips, CPU, full_precision, log, never) == 0
+    moved = {name for name, value in training.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == {name for name, _ in training.named_parameters() if not name.startswith("embedder.")}
+    assert all(torch.equal(before[name], value) for name, value in training.state_dict().items() if "embedder." in name)
     assert [updates for updates, _ in logged] == [20, 40, 60]
     assert logged[-1][1]["loss"] < logged[0][1]["loss"] - 0.05
     assert all(parameter.requires_grad for parameter in model.embedder.parameters())
@@ -171,14 +173,15 @@ def test_refinement_lowers_the_loss_and_moves_all_but_the_encoder(tiny_config: C
 
 def test_a_signal_ends_refinement(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config(*REFINED)
-    model = WorldModel(config)
+    training = build_training_model(config)
+    model = training.model
     clips = embedded(config, model, Teacher(model.embedder))
     calls = count()
 
     def third_time() -> int:
         return 15 if next(calls) == 2 else 0
 
-    assert refine(config, model, clips, CPU, full_precision, lambda *_: None, third_time) == 15
+    assert refine(config, training, clips, CPU, full_precision, lambda *_: None, third_time) == 15
 
 
 def test_a_run_is_refined_once_and_an_interrupted_refinement_begins_anew(

@@ -11,6 +11,7 @@ from torch import nn
 from data_pipelines.errors import UserError
 from tests.conftest import normal
 from worldmodel.config import Config
+from worldmodel.nets.parallel import local_shard
 from worldmodel.nets.vit import VIT_SIZES, VitEncoder
 from worldmodel.training import sharding
 from worldmodel.training.loop import train
@@ -19,7 +20,6 @@ from worldmodel.training.sharding import (
     is_asked_for,
     layers,
     load_whole,
-    local,
     shared_like,
     whole,
     without_weights,
@@ -82,6 +82,6 @@ def test_what_is_in_no_shards_stays_what_it_is() -> None:
     network, other = nn.Linear(3, 2), nn.Linear(3, 2)
     weights = dict(network.state_dict())
     assert whole(weights) == weights
-    assert local(network.weight) is network.weight and shared_like(weights["bias"], None) is weights["bias"]
+    assert local_shard(network.weight) is network.weight and shared_like(weights["bias"], None) is weights["bias"]
     load_whole(other, weights)
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))

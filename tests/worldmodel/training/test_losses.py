@@ -1,0 +1,78 @@
+import torch
+from torch import Tensor
+
+from worldmodel.nets.latents import PRIOR_NLL
+from worldmodel.nets.world_model import Predictions
+from worldmodel.training.losses import CachedGradient, SequenceTerms, step_losses
+from worldmodel.training.objectives import InfoNce, Vicreg
+
+
+def batch(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_beta_weights_the_penalty_and_not_the_fit_of_a_prior() -> None:
+    edited, target, context = (batch(seed, 5, 3) for seed in range(3))
+    costs = {"expected_l0": batch(3, 5), PRIOR_NLL: batch(4, 5)}
+    objective = Vicreg((1.0, 0.0, 0.0))
+    losses = step_losses(objective, edited, target, context, costs, 0.3, None)
+    expected = (edited - target).square().mean() + 0.3 * costs["expected_l0"].mean() + costs[PRIOR_NLL].mean()
+    torch.testing.assert_close(losses["loss"], expected)
+    torch.testing.assert_close(losses["expected_l0"], costs["expected_l0"].mean())
+
+
+def test_the_kl_is_taken_off_the_bound_on_information() -> None:
+    edited, target, context = (batch(seed, 5, 3) for seed in range(3))
+    objective, kl = InfoNce(3, 4, 0.5).double(), batch(3, 5).exp()
+    without, with_kl = (
+        step_losses(objective, edited, target, context, costs, 0.3, None) for costs in ({}, {"kl_nats": kl})
+    )
+    torch.testing.assert_close(with_kl["information_nats"], without["information_nats"] - kl.mean())
+
+
+def test_a_surrogate_has_the_cached_gradient() -> None:
+    leaves = {
+        "real": batch(0, 4, 2, 3),
+        "edited": batch(1, 4, 1, 3),
+        "kl_nats": batch(2, 4, 1),
+        "actions": batch(3, 4, 1, 0),
+    }
+    slopes = {"edited": batch(4, 4, 1, 3), "kl_nats": batch(5, 4, 1)}
+    weight, slope = batch(6, 2).requires_grad_(), batch(7, 2)
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    CachedGradient(slopes, [(weight, slope)]).surrogate(Predictions.from_tensors(leaves)).backward()
+    for name, expected in slopes.items():
+        torch.testing.assert_close(leaves[name].grad, expected)
+    torch.testing.assert_close(weight.grad, slope)
+    assert leaves["real"].grad is None and leaves["actions"].grad is None
+
+
+def test_sequence_terms_equal_loops_over_clips_and_steps() -> None:
+    embeddings, actions = batch(0, 5, 4, 3), batch(1, 5, 3, 2)
+    torch.manual_seed(0)
+    terms = SequenceTerms({"smoothness": 2.0, "inverse_dynamics": 3.0, "time_variance": 0.5}, 3, 8, 2).double().eval()
+    values = terms(embeddings, actions)
+    steps, errors, centred = [], [], []
+    for clip in range(5):
+        centred += [embeddings[clip, step] - embeddings[clip].mean(dim=0) for step in range(4)]
+        for step in range(3):
+            before, after = embeddings[clip, step], embeddings[clip, step + 1]
+            steps.append((after - before).square().mean())
+            read = terms.action_net(torch.cat([before, after])[None])[0]
+            errors.append((read.double() - actions[clip, step]).square().mean())
+    spread = torch.stack(centred).var(dim=0)
+    expected = {
+        "smoothness": torch.stack(steps).mean(),
+        "inverse_dynamics": torch.stack(errors).mean(),
+        "time_variance": (1 - (spread + 1e-4).sqrt()).clamp(min=0).mean(),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(values[name], value, atol=1e-6, rtol=1e-6)
+    total = 2 * expected["smoothness"] + 3 * expected["inverse_dynamics"] + 0.5 * expected["time_variance"]
+    torch.testing.assert_close(terms.total(values), total, atol=1e-6, rtol=1e-6)
+
+
+def test_sequence_terms_without_weight_are_left_out() -> None:
+    terms = SequenceTerms({"smoothness": 0.0, "inverse_dynamics": 0.0, "time_variance": 0.0}, 3, 8, 0)
+    assert terms(batch(0, 5, 4, 3), batch(1, 5, 3, 0)) == {} and terms.total({}) == 0 and not list(terms.parameters())

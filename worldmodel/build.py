@@ -1,0 +1,98 @@
+"""From a config to networks and losses. Only this module takes sections of a config apart for them.
+
+The weights are drawn in the order in which the parts are built here, which is therefore fixed.
+"""
+
+from data_pipelines.errors import UserError
+from worldmodel.config import Config, External, GaussianConfig, SparseConfig, outside_names
+from worldmodel.nets.distance import Distance, NoDistance, TemporalDistance
+from worldmodel.nets.editors import make_editor
+from worldmodel.nets.encoders import Embedder, make_encoder
+from worldmodel.nets.latents import make_latent
+from worldmodel.nets.scene import NoScene, Scene, SceneCode
+from worldmodel.nets.world_model import WorldModel
+from worldmodel.training.losses import SequenceTerms, TrainingModel
+from worldmodel.training.objectives import OBJECTIVES, make_objective
+
+
+def build_model(config: Config) -> WorldModel:
+    """Build the networks of a config with random weights.
+
+    Raises:
+        UserError: as `build_training_model`.
+    """
+    return build_training_model(config).model
+
+
+def build_training_model(config: Config) -> TrainingModel:
+    """Build the networks and the losses of a config with random weights.
+
+    Raises:
+        UserError: a package or a file that the config needs is missing; the config names code from outside.
+    """
+    for key, name in outside_names(config).items():
+        raise UserError(f"{key}={name}: code from outside of the project cannot be loaded")
+    model, objective = config.model, config.objective
+    assert not isinstance(model.editor, External)
+    embedder = _embedder(config)
+    scene: Scene = NoScene()
+    if model.scene_dim:
+        scene = SceneCode(embedder.num_features, model.hidden_dim, model.scene_dim, model.editor.norm)
+    action_dim = model.action_dim * config.data.num_frames
+    latent = make_latent(
+        model.latent,
+        context_dim=model.embedding_dim + scene.num_values + action_dim,
+        embedding_dim=model.embedding_dim,
+        hidden_dim=model.hidden_dim,
+    )
+    loss = make_objective(objective, embedding_dim=model.embedding_dim, hidden_dim=model.hidden_dim)
+    sequence_terms = SequenceTerms(
+        {
+            "smoothness": objective.smoothness_weight,
+            "inverse_dynamics": objective.inverse_dynamics_weight,
+            "time_variance": objective.time_variance_weight,
+        },
+        model.embedding_dim,
+        model.hidden_dim,
+        action_dim,
+    )
+    editor = make_editor(
+        model.editor,
+        embedding_dim=model.embedding_dim,
+        hidden_dim=model.hidden_dim,
+        latent_dim=latent.latent_dim + scene.num_values + action_dim,
+        predictor=loss.needs_predictor,
+    )
+    distance: Distance = NoDistance()
+    if model.distance_dim:
+        distance = TemporalDistance(model.embedding_dim + model.scene_dim, model.hidden_dim, model.distance_dim)
+    networks = WorldModel(
+        embedder, latent, editor, scene, distance, action_dim=action_dim, seen_at=2 if _sees_beyond(config) else 1
+    )
+    return TrainingModel(
+        networks,
+        loss,
+        sequence_terms,
+        step_weights=objective.step_weights or (1.0,) * objective.rollout_steps,
+        beta=objective.beta,
+        distance_error_weight=objective.distance_error_weight,
+    )
+
+
+def _embedder(config: Config) -> Embedder:
+    model = config.model
+    return Embedder(
+        make_encoder(model.encoder, config.data),
+        [model.hidden_dim] * model.projector_layers,
+        model.embedding_dim,
+        model.embedding_norm,
+        # With a teacher, a learned scale could shrink the targets along with the predictions.
+        learned_scale=model.embedding_norm == "sphere" or not OBJECTIVES[config.objective.name].needs_teacher,
+    )
+
+
+def _sees_beyond(config: Config) -> bool:
+    """Return True if the posterior sees the segment after the target, so that a transition has three segments."""
+    latent = config.model.latent
+    sees_later = isinstance(latent, GaussianConfig | SparseConfig) and latent.posterior_sees == "later"
+    return sees_later and config.data.num_segments > 2
