@@ -45,6 +45,7 @@ from worldmodel.data import segment_span
 from worldmodel.nets.latents import GaussianLatent, kl_divergence
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.report.illustrations import Timeline
+from worldmodel.sources import make_source
 
 SEGMENTS_AT_ONCE = 64
 TRANSITIONS_AT_ONCE = 512
@@ -87,8 +88,8 @@ def video_surprise(
     """
     data = config.data
     check_model(model)
-    if data.source == "causal":
-        raise UserError("surprise of a video file needs a run on videos: this one has data.source=causal")
+    if make_source(config).content != "frames":
+        raise UserError(f"surprise of a video file needs a run on videos: this one has data.source={data.source}")
     fps, decoder = (data.fps, data.decoder) if isinstance(data, VideosConfig) else (None, "auto")
     video = read_facts(path)
     shown = frames_on_screen(video, fps)

@@ -9,19 +9,20 @@ Legend: N clips, K steps of prediction, D embedding dimensions, R latent dimensi
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from data_pipelines.batches import Batch, BatchStream
 from data_pipelines.errors import UserError
-from worldmodel.config import Config, VideosConfig
-from worldmodel.data import Batch, Stream, segment_span, training_inputs, training_stream
+from worldmodel.config import Config
+from worldmodel.data import segment_span, training_inputs
 from worldmodel.evaluation.forecast import frozen
 from worldmodel.nets.distance import clips_alike
 from worldmodel.nets.world_model import Embedded, Pairs, WorldModel
+from worldmodel.sources.source import Source
 from worldmodel.training.finite import Guard, first_overflow
 from worldmodel.training.optimisation import learning_rate, parameter_groups, set_lr, step_generator
 
@@ -54,14 +55,12 @@ class EmbeddedClips(NamedTuple):
         return EmbeddedClips(self.own[chosen], self.targets[chosen], features, known_r, actions)
 
 
-def refinement_stream(config: Config, device: torch.device) -> Stream:
+def refinement_stream(source: Source, config: Config, device: torch.device) -> BatchStream:
     """The stream of what is embedded: clips for steps_of(config) steps, each cut where the refined steps of the one
     before it end. Whatever data.clip_step is, a segment is then embedded about once and many videos are seen.
     """
-    data = config.data
-    if isinstance(data, VideosConfig):
-        data = replace(data, clip_step=config.train.refine_horizon * segment_span(data))
-    return training_stream(replace(config, data=data), steps_of(config), rank=0, world_size=1, device=device)
+    clip_step = config.train.refine_horizon * segment_span(config.data)
+    return source.training_stream(steps_of(config), rank=0, world_size=1, device=device, clip_step=clip_step)
 
 
 def embed_clips(

@@ -79,7 +79,8 @@ def train_and_evaluate(config: Config) -> None:
 def plan_once(config: Config) -> None:
     """One decision of a model that is conditioned on actions, untrained."""
     labels = {videos_of(config).action_label: torch.zeros(2, 2, config.model.action_dim)}
-    assert actions_of({"labels": labels}, config, 1, torch.device("cpu")) is not None
+    batch: Any = {"labels": labels}
+    assert actions_of(batch, config, 1, torch.device("cpu")) is not None
     run = TrainedRun(Path("run"), config, WorldModel(config).eval(), None, {})
     policy = LatentPolicy(run, config.planning, seed=0)
     frames = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
