@@ -48,6 +48,7 @@ from pathlib import Path
 from data_pipelines import clip_decoder
 from data_pipelines.clips import ClipSpec
 from data_pipelines.formats.registry import load_videos
+from tests.data_pipelines.streams import make_stream
 
 root, settings, jobs, log = json.loads(sys.argv[1])
 open_video = clip_decoder.open_video

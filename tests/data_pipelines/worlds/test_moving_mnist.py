@@ -182,7 +182,7 @@ def test_mnist_files_that_are_missing_cut_or_no_idx(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="truncated"):
         load_sprites("test", tmp_path)
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(b"no gzip")
-    with pytest.raises(UserError, match="no readable gzip"):
+    with pytest.raises(UserError, match="not a readable gzip"):
         load_sprites("test", tmp_path)
 
 
@@ -214,5 +214,5 @@ def test_writing_goes_on_where_it_stopped_and_refuses_other_parameters(tmp_path:
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items() if path != lost)
     with pytest.raises(UserError, match="other parameters"):
         write_moving_mnist(tmp_path / "w", counts, seed=1, num_processes=1)
-    with pytest.raises(UserError, match="holds no world"):
+    with pytest.raises(UserError, match="does not hold a world"):
         write_moving_mnist(tmp_path, counts, num_processes=1)
