@@ -34,7 +34,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from data_pipelines.worlds.moving_mnist import write_world
+from data_pipelines.worlds.moving_mnist import write_moving_mnist
 from worldmodel.training.machine import child_processes
 
 REPO = Path(__file__).resolve().parents[1]
@@ -205,7 +205,7 @@ def kill_runs(folder: Path, num_kills: int, seed: int) -> tuple[Counter[tuple[st
     """Return the number of kills by who was killed and at what work, the number of trainings, and the faults."""
     chance = random.Random(seed)
     videos, reference = folder / "videos", folder / "reference"
-    write_world(videos, {"train": 64, "selection": 32, "test": 24}, num_processes=1)
+    write_moving_mnist(videos, {"train": 64, "selection": 32, "test": 24}, num_processes=1)
     session = Session(videos, reference)
     if session.process.wait():
         raise RuntimeError(f"the uninterrupted training failed: {session.output.read_text()[-2000:]}")

@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from data_pipelines.clips import ClipSpec
 from data_pipelines.formats.registry import load_videos
-from data_pipelines.stream import VideoStream
-from data_pipelines.worlds.moving_mnist import write_world
+from data_pipelines.stream import StreamSettings, VideoStream
+from data_pipelines.worlds.moving_mnist import write_moving_mnist
 from worldmodel.commands.shared import report_errors
 from worldmodel.training.machine import child_processes, memory_mb
 
@@ -44,7 +44,9 @@ def main() -> int:
         if args.root:
             return check(args.root, args)
         with tempfile.TemporaryDirectory(prefix="memory_") as folder:
-            write_world(Path(folder), {"train": 2000, "selection": 1, "test": 1}, num_processes=os.cpu_count() or 1)
+            write_moving_mnist(
+                Path(folder), {"train": 2000, "selection": 1, "test": 1}, num_processes=os.cpu_count() or 1
+            )
             return check(Path(folder) / "train", args)
 
 
@@ -52,14 +54,16 @@ def check(root: Path, args: argparse.Namespace) -> int:
     stream = VideoStream(
         load_videos(root),
         ClipSpec(),
-        size_px=args.size_px,
-        channels=args.channels,
-        batch_size=BATCH_SIZE,
-        num_lanes=32,
-        pool_clips=1024,
-        seed=0,
-        num_workers=args.workers,
-        decoder=args.decoder,
+        StreamSettings(
+            size_px=args.size_px,
+            channels=args.channels,
+            batch_size=BATCH_SIZE,
+            num_lanes=32,
+            pool_clips=1024,
+            seed=0,
+            num_workers=args.workers,
+            decoder=args.decoder,
+        ),
     )
     batches = stream.batches()
     means_mb: list[float] = []

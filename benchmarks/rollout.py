@@ -22,6 +22,7 @@ from worldmodel import WorldModel, load
 from worldmodel.build import build_model
 from worldmodel.commands.shared import check_counts, report_errors, write_result
 from worldmodel.config import Config, load_config
+from worldmodel.sources import make_source
 from worldmodel.training.machine import fair_share_of_cores, keep_freed_memory, machine_description
 from worldmodel.training.timing import seconds_in_turns
 
@@ -42,8 +43,10 @@ def main() -> int:
         check_counts(args, "queries", "samples", "steps", "repeats")
         trained = load(args.run) if args.run else None
         config = trained.config if trained else load_config(args.config)
-        if config.data.source == "causal":
-            raise UserError(f"{args.run or args.config} has data.source=causal: rollouts are timed on clips of video")
+        if make_source(config).content != "frames":
+            raise UserError(
+                f"{args.run or args.config} has data.source={config.data.source}: rollouts are timed on clips of video"
+            )
         model = trained.model if trained else build_model(config).eval()
         result = bench(model, random_clips(config, args.queries), args.samples, args.steps, args.repeats)
         write_result(args.out, result)

@@ -28,7 +28,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
 from worldmodel.commands.shared import check_counts, leave, report_errors, write_result
 from worldmodel.config import Config, MovingMnistConfig, load_config
-from worldmodel.data import training_stream
+from worldmodel.sources import make_source
 from worldmodel.training.loop import Trainer, make_accelerator
 from worldmodel.training.machine import keep_freed_memory, machine_description
 from worldmodel.training.timing import synchronise
@@ -111,8 +111,10 @@ def run_steps(config: Config, steps: int, times: Path) -> None:
     torch.set_num_threads(config.train.num_threads or 1)
     keep_freed_memory()
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    stream = training_stream(config, config.objective.rollout_steps, rank=rank, world_size=world_size, device=device)
-    trainer = Trainer(config, accelerator, times.parent, stream.fingerprint)
+    source = make_source(config)
+    steps_ahead = config.objective.rollout_steps
+    stream = source.training_stream(steps_ahead, rank=rank, world_size=world_size, device=device)
+    trainer = Trainer(config, accelerator, times.parent, source, stream.fingerprint)
     batches = stream.batches()
     seconds = []
     for _ in range(WARMUP_STEPS + steps):

@@ -29,14 +29,15 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from data_pipelines.clip_decoder import clips_of
 from data_pipelines.clips import ClipSpec
 from data_pipelines.containers import open_container
 from data_pipelines.errors import UserError
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
 from data_pipelines.shards.packing import pack_videos
-from data_pipelines.stream import VideoStream, clips_of
-from data_pipelines.worlds.moving_mnist import write_world
+from data_pipelines.stream import StreamSettings, VideoStream
+from data_pipelines.worlds.moving_mnist import write_moving_mnist
 from worldmodel.commands.shared import report_errors, write_result
 from worldmodel.training.machine import child_processes, machine_description, memory_mb
 
@@ -219,13 +220,15 @@ def time_stream(case: Case, index: VideoIndex, workers: int) -> tuple[float, flo
     stream = VideoStream(
         index,
         SPEC,
-        size_px=SIZE_PX,
-        channels=case.channels,
-        batch_size=BATCH_SIZE,
-        num_lanes=32,
-        pool_clips=1024,
-        seed=0,
-        num_workers=workers,
+        StreamSettings(
+            size_px=SIZE_PX,
+            channels=case.channels,
+            batch_size=BATCH_SIZE,
+            num_lanes=32,
+            pool_clips=1024,
+            seed=0,
+            num_workers=workers,
+        ),
     )
     num_clips = 0
     started_s = time.perf_counter()
@@ -356,7 +359,9 @@ DECODERS: dict[str, OpenVideo] = {"pyav": PyavVideo, "decord": DecordVideo, "tor
 def write_videos(case: Case, folder: Path) -> None:
     """Write the case's videos; those that are there stay."""
     if case.name == "tiny":
-        write_world(folder, {"train": case.num_videos, "selection": 1, "test": 1}, num_processes=os.cpu_count() or 1)
+        write_moving_mnist(
+            folder, {"train": case.num_videos, "selection": 1, "test": 1}, num_processes=os.cpu_count() or 1
+        )
         return
     if case.name == "http":
         write_videos(Case(**{**asdict(case), "name": "tiny"}), folder.with_name("tiny"))

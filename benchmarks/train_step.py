@@ -27,10 +27,11 @@ import torch
 from accelerate.state import AcceleratorState
 from tqdm.auto import tqdm
 
+from data_pipelines.batches import Batch
 from data_pipelines.errors import UserError
 from worldmodel.commands.shared import check_counts, report_errors, write_result
 from worldmodel.config import ByolConfig, Config, Conv3dConfig, GaussianConfig, flatten, load_config, to_dict
-from worldmodel.data import training_stream
+from worldmodel.sources import make_source
 from worldmodel.training.loop import Sums, Trainer, make_accelerator
 from worldmodel.training.machine import keep_freed_memory, machine_description, set_threads
 from worldmodel.training.optimisation import step_generator
@@ -171,7 +172,7 @@ def serve_plain(config: Config, requests: Connection) -> None:
         requests.send(error)
 
 
-def timed_batches(config: Config, device: torch.device) -> Iterator[dict[str, Any]]:
+def timed_batches(config: Config, device: torch.device) -> Iterator[Batch]:
     """Some batches, rendered beforehand, over and over."""
     return cycle(list(islice(stream_of(config, device), TIMED_BATCHES)))
 
@@ -184,7 +185,7 @@ def make_trainer(config: Config) -> Trainer:
     """A trainer before its first step. Those made before it can be used no more."""
     AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate knows one precision in a process
     with tempfile.TemporaryDirectory(prefix="train_step_") as run:  # nothing is saved
-        return Trainer(config, make_accelerator(config.train), Path(run), "bench_train")
+        return Trainer(config, make_accelerator(config.train), Path(run), make_source(config), "bench_train")
 
 
 def make_plain(config: Config, trainer: Trainer) -> PlainStep:
@@ -205,10 +206,10 @@ def make_plain(config: Config, trainer: Trainer) -> PlainStep:
     )
 
 
-def stream_of(config: Config, device: torch.device) -> Iterator[dict[str, Any]]:
+def stream_of(config: Config, device: torch.device) -> Iterator[Batch]:
     """The batches of a training, from the first one on."""
     steps = config.objective.rollout_steps
-    return training_stream(config, steps, rank=0, world_size=1, device=device).batches()
+    return make_source(config).training_stream(steps, rank=0, world_size=1, device=device).batches()
 
 
 def plain_losses(config: Config, plain: PlainStep, steps: int) -> list[float]:

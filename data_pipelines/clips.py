@@ -1,16 +1,17 @@
-"""Which clip comes when: pure arithmetic, no I/O.
+"""The order of clips: pure arithmetic, no I/O.
 
-A *clip* is spec.length frames of one video. A *group* is a run of successive clips that one sequential pass
-of the decoder reads, from the keyframe at or before its first clip. A *lane* is one of a fixed number of
-independent sequences of clips; ranks and workers own whole lanes, so that the global batches do not depend on
-how many of them there are.
+A *clip* is spec.length frames of one video. A *group* is a run of successive clips that one sequential pass of the
+decoder reads, from the keyframe at or before its first clip. A *lane* is one of a fixed number of independent sequences
+of clips. Ranks and workers own whole lanes, so global batches do not depend on the number of ranks and workers.
 
-The order of an epoch is a function of (seed, epoch) alone: the groups are permuted and their clips laid end
-to end; the last N % batch_size of the N clips are left out (others in each epoch); the rest is cut into
-num_lanes equal, contiguous parts. Where videos stand in shards, the shards are permuted, and the groups within
-each of them, so that a lane walks through few shards, one after the other. Within a lane clips are *decoded*
-in that order and *delivered* in another one, shuffled within a bounded distance. A global batch takes
-batch_size / num_lanes clips from every lane, in lane order.
+The order of an epoch is a function of (seed, epoch) alone:
+
+1. The groups are permuted and their clips are concatenated. If videos are in shards, the shards are permuted, and the
+   groups within each shard. A lane then reads few shards, one after the other.
+2. The last N % batch_size of the N clips are left out. They differ between epochs.
+3. The rest is divided into num_lanes equal, contiguous parts: the lanes.
+4. A lane *decodes* its clips in that order and *delivers* them in another order, shuffled within a bounded distance.
+5. A global batch takes batch_size / num_lanes clips from every lane, in lane order.
 """
 
 import math
@@ -23,14 +24,14 @@ from numpy.typing import NDArray
 from data_pipelines.errors import UserError
 from data_pipelines.facts import Video
 
-# Keyframe intervals are merged until a group has this many frames: short intervals would else make tiny
-# groups, each of which costs a seek and the frames between its keyframe and its first clip.
+# Keyframe intervals are merged until a group has this many frames. Short intervals would otherwise make tiny groups.
+# Each group costs a seek and the frames between its keyframe and its first clip.
 GROUP_FRAMES = 128
 
 MAX_FPS = 1000
-# In a video resampled to a constant rate no frame is held longer: more is a hole in its timestamps, not a picture.
+# Longest time for which a frame is shown in a resampled video. A longer gap is a hole in the timestamps.
 MAX_HOLD_S = 10.0
-# A frame counts as on screen from this much before its time on, as timestamps are rounded; less at high rates.
+# A frame counts as on screen this much before its time, because timestamps are rounded. Less at high rates.
 EARLY_S = 0.002
 
 Ints = NDArray[np.int64]
@@ -38,12 +39,28 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ClipSpec:
-    """How a clip is cut from a video: num_segments consecutive segments of num_frames frames each.
+    """The clips of a video: num_segments consecutive segments of num_frames frames each.
+
+    With num_segments=2, num_frames=2 and frame_stride=3, where "f" is a delivered frame and "x" one that is skipped:
+
+        clip     = f x x f x x f x x f                        length = 4, span = 10
+        segments = |--0--|     |--1--|
+
+    clip_step is the distance from the start of a clip to that of the next. By default it is the span: clips tile the
+    video. With clip_step=6 clips overlap and share frames:
+
+        clip 0   = f x x f x x f x x f
+        clip 1   =             f x x f x x f x x f
+        clip 2   =                         f x x f x x f x x f
+        grid     = f . . f . . f . . f . . f . . f . . f . . f    grid = 3: no other frame is delivered
 
     frame_stride: source frames from one delivered frame to the next.
     clip_step: source frames from the start of one clip to that of the next; None: clips do not overlap.
-    fps: the rate that each video is first resampled to by its timestamps, so that "source frames" are resampled ones;
+    fps: the rate to which each video is resampled first, by its timestamps; "source frames" are then resampled ones.
         None: frames are taken as they are stored, whatever their times.
+
+    Raises:
+        UserError: a value is out of range.
     """
 
     num_segments: int = 3
@@ -62,12 +79,12 @@ class ClipSpec:
 
     @property
     def length(self) -> int:
-        """Frames delivered."""
+        """Frames that a clip delivers."""
         return self.num_segments * self.num_frames
 
     @property
     def span(self) -> int:
-        """Source frames from the first to the last delivered one, both counted."""
+        """Source frames from the first to the last delivered frame, inclusive."""
         return (self.length - 1) * self.frame_stride + 1
 
     @property
@@ -77,18 +94,18 @@ class ClipSpec:
 
     @property
     def grid(self) -> int:
-        """Every grid-th frame from a clip's start on is one that this or the next clips may deliver."""
+        """Distance of the source frames that clips of a video deliver: a divisor of frame_stride and of clip_step."""
         return self.frame_stride if self.step >= self.span else math.gcd(self.frame_stride, self.step)
 
 
 @dataclass(frozen=True)
 class ClipTable:
-    """All clips of an index, numbered video by video in order of time; the number is the clip's id.
+    """All clips of an index, numbered video by video in order of time. The number is the id of a clip.
 
-    first_frame: [videos], where each video's first clip starts.
+    first_frame: [videos], the first frame of each video's first clip.
     first_clip: [videos + 1], the id of each video's first clip, then the number of clips.
-    first_clip_of_group: [groups + 1], likewise for the groups.
-    first_clip_of_shard: [shards + 1], likewise for the shards that hold the videos; None for plain files.
+    first_clip_of_group: [groups + 1], the same for groups.
+    first_clip_of_shard: [shards + 1], the same for the shards that hold the videos; None for plain files.
     """
 
     step: int
@@ -102,23 +119,27 @@ class ClipTable:
         return int(self.first_clip[-1])
 
     def videos_of(self, clips: Ints) -> Ints:
-        """Clip ids -> the positions of their videos in the index."""
+        """Return the positions in the index of the videos of clips, by clip ids."""
         return np.searchsorted(self.first_clip, clips, side="right") - 1
 
     def starts_of(self, clips: Ints) -> Ints:
-        """Clip ids -> their first frames, counted from the start of the (resampled) video in order of presentation."""
+        """Return the first frames of clips, counted in order of presentation in the (resampled) video."""
         videos = self.videos_of(clips)
         return self.first_frame[videos] + (clips - self.first_clip[videos]) * self.step
 
     def groups_of(self, clips: Ints) -> Ints:
+        """Return the groups of clips, by clip ids."""
         return np.searchsorted(self.first_clip_of_group, clips, side="right") - 1
 
 
 def frames_on_screen(video: Video, fps: float | None) -> Ints:
-    """For each frame of the video resampled to fps, the number of the source frame that it shows, ascending.
+    """Return the number of the source frame that each frame of the video resampled to fps shows, ascending.
 
     Resampled frame k shows the last frame that comes at most k / fps seconds after the first. With fps=None each frame
-    shows itself. Raises UserError: the video states neither a frame rate nor times.
+    shows itself.
+
+    Raises:
+        UserError: the video states neither a frame rate nor times.
     """
     if fps is None:
         return np.arange(video.num_frames)
@@ -127,18 +148,20 @@ def frames_on_screen(video: Video, fps: float | None) -> Ints:
     if video.num_frames == 1:
         return np.zeros(1, dtype=np.int64)
     shown_s = np.concatenate([[0], np.cumsum(np.minimum(np.diff(video.shown_s()), MAX_HOLD_S))])
-    mean_s = shown_s[-1] / (video.num_frames - 1)  # for which the last frame, too, is on screen
+    mean_s = shown_s[-1] / (video.num_frames - 1)  # the last frame is on screen for this time
     early_s = min(EARLY_S, mean_s / 4)
     count = max(1, math.ceil((shown_s[-1] + mean_s - early_s) * fps))
-    # Rounding must not decide whether a frame that comes just in time is on screen.
+    # 1e-9: rounding must not decide whether a frame that comes exactly in time is on screen.
     return np.searchsorted(shown_s, np.arange(count) / fps + early_s + 1e-9, side="right") - 1
 
 
 def resample(
     videos: Sequence[Video], frame_ranges: Sequence[tuple[int, int]], fps: float
 ) -> tuple[list[tuple[int, int]], list[list[int]]]:
-    """The frames [start, stop) of each video that clips may come from -> these ranges and the keyframes of each video,
-    both in numbers of resampled frames. Raises UserError as frames_on_screen does.
+    """Return frame ranges [start, stop) and the keyframes of each video in numbers of resampled frames.
+
+    frame_ranges: the frames of each video that clips may come from.
+    Raises UserError as frames_on_screen does.
     """
     ranges, keyframes = [], []
     for video, (start, stop) in zip(videos, frame_ranges, strict=True):
@@ -152,9 +175,12 @@ def resample(
 def make_clip_table(
     frame_ranges: Sequence[tuple[int, int]], keyframes: Sequence[Sequence[int]], spec: ClipSpec
 ) -> ClipTable:
-    """The frames [start, stop) and the keyframes (first one 0) of each video -> all clips that fit, and their groups.
+    """Return all clips that fit into the frames [start, stop) of each video, and their groups.
 
-    Raises UserError when no video is as long as one clip.
+    keyframes: of each video, the first one 0.
+
+    Raises:
+        UserError: no video is as long as one clip.
     """
     first_frame, stop_frame = np.asarray(frame_ranges, dtype=np.int64).reshape(-1, 2).T
     frames = stop_frame - first_frame
@@ -176,13 +202,13 @@ def make_clip_table(
 
 
 def with_shards(table: ClipTable, shards: Sequence[str]) -> ClipTable:
-    """The same clips, knowing which shard each video is in; the videos of one shard are neighbours."""
+    """Add the shard of each video to a table. The videos of one shard must be neighbours."""
     starts = [video for video, shard in enumerate(shards) if video == 0 or shard != shards[video - 1]]
     return replace(table, first_clip_of_shard=table.first_clip[[*starts, len(shards)]])
 
 
 def group_starts(keyframes: Sequence[int]) -> list[int]:
-    """Keyframes at which groups start: the first, then each GROUP_FRAMES or more past the last one taken."""
+    """Return the keyframes at which groups start: the first, then each that is GROUP_FRAMES or more after the last."""
     taken = [keyframes[0]]
     for keyframe in keyframes:
         if keyframe - taken[-1] >= GROUP_FRAMES:
@@ -191,7 +217,7 @@ def group_starts(keyframes: Sequence[int]) -> list[int]:
 
 
 def check_lanes(num_clips: int, *, batch_size: int, num_lanes: int, world_size: int) -> None:
-    """Raises UserError unless lanes divide the batch, ranks divide the lanes, and the clips fill a batch."""
+    """Check that lanes divide the batch, ranks divide the lanes, and the clips fill a batch. Raises UserError."""
     if num_lanes < 1 or batch_size < 1 or batch_size % num_lanes:
         raise UserError(f"batch_size={batch_size} is not a multiple of num_lanes={num_lanes}: change one")
     if num_lanes % world_size:
@@ -208,7 +234,7 @@ def check_lanes(num_clips: int, *, batch_size: int, num_lanes: int, world_size: 
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """One epoch's clips by lane; both fields are [num_lanes, clips per lane].
+    """The clips of one epoch by lane. Both fields are [num_lanes, clips per lane].
 
     decoded: clip ids in order of decoding.
     delivered: positions in that order: lane l first delivers decoded[l, delivered[l, 0]].
@@ -229,10 +255,11 @@ def epoch_order(
     pool_clips: int,
     first_clip_of_shard: Ints | None = None,
 ) -> EpochOrder:
-    """The order of one epoch. pool_clips bounds how many decoded clips wait at any time, over all lanes.
+    """Return the order of one epoch.
 
-    first_clip_of_shard: keep the groups of a shard together. They are permuted within it all the same: a shard is
-    read where it lies on a disk, so that the order within costs nothing, and neighbours differ from epoch to epoch.
+    pool_clips: limit of the decoded clips that wait at any time, over all lanes.
+    first_clip_of_shard: keeps the groups of a shard together. They are still permuted within it: a shard is read from a
+        local disk, so any order is as fast, and neighbours differ between epochs.
     """
     num_batches = int(first_clip_of_group[-1]) // batch_size
     lane_clips = num_batches * batch_size // num_lanes
@@ -254,11 +281,11 @@ def epoch_order(
 
 
 def pool_shuffle(noise: NDArray[np.float64], pool: int) -> Ints:
-    """Uniform noise [lanes, n] -> for each lane a permutation of 0..n-1 for which at most `pool` items wait.
+    """Return a permutation of 0..n-1 for each lane, in which at most `pool` items wait. noise: uniform, [lanes, n].
 
-    Items are delivered in the order of their keys i + pool * noise_i. When an item with key k is due, what
-    has been decoded lies at or before k and what has been delivered has a smaller key, so that those decoded
-    and not yet delivered lie in (k - pool, k]. A lane that fits into its pool is permuted uniformly.
+    Items are delivered in the order of their keys i + pool * noise_i. When an item with key k is due, decoded items lie
+    at or before k, and delivered items have a smaller key. So items that are decoded and not yet delivered lie in
+    (k - pool, k]. A lane that fits into its pool is permuted uniformly.
     """
     num_items = noise.shape[1]
     keys = noise if num_items <= pool else np.arange(num_items) + pool * noise
@@ -266,11 +293,11 @@ def pool_shuffle(noise: NDArray[np.float64], pool: int) -> Ints:
 
 
 def _concatenate_ranges(starts: Ints, counts: Ints) -> Ints:
-    """[s0, s0 + 1, ..., s0 + c0 - 1, s1, ...]"""
+    """Return [s0, s0 + 1, ..., s0 + c0 - 1, s1, ...]."""
     before = np.cumsum(counts) - counts
     return np.arange(int(counts.sum())) + np.repeat(starts - before, counts)
 
 
 def lanes_of_worker(*, num_lanes: int, rank: int, world_size: int, worker: int, num_workers: int) -> range:
-    """A rank owns the lanes l with l % world_size == rank; a worker every num_workers-th of those."""
+    """Return every num_workers-th of the rank's lanes, which are the lanes l with l % world_size == rank."""
     return range(num_lanes)[rank::world_size][worker::num_workers]

@@ -1,6 +1,6 @@
-"""Decoding processes: they make parts of batches, are watched, and are replaced where they fail.
+"""Decoding processes: they make parts of batches, are watched, and are replaced if they fail.
 
-A part is a pure function of its number. So a process that takes over from another one delivers the same clips.
+A part is a pure function of its number. So a process that replaces another one delivers the same clips.
 """
 
 import gc
@@ -11,9 +11,11 @@ import traceback
 from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import suppress
 from itertools import cycle
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.index import VideoIndex
@@ -22,23 +24,35 @@ from data_pipelines.processes import POLL_S, Parent, Patience, is_stopped, worke
 
 log = one_line_logger(__name__)
 
-Part = dict[str, Any]  # what one worker contributes to a batch, in NumPy arrays
 Place = tuple[int, int]  # a video's position in the index, and a frame
 
 OPENING = -1  # instead of a frame
 NO_VIDEO = -1
-PARTS_AHEAD = 2  # how many a worker makes before they are asked for
-MAX_DEATHS = 3  # of workers one after the other that deliver nothing
-MAY_SEND = b"+"  # to a worker: one part more
-OTHER_WORK_S = 30.0  # that a worker may take longer for anything but decoding, such as to start
+PARTS_AHEAD = 2  # that a worker makes before they are requested
+MAX_DEATHS = 3  # of consecutive workers that deliver nothing
+MAY_SEND = b"+"  # message to a worker: it may send one more part
+OTHER_WORK_S = 30.0  # additional time for work other than decoding, such as starting
 DECODE_TIMEOUT_S = 60.0
 
 
-class Progress:
-    """The task that a worker is busy with, in memory that the main process watches.
+class Part(NamedTuple):
+    """The contribution of one worker to a batch, b clips.
 
-    Memory: the video's position in the index or NO_VIDEO, the frame or OPENING, the number of the task, and the
-    seconds that the task may take longer than decode_timeout_s.
+    video: uint8 [b, T, C, H, W]. clip_id, row: int64 [b], as in data_pipelines.batches.Batch.
+    failures: as Faults.found.
+    """
+
+    video: NDArray[np.uint8]
+    clip_id: NDArray[np.int64]
+    row: NDArray[np.int64]
+    failures: dict[int, str]
+
+
+class Progress:
+    """The current task of a worker, in memory that the main process watches.
+
+    The memory holds the position of the video in the index or NO_VIDEO, the frame or OPENING, the number of the task,
+    and the seconds that the task may take in addition to decode_timeout_s.
     """
 
     BLANK = (NO_VIDEO, OPENING, 0, OTHER_WORK_S)
@@ -47,11 +61,11 @@ class Progress:
         self._shared: Numbers = list(self.BLANK) if shared is None else shared
 
     def decode(self, video: int, extra_s: float = 0.0) -> None:
-        """Begin to decode a clip of the video at this position of the index."""
+        """Begin to decode a clip of the video at this position in the index."""
         self._begin(video, extra_s)
 
     def at_frame(self, frame: int) -> None:
-        """Begin with a frame of the same clip."""
+        """Begin to decode a frame of the same clip."""
         self._shared[1] = frame
 
     def work(self, extra_s: float = OTHER_WORK_S) -> None:
@@ -59,7 +73,7 @@ class Progress:
         self._begin(NO_VIDEO, extra_s)
 
     def _begin(self, video: int, extra_s: float) -> None:
-        shared = self._shared  # one by one: this is done several times a clip
+        shared = self._shared  # set one by one: this runs several times per clip
         shared[0] = video
         shared[1] = OPENING
         shared[2] += 1
@@ -67,21 +81,21 @@ class Progress:
 
     @property
     def place(self) -> Place | None:
-        """The video and frame that is being decoded, if any."""
+        """The video and the frame that are being decoded; None if there are none."""
         video, frame = int(self._shared[0]), int(self._shared[1])
         return None if video == NO_VIDEO else (video, frame)
 
     @property
     def task(self) -> tuple[int, float]:
-        """The number of the task, and how many seconds longer than decode_timeout_s it may take."""
+        """The number of the task, and the seconds that it may take in addition to decode_timeout_s."""
         return int(self._shared[2]), float(self._shared[3])
 
 
 class Faults:
-    """What one worker knows of videos that cannot be used.
+    """The videos that one worker cannot use.
 
-    found: position of a video in the index -> why, as a predicate.
-    judged: path -> size and time stamp of a file that differs from the index in these, and why it has changed, or "".
+    found: the reason, as a predicate, by the position of the video in the index.
+    judged: by path, for files whose size or time stamp differs from the index: both, and the change or "".
     fatal: (video, frame) pairs at which an earlier worker hung or crashed.
     """
 
@@ -93,18 +107,18 @@ class Faults:
         for video, frame in fatal:
             self._fatal.setdefault(video, []).append(frame)
 
-    def prevent(self, video: int, keyframe: int, stop: int) -> bool:
-        """True if decoding `video` from `keyframe` up to frame `stop` would meet a fatal frame."""
+    def is_known_fatal(self, video: int, keyframe: int, stop: int) -> bool:
+        """Return whether decoding `video` from `keyframe` up to frame `stop` includes a fatal frame."""
         return any(frame == OPENING or keyframe <= frame < stop for frame in self._fatal.get(video, ()))
 
     def report(self) -> dict[int, str]:
-        """The faults found since the last call."""
+        """Return the faults that were found since the last call."""
         found, self.found = self.found, {}
         return found
 
 
 class Failures:
-    """Counts the videos that fail while streaming, names each file once, stops the run when they are too many."""
+    """Counts the videos that fail while streaming. Reports each file once; raises UserError when there are too many."""
 
     def __init__(self, index: VideoIndex, max_bad_fraction: float) -> None:
         self._index, self._max_bad_fraction = index, max_bad_fraction
@@ -112,7 +126,7 @@ class Failures:
         self._named: set[str] = set()
 
     def add(self, failures: Mapping[int, str]) -> None:
-        """failures: as Faults.found. Raises UserError when too many videos have failed."""
+        """Add failures, as in Faults.found. Raises UserError: too many videos have failed."""
         for video, reason in failures.items():
             if video in self._failed:
                 continue
@@ -129,7 +143,7 @@ class Failures:
 
 
 class MakeParts(Protocol):
-    """What a worker delivers: a pure function of these numbers, so that one worker can take over from another."""
+    """The parts that a worker delivers: a pure function of these numbers, so that one worker can replace another."""
 
     def __call__(self, worker: int, num_workers: int, first_part: int, faults: Faults) -> Iterator[Part]: ...
 
@@ -137,7 +151,7 @@ class MakeParts(Protocol):
 def run_workers(
     make_parts: MakeParts, num_workers: int, decode_timeout_s: float, failures: Failures
 ) -> Generator[Part, None, None]:
-    """Parts of worker 0, 1, ..., num_workers - 1, 0, 1, ... until one has no more. Closing it ends the workers."""
+    """Yield parts of worker 0, ..., num_workers - 1, 0, ... until one has no more. Closing it ends the workers."""
     if num_workers == 0:
         yield from make_parts(0, 1, 0, Faults())
         return
@@ -156,10 +170,10 @@ def run_workers(
 
 
 class _Worker:
-    """A decoding process, as the main process sees it.
+    """A decoding process, seen from the main process.
 
-    One that dies, or is killed because it is stuck, is replaced by one that continues with the part that is due. The
-    frame at which one hung, or two died, is not decoded again.
+    A process that dies, or is killed because it is stuck, is replaced by one that continues with the part that is due.
+    A frame at which one process hung, or two died, is not decoded again.
     """
 
     def __init__(
@@ -186,7 +200,7 @@ class _Worker:
         what = (self._make_parts, self._worker, self._num_workers, self._num_received, frozenset(self._fatal))
         self._process = context.Process(target=_work, args=(*what, theirs, Parent.here()), daemon=True)
         self._process.start()
-        theirs.close()  # the process holds the only other end: when it ends, so does the connection
+        theirs.close()  # the process holds the only other end: when it ends, the connection ends
 
     def end(self) -> None:
         self._process.kill()
@@ -194,7 +208,7 @@ class _Worker:
         self._socket.close()
 
     def receive(self) -> Part | None:
-        """The next part, or None when there are no more. Raises UserError when workers keep failing."""
+        """Return the next part, or None if there are no more. Raises UserError: workers keep failing."""
         self._patience.start()
         while True:
             try:
@@ -204,7 +218,7 @@ class _Worker:
             except (EOFError, OSError):
                 self._replace_dead()
                 continue
-            with suppress(OSError):  # it died: no part is lost, and the next call notices
+            with suppress(OSError):  # it died: no part is lost, and the next call detects it
                 self._socket.send(MAY_SEND)
             if isinstance(message, Exception):
                 raise message
@@ -213,7 +227,7 @@ class _Worker:
             return message
 
     def _replace_if_stuck(self) -> None:
-        """A part is due. Whatever the worker does but fetching, which extra_s says, is bounded in time."""
+        """Replace a worker whose task takes too long while a part is due."""
         task, extra_s = self._progress.task
         waited_s = self._patience.waited_s(task)
         if waited_s <= self._decode_timeout_s:
@@ -240,10 +254,10 @@ class _Worker:
         self._start()
 
     def _count_death(self, what: str, detail: str) -> None:
-        """Raises UserError when it is one too many."""
+        """Count the death of a process. Raises UserError: there were too many in a row."""
         self._num_deaths += 1
         if self._num_deaths <= MAX_DEATHS:
-            log.warning("a decoding process %s %s; another one continues where it ended", what, detail)
+            log.warning("a decoding process %s %s; another one continues at the same part", what, detail)
             return
         raise UserError(
             f"a decoding process {what} {self._num_deaths} times in a row {detail}: if memory ran out, "
@@ -266,12 +280,12 @@ def _work(
     connection: socket.socket,
     parent: Parent,
 ) -> None:
-    """The main function of a decoding process: send all parts, then None, or what went wrong."""
+    """Run a decoding process: send all parts, then None, or the error."""
     parent.take_along()
-    for number in (signal.SIGINT, signal.SIGTERM):  # the main process handles both, and then ends the workers
+    for number in (signal.SIGINT, signal.SIGTERM):  # the main process handles them, and then ends the workers
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    gc.freeze()  # a collection need not walk what was there before the fork, nor make pages of it this process's own
+    gc.freeze()  # collections then skip objects from before the fork, and do not copy their pages
     progress = Progress(receive_numbers(connection))
     num_allowed = PARTS_AHEAD
 
@@ -281,7 +295,7 @@ def _work(
             if is_waiting(connection, POLL_S):
                 num_allowed = len(connection.recv(PARTS_AHEAD))
             if num_allowed == 0 and parent.is_gone():
-                os._exit(1)  # nobody is left to receive
+                os._exit(1)  # no process is left to receive
         num_allowed -= 1
         try:
             send_message(connection, message)

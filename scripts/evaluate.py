@@ -15,8 +15,6 @@ from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
 from worldmodel import TrainedRun, load
 from worldmodel.commands.shared import add_allow_remote, check_remote, check_run_writable, report_errors, write_result
-from worldmodel.config import VideosConfig
-from worldmodel.data import clip_spec, read_index
 from worldmodel.evaluation.factors import evaluate_factors, factors_table
 from worldmodel.evaluation.forecast import evaluate_forecasts
 from worldmodel.evaluation.readout_file import save_readout
@@ -47,9 +45,9 @@ def main() -> int:
 
 def evaluate(run: Path, which: str, compare: Path | None, device: torch.device, allow_remote: bool) -> None:
     trained = load(run, which="best" if which == "best" else "latest", device=device)
-    check_remote(trained.config.data, allow_remote)
+    check_remote(trained.source.url, allow_remote)
     check_run_writable(run)
-    if trained.config.data.source == "causal":
+    if trained.source.content == "factors":
         if compare is not None:
             raise UserError("--compare is for forecasts: scripts/compare.py compares runs on known factors")
         write_factor_scores(run, trained, device)
@@ -73,15 +71,10 @@ def evaluate(run: Path, which: str, compare: Path | None, device: torch.device, 
 
 def timeline_of_test_video(trained: TrainedRun) -> Timeline | None:
     """Surprise along the first test video that holds several transitions; None without one, or where none is scored."""
-    config = trained.config
-    if not isinstance(config.data, VideosConfig) or obstacle(trained.model):
+    if obstacle(trained.model):
         return None
-    index = read_index(config.data, "test")
-    length = clip_spec(config, MIN_TIMELINE_TRANSITIONS).span
-    for video in index.videos:
-        if not video.shard and video.num_frames >= length:
-            return trained.surprise(index.root / video.path, progress=True)
-    return None
+    path = next(trained.source.video_files("test", MIN_TIMELINE_TRANSITIONS), None)
+    return None if path is None else trained.surprise(path, progress=True)
 
 
 def training_facts(run: Path, trained: TrainedRun) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from data_pipelines.index import VideoIndex
 from data_pipelines.indexing.folder import index_folder, merge_parts, verify_folder
 from data_pipelines.indexing.index_file import index_path
 from data_pipelines.shards.index_file import verify_shards
+from data_pipelines.split_folders import split_folders
 from worldmodel.commands.shared import check_counts, report_errors
-from worldmodel.data import split_folders
 
 
 def main() -> int:

@@ -9,19 +9,11 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from data_pipelines.errors import UserError
-from data_pipelines.splits import Split
 from data_pipelines.worlds import kicked_mnist, moving_mnist
-from data_pipelines.worlds.moving_mnist import SEGMENT_FRAMES
 from worldmodel.commands.shared import report_errors
-
-COUNTS: dict[str, dict[Split, int]] = {
-    "single": {"train": 16_384, "selection": 2_048, "test": 1_024},
-    "kicked": {"train": 12_000, "selection": 512, "test": 512},
-}
-
-MIN_FRAMES = 2 * SEGMENT_FRAMES
 
 
 def main() -> int:
@@ -40,10 +32,11 @@ def main() -> int:
     parser.add_argument("--num-processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--overwrite", action="store_true", help="replace a world of other parameters")
     args = parser.parse_args()
-    counts = {split: getattr(args, split) or count for split, count in COUNTS[args.world].items()}
+    world = moving_mnist if args.world == "single" else kicked_mnist
+    write = moving_mnist.write_moving_mnist if args.world == "single" else kicked_mnist.write_kicked_mnist
+    counts = {split: getattr(args, split) or count for split, count in world.VIDEO_COUNTS.items()}
     with report_errors():
-        world = moving_mnist if args.world == "single" else kicked_mnist
-        world.write_world(
+        write(
             args.out,
             counts,
             **own_options(args),
@@ -56,11 +49,11 @@ def main() -> int:
     return 0
 
 
-def own_options(args: argparse.Namespace) -> dict[str, object]:
+def own_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that only the chosen world has, as far as they are given.
 
     Raises:
-        UserError: one belongs to the other world, or the frames do not divide into segments.
+        UserError: one belongs to the other world.
     """
     of_world = {"single": ("setting",), "kicked": ("num_frames", "num_digits", "borders")}
     given = {
@@ -69,8 +62,6 @@ def own_options(args: argparse.Namespace) -> dict[str, object]:
     for name, value in given.items():
         if name not in of_world[args.world]:
             raise UserError(f"--{name.replace('_', '-')} {value} is no option of --world {args.world}")
-    if (num_frames := given.get("num_frames", MIN_FRAMES)) < MIN_FRAMES or num_frames % SEGMENT_FRAMES:
-        raise UserError(f"--num-frames {num_frames} must be a multiple of {SEGMENT_FRAMES}, at least {MIN_FRAMES}")
     return given
 
 

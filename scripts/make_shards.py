@@ -13,8 +13,8 @@ from pathlib import Path
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.shards.packing import pack_videos
 from data_pipelines.shards.scan import index_shards
+from data_pipelines.split_folders import split_folders
 from worldmodel.commands.shared import report_errors
-from worldmodel.data import split_folders
 
 
 def main() -> int:

@@ -84,7 +84,7 @@ def main() -> int:
         check_seed(args, "first_seed")
         run = load(args.run, which=args.checkpoint, device=check_device(args.device))
         if args.labels:
-            check_remote(run.config.data, args.allow_remote)
+            check_remote(run.source.url, args.allow_remote)
         # Found out before hours of planning: the report is made of these, and everything is written there.
         read_metrics_file(args.run / METRICS_NAME)
         check_run_writable(args.run)

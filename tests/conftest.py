@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from data_pipelines.worlds import kicked_mnist
 from data_pipelines.worlds.digits import load_sprites
 from data_pipelines.worlds.kicked_mnist import render_digits, sample_videos
-from data_pipelines.worlds.moving_mnist import write_world
+from data_pipelines.worlds.moving_mnist import write_moving_mnist
 from data_pipelines.worlds.written import encode_h264
 from worldmodel.config import Config, VideosConfig, load_config
 from worldmodel.training.loop import train
@@ -50,7 +50,7 @@ TINY = (
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 training, 32 selection and 24 test videos of nine frames, with labels."""
     root = tmp_path_factory.mktemp("world") / "moving_mnist"
-    write_world(root, {"train": 64, "selection": 32, "test": 24}, num_processes=1)
+    write_moving_mnist(root, {"train": 64, "selection": 32, "test": 24}, num_processes=1)
     return root
 
 
@@ -58,7 +58,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kicked_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """8 training, 4 selection and 4 test videos of 24 frames with a kick every three, with labels."""
     root = tmp_path_factory.mktemp("world") / "kicked_mnist"
-    kicked_mnist.write_world(root, {"train": 8, "selection": 4, "test": 4}, num_frames=24, num_processes=1)
+    kicked_mnist.write_kicked_mnist(root, {"train": 8, "selection": 4, "test": 4}, num_frames=24, num_processes=1)
     return root
 
 

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from data_pipelines.clip_decoder import clips_of
 from data_pipelines.clips import ClipSpec, ClipTable
 from data_pipelines.errors import UserError
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
-from data_pipelines.stream import VideoStream, clips_of
+from data_pipelines.stream import StreamSettings, VideoStream
 
 SPEC = ClipSpec(num_segments=3, num_frames=3)
 NUM_FRAMES = 45  # five clips a file
@@ -169,15 +170,17 @@ def deliver(index: VideoIndex, decoder: str) -> list[tuple[int, torch.Tensor]]:
     stream = VideoStream(
         index,
         SPEC,
-        size_px=64,
-        channels=1,
-        batch_size=LANES,
-        num_lanes=LANES,
-        pool_clips=256,
-        seed=0,
-        num_workers=2,
-        decoder=decoder,
-        max_bad_fraction=1.0,
+        StreamSettings(
+            size_px=64,
+            channels=1,
+            batch_size=LANES,
+            num_lanes=LANES,
+            pool_clips=256,
+            seed=0,
+            num_workers=2,
+            decoder=decoder,
+            max_bad_fraction=1.0,
+        ),
     )
     batches = stream.batches()
     clips = []

@@ -20,7 +20,7 @@ import worldmodel
 from benchmarks.fuzz.kinds import Case, Kind, require
 from benchmarks.fuzz.mutate import ODD_TEXTS, damage_bytes, dumps, mutate_json, mutate_text, odd_value
 from data_pipelines.errors import UserError
-from data_pipelines.worlds.moving_mnist import write_world
+from data_pipelines.worlds.moving_mnist import write_moving_mnist
 from worldmodel.config import load_config, to_dict, to_yaml
 from worldmodel.report.run_page import report_of_run
 from worldmodel.runs.checkpoint import load_checkpoint, load_run_config, save_checkpoint
@@ -184,7 +184,7 @@ TINY = (
 
 def prepare_run(seeds: Path) -> None:
     """A tiny run, trained for two steps and evaluated."""
-    write_world(seeds / "world", {"train": 16, "selection": 16, "test": 24}, num_processes=1)
+    write_moving_mnist(seeds / "world", {"train": 16, "selection": 16, "test": 24}, num_processes=1)
     overrides = [*TINY, f"data.root={seeds / 'world'}", f"run_dir={seeds / 'run'}"]
     run = train(load_config(REPO / "configs" / "demo.yaml", overrides))
     _script("evaluate").evaluate(run, "latest", None, torch.device("cpu"), allow_remote=False)

@@ -17,10 +17,10 @@ import torch
 from benchmarks.fuzz.kinds import Case, Kind, require
 from benchmarks.fuzz.media import CODECS, FPS, write_video
 from benchmarks.fuzz.mutate import damage_bytes, dumps, mutate_json, mutate_text, odd_value
+from data_pipelines.clip_decoder import clips_of
 from data_pipelines.clips import ClipSpec, epoch_order
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
-from data_pipelines.stream import clips_of
 
 SPEC = ClipSpec(num_segments=2, num_frames=2)
 LENGTHS = {"a.mp4": 9, "sub/b.mp4": 12, "sub/c.mp4": 9}  # frames of each video

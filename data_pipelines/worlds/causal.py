@@ -1,29 +1,30 @@
-"""A small world of known factors, for causal representation learning: x = g(z), pairs z+ ~ p(z+ | z).
+"""A small world of known factors for causal representation learning: x = g(z), pairs z+ ~ p(z+ | z).
 
-Six factors z, uniform with unit variance, are mixed by a fixed invertible network g of the world's seed. A pair shares
-a change: z~ = z + change(z), z+ = z~ + jitter, z++ = z~ + jitter'. The jitters are independent, so x++ tells what
-changed without being the target. The change is drawn in one of four ways:
+A fixed invertible network g, which the seed determines, mixes six factors z, uniform with unit variance. A pair shares
+a change: z~ = z + change(z), z+ = z~ + jitter, z++ = z~ + jitter'. The jitters are independent, so x++ reveals the
+change without being the target. The change is drawn in one of four ways:
 
     isotropic        0.3 eps
-    anisotropic      0.3 diag(s) eps, s from 0.3 to 3 in geometric steps, in an order of the world's seed
-    heteroscedastic  D sum_i eps_i (M_i z + 0.1 b_i), i = 1..3: three "actions" of random size, each moving z along a
-                     field of its own; D is a diagonal from 1/3 to 3 in geometric steps, divided by its root mean square
+    anisotropic      0.3 diag(s) eps, s from 0.3 to 3 in geometric steps, in an order set by the seed
+    heteroscedastic  D sum_i eps_i (M_i z + 0.1 b_i), i = 1..3: three "actions" of random size, each moves z along its
+                     own field; D is a diagonal from 1/3 to 3 in geometric steps, divided by its root mean square
     multimodal       1.8 on one random factor, up or down, + 0.09 eps
 
-The design is ours: AdaSSL (arXiv 2602.02381) reports this experiment without its generator. Batches look like those of
-a video stream: three segments of one frame, the observation along the channels.
+The design is ours: AdaSSL (arXiv 2602.02381) reports this experiment without its generator. Batches have the form of a
+video stream's: three segments of one frame, with the observation along the channels.
 
 Legend: B clips, F = 6 factors.
 """
 
 import math
 from collections.abc import Generator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipelines.batches import Batch, BatchStream
 from data_pipelines.worlds.fresh import batch_generator, share_of_rank
 
 Change = Literal["isotropic", "anisotropic", "heteroscedastic", "multimodal"]
@@ -33,11 +34,11 @@ JITTER_STD = 0.15
 CHANGE_STD = 0.3
 NUM_ACTIONS = 3
 WIDER = 2.0
-"""Out of distribution, the box of factors is this many times as wide."""
+"""Width of the box of factors out of distribution, relative to that of training."""
 
 
 class CausalWorld:
-    """Mixing network and law of one seed."""
+    """The mixing network and the law that a seed determines."""
 
     SLOPE = 0.3
 
@@ -58,18 +59,18 @@ class CausalWorld:
         self.field_scale = geometric / geometric.square().mean().sqrt()
 
     def draw_factors(self, count: int, generator: torch.Generator, width: float = 1.0) -> Tensor:
-        """z [B, F], uniform, with standard deviation `width`."""
+        """Draw z [B, F], uniform, with standard deviation `width`."""
         return width * math.sqrt(3) * (2 * torch.rand(count, NUM_FACTORS, generator=generator) - 1)
 
     def mix(self, factors: Tensor) -> Tensor:
-        """x = g(z): [..., F] -> [..., F]. Invertible: rotations, and leaky ReLUs that keep the variance."""
+        """Return x = g(z), [..., F] -> [..., F]. g is invertible: rotations, and leaky ReLUs that keep the variance."""
         values = factors
         for rotation, shift in zip(self.rotations, self.shifts, strict=False):
             values = F.leaky_relu(values @ rotation + shift, self.SLOPE) * math.sqrt(2 / (1 + self.SLOPE**2))
         return values @ self.rotations[-1]
 
     def draw_change(self, factors: Tensor, generator: torch.Generator) -> Tensor:
-        """z [B, F] -> one draw of the change [B, F]."""
+        """Draw the change [B, F] of factors z [B, F]."""
         count = len(factors)
         eps = torch.randn(count, NUM_FACTORS, generator=generator)
         if self.kind == "isotropic":
@@ -83,19 +84,21 @@ class CausalWorld:
         sign = 2 * torch.randint(2, (count, 1), generator=generator) - 1
         return 6 * CHANGE_STD * sign * F.one_hot(factor, NUM_FACTORS) + 0.3 * CHANGE_STD * eps
 
-    def draw_batch(self, count: int, generator: torch.Generator, width: float = 1.0) -> dict[str, Any]:
-        """video [B, 3, F, 1, 1], and as labels the factors z and the change, each [B, F]."""
+    def draw_batch(self, count: int, generator: torch.Generator, width: float = 1.0) -> Batch:
+        """Draw video [B, 3, F, 1, 1], and as labels the factors z and the change, each [B, F]."""
         z = self.draw_factors(count, generator, width)
         change = self.draw_change(z, generator)
         jitters = JITTER_STD * torch.randn(2, count, NUM_FACTORS, generator=generator)
         views = self.mix(torch.stack([z, z + change + jitters[0], z + change + jitters[1]], dim=1))
-        return {"video": views[..., None, None], "labels": {"factors": z, "change": change}}
+        rows = torch.arange(count)
+        labels = {"factors": z, "change": change}
+        return {"video": views[..., None, None], "clip_id": rows, "row": rows, "labels": labels}
 
 
-class CausalStream:
-    """Fresh pairs for ever, in the batches of `data_pipelines.stream.VideoStream`.
+class CausalStream(BatchStream):
+    """Fresh pairs without end.
 
-    A global batch is a pure function of (seed, batch number); a rank takes its own slice.
+    A global batch is a pure function of (seed, batch number). A rank takes its slice.
 
     Raises:
         UserError: `batch_size` is not a multiple of `world_size`.
@@ -110,8 +113,8 @@ class CausalStream:
         self._slice = share_of_rank(batch_size, rank, world_size)
         self.fingerprint = f"causal-{world.kind}-{batch_size}-{seed}"
 
-    def batches(self, start_batch: int = 0) -> Generator[dict[str, Any], None, None]:
-        """Batches from number `start_batch` on: video float32 [B, 3, F, 1, 1], clip_id [B], labels."""
+    def batches(self, start_batch: int = 0) -> Generator[Batch, None, None]:
+        """Yield batches from number `start_batch` on, with video float32 [B, 3, F, 1, 1]."""
         batch = start_batch
         while True:
             whole = self.world.draw_batch(self.batch_size, batch_generator(self.seed, batch))

@@ -1,7 +1,7 @@
-"""Handwritten digits as sprites, and how they are drawn on a canvas.
+"""Handwritten digits as sprites, and their drawing on a canvas.
 
-Coordinates are (x, y) in pixels, x to the right and y down, pixel centres at integers. What leaves the canvas is
-cropped.
+Coordinates are (x, y) in pixels, x to the right and y down, pixel centres at integers. Parts outside the canvas
+are cropped.
 Dimensions: B videos, T frames, N digits in a video, H = W = 64.
 """
 
@@ -34,13 +34,13 @@ class Sprites:
 
 
 def load_sprites(split: Split, mnist_dir: Path | None = None) -> Sprites:
-    """Digits of one split; no identity stands in two splits.
+    """Load the digits of one split. No identity is in two splits.
 
     Without `mnist_dir`: scikit-learn's 1,797 bundled 8x8 digits, 1,297 / 250 / 250. With it: MNIST's IDX files (plain
     or gzipped), 50,000 / 10,000 training images and the 10,000 test images. Resized to 16x16, antialiased bilinear.
 
     Raises:
-        UserError: a file of MNIST is missing or is no IDX file.
+        UserError: a file of MNIST is missing or is not an IDX file.
     """
     if mnist_dir is None:
         images, digits = _sklearn_digits()
@@ -62,7 +62,7 @@ def _sklearn_digits() -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits
 
     bundled = load_digits()
-    # The file is ordered by writer: a fixed permutation mixes writers over the splits.
+    # The file is sorted by writer: a fixed permutation mixes the writers over the splits.
     order = np.random.default_rng(0).permutation(len(bundled.target))
     images = torch.from_numpy(bundled.images[order] / 16.0).float()
     return images, torch.from_numpy(bundled.target[order].astype(np.int64))
@@ -77,7 +77,7 @@ def _mnist(mnist_dir: Path, part: Literal["train", "t10k"]) -> tuple[Tensor, Ten
 
 
 def _read_idx(folder: Path, name: str, num_dims: int) -> np.ndarray:
-    """One IDX file: two zero bytes, type 8 (uint8), number of dimensions, sizes (big-endian uint32), data."""
+    """Read an IDX file: two zero bytes, type 8 (uint8), number of dimensions, sizes (big-endian uint32), data."""
     plain, zipped = folder / name, folder / f"{name}.gz"
     if plain.is_file():
         raw = plain.read_bytes()
@@ -85,18 +85,18 @@ def _read_idx(folder: Path, name: str, num_dims: int) -> np.ndarray:
         try:
             raw = gzip.decompress(zipped.read_bytes())
         except (OSError, EOFError) as error:
-            raise UserError(f"{zipped} is no readable gzip file: {error}") from error
+            raise UserError(f"{zipped} is not a readable gzip file: {error}") from error
     else:
         raise UserError(f"no {name} or {name}.gz in {folder}: the MNIST folder must hold MNIST's four IDX files")
     header_bytes = 4 + 4 * num_dims
     sizes = np.frombuffer(raw[4:header_bytes], ">u4")
     if raw[:4] != bytes((0, 0, 8, num_dims)) or len(raw) - header_bytes != int(np.prod(sizes, dtype=np.int64)):
-        raise UserError(f"{folder / name} is no IDX file of uint8 with {num_dims} dimensions, or it is cut short")
+        raise UserError(f"{folder / name} is not an IDX file of uint8 with {num_dims} dimensions, or it is truncated")
     return np.frombuffer(raw, np.uint8, offset=header_bytes).reshape(tuple(int(n) for n in sizes))
 
 
 def render(images: Tensor, centres: Tensor) -> Tensor:
-    """Draw one sprite a trajectory, bilinear at sub-pixel positions, zeros outside.
+    """Draw one sprite per trajectory, bilinear at sub-pixel positions, with zeros outside.
 
     images [B, 16, 16] in [0, 1], centres [B, T, 2] px -> float32 [B, T, 1, 64, 64] in [0, 1].
     Bilinear placement is separable: canvas = Wy @ sprite @ Wx^T, with a tent for each sprite row and column.
@@ -111,14 +111,14 @@ def render(images: Tensor, centres: Tensor) -> Tensor:
 
 
 def ink_centroid(images: Tensor) -> Tensor:
-    """Where the ink of a sprite lies, as seen from its centre: [..., 16, 16] -> [..., 2] px."""
+    """Return the centroid of the ink of sprites, relative to their centre: [..., 16, 16] -> [..., 2] px."""
     along = torch.arange(SPRITE_PX, device=images.device) - (SPRITE_PX - 1) / 2
     mass = images.sum(dim=(-2, -1)).clamp(min=1e-6)
     return torch.stack([images.sum(dim=-2) @ along, images.sum(dim=-1) @ along], dim=-1) / mass[..., None]
 
 
 def pixel_centroid(frames: Tensor) -> Tensor:
-    """Centroid of the pixels: frames [..., H, W] in [0, 1] -> [..., 2] px; an empty frame's is (0, 0)."""
+    """Return the centroid of the pixels of frames [..., H, W] in [0, 1]: [..., 2] px; (0, 0) for an empty frame."""
     mass = frames.sum(dim=(-2, -1)).clamp(min=1e-6)
     x = frames.sum(dim=-2) @ torch.arange(frames.shape[-1], device=frames.device, dtype=frames.dtype)
     y = frames.sum(dim=-1) @ torch.arange(frames.shape[-2], device=frames.device, dtype=frames.dtype)

@@ -1,4 +1,4 @@
-"""What worlds that draw fresh batches share: a batch is a pure function of (seed, number), and ranks divide it."""
+"""Fresh batches of generated worlds: each is a pure function of (seed, number), and ranks divide it."""
 
 import numpy as np
 import torch
@@ -7,13 +7,13 @@ from data_pipelines.errors import UserError
 
 
 def batch_generator(seed: int, batch: int) -> torch.Generator:
-    """The random numbers of global batch number `batch`, on the CPU."""
+    """Return the generator of global batch number `batch`, on the CPU."""
     mixed = np.random.SeedSequence([seed, batch]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(mixed))
 
 
 def share_of_rank(batch_size: int, rank: int, world_size: int) -> slice:
-    """The rows of a global batch that a rank takes.
+    """Return the rows of a global batch that a rank takes.
 
     Raises:
         UserError: `batch_size` is not a multiple of `world_size`.

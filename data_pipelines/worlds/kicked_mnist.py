@@ -1,19 +1,19 @@
-"""Kicked Moving-MNIST: a digit that is kicked at every segment boundary, for forecasts over many segments.
+"""Kicked Moving-MNIST: a digit is kicked at every segment boundary, for forecasts over many segments.
 
-The law of stochastic Moving-MNIST (AdaSSL, arXiv 2602.02381, appendix D.5) is applied again and again. At each boundary
+The law of stochastic Moving-MNIST (AdaSSL, arXiv 2602.02381, appendix D.5) is applied repeatedly. At each boundary
 one axis k, either with probability 1/2, gets the velocity
 
     v'_k = sign(v_k) b (1 + (2/3) eps),    eps ~ N(0, 1),
 
-and the other axis keeps its own. b is the digit's own base speed, BASE_SPEED_PX of its class: kicks go around it, so
-that speeds do not die out as they would around v_k itself. As the class can be seen, a segment shows all of the state
-that the law depends on. A video starts in the middle of things: each axis has just been kicked in a direction of its
-own.
+and that of the other axis is unchanged. b is the base speed of the digit's class, BASE_SPEED_PX. Kicks vary around it,
+so speeds do not die out as they would around v_k itself. The class is visible, so a segment shows the whole state on
+which the law depends. At the start of a video each axis has just been kicked, in a random direction.
 
-borders="bounce": digits are reflected where they would leave the canvas. borders="crop": they leave it for good.
+borders="bounce": digits are reflected at the borders of the canvas. borders="crop": they leave it for good.
 Coordinates are (x, y) in pixels, y down. Dimensions: B videos, M draws, T frames, S segments, N digits.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipelines.errors import UserError
 from data_pipelines.splits import SPLITS, Split
 from data_pipelines.worlds.digits import (
     CANVAS_PX,
@@ -42,7 +43,12 @@ BASE_SPEED_PX = tuple(0.5 + digit / 6 for digit in range(10))  # px/frame, by cl
 LOW_PX = (SPRITE_PX - 1) / 2  # of the centre of a digit that touches the left or upper border
 HIGH_PX = CANVAS_PX - 1 - LOW_PX
 
+MIN_FRAMES = 2 * SEGMENT_FRAMES
+
 Borders = Literal["bounce", "crop"]
+
+VIDEO_COUNTS: dict[Split, int] = {"train": 12_000, "selection": 512, "test": 512}
+"""Videos per split of a world of the usual size."""
 
 
 class Motion(NamedTuple):
@@ -56,7 +62,7 @@ class Motion(NamedTuple):
 
 @dataclass(frozen=True)
 class Videos:
-    """What happens in B videos, without pixels: sprite and digit int64 [B, N], rows in Sprites and classes; motion."""
+    """B videos without pixels: sprite and digit int64 [B, N], which are rows in Sprites and classes; motion."""
 
     sprite: Tensor
     digit: Tensor
@@ -70,7 +76,7 @@ class Videos:
 
 
 def base_speed(digit: Tensor) -> Tensor:
-    """Class [...] -> px/frame [...]."""
+    """Return the base speed of classes, [...] px/frame."""
     return torch.tensor(BASE_SPEED_PX, device=digit.device)[digit]
 
 
@@ -97,7 +103,7 @@ def sample_videos(
 def simulate(
     centre: Tensor, velocity: Tensor, digit: Tensor, num_segments: int, borders: Borders, generator: torch.Generator
 ) -> Motion:
-    """What follows a state, segment by segment, each begun by a kick.
+    """Simulate segments after a state. Each of them begins with a kick.
 
     centre [..., N, 2] px, velocity [..., N, 2] px/frame, digit [..., N] -> T = num_segments * 3 frames.
     """
@@ -112,7 +118,7 @@ def simulate(
 
 
 def _kick(velocity: Tensor, speed: Tensor, generator: torch.Generator) -> Tensor:
-    """velocity [..., N, 2], speed [..., N] -> the velocity after a kick."""
+    """Return the velocity after a kick: velocity [..., N, 2], speed [..., N] -> [..., N, 2]."""
     axis = torch.randint(2, velocity.shape[:-1], generator=generator)
     eps = torch.randn(velocity.shape[:-1], generator=generator)
     heading = torch.where(velocity < 0, -1.0, 1.0)
@@ -121,7 +127,7 @@ def _kick(velocity: Tensor, speed: Tensor, generator: torch.Generator) -> Tensor
 
 
 def _move(centre: Tensor, velocity: Tensor, num_frames: int, borders: Borders) -> Motion:
-    """num_frames frames after a state, without a kick."""
+    """Simulate num_frames frames after a state, without a kick."""
     centres, velocities = [], []
     for _ in range(num_frames):
         centre = centre + velocity
@@ -135,7 +141,7 @@ def _move(centre: Tensor, velocity: Tensor, num_frames: int, borders: Borders) -
 
 
 def reflect(position: Tensor) -> Tensor:
-    """Positions that go on straight -> the same between the borders, folded back as often as needed."""
+    """Reflect positions at the borders as often as needed, so that they lie between them."""
     span = HIGH_PX - LOW_PX
     folded = (position - LOW_PX).remainder(2 * span)
     return LOW_PX + torch.where(folded > span, 2 * span - folded, folded)
@@ -145,13 +151,13 @@ def reflect(position: Tensor) -> Tensor:
 
 
 def render_digits(images: Tensor, centres: Tensor) -> Tensor:
-    """images [B, N, 16, 16] in [0, 1], centres [B, T, N, 2] px -> float32 [B, T, 1, 64, 64] in [0, 1]."""
+    """Draw images [B, N, 16, 16] in [0, 1] at centres [B, T, N, 2] px: float32 [B, T, 1, 64, 64] in [0, 1]."""
     digits = [render(images[:, n], centres[:, :, n]) for n in range(images.shape[1])]
     return digits[0] if len(digits) == 1 else torch.stack(digits).sum(dim=0).clamp_(max=1)
 
 
 def centroid(images: Tensor, centres: Tensor) -> Tensor:
-    """Centroid of all ink: images [B, N, 16, 16], centres [B, ..., N, 2] px -> [B, ..., 2] px."""
+    """Return the centroid of all ink: images [B, N, 16, 16], centres [B, ..., N, 2] px -> [B, ..., 2] px."""
     extra = (1,) * (centres.ndim - 3)
     mass = images.sum(dim=(-2, -1)).unflatten(0, (-1, *extra))[..., None]
     places = centres + ink_centroid(images).unflatten(0, (-1, *extra))
@@ -163,7 +169,7 @@ def centroid(images: Tensor, centres: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class KickedMnistLaw:
-    """The law of this world (data_pipelines.worlds.law.Law): where the ink's centroid is at the end of each segment.
+    """The law of this world (data_pipelines.worlds.law.Law): the centroid of the ink at the end of each segment.
 
     Labels of clips: sprite and digit [B] or [B, N]; of their frames centre, velocity, kick [B, T, 2 N] and centroid
     [B, T, 2].
@@ -177,7 +183,7 @@ class KickedMnistLaw:
     max_horizon = None
 
     def sample(self, labels: dict[str, Tensor], horizon: int, num_samples: int, generator: torch.Generator) -> Tensor:
-        """Fresh centres under the law: [B, num_samples, H * 3, N, 2] px."""
+        """Draw centres under the law, [B, num_samples, H * 3, N, 2] px."""
         last = SEGMENT_FRAMES - 1
         centre, velocity = (labels[name][:, last].unflatten(-1, (-1, 2)) for name in ("centre", "velocity"))
         digit = _per_digit(labels["digit"])
@@ -189,36 +195,36 @@ class KickedMnistLaw:
         return simulate(*state, horizon, self.borders, generator).centre
 
     def truth(self, labels: dict[str, Tensor], horizon: int) -> Tensor:
-        """Where the centroid came to be: [B, H, 2] px."""
+        """Return the observed centroids, [B, H, 2] px."""
         return labels["centroid"][:, 2 * SEGMENT_FRAMES - 1 :: SEGMENT_FRAMES][:, :horizon]
 
     def measure(self, labels: dict[str, Tensor], centres: Tensor) -> Tensor:
-        """centres [B, M, H * 3, N, 2] px -> centroids at the ends of segments, [B, M, H, 2] px."""
+        """Return centroids at the ends of segments, [B, M, H, 2] px, of centres [B, M, H * 3, N, 2] px."""
         return centroid(self._images(labels), centres[:, :, SEGMENT_FRAMES - 1 :: SEGMENT_FRAMES])
 
     def extrapolate(self, context: Tensor, horizon: int) -> Tensor:
-        """The pixels' centroid moves on, reflected where digits are: context [B, 3, 1, H, W] -> [B, H, 2] px."""
+        """Continue the motion of the pixels' centroid, reflected as digits are: [B, 3, 1, H, W] -> [B, H, 2] px."""
         seen = pixel_centroid(context[:, :, 0])
         frames = SEGMENT_FRAMES * torch.arange(1, horizon + 1, device=context.device)
         straight = seen[:, -1:] + frames[:, None] * ((seen[:, -1] - seen[:, 0]) / (SEGMENT_FRAMES - 1))[:, None]
         return reflect(straight) if self.borders == "bounce" else straight
 
     def render(self, labels: dict[str, Tensor], centres: Tensor) -> Tensor:
-        """centres [B, M, T, N, 2] px -> float32 [B, M, T, 1, 64, 64] in [0, 1]."""
+        """Draw centres [B, M, T, N, 2] px as float32 [B, M, T, 1, 64, 64] in [0, 1]."""
         num_samples = centres.shape[1]
         images = self._images(labels).repeat_interleave(num_samples, dim=0)
         return render_digits(images, centres.flatten(0, 1)).unflatten(0, (-1, num_samples))
 
     def origin(self, labels: dict[str, Tensor]) -> Tensor:
-        """The centroid in the last context frame: [B, 2] px."""
+        """Return the centroid in the last context frame, [B, 2] px."""
         return labels["centroid"][:, SEGMENT_FRAMES - 1]
 
     def positions(self, labels: dict[str, Tensor], values: Tensor) -> Tensor:
-        """The quantity is a position: [B, S, H, 2] px."""
+        """Return the values themselves: the quantity is a position, [B, S, H, 2] px."""
         return values
 
     def probe_targets(self, labels: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What probes look for; of several digits only the centroid of all their ink, as they have no order."""
+        """Return the targets of probes; of several digits only the centroid of their ink, as they have no order."""
         targets = {"position": self.origin(labels)}
         if _per_digit(labels["digit"]).shape[1] > 1:
             return targets
@@ -233,16 +239,16 @@ class KickedMnistLaw:
 
 
 def _per_digit(label: Tensor) -> Tensor:
-    """[B] or [B, N] -> [B, N]."""
+    """Return a label [B] or [B, N] as [B, N]."""
     return label if label.ndim == 2 else label[:, None]
 
 
 # ------------------------------------------------------------------------------------------------ written worlds
 
 
-def write_world(
+def write_kicked_mnist(
     out: Path,
-    counts: dict[Split, int],
+    counts: Mapping[Split, int],
     *,
     num_frames: int = 60,
     num_digits: int = 1,
@@ -252,8 +258,16 @@ def write_world(
     num_processes: int,
     overwrite: bool = False,
 ) -> None:
-    """Write videos of `num_frames` frames, labels of videos and of frames. Raises UserError as write_videos does."""
-    assert num_frames % SEGMENT_FRAMES == 0, num_frames
+    """Write videos with labels of videos and of frames, as H.264 files in out/train and so on.
+
+    counts: videos per split; usually VIDEO_COUNTS.
+    num_frames: frames in a video: a multiple of 3, at least 6.
+
+    Raises:
+        UserError: as write_videos; num_frames is not such a multiple; the files of MNIST cannot be read.
+    """
+    if num_frames < MIN_FRAMES or num_frames % SEGMENT_FRAMES:
+        raise UserError(f"num_frames={num_frames} must be a multiple of {SEGMENT_FRAMES}, at least {MIN_FRAMES}")
 
     def draw_split(split: Split) -> WorldSplit:
         sprites = load_sprites(split, mnist_dir)
@@ -280,7 +294,7 @@ def write_world(
 
 
 def label_rows(sprites: Sprites, videos: Videos) -> list[dict[str, Any]]:
-    """The labels of each video, those of frames as one list of numbers a frame (px and px/frame, to 1e-3)."""
+    """Return the labels of each video. Those of frames are lists of numbers per frame (px and px/frame, to 1e-3)."""
     motion = videos.motion
     places = centroid(sprites.images[videos.sprite], motion.centre)
     frames = {"centroid": places, **{name: values.flatten(-2) for name, values in motion._asdict().items()}}

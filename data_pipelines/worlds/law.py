@@ -1,4 +1,4 @@
-"""What an evaluation may know of a world and no model does: the true law of what comes next.
+"""The true law of a world's future, which evaluations know and models do not.
 
 Dimensions: B clips, M draws, H horizon steps (segments), F frames in a segment, N digits, K dimensions of the quantity.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Quantity:
-    """What is forecast in physical space: a name, its unit and the names of its K dimensions."""
+    """A quantity that is forecast in physical space: its name, its unit and the names of its K dimensions."""
 
     name: str
     unit: str
@@ -21,10 +21,10 @@ class Quantity:
 
 @dataclass(frozen=True)
 class ClipFormat:
-    """The one way of cutting and showing clips to which a world's labels and law belong.
+    """The form of clips for which the labels and the law of a world hold.
 
-    Segments of num_frames frames, one after the other, of one channel and size_px. whole_videos: a video is one clip;
-    otherwise clips begin at multiples of num_frames.
+    Consecutive segments of num_frames frames, with one channel and size_px. whole_videos: a video is one clip.
+    Otherwise clips begin at multiples of num_frames.
     """
 
     num_frames: int
@@ -33,7 +33,7 @@ class ClipFormat:
 
 
 class Law(Protocol):
-    """The law of a world. `labels` are those of B clips, as batches carry them; a context is their first segment."""
+    """The law of a world. `labels` are those of B clips, as in a batch. A context is the first segment of each clip."""
 
     @property
     def quantity(self) -> Quantity: ...
@@ -43,28 +43,28 @@ class Law(Protocol):
 
     @property
     def max_horizon(self) -> int | None:
-        """Segments that can be forecast; None: any number."""
+        """The number of segments that can be forecast; None: any number."""
 
     def sample(self, labels: dict[str, Tensor], horizon: int, num_samples: int, generator: torch.Generator) -> Tensor:
-        """Fresh futures given each clip's state: centres of the digits [B, num_samples, H * F, N, 2] px."""
+        """Draw futures given the state of each clip: centres of the digits [B, num_samples, H * F, N, 2] px."""
 
     def truth(self, labels: dict[str, Tensor], horizon: int) -> Tensor:
-        """The quantity as it came: [B, H, K]."""
+        """Return the observed quantity, [B, H, K]."""
 
     def measure(self, labels: dict[str, Tensor], centres: Tensor) -> Tensor:
-        """The quantity in given futures: centres [B, M, H * F, N, 2] px -> [B, M, H, K]."""
+        """Return the quantity in futures: centres [B, M, H * F, N, 2] px -> [B, M, H, K]."""
 
     def extrapolate(self, context: Tensor, horizon: int) -> Tensor:
-        """The motion that pixels of the context show goes on: [B, F, 1, 64, 64] in [0, 1] -> [B, H, K]."""
+        """Continue the motion seen in the pixels of the context: [B, F, 1, 64, 64] in [0, 1] -> [B, H, K]."""
 
     def render(self, labels: dict[str, Tensor], centres: Tensor) -> Tensor:
-        """Futures as pixels: centres [B, M, H * F, N, 2] px -> float32 [B, M, H * F, 1, 64, 64] in [0, 1]."""
+        """Draw futures: centres [B, M, H * F, N, 2] px -> float32 [B, M, H * F, 1, 64, 64] in [0, 1]."""
 
     def origin(self, labels: dict[str, Tensor]) -> Tensor:
-        """Where the digits are in the last context frame: [B, 2] px."""
+        """Return the position of the digits in the last context frame, [B, 2] px."""
 
     def positions(self, labels: dict[str, Tensor], values: Tensor) -> Tensor:
-        """Values of the quantity [B, S, H, K] -> where that puts the digits at the end of each segment, [..., 2] px."""
+        """Return the position of the digits after each segment, [B, S, H, 2] px, from the quantity [B, S, H, K]."""
 
     def probe_targets(self, labels: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What probes look for: int64 [B] is a class, float32 [B, K] a measure."""
+        """Return the targets of probes: int64 [B] is a class, float32 [B, K] a measure."""

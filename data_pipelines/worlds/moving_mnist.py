@@ -1,15 +1,16 @@
-"""Single-digit stochastic Moving-MNIST, the world of AdaSSL (arXiv 2602.02381, appendix D.5).
+"""Stochastic Moving-MNIST with one digit, the world of AdaSSL (arXiv 2602.02381, appendix D.5).
 
-A digit moves at constant velocity v through the context segment. At the border to the target segment one axis k changes
-its velocity to v'_k = v_k + (2/3) v_k eps with eps ~ N(0, 1); the other axis keeps its own. v' holds for all later
-segments. Setting "A" picks either axis with probability 1/2; setting "B" picks y with probability 0.1 + 0.8 digit / 9.
+A digit moves at constant velocity v through the context segment. At the boundary to the target segment the
+velocity of one axis k changes to v'_k = v_k + (2/3) v_k eps with eps ~ N(0, 1). That of the other axis is unchanged. v'
+holds for all later segments. Setting "A" picks either axis with probability 1/2. Setting "B" picks y with probability
+0.1 + 0.8 digit / 9.
 
-Coordinates are (x, y) in pixels, x to the right and y down, pixel centres at integers. Nothing bounces: what leaves the
-canvas is cropped. Dimensions: B trajectories, T frames, M draws of the law, H = W = 64.
+Coordinates are (x, y) in pixels, x to the right and y down, pixel centres at integers. Nothing bounces: parts outside
+the canvas are cropped. Dimensions: B trajectories, T frames, M draws of the law, H = W = 64.
 """
 
 import hashlib
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipelines.batches import Batch, BatchStream
 from data_pipelines.splits import SPLITS, Split
 from data_pipelines.transforms import on_device
 from data_pipelines.worlds.digits import Sprites, load_sprites, pixel_centroid, render
@@ -35,10 +37,13 @@ NUM_SEGMENTS = 3
 
 Setting = Literal["A", "B"]
 
+VIDEO_COUNTS: dict[Split, int] = {"train": 16_384, "selection": 2_048, "test": 1_024}
+"""Videos per split of a world of the usual size."""
+
 
 @dataclass(frozen=True)
 class Trajectories:
-    """What happened, without pixels. All on one device.
+    """Trajectories without pixels. All tensors are on one device.
 
     sprite: int64 [B], row in Sprites; digit: int64 [B]; centre: [B, 2] px, in the first frame;
     velocity, velocity_after: [B, 2] px/frame, before and after the change; axis: int64 [B], 0 for x, 1 for y.
@@ -87,14 +92,14 @@ def sample_trajectories(sprites: Sprites, count: int, setting: Setting, generato
 def sample_law(
     velocity: Tensor, digit: Tensor, num_samples: int, setting: Setting, generator: torch.Generator
 ) -> Tensor:
-    """Fresh draws of v' given the state: velocity [B, 2] px/frame, digit [B] -> [B, num_samples, 2] px/frame."""
+    """Draw v' given the state: velocity [B, 2] px/frame, digit [B] -> [B, num_samples, 2] px/frame."""
     repeated = velocity[:, None].expand(-1, num_samples, 2)
     _, velocity_after = _change(repeated, digit[:, None].expand(-1, num_samples), setting, generator)
     return velocity_after
 
 
 def _change(velocity: Tensor, digit: Tensor, setting: Setting, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """velocity [B, M, 2], digit [B, M] -> the changed axis [B, M] and the velocity after the change [B, M, 2]."""
+    """Draw the changed axis [B, M] and the velocity after the change [B, M, 2]. velocity [B, M, 2], digit [B, M]."""
     probability_y = torch.full_like(velocity[..., 0], 0.5) if setting == "A" else 0.1 + 0.8 * digit / 9
     uniform = torch.rand(velocity.shape[:-1], generator=generator, device=velocity.device)
     axis = (uniform < probability_y).long()
@@ -107,14 +112,14 @@ def _change(velocity: Tensor, digit: Tensor, setting: Setting, generator: torch.
 
 
 def centre_path(trajectories: Trajectories) -> Tensor:
-    """Centres of the digit in the nine frames of each trajectory: [B, 9, 2] px."""
+    """Return the centres of the digit in the nine frames of each trajectory, [B, 9, 2] px."""
     context = torch.arange(SEGMENT_FRAMES, device=trajectories.centre.device)
     before = trajectories.centre[:, None] + context[:, None] * trajectories.velocity[:, None]
     return torch.cat([before, future_path(before[:, -1], trajectories.velocity_after, NUM_SEGMENTS - 1)], dim=1)
 
 
 def future_path(last_centre: Tensor, velocity_after: Tensor, num_segments: int = 1) -> Tensor:
-    """Centres in the segments after the change: last_centre, velocity_after [B, 2] -> [B, 3 * num_segments, 2] px."""
+    """Return centres after the change: last_centre, velocity_after [B, 2] -> [B, 3 * num_segments, 2] px."""
     steps = torch.arange(1, num_segments * SEGMENT_FRAMES + 1, device=last_centre.device)
     return last_centre[:, None] + steps[:, None] * velocity_after[:, None]
 
@@ -122,11 +127,11 @@ def future_path(last_centre: Tensor, velocity_after: Tensor, num_segments: int =
 # ----------------------------------------------------------------------------------------------------- streaming
 
 
-class MovingMnistStream:
-    """Fresh trajectories for ever, in the batches of `data_pipelines.stream.VideoStream`, with no file behind them.
+class MovingMnistStream(BatchStream):
+    """Fresh trajectories without end.
 
-    The trajectories of a global batch are a pure function of (seed, batch number); a rank renders its own slice, on
-    `device`. `batches_per_epoch` is 1: no trajectory ever comes again.
+    The trajectories of a global batch are a pure function of (seed, batch number). A rank renders its slice, on
+    `device`. `batches_per_epoch` is 1: no trajectory is repeated.
 
     Raises:
         UserError: `batch_size` is not a multiple of `world_size`.
@@ -155,17 +160,13 @@ class MovingMnistStream:
         self.fingerprint = f"moving_mnist-{setting}-{batch_size}-{seed}-{content}"
 
     def trajectories(self, batch: int) -> Trajectories:
-        """The trajectories of this rank in global batch number `batch`, on the CPU."""
-        whole = sample_trajectories(
-            Sprites(self.sprites.images, self.sprites.digits),
-            self.batch_size,
-            self.setting,
-            batch_generator(self.seed, batch),
-        )
+        """Return the trajectories of this rank in global batch number `batch`, on the CPU."""
+        generator = batch_generator(self.seed, batch)
+        whole = sample_trajectories(self.sprites, self.batch_size, self.setting, generator)
         return whole.rows(self._slice)
 
-    def batches(self, start_batch: int = 0) -> Generator[dict, None, None]:
-        """Batches from number `start_batch` on: video float32 [B, 9, 1, 64, 64] in [0, 1], clip_id [B], labels."""
+    def batches(self, start_batch: int = 0) -> Generator[Batch, None, None]:
+        """Yield batches from number `start_batch` on, with video float32 [B, 9, 1, 64, 64] in [0, 1]."""
         batch = start_batch
         while True:
             trajectories = self.trajectories(batch)
@@ -195,41 +196,41 @@ class MovingMnistLaw:
     max_horizon = 1
 
     def sample(self, labels: dict[str, Tensor], horizon: int, num_samples: int, generator: torch.Generator) -> Tensor:
-        """Fresh centres under the law: [B, num_samples, 3, 1, 2] px."""
+        """Draw centres under the law, [B, num_samples, 3, 1, 2] px."""
         assert horizon <= self.max_horizon
         velocity_after = sample_law(labels["velocity"], labels["digit"], num_samples, self.setting, generator)
         return self._path(labels, velocity_after)
 
     def truth(self, labels: dict[str, Tensor], horizon: int) -> Tensor:
-        """The velocity that came: [B, 1, 2] px/frame."""
+        """Return the observed velocity, [B, 1, 2] px/frame."""
         assert horizon <= self.max_horizon
         return labels["velocity_after"][:, None]
 
     def measure(self, labels: dict[str, Tensor], centres: Tensor) -> Tensor:
-        """centres [B, M, 3, 1, 2] px -> the velocity in them, [B, M, 1, 2] px/frame."""
+        """Return the velocity [B, M, 1, 2] px/frame of centres [B, M, 3, 1, 2] px."""
         return (centres[:, :, -1] - centres[:, :, 0]) / (SEGMENT_FRAMES - 1)
 
     def extrapolate(self, context: Tensor, horizon: int) -> Tensor:
-        """What the pixels show goes on: context [B, 3, 1, H, W] in [0, 1] -> [B, 1, 2] px/frame."""
+        """Return the velocity seen in the pixels: context [B, 3, 1, H, W] in [0, 1] -> [B, 1, 2] px/frame."""
         assert horizon <= self.max_horizon
         return centroid_velocity(context)[:, None]
 
     def render(self, labels: dict[str, Tensor], centres: Tensor) -> Tensor:
-        """centres [B, M, 3, 1, 2] px -> float32 [B, M, 3, 1, 64, 64] in [0, 1]."""
+        """Draw centres [B, M, 3, 1, 2] px as float32 [B, M, 3, 1, 64, 64] in [0, 1]."""
         num_samples = centres.shape[1]
         images = self.sprites.images[labels["sprite"].repeat_interleave(num_samples)]
         return render(images, centres.flatten(0, 1)[:, :, 0]).unflatten(0, (-1, num_samples))
 
     def origin(self, labels: dict[str, Tensor]) -> Tensor:
-        """Centre of the digit in the last context frame: [B, 2] px."""
+        """Return the centre of the digit in the last context frame, [B, 2] px."""
         return last_context_centre(labels)
 
     def positions(self, labels: dict[str, Tensor], velocity: Tensor) -> Tensor:
-        """velocity [B, S, 1, 2] px/frame -> the centre at the end of the target segment, [B, S, 1, 2] px."""
+        """Return the centre at the end of the target segment, [B, S, 1, 2] px, for velocity [B, S, 1, 2] px/frame."""
         return last_context_centre(labels)[:, None, None] + SEGMENT_FRAMES * velocity
 
     def probe_targets(self, labels: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What probes look for: int64 [B] is a class, float32 [B, K] a measure."""
+        """Return the targets of probes: int64 [B] is a class, float32 [B, K] a measure."""
         return {
             "digit": labels["digit"],
             "velocity": labels["velocity"],
@@ -238,18 +239,18 @@ class MovingMnistLaw:
         }
 
     def _path(self, labels: dict[str, Tensor], velocity_after: Tensor) -> Tensor:
-        """velocity_after [B, M, 2] px/frame -> centres in the target segment, [B, M, 3, 1, 2] px."""
+        """Return centres in the target segment, [B, M, 3, 1, 2] px, for velocity_after [B, M, 2] px/frame."""
         last = last_context_centre(labels)[:, None].expand(velocity_after.shape).flatten(0, 1)
         return future_path(last, velocity_after.flatten(0, 1)).unflatten(0, velocity_after.shape[:2]).unsqueeze(3)
 
 
 def last_context_centre(labels: dict[str, Tensor]) -> Tensor:
-    """Labels of B clips -> centre of the digit in the last context frame: [B, 2] px."""
+    """Return the centre of the digit in the last context frame, [B, 2] px, from the labels of B clips."""
     return labels["centre"] + (SEGMENT_FRAMES - 1) * labels["velocity"]
 
 
 def centroid_velocity(context: Tensor) -> Tensor:
-    """Displacement of the centroid of the pixels: context [B, 3, 1, H, W] in [0, 1] -> [B, 2] px/frame."""
+    """Return the velocity of the centroid of the pixels: context [B, 3, 1, H, W] in [0, 1] -> [B, 2] px/frame."""
     centroid = pixel_centroid(context[:, :, 0])
     return (centroid[:, -1] - centroid[:, 0]) / (context.shape[1] - 1)
 
@@ -257,9 +258,9 @@ def centroid_velocity(context: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ written worlds
 
 
-def write_world(
+def write_moving_mnist(
     out: Path,
-    counts: dict[Split, int],
+    counts: Mapping[Split, int],
     *,
     setting: Setting = "A",
     mnist_dir: Path | None = None,
@@ -267,7 +268,13 @@ def write_world(
     num_processes: int,
     overwrite: bool = False,
 ) -> None:
-    """Write videos of nine frames, one trajectory each, with labels. Raises UserError as write_videos does."""
+    """Write videos of nine frames, one trajectory each, with labels, as H.264 files in out/train and so on.
+
+    counts: videos per split; usually VIDEO_COUNTS.
+
+    Raises:
+        UserError: as write_videos; the files of MNIST cannot be read.
+    """
 
     def draw_split(split: Split) -> WorldSplit:
         sprites = load_sprites(split, mnist_dir)

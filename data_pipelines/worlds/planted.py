@@ -1,12 +1,12 @@
-"""Impossible events planted in the kicked world, to test what finds them: one in each video, at a segment boundary.
+"""Impossible events planted in the kicked world, to test their detection: one per video, at a segment boundary.
 
-- teleport: digits jump by half the way between the borders, along either axis.
-- freeze: they stand still for FREEZE_SEGMENTS segments and then move on.
-- appearance: one more digit is there from one frame to the next.
-- digit_change: each digit turns into one of another class, at the same place and with the same velocity.
+- teleport: digits jump by half the distance between the borders, along both axes.
+- freeze: digits stop for FREEZE_SEGMENTS segments and then continue.
+- appearance: one more digit appears from one frame to the next.
+- digit_change: each digit turns into one of another class, with the same position and velocity.
 
-Each segment on its own may be seen in some video of this world, but for those with a digit too many or at rest: only
-what lies on both sides of the boundary does not belong together. From the event on the law of the world holds again.
+Each segment alone could be part of a video of this world, except those with an additional digit or a digit at rest.
+Only the two sides of the boundary do not fit. After the event the law of the world holds again.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ FREEZE_SEGMENTS = 3
 class Planted:
     """video float32 [B, T, 1, 64, 64] in [0, 1]; `frame` is the first that cannot follow the one before it.
 
-    Through frame `last` something is seen that the law does not have.
+    Frames up to `last` show something that the law excludes.
     """
 
     video: Tensor
@@ -37,9 +37,9 @@ class Planted:
 
 
 def plant(event: Event, sprites: Sprites, videos: Videos, frame: int, generator: torch.Generator) -> Planted:
-    """Plant an event at `frame` of each of B videos with bouncing borders; what follows is drawn anew by the law.
+    """Plant an event at `frame` of each of B videos with bouncing borders; the law draws the frames after it.
 
-    frame is a multiple of the segment's frames, and neither the first nor beyond the last.
+    frame: a multiple of the frames in a segment, neither the first frame nor beyond the last.
     """
     centres, velocities = videos.motion.centre, videos.motion.velocity
     num_frames = centres.shape[1]
@@ -72,12 +72,12 @@ def plant(event: Event, sprites: Sprites, videos: Videos, frame: int, generator:
 
 
 def jump(centre: Tensor) -> Tensor:
-    """[..., 2] px -> a place half the distance of the borders away along both axes, [..., 2] px."""
+    """Move centres [..., 2] px by half the distance between the borders along both axes."""
     span = HIGH_PX - LOW_PX
     return LOW_PX + (centre - LOW_PX + span / 2).remainder(span)
 
 
 def another_class(sprites: Sprites, digit: Tensor, generator: torch.Generator) -> Tensor:
-    """For each class int64 [B, N] a sprite of another one, drawn evenly from all of them: int64 [B, N]."""
+    """Draw a sprite of another class for each class int64 [B, N], uniformly: int64 [B, N]."""
     others = (sprites.digits != digit[..., None]).float()
     return torch.multinomial(others.flatten(0, 1), 1, generator=generator).view(digit.shape)

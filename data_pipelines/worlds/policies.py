@@ -1,7 +1,7 @@
-"""Policies that explore an environment without knowing it, for recording.
+"""Policies that explore any environment, for recording.
 
-A policy is for one episode: a function from the last observation and info to the next action. All its chance comes from
-one generator.
+A policy is for one episode: a function from the last observation and info to the next action. All its random numbers
+come from one generator.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,16 +13,16 @@ from gymnasium import spaces
 Policy = Callable[[Any, Mapping[str, Any]], Any]
 
 PERSISTENCE = 0.9
-"""Correlation of a heading with the one before it, and the probability that a discrete action is repeated."""
+"""Correlation of successive headings, and the probability that a discrete action is repeated."""
 DRIFT_SPEED = 0.1
-"""Of a drifting action, as a share of half the action space."""
+"""Speed of a drifting action, as a fraction of half the action space."""
 
 
 def smooth_walk(space: spaces.Space, rng: np.random.Generator) -> Policy:
-    """For actions that are velocities or forces: the heading persists, the length is uniform in [0, 1].
+    """Return a policy for actions that are velocities or forces: the heading persists, the length is uniform in [0, 1].
 
-    In a bounded Box of D numbers the action is its middle plus heading times length times half its extent; the heading
-    is a random walk on the unit sphere. A discrete action persists. Any other action is drawn anew at each step.
+    In a bounded Box of D numbers the action is its middle plus heading times length times half its extent. The heading
+    is a random walk on the unit sphere. Discrete actions persist. Other actions are independent at each step.
     """
     if isinstance(space, spaces.Discrete):
         return _repeated(space, rng)
@@ -41,9 +41,9 @@ def smooth_walk(space: spaces.Space, rng: np.random.Generator) -> Policy:
 
 
 def drift(space: spaces.Space, rng: np.random.Generator) -> Policy:
-    """For actions that are targets: a point that wanders about a bounded Box and bounces off its borders.
+    """Return a policy for actions that are targets: a point wanders in a bounded Box and bounces off its borders.
 
-    Its velocity persists as the heading of `smooth_walk` does. Other spaces: as `smooth_walk`.
+    Its velocity persists as the heading of `smooth_walk` does. For other spaces it is `smooth_walk`.
     """
     if not is_bounded_box(space):
         return smooth_walk(space, rng)
@@ -63,13 +63,13 @@ def drift(space: spaces.Space, rng: np.random.Generator) -> Policy:
 
 
 def uniform(space: spaces.Space, rng: np.random.Generator) -> Policy:
-    """The action space's own draws, which are uniform where it is bounded."""
+    """Return a policy that samples the action space, uniformly if it is bounded."""
     space.seed(int(rng.integers(2**31)))
     return lambda observation, info: space.sample()
 
 
 def is_bounded_box(space: spaces.Space) -> bool:
-    """Whether actions are real numbers, all of them bounded."""
+    """Return whether actions are real numbers, all of them bounded."""
     return isinstance(space, spaces.Box) and space.is_bounded("both") and np.issubdtype(space.dtype, np.floating)
 
 
@@ -92,6 +92,6 @@ def _middle_and_half(box: spaces.Space) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _in_space(box: spaces.Space, action: np.ndarray) -> np.ndarray:
-    """Rounded to the space's type, and within its bounds after that too."""
+    """Round an action to the type of the space and clip it to its bounds."""
     assert isinstance(box, spaces.Box)
     return np.clip(action.astype(box.dtype), box.low, box.high)

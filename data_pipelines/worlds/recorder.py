@@ -1,14 +1,14 @@
-"""Any Gymnasium environment, recorded: RGB videos with actions and states as labels of their frames.
+"""Record any Gymnasium environment: RGB videos with actions and states as labels of their frames.
 
 An episode is one video: the picture after the reset and the one after each step. Frame t has the labels
 
     action           the action that was taken at frame t and led to frame t + 1; zeros at the last frame
-    applied_action   as the environment carried it out, where info["applied_action"] says so after a step
-    state            info["state"], or else the observation where it is a vector of at most 64 numbers
+    applied_action   the action that the environment executed, if info["applied_action"] is set after each step
+    state            info["state"], otherwise the observation if it is a vector of at most 64 numbers
 
-Actions are laid flat by gymnasium.spaces.flatten: discrete ones are one-hot. A video has the labels seed (of its reset)
-and every number of the reset's info. Chance comes from (seed, split, number of the episode) alone, so that it does not
-matter which process records an episode, or when.
+Actions are flattened by gymnasium.spaces.flatten: discrete ones are one-hot. A video has the labels seed (of its reset)
+and every number of the reset's info. Random numbers depend on (seed, split, number of the episode) alone. So an episode
+is the same whichever process records it.
 """
 
 import contextlib
@@ -49,20 +49,20 @@ POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 MAX_STATE_NUMBERS = 64
 DEFAULT_FPS = 10
 OWN_LABELS = frozenset({"file_name", "seed", "action", "applied_action", "state"})
-ROWS_NAME = ".rows"  # labels of the episodes that are recorded already, while others are not
+ROWS_NAME = ".rows"  # folder of the labels of recorded episodes, while others are missing
 EPISODES_PER_JOB = 8
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What is recorded, and how.
+    """The settings of a recording.
 
     env: an id that gymnasium.make knows, MODULE:ID included; imports: modules that register it.
-    kwargs: for gymnasium.make; values that JSON can hold.
-    policy: "own" is the environment's exploration_policy(rng), which gives the policy of an episode; "random",
-        "drift" and "uniform" are those of policies.py; None: "own" where there is such a method, else "random".
-    num_steps: of an episode, which has one frame more. It ends before that where the environment says so, unless
-        past_end: then steps go on, which not every environment can bear. Limits of time are lifted.
+    kwargs: arguments of gymnasium.make, with values that JSON can represent.
+    policy: "own" is the environment's exploration_policy(rng), which returns the policy of an episode. "random",
+        "drift" and "uniform" are those of policies.py. None: "own" if there is such a method, otherwise "random".
+    num_steps: steps in an episode, which has one frame more. It ends earlier if the environment terminates, unless
+        past_end: then steps continue, which not every environment supports. Time limits are removed.
     size_px: the short side of the videos; None: as rendered.
     """
 
@@ -89,12 +89,12 @@ def record(
 ) -> None:
     """Record episodes into out/train, out/selection and out/test, each with its metadata.jsonl.
 
-    world.json says what was recorded. A recording that was interrupted goes on where it stopped, to the same end, for
-    environments in which a seeded reset fixes all that follows; one that is complete is left alone.
+    world.json stores the settings. An interrupted recording is continued. The result is the same if a seeded reset
+    fixes everything that follows in the environment. A complete recording is left unchanged.
 
     Raises:
-        UserError: the environment cannot be made or has no pictures; it has no such policy; `out` holds something
-            else and `overwrite` is not given, or another recording.
+        UserError: the environment cannot be made or renders no pictures; it has no such policy; `out` holds other
+            files, or another recording and `overwrite` is not given.
     """
     for split in SPLITS:
         if counts[split] < 1:
@@ -126,11 +126,11 @@ def record(
 
 
 def _tried(recording: Recording) -> Recording:
-    """The recording with its policy named, after a first step: mistakes are told before anything is written."""
+    """Return the recording with its policy named, after a first step: mistakes are found before anything is written."""
     try:
         json.dumps(dict(recording.kwargs))
     except TypeError as error:
-        raise UserError(f"kwargs={dict(recording.kwargs)!r} are not what JSON can hold: {error}") from None
+        raise UserError(f"kwargs={dict(recording.kwargs)!r} cannot be represented in JSON: {error}") from None
     with contextlib.closing(
         make_env(recording.env, recording.kwargs, num_steps=recording.num_steps, imports=recording.imports)
     ) as env:
@@ -145,10 +145,10 @@ def _tried(recording: Recording) -> Recording:
 def make_env(
     env: str, kwargs: Mapping[str, Any], *, num_steps: int, imports: Sequence[str] = ()
 ) -> gymnasium.Env[Any, Any]:
-    """An environment that renders pictures and is cut off after num_steps steps.
+    """Make an environment that renders pictures and is truncated after num_steps steps.
 
     Raises:
-        UserError: a module that is not there, no such environment, arguments that it does not take.
+        UserError: a module or the environment does not exist, or the environment does not take these arguments.
     """
     for module in imports:
         try:
@@ -170,13 +170,14 @@ def make_env(
 def record_episode(
     env: gymnasium.Env, recording: Recording, split: Split, episode: int
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Run an episode -> its frames, RGB uint8 [T, H, W, 3], and its row of labels.
+    """Run an episode. Return its frames, RGB uint8 [T, H, W, 3], and its row of labels.
 
-    Raises UserError: the environment renders no pictures, or has actions that are not a fixed number of numbers.
+    Raises:
+        UserError: the environment renders no pictures, or its actions are not a fixed number of numbers.
     """
     entropy = [recording.seed, SPLITS.index(split), episode]
     env_seed, policy_seed = np.random.SeedSequence(entropy).generate_state(2).tolist()
-    env_seed >>= 1  # some environments take 31 bits
+    env_seed >>= 1  # some environments accept 31 bits only
     observation, info = env.reset(seed=env_seed)
     policy = _policy(env, recording, np.random.default_rng(policy_seed))
     row: dict[str, Any] = _numbers_of(info) | {"seed": env_seed}
@@ -199,7 +200,7 @@ def record_episode(
         (height, width, _), (other_height, other_width, _) = sorted(sizes)[:2]
         raise UserError(
             f"environment {recording.env!r} renders pictures of {width}x{height} and of {other_width}x{other_height} "
-            "in one episode: set a fixed size with --env-kwargs"
+            "in one episode: set a fixed size in its arguments"
         )
     nothing = [0.0] * len(actions[0])
     row["action"] = [*actions, nothing]
@@ -221,7 +222,7 @@ def _render(env: gymnasium.Env, recording: Recording) -> np.ndarray:
     picture = env.render()
     if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] != (3,):
         what = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
-        raise UserError(f"environment {recording.env!r} renders {what} with render_mode='rgb_array', no RGB picture")
+        raise UserError(f"environment {recording.env!r} renders {what} with render_mode='rgb_array', not RGB pictures")
     size = scaled_size(picture.shape[:2], recording.size_px)
     if size == picture.shape[:2]:
         return picture
@@ -244,7 +245,7 @@ def _flat_action(env: gymnasium.Env, action: Any) -> list[float]:
 
 
 def _floats(values: Any) -> list[float]:
-    """The shortest decimals that are the same float32: what a label is read as."""
+    """Return the shortest decimals that are the same float32, the type as which labels are read."""
     return [float(str(value)) for value in np.asarray(values, np.float32).ravel()]
 
 
@@ -285,7 +286,11 @@ def _row_path(folder: Path, episode: int) -> Path:
 
 
 def parse_kwargs(texts: Sequence[str]) -> dict[str, Any]:
-    """["slip=0.1", "layout=random"] -> {"slip": 0.1, "layout": "random"}; values are YAML. Raises UserError."""
+    """Parse ["slip=0.1", "layout=random"] to {"slip": 0.1, "layout": "random"}. Values are YAML.
+
+    Raises:
+        UserError: a text has another form.
+    """
     kwargs = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -294,5 +299,5 @@ def parse_kwargs(texts: Sequence[str]) -> dict[str, Any]:
                 raise ValueError
             kwargs[name] = parse_yaml(value)
         except (ValueError, yaml.YAMLError):
-            raise UserError(f"--env-kwargs {text!r} must read NAME=VALUE, such as slip=0.1") from None
+            raise UserError(f"argument {text!r} of the environment must read NAME=VALUE, such as slip=0.1") from None
     return kwargs

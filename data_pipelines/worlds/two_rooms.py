@@ -1,23 +1,16 @@
-"""Two rooms with a door between them: a Gymnasium environment whose law is known, in pixels and in closed form.
+"""Two rooms with a door between them: a Gymnasium environment with a known law (two_rooms_law.py).
 
-A dot moves on a canvas of 64x64 px by at most 4 px a step; a vertical wall with a door parts the canvas. After the
-Two-Rooms environment of PLDM (Sobal et al., arXiv 2502.14819, section 4) and the Wall environment of DINO-WM (Zhou et
-al., arXiv 2411.04983); sizes, colours and the law of contact are ours:
+A dot moves on a canvas of 64x64 px by at most 4 px per step. A vertical wall with a door divides the canvas. The world
+follows the Two-Rooms environment of PLDM (Sobal et al., arXiv 2502.14819, section 4) and the Wall environment of
+DINO-WM (Zhou et al., arXiv 2411.04983). Sizes, colours and the law of contact are ours. Layouts differ only in
+the positions of the wall and its door. The fixed layout has its door above the middle.
 
-- The dot's centre is a point in [4, 59] x [4, 59] px. The wall is 3 px wide and closed but for a door, 10 px high.
-- A step is a straight line. Where it first meets a wall it loses the part that goes into the wall, and what is left
-  slides along; a second contact ends it. So the dot passes the door where the line of its motion does.
-- Only the door and the wall's place tell one layout from another. The fixed one has its door above the middle.
-
-Importing this module registers "worldmodel/TwoRooms-v0"; gymnasium.make("data_pipelines.worlds.two_rooms:worldmodel/
-TwoRooms-v0") imports it by itself.
-
-Coordinates are (x, y) in px, x to the right and y down, pixel centres at integers. The dot is green, the wall red.
+Importing this module registers "worldmodel/TwoRooms-v0". gymnasium.make imports it for the id
+"data_pipelines.worlds.two_rooms:worldmodel/TwoRooms-v0".
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import permutations
 from typing import Any, Literal
 
 import gymnasium
@@ -29,182 +22,53 @@ from torch import Tensor
 from data_pipelines.errors import UserError
 from data_pipelines.worlds.digits import CANVAS_PX
 from data_pipelines.worlds.policies import Policy, smooth_walk
+from data_pipelines.worlds.two_rooms_law import (
+    DOOR_HEIGHT_PX,
+    DOOR_Y_RANGE_PX,
+    FIXED_DOOR_Y_PX,
+    FIXED_WALL_X_PX,
+    HIGH_PX,
+    LOW_PX,
+    MAX_STEP_PX,
+    WALL_WIDTH_PX,
+    WALL_X_RANGE_PX,
+    clip_to_disc,
+    draw,
+    is_free,
+    move,
+    shortest_path_px,
+    step_of_action,
+)
 
 ENV_ID = "worldmodel/TwoRooms-v0"
 
-LOW_PX, HIGH_PX = 4.0, 59.0
-"""Where the dot's centre may be, on both axes."""
-WALL_WIDTH_PX, DOOR_HEIGHT_PX = 3.0, 10.0
-MAX_STEP_PX = 4.0
-DOT_STD_PX = 1.4
-
-FIXED_WALL_X_PX, FIXED_DOOR_Y_PX = 31.5, 20.0
-WALL_X_RANGE_PX = (20.0, 43.0)
-DOOR_Y_RANGE_PX = (LOW_PX + DOOR_HEIGHT_PX / 2, HIGH_PX - DOOR_HEIGHT_PX / 2)
-
 MAX_GOAL_RADIUS_PX = 10.0
-"""Smaller than every room, so that there is a goal out of reach of every start."""
-
-CONTACT_TOLERANCE_PX = 1e-3  # rounding may leave the dot this far in a wall, which the next contact undoes
+"""Smaller than every room, so that every start has a goal that it does not already meet."""
 
 Layout = Literal["fixed", "random"]
 Array = NDArray[np.float32]
-
-
-# ------------------------------------------------------------------------------------------------ the law
-
-
-def step_of_action(action: Tensor) -> Tensor:
-    """Actions [..., 2] -> the step that they ask for, [..., 2] px: no longer than 4 px, whatever the action."""
-    return MAX_STEP_PX * _within_the_unit_disc(action)
-
-
-def move(state: Tensor, step: Tensor, wall_x: Tensor | float, door_y: Tensor | float) -> Tensor:
-    """Where a step leads: the law of the environment, for any number of dots at once.
-
-    state [..., 2] px in the free area, step [..., 2] px of any length, wall_x and door_y [...] px, all broadcast
-    -> [..., 2] px, of the state's type and device. It never crosses a wall.
-    """
-    reached, rest = _leg(state, step, wall_x, door_y)
-    return _leg(reached, rest, wall_x, door_y)[0] if rest.any() else reached
-
-
-def is_free(state: Tensor, wall_x: Tensor | float, door_y: Tensor | float) -> Tensor:
-    """Whether the dot's centre may be there: [..., 2] px -> bool [...]."""
-    low, high = _wall_parts(state, wall_x, door_y)
-    in_wall = ((state[..., None, :] > low) & (state[..., None, :] < high)).all(dim=-1).any(dim=-1)
-    return ((state >= LOW_PX) & (state <= HIGH_PX)).all(dim=-1) & ~in_wall
-
-
-def shortest_path_px(state: Tensor, goal: Tensor, wall_x: Tensor | float, door_y: Tensor | float) -> Tensor:
-    """Length of the shortest way from state to goal, float64 [...] px; all arguments broadcast as in `move`.
-
-    A shortest way among convex obstacles bends at their corners only: the least of all ways over at most two corners of
-    the door that cross no wall (visibility graph; Lozano-Pérez & Wesley 1979).
-    """
-    state, goal, wall_x, door_y = _broadcast(state, goal, wall_x, door_y)
-    state, goal, wall_x, door_y = (values.double() for values in (state, goal, wall_x, door_y))
-    corners = [
-        torch.stack([wall_x + side * WALL_WIDTH_PX / 2, door_y + end * DOOR_HEIGHT_PX / 2], dim=-1)
-        for side in (-1, 1)
-        for end in (-1, 1)
-    ]
-    shortest = torch.full_like(wall_x, math.inf)
-    for num_bends in range(3):
-        for bends in permutations(corners, num_bends):
-            points = torch.stack([state, *bends, goal], dim=-2)
-            legs = points.diff(dim=-2)
-            contact, _, _ = _first_contact(points[..., :-1, :], legs, wall_x[..., None], door_y[..., None])
-            clear = (contact > 1 - 1e-9).all(dim=-1)
-            shortest = torch.where(clear, torch.minimum(shortest, legs.norm(dim=-1).sum(dim=-1)), shortest)
-    return shortest
-
-
-def _within_the_unit_disc(action: Tensor) -> Tensor:
-    return action / action.norm(dim=-1, keepdim=True).clamp(min=1)
-
-
-def _leg(state: Tensor, step: Tensor, wall_x: Tensor | float, door_y: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Straight to the first contact or the end -> the place [..., 2] and what is left of the step along the wall."""
-    state, step, wall_x, door_y = _broadcast(state, step, wall_x, door_y)
-    time, axis, face = _first_contact(state, step, wall_x, door_y)
-    touches = time < 1
-    time = time.clamp(0, 1)[..., None]
-    blocked = touches[..., None] & (axis[..., None] == torch.arange(2, device=state.device))
-    # The face itself, not a rounded place near it: the next step then slides along it.
-    reached = torch.where(blocked, face[..., None], state + time * step).clamp(LOW_PX, HIGH_PX)
-    return reached, torch.where(blocked, 0, (1 - time) * step)
-
-
-def _first_contact(state: Tensor, step: Tensor, wall_x: Tensor, door_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """When a step first meets a wall, as a fraction of the step (> 1: after its end, or never); across which axis; and
-    the coordinate of the face that it meets. Each [...].
-
-    Of rays and boxes: the slab method (Kay & Kajiya 1986). Touching without going in is no contact.
-    """
-    low, high = _wall_parts(state, wall_x, door_y)
-    start, along = state[..., None, :], step[..., None, :]
-    moving = along != 0
-    pace = torch.where(moving, along, 1)
-    to_low, to_high = (low - start) / pace, (high - start) / pace
-    between = (start > low) & (start < high)
-    enter, axis = torch.where(moving, torch.minimum(to_low, to_high), torch.where(between, -math.inf, math.inf)).max(-1)
-    leave = torch.where(moving, torch.maximum(to_low, to_high), torch.where(between, math.inf, -math.inf)).amin(-1)
-    pace_in = along.expand(low.shape).gather(-1, axis[..., None])[..., 0]
-    meets = (enter < leave) & (enter * pace_in.abs() >= -CONTACT_TOLERANCE_PX)
-    near = torch.where(along > 0, low, high).gather(-1, axis[..., None])[..., 0]
-
-    bound = torch.where(step > 0, HIGH_PX, LOW_PX)
-    to_bound, bound_axis = torch.where(step != 0, (bound - state) / torch.where(step != 0, step, 1), math.inf).min(-1)
-    times = torch.cat([torch.where(meets, enter, math.inf), to_bound[..., None]], dim=-1)
-    axes = torch.cat([axis, bound_axis[..., None]], dim=-1)
-    faces = torch.cat([near, bound.gather(-1, bound_axis[..., None])], dim=-1)
-    time, first = times.min(dim=-1)
-    return time, axes.gather(-1, first[..., None])[..., 0], faces.gather(-1, first[..., None])[..., 0]
-
-
-def _wall_parts(state: Tensor, wall_x: Tensor | float, door_y: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Low and high corners of the wall above and below the door, [..., 2 parts, 2 axes] px."""
-    _, _, wall_x, door_y = _broadcast(state, state, wall_x, door_y)
-    without_end = torch.full_like(door_y, math.inf)
-    left, right = wall_x - WALL_WIDTH_PX / 2, wall_x + WALL_WIDTH_PX / 2
-    top, bottom = door_y - DOOR_HEIGHT_PX / 2, door_y + DOOR_HEIGHT_PX / 2
-    low = torch.stack([left, -without_end, left, bottom], dim=-1)
-    high = torch.stack([right, top, right, without_end], dim=-1)
-    return low.unflatten(-1, (2, 2)), high.unflatten(-1, (2, 2))
-
-
-def _broadcast(
-    first: Tensor, second: Tensor, wall_x: Tensor | float, door_y: Tensor | float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two of [..., 2] and two of [...] -> of one shape, of the first one's type and device."""
-    wall_x, door_y = (torch.as_tensor(value, dtype=first.dtype, device=first.device) for value in (wall_x, door_y))
-    shape = torch.broadcast_shapes(first.shape[:-1], second.shape[:-1], wall_x.shape, door_y.shape)
-    first, second = first.expand(*shape, 2), second.to(first).expand(*shape, 2)
-    return first, second, wall_x.expand(shape), door_y.expand(shape)
-
-
-# ------------------------------------------------------------------------------------------------ pictures
-
-
-def draw(states: Tensor, wall_x: Tensor | float, door_y: Tensor | float) -> Tensor:
-    """Pictures: states [N, 2], wall_x and door_y [N] px -> RGB uint8 [N, 64, 64, 3], on the states' device.
-
-    The dot is a Gaussian blob (standard deviation 1.4 px) at its place between pixels, in green; the wall covers the
-    share of each pixel that it covers, in red.
-    """
-    states, _, wall_x, door_y = _broadcast(states, states, wall_x, door_y)
-    pixel = torch.arange(CANVAS_PX, device=states.device, dtype=states.dtype)
-    columns, rows = torch.exp(-0.5 * ((pixel - states[..., None]) / DOT_STD_PX) ** 2).unbind(-2)
-    dot = rows[..., :, None] * columns[..., None, :]
-    wall = _cover(pixel, wall_x, WALL_WIDTH_PX)[..., None, :] * (1 - _cover(pixel, door_y, DOOR_HEIGHT_PX))[..., None]
-    return (torch.stack([wall, dot, torch.zeros_like(dot)], dim=-1) * 255).round().byte()
-
-
-def _cover(pixel: Tensor, centre: Tensor, width_px: float) -> Tensor:
-    """The share of each pixel that an interval covers: pixel [P], centre [N] -> [N, P]."""
-    return (width_px / 2 + 0.5 - (pixel - centre[..., None]).abs()).clamp(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------ the environment
 
 
 class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
-    """Reach a goal: reward 0 and the end within goal_radius_px of it, -1 a step until then.
+    """Reach a goal: reward 0 and termination within goal_radius_px of it, -1 per step until then.
 
-    An action in [-1, 1]^2, its length cut to 1, times 4 px is the step. Observations are pictures, uint8 [64, 64, 3].
+    The step is an action in [-1, 1]^2, its length clipped to 1, times 4 px. Observations are uint8 [64, 64, 3].
     info: "state" and "goal" (float32 [2] px), "wall_x_px", "door_y_px", "is_success"; after a step also
-    "applied_action" (float32 [2]), the action that was carried out, its length cut.
+    "applied_action" (float32 [2]), the executed action with its length clipped.
 
-    layout: "fixed", or "random": the wall's x in 20..43 and the door anywhere along it, drawn at every reset.
-    slip: the probability with which an action is replaced by one drawn uniformly from the action space.
+    layout: "fixed", or "random": the wall's x in 20..43 px and the door anywhere along it, drawn at every reset.
+    slip: the probability that an action is replaced by one drawn uniformly from the action space.
     cross_room: the probability that the goal is in the other room. Starts are uniform over both rooms, goals over their
-        room; goals that the start already meets are drawn again.
-    goal_radius_px: where the goal is reached. Steps after that are as any other.
+        room. Goals that the start already meets are drawn again.
+    goal_radius_px: the distance at which the goal is reached. Later steps work as before.
 
-    reset(options=...) takes "state", "goal", "wall_x_px" and "door_y_px" as they are to be; the rest is drawn.
+    reset(options=...) sets "state", "goal", "wall_x_px" and "door_y_px". The others are drawn.
 
-    Raises UserError: a value out of range, an unknown option, a state or a goal within a wall.
+    Raises:
+        UserError: a value is out of range, an option is unknown, a state or a goal lies within a wall.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
@@ -234,7 +98,7 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.uint8], dict[str, Any]]:
-        """A new layout, start and goal -> observation, info."""
+        """Draw a layout, start and goal. Return the observation and info."""
         super().reset(seed=seed)
         options = options or {}
         if unknown := sorted(options.keys() - {"state", "goal", "wall_x_px", "door_y_px"}):
@@ -257,40 +121,39 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         return self._picture(self._state), self._info()
 
     def step(self, action: Array) -> tuple[NDArray[np.uint8], float, bool, bool, dict[str, Any]]:
-        """An action [2] -> observation, reward, terminated, truncated (never by itself), info."""
+        """Execute an action [2]. Return observation, reward, terminated, truncated (always False), info."""
         if self.slip and self.np_random.random() < self.slip:
             action = self.np_random.uniform(-1, 1, 2).astype(np.float32)
-        applied = _within_the_unit_disc(torch.as_tensor(np.asarray(action, np.float32)))
+        applied = clip_to_disc(torch.as_tensor(np.asarray(action, np.float32)))
         self._state = move(self._state, step_of_action(applied), self._wall_x, self._door_y)
         info = self._info() | {"applied_action": applied.numpy().copy()}
         return self._picture(self._state), 0.0 if info["is_success"] else -1.0, info["is_success"], False, info
 
     def render(self) -> NDArray[np.uint8] | None:
-        """The observation."""
+        """Return the observation; None without a render mode."""
         return None if self.render_mode is None else self._picture(self._state)
 
     def goal_frame(self) -> NDArray[np.uint8]:
-        """The observation with the dot at the goal: uint8 [64, 64, 3]."""
+        """Return the observation with the dot at the goal, uint8 [64, 64, 3]."""
         return self._picture(self._goal)
 
     def shortest_path_px(self) -> float:
-        """Length of the shortest way from here to where the goal counts as reached."""
+        """Return the length of the shortest path from the current state to the goal's radius."""
         whole = float(shortest_path_px(self._state, self._goal, self._wall_x, self._door_y))
         return max(0.0, whole - self.goal_radius_px)
 
     @staticmethod
     def state_px(states: NDArray[Any]) -> NDArray[Any]:
-        """Where the dot is in its pictures, [..., 2] px, of states [..., 2]: they are just that."""
+        """Return the position of the dot, [..., 2] px, for states [..., 2]: they are positions."""
         return states
 
     @staticmethod
     def privileged_cost(envs: "Sequence[TwoRoomsEnv]") -> "PrivilegedCost":
-        """What sequences of actions cost from where these environments are, by the law and the shortest ways."""
+        """Return the cost of action sequences from the current states of environments, by law and shortest paths."""
         return PrivilegedCost(envs)
 
     def exploration_policy(self, rng: np.random.Generator) -> Policy:
-        """A policy for one episode: a smooth random walk, wandering through the door or running into walls, equally
-        often."""
+        """Return a policy for one episode: smooth_walk, wander or run_straight, with equal probability."""
         chosen = rng.integers(3)
         if chosen == 0:
             return smooth_walk(self.action_space, rng)
@@ -300,7 +163,7 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         drawn = float(self.np_random.uniform(*bounds)) if self.layout == "random" else fixed
         value = options.get(name, drawn)
         _check_range(f"reset option {name}", value, *bounds)
-        return float(np.float32(value))  # as the pictures and the law, which compute in float32, have it
+        return float(np.float32(value))  # the precision of the pictures and the law
 
     def _point(self, options: Mapping[str, Any], name: str) -> Tensor | None:
         value = options.get(name)
@@ -324,7 +187,7 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         return int(point[0] > self._wall_x)
 
     def _draw_room(self) -> int:
-        """Left 0 or right 1, by their areas."""
+        """Draw a room in proportion to its area: left 0 or right 1."""
         widths = [high - low for low, high in map(self._room_bounds, (0, 1))]
         return int(self.np_random.random() < widths[1] / sum(widths))
 
@@ -337,7 +200,7 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         return torch.tensor([x, y], dtype=torch.float32)
 
     def _draw_apart(self, point: Tensor, other_room: bool) -> Tensor:
-        """In the same room or in the other one, out of the goal's radius."""
+        """Draw a point in the same room or the other one, outside the goal's radius."""
         room = self._room_of(point) ^ int(other_room)
         while self._meets(drawn := self._draw_in(room), point):
             pass
@@ -357,9 +220,9 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
 
 
 class PrivilegedCost:
-    """The distance left to the goal, summed over the steps: actions [E, N, H, 2] in units of 4 px -> cost [E, N] px.
+    """The remaining distance to the goal, summed over steps: actions [E, N, H, 2] in units of 4 px -> cost [E, N] px.
 
-    Distances are looked up in a grid of 1 px, made once for each episode; slips are not foreseen.
+    Distances come from a grid of 1 px, which is computed once per episode. Slips are not predicted.
     """
 
     def __init__(self, envs: Sequence[TwoRoomsEnv]) -> None:
@@ -386,7 +249,7 @@ class PrivilegedCost:
         return cost
 
     def keep(self, going_on: Tensor) -> None:
-        """Drop the episodes that have ended: bool [E]."""
+        """Keep the episodes that continue, bool [E]."""
         self.envs = [env for env, stays in zip(self.envs, going_on.tolist(), strict=True) if stays]
         self.left = self.left[going_on]
 
@@ -397,9 +260,9 @@ def _check_range(name: str, value: Any, low: float, high: float) -> None:
 
 
 def wander(rng: np.random.Generator) -> Policy:
-    """Heads for one waypoint after another, uniform over both rooms, through the door where that is in between.
+    """Return a policy that heads for one waypoint after another, uniform over both rooms, through the door if needed.
 
-    Steps are of random length and miss their heading by 0.3 rad (standard deviation).
+    Steps have random length and deviate from their heading by 0.3 rad (standard deviation).
     """
     waypoint: NDArray[np.float64] | None = None
     side = 0.0
@@ -425,10 +288,9 @@ def wander(rng: np.random.Generator) -> Policy:
 
 
 def run_straight(rng: np.random.Generator) -> Policy:
-    """Heads for waypoints in the other room as if there were no wall, for 4 to 12 steps each: what a wall does is seen
-    where the dot pushes against it, as a plan that knows no better would.
+    """Return a policy that ignores the wall: it heads for waypoints in the other room, for 4 to 12 steps each.
 
-    Steps are as those of `wander`.
+    Its videos show the effect of pushing against the wall, as a naive plan does. Steps are as those of `wander`.
     """
     waypoint = np.zeros(2)
     steps_left = 0
@@ -447,7 +309,7 @@ def run_straight(rng: np.random.Generator) -> Policy:
 
 
 def _towards(ahead: NDArray[np.float64], rng: np.random.Generator) -> Array:
-    """A step along `ahead`, [2] px, no farther: of random length, 0.3 rad (standard deviation) off."""
+    """Return an action along `ahead`, [2] px, no farther: of random length, with 0.3 rad (std) of error."""
     heading = math.atan2(ahead[1], ahead[0]) + rng.normal(0, 0.3)
     length = min(rng.uniform(0.3, 1), float(np.linalg.norm(ahead)) / MAX_STEP_PX)
     return np.array([length * math.cos(heading), length * math.sin(heading)], np.float32)

@@ -1,4 +1,4 @@
-"""Worlds written as video files: H.264, a metadata.jsonl a split, and a world.json that says which world it is."""
+"""Worlds written as video files: H.264, a metadata.jsonl per split, and a world.json that identifies the world."""
 
 import json
 import multiprocessing
@@ -23,13 +23,13 @@ from data_pipelines.worlds.digits import Sprites
 WORLD_NAME = "world.json"
 METADATA_NAME = "metadata.jsonl"
 SPRITES_NAME = "sprites.safetensors"
-RECORDED = "recorded"  # what world.json calls a recorded environment, which has neither sprites nor a law
+RECORDED = "recorded"  # a recorded environment in world.json; it has neither sprites nor a law
 MAX_PENDING_CHUNKS = 16
 
 
 @dataclass(frozen=True)
 class WorldSplit:
-    """What a split is written from: a row of labels for each video, and its pixels on demand.
+    """The content of a split: a row of labels for each video, and its pixels on demand.
 
     render: positions of videos -> uint8 [n, T, H, W].
     """
@@ -47,9 +47,9 @@ def write_videos(
     num_processes: int,
     overwrite: bool = False,
 ) -> None:
-    """Write the videos of all splits; `world` is what world.json holds and what tells one world from another.
+    """Write the videos of all splits. `world` is the content of world.json and identifies the world.
 
-    A world that was interrupted goes on where it stopped; one that is complete is left alone.
+    An interrupted world is continued. A complete one is left unchanged.
 
     Raises:
         UserError: `out` holds a world of other parameters, or something else, and `overwrite` is not given.
@@ -63,16 +63,16 @@ def write_videos(
 
 
 def start_world(out: Path, world: Mapping[str, Any], *, overwrite: bool) -> list[Split]:
-    """Mark the folder with what it is to hold, or find the same world in it -> the splits that are not complete.
+    """Write world.json, or find the same world in the folder. Return the splits that are not complete.
 
     Raises:
         UserError: `out` holds a world of other parameters, or something else, and `overwrite` is not given.
     """
     marker = out / WORLD_NAME
     if marker.is_file() and read_world(out) != world and not overwrite:
-        raise UserError(f"{out} holds a world of other parameters: choose another folder, or pass --overwrite")
+        raise UserError(f"{out} holds a world of other parameters: choose another folder, or overwrite it")
     if not marker.is_file() and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
-        raise UserError(f"{out} is not empty and holds no world of this script: choose another folder")
+        raise UserError(f"{out} is not empty and does not hold a world: choose another folder")
     if overwrite and marker.is_file():
         for split in SPLITS:
             shutil.rmtree(out / split, ignore_errors=True)
@@ -83,7 +83,7 @@ def start_world(out: Path, world: Mapping[str, Any], *, overwrite: bool) -> list
 
 @contextmanager
 def ending_pool(num_processes: int) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes that leave Ctrl-C to the main one; after an error they end once the jobs in hand are done."""
+    """Start worker processes, which ignore Ctrl-C. After an error they end when their current jobs are done."""
     pool = ProcessPoolExecutor(
         num_processes,
         mp_context=multiprocessing.get_context("spawn"),
@@ -97,13 +97,13 @@ def ending_pool(num_processes: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def read_world(root: Path) -> dict[str, Any] | None:
-    """What the world.json of a folder says; None where there is none."""
+    """Return the content of a folder's world.json; None if there is none."""
     marker = root / WORLD_NAME
     return json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else None
 
 
 def read_sprites(folder: Path) -> Sprites:
-    """The sprites of a written split."""
+    """Return the sprites of a written split."""
     stored = load_file(folder / SPRITES_NAME)
     return Sprites(stored["images"].float() / 255, stored["digits"])
 
@@ -123,12 +123,12 @@ def _write_split(folder: Path, split: WorldSplit, pool: ProcessPoolExecutor) -> 
 
 
 def video_names(count: int) -> list[str]:
-    """The file names of a split's videos."""
+    """Return the file names of a split's videos."""
     return [f"{row:06d}.mp4" for row in range(count)]
 
 
 def finish_split(folder: Path, names: Sequence[str], labels: Iterable[Mapping[str, Any]]) -> None:
-    """Write the labels, last and as a whole: a split with this file is complete."""
+    """Write the labels, last and atomically: a split with this file is complete."""
     aside = folder / ".metadata.partial"
     with open(aside, "w", encoding="utf-8") as out:
         out.writelines(json.dumps({"file_name": name, **row}) + "\n" for name, row in zip(names, labels, strict=True))
@@ -138,7 +138,7 @@ def finish_split(folder: Path, names: Sequence[str], labels: Iterable[Mapping[st
 def run_chunks(
     start: Callable[[list[int]], Future[None]], rows: Sequence[int], num_videos: int, split: str, *, chunk_size: int
 ) -> None:
-    """Start a job for each chunk of the rows that are left of a split's, and wait for all, with a progress bar.
+    """Start a job for each chunk of the remaining rows of a split, and wait for all, with a progress bar.
 
     Few jobs are pending at a time, as rendered frames are large. The first error of a job is raised.
     """
@@ -165,17 +165,17 @@ def _encode_chunk(paths: list[Path], frames: np.ndarray) -> None:
 
 
 def write_whole(path: Path, frames: np.ndarray, fps: int = 10) -> None:
-    """encode_h264, so that the file appears complete or not at all."""
+    """Write a file as encode_h264 does. It appears complete or not at all."""
     aside = path.with_suffix(".partial")
     encode_h264(aside, frames, fps)
     aside.replace(path)
 
 
 def encode_h264(path: Path, frames: np.ndarray, fps: int = 10) -> None:
-    """Write uint8 frames as an H.264 .mp4 file without loss: gray [T, H, W] with even sides, or RGB [T, H, W, 3].
+    """Write uint8 frames as a lossless H.264 .mp4 file: gray [T, H, W] with even sides, or RGB [T, H, W, 3].
 
-    Only the conversion to YUV rounds, by a gray level or two and the same way in every frame. A lossy file of these
-    small, plain frames is less than half as large, and its artefacts are all that some embeddings come to hold
+    Only the conversion to YUV rounds, by a gray level or two, in the same way in every frame. Lossy files of these
+    small, plain frames are less than half as large, but some embeddings then represent nothing but the artefacts
     (docs/experiments.md). RGB keeps its colours at full resolution (4:4:4).
     """
     import av

@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipelines import stream as stream_module
+from data_pipelines import clip_decoder
+from data_pipelines.batches import Batch
 from data_pipelines.clips import ClipSpec
 from data_pipelines.contents import contents_of, read_contents
 from data_pipelines.errors import UserError
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
 from data_pipelines.shards.packing import pack_videos
-from data_pipelines.stream import VideoStream, read_all
 from tests.data_pipelines.conftest import WriteVideo
+from tests.data_pipelines.streams import make_stream, read_clips
 
 SPEC = ClipSpec(num_segments=3, num_frames=3)
 NUM_VIDEOS = 12
@@ -56,7 +57,7 @@ def _twins(folder: Path, write_video: WriteVideo) -> tuple[Path, Path]:
 def _clips(index: VideoIndex, **changes: Any) -> dict[int, str]:
     """Clip id -> hash of its pixels, of an epoch without shuffling."""
     settings: dict[str, Any] = {"batch_size": 2, "num_lanes": 2, "pool_clips": 4, "seed": 0, "max_bad_fraction": 0.2}
-    stream = VideoStream(index, SPEC, size_px=None, channels=1, shuffle=False, **settings | changes)
+    stream = make_stream(index, SPEC, size_px=None, channels=1, shuffle=False, **settings | changes)
     batches = stream.batches()
     try:
         return dict(_hashes(islice(batches, stream.batches_per_epoch)))
@@ -64,7 +65,7 @@ def _clips(index: VideoIndex, **changes: Any) -> dict[int, str]:
         batches.close()
 
 
-def _hashes(batches: Iterator[dict[str, Any]]) -> Iterator[tuple[int, str]]:
+def _hashes(batches: Iterator[Batch]) -> Iterator[tuple[int, str]]:
     for batch in batches:
         for clip_id, video in zip(batch["clip_id"].tolist(), batch["video"], strict=True):
             yield clip_id, hashlib.sha256(video.numpy().tobytes()).hexdigest()
@@ -148,7 +149,7 @@ def test_a_file_that_is_replaced_while_it_is_read_gives_no_further_clip(
     first, other = _twins(folder, write_video)
     index = load_videos(folder, progress=False)
     before = _clips(index)
-    open_video = stream_module.open_video
+    open_video = clip_decoder.open_video
 
     def replaced_at_frame(path: str, *arguments: Any, **more: Any) -> Any:
         reader = open_video(path, *arguments, **more)
@@ -162,7 +163,7 @@ def test_a_file_that_is_replaced_while_it_is_read_gives_no_further_clip(
         monkeypatch.setattr(reader, "read", replace_and_read)
         return reader
 
-    monkeypatch.setattr(stream_module, "open_video", replaced_at_frame)
+    monkeypatch.setattr(clip_decoder, "open_video", replaced_at_frame)
     after = _clips(index)
     assert after == {clip: pixels for clip, pixels in before.items() if clip not in (1, 2)}
     assert sum("'v00.mp4' has changed" in record.message for record in caplog.records) == 1
@@ -172,9 +173,9 @@ def test_evaluation_leaves_changed_files_out_too(folder: Path, write_video: Writ
     first, other = _twins(folder, write_video)
     index = load_videos(folder, progress=False)
     arguments: dict[str, Any] = {"size_px": None, "channels": 1, "batch_size": 5}
-    before = dict(_hashes(read_all(index, SPEC, **arguments)))
+    before = dict(_hashes(read_clips(index, SPEC, **arguments)))
     _replace(first, other)
-    after = dict(_hashes(read_all(index, SPEC, **arguments)))
+    after = dict(_hashes(read_clips(index, SPEC, **arguments)))
     assert after == {clip: pixels for clip, pixels in before.items() if clip >= 3}
 
 
@@ -222,7 +223,7 @@ def test_a_replaced_shard_loses_only_what_differs(
         replace()
         after = _clips(load_videos(shards_dir, progress=False))
     else:
-        stream = VideoStream(
+        stream = make_stream(
             index, SPEC, size_px=None, channels=1, batch_size=2, num_lanes=2, pool_clips=4, seed=0, shuffle=False
         )
         replace()

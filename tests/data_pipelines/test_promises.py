@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_pipelines.clip_decoder import make_clip_set
 from data_pipelines.clips import ClipSpec, ClipTable, epoch_order, lanes_of_worker
-from data_pipelines.decoders import PyAVReader
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
+from data_pipelines.readers.pyav import PyAVReader
 from data_pipelines.shards.packing import pack_videos
-from data_pipelines.stream import VideoStream, make_source
 from data_pipelines.workers import PARTS_AHEAD
 from tests.data_pipelines.shard_server import ShardServer
+from tests.data_pipelines.streams import make_stream
 
 SPEC = ClipSpec(clip_step=3)  # overlapping clips
 # 24 lanes: 1, 2, 3, 4 and 8 divide them.
@@ -44,23 +45,24 @@ RANK = r"""
 import hashlib, json, os, sys
 from itertools import islice
 from pathlib import Path
-from data_pipelines import stream as stream_module
+from data_pipelines import clip_decoder
 from data_pipelines.clips import ClipSpec
 from data_pipelines.formats.registry import load_videos
+from tests.data_pipelines.streams import make_stream
 
 root, settings, jobs, log = json.loads(sys.argv[1])
-open_video = stream_module.open_video
+open_video = clip_decoder.open_video
 
 def logged(path, video, **more):
     with open(log, "a") as lines:
         lines.write(f"{job} {os.getpid()} {video.path}\n")
     return open_video(path, video, **more)
 
-stream_module.open_video = logged
+clip_decoder.open_video = logged
 index = load_videos(root, progress=False, cache_dir=Path(f"{log}.cache"), cache_mb=8)
 for job, (rank, world_size, num_workers, start, count) in enumerate(jobs):
     parallel = {"rank": rank, "world_size": world_size, "num_workers": num_workers}
-    batches = stream_module.VideoStream(index, ClipSpec(clip_step=3), **settings, **parallel).batches(start)
+    batches = make_stream(index, ClipSpec(clip_step=3), **settings, **parallel).batches(start)
     shown = []
     for batch in islice(batches, count):
         digests = [hashlib.sha256(video.numpy().tobytes()).hexdigest()[:16] for video in batch["video"]]
@@ -126,7 +128,7 @@ def index(root: str, tmp_path_factory: pytest.TempPathFactory) -> VideoIndex:
 
 @pytest.fixture(scope="module")
 def table(index: VideoIndex) -> ClipTable:
-    return make_source(index, SPEC, size_px=None, channels=1, decoder="pyav").table
+    return make_clip_set(index, SPEC, size_px=None, channels=1, decoder="pyav").table
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +297,7 @@ def test_a_resume_decodes_less_than_one_pool(index: VideoIndex, monkeypatch: pyt
         return decode(self)
 
     monkeypatch.setattr(PyAVReader, "_decode", counting)
-    stream = VideoStream(index, SPEC, **(SETTINGS | {"batch_size": 8, "num_lanes": 4}))
+    stream = make_stream(index, SPEC, **(SETTINGS | {"batch_size": 8, "num_lanes": 4}))
     pool_frames = SETTINGS["pool_clips"] * SPEC.length
     for start in range(0, 2 * stream.batches_per_epoch, 5):
         num_decoded = 0

@@ -20,14 +20,18 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipelines import clip_decoder
 from data_pipelines import stream as stream_module
 from data_pipelines import workers as workers_module
+from data_pipelines.batches import Batch
+from data_pipelines.clip_decoder import clips_of
 from data_pipelines.clips import ClipSpec
 from data_pipelines.errors import UserError
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
-from data_pipelines.stream import Batch, VideoStream, clips_of, read_all
+from data_pipelines.stream import VideoStream
 from tests.data_pipelines.conftest import DECODERS
+from tests.data_pipelines.streams import make_stream, read_clips
 
 SETTINGS: dict[str, Any] = {
     "size_px": None,
@@ -46,7 +50,7 @@ def index(mixed_folder: Path) -> VideoIndex:
 
 
 def _stream(index: VideoIndex, spec: ClipSpec = SPEC, **changes: Any) -> VideoStream:
-    return VideoStream(index, spec, **(SETTINGS | changes))
+    return make_stream(index, spec, **(SETTINGS | changes))
 
 
 def _table(index: VideoIndex, spec: ClipSpec = SPEC) -> Any:
@@ -140,7 +144,7 @@ def test_clips_by_time_show_what_is_on_screen_then(
     """Frame k of a video at fps shows the last source frame at k / fps after the first, whatever the file's pace."""
     assert spec.fps is not None
     shown: dict[int, list[list[int]]] = {}
-    for batch in read_all(timed_index, spec, size_px=None, channels=1, batch_size=16, decoder=decoder, num_workers=2):
+    for batch in read_clips(timed_index, spec, size_px=None, channels=1, batch_size=16, decoder=decoder, num_workers=2):
         for clip in batch["video"]:
             numbers = [read_numbers(frame) for frame in clip]
             assert len({video for video, _ in numbers}) == 1
@@ -158,7 +162,7 @@ def test_clips_by_time_show_what_is_on_screen_then(
 def test_clips_by_time_decode_no_frame_twice(timed_index: VideoIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[tuple[int, int]] = []
     num_opened = 0
-    open_video = stream_module.open_video
+    open_video = clip_decoder.open_video
 
     def spy(path: str, *arguments: Any, **more: Any) -> Any:
         nonlocal num_opened
@@ -173,9 +177,9 @@ def test_clips_by_time_decode_no_frame_twice(timed_index: VideoIndex, monkeypatc
         monkeypatch.setattr(reader, "read", counted)
         return reader
 
-    monkeypatch.setattr(stream_module, "open_video", spy)
+    monkeypatch.setattr(clip_decoder, "open_video", spy)
     spec = ClipSpec(3, 1, clip_step=1, fps=50.0)  # each frame more than once in a clip and in several clips
-    list(read_all(timed_index, spec, size_px=None, channels=1, batch_size=10_000))
+    list(read_clips(timed_index, spec, size_px=None, channels=1, batch_size=10_000))
     assert len(read) == len(set(read)) > 400
 
 
@@ -217,11 +221,12 @@ from itertools import islice
 from data_pipelines.clips import ClipSpec
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.stream import VideoStream
+from tests.data_pipelines.streams import make_stream
 
 root, settings, runs = json.loads(sys.argv[1])
 for num_workers, start_batch, count in runs:
     index = load_videos(root, progress=False)
-    stream = VideoStream(index, ClipSpec(), **settings, num_workers=num_workers)
+    stream = make_stream(index, ClipSpec(), **settings, num_workers=num_workers)
     for batch in islice(stream.batches(start_batch), count):
         digest = hashlib.sha256(batch["video"].numpy().tobytes())
         digest.update(batch["clip_id"].numpy().tobytes())
@@ -250,13 +255,13 @@ class _Opens:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.counts: Counter[str] = Counter()
-        open_video = stream_module.open_video
+        open_video = clip_decoder.open_video
 
         def counting(path: Path, *arguments: Any, **more: Any) -> Any:
             self.counts[Path(path).name] += 1
             return open_video(path, *arguments, **more)
 
-        monkeypatch.setattr(stream_module, "open_video", counting)
+        monkeypatch.setattr(clip_decoder, "open_video", counting)
 
 
 def test_each_group_is_decoded_once_an_epoch(index: VideoIndex, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,13 +287,13 @@ def test_what_is_in_the_cache_is_not_decoded_again_and_the_cache_is_bounded(
     index: VideoIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded = []
-    decode = stream_module.ClipDecoder.decode
+    decode = clip_decoder.ClipDecoder.decode
 
     def counting(self: Any, video: int, group: int, start: int) -> Any:
         decoded.append((video, start))
         return decode(self, video, group, start)
 
-    monkeypatch.setattr(stream_module.ClipDecoder, "decode", counting)
+    monkeypatch.setattr(clip_decoder.ClipDecoder, "decode", counting)
     num_clips = _table(index).num_clips
     for megabytes in (64, 1):
         decoded.clear()
@@ -312,14 +317,14 @@ def test_resume_decodes_only_what_is_still_to_come(index: VideoIndex, monkeypatc
 
 def test_the_pool_bounds_the_clips_in_memory(index: VideoIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = 0
-    decode = stream_module.ClipDecoder.decode
+    decode = clip_decoder.ClipDecoder.decode
 
     def counting(self: Any, *arguments: Any) -> Any:
         nonlocal decoded
         decoded += 1
         return decode(self, *arguments)
 
-    monkeypatch.setattr(stream_module.ClipDecoder, "decode", counting)
+    monkeypatch.setattr(clip_decoder.ClipDecoder, "decode", counting)
     stream = _stream(index, batch_size=4, num_lanes=2, pool_clips=32)
     batches = stream.batches()
     most = 0
@@ -346,12 +351,12 @@ def test_labels_follow_their_videos(index: VideoIndex, num_workers: int) -> None
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_read_all_is_ordered_and_complete(index: VideoIndex, read_numbers: Any, num_workers: int) -> None:
     arguments: dict[str, Any] = {"size_px": None, "channels": 1, "batch_size": 20, "num_workers": num_workers}
-    batches = list(read_all(index, SPEC, **arguments))
+    batches = list(read_clips(index, SPEC, **arguments))
     num_clips = _table(index).num_clips
     assert torch.cat([batch["clip_id"] for batch in batches]).tolist() == list(range(num_clips))
     assert [len(batch["clip_id"]) for batch in batches[:-1]] == [20] * (num_clips // 20)
     _check_pixels(index, SPEC, batches, read_numbers)
-    some = list(read_all(index, SPEC, **arguments, max_clips=25))
+    some = list(read_clips(index, SPEC, **arguments, max_clips=25))
     assert [len(batch["clip_id"]) for batch in some] == [20, 5]
     ids = torch.cat([batch["clip_id"] for batch in some])
     assert ids[0] == 0 and ids[-1] >= num_clips - -(-num_clips // 25)
@@ -363,11 +368,13 @@ def test_read_all_is_ordered_and_complete(index: VideoIndex, read_numbers: Any, 
 @pytest.mark.parametrize("world_size", [2, 30])
 def test_ranks_read_all_clips_once_in_order(index: VideoIndex, world_size: int) -> None:
     arguments: dict[str, Any] = {"size_px": None, "channels": 1, "batch_size": 4, "max_clips": 25}
-    shares = [list(read_all(index, SPEC, **arguments, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    shares = [
+        list(read_clips(index, SPEC, **arguments, rank=rank, world_size=world_size)) for rank in range(world_size)
+    ]
     sizes = [sum(len(batch["clip_id"]) for batch in share) for share in shares]
     assert max(sizes) - min(sizes) == 1
     for name in ("clip_id", "video"):
-        whole = torch.cat([batch[name] for batch in read_all(index, SPEC, **arguments)])
+        whole = torch.cat([batch[name] for batch in read_clips(index, SPEC, **arguments)])
         assert torch.equal(torch.cat([batch[name] for share in shares for batch in share]), whole)
 
 
@@ -438,7 +445,7 @@ def test_too_many_failing_files_stop_the_run_with_one_line(
     assert not multiprocessing.active_children()
     with pytest.raises(UserError, match="do not decode"):
         list(
-            read_all(
+            read_clips(
                 damaged[0],
                 SPEC,
                 size_px=None,
@@ -511,7 +518,7 @@ class _FaultyReader:
 
 def _make_faulty(monkeypatch: pytest.MonkeyPatch, name: str, frame: int | None, act: Callable[[], Any]) -> None:
     """frame None: the file cannot even be opened."""
-    open_video = stream_module.open_video
+    open_video = clip_decoder.open_video
 
     def faulty(path: str, *arguments: Any, **more: Any) -> Any:
         if not path.endswith(name):
@@ -520,7 +527,7 @@ def _make_faulty(monkeypatch: pytest.MonkeyPatch, name: str, frame: int | None, 
             act()
         return _FaultyReader(open_video(path, *arguments, **more), -1 if frame is None else frame, act)
 
-    monkeypatch.setattr(stream_module, "open_video", faulty)
+    monkeypatch.setattr(clip_decoder, "open_video", faulty)
 
 
 @pytest.mark.parametrize("frame", [None, 130])
@@ -596,9 +603,10 @@ import json, multiprocessing, sys, time
 from data_pipelines.clips import ClipSpec
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.stream import VideoStream
+from tests.data_pipelines.streams import make_stream
 
 root, settings = json.loads(sys.argv[1])
-batches = VideoStream(load_videos(root, progress=False), ClipSpec(), **settings, num_workers=1).batches()
+batches = make_stream(load_videos(root, progress=False), ClipSpec(), **settings, num_workers=1).batches()
 next(batches)
 print(multiprocessing.active_children()[0].pid, flush=True)
 time.sleep(1000)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipelines import messages, processes
+from data_pipelines import clip_decoder, messages, processes
 from data_pipelines import stream as stream_module
 from data_pipelines import workers as workers_module
 from data_pipelines.clips import ClipSpec
@@ -29,6 +29,7 @@ from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
 from data_pipelines.processes import Parent, Patience, environment_int
 from data_pipelines.stream import VideoStream
+from tests.data_pipelines.streams import make_stream
 
 REPO = Path(__file__).parents[2]
 SPEC = ClipSpec()
@@ -77,26 +78,31 @@ def _stopped_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: Any, 
 
 
 @linux
-@pytest.mark.parametrize("name", ["open_video", "stack_clips"], ids=["decoding", "not decoding"])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(clip_decoder, "open_video"), (stream_module, "stack_clips")],
+    ids=["decoding", "not decoding"],
+)
 def test_a_stopped_worker_is_replaced_and_no_clip_is_lost(
     index: VideoIndex,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     quick_polls: None,
+    module: Any,
     name: str,
 ) -> None:
-    whole = _hashes(VideoStream(index, SPEC, **SETTINGS), 12)
-    _stopped_once(monkeypatch, tmp_path, stream_module, name)
-    assert _hashes(VideoStream(index, SPEC, **SETTINGS, num_workers=1, decode_timeout_s=0.3), 12) == whole
+    whole = _hashes(make_stream(index, SPEC, **SETTINGS), 12)
+    _stopped_once(monkeypatch, tmp_path, module, name)
+    assert _hashes(make_stream(index, SPEC, **SETTINGS, num_workers=1, decode_timeout_s=0.3), 12) == whole
     assert (tmp_path / "stopped").exists()
     assert [record.message[:34] for record in caplog.records] == ["a decoding process was stopped for"]
 
 
 @linux
 def test_a_worker_that_is_stopped_while_it_waits_for_its_turn_is_replaced(index: VideoIndex, quick_polls: None) -> None:
-    whole = _hashes(VideoStream(index, SPEC, **SETTINGS), 12)
-    batches = VideoStream(index, SPEC, **SETTINGS, num_workers=2, decode_timeout_s=0.3).batches()
+    whole = _hashes(make_stream(index, SPEC, **SETTINGS), 12)
+    batches = make_stream(index, SPEC, **SETTINGS, num_workers=2, decode_timeout_s=0.3).batches()
     hashes = []
     for number, batch in enumerate(islice(batches, 12)):
         hashes.append(hashlib.sha256(batch["video"].numpy().tobytes()).hexdigest())
@@ -116,7 +122,7 @@ def test_a_worker_that_is_stuck_while_not_decoding_is_replaced(
     caplog: pytest.LogCaptureFixture,
     quick_polls: None,
 ) -> None:
-    whole = _hashes(VideoStream(index, SPEC, **SETTINGS), 4)
+    whole = _hashes(make_stream(index, SPEC, **SETTINGS), 4)
     monkeypatch.setattr(workers_module.Progress.work, "__defaults__", (0.2,))
     stack_clips = stream_module.stack_clips
 
@@ -127,7 +133,7 @@ def test_a_worker_that_is_stuck_while_not_decoding_is_replaced(
         return stack_clips(*arguments)
 
     monkeypatch.setattr(stream_module, "stack_clips", stuck_once)
-    assert _hashes(VideoStream(index, SPEC, **SETTINGS, num_workers=1, decode_timeout_s=0.3), 4) == whole
+    assert _hashes(make_stream(index, SPEC, **SETTINGS, num_workers=1, decode_timeout_s=0.3), 4) == whole
     assert [record.message[:37] for record in caplog.records] == ["a decoding process made no progress fo"[:37]]
 
 
@@ -137,14 +143,14 @@ def test_workers_that_are_stuck_again_and_again_are_one_line(
     monkeypatch.setattr(workers_module.Progress.work, "__defaults__", (0.1,))
     monkeypatch.setattr(stream_module, "stack_clips", lambda *_: time.sleep(1000))
     with pytest.raises(UserError, match=r"a decoding process made no progress 4 times in a row for \d+ s: "):
-        _hashes(VideoStream(index, SPEC, **SETTINGS, num_workers=1, decode_timeout_s=0.1), 1)
+        _hashes(make_stream(index, SPEC, **SETTINGS, num_workers=1, decode_timeout_s=0.1), 1)
     assert not multiprocessing.active_children()
 
 
 def test_fetching_a_shard_may_take_any_time(
     index: VideoIndex, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, quick_polls: None
 ) -> None:
-    whole = _hashes(VideoStream(index, SPEC, **SETTINGS), 1)
+    whole = _hashes(make_stream(index, SPEC, **SETTINGS), 1)
     hold, calls = stream_module.HeldShards.hold, 0
 
     def slow_once(*arguments: Any) -> None:
@@ -156,7 +162,7 @@ def test_fetching_a_shard_may_take_any_time(
 
     monkeypatch.setattr(workers_module.Progress.work, "__defaults__", (0.1,))
     monkeypatch.setattr(stream_module.HeldShards, "hold", slow_once)
-    assert _hashes(VideoStream(index, SPEC, **SETTINGS, num_workers=1, decode_timeout_s=0.2), 1) == whole
+    assert _hashes(make_stream(index, SPEC, **SETTINGS, num_workers=1, decode_timeout_s=0.2), 1) == whole
     assert not caplog.records
 
 
@@ -178,10 +184,11 @@ from data_pipelines import workers
 from data_pipelines.clips import ClipSpec
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.stream import VideoStream
+from tests.data_pipelines.streams import make_stream
 
 root, settings, pause_s = json.loads(sys.argv[1])
 workers.POLL_S = 0.05
-batches = VideoStream(load_videos(root, progress=False), ClipSpec(), **settings).batches()
+batches = make_stream(load_videos(root, progress=False), ClipSpec(), **settings).batches()
 for number, batch in enumerate(islice(batches, 12)):
     if number == 3:
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
@@ -210,7 +217,7 @@ def _is_running(pid: int) -> bool:
 @linux
 def test_stopping_all_processes_for_a_while_loses_nothing(index: VideoIndex) -> None:
     """Ctrl-Z and fg: no process is taken for one that hangs."""
-    whole = _hashes(VideoStream(index, SPEC, **SETTINGS), 12)
+    whole = _hashes(make_stream(index, SPEC, **SETTINGS), 12)
     with _start(index, pause_s=0.05, num_workers=2, decode_timeout_s=0.5) as main:
         assert main.stdout is not None and main.stderr is not None
         for _ in range(4):
@@ -267,7 +274,7 @@ def test_a_small_dev_shm_is_enough(index: VideoIndex, options: str) -> None:
         capture_output=True, text=True, timeout=60, cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO)},
     )  # fmt: skip
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    whole = _hashes(VideoStream(index, SPEC, **SETTINGS), 12)
+    whole = _hashes(make_stream(index, SPEC, **SETTINGS), 12)
     assert [line for line in done.stdout.splitlines() if " " not in line] == whole
 
 
@@ -281,7 +288,7 @@ def test_memory_that_cannot_be_had_is_one_line(index: VideoIndex, monkeypatch: p
 
     monkeypatch.setattr(messages, "_file_of", no_large_file)
     with pytest.raises(UserError, match=r"gets no memory for its part of a batch \(No space left on device\): lower"):
-        _hashes(VideoStream(index, SPEC, **SETTINGS, num_workers=1), 1)
+        _hashes(make_stream(index, SPEC, **SETTINGS, num_workers=1), 1)
     assert not multiprocessing.active_children()
 
 

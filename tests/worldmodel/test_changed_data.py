@@ -3,21 +3,21 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from data_pipelines.errors import UserError
 from worldmodel.config import Config
-from worldmodel.data import CONTENTS_NAME, read_index
+from worldmodel.data import CONTENTS_NAME
 from worldmodel.training.loop import train
 
 ORACLE = ["model.latent=oracle", "model.latent.dim=2"]
 
 
 @pytest.fixture
-def root(world: Path, tmp_path: Path) -> Iterator[Path]:
+def root(world: Path, tmp_path: Path) -> Path:
     """A copy of the tiny world, in which the first two videos have the same size."""
     root = tmp_path / "videos"
     shutil.copytree(world, root)
@@ -28,13 +28,10 @@ def root(world: Path, tmp_path: Path) -> Iterator[Path]:
         with open(path, "ab") as file:  # a box that players pass over
             file.write(missing.to_bytes(4, "big") + b"free" + bytes(missing - 8))
         os.utime(path, ns=(1, 1))
-    read_index.cache_clear()
-    yield root
-    read_index.cache_clear()
+    return root
 
 
 def _resume(config: Config) -> Path:
-    read_index.cache_clear()
     return train(config, resume=True)
 
 
@@ -42,7 +39,7 @@ def test_a_video_replaced_by_one_of_the_same_size_is_named(tiny_config: Callable
     config = tiny_config(f"data.root={root}")
     run = train(config)
     shutil.copyfile(root / "train" / "000001.mp4", root / "train" / "000000.mp4")
-    with pytest.raises(UserError, match=r"'000000.mp4' has other content: restore them, or start anew") as line:
+    with pytest.raises(UserError, match=r"'000000.mp4' has other content: restore them, or start again") as line:
         _resume(config)
     assert str(line.value).startswith(f"the videos of {run} have changed since its checkpoint: ")
     shutil.rmtree(run / "checkpoints")  # nothing was learned from the old ones yet

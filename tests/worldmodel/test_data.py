@@ -2,6 +2,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -9,24 +10,71 @@ import pytest
 import torch
 
 from data_pipelines.errors import UserError
+from data_pipelines.index import VideoIndex
 from data_pipelines.shards.packing import pack_videos
-from data_pipelines.splits import SPLITS
+from data_pipelines.split_folders import split_folders
+from data_pipelines.splits import SPLITS, Split
 from data_pipelines.transforms import split_segments
 from data_pipelines.worlds.kicked_mnist import KickedMnistLaw
+from data_pipelines.worlds.law import Law
 from data_pipelines.worlds.moving_mnist import MovingMnistLaw
 from data_pipelines.worlds.written import write_whole
-from tests.conftest import videos_of
+from tests.conftest import REPO, videos_of
 from tests.data_pipelines.shard_server import ShardServer
-from worldmodel.config import Config
-from worldmodel.data import evaluation_batches, known_law, read_index, split_folders, training_stream
+from worldmodel.config import Config, load_config
+from worldmodel.sources import make_source
+from worldmodel.sources.videos import VideosSource
 from worldmodel.training.loop import train
+
+CAUSAL = REPO / "configs" / "causal" / "isotropic.yaml"
+
+
+def law_of(config: Config) -> Law | None:
+    return make_source(config).known_law("test", config.evaluation.horizon)
+
+
+def index_of(config: Config, split: Split) -> VideoIndex:
+    source = make_source(config)
+    assert isinstance(source, VideosSource)
+    return source.index(split)
+
+
+def test_a_source_keeps_its_videos_and_a_new_one_sees_new_videos(
+    tiny_config: Callable[..., Config], world: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(world, tmp_path / "w")
+    config = tiny_config(f"data.root={tmp_path / 'w'}")
+    source = make_source(config)
+    before = [batch["clip_id"].tolist() for batch in source.evaluation_batches("selection", 1000)]
+    shutil.copy(world / "selection" / "000000.mp4", tmp_path / "w" / "selection" / "new.mp4")
+    assert [batch["clip_id"].tolist() for batch in source.evaluation_batches("selection", 1000)] == before
+    after = [batch["clip_id"].tolist() for batch in make_source(config).evaluation_batches("selection", 1000)]
+    assert sum(map(len, after)) == sum(map(len, before)) + 1
+
+
+@pytest.mark.parametrize("name", ["videos", "moving_mnist", "causal"])
+def test_every_source_has_the_whole_interface(tiny_config: Callable[..., Config], name: str) -> None:
+    config = tiny_config(f"data.source={name}") if name != "causal" else load_config(CAUSAL, ["run_dir=unused"])
+    source = make_source(config)
+    stream = source.training_stream(1, rank=0, world_size=1, device=torch.device("cpu"))
+    [batch] = islice(stream, 1)
+    assert stream.state_dict() == {"next_batch": 1, "fingerprint": stream.fingerprint}
+    assert batch["video"].shape[2:] == source.frame_shape
+    assert batch.keys() == {"video", "clip_id", "row", "labels"}
+    [few] = source.evaluation_batches("test", 5)
+    assert few.keys() == batch.keys() and few["video"].shape == (5, *batch["video"].shape[1:])
+    source.check_split("train", 1, (), "")
+    assert source.url is None
+    assert (source.factors is not None) == (source.content == "factors") == (name == "causal")
+    assert (source.known_law("test", 1) is None) == (name == "causal")
+    assert (source.contents(()) is not None) == (name == "videos") == bool(list(source.video_files("test", 1)))
 
 
 def test_both_sources_have_one_batch_layout(tiny_config: Callable[..., Config]) -> None:
     cpu = torch.device("cpu")
     layouts = []
     for source in ("videos", "moving_mnist"):
-        stream = training_stream(tiny_config(f"data.source={source}"), 1, rank=0, world_size=1, device=cpu)
+        stream = make_source(tiny_config(f"data.source={source}")).training_stream(1, rank=0, world_size=1, device=cpu)
         batches = stream.batches()
         batch = next(batches)
         batches.close()
@@ -39,7 +87,7 @@ def test_both_sources_have_one_batch_layout(tiny_config: Callable[..., Config]) 
 
 def test_segments_of_a_video_come_in_order(tiny_config: Callable[..., Config]) -> None:
     """The digit's centroid moves by v within x and by v' into x+ and on: the labels say which segment is which."""
-    batch = next(iter(evaluation_batches(tiny_config(), "selection", 32)))
+    batch = next(iter(make_source(tiny_config()).evaluation_batches("selection", 32)))
     x, target, later = split_segments(batch["video"].float() / 255, 3).unbind(1)
     labels = batch["labels"]
     inside = (labels["centre"] + 2 * labels["velocity"] + 6 * labels["velocity_after"]).amax(dim=1) < 50
@@ -68,7 +116,7 @@ def test_evaluation_gives_the_asked_number_of_clips_always_the_same(
 ) -> None:
     for source in ("videos", "moving_mnist"):
         config = tiny_config(f"data.source={source}")
-        first, again = (list(evaluation_batches(config, "test", 20)) for _ in range(2))
+        first, again = (list(make_source(config).evaluation_batches("test", 20)) for _ in range(2))
         assert sum(len(batch["video"]) for batch in first) == 20
         assert all(torch.equal(a["video"], b["video"]) for a, b in zip(first, again, strict=True))
 
@@ -78,11 +126,11 @@ def test_ranks_share_the_clips_of_an_evaluation(
     num_clips: int, world_size: int, tiny_config: Callable[..., Config]
 ) -> None:
     config = tiny_config("data.source=moving_mnist")
-    whole = list(evaluation_batches(config, "selection", num_clips))
+    whole = list(make_source(config).evaluation_batches("selection", num_clips))
     shared = [
         batch
         for rank in range(world_size)
-        for batch in evaluation_batches(config, "selection", num_clips, rank=rank, world_size=world_size)
+        for batch in make_source(config).evaluation_batches("selection", num_clips, rank=rank, world_size=world_size)
     ]
     for name in ("clip_id", "video"):
         assert torch.equal(torch.cat([batch[name] for batch in shared]), torch.cat([batch[name] for batch in whole]))
@@ -91,35 +139,35 @@ def test_ranks_share_the_clips_of_an_evaluation(
 
 def test_the_law_is_known_for_both_sources(tiny_config: Callable[..., Config]) -> None:
     for source in ("videos", "moving_mnist"):
-        law = known_law(tiny_config(f"data.source={source}"), "test")
+        law = law_of(tiny_config(f"data.source={source}"))
         assert isinstance(law, MovingMnistLaw) and law.setting == "A" and len(law.sprites) == 250
 
 
 def test_labels_do_not_hold_for_clips_that_are_cut_otherwise(tiny_config: Callable[..., Config]) -> None:
     overrides = ("data.num_segments=2", "data.num_frames=2", "data.size_px=32", "data.channels=3", "data.fps=5.0")
     for override in (*overrides, "evaluation.horizon=2"):
-        assert known_law(tiny_config(override), "test") is None
+        assert law_of(tiny_config(override)) is None
 
 
 def test_the_kicked_law_holds_for_clips_that_begin_at_kicks(
     tiny_config: Callable[..., Config], kicked_world: Path
 ) -> None:
     kicked = (f"data.root={kicked_world}", "evaluation.horizon=4")
-    assert isinstance(known_law(tiny_config(*kicked, "data.clip_step=6"), "test"), KickedMnistLaw)
-    assert known_law(tiny_config(*kicked, "data.clip_step=4"), "test") is None
+    assert isinstance(law_of(tiny_config(*kicked, "data.clip_step=6")), KickedMnistLaw)
+    assert law_of(tiny_config(*kicked, "data.clip_step=4")) is None
 
 
 def test_clips_are_as_long_as_their_rollouts(tiny_config: Callable[..., Config], kicked_world: Path) -> None:
     config = tiny_config(f"data.root={kicked_world}", "data.batch_size=4")
-    batches = training_stream(config, 2, rank=0, world_size=1, device=torch.device("cpu")).batches()
+    batches = make_source(config).training_stream(2, rank=0, world_size=1, device=torch.device("cpu")).batches()
     assert next(batches)["video"].shape[1] == 12
     batches.close()
-    assert next(evaluation_batches(config, "test", 4, horizon=3))["video"].shape[1] == 15
+    assert next(make_source(config).evaluation_batches("test", 4, horizon=3))["video"].shape[1] == 15
 
 
 def test_clips_for_evaluation_are_spread_over_the_split(tiny_config: Callable[..., Config], kicked_world: Path) -> None:
     config = tiny_config(f"data.root={kicked_world}")
-    [batch] = evaluation_batches(config, "train", 8)
+    [batch] = make_source(config).evaluation_batches("train", 8)
     sprites = batch["labels"]["sprite"].tolist()
     assert len(sprites) == 8 and len(set(sprites)) == 8
 
@@ -143,13 +191,13 @@ def test_classes_have_the_same_number_in_every_split(tiny_config: Callable[..., 
                 (tmp_path / "classes" / name / folder / video.name).hardlink_to(video)
     config = tiny_config(f"data.root={tmp_path / 'classes'}")
     for split in ("selection", "test"):
-        [batch] = evaluation_batches(config, split, 16)  # type: ignore[arg-type]
+        [batch] = make_source(config).evaluation_batches(split, 16)  # type: ignore[arg-type]
         assert batch["labels"]["label"].tolist() == [1] * 16
 
 
 def test_a_camera_is_for_lerobot_data_sets_only(tiny_config: Callable[..., Config]) -> None:
     with pytest.raises(UserError, match=r"camera='front': .* is a folder of video files, which has no cameras"):
-        next(iter(evaluation_batches(tiny_config("data.camera=front"), "test", 4)))
+        next(iter(make_source(tiny_config("data.camera=front")).evaluation_batches("test", 4)))
 
 
 @pytest.fixture
@@ -167,14 +215,14 @@ def test_shards_behind_a_url_serve_in_place_of_a_folder(
     cache = tmp_path / "cache"
     server = keep_open.enter_context(ShardServer(tmp_path / "packed"))
     config = tiny_config(f"data.root={server.url}", f"data.remote_cache_dir={cache}", "data.cache_mb=0")
-    assert len(read_index(config.data, "selection").videos) == 32
-    batches = training_stream(config, 1, rank=0, world_size=1, device=torch.device("cpu")).batches()
+    assert len(index_of(config, "selection").videos) == 32
+    batches = make_source(config).training_stream(1, rank=0, world_size=1, device=torch.device("cpu")).batches()
     assert next(batches)["video"].shape == (16, 9, 1, 64, 64)
     batches.close()
-    plain = torch.cat([batch["video"] for batch in evaluation_batches(tiny_config(), "test", 24)])
-    packed = torch.cat([batch["video"] for batch in evaluation_batches(config, "test", 24)])
+    plain = torch.cat([batch["video"] for batch in make_source(tiny_config()).evaluation_batches("test", 24)])
+    packed = torch.cat([batch["video"] for batch in make_source(config).evaluation_batches("test", 24)])
     assert sorted(map(hash_of, plain)) == sorted(map(hash_of, packed))
-    assert known_law(config, "test") is None and len(list(cache.glob("*/*.tar"))) > 4
+    assert law_of(config) is None and len(list(cache.glob("*/*.tar"))) > 4
 
 
 def hash_of(clip: torch.Tensor) -> int:
@@ -188,7 +236,7 @@ def test_videos_in_one_folder_of_shards_are_split_as_the_plain_ones(
     server = keep_open.enter_context(ShardServer(tmp_path / "packed"))
     for split in ("train", "selection", "test"):
         paths = [
-            {video.path for video in read_index(tiny_config(f"data.root={root}").data, split).videos}
+            {video.path for video in index_of(tiny_config(f"data.root={root}"), split).videos}
             for root in (world / "train", tmp_path / "packed", server.url)
         ]
         assert paths[0] == paths[1] == paths[2] and len(paths[0]) in (6, 52)
@@ -218,8 +266,8 @@ def test_splits_in_capitals_or_without_one_folder(
         (tmp_path / "v" / folder).mkdir(parents=True)
         for video in sorted((world / "train").glob("*.mp4"))[: counts.get(folder.lower(), 12)]:
             (tmp_path / "v" / folder / video.name).hardlink_to(video)
-    data = tiny_config(f"data.root={tmp_path / 'v'}").data
-    parts = [read_index(data, split) for split in SPLITS]
+    config = tiny_config(f"data.root={tmp_path / 'v'}")
+    parts = [index_of(config, split) for split in SPLITS]
     assert tuple(len(part.videos) for part in parts) == sizes
     paths = [part.root / video.path for part in parts for video in part.videos]
     assert len(set(paths)) == len(paths) and not any("label" in part.labels for part in parts)

@@ -15,6 +15,7 @@ from tests.data_pipelines.shard_server import ShardServer
 from worldmodel.commands.shared import check_remote
 from worldmodel.config import MovingMnistConfig
 from worldmodel.runs.checkpoint import load_run_config
+from worldmodel.sources import make_source
 
 
 @pytest.fixture
@@ -58,8 +59,8 @@ def test_with_the_users_word_it_is_evaluated(trained_run: Path, tmp_path: Path, 
 
 
 def test_what_is_not_a_url_of_videos_needs_no_word(trained_run: Path) -> None:
-    data = videos_of(load_run_config(trained_run))
-    check_remote(data, False)
-    check_remote(MovingMnistConfig(), False)
+    config = load_run_config(trained_run)
+    for data in (config.data, MovingMnistConfig()):
+        check_remote(make_source(replace(config, data=data)).url, False)
     with pytest.raises(UserError, match="'file:///etc' is not opened"):
-        check_remote(replace(data, root="file:///etc"), True)
+        check_remote(make_source(replace(config, data=replace(videos_of(config), root="file:///etc"))).url, True)

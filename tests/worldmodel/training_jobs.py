@@ -18,12 +18,12 @@ from unittest.mock import patch
 import torch
 from safetensors.torch import save_file
 
+from data_pipelines.batches import Batch
 from tests.conftest import REPO
 from worldmodel.commands.shared import leave
 from worldmodel.config import load_config
-from worldmodel.data import evaluation_batches, training_stream
-from worldmodel.evaluation import forecast
 from worldmodel.nets.parallel import local_shard
+from worldmodel.sources import make_source
 from worldmodel.training import loop as training
 from worldmodel.training.sharding import whole
 
@@ -42,14 +42,14 @@ def three_updates(out: Path, cases: dict[str, list[str]]) -> None:
 def updates(name: str, path: str, overrides: list[str], out: Path) -> dict[str, torch.Tensor]:
     config = load_config(REPO / "configs" / path, overrides)
     accelerator = training.make_accelerator(config.train)
-    stream = training_stream(
-        config,
+    source = make_source(config)
+    stream = source.training_stream(
         config.objective.rollout_steps,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         device=accelerator.device,
     )
-    trainer = training.Trainer(config, accelerator, out, stream.fingerprint)
+    trainer = training.Trainer(config, accelerator, out, source, stream.fingerprint)
     assert trainer.sharded == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
     for module in (trainer.student, trainer.teacher):
         if module is not None and trainer.sharded:
@@ -108,17 +108,21 @@ def evaluate(out: Path, cases: dict[str, list[str]]) -> None:
         accelerator = training.make_accelerator(config.train)
         run = Path(config.run_dir)
         run.mkdir(parents=True, exist_ok=True)
-        trainer = training.Trainer(config, accelerator, run, "")
+        trainer = training.Trainer(config, accelerator, run, make_source(config), "")
         readings: list[list[int]] = []
         best = []
 
-        def spied(*arguments: Any, readings: list[list[int]] = readings, **options: Any) -> Iterator[dict[str, Any]]:
+        read = trainer.source.evaluation_batches
+
+        def spied(
+            *arguments: Any, readings: list[list[int]] = readings, read: Any = read, **options: Any
+        ) -> Iterator[Batch]:
             readings.append([])
-            for batch in evaluation_batches(*arguments, **options):
+            for batch in read(*arguments, **options):
                 readings[-1] += batch["clip_id"].tolist()
                 yield batch
 
-        with trainer.progress(), patch.object(forecast, "evaluation_batches", spied):
+        with trainer.progress(), patch.object(trainer.source, "evaluation_batches", spied):
             if config.train.refine_steps:
                 trainer.refine(lambda: 0)
             else:
@@ -133,7 +137,7 @@ def run_until(out: Path, last_step: int, path: str, overrides: list[str], resume
     update = training.Trainer.update
     seen: dict[int, list[int]] = {}
 
-    def spied(self: training.Trainer, batches: Iterator[dict[str, Any]]) -> None:
+    def spied(self: training.Trainer, batches: Iterator[Batch]) -> None:
         batch = next(batches)
         seen[self.step] = batch["clip_id"].tolist()
         update(self, iter([batch]))

@@ -15,10 +15,9 @@ import torch
 
 from data_pipelines.errors import UserError, one_line, one_line_logger
 from data_pipelines.files import check_writable, write_text
-from data_pipelines.remote.stores import check_url, host_of, is_url
+from data_pipelines.remote.stores import check_url, host_of
 from data_pipelines.text_files import shown
 from worldmodel.commands.terminal import safe_terminal
-from worldmodel.config import DataConfig, VideosConfig
 
 log = one_line_logger(__name__)
 
@@ -133,16 +132,16 @@ def add_allow_remote(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-remote", action="store_true", help="read the run's videos from the URL in its config")
 
 
-def check_remote(data: DataConfig, is_allowed: bool) -> None:
+def check_remote(url: str | None, is_allowed: bool) -> None:
     """Report the host from which a run's videos are read. A run may come from a stranger: its user has to agree first.
 
     Raises:
         UserError: the videos lie behind a URL, and the user has not agreed.
     """
-    if not isinstance(data, VideosConfig) or not is_url(data.root):
+    if url is None:
         return
-    check_url(data.root)
-    host = host_of(data.root)
+    check_url(url)
+    host = host_of(url)
     if not is_allowed:
         raise UserError(
             f"the run's config names videos at {host!r}: --allow-remote reads them, with your credentials for that host"

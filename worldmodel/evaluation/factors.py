@@ -10,11 +10,12 @@ from torch import Tensor
 
 from data_pipelines.worlds.causal import WIDER
 from worldmodel.config import Config
-from worldmodel.data import causal_world, oracle_r, segments_of
+from worldmodel.data import oracle_r, segments_of
 from worldmodel.evaluation.forecast import frozen, mean_penalty
 from worldmodel.evaluation.readout import Readout, choose_readout
 from worldmodel.evaluation.scores import dci, r_squared
 from worldmodel.nets.world_model import WorldModel
+from worldmodel.sources import make_source
 
 DEVELOPMENT_CLIPS = 2048
 
@@ -73,7 +74,9 @@ def _embed(
     device: torch.device,
     width: float = 1.0,
 ) -> _Embedded:
-    batch = causal_world(config).draw_batch(count, generator, width)
+    world = make_source(config).factors
+    assert world is not None, config.data.source
+    batch = world.draw_batch(count, generator, width)
     segments = segments_of(batch, config.data.num_segments, device)
     state = student.observe(segments[:, 0])
     on_device = torch.Generator(device).manual_seed(config.evaluation.seed)

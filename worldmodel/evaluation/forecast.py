@@ -27,23 +27,15 @@ from data_pipelines.splits import Split
 from data_pipelines.stream import share_of_pass
 from data_pipelines.worlds.law import Law, Quantity
 from worldmodel.config import Config, VideosConfig
-from worldmodel.data import (
-    EVALUATION_BATCH,
-    actions_of,
-    check_splits,
-    evaluation_batches,
-    evaluation_uses,
-    known_law,
-    num_segments,
-    oracle_r,
-    segments_of,
-)
+from worldmodel.data import actions_of, check_splits, evaluation_uses, num_segments, oracle_r, segments_of
 from worldmodel.evaluation.probes import Splits, probe_all
 from worldmodel.evaluation.readout import Readout, choose_readout, fit_ridge
 from worldmodel.evaluation.scores import effective_rank, energy_score, forecast_scores, r_squared, retrieval_scores
 from worldmodel.nets.parallel import global_batch
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.report.illustrations import Fans, Illustrations, Latents
+from worldmodel.sources import make_source
+from worldmodel.sources.source import EVALUATION_BATCH, Source
 
 ENCODE_BATCH = 512
 BANK_CLIPS = 512
@@ -110,14 +102,15 @@ def evaluate_forecasts(
     Raises:
         UserError: a split has too few clips, or no such label as evaluation.label.
     """
-    check_splits(config, evaluation_uses(config))
+    source = make_source(config)
+    check_splits(source, config, evaluation_uses(config))
     sizes = config.evaluation
-    law = known_law(config, "test")
+    law = source.known_law("test", sizes.horizon)
     with frozen(student, target_encoder):
 
         def embed(split: Split, num_clips: int, horizon: int = 1, frames: int = 0) -> EmbeddedClips:
             return embed_clips(
-                config, student, target_encoder, split, num_clips, device, horizon=horizon, frames=frames
+                config, student, target_encoder, split, num_clips, device, source=source, horizon=horizon, frames=frames
             )
 
         queries = embed("test", sizes.queries, sizes.horizon, frames=NUM_EXAMPLES)
@@ -182,6 +175,7 @@ def development_scores(
     target_encoder: nn.Module,
     device: torch.device,
     *,
+    source: Source,
     rank: int = 0,
     world_size: int = 1,
 ) -> dict[str, float]:
@@ -194,8 +188,8 @@ def development_scores(
     same.
     """
     sizes = config.evaluation
-    shared: dict[str, Any] = {"progress": False, "rank": rank, "world_size": world_size}
-    law = known_law(config, "selection")
+    shared: dict[str, Any] = {"source": source, "progress": False, "rank": rank, "world_size": world_size}
+    law = source.known_law("selection", sizes.horizon)
     num_queries = min(DEVELOPMENT_QUERIES, sizes.selection_clips)
     with frozen(student, target_encoder):
         queries = embed_clips(
@@ -242,6 +236,7 @@ def embed_clips(
     num_clips: int,
     device: torch.device,
     *,
+    source: Source,
     horizon: int = 1,
     frames: int = 0,
     progress: bool = True,
@@ -259,9 +254,9 @@ def embed_clips(
         if values is not None:
             parts.setdefault(name, []).append(values.cpu())
 
-    law = known_law(config, split)
+    law = source.known_law(split, config.evaluation.horizon)
     batches = tqdm(
-        evaluation_batches(config, split, num_clips, horizon, rank=rank, world_size=world_size),
+        source.evaluation_batches(split, num_clips, horizon, rank=rank, world_size=world_size),
         desc=f"encoding {split}",
         unit="batch",
         disable=not progress,

@@ -46,6 +46,7 @@ from worldmodel.nets.distributions import kl_divergence
 from worldmodel.nets.latents import GaussianLatent, NoLatent
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.report.illustrations import Timeline
+from worldmodel.sources import make_source
 from worldmodel.training.losses import TrainingModel
 
 SEGMENTS_AT_ONCE = 64
@@ -89,8 +90,8 @@ def video_surprise(
     """
     data = config.data
     check_model(training.model)
-    if data.source == "causal":
-        raise UserError("surprise of a video file needs a run on videos: this one has data.source=causal")
+    if make_source(config).content != "frames":
+        raise UserError(f"surprise of a video file needs a run on videos: this one has data.source={data.source}")
     fps, decoder = (data.fps, data.decoder) if isinstance(data, VideosConfig) else (None, "auto")
     video = read_facts(path)
     shown = frames_on_screen(video, fps)

@@ -13,7 +13,6 @@ from data_pipelines.worlds.moving_mnist import SEGMENT_FRAMES
 from data_pipelines.worlds.planted import EVENTS, Planted, plant
 from data_pipelines.worlds.written import read_world
 from worldmodel.config import VideosConfig
-from worldmodel.data import known_law
 from worldmodel.evaluation.scores import auroc
 from worldmodel.evaluation.surprise import MEASURES, Transitions, check_model, score_transitions
 from worldmodel.runs.trained_run import TrainedRun
@@ -34,7 +33,7 @@ def detect_events(run: TrainedRun, num_videos: int, seed: int) -> dict[str, dict
             score videos.
     """
     check_model(run.model)
-    data, law = run.config.data, known_law(run.config, "test")
+    data, law = run.config.data, run.source.known_law("test", run.config.evaluation.horizon)
     if not isinstance(data, VideosConfig) or not isinstance(law, KickedMnistLaw) or law.borders != "bounce":
         raise UserError(
             f"events are planted in the kicked world with bouncing borders, and the run {run.folder} is not of it, or "

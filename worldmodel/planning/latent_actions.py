@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipelines.errors import UserError
-from worldmodel.data import evaluation_batches, labelled_actions, segments_of
+from worldmodel.data import labelled_actions, segments_of
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.runs.trained_run import TrainedRun
 
@@ -93,7 +93,7 @@ def prediction_error(
 def labelled_transitions(run: TrainedRun, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Transitions spread over the training split: states [N, D + Z], actions [N, A], embeddings of what came [N, D]."""
     parts = []
-    for batch in evaluation_batches(run.config, "train", count):
+    for batch in run.source.evaluation_batches("train", count):
         segments = segments_of(batch, 2 if run.config.data.num_segments == 2 else 3, run.device)
         action = labelled_actions(batch, run.config, 1)[:, 0].to(run.device)
         parts.append((run.model.observe(segments[:, 0]), action, run.target_encoder(segments[:, 1])))

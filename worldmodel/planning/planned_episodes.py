@@ -80,8 +80,10 @@ def state_readout(run: TrainedRun) -> Readout | None:
         return None
     try:
         with frozen(*networks):
-            fit = embed_clips(config, *networks, "train", sizes.fit_clips, run.device)
-            selection = embed_clips(config, *networks, "selection", sizes.selection_clips, run.device)
+            fit = embed_clips(config, *networks, "train", sizes.fit_clips, run.device, source=run.source)
+            selection = embed_clips(
+                config, *networks, "selection", sizes.selection_clips, run.device, source=run.source
+            )
         quantity_of(config, None, fit.labels)  # tells of a label that is missing
         return fitted_readout(config, None, fit, selection)
     except UserError as error:

@@ -105,7 +105,7 @@ class Tracker:
 def versions() -> dict[str, str]:
     """Versions of Python, this package and what it computes with; "-" for what is not installed."""
     found = {"python": platform.python_version()}
-    for name in ("worldmodel", "torch", "accelerate", "av", "decord", "numpy"):
+    for name in ("worldmodel", "torch", "accelerate", "av", "decord2", "numpy"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

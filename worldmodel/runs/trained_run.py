@@ -5,6 +5,7 @@ Legend: B clips, T frames, C channels, H = W pixels, D embedding dimensions, S s
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ from worldmodel.nets.teacher import Teacher
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.report.illustrations import Timeline
 from worldmodel.runs.checkpoint import Checkpoint, load_checkpoint, load_run_config
+from worldmodel.sources import make_source
+from worldmodel.sources.source import Source
 from worldmodel.training.losses import TrainingModel
 
 
@@ -40,6 +43,11 @@ class TrainedRun:
     """None where the objective has no teacher."""
     state: dict[str, Any]
 
+    @cached_property
+    def source(self) -> Source:
+        """The source of the run's clips, which holds what it has read."""
+        return make_source(self.config)
+
     @property
     def model(self) -> WorldModel:
         """The networks."""
@@ -57,8 +65,7 @@ class TrainedRun:
     @property
     def frame_shape(self) -> tuple[int, int, int]:
         """C, H, W of the frames that the run was trained on."""
-        data = self.config.data
-        return data.channels, data.size_px, data.size_px
+        return self.source.frame_shape
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
@@ -135,12 +142,8 @@ class TrainedRun:
             )
         if video.dtype != torch.uint8 and not video.is_floating_point():
             raise UserError(f"a clip of {video.dtype}: give uint8, or floating point in [0, 1]")
-        # Causal observations are numbers of any size.
-        if (
-            self.config.data.content != "factors"
-            and video.is_floating_point()
-            and not 0 <= video.min() <= video.max() <= 1
-        ):
+        # Observations of factors are numbers of any size.
+        if self.source.content == "frames" and video.is_floating_point() and not 0 <= video.min() <= video.max() <= 1:
             raise UserError(
                 f"a clip of values {video.min():g} to {video.max():g}: give uint8, or floating point in [0, 1]"
             )

@@ -30,18 +30,17 @@ from torch import Tensor, nn
 from torch.distributed import DistError
 from tqdm.auto import tqdm
 
+from data_pipelines.batches import Batch
 from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.transforms import on_device
 from worldmodel.build import build_training_model
-from worldmodel.config import Config, TeacherObjective, TrainConfig, VideosConfig, flatten, to_dict
+from worldmodel.config import Config, TeacherObjective, TrainConfig, flatten, to_dict
 from worldmodel.data import (
     check_contents,
     check_splits,
     evaluation_uses,
-    read_index,
     training_contents,
     training_inputs,
-    training_stream,
     training_uses,
 )
 from worldmodel.evaluation import factors, forecast
@@ -60,6 +59,8 @@ from worldmodel.runs.checkpoint import (
 from worldmodel.runs.lock import run_lock
 from worldmodel.runs.tracking import RowLostError, Tracker
 from worldmodel.runs.wandb_tracking import wandb_mode
+from worldmodel.sources import make_source
+from worldmodel.sources.source import Source
 from worldmodel.training import sharding
 from worldmodel.training.distributed import check_launch_environment, globalise_batch_norm
 from worldmodel.training.finite import Guard, NotFiniteStep, first_overflow, overflowed_gradients
@@ -122,22 +123,23 @@ def _train(
     rank, world_size = accelerator.process_index, accelerator.num_processes
     # The first process indexes the videos, then the first of each other host; the rest find an index.
     with accelerator.main_process_first(), accelerator.local_main_process_first():
-        check_splits(config, training_uses(config) | evaluation_uses(config))
-        stream = training_stream(
-            config, config.objective.rollout_steps, rank=rank, world_size=world_size, device=accelerator.device
+        source = make_source(config)
+        check_splits(source, config, training_uses(config) | evaluation_uses(config))
+        stream = source.training_stream(
+            config.objective.rollout_steps, rank=rank, world_size=world_size, device=accelerator.device
         )
         if config.train.refine_steps:
-            refinement_stream(config, accelerator.device)  # what it lacks is told now, not after hours of training
+            refinement_stream(source, config, accelerator.device)  # fails now, not after hours of training
         run = Path(config.run_dir)
         if accelerator.is_main_process:  # alone it reads and writes there: other hosts need not see the folder
             held.enter_context(run_lock(run))
             open_run(config, resume=resume, overwrite=overwrite)
             remove_leftovers(run)
-            check_contents(config, run)
-    contents = training_contents(config)
+            check_contents(source, config, run)
+    contents = training_contents(source, config)
     fingerprint = stream.fingerprint + (f"-{contents.hash()}" if contents else "")
     check_same_everywhere(accelerator, config, resume, fingerprint)
-    trainer = Trainer(config, accelerator, run, stream.fingerprint)
+    trainer = Trainer(config, accelerator, run, source, stream.fingerprint)
     if resume:
         trainer.load()
     accelerator.print(trainer.summary())
@@ -181,8 +183,10 @@ def _train(
 class Trainer:
     """What a run carries from step to step."""
 
-    def __init__(self, config: Config, accelerator: Accelerator, run: Path, stream_fingerprint: str) -> None:
-        self.config, self.accelerator, self.run = config, accelerator, run
+    def __init__(
+        self, config: Config, accelerator: Accelerator, run: Path, source: Source, stream_fingerprint: str
+    ) -> None:
+        self.config, self.accelerator, self.run, self.source = config, accelerator, run, source
         self.stream_fingerprint = stream_fingerprint
         if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
             keep_to_own_cores(accelerator.local_process_index)
@@ -238,7 +242,7 @@ class Trainer:
             teacher = sharding.filled(self.blank_teacher, teacher, device)
         return student, teacher or student.embedder
 
-    def update(self, batches: Iterator[dict[str, Any]]) -> None:
+    def update(self, batches: Iterator[Batch]) -> None:
         """One optimiser step on one batch."""
         config, accelerator, timed = self.config, self.accelerator, self.times
         set_lr(self.optimizer, self.lr_at(self.step))
@@ -257,7 +261,7 @@ class Trainer:
                 self.teacher.update(self.student.embedder, momentum)
         self.step += 1
 
-    def compute_gradients(self, batches: Iterator[dict[str, Any]]) -> Losses:
+    def compute_gradients(self, batches: Iterator[Batch]) -> Losses:
         """The losses and gradients of the next step, on the next batch."""
         config, accelerator, timed = self.config, self.accelerator, self.times
         with timed("step"), timed("data"):
@@ -284,7 +288,7 @@ class Trainer:
         if (scaler := self.accelerator.scaler) and scaler.get_scale() < MIN_SCALE:
             raise NotFiniteStep(self.step, "gradients still overflow at the least scale of fp16")
 
-    def explained(self, error: NotFiniteStep, batches: Iterator[dict[str, Any]]) -> UserError:
+    def explained(self, error: NotFiniteStep, batches: Iterator[Batch]) -> UserError:
         """The error, with the module that overflowed first.
 
         The step runs again, on the weights that it had: those have not moved since. All processes call it together.
@@ -376,18 +380,16 @@ class Trainer:
         student, target_encoder = self.whole()
         check_finite(self.step, model=student.state_dict(), teacher=target_encoder.state_dict())
         is_best = torch.zeros((), device=device)
-        if config.data.source == "causal":  # too quick to be worth sharing
+        if self.source.content == "factors":  # too quick to be worth sharing
             scores = factors.development_scores(config, student.model, device)
             score = -scores["factors_r2"]
         else:
-            with accelerator.main_process_first(), accelerator.local_main_process_first():
-                if isinstance(config.data, VideosConfig):
-                    read_index(config.data, "selection")
             scores = forecast.development_scores(
                 config,
                 student.model,
                 target_encoder,
                 device,
+                source=self.source,
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
             )
@@ -406,7 +408,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             device, config = self.accelerator.device, self.config
             autocast = self.accelerator.autocast
-            with closing(refinement_stream(config, device).batches(0)) as batches:
+            with closing(refinement_stream(self.source, config, device).batches(0)) as batches:
                 clips = embed_refinement_clips(config, student.model, target_encoder, batches, device, autocast, stop)
             precise = nullcontext if self.accelerator.scaler else autocast  # what fp16 needs scaling for is fast anyway
             caught = refine(config, student, clips, device, precise, self.log_refinement, stop)

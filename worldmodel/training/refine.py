@@ -10,20 +10,22 @@ embedding dimensions, F features, R latent dimensions, A numbers of an action, M
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from data_pipelines.batches import Batch, BatchStream
 from data_pipelines.errors import UserError
-from worldmodel.config import Config, VideosConfig
-from worldmodel.data import Batch, Stream, segment_span, training_inputs, training_stream
+from worldmodel.config import Config
+from worldmodel.data import segment_span, training_inputs
 from worldmodel.evaluation.forecast import frozen
 from worldmodel.nets.distance import similar_clips
 from worldmodel.nets.scene import NoScene
 from worldmodel.nets.world_model import Embedded, WorldModel
+from worldmodel.sources.source import Source
 from worldmodel.training.finite import Guard, first_overflow
 from worldmodel.training.losses import DistanceExamples, TrainingModel
 from worldmodel.training.optimisation import learning_rate, parameter_groups, set_lr, step_generator
@@ -70,16 +72,14 @@ class RefinementBatch:
     examples: DistanceExamples | None
 
 
-def refinement_stream(config: Config, device: torch.device) -> Stream:
+def refinement_stream(source: Source, config: Config, device: torch.device) -> BatchStream:
     """Open the stream of clips to embed, each with segments for `steps_of` steps.
 
     A clip starts where the refined steps of the one before it end, whatever data.clip_step is. Each segment is then
     embedded about once, and many videos are seen.
     """
-    data = config.data
-    if isinstance(data, VideosConfig):
-        data = replace(data, clip_step=config.train.refine_horizon * segment_span(data))
-    return training_stream(replace(config, data=data), steps_of(config), rank=0, world_size=1, device=device)
+    clip_step = config.train.refine_horizon * segment_span(config.data)
+    return source.training_stream(steps_of(config), rank=0, world_size=1, device=device, clip_step=clip_step)
 
 
 def steps_of(config: Config) -> int:

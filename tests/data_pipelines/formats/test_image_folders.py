@@ -21,7 +21,7 @@ from data_pipelines.indexing.folder import index_folder, merge_parts, verify_fol
 from data_pipelines.indexing.index_file import INDEX_NAME
 from data_pipelines.indexing.probe import index_file
 from data_pipelines.shards.packing import pack_videos
-from data_pipelines.stream import read_all
+from tests.data_pipelines.streams import read_clips
 
 STEP = 20  # grey values from one frame to the next
 
@@ -56,7 +56,7 @@ def test_frames_come_in_the_order_of_their_names(root: Path, channels: int) -> N
     assert index.labels["label"].tolist() == [0, 1, 1]  # run, walk
     spec = ClipSpec(num_segments=1, num_frames=3, frame_stride=2, clip_step=1)
     starts = [start for start in (0, 5, 10)]
-    for batch in read_all(index, spec, size_px=None, channels=channels, batch_size=100, num_workers=0):
+    for batch in read_clips(index, spec, size_px=None, channels=channels, batch_size=100, num_workers=0):
         for clip, video in enumerate(batch["video"]):
             row, first = next(
                 (row, clip - before)
@@ -149,5 +149,5 @@ def test_image_folders_have_no_cameras_and_are_not_packed(root: Path, tmp_path: 
 
 def test_a_rate_cannot_be_asked_of_images(root: Path) -> None:
     with pytest.raises(UserError) as caught:
-        list(read_all(_index(root), ClipSpec(fps=5), size_px=None, channels=1, batch_size=4))
+        list(read_clips(_index(root), ClipSpec(fps=5), size_px=None, channels=1, batch_size=4))
     assert re.search("fps|rate", str(caught.value))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipelines.batches import Batch
 from data_pipelines.clips import ClipSpec
 from data_pipelines.errors import UserError
 from data_pipelines.facts import BadFile, Video
@@ -23,7 +24,7 @@ from data_pipelines.index import VideoIndex
 from data_pipelines.indexing.folder import index_folder
 from data_pipelines.shards.packing import pack_videos
 from data_pipelines.splits import split_index
-from data_pipelines.stream import Batch, VideoStream, read_all
+from tests.data_pipelines.streams import make_stream, read_clips
 
 pyarrow = pytest.importorskip("pyarrow")
 
@@ -154,7 +155,7 @@ ALL_CLIPS = {
 def test_frames_and_actions_belong_together_and_no_clip_crosses_episodes(
     data_set: Path, read_numbers: Any, num_workers: int
 ) -> None:
-    stream = VideoStream(_index(data_set), SPEC, seed=0, num_workers=num_workers, **SETTINGS)
+    stream = make_stream(_index(data_set), SPEC, seed=0, num_workers=num_workers, **SETTINGS)
     batches = stream.batches()
     epoch = list(islice(batches, stream.batches_per_epoch))
     batches.close()
@@ -165,14 +166,14 @@ def test_frames_and_actions_belong_together_and_no_clip_crosses_episodes(
 
 def test_every_clip_of_the_other_camera(data_set: Path, read_numbers: Any) -> None:
     index = _index(data_set, camera=WRIST)
-    clips = _check(list(read_all(index, SPEC, size_px=None, channels=1, batch_size=32)), 1, read_numbers)
+    clips = _check(list(read_clips(index, SPEC, size_px=None, channels=1, batch_size=32)), 1, read_numbers)
     assert len(clips) == len(ALL_CLIPS) and set(clips) == ALL_CLIPS
 
 
 def test_actions_follow_the_frames_of_a_resampled_video(data_set: Path, read_numbers: Any) -> None:
     spec = ClipSpec(num_segments=2, num_frames=2, fps=FPS / 2)
     num_clips = 0
-    for batch in read_all(_index(data_set), spec, size_px=None, channels=1, batch_size=32):
+    for batch in read_clips(_index(data_set), spec, size_px=None, channels=1, batch_size=32):
         for video, action in zip(batch["video"], batch["labels"]["action"], strict=True):
             shown = [read_numbers(frame)[1] for frame in video]
             assert action[:, 0].tolist() == shown == list(range(shown[0], shown[0] + 8, 2))
@@ -189,7 +190,7 @@ def test_files_of_several_episodes_are_not_packed_as_one_video_each(data_set: Pa
 def test_few_episodes_are_split_by_time_within_each(data_set: Path, read_numbers: Any) -> None:
     seen = {}
     for split in ("train", "selection", "test"):
-        batches = read_all(split_index(_index(data_set), split), SPEC, size_px=None, channels=1, batch_size=32)
+        batches = read_clips(split_index(_index(data_set), split), SPEC, size_px=None, channels=1, batch_size=32)
         seen[split] = set(_check(list(batches), 0, read_numbers))
         assert seen[split]
     assert all(first + SPEC.span <= 160 for episode, first in seen["train"] if episode == 1)

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from data_pipelines.clip_decoder import make_clip_set
 from data_pipelines.clips import ClipSpec
 from data_pipelines.errors import UserError
 from data_pipelines.formats.registry import load_videos
@@ -30,9 +31,9 @@ from data_pipelines.remote.cache import HeldShards, RemoteShards
 from data_pipelines.remote.stores import Store
 from data_pipelines.shards.index_file import SHARDS_NAME
 from data_pipelines.shards.packing import pack_videos
-from data_pipelines.stream import VideoStream, make_source, read_all
 from tests.conftest import REPO
 from tests.data_pipelines.shard_server import ShardServer
+from tests.data_pipelines.streams import make_stream, read_clips
 
 SETTINGS: dict[str, Any] = {
     "size_px": None,
@@ -84,7 +85,7 @@ def _remote(index: VideoIndex, **changes: Any) -> RemoteShards:
 
 def _epoch(index: VideoIndex, num_workers: int = 0, **changes: Any) -> list[tuple[list[int], str]]:
     """The clips of an epoch's batches, and a hash of their pixels."""
-    stream = VideoStream(index, ClipSpec(), **(SETTINGS | {"num_workers": num_workers} | changes))
+    stream = make_stream(index, ClipSpec(), **(SETTINGS | {"num_workers": num_workers} | changes))
     batches = stream.batches()
     try:
         return [
@@ -107,7 +108,7 @@ def test_pixels_are_those_of_the_plain_files(index: VideoIndex, packed: VideoInd
     """Videos are numbered in the order of their names."""
     assert index.videos == packed.videos and index.content_hash == packed.content_hash
     shown = []
-    for batch in read_all(index, ClipSpec(), size_px=None, channels=1, batch_size=10):
+    for batch in read_clips(index, ClipSpec(), size_px=None, channels=1, batch_size=10):
         for clip, video in zip(batch["clip_id"].tolist(), batch["video"], strict=True):
             number = int(index.videos[clip].path[:2])
             assert [read_numbers(frame) for frame in video] == [(number, frame) for frame in range(9)]
@@ -283,12 +284,12 @@ def test_a_cache_that_cannot_hold_what_is_in_use_is_refused(index: VideoIndex, m
     sizes = sorted(shard.size_bytes for shard in _remote(index).shards.values())
     for num_workers, needed in ((0, 5), (1, 5), (2, 6)):
         fits = replace(index, remote=_remote(index, max_bytes=sum(sizes[-needed:])))
-        VideoStream(fits, ClipSpec(), **SETTINGS, num_workers=num_workers)
+        make_stream(fits, ClipSpec(), **SETTINGS, num_workers=num_workers)
         tight = replace(index, remote=_remote(index, max_bytes=sum(sizes[-needed:]) - 1))
         with pytest.raises(UserError, match=rf"remote_cache_mb=0 cannot hold the {needed} shards.* at least 1,"):
-            VideoStream(tight, ClipSpec(), **SETTINGS, num_workers=num_workers)
+            make_stream(tight, ClipSpec(), **SETTINGS, num_workers=num_workers)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # of four hosts, each has one lane
-    VideoStream(tight, ClipSpec(), **SETTINGS, rank=1, world_size=4, num_workers=0)
+    make_stream(tight, ClipSpec(), **SETTINGS, rank=1, world_size=4, num_workers=0)
 
 
 @pytest.mark.parametrize("times", [1, 100])
@@ -392,7 +393,7 @@ def test_a_cache_folder_that_cannot_be_written_is_one_line(server: ShardServer, 
 
 
 def test_shards_follow_each_other_in_a_lane(packed: VideoIndex) -> None:
-    source = make_source(packed, ClipSpec(), size_px=None, channels=1, decoder="pyav")
+    source = make_clip_set(packed, ClipSpec(), size_px=None, channels=1, decoder="pyav")
     first = source.table.first_clip_of_shard
     assert first is not None and first[-1] == 48
     assert [packed.videos[clip].shard for clip in first[:-1]] == sorted({video.shard for video in packed.videos})

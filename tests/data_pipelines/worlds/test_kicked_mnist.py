@@ -9,7 +9,6 @@ from data_pipelines.clips import ClipSpec
 from data_pipelines.decoders import read_frames
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.shards.packing import pack_videos
-from data_pipelines.stream import read_all
 from data_pipelines.worlds.digits import Sprites, load_sprites, pixel_centroid
 from data_pipelines.worlds.kicked_mnist import (
     BASE_SPEED_PX,
@@ -24,8 +23,9 @@ from data_pipelines.worlds.kicked_mnist import (
     render_digits,
     sample_videos,
     simulate,
-    write_world,
+    write_kicked_mnist,
 )
+from tests.data_pipelines.streams import read_clips
 from worldmodel.evaluation.scores import energy_score
 
 HORIZON = 8
@@ -43,7 +43,7 @@ def sprites() -> Sprites:
 @pytest.fixture(scope="module")
 def kicked_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("kicked") / "world"
-    write_world(root, {"train": 4, "selection": 2, "test": 3}, num_frames=18, num_processes=1)
+    write_kicked_mnist(root, {"train": 4, "selection": 2, "test": 3}, num_frames=18, num_processes=1)
     return root
 
 
@@ -153,7 +153,7 @@ def test_frame_labels_come_with_the_frames_of_each_clip_also_from_shards(kicked_
     row_of = {row["file_name"]: row for row in map(json.loads, lines)}
     pack_videos(kicked_world / "test", tmp_path / "shards")
     for index in (load_videos(kicked_world / "test"), load_videos(str(tmp_path / "shards"))):
-        [batch] = read_all(index, ClipSpec(2, 3, clip_step=6), size_px=None, channels=1, batch_size=64)
+        [batch] = read_clips(index, ClipSpec(2, 3, clip_step=6), size_px=None, channels=1, batch_size=64)
         assert batch["labels"]["digit"].shape == (9,) and batch["labels"]["centre"].shape == (9, 6, 2)
         for clip, (video, start) in enumerate((video, start) for video in index.videos for start in (0, 6, 12)):
             row = row_of[video.path]

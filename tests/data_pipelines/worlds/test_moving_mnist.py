@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data_pipelines.batches import Batch
 from data_pipelines.decoders import read_frames
 from data_pipelines.errors import UserError
 from data_pipelines.splits import SPLITS, Split
@@ -20,7 +21,7 @@ from data_pipelines.worlds.moving_mnist import (
     last_context_centre,
     sample_law,
     sample_trajectories,
-    write_world,
+    write_moving_mnist,
 )
 from data_pipelines.worlds.written import read_sprites
 from worldmodel.evaluation.scores import energy_score
@@ -123,7 +124,7 @@ def test_target_segments_of_the_true_future_are_the_clip(sprites: Sprites) -> No
 
 
 def test_batches_are_a_function_of_seed_and_number_and_ranks_share_them(sprites: Sprites) -> None:
-    def first_batches(start: int, seed: int = 1, rank: int = 0, world_size: int = 1) -> list[dict]:
+    def first_batches(start: int, seed: int = 1, rank: int = 0, world_size: int = 1) -> list[Batch]:
         stream = MovingMnistStream(
             sprites, setting="A", batch_size=8, seed=seed, rank=rank, world_size=world_size
         ).batches(start)
@@ -178,10 +179,10 @@ def test_mnist_files_that_are_missing_cut_or_no_idx(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no t10k-images-idx3-ubyte"):
         load_sprites("test", tmp_path)
     write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", np.zeros((3, 28, 28), np.uint8), cut=5)
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match="truncated"):
         load_sprites("test", tmp_path)
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(b"no gzip")
-    with pytest.raises(UserError, match="no readable gzip"):
+    with pytest.raises(UserError, match="not a readable gzip"):
         load_sprites("test", tmp_path)
 
 
@@ -202,16 +203,16 @@ def test_a_written_world_holds_what_its_labels_say(world: Path) -> None:
 
 def test_writing_goes_on_where_it_stopped_and_refuses_other_parameters(tmp_path: Path) -> None:
     counts: dict[Split, int] = {"train": 3, "selection": 2, "test": 2}
-    write_world(tmp_path / "w", counts, num_processes=1)
+    write_moving_mnist(tmp_path / "w", counts, num_processes=1)
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "w").rglob("*.mp4")}
     lost = tmp_path / "w" / "train" / "000001.mp4"
     content = lost.read_bytes()
     lost.unlink()
     (tmp_path / "w" / "train" / "metadata.jsonl").unlink()
-    write_world(tmp_path / "w", counts, num_processes=1)
+    write_moving_mnist(tmp_path / "w", counts, num_processes=1)
     assert lost.read_bytes() == content
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items() if path != lost)
     with pytest.raises(UserError, match="other parameters"):
-        write_world(tmp_path / "w", counts, seed=1, num_processes=1)
-    with pytest.raises(UserError, match="holds no world"):
-        write_world(tmp_path, counts, num_processes=1)
+        write_moving_mnist(tmp_path / "w", counts, seed=1, num_processes=1)
+    with pytest.raises(UserError, match="does not hold a world"):
+        write_moving_mnist(tmp_path, counts, num_processes=1)

@@ -15,14 +15,15 @@ from data_pipelines.decoders import read_facts, read_frames
 from data_pipelines.errors import UserError
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.splits import Split
-from data_pipelines.stream import VideoStream, read_all
 from data_pipelines.worlds.digits import pixel_centroid
 from data_pipelines.worlds.recorder import Recording, record
-from data_pipelines.worlds.two_rooms import ENV_ID, move, step_of_action
+from data_pipelines.worlds.two_rooms import ENV_ID
+from data_pipelines.worlds.two_rooms_law import move, step_of_action
 from tests.conftest import REPO, TINY, run_script, script_environment
 from tests.data_pipelines.conftest import DECODERS
+from tests.data_pipelines.streams import make_stream, read_clips
 from worldmodel.config import load_config
-from worldmodel.data import evaluation_batches, known_law
+from worldmodel.sources import make_source
 
 ROOMS = f"data_pipelines.worlds.two_rooms:{ENV_ID}"
 COUNTER = "tests.data_pipelines.worlds.tiny_env:tests/Counter-v0"
@@ -60,7 +61,7 @@ def assert_follows_the_law(labels: dict[str, torch.Tensor]) -> None:
 def test_decoded_dots_are_where_the_labels_of_their_frames_say(rooms: Path, decoder: str) -> None:
     index = load_videos(rooms / "test")
     spec = ClipSpec(3, 4, clip_step=5)
-    [batch] = read_all(index, spec, size_px=None, channels=3, batch_size=64, decoder=decoder)
+    [batch] = read_clips(index, spec, size_px=None, channels=3, batch_size=64, decoder=decoder)
     labels = batch["labels"]
     assert batch["video"].shape == (30, 12, 3, 64, 64) and labels["action"].shape == (30, 12, 2)
     off = (dot_place(batch["video"]) - labels["state"]).norm(dim=-1)
@@ -73,7 +74,7 @@ def test_decoded_dots_are_where_the_labels_of_their_frames_say(rooms: Path, deco
 
 
 def test_training_batches_carry_actions_and_states(rooms: Path) -> None:
-    stream = VideoStream(
+    stream = make_stream(
         load_videos(rooms / "train"), ClipSpec(3, 3, clip_step=1), size_px=64, channels=3,
         batch_size=16, num_lanes=4, pool_clips=32, seed=0,
     )  # fmt: skip
@@ -87,10 +88,10 @@ def test_training_batches_carry_actions_and_states(rooms: Path) -> None:
 def test_evaluation_reads_a_recording_as_videos_without_a_law(rooms: Path) -> None:
     overrides = [*TINY, f"data.root={rooms}", "data.channels=3", "data.num_frames=3", "data.frame_stride=1"]
     config = load_config(REPO / "configs" / "video.yaml", overrides)
-    [batch] = evaluation_batches(config, "test", 10)
+    [batch] = make_source(config).evaluation_batches("test", 10)
     assert batch["labels"]["state"].shape == (10, 9, 2)
     assert_follows_the_law(batch["labels"])
-    assert known_law(config, "test") is None
+    assert make_source(config).known_law("test", 1) is None
 
 
 def test_the_last_frame_has_no_action(rooms: Path) -> None:
@@ -215,7 +216,7 @@ def test_a_complete_recording_is_left_alone_and_another_is_refused(rooms: Path, 
         (lambda: Recording(COUNTER, imports=("no_such_module",)), "module 'no_such_module' cannot be imported"),
         (lambda: Recording(COUNTER, kwargs={"colour": 3}), "cannot be made: .*colour"),
         (lambda: Recording(ROOMS, kwargs={"slip": 3}), "slip=3 must be a number within 0..1"),
-        (lambda: Recording(COUNTER, kwargs={"pictures": {1, 2}}), "are not what JSON can hold"),
+        (lambda: Recording(COUNTER, kwargs={"pictures": {1, 2}}), "cannot be represented in JSON"),
         (lambda: Recording(COUNTER, kwargs={"pictures": False}), "renders str with render_mode='rgb_array'"),
         (lambda: Recording(COUNTER, kwargs={"actions": "lists"}), r"actions of Sequence\(.* cannot be recorded"),
         (lambda: Recording(COUNTER, policy="own"), "has no exploration_policy: use random, drift, uniform"),
@@ -245,8 +246,11 @@ def test_there_are_episodes_in_every_split_and_processes_to_record_them(tmp_path
     ("arguments", "tells"),
     [
         (["--env", "tests/Nothing-v0"], "tests/Nothing-v0"),
-        (["--env", ROOMS, "--env-kwargs", "slip"], "--env-kwargs 'slip' must read NAME=VALUE, such as slip=0.1"),
-        (["--env", ROOMS], "holds no world of this script"),
+        (
+            ["--env", ROOMS, "--env-kwargs", "slip"],
+            "argument 'slip' of the environment must read NAME=VALUE",
+        ),
+        (["--env", ROOMS], "does not hold a world"),
     ],
 )
 def test_the_script_tells_mistakes_in_one_line(arguments: list[str], tells: str, tmp_path: Path) -> None:
@@ -264,7 +268,7 @@ def test_pusht_is_recorded(tmp_path: Path) -> None:
     recording = Recording("gym_pusht/PushT-v0", imports=("gym_pusht",), policy="drift", num_steps=12, size_px=96)
     record(tmp_path, {"train": 1, "selection": 1, "test": 2}, recording, num_processes=1)
     index = load_videos(tmp_path / "test")
-    [batch] = read_all(index, ClipSpec(1, 13), size_px=None, channels=3, batch_size=4)
+    [batch] = read_clips(index, ClipSpec(1, 13), size_px=None, channels=3, batch_size=4)
     labels = batch["labels"]
     assert batch["video"].shape == (2, 13, 3, 96, 96)
     assert labels["action"].shape == (2, 13, 2) and labels["state"].shape == (2, 13, 5)

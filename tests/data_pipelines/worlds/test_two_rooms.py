@@ -10,24 +10,21 @@ from gymnasium.utils.env_checker import check_env
 
 from data_pipelines.errors import UserError
 from data_pipelines.worlds.digits import pixel_centroid
-from data_pipelines.worlds.two_rooms import (
+from data_pipelines.worlds.two_rooms import ENV_ID, TwoRoomsEnv, run_straight, wander
+from data_pipelines.worlds.two_rooms_law import (
     DOOR_HEIGHT_PX,
     DOOR_Y_RANGE_PX,
-    ENV_ID,
     FIXED_DOOR_Y_PX,
     FIXED_WALL_X_PX,
     HIGH_PX,
     LOW_PX,
     WALL_WIDTH_PX,
     WALL_X_RANGE_PX,
-    TwoRoomsEnv,
     draw,
     is_free,
     move,
-    run_straight,
     shortest_path_px,
     step_of_action,
-    wander,
 )
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]

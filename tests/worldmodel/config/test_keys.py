@@ -79,7 +79,8 @@ def train_and_evaluate(config: Config) -> None:
 def plan_once(config: Config) -> None:
     """One decision of a model that is conditioned on actions, untrained."""
     labels = {videos_of(config).action_label: torch.zeros(2, 2, config.model.action_dim)}
-    actions = actions_of({"labels": labels}, config, 1, torch.device("cpu"))
+    batch: Any = {"labels": labels}
+    actions = actions_of(batch, config, 1, torch.device("cpu"))
     assert actions.shape == (2, 1, config.model.action_dim)
     run = TrainedRun(Path("run"), config, build_training_model(config).eval(), None, {})
     policy = LatentPolicy(run, config.planning, seed=0)

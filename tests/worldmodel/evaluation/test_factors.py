@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from data_pipelines.worlds.causal import NUM_FACTORS
+from data_pipelines.worlds.causal import NUM_FACTORS, CausalWorld
 from tests.conftest import REPO, run_script
 from tests.data_pipelines.worlds.test_causal import unmix
 from worldmodel.config import Config, load_config
-from worldmodel.data import causal_world
 from worldmodel.evaluation.factors import development_scores, evaluate_factors, tree_importance
 from worldmodel.nets.latents import Inference, NoLatent
 from worldmodel.nets.world_model import WorldModel
+from worldmodel.sources import make_source
 
 CPU = torch.device("cpu")
 CAUSAL = REPO / "configs" / "causal" / "heteroscedastic.yaml"
@@ -24,7 +24,9 @@ class Unmixer(WorldModel):
 
     def __init__(self, config: Config, warp: float) -> None:
         nn.Module.__init__(self)
-        self.world = causal_world(config)
+        world = make_source(config).factors
+        assert isinstance(world, CausalWorld)
+        self.world = world
         self.warp = warp
         self.latent = NoLatent()
         self.embedding_dim = NUM_FACTORS

@@ -14,12 +14,13 @@ from data_pipelines.worlds.moving_mnist import centroid_velocity, sample_law
 from worldmodel import WorldModel, load
 from worldmodel.build import build_model
 from worldmodel.config import Config
-from worldmodel.data import known_law
 from worldmodel.evaluation import forecast
 from worldmodel.evaluation.forecast import development_scores, evaluate_forecasts
 from worldmodel.nets.latents import Inference, NoLatent
 from worldmodel.nets.scene import NoScene
 from worldmodel.nets.teacher import Teacher
+from worldmodel.sources import make_source
+from worldmodel.sources.videos import VideosSource
 from worldmodel.training.loop import train
 
 CPU = torch.device("cpu")
@@ -146,7 +147,7 @@ def test_a_run_is_scored_at_every_step_of_its_horizon(kicked: Any) -> None:
     assert result.illustrations.neighbour_steps == (1, 2, 4)
     fans = result.illustrations.fans
     assert fans is not None and fans.law is not None
-    law = known_law(kicked.config, "test")
+    law = kicked.source.known_law("test", kicked.config.evaluation.horizon)
     assert isinstance(law, KickedMnistLaw)
     # What is drawn is where the ink is in the frames shown.
     seen = pixel_centroid(torch.from_numpy(result.illustrations.frames[:, 2::3, 0]).float())
@@ -174,16 +175,16 @@ def test_development_scores_leave_the_networks_training(tiny_config: Callable[..
     student.train()
     teacher.train()
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    scores = development_scores(config, student, teacher, CPU)
+    scores = development_scores(config, student, teacher, CPU, source=make_source(config))
     assert scores["relative_energy_score"] > 0 and math.isfinite(scores["energy_score"])
     assert student.training and teacher.training
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
 def test_videos_without_a_law_are_scored_in_embedding_space(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "known_law", lambda config, split: None)
+    monkeypatch.setattr(VideosSource, "known_law", lambda source, split, horizon: None)
     result = evaluate_forecasts(trained.config, trained.model, trained.target_encoder, CPU)
-    scores = development_scores(trained.config, trained.model, trained.target_encoder, CPU)
+    scores = development_scores(trained.config, trained.model, trained.target_encoder, CPU, source=trained.source)
     assert result.metrics["space"] == "embedding" and result.metrics["quantity"] is None
     assert result.metrics["forecasts"] == result.metrics["embedding"]["forecasts"]
     assert set(result.metrics["forecasts"]) == CONTROLS | {"climatology"}
@@ -195,7 +196,8 @@ def test_too_few_clips_is_one_line(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config()
     student = build_model(config)
     with pytest.raises(UserError, match="fewer than 2 clips"):
-        forecast.embed_clips(config, student.eval(), Teacher(student.embedder).eval(), "test", 1, CPU)
+        networks = student.eval(), Teacher(student.embedder).eval()
+        forecast.embed_clips(config, *networks, "test", 1, CPU, source=make_source(config))
 
 
 def test_labels_that_name_clips_or_do_not_vary_are_not_probed_for() -> None:

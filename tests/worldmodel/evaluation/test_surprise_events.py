@@ -25,7 +25,9 @@ STARTS = np.arange(0, 52, 3)  # transitions of nine frames in 60
 @pytest.fixture(scope="module")
 def kicked_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("kicked")
-    kicked_mnist.write_world(root / "world", {"train": 8, "selection": 4, "test": 4}, num_frames=18, num_processes=1)
+    kicked_mnist.write_kicked_mnist(
+        root / "world", {"train": 8, "selection": 4, "test": 4}, num_frames=18, num_processes=1
+    )
     AcceleratorState._reset_state(reset_partial_state=True)
     overrides = (f"data.root={root / 'world'}", f"run_dir={root / 'run'}", "data.batch_size=4")
     return train(load_config(REPO / "configs" / "demo.yaml", [*TINY, *overrides]))

@@ -35,7 +35,9 @@ def trained(run: Path, beta: float, steps: int) -> tuple[float, float]:
     result = load(train(config))
     with torch.no_grad():
         fit, held_out = (
-            embed_clips(config, result.model, result.target_encoder, split, 2048, CPU, progress=False)
+            embed_clips(
+                config, result.model, result.target_encoder, split, 2048, CPU, source=result.source, progress=False
+            )
             for split in ("train", "test")
         )
     change = [clips.labels["velocity_change"] for clips in (fit, held_out)]

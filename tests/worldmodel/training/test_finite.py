@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from data_pipelines.batches import Batch
 from data_pipelines.errors import UserError
 from tests.conftest import REPO, TINY, normal, run_script, script_environment
 from tests.worldmodel.runs.test_checkpoint import make
@@ -24,6 +25,7 @@ from tests.worldmodel.training.test_loop import DEMO, assert_same_weights, rows
 from worldmodel import load
 from worldmodel.config import Config
 from worldmodel.runs.checkpoint import load_checkpoint, save_checkpoint
+from worldmodel.sources import make_source
 from worldmodel.training import refine as refine_module
 from worldmodel.training.finite import Guard, first_overflow, not_finite, overflowed_gradients
 from worldmodel.training.loop import Interrupted, Trainer, make_accelerator, train
@@ -109,7 +111,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, float], None]:
     compute = Trainer.compute_gradients
 
     def poison(bad_step: int, value: float) -> None:
-        def poisoned(self: Trainer, batches: Iterator[dict[str, Any]]) -> Any:
+        def poisoned(self: Trainer, batches: Iterator[Batch]) -> Any:
             losses = compute(self, batches)
             if self.step + 1 == bad_step:
                 self.student.embedder.projector[0].weight.grad.view(-1)[7] = value  # type: ignore[operator, union-attr]
@@ -142,7 +144,7 @@ def test_a_signal_after_a_bad_step_saves_nothing(
     poisoned(3, NAN)
     update = Trainer.update
 
-    def stopped(self: Trainer, batches: Iterator[dict[str, Any]]) -> None:
+    def stopped(self: Trainer, batches: Iterator[Batch]) -> None:
         update(self, batches)
         if self.step == 5:
             signal.raise_signal(signal.SIGTERM)
@@ -238,7 +240,7 @@ def test_gradients_that_overflow_at_any_scale_end_the_run(
     tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config()
-    trainer = Trainer(config, make_accelerator(config.train), Path(config.run_dir), "")
+    trainer = Trainer(config, make_accelerator(config.train), Path(config.run_dir), make_source(config), "")
     trainer.step = 4
     for scale in (65536.0, 2.0**-20):
         monkeypatch.setattr(trainer.accelerator, "scaler", SimpleNamespace(get_scale=lambda scale=scale: scale))

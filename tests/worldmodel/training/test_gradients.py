@@ -5,8 +5,9 @@ from accelerate import Accelerator
 from tests.conftest import REPO, TINY
 from worldmodel.build import build_training_model
 from worldmodel.config import load_config
-from worldmodel.data import training_inputs, training_stream
+from worldmodel.data import training_inputs
 from worldmodel.nets.teacher import Teacher
+from worldmodel.sources import make_source
 from worldmodel.training.gradients import compute_gradients, micro_batches
 from worldmodel.training.objectives import OBJECTIVES
 from worldmodel.training.optimisation import step_generator
@@ -21,7 +22,7 @@ def in_so_many(num_parts: int, overrides: list[str]) -> tuple[dict[str, torch.Te
     torch.manual_seed(0)
     model = build_training_model(config).eval()
     teacher = Teacher(model.embedder).eval() if model.objective.needs_teacher else None
-    batch = next(training_stream(config, 1, rank=0, world_size=1, device=CPU).batches())
+    batch = next(make_source(config).training_stream(1, rank=0, world_size=1, device=CPU).batches())
     parts = micro_batches(training_inputs(batch, config, 1, CPU), batch["row"], num_parts)
     result = compute_gradients(
         Accelerator(cpu=True), model, teacher, parts, config.data.batch_size, 0.1, lambda: step_generator(0, 0, CPU)
@@ -55,7 +56,7 @@ def test_a_first_pass_leaves_running_statistics_to_the_second() -> None:
     config = load_config(REPO / "configs" / "causal" / "heteroscedastic.yaml", [*CAUSAL, "objective.name=infonce"])
     torch.manual_seed(0)
     model = build_training_model(config)
-    batch = next(training_stream(config, 1, rank=0, world_size=1, device=CPU).batches())
+    batch = next(make_source(config).training_stream(1, rank=0, world_size=1, device=CPU).batches())
     parts = micro_batches(training_inputs(batch, config, 1, CPU), batch["row"], 3)
     compute_gradients(Accelerator(cpu=True), model, None, parts, 32, 0.1, lambda: step_generator(0, 0, CPU))
     counts = {int(value) for name, value in model.embedder.named_buffers() if name.endswith("num_batches_tracked")}

@@ -22,8 +22,9 @@ from data_pipelines.transforms import split_segments, to_float
 from tests.conftest import REPO, run_processes, run_script, script_environment
 from worldmodel import load
 from worldmodel.config import Config
-from worldmodel.data import TrainingInputs, read_index, training_stream
+from worldmodel.data import TrainingInputs
 from worldmodel.nets.teacher import Teacher
+from worldmodel.sources import make_source
 from worldmodel.training import loop as train_module
 from worldmodel.training import timing
 from worldmodel.training.loop import compile_mode, make_accelerator, train
@@ -82,7 +83,7 @@ def test_each_segment_goes_where_it_belongs(
 ) -> None:
     """The model is given all segments, the teacher x+."""
     config = tiny_config("train.steps=1")
-    stream = training_stream(config, 1, rank=0, world_size=1, device=torch.device("cpu"))
+    stream = make_source(config).training_stream(1, rank=0, world_size=1, device=torch.device("cpu"))
     batches = stream.batches()
     expected = split_segments(to_float(next(batches)["video"]), 3)
     batches.close()
@@ -261,13 +262,11 @@ def test_resuming_on_other_videos_is_refused(tiny_config: Callable[..., Config],
     train(tiny_config())
     extra = world / "train" / "zz_extra.mp4"
     extra.write_bytes((world / "train" / "000000.mp4").read_bytes())
-    read_index.cache_clear()
     try:
         with pytest.raises(UserError, match="have changed since its checkpoint"):
             train(tiny_config(), resume=True)
     finally:
         extra.unlink()
-        read_index.cache_clear()
 
 
 def test_what_is_compiled(tiny_config: Callable[..., Config]) -> None:

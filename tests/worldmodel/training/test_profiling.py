@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from tests.conftest import REPO, TINY, normal
 from worldmodel.build import build_training_model
 from worldmodel.config import load_config
-from worldmodel.data import training_inputs, training_stream
+from worldmodel.data import training_inputs
 from worldmodel.nets.teacher import Teacher
+from worldmodel.sources import make_source
 from worldmodel.training.gradients import MicroBatch, compute_gradients, micro_batches
 from worldmodel.training.losses import TrainingModel
 from worldmodel.training.optimisation import step_generator
@@ -48,7 +49,7 @@ def test_the_flops_of_a_step_are_those_of_its_linear_layers(latent: str, num_par
     for module in (*model.modules(), *teacher.modules()):
         if isinstance(module, nn.Linear):
             module.register_forward_hook(add)
-    batch = next(training_stream(config, 1, rank=0, world_size=1, device=CPU).batches())
+    batch = next(make_source(config).training_stream(1, rank=0, world_size=1, device=CPU).batches())
     parts = micro_batches(training_inputs(batch, config, 1, CPU), batch["row"], num_parts)
     random_state = torch.random.get_rng_state()
     assert step_flops(model, teacher, parts) == expected > 0
@@ -66,7 +67,7 @@ def test_a_first_pass_is_counted_too() -> None:
     overrides = [*TINY, "data.source=causal", "run_dir=unused", "objective.name=infonce", "data.batch_size=32"]
     config = load_config(REPO / "configs" / "causal" / "heteroscedastic.yaml", overrides)
     model = build_training_model(config)
-    batch = next(training_stream(config, 1, rank=0, world_size=1, device=CPU).batches())
+    batch = next(make_source(config).training_stream(1, rank=0, world_size=1, device=CPU).batches())
     inputs = training_inputs(batch, config, 1, CPU)
     whole, in_two = (step_flops(model, None, micro_batches(inputs, batch["row"], num_parts)) for num_parts in (1, 2))
     assert 1.2 * whole < in_two < 1.5 * whole

@@ -14,8 +14,9 @@ from tests.worldmodel.training.test_loop import assert_same_weights, final_tenso
 from worldmodel import WorldModel
 from worldmodel.build import build_model, build_training_model
 from worldmodel.config import Config
-from worldmodel.data import segments_of, training_stream
+from worldmodel.data import segments_of
 from worldmodel.nets.teacher import Teacher
+from worldmodel.sources import make_source
 from worldmodel.training.loop import Interrupted, train
 from worldmodel.training.refine import (
     RefinementClips,
@@ -41,7 +42,7 @@ def full_precision() -> torch.autocast:
 
 
 def embedded(config: Config, model: WorldModel, target_encoder: nn.Module) -> RefinementClips:
-    with closing(refinement_stream(config, CPU).batches(0)) as batches:
+    with closing(refinement_stream(make_source(config), config, CPU).batches(0)) as batches:
         return embed_refinement_clips(config, model, target_encoder, batches, CPU, full_precision, never)
 
 
@@ -53,7 +54,7 @@ def test_clips_are_embedded_with_running_statistics_by_student_and_teacher(
     model = build_model(config)
     teacher = Teacher(build_model(config).embedder)
     clips = embedded(config, model, teacher)
-    with closing(training_stream(config, 1, rank=0, world_size=1, device=CPU).batches(0)) as batches:
+    with closing(make_source(config).training_stream(1, rank=0, world_size=1, device=CPU).batches(0)) as batches:
         segments = torch.cat([segments_of(next(batches), 3, CPU) for _ in range(2)])[:12]
     model.eval(), teacher.eval()
     with torch.no_grad():
@@ -66,7 +67,7 @@ def test_refined_clips_start_where_the_steps_of_the_one_before_end(
     tiny_config: Callable[..., Config], kicked_world: Path
 ) -> None:
     config = tiny_config(f"data.root={kicked_world}", "data.clip_step=1", "train.refine_horizon=2")
-    stream = refinement_stream(config, CPU)
+    stream = refinement_stream(make_source(config), config, CPU)
     # 8 videos of 24 frames: clips of 4 segments that begin at frames 0, 6 and 12
     assert isinstance(stream, VideoStream) and stream.batches_per_epoch == 8 * 3 // config.data.batch_size
     with closing(stream.batches(0)) as batches:

@@ -1,0 +1,164 @@
+"""The law of the two rooms, in closed form and in pixels, for any number of dots at once.
+
+- The dot's centre is a point in [4, 59] x [4, 59] px. The wall is 3 px wide and closed except for a door, 10 px high.
+- A step is a straight line. At its first contact with a wall it loses its component into the wall, and the rest slides
+  along the wall. A second contact ends it. So the dot passes the door exactly if the line of its motion does.
+
+Coordinates are (x, y) in px, x to the right and y down, pixel centres at integers. The dot is green, the wall red.
+"""
+
+import math
+from itertools import permutations
+
+import torch
+from torch import Tensor
+
+from data_pipelines.worlds.digits import CANVAS_PX
+
+LOW_PX, HIGH_PX = 4.0, 59.0
+"""Range of the dot's centre, on both axes."""
+WALL_WIDTH_PX, DOOR_HEIGHT_PX = 3.0, 10.0
+MAX_STEP_PX = 4.0
+DOT_STD_PX = 1.4
+
+FIXED_WALL_X_PX, FIXED_DOOR_Y_PX = 31.5, 20.0
+WALL_X_RANGE_PX = (20.0, 43.0)
+DOOR_Y_RANGE_PX = (LOW_PX + DOOR_HEIGHT_PX / 2, HIGH_PX - DOOR_HEIGHT_PX / 2)
+
+CONTACT_TOLERANCE_PX = 1e-3  # rounding may leave the dot this far inside a wall; the next contact corrects it
+
+
+# ------------------------------------------------------------------------------------------------ the law
+
+
+def step_of_action(action: Tensor) -> Tensor:
+    """Return the step of actions [..., 2], [..., 2] px. It is at most 4 px long for any action."""
+    return MAX_STEP_PX * clip_to_disc(action)
+
+
+def move(state: Tensor, step: Tensor, wall_x: Tensor | float, door_y: Tensor | float) -> Tensor:
+    """Return the state after a step: the law of the environment.
+
+    state [..., 2] px in the free area, step [..., 2] px of any length, wall_x and door_y [...] px; all are broadcast.
+    The result [..., 2] px has the type and device of the state. It never crosses a wall.
+    """
+    reached, rest = _leg(state, step, wall_x, door_y)
+    return _leg(reached, rest, wall_x, door_y)[0] if rest.any() else reached
+
+
+def is_free(state: Tensor, wall_x: Tensor | float, door_y: Tensor | float) -> Tensor:
+    """Return whether points [..., 2] px are in the free area of the dot's centre, bool [...]."""
+    low, high = _wall_parts(state, wall_x, door_y)
+    in_wall = ((state[..., None, :] > low) & (state[..., None, :] < high)).all(dim=-1).any(dim=-1)
+    return ((state >= LOW_PX) & (state <= HIGH_PX)).all(dim=-1) & ~in_wall
+
+
+def shortest_path_px(state: Tensor, goal: Tensor, wall_x: Tensor | float, door_y: Tensor | float) -> Tensor:
+    """Return the length of the shortest path from state to goal, float64 [...] px. Arguments broadcast as in `move`.
+
+    A shortest path among convex obstacles bends only at their corners. So it is the shortest of all paths over at most
+    two corners of the door that cross no wall (visibility graph; Lozano-Pérez & Wesley 1979).
+    """
+    state, goal, wall_x, door_y = _broadcast(state, goal, wall_x, door_y)
+    state, goal, wall_x, door_y = (values.double() for values in (state, goal, wall_x, door_y))
+    corners = [
+        torch.stack([wall_x + side * WALL_WIDTH_PX / 2, door_y + end * DOOR_HEIGHT_PX / 2], dim=-1)
+        for side in (-1, 1)
+        for end in (-1, 1)
+    ]
+    shortest = torch.full_like(wall_x, math.inf)
+    for num_bends in range(3):
+        for bends in permutations(corners, num_bends):
+            points = torch.stack([state, *bends, goal], dim=-2)
+            legs = points.diff(dim=-2)
+            contact, _, _ = _first_contact(points[..., :-1, :], legs, wall_x[..., None], door_y[..., None])
+            clear = (contact > 1 - 1e-9).all(dim=-1)
+            shortest = torch.where(clear, torch.minimum(shortest, legs.norm(dim=-1).sum(dim=-1)), shortest)
+    return shortest
+
+
+def clip_to_disc(action: Tensor) -> Tensor:
+    """Clip the length of actions [..., 2] to 1."""
+    return action / action.norm(dim=-1, keepdim=True).clamp(min=1)
+
+
+def _leg(state: Tensor, step: Tensor, wall_x: Tensor | float, door_y: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Go straight to the first contact or the end. Return the point [..., 2] and the rest of the step."""
+    state, step, wall_x, door_y = _broadcast(state, step, wall_x, door_y)
+    time, axis, face = _first_contact(state, step, wall_x, door_y)
+    touches = time < 1
+    time = time.clamp(0, 1)[..., None]
+    blocked = touches[..., None] & (axis[..., None] == torch.arange(2, device=state.device))
+    # The face itself, not a rounded point near it: the next step then slides along it.
+    reached = torch.where(blocked, face[..., None], state + time * step).clamp(LOW_PX, HIGH_PX)
+    return reached, torch.where(blocked, 0, (1 - time) * step)
+
+
+def _first_contact(state: Tensor, step: Tensor, wall_x: Tensor, door_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the first contact of steps with a wall: its time, its axis and the coordinate of the face. Each [...].
+
+    The time is a fraction of the step (> 1: after its end, or never). Intersections of rays and boxes are computed with
+    the slab method (Kay & Kajiya 1986). Touching a wall without entering it is not a contact.
+    """
+    low, high = _wall_parts(state, wall_x, door_y)
+    start, along = state[..., None, :], step[..., None, :]
+    moving = along != 0
+    pace = torch.where(moving, along, 1)
+    to_low, to_high = (low - start) / pace, (high - start) / pace
+    between = (start > low) & (start < high)
+    enter, axis = torch.where(moving, torch.minimum(to_low, to_high), torch.where(between, -math.inf, math.inf)).max(-1)
+    leave = torch.where(moving, torch.maximum(to_low, to_high), torch.where(between, math.inf, -math.inf)).amin(-1)
+    pace_in = along.expand(low.shape).gather(-1, axis[..., None])[..., 0]
+    meets = (enter < leave) & (enter * pace_in.abs() >= -CONTACT_TOLERANCE_PX)
+    near = torch.where(along > 0, low, high).gather(-1, axis[..., None])[..., 0]
+
+    bound = torch.where(step > 0, HIGH_PX, LOW_PX)
+    to_bound, bound_axis = torch.where(step != 0, (bound - state) / torch.where(step != 0, step, 1), math.inf).min(-1)
+    times = torch.cat([torch.where(meets, enter, math.inf), to_bound[..., None]], dim=-1)
+    axes = torch.cat([axis, bound_axis[..., None]], dim=-1)
+    faces = torch.cat([near, bound.gather(-1, bound_axis[..., None])], dim=-1)
+    time, first = times.min(dim=-1)
+    return time, axes.gather(-1, first[..., None])[..., 0], faces.gather(-1, first[..., None])[..., 0]
+
+
+def _wall_parts(state: Tensor, wall_x: Tensor | float, door_y: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return the low and high corners of the wall above and below the door, [..., 2 parts, 2 axes] px."""
+    _, _, wall_x, door_y = _broadcast(state, state, wall_x, door_y)
+    without_end = torch.full_like(door_y, math.inf)
+    left, right = wall_x - WALL_WIDTH_PX / 2, wall_x + WALL_WIDTH_PX / 2
+    top, bottom = door_y - DOOR_HEIGHT_PX / 2, door_y + DOOR_HEIGHT_PX / 2
+    low = torch.stack([left, -without_end, left, bottom], dim=-1)
+    high = torch.stack([right, top, right, without_end], dim=-1)
+    return low.unflatten(-1, (2, 2)), high.unflatten(-1, (2, 2))
+
+
+def _broadcast(
+    first: Tensor, second: Tensor, wall_x: Tensor | float, door_y: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Broadcast two tensors [..., 2] and two [...] to one shape, with the type and device of the first."""
+    wall_x, door_y = (torch.as_tensor(value, dtype=first.dtype, device=first.device) for value in (wall_x, door_y))
+    shape = torch.broadcast_shapes(first.shape[:-1], second.shape[:-1], wall_x.shape, door_y.shape)
+    first, second = first.expand(*shape, 2), second.to(first).expand(*shape, 2)
+    return first, second, wall_x.expand(shape), door_y.expand(shape)
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def draw(states: Tensor, wall_x: Tensor | float, door_y: Tensor | float) -> Tensor:
+    """Draw states [N, 2] with wall_x and door_y [N] px as RGB uint8 [N, 64, 64, 3], on the states' device.
+
+    The dot is a Gaussian blob (standard deviation 1.4 px) at sub-pixel position, in green. The red value of a pixel is
+    the fraction of it that the wall covers.
+    """
+    states, _, wall_x, door_y = _broadcast(states, states, wall_x, door_y)
+    pixel = torch.arange(CANVAS_PX, device=states.device, dtype=states.dtype)
+    columns, rows = torch.exp(-0.5 * ((pixel - states[..., None]) / DOT_STD_PX) ** 2).unbind(-2)
+    dot = rows[..., :, None] * columns[..., None, :]
+    wall = _cover(pixel, wall_x, WALL_WIDTH_PX)[..., None, :] * (1 - _cover(pixel, door_y, DOOR_HEIGHT_PX))[..., None]
+    return (torch.stack([wall, dot, torch.zeros_like(dot)], dim=-1) * 255).round().byte()
+
+
+def _cover(pixel: Tensor, centre: Tensor, width_px: float) -> Tensor:
+    """Return the fraction of each pixel that an interval covers: pixel [P], centre [N] -> [N, P]."""
+    return (width_px / 2 + 0.5 - (pixel - centre[..., None]).abs()).clamp(0, 1)

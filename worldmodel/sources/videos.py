@@ -1,0 +1,160 @@
+"""Videos in files: a folder, tar shards, a LeRobot data set or a URL."""
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import torch
+
+from data_pipelines.batches import Batch
+from data_pipelines.clip_decoder import clips_of
+from data_pipelines.clips import ClipSpec
+from data_pipelines.contents import Contents, contents_of
+from data_pipelines.errors import UserError
+from data_pipelines.index import VideoIndex
+from data_pipelines.remote.stores import is_url
+from data_pipelines.split_folders import load_split
+from data_pipelines.splits import Split
+from data_pipelines.stream import ReadSettings, StreamSettings, VideoStream, read_all
+from data_pipelines.worlds import kicked_mnist, moving_mnist
+from data_pipelines.worlds.kicked_mnist import KickedMnistLaw
+from data_pipelines.worlds.law import Law
+from data_pipelines.worlds.moving_mnist import MovingMnistLaw
+from data_pipelines.worlds.written import RECORDED, read_sprites, read_world
+from worldmodel.config import VideosConfig
+from worldmodel.sources.source import EVALUATION_BATCH, MIN_CLIPS, Content
+
+
+class VideosSource:
+    """Clips of video files (worldmodel.sources.source.Source).
+
+    Each split is indexed when it is first needed. The same source sees the same videos from then on. A new one sees
+    videos that were added since.
+    """
+
+    content: Content = "frames"
+    factors = None
+
+    def __init__(self, data: VideosConfig, *, seed: int, evaluation_seed: int) -> None:
+        self._data, self._seed = data, seed
+        self._indexes: dict[Split, VideoIndex] = {}
+
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        return self._data.channels, self._data.size_px, self._data.size_px
+
+    @property
+    def url(self) -> str | None:
+        return self._data.root if is_url(self._data.root) else None
+
+    def index(self, split: Split) -> VideoIndex:
+        """Return the index of a split's videos: those of its folder, or a share of all videos.
+
+        Raises:
+            UserError: there are no videos, or too many cannot be read.
+        """
+        if split not in self._indexes:
+            data = self._data
+            self._indexes[split] = load_split(
+                data.root,
+                split,
+                camera=data.camera,
+                max_bad_fraction=data.max_bad_fraction,
+                max_frame_px=data.max_frame_px,
+                cache_dir=Path(data.remote_cache_dir) if data.remote_cache_dir else None,
+                cache_mb=data.remote_cache_mb,
+            )
+        return self._indexes[split]
+
+    def clip_spec(self, steps: int, clip_step: int | None = None) -> ClipSpec:
+        """Return how clips for `steps` steps of prediction are cut."""
+        data = self._data
+        num_segments = data.num_segments + steps - 1
+        return ClipSpec(num_segments, data.num_frames, data.frame_stride, clip_step or data.clip_step, data.fps)
+
+    def training_stream(
+        self, steps: int, *, rank: int, world_size: int, device: torch.device, clip_step: int | None = None
+    ) -> VideoStream:
+        data = self._data
+        settings = StreamSettings(
+            batch_size=data.batch_size,
+            size_px=data.size_px,
+            channels=data.channels,
+            decoder=data.decoder,
+            num_workers=data.num_workers,
+            max_bad_fraction=data.max_bad_fraction,
+            decode_timeout_s=data.decode_timeout_s,
+            num_lanes=data.num_lanes,
+            pool_clips=data.pool_clips,
+            seed=self._seed,
+            cache_mb=data.cache_mb,
+        )
+        spec = self.clip_spec(steps, clip_step)
+        return VideoStream(self.index("train"), spec, settings, rank=rank, world_size=world_size)
+
+    def evaluation_batches(
+        self, split: Split, num_clips: int, horizon: int = 1, *, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Batch]:
+        """Clips are spread evenly over the split."""
+        data = self._data
+        settings = ReadSettings(
+            batch_size=EVALUATION_BATCH,
+            size_px=data.size_px,
+            channels=data.channels,
+            decoder=data.decoder,
+            num_workers=data.num_workers,
+            decode_timeout_s=data.decode_timeout_s,
+        )
+        spec = self.clip_spec(horizon)
+        batches = read_all(self.index(split), spec, settings, max_clips=num_clips, rank=rank, world_size=world_size)
+        yield from (batch for batch in batches if len(batch["video"]))
+
+    def known_law(self, split: Split, horizon: int) -> Law | None:
+        """Return the law of a written world; None for other videos, or if clips are not cut as its labels require."""
+        root = self._data.root
+        if self.url or (world := read_world(Path(root))) is None or world["world"] == RECORDED:
+            return None
+        sprites = read_sprites(Path(root) / split)
+        law: Law
+        if world["world"] == moving_mnist.WORLD:
+            law = MovingMnistLaw(world["setting"], sprites)
+        elif world["world"] == kicked_mnist.WORLD:
+            law = KickedMnistLaw(world["borders"], sprites)
+        else:
+            raise UserError(f"{root} holds an unknown world: {world['world']!r}")
+        return law if self._fits(law, horizon) else None
+
+    def _fits(self, law: Law, horizon: int) -> bool:
+        """Return whether clips are cut and shown as the labels of the law require."""
+        data, cut = self._data, law.clip_format
+        if (data.num_frames, data.size_px, data.channels) != (cut.num_frames, cut.size_px, 1):
+            return False
+        if (data.frame_stride, data.fps) != (1, None):
+            return False
+        if law.max_horizon is not None and horizon > law.max_horizon:
+            return False
+        if cut.whole_videos:
+            return data.num_segments == 3
+        return self.clip_spec(horizon).step % cut.num_frames == 0
+
+    def check_split(self, split: Split, steps: int, labels: Collection[str], keys: str) -> None:
+        index, spec, root = self.index(split), self.clip_spec(steps), self._data.root
+        for name in sorted(index.label_faults.keys() & labels):
+            raise UserError(f"the label {name!r} cannot be used: {index.label_faults[name]}")
+        try:
+            num_clips = clips_of(index, spec).num_clips
+        except UserError as error:
+            raise UserError(f"the {split} split of {root}: {error} (here: {keys})") from None
+        if num_clips < MIN_CLIPS:
+            raise UserError(
+                f"the {split} split of {root} has fewer than {MIN_CLIPS} clips of {spec.num_segments} segments: add "
+                f"videos, or lower data.clip_step, {keys}"
+            )
+
+    def contents(self, labels: Collection[str]) -> Contents:
+        return contents_of(self.index("train"), set(labels))
+
+    def video_files(self, split: Split, steps: int) -> Iterator[Path]:
+        index, span = self.index(split), self.clip_spec(steps).span
+        for video in index.videos:
+            if not video.shard and video.num_frames >= span:
+                yield index.root / video.path
