@@ -211,7 +211,7 @@ def test_a_complete_recording_is_left_alone_and_another_is_refused(rooms: Path, 
 @pytest.mark.parametrize(
     ("wrong", "tells"),
     [
-        (lambda: Recording("tests/Nothing-v0"), "environment 'tests/Nothing-v0' cannot be made: .*(Nothing|Namespace tests)"),
+        (lambda: Recording("tests/Nothing-v0"), "environment 'tests/Nothing-v0' cannot be made: .*tests"),
         (lambda: Recording("no_such_module:Env-v0"), "'no_such_module:Env-v0' cannot be made: .*no_such_module"),
         (lambda: Recording(COUNTER, imports=("no_such_module",)), "module 'no_such_module' cannot be imported"),
         (lambda: Recording(COUNTER, kwargs={"colour": 3}), "cannot be made: .*colour"),
