@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from worldmodel.commands.process import set_threads
 from worldmodel.nets.convolutions import (
     Conv2d,
     Conv3d,
@@ -36,8 +37,9 @@ from worldmodel.nets.convolutions import (
     skips_a_frame,
     splits_rows,
 )
+from worldmodel.nets.cpu import has_amx
 from worldmodel.nets.encoders import Conv3dEncoder, ResNetEncoder
-from worldmodel.training.machine import has_amx, machine_description, set_threads
+from worldmodel.training.machine import machine_description
 
 REPO = Path(__file__).resolve().parents[1]
 MAX_ERRORS = {"bf16": 0.02, "fp32": 1e-4}

@@ -20,10 +20,11 @@ from torch import Tensor
 from data_pipelines.errors import UserError
 from worldmodel import WorldModel, load
 from worldmodel.build import build_model
+from worldmodel.commands.process import keep_freed_memory
 from worldmodel.commands.shared import check_counts, report_errors, write_result
 from worldmodel.config import Config, load_config
 from worldmodel.sources import make_source
-from worldmodel.training.machine import fair_share_of_cores, keep_freed_memory, machine_description
+from worldmodel.training.machine import fair_share_of_cores, machine_description
 from worldmodel.training.timing import seconds_in_turns
 
 

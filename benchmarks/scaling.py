@@ -26,12 +26,14 @@ from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
+from worldmodel.commands.process import keep_freed_memory
 from worldmodel.commands.shared import check_counts, leave, report_errors, write_result
 from worldmodel.config import Config, MovingMnistConfig, load_config
 from worldmodel.sources import make_source
-from worldmodel.training.loop import Trainer, make_accelerator
-from worldmodel.training.machine import keep_freed_memory, machine_description
+from worldmodel.training.launch import make_accelerator
+from worldmodel.training.machine import machine_description
 from worldmodel.training.timing import synchronise
+from worldmodel.training.trainer import Trainer
 
 DEFAULTS = ("train.precision=auto", "train.num_threads=1")
 WARMUP_STEPS = 3
@@ -114,7 +116,7 @@ def run_steps(config: Config, steps: int, times: Path) -> None:
     source = make_source(config)
     steps_ahead = config.objective.rollout_steps
     stream = source.training_stream(steps_ahead, rank=rank, world_size=world_size, device=device)
-    trainer = Trainer(config, accelerator, times.parent, source, stream.fingerprint)
+    trainer = Trainer(config, accelerator)
     batches = stream.batches()
     seconds = []
     for _ in range(WARMUP_STEPS + steps):

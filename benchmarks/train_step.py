@@ -13,7 +13,6 @@ need no files.
 import argparse
 import multiprocessing
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,13 +28,15 @@ from tqdm.auto import tqdm
 
 from data_pipelines.batches import Batch
 from data_pipelines.errors import UserError
+from worldmodel.commands.process import keep_freed_memory, set_threads
 from worldmodel.commands.shared import check_counts, report_errors, write_result
 from worldmodel.config import ByolConfig, Config, Conv3dConfig, GaussianConfig, flatten, load_config, to_dict
 from worldmodel.sources import make_source
-from worldmodel.training.loop import Sums, Trainer, make_accelerator
-from worldmodel.training.machine import keep_freed_memory, machine_description, set_threads
+from worldmodel.training.launch import make_accelerator
+from worldmodel.training.machine import machine_description
 from worldmodel.training.optimisation import step_generator
 from worldmodel.training.timing import seconds_in_turns, synchronise
+from worldmodel.training.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.plain_step import AdaSslV, PlainStep, from_worldmodel
@@ -184,8 +185,7 @@ def in_fp32(config: Config) -> Trainer:
 def make_trainer(config: Config) -> Trainer:
     """A trainer before its first step. Those made before it can be used no more."""
     AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate knows one precision in a process
-    with tempfile.TemporaryDirectory(prefix="train_step_") as run:  # nothing is saved
-        return Trainer(config, make_accelerator(config.train), Path(run), make_source(config), "bench_train")
+    return Trainer(config, make_accelerator(config.train))
 
 
 def make_plain(config: Config, trainer: Trainer) -> PlainStep:
@@ -225,9 +225,9 @@ def our_losses(config: Config, trainer: Trainer, steps: int) -> list[float]:
     batches = stream_of(config, accelerator.device)
     losses = []
     for _ in tqdm(range(steps), f"losses, ours in {accelerator.mixed_precision.replace('no', 'fp32')}", unit="step"):
-        trainer.sums = Sums()
+        trainer.log.restart()
         trainer.update(batches)
-        losses.append(trainer.sums.means()["loss"])
+        losses.append(trainer.log.means()["loss"])
     return losses
 
 

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_bytes, write_text
 from data_pipelines.text_files import MAX_YAML_BYTES, read_small
+from worldmodel.commands.process import stop_signals
 from worldmodel.commands.shared import EXIT_USER_ERROR, make_out_folder, report_errors
 from worldmodel.config import Config, changed_keys, choices, load_config, to_yaml
 from worldmodel.report.comparison import (
@@ -49,8 +50,8 @@ from worldmodel.report.tables import value_at
 from worldmodel.runs.checkpoint import RESUMABLE_CHANGES, load_run_config
 from worldmodel.runs.metrics import METRICS_NAME, read_metrics_file
 from worldmodel.runs.tracking import read_metrics
-from worldmodel.training.loop import Interrupted, stop_signals
 from worldmodel.training.machine import fair_share_of_cores
+from worldmodel.training.session import Interrupted
 
 SCRIPTS = Path(__file__).resolve().parent
 OVERRIDE = re.compile(r"[\w.]+=.*", re.DOTALL)

@@ -14,6 +14,7 @@ import torch
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
 from worldmodel import TrainedRun, load
+from worldmodel.commands.process import keep_freed_memory
 from worldmodel.commands.shared import add_allow_remote, check_remote, check_run_writable, report_errors, write_result
 from worldmodel.evaluation.factors import evaluate_factors, factors_table
 from worldmodel.evaluation.forecast import evaluate_forecasts
@@ -24,7 +25,6 @@ from worldmodel.report.illustrations_file import ILLUSTRATIONS_NAME, save_parts
 from worldmodel.report.run_page import report_of_run
 from worldmodel.report.tables import markdown_table, value_at
 from worldmodel.runs.metrics import METRICS_NAME, read_metrics_file
-from worldmodel.training.machine import keep_freed_memory
 
 MIN_TIMELINE_TRANSITIONS = 4
 

@@ -33,7 +33,9 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 from tests.conftest import REPO
 from worldmodel.commands.shared import leave
 from worldmodel.config import TrainConfig, load_config
-from worldmodel.training import loop as training
+from worldmodel.training import launch, step_log
+from worldmodel.training.loop import train
+from worldmodel.training.trainer import Trainer
 
 NAME = "pretend"
 ATEN = torch.ops.aten
@@ -212,22 +214,22 @@ def refuses_mixtures() -> bool:
 
 def waits_of_steps(path: str, overrides: list[str]) -> Counter[str]:
     """Train on the device, with all that a training evaluates and saves: the waits of all steps but the first."""
-    update = training.Trainer.update
+    update = Trainer.update
     found: Counter[str] = Counter()
     gpu = PretendGpu()
 
-    def spied(self: training.Trainer, batches: Any) -> None:
+    def spied(self: Trainer, batches: Any) -> None:
         gpu.waits.clear()
         update(self, batches)
         if self.step > 1:
             found.update(gpu.waits)
 
-    with gpu, patch.object(training.Trainer, "update", spied), patch.object(training, "peak_flops_per_s", lambda *_: 1):
-        training.train(load_config(REPO / "configs" / path, overrides))
+    with gpu, patch.object(Trainer, "update", spied), patch.object(step_log, "peak_flops_per_s", lambda *_: 1):
+        train(load_config(REPO / "configs" / path, overrides))
     return found
 
 
-def accelerator_on_it(config: TrainConfig, make: Any = training.make_accelerator) -> Accelerator:
+def accelerator_on_it(config: TrainConfig, make: Any = launch.make_accelerator) -> Accelerator:
     accelerator = make(config)
     accelerator.state.device = PartialState._shared_state["device"] = DEVICE
     return accelerator
@@ -246,7 +248,7 @@ def exit_code(script: str, *arguments: str) -> int:
 if __name__ == "__main__":
     jobs = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
-    training.make_accelerator = accelerator_on_it
+    launch.make_accelerator = accelerator_on_it
     done = {
         "planted": planted_waits(),
         "refuses": refuses_mixtures(),

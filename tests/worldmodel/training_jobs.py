@@ -2,7 +2,8 @@
 
 three_updates OUT CASES    of each case, a config and overrides: losses, gradients, teacher, running statistics
 evaluate OUT CASES         of each case: the scores of an untrained model, refined where it says so; who saw which clips
-run_until OUT STEP anew|resume CONFIG OVERRIDE...    train; SIGTERM after a step; keeps the clips of each step
+run_until OUT STEP anew|resume CONFIG OVERRIDE...    train; the last process gets SIGTERM after a step; keeps the clips
+                                                     of each step
 """
 
 import json
@@ -20,12 +21,16 @@ from safetensors.torch import save_file
 
 from data_pipelines.batches import Batch
 from tests.conftest import REPO
+from worldmodel.commands.process import stop_signals
 from worldmodel.commands.shared import leave
 from worldmodel.config import load_config
-from worldmodel.nets.parallel import local_shard
+from worldmodel.nets.parallel import is_sharded, local_shard
 from worldmodel.sources import make_source
-from worldmodel.training import loop as training
-from worldmodel.training.sharding import whole
+from worldmodel.training import trainer as trainer_module
+from worldmodel.training.launch import make_accelerator
+from worldmodel.training.loop import train
+from worldmodel.training.session import Interrupted, Session
+from worldmodel.training.trainer import Trainer
 
 
 def three_updates(out: Path, cases: dict[str, list[str]]) -> None:
@@ -41,15 +46,14 @@ def three_updates(out: Path, cases: dict[str, list[str]]) -> None:
 
 def updates(name: str, path: str, overrides: list[str], out: Path) -> dict[str, torch.Tensor]:
     config = load_config(REPO / "configs" / path, overrides)
-    accelerator = training.make_accelerator(config.train)
-    source = make_source(config)
-    stream = source.training_stream(
+    accelerator = make_accelerator(config.train)
+    stream = make_source(config).training_stream(
         config.objective.rollout_steps,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         device=accelerator.device,
     )
-    trainer = training.Trainer(config, accelerator, out, source, stream.fingerprint)
+    trainer = Trainer(config, accelerator)
     assert trainer.sharded == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
     for module in (trainer.student, trainer.teacher):
         if module is not None and trainer.sharded:
@@ -68,36 +72,37 @@ def updates(name: str, path: str, overrides: list[str], out: Path) -> dict[str, 
     batches = stream.batches(0)
     found: dict[str, torch.Tensor] = {}
     for step in range(3):
-        trainer.sums = training.Sums()
+        trainer.log.restart()
         trainer.update(batches)
-        told = trainer.sums.means()
-        found |= {f"loss/{step}/{key}": torch.tensor(told[key]) for key in trainer.sums.losses}
-        found[f"rank/{step}"] = torch.tensor(told["effective_rank"])
+        means = trainer.log.means()
+        found |= {f"loss/{step}/{key}": torch.tensor(means[key]) for key in trainer.log.losses}
+        found[f"rank/{step}"] = torch.tensor(means["effective_rank"])
     batches.close()
     found |= {f"gradient/{key}": value for key, value in gradients.items()}
     found |= {f"buffer/{key}": value.clone() for key, value in trainer.student.named_buffers()}
     if trainer.teacher:
         found |= {f"teacher/{key}": value.clone() for key, value in trainer.teacher.state_dict().items()}
-    return {key: value.contiguous() for key, value in whole(found).items()}
+    full = {key: value.full_tensor() if is_sharded(value) else value for key, value in found.items()}
+    return {key: value.contiguous() for key, value in full.items()}
 
 
 @contextmanager
 def double_precision() -> Iterator[None]:
     """All that is fp32 elsewhere."""
     torch.set_default_dtype(torch.float64)
-    inputs, single = training.training_inputs, torch.Tensor.float
+    inputs, single = trainer_module.training_inputs, torch.Tensor.float
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
 
     def in_double(*arguments: Any) -> Any:
         taken = inputs(*arguments)
         return taken._replace(segments=taken.segments.double())
 
-    training.training_inputs = in_double  # type: ignore[assignment]
+    trainer_module.training_inputs = in_double  # type: ignore[assignment]
     try:
         yield
     finally:
         torch.set_default_dtype(torch.float32)
-        training.training_inputs, torch.Tensor.float = inputs, single  # type: ignore[method-assign]
+        trainer_module.training_inputs, torch.Tensor.float = inputs, single  # type: ignore[method-assign]
 
 
 def evaluate(out: Path, cases: dict[str, list[str]]) -> None:
@@ -105,14 +110,14 @@ def evaluate(out: Path, cases: dict[str, list[str]]) -> None:
     second score are the best so far. OUT/CASE/metrics.jsonl has the scores."""
     for name, (path, *overrides) in cases.items():
         config = load_config(REPO / "configs" / path, [*overrides, f"run_dir={out / name}"])
-        accelerator = training.make_accelerator(config.train)
+        accelerator = make_accelerator(config.train)
         run = Path(config.run_dir)
         run.mkdir(parents=True, exist_ok=True)
-        trainer = training.Trainer(config, accelerator, run, make_source(config), "")
+        session = Session(Trainer(config, accelerator), run, make_source(config), "", lambda: 0)
         readings: list[list[int]] = []
         best = []
 
-        read = trainer.source.evaluation_batches
+        read = session.source.evaluation_batches
 
         def spied(
             *arguments: Any, readings: list[list[int]] = readings, read: Any = read, **options: Any
@@ -122,35 +127,35 @@ def evaluate(out: Path, cases: dict[str, list[str]]) -> None:
                 readings[-1] += batch["clip_id"].tolist()
                 yield batch
 
-        with trainer.progress(), patch.object(trainer.source, "evaluation_batches", spied):
+        with session.writing(), patch.object(session.source, "evaluation_batches", spied):
             if config.train.refine_steps:
-                trainer.refine(lambda: 0)
+                session.refine()
             else:
-                best = [trainer.evaluate(), trainer.evaluate()]
-            trainer.close()
+                best = [session.evaluate(), session.evaluate()]
         found = json.dumps({"readings": readings, "best": best})
         (out / f"{name}_{accelerator.process_index}.json").write_text(found)
 
 
 def run_until(out: Path, last_step: int, path: str, overrides: list[str], resume: bool) -> None:
-    """Trains; the first process gets SIGTERM after `last_step`. Writes OUT/clips_RANK.json, by step."""
-    update = training.Trainer.update
+    """Trains; the last process gets SIGTERM after `last_step`. Writes OUT/clips_RANK.json, by step."""
+    update = Trainer.update
     seen: dict[int, list[int]] = {}
 
-    def spied(self: training.Trainer, batches: Iterator[Batch]) -> None:
+    def spied(self: Trainer, batches: Iterator[Batch]) -> None:
         batch = next(batches)
         seen[self.step] = batch["clip_id"].tolist()
         update(self, iter([batch]))
-        if self.step == last_step and self.accelerator.is_main_process:
+        if self.step == last_step and self.accelerator.is_last_process:
             signal.raise_signal(signal.SIGTERM)
 
-    training.Trainer.update = spied  # type: ignore[method-assign]
+    Trainer.update = spied  # type: ignore[method-assign]
     try:
-        training.train(load_config(REPO / "configs" / path, overrides), resume=resume)
-    except training.Interrupted:
+        with stop_signals() as stop:
+            train(load_config(REPO / "configs" / path, overrides), resume=resume, stop=stop)
+    except Interrupted:
         pass
     finally:
-        training.Trainer.update = update  # type: ignore[method-assign]
+        Trainer.update = update  # type: ignore[method-assign]
         out.mkdir(exist_ok=True)
         (out / f"clips_{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))
 

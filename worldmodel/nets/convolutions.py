@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from worldmodel.nets.cpu import has_amx
+
 CACHE_BYTES = 0.8 * 0.75 * 2**20
 """Part of the L2 cache that oneDNN fills with a block of rows, of 1 MiB. Processors with AMX have 2 MiB per core."""
 
@@ -58,11 +60,6 @@ class Conv2d(nn.Conv2d):
         """images [B, C, H, W] -> [B, C', H', W']."""
         faults = {16: has_one_strided_pixel(self, *images.shape[2:]), 32: has_few_strided_channels(self)}
         return conv2d_of_centre(self, images) if faults.get(bits_on_cpu(images)) else super().forward(images)
-
-
-def has_amx() -> bool:
-    """Return True if the processor multiplies tiles of matrices (Intel AMX)."""
-    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def bits_on_cpu(values: Tensor) -> int:

@@ -6,8 +6,8 @@ Inside the context `global_batch`, networks behave as if one process had the who
 - `randn_rows`, `rand_rows` and `multinomial_rows` draw the numbers that belong to a clip's place in the global batch,
 - batch statistics are those of all clips (`Whitening`, worldmodel/training/distributed.py).
 
-Outside the context, and with one process, each function sees the values that it is given. The context is ambient
-(a ContextVar), because layers deep inside a network depend on it; each function that does says so.
+Outside the context, and with one process, each function sees the values that it is given. The context is ambient,
+because layers deep inside a network depend on it; each function that does says so.
 
 Each process computes the loss of the whole batch from its own clips and the gathered clips of the others. The backward
 pass adds up the gradients of all copies. Each process then has the world size times the gradient of its share, and the
@@ -18,7 +18,6 @@ Legend: B clips of this process, N clips of the global batch, W processes, K cat
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -49,7 +48,8 @@ class GlobalBatch:
     counts: tuple[int, ...]
 
 
-_current: ContextVar[GlobalBatch | None] = ContextVar("global_batch", default=None)
+# A plain global: the autograd engine's own threads, which recompute checkpointed layers, would not see a ContextVar.
+_current: GlobalBatch | None = None
 
 
 @contextmanager
@@ -61,26 +61,25 @@ def global_batch(rows: Tensor, size: int) -> Iterator[None]:
     Raises:
         UserError: a process has no clip, or all processes together have fewer than two. All processes raise it.
     """
+    global _current
     counts = _counts(len(rows))
     if min(counts) < 1 or sum(counts) < 2:
         raise UserError("too few clips of a batch could be decoded: see the log for the files")
-    token = _current.set(GlobalBatch(rows, size, counts))
+    previous, _current = _current, GlobalBatch(rows, size, counts)
     try:
         yield
     finally:
-        _current.reset(token)
+        _current = previous
 
 
 def num_clips(local: int) -> int:
     """Return the number of clips of the current `global_batch`, of which this process has `local`."""
-    current = _current.get()
-    return sum(current.counts) if current else local
+    return sum(_current.counts) if _current else local
 
 
 def is_shared() -> bool:
     """Return True if the current `global_batch` has clips of other processes."""
-    current = _current.get()
-    return current is not None and len(current.counts) > 1
+    return _current is not None and len(_current.counts) > 1
 
 
 def all_gather(values: Tensor) -> Tensor:
@@ -88,8 +87,7 @@ def all_gather(values: Tensor) -> Tensor:
 
     With L segments per clip, [L * B, ...] becomes [L * N, ...].
     """
-    current = _current.get()
-    return _Gather.apply(values, current.counts) if current and is_shared() else values
+    return _Gather.apply(values, _current.counts) if _current and is_shared() else values
 
 
 # ---------------------------------------------------------------------------------------------------- random numbers
@@ -119,10 +117,9 @@ def _exponential(shape: Sequence[int], *, generator: torch.Generator | None, **o
 
 def _rows(draw: Callable[..., Tensor], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw for all places of the global batch and keep those of this process."""
-    current = _current.get()
-    shape = like.shape if current is None else (current.size, *like.shape[1:])
+    shape = like.shape if _current is None else (_current.size, *like.shape[1:])
     drawn = draw(shape, generator=generator, device=like.device, dtype=like.dtype)
-    return drawn if current is None else drawn[current.rows]
+    return drawn if _current is None else drawn[_current.rows]
 
 
 # ----------------------------------------------------------------------------------------------------- communication
@@ -156,20 +153,34 @@ def stack_processes(values: Tensor) -> Tensor:
     return stacked
 
 
-_host_group: tuple[Any, Any] | None = None
+def max_over_processes(number: int) -> int:
+    """Return the largest of the whole numbers that all processes give. No GPU is waited for."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return number
+    largest = torch.tensor([number])
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_host_group())
+    return int(largest)
 
 
 def _counts(count: int) -> tuple[int, ...]:
-    """Return the `count` of each process. It is exchanged between hosts, so that no GPU is synchronised."""
-    global _host_group
+    """Return the count of each process. No GPU is waited for."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return (count,)
-    world = dist.group.WORLD
-    if _host_group is None or _host_group[0] is not world:
-        _host_group = world, world if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
     counts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([count]), group=_host_group[1])
+    dist.all_gather(counts, torch.tensor([count]), group=_host_group())
     return tuple(int(each) for each in counts)
+
+
+_host_groups: dict[str, Any] = {}
+
+
+def _host_group() -> Any:
+    """Return the process group that communicates between processors, and make it where it is missing."""
+    world = dist.group.WORLD
+    if _host_groups.get("world") is not world:
+        _host_groups["world"] = world
+        _host_groups["host"] = world if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    return _host_groups["host"]
 
 
 # ------------------------------------------------------------------------------------------------------------ shards

@@ -4,8 +4,6 @@ Legend: B clips, T frames, C channels, H = W pixels, D embedding dimensions.
 """
 
 import copy
-import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +45,3 @@ class Teacher(nn.Module):
             self._followed = own, followed
         own, followed = self._followed
         torch._foreach_lerp_(own, followed, 1 - momentum)
-
-
-def ema_momentum(step: int, num_steps: int, base: float, schedule: Literal["constant", "cosine"]) -> float:
-    """Return the momentum at `step`. The cosine schedule rises from `base` to 1 at `num_steps`."""
-    if schedule == "constant":
-        return base
-    return 1 - (1 - base) * (math.cos(math.pi * step / num_steps) + 1) / 2

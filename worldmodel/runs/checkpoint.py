@@ -1,17 +1,17 @@
-"""A run folder: the resolved config, metrics.jsonl and checkpoints.
+"""Run folders: the resolved config, metrics.jsonl and checkpoints.
 
     run/config.yaml                       the resolved config
-    run/metrics.jsonl                     one row a log or evaluation
+    run/metrics.jsonl                     one row per log entry or evaluation
     run/videos.jsonl                      hashes of the videos and labels, compared on a resume (worldmodel/data.py)
-    run/.lock                             process and host that train the run now (worldmodel/runs/lock.py)
+    run/.lock                             process and host that are training the run (worldmodel/runs/lock.py)
     run/checkpoints/index.json            {"latest": name, "best": name, "kept": [names]}
     run/checkpoints/step_00001000/        model, teacher, optimizer (.safetensors), state.json
 
-Everything is written aside, flushed to disk and renamed, so a kill or a full disk at any moment leaves the previous
-checkpoint whole. Nothing here is ever unpickled.
+Every file is written under a temporary name, flushed to disk and renamed. A kill or a full disk at any moment therefore
+leaves the previous checkpoint intact. Nothing here is ever unpickled.
 
-A run folder may come from a stranger. Names in it become paths only where they are names that runs give, nothing is
-written or removed through a link, and only what is named here is removed.
+A run folder may be untrusted. Its entries become paths only if their names are those that a run gives, nothing is
+written or removed through a link, and only files that are named here are removed.
 """
 
 import json
@@ -23,19 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.files import check_regular, read_text, remove, write_bytes, write_text
 from worldmodel.config import Config, changed_keys, read_tree, to_yaml, validate
 from worldmodel.training.finite import ADVICE, not_finite
-from worldmodel.training.sharding import shared_like
 
-# What may differ between a checkpoint's config and the one it is resumed with: nothing that changes the result.
+# Keys that a resume may change, because they do not change the result.
 RESUMABLE_CHANGES = frozenset(
     {
         "run_dir",
@@ -62,15 +60,23 @@ RUN_FILES = frozenset(
 )
 RUN_FOLDERS = frozenset({"checkpoints", "profile", "wandb"})
 LOCK_NAME = ".lock"
-"""Names in a run folder. Whatever has another name belongs to somebody else."""
+"""The entries of a run folder. Entries with other names do not belong to the run."""
 
 STEP_NAME = re.compile(r"step_\d{8,12}")
 MAX_STATE_BYTES = 2**20
 
 
+class RunExistsError(UserError):
+    """The run folder of a new training already holds a run."""
+
+
+class VideosChangedError(UserError):
+    """The videos of a run have changed since its checkpoint."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors by name, and the small state: step, train_seconds, stream fingerprint, best score."""
+    """Tensors by name, and the state: step, train_seconds, stream fingerprint, best score."""
 
     model: dict[str, Tensor]
     teacher: dict[str, Tensor]
@@ -82,16 +88,18 @@ class Checkpoint:
 
 
 def open_run(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """The folder for a training run, holding config.yaml.
+    """Create or open the folder of a run, with its config.yaml, and return its path.
+
+    resume: accept a folder that holds a run of the same config. overwrite: remove the run that it holds.
 
     Raises:
-        UserError: the folder holds another run and neither flag is given, holds something that is not a run, or was
-            made by another config than the one to resume with.
+        RunExistsError: the folder holds a run, and neither flag is given.
+        UserError: the folder holds files that are not of a run, a run of another config, or cannot be written.
     """
     run = Path(config.run_dir)
     begun = {LOCK_NAME, ".config.yaml.partial"}  # a kill may leave these in a new folder
     if run.is_dir() and {path.name for path in run.iterdir()} - begun and not (run / "config.yaml").is_file():
-        raise UserError(f"run_dir={run} is not empty and holds no run: choose another folder")
+        raise UserError(f"run_dir={run} is not empty and does not hold a run: choose another folder")
     try:
         if (run / "config.yaml").is_file():
             if overwrite:
@@ -99,9 +107,7 @@ def open_run(config: Config, *, resume: bool = False, overwrite: bool = False) -
             elif resume:
                 _check_same_config(load_run_config(run), config, run)
             else:
-                raise UserError(
-                    f"run_dir={run} already holds a run: pass --resume to continue it, --overwrite to replace it"
-                )
+                raise RunExistsError(f"run_dir={run} already holds a run")
         run.mkdir(parents=True, exist_ok=True)
         write_text(run / "config.yaml", to_yaml(config))
     except OSError as error:
@@ -110,18 +116,18 @@ def open_run(config: Config, *, resume: bool = False, overwrite: bool = False) -
 
 
 def _remove_run(run: Path) -> None:
-    """Remove what a run wrote into its folder, the config last. The lock stays.
+    """Remove the files of a run from its folder, the config last. The lock stays.
 
     Raises:
-        UserError: config.yaml is not a run's, or something in the folder is not of a run.
+        UserError: config.yaml is not valid, or the folder holds an entry that does not belong to a run.
     """
     load_run_config(run)
     entries = sorted(run.iterdir())
     foreign = [path for path in entries if not _is_of_a_run(path)] or _foreign_in(run / "checkpoints")
     if foreign:
         raise UserError(
-            f"run_dir={run} holds '{foreign[0].relative_to(run)}', which is not of a run: move it away, or choose "
-            "another folder"
+            f"run_dir={run} holds '{foreign[0].relative_to(run)}', which does not belong to a run: move it away, or "
+            "choose another folder"
         )
     for path in sorted(entries, key=lambda path: path.name == "config.yaml"):
         if path.name != LOCK_NAME:
@@ -134,7 +140,7 @@ def _is_of_a_run(path: Path) -> bool:
 
 
 def _foreign_in(checkpoints: Path) -> list[Path]:
-    """What in the folder of checkpoints is not a checkpoint."""
+    """Return the entries of the checkpoint folder that are not checkpoints."""
     if checkpoints.is_symlink():
         return [checkpoints]
     return [
@@ -145,10 +151,10 @@ def _foreign_in(checkpoints: Path) -> list[Path]:
 
 
 def load_run_config(run: str | Path) -> Config:
-    """The resolved config of a run.
+    """Read the resolved config of a run.
 
     Raises:
-        UserError: no run is there, or its config is damaged.
+        UserError: the folder does not hold a run, or its config is damaged.
     """
     path = Path(run) / "config.yaml"
     if not path.is_file():
@@ -169,17 +175,17 @@ def _check_same_config(saved: Config, given: Config, run: Path) -> None:
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint, *, keep: int, is_best: bool) -> Path:
-    """Write a checkpoint aside and rename it; then drop all but the last `keep` and the best.
+    """Write a checkpoint under a temporary name and rename it. Then remove all but the last `keep` and the best.
 
     Raises:
-        UserError: a value is not finite, or the disk is full or not writable; earlier checkpoints are untouched.
+        UserError: a value is not finite, or the disk is full or not writable. Earlier checkpoints stay intact.
     """
     check_finite(checkpoint.state["step"], **{part: getattr(checkpoint, part) for part in _WEIGHT_FILES})
     folder = run / "checkpoints"
     name = f"step_{checkpoint.state['step']:08d}"
     aside = folder / f".{name}.partial"
     if folder.is_symlink():
-        raise UserError(f"{folder} is a link, through which nothing is written: move the checkpoints to this place")
+        raise UserError(f"{folder} is a link, and checkpoints are not written through links: replace it by a folder")
     try:
         remove(aside)
         aside.mkdir(parents=True)
@@ -210,7 +216,11 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, *, keep: int, is_best: bo
 
 
 def check_finite(step: int, **parts: Mapping[str, Tensor]) -> None:
-    """Raise UserError if a value of a checkpoint to be saved is not finite."""
+    """Check the tensors of a checkpoint before it is saved.
+
+    Raises:
+        UserError: a value is not finite.
+    """
     for part, tensors in parts.items():
         if name := not_finite(tensors):
             raise UserError(
@@ -219,16 +229,15 @@ def check_finite(step: int, **parts: Mapping[str, Tensor]) -> None:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether a run has made this folder."""
+    """Return True if this is a checkpoint that a run wrote."""
     is_named = STEP_NAME.fullmatch(path.name) is not None
     return is_named and path.is_dir() and not path.is_symlink() and (path / "state.json").is_file()
 
 
 def remove_leftovers(run: Path) -> None:
-    """Remove from a run folder what a kill left there: checkpoints that the index does not name, and files written
-    aside.
+    """Remove the leftovers of a kill from a run folder: temporary files, and checkpoints that the index does not name.
 
-    Call it while no training writes there. Without the checkpoint that the index names as the latest, all others stay.
+    Call it while no training writes there. If the latest checkpoint of the index is missing, all checkpoints stay.
 
     Raises:
         UserError: the index is damaged.
@@ -249,29 +258,29 @@ def remove_leftovers(run: Path) -> None:
 
 
 def _is_half_removed(path: Path) -> bool:
-    """True if this is what a kill left of a checkpoint that a run was removing."""
+    """Return True if this is the rest of a checkpoint whose removal was interrupted."""
     return STEP_NAME.fullmatch(path.name) is not None and _holds_parts_only(path)
 
 
 def _is_partial(path: Path) -> bool:
-    """True if a run has begun to write this."""
+    """Return True if this is a file or folder that a run began to write."""
     if path.name == ".index.json.partial":
         return path.is_file() and not path.is_symlink()
     return re.fullmatch(rf"\.{STEP_NAME.pattern}\.partial", path.name) is not None and _holds_parts_only(path)
 
 
 def _holds_parts_only(path: Path) -> bool:
-    """True for a folder with nothing in it but parts of a checkpoint, whole or not."""
+    """Return True for a folder that holds parts of a checkpoint only, complete or not."""
     names = {f"{part}.safetensors" for part in _WEIGHT_FILES} | {"state.json"}
     is_folder = path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK | os.X_OK)
     return is_folder and all(inner.name.removeprefix(".").removesuffix(".partial") in names for inner in path.iterdir())
 
 
 def load_checkpoint(run: Path, which: Literal["latest", "best"] = "latest") -> Checkpoint | None:
-    """The checkpoint that index.json names, or None where there is none yet.
+    """Read the checkpoint that index.json names, or return None if there is none yet.
 
     Raises:
-        UserError: a file of it is missing or damaged, or a weight is not finite.
+        UserError: a file of the checkpoint is missing or damaged, or a weight is not finite.
     """
     name = _read_index(run)[which]
     if name is None:
@@ -290,7 +299,7 @@ def load_checkpoint(run: Path, which: Literal["latest", "best"] = "latest") -> C
 
 
 def _checked_state(state: Any) -> dict[str, Any]:
-    """A checkpoint's state. Raises ValueError: it is not an object, or lacks a number."""
+    """Return the state of a checkpoint. Raises ValueError: it is not an object, or lacks a number."""
     if not isinstance(state, dict):
         raise ValueError("state.json is not a JSON object")
     is_step = isinstance(state.get("step"), int) and not isinstance(state["step"], bool) and 0 <= state["step"] < 10**12
@@ -310,7 +319,7 @@ def _read_index(run: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {str(error)[:80]}): restore it") from error
     for name in names:
-        # Names become paths: a run folder from elsewhere must not point outside itself.
+        # Names become paths: an untrusted run folder must not point outside itself.
         if name is not None and not (isinstance(name, str) and STEP_NAME.fullmatch(name)):
             raise UserError(f"{path} names {str(name)[:80]!r}, which is not a checkpoint of a run")
     return index
@@ -318,30 +327,3 @@ def _read_index(run: Path) -> dict[str, Any]:
 
 def _write_index(run: Path, index: Mapping[str, Any]) -> None:
     write_text(run / "checkpoints" / "index.json", json.dumps(index, indent=1))
-
-
-# ------------------------------------------------------------------------------------ optimiser state as tensors
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """Optimiser state keyed "parameter name/state name", independent of the order of parameter groups."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}/{key}": torch.as_tensor(value)
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`, for an optimiser that keeps its state on its parameters' device."""
-    parameters = dict(model.named_parameters())
-    optimizer.state.clear()
-    for name, tensor in tensors.items():
-        parameter_name, key = name.rsplit("/", 1)
-        parameter = parameters[parameter_name]
-        if tensor.shape == parameter.shape:
-            # Moments lie in memory as their parameter does: fused kernels walk both side by side.
-            optimizer.state[parameter][key] = torch.empty_like(parameter).copy_(shared_like(tensor, parameter))
-        else:
-            optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)

@@ -20,17 +20,17 @@ from worldmodel.runs.checkpoint import LOCK_NAME
 logger = one_line_logger(__name__)
 
 _held: set[tuple[int, int]] = set()
-"""Device and inode of the lock files of this process, which could lock them again."""
+"""Device and inode of the lock files that this process holds. The system would let it lock them again."""
 
 
 @contextmanager
 def run_lock(run: Path) -> Iterator[None]:
-    """Hold the lock of a run folder, which is made if there is none.
+    """Hold the lock of a run folder, and create the folder if it is missing.
 
-    Without locks of the file system, it logs a warning and holds nothing.
+    On a file system without locks, it logs a warning and holds nothing.
 
     Raises:
-        UserError: another training holds it, or the folder cannot be written.
+        UserError: another training holds the lock, or the folder cannot be written.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def run_lock(run: Path) -> Iterator[None]:
 
 
 def _locked(run: Path) -> int | None:
-    """A descriptor that holds the lock of a folder; None where there are no locks."""
+    """Return a descriptor that holds the lock of a folder, or None if the file system has no locks."""
     path = run / LOCK_NAME
     while True:
         with suppress(FileNotFoundError):
@@ -70,11 +70,13 @@ def _locked(run: Path) -> int | None:
             content = os.read(number, 300)
             os.close(number)
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                holder = re.match(rb"(\d{1,10}) ([\w.-]{1,255})\n", content)  # absent: it has only just locked it
+                holder = re.match(
+                    rb"(\d{1,10}) ([\w.-]{1,255})\n", content
+                )  # no match: it has only just locked the file
                 named = f"process {holder[1].decode()} on {holder[2].decode()}" if holder else "another process"
                 raise _in_use(run, named) from None
             logger.warning(
-                "%s: the file system has no locks (%s): do not train into this folder twice at once",
+                "%s: the file system has no locks (%s): do not start two trainings in this folder",
                 run,
                 error.strerror,
             )
@@ -84,11 +86,11 @@ def _locked(run: Path) -> int | None:
             os.ftruncate(number, 0)
             os.pwrite(number, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
             return number
-        os.close(number)  # the last holder removed it in between: try the file that is there now
+        os.close(number)  # the last holder removed it in between: try the present file
 
 
 def _is_at(path: Path, inode: tuple[int, int]) -> bool:
-    """True if a path leads to this file."""
+    """Return True if a path leads to this file."""
     try:
         status = path.lstat()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Logging of a run: metrics.jsonl always, and wandb."""
+"""The rows of a run: metrics.jsonl, and wandb alongside."""
 
 import json
 import os
@@ -24,18 +24,21 @@ class RowLostError(UserError):
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The valid rows of metrics.jsonl. Others, such as a last row that a kill cut short, are dropped with a warning."""
+    """Return the valid rows of metrics.jsonl.
+
+    Other rows, such as a last one that a kill truncated, are dropped with a warning.
+    """
     path = run / "metrics.jsonl"
-    # Split where rows were joined: splitlines would also split at characters inside a string.
+    # Not splitlines, which also splits at characters inside of strings.
     lines = path.read_bytes().decode("utf-8", errors="replace").split("\n") if path.is_file() else []
     rows = [(number, _row(line)) for number, line in enumerate(lines, start=1) if line.strip()]
     if bad := [number for number, row in rows if row is None]:
-        logger.warning("%s: dropped rows that are cut short or not valid: %d, first line %d", path, len(bad), bad[0])
+        logger.warning("%s: dropped rows that are truncated or not valid: %d, first line %d", path, len(bad), bad[0])
     return [row for _, row in rows if row is not None]
 
 
 def _row(line: str) -> dict[str, Any] | None:
-    """The row in a line, an object with a step and numbers; None if it is not valid."""
+    """Parse a line, which must be an object with a step and numbers. Return None if it is not valid."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -49,7 +52,7 @@ def _row(line: str) -> dict[str, Any] | None:
 
 
 def _is_number(value: Any) -> bool:
-    """True for a number that fits into a float, or NaN. json.loads makes infinity of 1e999."""
+    """Return True for a number that fits into a float, and for NaN. json.loads reads 1e999 as infinity."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and (abs(value) <= sys.float_info.max or value != value)
 
@@ -57,8 +60,8 @@ def _is_number(value: Any) -> bool:
 class Tracker:
     """Writes rows of numbers to metrics.jsonl and to wandb.
 
-    wandb is offline unless config.tracking.wandb or the environment's WANDB_MODE says otherwise; it never prompts.
-    On a resume, rows after `start_step` are dropped: the steps behind them run again.
+    wandb is offline unless config.tracking.wandb or the variable WANDB_MODE sets another mode. It never prompts.
+    On a resume, rows after `start_step` are dropped, because their steps run again.
 
     Raises:
         UserError: as `worldmodel.runs.wandb_tracking.wandb_mode`, or metrics.jsonl cannot be written.
@@ -69,7 +72,7 @@ class Tracker:
         rows = [row for row in read_metrics(run) if row["step"] <= start_step] if start_step else []
         try:
             write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
-            self._file = self._path.open("ab", buffering=0)  # without a buffer, nothing is left to fail at the end
+            self._file = self._path.open("ab", buffering=0)  # unbuffered: a write fails here or not at all
         except OSError as error:
             raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
         self._wandb = start_wandb(run, config)
@@ -78,7 +81,7 @@ class Tracker:
         """Write one row.
 
         Raises:
-            RowLostError: it cannot be written; the rows before it are whole.
+            RowLostError: the row cannot be written. Earlier rows are intact.
         """
         row = (json.dumps({"step": step, "split": split, **values}) + "\n").encode("utf-8")
         size_bytes = os.fstat(self._file.fileno()).st_size
@@ -96,6 +99,7 @@ class Tracker:
             self._wandb.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
+        """Close metrics.jsonl, and wait for wandb."""
         with suppress(OSError):
             self._file.close()
         if self._wandb is not None:
@@ -103,7 +107,7 @@ class Tracker:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, this package and what it computes with; "-" for what is not installed."""
+    """Return the versions of Python, this package and its main dependencies, with "-" for missing ones."""
     found = {"python": platform.python_version()}
     for name in ("worldmodel", "torch", "accelerate", "av", "decord2", "numpy"):
         try:

@@ -29,10 +29,10 @@ from worldmodel.training.losses import TrainingModel
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run's config, its networks in evaluation mode, and the state of the checkpoint they came from.
+    """The config of a run, its networks in evaluation mode, and the state of their checkpoint.
 
-    The methods take clips as floating point in [0, 1] or as uint8, on any device, and compute without gradients on the
-    run's. All of them raise UserError where a clip has not the shape or the values that the run was trained on.
+    The methods take clips as floating point in [0, 1] or as uint8, on any device. They compute without gradients, on
+    the device of the run. All of them raise UserError if a clip differs from the training data in shape or range.
     """
 
     folder: Path
@@ -40,7 +40,7 @@ class TrainedRun:
     training: TrainingModel
     """The networks, with the losses that they were trained by."""
     teacher: Teacher | None
-    """None where the objective has no teacher."""
+    """None if the objective has no teacher."""
     state: dict[str, Any]
 
     @cached_property
@@ -55,11 +55,12 @@ class TrainedRun:
 
     @property
     def target_encoder(self) -> nn.Module:
-        """What embeds targets: clip [B, T, C, H, W] -> [B, D]."""
+        """The encoder of targets: clip [B, T, C, H, W] -> [B, D]."""
         return self.teacher or self.model.embedder
 
     @property
     def device(self) -> torch.device:
+        """The device of the networks."""
         return next(self.model.parameters()).device
 
     @property
@@ -78,10 +79,10 @@ class TrainedRun:
     ) -> Tensor:
         """Sampled futures of context segments: [B, T, C, H, W] -> embeddings [B, S, horizon, D].
 
-        actions [B, horizon, A] go with a run that is conditioned on them, and only with it.
+        actions [B, horizon, A] are given if and only if the run is conditioned on actions.
 
         Raises:
-            UserError: horizon or num_samples is below 1; actions are missing, not wanted, or of another shape.
+            UserError: horizon or num_samples is below 1, or actions are missing, unexpected or of another shape.
         """
         for name, value in (("horizon", horizon), ("num_samples", num_samples)):
             if value < 1:
@@ -99,10 +100,10 @@ class TrainedRun:
     ) -> Tensor:
         """Sampled futures of the labelled quantity: [B, T, C, H, W] -> [B, S, horizon, K], in the quantity's unit.
 
-        Each is the `rollout` of the same seed, read through the ridge readout that the evaluation of the run fitted.
+        The samples are those of `rollout` with the same seed, read by the ridge readout that the evaluation fitted.
 
         Raises:
-            UserError: as rollout; the run was not evaluated at this checkpoint, or its videos have no labels.
+            UserError: as `rollout`, or the run was not evaluated at this checkpoint, or its videos have no labels.
         """
         readout, _ = load_readout(self.folder, self.state["step"], self.device)
         return readout(self.rollout(clip, horizon, num_samples, seed, actions=actions))
@@ -110,16 +111,17 @@ class TrainedRun:
     def surprise(
         self, video: str | Path | Tensor, *, num_peaks: int = 5, step_frames: int | None = None, progress: bool = False
     ) -> Timeline:
-        """Surprise at every transition of a video file, or of a clip [T, C, H, W] of any number of frames.
+        """Score every transition of a video file, or of a clip [T, C, H, W] of any number of frames.
 
-        KL(q || p) + prediction error / beta, what it costs by the training loss, and with a scene code how improbable
-        it is that the scene is the same; in nats. Without a latent the error alone (worldmodel.evaluation.surprise).
-        step_frames
-        is the distance of successive transitions in source frames, without it segments tile the video.
+        The score is the transition's training loss in nats, KL(q || p) + prediction error / beta. With a scene code it
+        also has the negative log probability of the same scene. Without a latent variable it is the prediction error
+        (worldmodel.evaluation.surprise).
+
+        step_frames: the distance between transitions in source frames. By default segments tile the video.
 
         Raises:
-            UserError: the latent is sparse or an oracle, the run takes actions, the video cannot be read or is too
-                short for one transition.
+            UserError: the latent is sparse or an oracle, the run is conditioned on actions, or the video cannot be read
+                or is too short for one transition.
         """
         networks = self.config, self.training, self.target_encoder
         if isinstance(video, Tensor):
@@ -128,12 +130,12 @@ class TrainedRun:
         return video_surprise(*networks, Path(video), num_peaks=num_peaks, step_frames=step_frames, progress=progress)
 
     def _segments(self, video: Tensor) -> Tensor:
-        """Segments [B, T, C, H, W], checked, as the networks want them."""
+        """Check segments [B, T, C, H, W], and convert them to the input of the networks."""
         checked = self._checked(video, ("B", self.config.data.num_frames, *self.frame_shape))
         return to_float(checked.to(self.device))
 
     def _checked(self, video: Tensor, expected: tuple[int | str, ...]) -> Tensor:
-        """video, if it has the expected shape, of which the first number is free. Raises UserError."""
+        """Return the video if it has the expected shape, whose first size is free. Raises UserError."""
         if video.ndim != len(expected) or tuple(video.shape[1:]) != expected[1:] or not len(video):
             wanted = ", ".join(str(size) for size in expected)
             raise UserError(
@@ -142,7 +144,7 @@ class TrainedRun:
             )
         if video.dtype != torch.uint8 and not video.is_floating_point():
             raise UserError(f"a clip of {video.dtype}: give uint8, or floating point in [0, 1]")
-        # Observations of factors are numbers of any size.
+        # Causal observations have values of any size.
         if self.source.content == "frames" and video.is_floating_point() and not 0 <= video.min() <= video.max() <= 1:
             raise UserError(
                 f"a clip of values {video.min():g} to {video.max():g}: give uint8, or floating point in [0, 1]"
@@ -156,7 +158,7 @@ def load(
     """Load a run folder.
 
     Raises:
-        UserError: no run is there, it has no checkpoint yet, or the checkpoint is damaged.
+        UserError: the folder does not hold a run, or the run has no checkpoint, or the checkpoint is damaged.
     """
     config = load_run_config(run)
     checkpoint = load_checkpoint(Path(run), which)
@@ -174,14 +176,14 @@ def load(
 
 
 def _check_shapes(config: Config, checkpoint: Checkpoint, run: str | Path) -> None:
-    """Compare the weights with what the config describes, before any memory is taken for that.
+    """Compare the shapes of the weights with those of the config's networks, before these are allocated.
 
     Raises:
-        UserError: they differ, or the config describes networks that cannot be.
+        UserError: shapes differ, or the networks of the config cannot be built.
     """
-    if isinstance(config.model.encoder, PretrainedConfig):  # its sizes come with its own files
+    if isinstance(config.model.encoder, PretrainedConfig):  # its own files determine its sizes
         return
-    # A flow is built by what it computes, which takes real tensors: its own sizes follow from the others.
+    # A flow cannot be built on the meta device. Its sizes follow from the others.
     latent = config.model.latent
     is_flow = isinstance(latent, GaussianConfig) and latent.prior == "flow"
     if isinstance(latent, GaussianConfig):

@@ -1,11 +1,12 @@
-"""wandb alongside metrics.jsonl: a run neither waits long for it nor ends because of it."""
+"""wandb alongside metrics.jsonl. A run neither waits long for it nor fails because of it."""
 
 import netrc
 import os
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -15,7 +16,7 @@ from worldmodel.config import Config, to_dict
 
 logger = one_line_logger(__name__)
 
-# wandb's own words for modes, and what they are here.
+# wandb's names of modes, and the mode that each of them means here.
 MODES = {
     "offline": "offline",
     "dryrun": "offline",
@@ -28,7 +29,7 @@ OFFLINE = "metrics go to metrics.jsonl and to wandb's files in the run folder, w
 
 
 class WandbRun:
-    """A run of wandb, open until `finish`. A failure is a warning, and ends the use of wandb alone."""
+    """An open run of wandb. A failure is logged as a warning and ends the use of wandb only."""
 
     def __init__(self, run: Any) -> None:
         self._run = run
@@ -38,24 +39,24 @@ class WandbRun:
             try:
                 self._run.log(dict(values), step=step)
             except Exception as error:
-                logger.warning("wandb failed, the run continues without it: %s", _told(error))
+                logger.warning("wandb failed, the run continues without it: %s", one_line(error))
                 self._run = None
 
     def finish(self) -> None:
-        """Wait for what is to be uploaded, at most FINISH_S seconds."""
+        """Wait for uploads, at most FINISH_S seconds."""
         if self._run is not None:
             try:
                 _within(FINISH_S, self._run.finish)
             except Exception as error:
-                logger.warning("wandb did not finish: %s; `wandb sync` uploads what it wrote", _told(error))
+                logger.warning("wandb did not finish: %s; `wandb sync` uploads what it wrote", one_line(error))
             self._run = None
 
 
 def wandb_mode(config: Config) -> str:
-    """Return "offline", "online" or "disabled": what WANDB_MODE says, or tracking.wandb where that is empty or unset.
+    """Return "offline", "online" or "disabled", by WANDB_MODE, or by tracking.wandb if that is empty or unset.
 
     Raises:
-        UserError: WANDB_MODE is none of wandb's modes, or wandb is to be online and nobody is logged in.
+        UserError: WANDB_MODE is not a mode of wandb, or the mode is online and nobody is logged in.
     """
     given = os.environ.get("WANDB_MODE", "").strip().lower()
     if given and given not in MODES:
@@ -68,9 +69,9 @@ def wandb_mode(config: Config) -> str:
 
 
 def start_wandb(run: Path, config: Config) -> WandbRun | None:
-    """Start wandb for a run folder; None where it is disabled, not installed or does not start.
+    """Start wandb for a run folder. Return None if it is disabled, not installed or fails to start.
 
-    Where the server is not reached within 2 * REACH_S seconds, or starts no run within START_S, wandb is offline.
+    wandb is offline if its server is not reached within 2 * REACH_S seconds, or does not start a run within START_S.
 
     Raises:
         UserError: as `wandb_mode`.
@@ -88,22 +89,37 @@ def start_wandb(run: Path, config: Config) -> WandbRun | None:
     def init(mode: Literal["online", "offline"]) -> WandbRun:
         settings = wandb.Settings(silent=True, console="off", init_timeout=START_S)
         name, project = printable(run.name), config.tracking.project
-        os.environ["WANDB_MODE"] = mode  # wandb refuses an empty one, whatever else it is given
-        return WandbRun(
-            wandb.init(project=project, name=name, dir=str(run), mode=mode, config=to_dict(config), settings=settings)
-        )
+        values, folder = to_dict(config), str(run)
+        with _variable("WANDB_MODE", mode):  # wandb rejects an empty variable, whatever its argument
+            return WandbRun(
+                wandb.init(project=project, name=name, dir=folder, mode=mode, config=values, settings=settings)
+            )
 
     if mode == "online":
         try:
-            _within(2 * REACH_S, _reach)  # the name of the server is looked up without a bound
+            _within(2 * REACH_S, _reach)  # looking up the server's name has no timeout
             return init("online")
         except Exception as error:
-            logger.warning("wandb cannot be online: %s; %s", _told(error), OFFLINE)
+            logger.warning("wandb cannot be online: %s; %s", one_line(error), OFFLINE)
     try:
         return init("offline")
     except Exception as error:
-        logger.warning("wandb does not start, metrics go to metrics.jsonl alone: %s", _told(error))
+        logger.warning("wandb does not start, metrics go to metrics.jsonl alone: %s", one_line(error))
         return None
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable inside the block."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _base_url() -> str:
@@ -111,17 +127,17 @@ def _base_url() -> str:
 
 
 def _reach() -> None:
-    """Ask wandb's server for anything. Raises OSError: there is no way to it."""
+    """Send any request to wandb's server. Raises OSError: it cannot be reached."""
     try:
         urllib.request.urlopen(_base_url(), timeout=REACH_S).close()
     except urllib.error.HTTPError:
-        pass  # an answer
+        pass  # an answer, whatever it is
     except (OSError, ValueError) as error:
         raise OSError(f"{_base_url()} cannot be reached ({one_line(error)})") from error
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> None:
-    """Make a call in a thread. Raises what it raises; TimeoutError: it takes longer, and is left behind."""
+    """Make a call in a thread, and raise its error. Raises TimeoutError: it takes longer, and is abandoned."""
     errors: list[Exception] = []
 
     def work() -> None:
@@ -139,12 +155,8 @@ def _within(seconds: float, call: Callable[[], Any]) -> None:
         raise errors[0]
 
 
-def _told(error: Exception) -> str:
-    return one_line(error)
-
-
 def _credentials() -> bool:
-    """Return True where wandb will find an API key. (Asking wandb itself may end in a prompt.)"""
+    """Return True if wandb will find an API key. wandb's own check may prompt."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
@@ -155,7 +167,7 @@ def _credentials() -> bool:
 
 
 def _give_it_a_cache(run: Path) -> None:
-    """Let wandb keep its cache in the run folder where HOME names no folder that can be written."""
+    """Let wandb keep its cache in the run folder if HOME is not a writable folder."""
     home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("HOME", "")
     if not os.access(home, os.W_OK):
         os.environ.setdefault("WANDB_CACHE_DIR", str((run / "wandb" / "cache").absolute()))

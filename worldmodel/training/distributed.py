@@ -1,68 +1,19 @@
-"""Several processes: what a launcher must have set, and batch norm over the clips of all of them.
+"""Batch norm over the clips of all processes (the global batch of worldmodel/nets/parallel.py)."""
 
-Each process computes the loss of the whole global batch (worldmodel/nets/parallel.py). The gradients of its copies come
-back and are summed, so the mean that DistributedDataParallel takes is the gradient of the loss.
-"""
-
-import os
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from data_pipelines.errors import UserError
-from data_pipelines.processes import environment_int
 from worldmodel.nets.parallel import is_shared, stack_processes
 
-_LAUNCHERS = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
-_FLAGS = (
-    "ACCELERATE_USE_CPU",
-    "ACCELERATE_USE_FSDP",
-    "ACCELERATE_DEBUG_MODE",
-    "ACCELERATE_CPU_AFFINITY",
-    "FORK_LAUNCHED",
-)
-_FLAG_VALUES = frozenset(["y", "yes", "t", "true", "on", "1", "n", "no", "f", "false", "off", "0"])
 
-
-def check_launch_environment() -> int:
-    """The number of processes that a launcher started, from the environment.
-
-    Raises:
-        UserError: one of the variables that launchers set, and that Accelerate reads, is not a valid number or flag;
-            they contradict each other.
-    """
-    world_size = environment_int("WORLD_SIZE", 1, least=1)
-    environment_int("LOCAL_WORLD_SIZE", world_size, least=1)
-    for name in [prefix + suffix for prefix in _LAUNCHERS for suffix in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")]:
-        environment_int(name, 0)
-    for name in ("RANK", "LOCAL_RANK"):
-        if os.environ.get(name, "").strip() == "-1":
-            continue  # Accelerate's and torchrun's own word for a process that is alone
-        if (rank := environment_int(name, 0)) >= world_size:
-            raise UserError(f"the environment says {name}={rank}, but WORLD_SIZE={world_size}: {name} must be less")
-    if environment_int("MASTER_PORT", 1, least=0) > 65535:
-        raise UserError(f"the environment variable MASTER_PORT={os.environ['MASTER_PORT']} is not a port below 65536")
-    if world_size > 1:
-        environment_int("OMP_NUM_THREADS", 0)
-        if "RANK" not in os.environ and not any(prefix + "RANK" in os.environ for prefix in _LAUNCHERS):
-            raise UserError(
-                f"the environment says WORLD_SIZE={world_size} but not RANK: start the processes with "
-                "accelerate launch or torchrun, or unset WORLD_SIZE for one process"
-            )
-    for name in _FLAGS:
-        if os.environ.get(name, "0").lower() not in _FLAG_VALUES:
-            raise UserError(f"the environment variable {name}={os.environ[name][:40]!r} must be true or false")
-    return world_size
-
-
-class GlobalBatchNorm(_BatchNorm):
-    """Batch norm by the clips of all processes, on any device; torch's SyncBatchNorm wants GPUs."""
+class GlobalBatchNorm(nn.BatchNorm1d):
+    """Batch norm over the clips of all processes, on devices that torch's SyncBatchNorm does not support."""
 
     def _check_input_dim(self, input: Tensor) -> None:
-        pass  # of any number of dimensions
+        pass  # any number of dimensions
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, ...] -> [B, C, ...]"""
@@ -78,31 +29,51 @@ class GlobalBatchNorm(_BatchNorm):
         return output
 
 
-def globalise_batch_norm(module: nn.Module) -> None:
-    """Put a GlobalBatchNorm with the same parameters in the place of each batch norm of a module."""
+class SharedBatchNorm(nn.SyncBatchNorm):
+    """torch's SyncBatchNorm inside a shared batch, and a plain batch norm outside of one.
+
+    Refinement runs on one process: a SyncBatchNorm would wait for the others there.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, ...] -> [B, C, ...]"""
+        if self.training and is_shared():
+            return super().forward(input)
+        return super(nn.SyncBatchNorm, self).forward(input)
+
+
+def globalise_batch_norm(module: nn.Module, device: torch.device) -> None:
+    """Replace each batch norm inside a module by one over all processes, with the same parameters and buffers.
+
+    On CUDA it is torch's, otherwise `GlobalBatchNorm`.
+    """
+    kind = SharedBatchNorm if device.type == "cuda" else GlobalBatchNorm
     for name, child in module.named_children():
-        if not isinstance(child, _BatchNorm):
-            globalise_batch_norm(child)
+        if not isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+            globalise_batch_norm(child, device)
             continue
-        norm = GlobalBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
-        norm._parameters, norm._buffers = child._parameters, child._buffers
+        norm = kind(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
+        for of_child in (child.named_parameters(), child.named_buffers()):
+            for key, tensor in of_child:
+                setattr(norm, key, tensor)
         setattr(module, name, norm.train(child.training))
 
 
 class _Normalise(torch.autograd.Function):
-    """Batch norm by statistics of all processes, which are put together as Chan, Golub and LeVeque (1979) have it.
+    """Batch norm by statistics of all processes, combined as by Chan, Golub and LeVeque (1979).
 
-    torch's own kernels do what goes over all values: of plain operations this would take three times as long.
+    Passes over all values use the operators of torch's own batch norm: composed of plain ones they take three times as
+    long. `native_batch_norm_backward` has no public name; it is used here only.
     """
 
     @staticmethod
     def forward(
         ctx: Any, values: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        # Statistics have the type of these, which are not read else: in half precision they would be too coarse.
+        # The statistics get the type of `scratch`, which is not read otherwise: half precision would be too coarse.
         precise = torch.promote_types(values.dtype, torch.float)
         scratch = torch.zeros(2, values.shape[1], device=values.device, dtype=precise)
-        mean, variance = torch.ops.aten.batch_norm_update_stats(values, *scratch, 0.0)
+        mean, variance = torch.batch_norm_update_stats(values, scratch[0], scratch[1], 0.0)
         count = torch.full_like(mean[:1], values.numel() / len(mean))
         statistics = stack_processes(torch.cat([mean, variance, count]))
         means, variances, counts = statistics.tensor_split([len(mean), 2 * len(mean)], dim=1)
@@ -123,10 +94,10 @@ class _Normalise(torch.autograd.Function):
         _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
             gradients[0], values, factor, mean, variance, mean, scale, False, ctx.eps, [False, True, True]
         )
-        # Of so few numbers Gloo's own sum takes five times as long.
+        # For so few numbers, Gloo's all-reduce takes five times as long.
         everywhere = stack_processes(torch.stack([of_bias, of_weight])).sum(dim=0)
-        # What the values do through the statistics, and then as if those were constants: of their centred values v and
-        # what comes back g it is factor * scale * g - slope * v - shift.
+        # The gradient of centred values v with an output gradient g is factor * scale * g - slope * v - shift. The last
+        # two terms come through the statistics.
         shift, slope = (everywhere * (factor * scale / total)).unbind()
         ones = torch.ones_like(variance)
         of_values = F.batch_norm(values, mean, ones, -slope * scale, -shift, False, 0.0, 0.0)

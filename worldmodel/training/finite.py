@@ -1,4 +1,4 @@
-"""Infinite values and NaN: kept out of the weights, found, and named."""
+"""Infinite values and NaN: keep them out of the weights, and name the place where they arise."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ ADVICE = "lower train.lr or set train.clip_norm, and train into another run_dir"
 
 
 class NotFiniteStep(UserError):
-    """The loss or a gradient of this step is not finite. The first step is 1."""
+    """The loss or a gradient of a step is not finite. The first step is 1."""
 
     def __init__(self, step: int, what: str = "the loss or its gradient is not finite") -> None:
         super().__init__(f"at step {step} {what}: {ADVICE}")
@@ -23,20 +23,20 @@ class NotFiniteStep(UserError):
 
 
 class Guard:
-    """Keeps the weights as they are from the first step on that has a loss or a gradient which is not finite.
+    """Freezes the weights from the first step that has a loss or a gradient which is not finite.
 
     Its state stays on the device, so no step waits for it. A fused optimiser does nothing while its `found_inf` is 1.
 
     Args:
-        scaled: the gradients are those of a GradScaler, which itself leaves out steps whose gradients overflow. Then
-            only the loss counts.
-        in_shards: each process has its share of the gradients. Then all processes call `watch` together.
+        scaled: A GradScaler scales the gradients, and itself skips steps whose gradients overflow. Only the loss is
+            checked then.
+        sharded: Each process has a shard of the gradients. All processes then call `watch` together.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, device: torch.device, *, scaled: bool = False, in_shards: bool = False
+        self, optimizer: torch.optim.Optimizer, device: torch.device, *, scaled: bool = False, sharded: bool = False
     ) -> None:
-        self._optimizer, self._scaled, self._in_shards = optimizer, scaled, in_shards
+        self._optimizer, self._scaled, self._sharded = optimizer, scaled, sharded
         self._one = torch.ones((), dtype=torch.float32, device=device)
         self._found = torch.zeros((), dtype=torch.float32, device=device)
         self._num_steps = torch.zeros((), dtype=torch.float32, device=device)
@@ -45,28 +45,29 @@ class Guard:
 
     @torch.no_grad()
     def watch(self, loss: Tensor) -> None:
-        """Look at the loss and the gradients of a step, between its backward pass and the optimiser's step."""
+        """Check the loss and the gradients of a step, between its backward pass and the optimiser's step."""
         values = [loss.detach().float()]
         if not self._scaled:
             parameters = (parameter for group in self._optimizer.param_groups for parameter in group["params"])
             values += [local_shard(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        # One pass over all values. It multiplies them by one, and leaves `found` as it is where all are finite.
+        # The operator of torch's GradScaler has no public name. It passes once over all values, multiplies them by one
+        # in place, and sets `found` unless all are finite.
         torch._amp_foreach_non_finite_check_and_unscale_(values, self._found, self._one)
-        if self._in_shards:
+        if self._sharded:
             dist.all_reduce(self._found, dist.ReduceOp.MAX)
         self._num_steps += self._found
 
     def num_steps(self) -> int:
-        """Return the number of steps since the first one that was not finite, which counts, or 0. Waits for a GPU."""
+        """Return the number of steps from the first one that was not finite, inclusive, or 0. Waits for a GPU."""
         return int(self._num_steps.item())
 
 
 @contextmanager
 def first_overflow(*networks: nn.Module) -> Iterator[list[str]]:
-    """Note the first module of `networks` whose output is not finite; it waits for each of them.
+    """Record the first module of `networks` whose output is not finite. Waits for the device after each module.
 
-    Yields a list that then holds its name and class, such as "embedder.encoder.stem (Conv2d)". Inner modules come
-    first.
+    Yields a list, to which the module's name and class are added, such as "embedder.encoder.stem (Conv2d)". Inner
+    modules come first.
     """
     found: list[str] = []
 
@@ -88,7 +89,7 @@ def first_overflow(*networks: nn.Module) -> Iterator[list[str]]:
 
 
 def overflowed_gradients(network: nn.Module) -> list[str]:
-    """Names of the parameters whose gradient is not finite, the last first: the order of a backward pass."""
+    """Return the names of the parameters whose gradient is not finite, in the order of a backward pass: last first."""
     gradients = [(name, parameter.grad) for name, parameter in network.named_parameters()]
     return [
         name for name, gradient in reversed(gradients) if gradient is not None and not is_finite(local_shard(gradient))
@@ -96,10 +97,10 @@ def overflowed_gradients(network: nn.Module) -> list[str]:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor that holds an infinite value or NaN; None where all are finite."""
+    """Return the name of the first tensor that holds an infinite value or NaN, or None if all are finite."""
     return next((name for name, tensor in tensors.items() if not is_finite(local_shard(tensor))), None)
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """True if all values are finite. Waits for a GPU."""
+    """Return True if all values are finite. Waits for a GPU."""
     return not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all())

@@ -1,6 +1,5 @@
-"""What this machine has, and how to use it well."""
+"""Properties of this machine: processor, cores, peak FLOP/s, memory and processes. Nothing here changes anything."""
 
-import ctypes
 import os
 import platform
 import time
@@ -11,51 +10,45 @@ from typing import Any
 import torch
 
 from data_pipelines.processes import environment_int
-from worldmodel.nets.convolutions import has_amx
+from worldmodel.nets.cpu import cpu_flags, cpuinfo, has_amx
 from worldmodel.training.timing import synchronise
 
 
 def computes_bf16() -> bool:
-    """Whether the device that Accelerate will train on has bf16 arithmetic of its own."""
-    cpu_only = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
-    if torch.cuda.is_available() and not cpu_only:
+    """Return True if the device that Accelerate will train on has native bf16 arithmetic."""
+    if uses_gpu():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return cpu_computes_bf16()
 
 
+def uses_gpu() -> bool:
+    """Return True if Accelerate will train on a GPU."""
+    cpu_only = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    return torch.cuda.is_available() and not cpu_only
+
+
 def cpu_computes_bf16() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported() or has_amx())
+    """Return True if the processor has native bf16 arithmetic (AVX512-BF16 or AMX)."""
+    return "avx512_bf16" in cpu_flags() or has_amx()
 
 
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-"""Those that this process may use, as it was started."""
+"""The cores that this process may use, as it was started."""
 
 
 def fair_share_of_cores() -> int:
-    """Cores for one of the training processes of this machine. (A launcher's OMP_NUM_THREADS=1 wastes the others.)"""
+    """Return the number of cores for each training process of this machine.
+
+    Launchers set OMP_NUM_THREADS=1, which wastes the others.
+
+    Raises:
+        UserError: LOCAL_WORLD_SIZE is not a whole number of at least 1.
+    """
     return max(1, len(CORES) // environment_int("LOCAL_WORLD_SIZE", 1, least=1))
 
 
-def set_threads(num_threads: int | None) -> None:
-    """Compute with so many threads; None: with a fair share of the cores."""
-    torch.set_num_threads(num_threads or fair_share_of_cores())
-
-
-def keep_to_own_cores(process: int) -> None:
-    """Keep all threads of one of the training processes of this machine, and what they start, on cores of its own.
-
-    Processes that wait for each other at every layer are held up by each one that is moved onto another's core. Done
-    on Linux, where there is a core for each.
-    """
-    share = fair_share_of_cores()
-    own = CORES[process * share : (process + 1) * share]
-    if own and hasattr(os, "sched_setaffinity"):
-        for thread in Path("/proc/self/task").iterdir():
-            os.sched_setaffinity(int(thread.name), own)
-
-
 def machine_description() -> dict[str, Any]:
-    """What a benchmark's figures depend on: processor, cores, threads, load, GPU, versions."""
+    """Describe the conditions of a benchmark: processor, cores, threads, load, GPU, versions."""
     load_1min = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     return {
         "cpu": cpu_model(),
@@ -72,27 +65,13 @@ def machine_description() -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    """The processor's name, as far as the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    """Return the processor's name, as far as the system reports it."""
+    names = [value for key, value in cpuinfo() if key == "model name"]
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next step: on a CPU, what is new faults page by page.
-
-    No block has a mapping of its own, whatever its size, and none goes back to the system.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        trim_threshold, mmap_max = -1, -4  # their numbers in malloc.h
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, -1)
-
-
-# TFLOP/s without sparsity, in 16 bits with sums in fp32, and in fp32, for which convolutions may use TF32 where there
-# is such, by the name that PyTorch tells. Source: the vendor's data sheets and white papers.
+# Peak TFLOP/s without sparsity by device name: in 16 bits with sums in fp32, and in fp32. For fp32 it is the TF32 rate
+# if the GPU has one, because convolutions may use it. Source: the vendor's data sheets and white papers.
 GPU_PEAK_TFLOPS = {
     "* H200": (989.4, 494.7),
     "* H200 NVL": (835.0, 417.5),
@@ -112,10 +91,10 @@ MEASURED_SIZES = (128, 8192)
 
 
 def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second that a device computes in this precision at best.
+    """Return the peak FLOP/s of a device in a precision.
 
-    Of a GPU it is what the data sheet says; where that is not known, and of processors, it is the best of some matrix
-    products by as many threads as are set, which take some tenths of a second.
+    For known GPUs it comes from the data sheet. Otherwise it is measured in some tenths of a second, as the best of
+    several matrix products with the current number of threads.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     for pattern, (in_16_bits, in_fp32) in GPU_PEAK_TFLOPS.items():
@@ -125,7 +104,7 @@ def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measured_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """The best of some products of square matrices, which grow while they take next to no time."""
+    """Return the best rate of several products of square matrices, which grow while a product is too fast to time."""
     size, largest = MEASURED_SIZES
     best, spent_s = 0.0, 0.0
     while spent_s < MEASURED_S:
@@ -142,9 +121,10 @@ def measured_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def memory_mb(pid: int, entry: str) -> float:
-    """A process's memory in MiB, as Linux counts it.
+    """Return the memory of a process in MiB, as Linux counts it.
 
-    VmHWM: the largest resident size so far. Pss: the resident size now; pages that processes share are divided by them.
+    entry: "VmHWM" for the peak resident size, "Pss" for the current resident size. Pss divides shared pages by the
+    number of processes that share them.
     """
     source = Path(f"/proc/{pid}/{'smaps_rollup' if entry == 'Pss' else 'status'}")
     lines = source.read_text(encoding="ascii", errors="replace").splitlines()
@@ -152,5 +132,5 @@ def memory_mb(pid: int, entry: str) -> float:
 
 
 def child_processes(pid: int) -> list[int]:
-    """Its living children (Linux)."""
+    """Return the ids of the living children of a process (Linux)."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]

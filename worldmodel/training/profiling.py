@@ -1,4 +1,4 @@
-"""What a training step costs: its floating-point operations, and a profile of a few steps."""
+"""The cost of a training step: its floating-point operations, and a profile of a few steps."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,18 +17,18 @@ logger = one_line_logger(__name__)
 
 PROFILED_STEPS = 5
 WARMUP_STEPS = 2
-"""Steps that the profiler follows without keeping them: its own start is slow."""
+"""Steps that the profiler records and discards, because its start is slow."""
 WAITED_STEPS = 5
-"""Steps before that, in which libraries choose algorithms and memory is set aside."""
+"""Steps before the warm-up, in which libraries choose algorithms and allocate memory."""
 TABLE_ROWS = 30
 
 
 class FlopCounter(TorchDispatchMode):
-    """Adds up the floating-point operations of convolutions, matrix products and attention, by PyTorch's formulas, into
-    `total`; a multiplication with its addition counts as two. Element-wise operations and norms do not count.
+    """Counts the floating-point operations of convolutions, matrix products and attention in `total`.
 
-    What compiled code does is not seen. (PyTorch's own FlopCounterMode also follows modules, and so forbids
-    torch.autograd.grad.)
+    The formulas are PyTorch's: a multiply-add counts as two operations, element-wise operations and norms as none.
+    Compiled code is not counted. PyTorch's FlopCounterMode tracks modules as well, and therefore fails with
+    torch.autograd.grad; the mode and the table of formulas that both use have no public name.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class FlopCounter(TorchDispatchMode):
 
 
 _ATEN = torch.ops.aten
-# Attention that PyTorch's formulas leave out: of query, key and value, and of the gradient and these.
+# Attention on CPUs, which PyTorch's table lacks. Forward takes query, key and value; backward the gradient and these.
 CPU_ATTENTION = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default: lambda *shapes: sdpa_flop_count(*shapes[:3]),
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default: sdpa_backward_flop_count,
@@ -54,17 +54,16 @@ CPU_ATTENTION = {
 
 @contextmanager
 def profiled(run: Path, device: torch.device, num_steps: int) -> Iterator[Callable[[], None]]:
-    """Profile a few of the `num_steps` steps that are left, all of them where these are few; yields a function to call
-    after each step.
+    """Profile a few of the remaining `num_steps` steps. Yields a function to call after each step.
 
-    Writes RUN/profile/trace.json.gz (for https://ui.perfetto.dev, or chrome://tracing) and RUN/profile/table.txt, the
-    operators that take longest by themselves.
+    Writes RUN/profile/trace.json.gz, for https://ui.perfetto.dev or chrome://tracing, and RUN/profile/table.txt, the
+    operators with the longest own time.
     """
     active = min(PROFILED_STEPS, num_steps)
     warmup = min(WARMUP_STEPS, num_steps - active)
     wait = min(WAITED_STEPS, num_steps - active - warmup)
     if not active:
-        logger.warning("--profile: no step is left to train")
+        logger.warning("no step is left to profile")
         yield lambda: None
         return
     on_gpu = device.type == "cuda"

@@ -1,4 +1,4 @@
-"""How benchmarks and training time things."""
+"""Timing of benchmarks and of the parts of training steps."""
 
 import time
 from collections import defaultdict, deque
@@ -13,8 +13,10 @@ from tqdm.auto import tqdm
 def seconds_in_turns(
     calls: Sequence[Callable[[], object]], repeats: int, name: str, device: torch.device | None = None
 ) -> list[list[float]]:
-    """Times of each call, which take turns, so that a load that comes and goes hits all; after one round that is not
-    counted. A GPU given as `device` has finished before a clock is read."""
+    """Time calls in turns, so that other load on the machine affects all alike, and return the seconds of each call.
+
+    A first round is not counted. A GPU given as `device` is synchronised before a clock is read.
+    """
     times: list[list[float]] = [[] for _ in calls]
     for turn in tqdm(range(repeats + 1), desc=name, unit="round"):
         for call, seconds in zip(calls, times, strict=True):
@@ -28,6 +30,7 @@ def seconds_in_turns(
 
 
 def synchronise(device: torch.device | None) -> None:
+    """Wait until a GPU has finished. Does nothing for other devices."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -35,20 +38,19 @@ def synchronise(device: torch.device | None) -> None:
 class StepTimes:
     """Times the parts of training steps: `with times("forward"): ...`.
 
-    On a GPU, events mark when the device is done with what came before, and no step waits for them: a part is how long
-    it kept the device from what follows. Waiting for data shows only where the device had nothing left to do.
+    On a GPU, CUDA events time each part without synchronising. Data loading shows only if the GPU was idle.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.labelled = False
-        """Whether parts have their names in a profile, too, at the cost of some 20 microseconds each."""
+        """Label the parts in a profile, too, at about 20 microseconds each."""
         self._on_gpu = device.type == "cuda"
         self._pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Add the time of the block to a part's. Blocks that raise are not counted."""
+        """Add the time of the block to that of a part. Blocks that raise are not counted."""
         if self._on_gpu:
             started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             started.record()
@@ -56,7 +58,7 @@ class StepTimes:
                 yield
             ended.record()
             self._pending.append((part, started, ended))
-            while self._pending and self._pending[0][2].query():  # what is done need not be kept until it is asked for
+            while self._pending and self._pending[0][2].query():  # free finished events early
                 self._read()
         else:
             started_s = time.perf_counter()
@@ -65,8 +67,10 @@ class StepTimes:
             self._seconds[part] += time.perf_counter() - started_s
 
     def means(self, num_steps: int) -> dict[str, float]:
-        """Seconds per step of each part, {"forward_s": ...}, of the `num_steps` steps since the last call. Waits for a
-        GPU."""
+        """Return the seconds per step of each part, {"forward_s": ...}, over the `num_steps` steps since the last call.
+
+        Waits for a GPU.
+        """
         while self._pending:
             self._pending[0][2].synchronize()
             self._read()

@@ -1,9 +1,8 @@
-import pytest
 import torch
 
 from worldmodel.build import build_model
 from worldmodel.config import Config, Conv3dConfig, ModelConfig, VideosConfig
-from worldmodel.nets.teacher import Teacher, ema_momentum
+from worldmodel.nets.teacher import Teacher
 from worldmodel.nets.world_model import WorldModel
 
 
@@ -32,9 +31,3 @@ def test_it_shares_nothing_with_the_student_and_has_no_gradient() -> None:
     own = {p.data_ptr() for p in [*teacher.parameters(), *teacher.buffers()]}
     assert own.isdisjoint(p.data_ptr() for p in [*world.parameters(), *world.buffers()])
     assert not teacher(torch.rand(2, 3, 1, 64, 64)).requires_grad
-
-
-@pytest.mark.parametrize(("step", "expected"), [(0, 0.99), (50, 0.995), (100, 1.0)])
-def test_cosine_momentum(step: int, expected: float) -> None:
-    assert ema_momentum(step, 100, 0.99, "cosine") == pytest.approx(expected)
-    assert ema_momentum(step, 100, 0.99, "constant") == 0.99

@@ -23,7 +23,7 @@ from tests.worldmodel.training.test_loop import DEMO, wait_for_step
 from worldmodel.config import Config
 from worldmodel.runs.checkpoint import remove_leftovers, save_checkpoint
 from worldmodel.runs.lock import run_lock
-from worldmodel.training import loop as train_module
+from worldmodel.runs.tracking import Tracker
 from worldmodel.training.loop import train
 from worldmodel.training.machine import child_processes
 
@@ -65,7 +65,8 @@ def test_a_folder_in_use_is_refused_until_its_process_dies(
     (run / "config.yaml").write_text("not: looked at")
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     line = f"run_dir={run} is being trained by process {holder.pid} on {socket.gethostname()}: wait until it ends"
-    for flags in ({}, {"resume": True}, {"overwrite": True}):
+    choices: list[dict[str, Any]] = [{}, {"resume": True}, {"overwrite": True}]
+    for flags in choices:
         with pytest.raises(UserError, match=f"^{re.escape(line)}"):
             train(tiny_config(), **flags)
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
@@ -149,7 +150,7 @@ def test_a_folder_that_a_kill_left_before_its_config_is_taken(
 def test_a_refused_folder_keeps_no_lock(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("years")
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="does not hold a run"):
         train(tiny_config())
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
@@ -158,7 +159,7 @@ def test_the_lock_is_held_until_training_ends(
     tiny_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = []
-    monkeypatch.setattr(train_module.Trainer, "close", lambda _: held.append((tmp_path / "run" / ".lock").read_text()))
+    monkeypatch.setattr(Tracker, "close", lambda _: held.append((tmp_path / "run" / ".lock").read_text()))
     train(tiny_config("train.steps=1"))
     assert held == [f"{os.getpid()} {socket.gethostname()}\n"]
 

@@ -13,7 +13,9 @@ from tests.worldmodel import training_jobs
 from tests.worldmodel.training.test_loop import rows
 from worldmodel.nets.parallel import all_gather, global_batch, multinomial_rows, num_clips, randn_rows
 from worldmodel.runs.checkpoint import load_checkpoint
-from worldmodel.training.distributed import GlobalBatchNorm, check_launch_environment, globalise_batch_norm
+from worldmodel.training import distributed
+from worldmodel.training.distributed import GlobalBatchNorm, SharedBatchNorm, globalise_batch_norm
+from worldmodel.training.launch import check_launch_environment
 from worldmodel.training.objectives import OBJECTIVES
 
 CAUSAL = [
@@ -47,6 +49,7 @@ IN_SHARDS = [name for name in CASES if name not in ("sigreg_in_parts", "hinfonce
 """Losses that compare clips take no parts there."""
 
 
+CPU = torch.device("cpu")
 SHARDS = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """What Accelerate tells processes by configs/accelerate/fsdp.yaml."""
 
@@ -113,8 +116,8 @@ def test_two_processes_share_an_evaluation_and_score_as_one(shards: bool, world:
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_goes_on_with_one_and_with_four(tmp_path: Path) -> None:
-    """Stopped after step 3 of 6 by a signal to the first process; the same clips and the same losses as in one go."""
+def test_a_run_of_two_processes_continues_with_one_and_with_four(tmp_path: Path) -> None:
+    """Stopped after step 3 of 6 by a signal to the last process: the same clips and losses as without a stop."""
 
     def overrides(name: str) -> list[str]:
         path, *of_case = CASES["jepa_mixture"]
@@ -138,24 +141,26 @@ def test_a_run_of_two_processes_goes_on_with_one_and_with_four(tmp_path: Path) -
         assert losses == pytest.approx([row["loss"] for row in whole], abs=1e-4)
 
 
-def test_checkpoints_do_not_tell_whether_weights_were_in_shards(tmp_path: Path) -> None:
-    """Stopped after step 3 of 6, and on in the other way; the losses of one process."""
+def test_checkpoints_do_not_depend_on_sharding(tmp_path: Path) -> None:
+    """Stopped after step 3 of 6 by a signal to the last process, at once although no row is due. It continues with the
+    other sharding; the losses are those of one process."""
 
     def overrides(name: str) -> list[str]:
         path, *of_case = CASES["jepa_mixture"]
         return [path, *TINY, f"run_dir={tmp_path / name}", *of_case, "evaluation.queries=64"]
 
-    def go(num_processes: int, name: str, step: int, how: str, shards: bool) -> None:
-        seen = str(tmp_path / f"seen_{name}")
-        launch(num_processes, "run_until", seen, str(step), how, *overrides(name), shards=shards)
+    def go(num_processes: int, name: str, step: int, how: str, shards: bool, rows_every: int = 1) -> None:
+        arguments = [str(tmp_path / f"seen_{name}"), str(step), how, *overrides(name), f"train.log_every={rows_every}"]
+        launch(num_processes, "run_until", *arguments, shards=shards)
 
     go(1, "whole", 6, "anew", shards=False)
     for number, first_in_shards in enumerate((True, False)):
         name = f"run_{number}"
-        go(2, name, 3, "anew", shards=first_in_shards)
+        go(2, name, 3, "anew", shards=first_in_shards, rows_every=1000)
+        assert all(len(json.loads(path.read_text())) == 3 for path in (tmp_path / f"seen_{name}").iterdir())
         go(2, name, 6, "resume", shards=not first_in_shards)
         losses = [row["loss"] for row in rows(tmp_path / name)]
-        assert losses == pytest.approx([row["loss"] for row in rows(tmp_path / "whole")], abs=1e-4)
+        assert losses == pytest.approx([row["loss"] for row in rows(tmp_path / "whole")][3:], abs=1e-4)
         checkpoints = (load_checkpoint(tmp_path / run) for run in ("whole", name))
         one, two = (checkpoint.optimizer for checkpoint in checkpoints if checkpoint)
         assert {key: value.shape for key, value in one.items()} == {key: value.shape for key, value in two.items()}
@@ -167,10 +172,42 @@ def test_by_one_process_a_batch_is_its_own() -> None:
     with global_batch(torch.arange(4), 4):
         assert num_clips(4) == 4 and all_gather(values) is values
         plain, ours = nn.Sequential(nn.BatchNorm1d(3)), nn.Sequential(nn.BatchNorm1d(3))
-        globalise_batch_norm(ours)
+        globalise_batch_norm(ours, CPU)
         assert isinstance(ours[0], GlobalBatchNorm)
         assert torch.equal(ours(values), plain(values))
         assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), plain.buffers(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("device", "kind"), [("cuda", SharedBatchNorm), ("cpu", GlobalBatchNorm), ("xpu", GlobalBatchNorm)]
+)
+def test_the_device_selects_the_batch_norm(device: str, kind: type[nn.Module]) -> None:
+    """A device that exists is not needed: its type alone counts."""
+    plain = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Sequential(nn.BatchNorm2d(2, eps=1e-3, momentum=0.2))).eval()
+    before = plain.state_dict(keep_vars=True)
+    globalise_batch_norm(plain, torch.device(device))
+    [norm] = plain.get_submodule("1").children()
+    assert type(norm) is kind and (norm.eps, norm.momentum, norm.training) == (1e-3, 0.2, False)
+    after = plain.state_dict(keep_vars=True)
+    assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
+
+
+def test_a_shared_batch_norm_waits_for_nobody_outside_of_a_shared_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside of one, torch's SyncBatchNorm computes it."""
+    values = normal(0, 4, 3)
+    calls: list[torch.Tensor] = []
+    plain, ours = nn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm1d(3))
+    globalise_batch_norm(ours, torch.device("cuda"))
+
+    def spy(_self: nn.Module, input: torch.Tensor) -> torch.Tensor:
+        calls.append(input)
+        return input
+
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", spy)
+    assert torch.equal(ours(values), plain(values)) and not calls
+    monkeypatch.setattr(distributed, "shared", lambda: True)
+    assert ours(values) is values and len(calls) == 1
+    assert torch.equal(ours.eval()(values), plain.eval()(values)) and len(calls) == 1
 
 
 def test_random_numbers_go_with_the_place_in_the_global_batch() -> None:

@@ -25,10 +25,12 @@ from tests.worldmodel.training.test_loop import DEMO, assert_same_weights, rows
 from worldmodel import load
 from worldmodel.config import Config
 from worldmodel.runs.checkpoint import load_checkpoint, save_checkpoint
-from worldmodel.sources import make_source
 from worldmodel.training import refine as refine_module
 from worldmodel.training.finite import Guard, first_overflow, not_finite, overflowed_gradients
-from worldmodel.training.loop import Interrupted, Trainer, make_accelerator, train
+from worldmodel.training.launch import make_accelerator
+from worldmodel.training.loop import train
+from worldmodel.training.session import Interrupted
+from worldmodel.training.trainer import Trainer
 
 NAN, INF = float("nan"), float("inf")
 RARE = ["train.log_every=50", "train.checkpoint_every=2", "train.keep_checkpoints=1", "train.eval_every=100"]
@@ -138,24 +140,25 @@ def test_a_bad_step_leaves_the_checkpoint_before_it_from_which_the_run_continues
     assert_same_weights(resumed, train(tiny_config(*RARE, f"run_dir={run}_whole")))
 
 
-def test_a_signal_after_a_bad_step_saves_nothing(
+def test_a_stop_after_a_bad_step_saves_nothing(
     tiny_config: Callable[..., Config], poisoned: Callable[[int, float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poisoned(3, NAN)
-    update = Trainer.update
+    update, asked = Trainer.update, [0]
 
     def stopped(self: Trainer, batches: Iterator[Batch]) -> None:
         update(self, batches)
         if self.step == 5:
-            signal.raise_signal(signal.SIGTERM)
+            asked.append(signal.SIGTERM)
 
     monkeypatch.setattr(Trainer, "update", stopped)
     with pytest.raises(UserError, match=r"^at step 3 a gradient"):
-        train(tiny_config(*RARE, "train.checkpoint_every=50"))
+        train(tiny_config(*RARE, "train.checkpoint_every=50"), stop=lambda: asked[-1])
     assert not list(Path(tiny_config().run_dir).glob("checkpoints/*"))
     poisoned(0, NAN)
-    with pytest.raises(Interrupted):
-        train(tiny_config(*RARE), resume=True)
+    asked[:] = [0]
+    with pytest.raises(Interrupted, match=r"^SIGTERM$"):
+        train(tiny_config(*RARE), resume=True, stop=lambda: asked[-1])
 
 
 def test_a_learning_rate_that_is_too_high_is_one_line_and_no_checkpoint(
@@ -240,14 +243,14 @@ def test_gradients_that_overflow_at_any_scale_end_the_run(
     tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config()
-    trainer = Trainer(config, make_accelerator(config.train), Path(config.run_dir), make_source(config), "")
+    trainer = Trainer(config, make_accelerator(config.train))
     trainer.step = 4
     for scale in (65536.0, 2.0**-20):
         monkeypatch.setattr(trainer.accelerator, "scaler", SimpleNamespace(get_scale=lambda scale=scale: scale))
-        trainer.check_finite()
+        trainer.check_steps()
     monkeypatch.setattr(trainer.accelerator, "scaler", SimpleNamespace(get_scale=lambda: 2.0**-30))
     with pytest.raises(UserError, match=r"^at step 4 gradients still overflow at the least scale"):
-        trainer.check_finite()
+        trainer.check_steps()
 
 
 def test_infinite_weights_are_not_evaluated(tiny_config: Callable[..., Config]) -> None:

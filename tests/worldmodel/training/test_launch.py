@@ -21,10 +21,13 @@ from accelerate.utils import DistributedType
 from data_pipelines.errors import UserError
 from tests.conftest import REPO, TINY, script_environment
 from tests.worldmodel.training.test_loop import assert_same_weights
+from worldmodel.commands import process as process_module
+from worldmodel.commands.process import stop_signals
 from worldmodel.config import Config
-from worldmodel.training import loop as train_module
-from worldmodel.training.loop import Trainer, stop_signals, told_by_backend, train
+from worldmodel.training.launch import ConnectionLostError, backend_message
+from worldmodel.training.loop import train
 from worldmodel.training.machine import child_processes
+from worldmodel.training.trainer import Trainer
 
 LAUNCH_CONFIGS = REPO / "configs" / "accelerate"
 MAIN_PROCESS = ["--main_process_ip", "10.77.0.1", "--main_process_port", "29500"]
@@ -100,24 +103,24 @@ def test_these_are_all_configs_of_accelerate() -> None:
     assert {path.stem for path in LAUNCH_CONFIGS.iterdir()} == {"cpu2", "1gpu", "8gpu", "fsdp", "2x8gpu"}
 
 
-def test_messages_of_backends_are_told_in_one_line() -> None:
+def test_messages_of_backends_are_reported_in_one_line() -> None:
     gloo = "[/src/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:3344. This is\nlong"
-    assert told_by_backend(RuntimeError(gloo)) == "Connection closed by peer [10.0.0.2]:3344"
+    assert backend_message(RuntimeError(gloo)) == "Connection closed by peer [10.0.0.2]:3344"
 
 
-def test_the_echo_of_a_signal_is_no_second_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_echo_of_a_signal_is_not_a_second_request(monkeypatch: pytest.MonkeyPatch) -> None:
     with stop_signals() as stop:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         assert stop() == signal.SIGTERM
-        monkeypatch.setattr(train_module, "ECHO_S", 0.0)
+        monkeypatch.setattr(process_module, "ECHO_S", 0.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
 
 
 def test_other_engines_are_refused(tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
-    with pytest.raises(UserError, match="Accelerate is set to DEEPSPEED, which does not run here"):
+    with pytest.raises(UserError, match="Accelerate is set to DEEPSPEED, which is not supported"):
         train(tiny_config())
 
 
@@ -137,8 +140,8 @@ def test_a_step_whose_gradients_never_came_leaves_no_trace(
 
     with monkeypatch.context() as patches:
         patches.setattr(Accelerator, "backward", cut)
-        patches.setattr(Trainer, "saves_on_loss", True)  # as it is where there are others to lose
-        with pytest.raises(UserError, match=r"at step 3 \(Timed out waiting 8000ms\): .* go on with --resume"):
+        patches.setattr(Trainer, "saves_alone", True)  # as it is where there are others to lose
+        with pytest.raises(ConnectionLostError, match=r"another process at step 3 \(Timed out waiting 8000ms\), whose"):
             train(config)
     assert latest_step(Path(config.run_dir)) == 3
     train(config, resume=True)
@@ -171,7 +174,7 @@ def test_sigterm_to_the_launcher_or_to_all_processes_is_resumed_bit_for_bit(tmp_
                 os.kill(pid, signal.SIGTERM)
             process.wait(timeout=60)
         output = (folder / "output.txt").read_text()
-        assert process.returncode != 0 and "stopped by SIGTERM; go on with --resume" in output, output[-3000:]
+        assert process.returncode != 0 and "stopped by SIGTERM; continue with --resume" in output, output[-3000:]
         stops.append(latest_step(folder / "run"))
     assert 0 < stops[0] < stops[1] < 60
     assert f"resuming run at step {stops[1]}" in run_to_end(resumed, folder)
@@ -254,7 +257,7 @@ def host_command(hosts: list[str], rank: int, overrides: list[str]) -> list[str]
 
 @pytest.mark.slow
 def test_two_hosts_train_one_model_and_survive_a_cut_link(two_hosts: list[str], tmp_path: Path) -> None:
-    """Both ends tell of the lost connection in time, and the run goes on as if nothing had been."""
+    """Both ends report the lost connection in time, and the run continues bit for bit."""
     overrides = ["train.steps=120", "train.log_every=10", f"train.timeout_s={LINK_TIMEOUT_S}"]
     whole = [tmp_path / "whole0", tmp_path / "whole1"]
     with training_on(two_hosts, whole, overrides) as processes:
@@ -270,10 +273,10 @@ def test_two_hosts_train_one_model_and_survive_a_cut_link(two_hosts: list[str], 
         assert all(process.wait(timeout=60) != 0 for process in processes)
         ended_s = time.monotonic() - cut_s
     assert ended_s < LINK_TIMEOUT_S + 20, "20 s for both launchers to end"
-    told = re.compile(r"^error: lost the connection to another process at step \d+ \(.+\): .* --resume$", re.MULTILINE)
+    line = re.compile(r"^error: lost the connection to another process at step \d+ \(.+\), .* --resume$", re.MULTILINE)
     for folder in cut:
         output = (folder / "output.txt").read_text()
-        assert len(told.findall(output)) == 1, output[-3000:]
+        assert len(line.findall(output)) == 1, output[-3000:]
     assert 10 <= latest_step(cut[0] / "run") < 120
 
     ip("-n", two_hosts[1], "link", "set", two_hosts[1], "up")
@@ -293,7 +296,7 @@ STAND_INS = {
 
 
 @pytest.mark.slow
-def test_the_slurm_script_of_the_docs_saves_requeues_and_goes_on(tmp_path: Path) -> None:
+def test_the_slurm_script_of_the_docs_saves_requeues_and_continues(tmp_path: Path) -> None:
     text = (REPO / "docs" / "multi_node.md").read_text(encoding="utf-8").partition("```bash\n")[2].partition("```")[0]
     words = " ".join(launch_command(overrides=["train.steps=40"]))
     settings = words.partition("configs/demo.yaml ")[2]

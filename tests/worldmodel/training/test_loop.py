@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import is_initialized
 from safetensors.torch import load_file
 
 from data_pipelines.errors import UserError
@@ -25,9 +27,9 @@ from worldmodel.config import Config
 from worldmodel.data import TrainingInputs
 from worldmodel.nets.teacher import Teacher
 from worldmodel.sources import make_source
-from worldmodel.training import loop as train_module
-from worldmodel.training import timing
-from worldmodel.training.loop import compile_mode, make_accelerator, train
+from worldmodel.training import step_log, timing
+from worldmodel.training.launch import compile_mode, make_accelerator
+from worldmodel.training.loop import train
 from worldmodel.training.losses import TrainingModel
 
 REFINED = ["train.refine_steps=2", "train.refine_clips=12"]
@@ -57,7 +59,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
 
 
 def test_beta_warms_up(tiny_config: Callable[..., Config]) -> None:
-    """A logged row says the beta of the step it ends."""
+    """A row has the beta of the step that it ends."""
     run = train(tiny_config("objective.beta=0.2", "objective.beta_warmup_steps=4"))
     assert [row["beta"] for row in rows(run)] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2, 0.2])
 
@@ -184,15 +186,15 @@ def test_a_profiled_run_learns_the_same(
 def test_no_step_is_timed_with_the_measurement_of_the_peak(
     tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A clock that goes on by one each time it is read, and by a thousand while the peak is measured."""
+    """A clock that advances by one each time it is read, and by a thousand while the peak is measured."""
     now_s = [0.0]
 
-    def go_on(by_s: float) -> float:
+    def advance(by_s: float) -> float:
         now_s[0] += by_s
         return now_s[0]
 
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: go_on(1.0)))
-    monkeypatch.setattr(train_module, "peak_flops_per_s", lambda *_: go_on(1000.0))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: advance(1.0)))
+    monkeypatch.setattr(step_log, "peak_flops_per_s", lambda *_: advance(1000.0))
     run = train(tiny_config("train.steps=2"))
     assert now_s[0] > 1000 and all(row["step_s"] < 100 and row["mfu"] > 0 for row in rows(run))
 
@@ -220,7 +222,7 @@ def wait_for_step(process: "subprocess.Popen[bytes]", run: Path, step: int) -> N
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_save_a_checkpoint_and_tell_by_the_exit_code(
+def test_signals_save_a_checkpoint_and_set_the_exit_code(
     tiny_overrides: list[str], tmp_path: Path, number: signal.Signals, exit_code: int
 ) -> None:
     overrides = [
@@ -241,7 +243,7 @@ def test_signals_save_a_checkpoint_and_tell_by_the_exit_code(
     os.killpg(process.pid, number)  # as Ctrl-C and batch systems do it: the decoding processes get it too
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == exit_code, stderr
-    assert "Traceback" not in stderr and f"stopped by {number.name}; go on with --resume" in stderr
+    assert "Traceback" not in stderr and f"stopped by {number.name}; continue with --resume" in stderr
     index = json.loads((tmp_path / "run" / "checkpoints" / "index.json").read_text())
     assert index["latest"] is not None
 
@@ -267,6 +269,30 @@ def test_resuming_on_other_videos_is_refused(tiny_config: Callable[..., Config],
             train(tiny_config(), resume=True)
     finally:
         extra.unlink()
+
+
+def test_training_twice_in_one_process_changes_nothing_of_it(tiny_config: Callable[..., Config]) -> None:
+    """Neither handlers nor threads, filters or variables: a notebook can train, and again in another precision."""
+
+    def effects() -> list[Any]:
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+        return [handlers, torch.get_num_threads(), list(warnings.filters), cores, dict(os.environ)]
+
+    before = effects()
+    runs: list[Path] = []
+    for precision in ("bf16", "fp32", "fp32"):
+        name = f"run_dir={tiny_config().run_dir}_{len(runs)}"
+        runs.append(train(tiny_config("train.num_threads=2", f"train.precision={precision}", "train.steps=2", name)))
+        assert not is_initialized(), "Accelerate's state is left"
+    assert effects() == before
+    assert_same_weights(*runs[1:])
+
+
+def test_training_uses_an_accelerator_that_is_there(tiny_config: Callable[..., Config]) -> None:
+    accelerator = make_accelerator(tiny_config().train)
+    train(tiny_config("train.steps=1"))
+    assert is_initialized() and accelerator.device.type == "cpu"
 
 
 def test_what_is_compiled(tiny_config: Callable[..., Config]) -> None:

@@ -12,12 +12,12 @@ from worldmodel.training.machine import fair_share_of_cores, peak_flops_per_s
 
 KEPT = """
 import os, threading
-from worldmodel.training import machine
+from worldmodel.commands import process
 stop = threading.Event()
 thread = threading.Thread(target=stop.wait)
 thread.start()
-for process in (1, 1, 99_999):
-    machine.keep_to_own_cores(process)
+for number in (1, 1, 99_999):
+    process.pin_to_own_cores(number)
     print(*os.sched_getaffinity(0), *os.sched_getaffinity(thread.native_id))
 stop.set()
 """

@@ -17,7 +17,7 @@ from worldmodel.config import Config
 from worldmodel.data import segments_of
 from worldmodel.nets.teacher import Teacher
 from worldmodel.sources import make_source
-from worldmodel.training.loop import Interrupted, train
+from worldmodel.training.loop import train
 from worldmodel.training.refine import (
     RefinementClips,
     draw_batch,
@@ -28,6 +28,7 @@ from worldmodel.training.refine import (
     refinement_stream,
     steps_of,
 )
+from worldmodel.training.session import Interrupted
 
 CPU = torch.device("cpu")
 REFINED = ["train.refine_steps=4", "train.refine_clips=12"]
@@ -197,7 +198,7 @@ def test_a_run_is_refined_once_and_an_interrupted_refinement_begins_anew(
 
     interrupted = tiny_config(f"run_dir={tmp_path / 'interrupted'}", *REFINED)
     with monkeypatch.context() as patched:
-        patched.setattr("worldmodel.training.loop.refine", lambda *_: signal.SIGTERM)
+        patched.setattr("worldmodel.training.session.refine", lambda *_: signal.SIGTERM)
         with pytest.raises(Interrupted):
             train(interrupted)
     assert_same_weights(plain, tmp_path / "interrupted")
@@ -206,7 +207,7 @@ def test_a_run_is_refined_once_and_an_interrupted_refinement_begins_anew(
 
     metrics = (tmp_path / "interrupted" / "metrics.jsonl").read_text()
     with monkeypatch.context() as patched:
-        patched.setattr("worldmodel.training.loop.refine", lambda *_: pytest.fail("a refined run is refined again"))
+        patched.setattr("worldmodel.training.session.refine", lambda *_: pytest.fail("a refined run is refined again"))
         train(interrupted, resume=True)
     assert (tmp_path / "interrupted" / "metrics.jsonl").read_text() == metrics, "rows of refinement are kept"
 

@@ -1,4 +1,4 @@
-"""What one process can tell of shards; tests/worldmodel/training/test_distributed.py has two."""
+"""Sharding, as far as one process has it; tests/worldmodel/training/test_distributed.py has two."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -15,15 +15,7 @@ from worldmodel.nets.parallel import local_shard
 from worldmodel.nets.vit import VIT_SIZES, VitEncoder
 from worldmodel.training import sharding
 from worldmodel.training.loop import train
-from worldmodel.training.sharding import (
-    filled,
-    is_asked_for,
-    layers,
-    load_whole,
-    shared_like,
-    whole,
-    without_weights,
-)
+from worldmodel.training.sharding import fsdp_requested, layers, materialise, meta_copy
 
 
 def accelerator(num_processes: int) -> Any:
@@ -31,22 +23,22 @@ def accelerator(num_processes: int) -> Any:
 
 
 def test_accelerate_asks_for_shards_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not is_asked_for(accelerator(2))
+    assert not fsdp_requested(accelerator(2))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="first version of FSDP: set fsdp_version to 2"):
-        is_asked_for(accelerator(2))
+        fsdp_requested(accelerator(2))
     monkeypatch.setenv("FSDP_VERSION", "2")
-    assert is_asked_for(accelerator(2)) and not is_asked_for(accelerator(1))
+    assert fsdp_requested(accelerator(2)) and not fsdp_requested(accelerator(1))
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
     with pytest.raises(UserError, match="set fsdp_offload_params to false"):
-        is_asked_for(accelerator(2))
+        fsdp_requested(accelerator(2))
 
 
 def test_parts_of_a_loss_that_compares_clips_are_refused(
     tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharding, "is_asked_for", lambda _accelerator: True)
-    with pytest.raises(UserError, match="a loss that compares clips takes no parts"):
+    monkeypatch.setattr(sharding, "fsdp_requested", lambda _accelerator: True)
+    with pytest.raises(UserError, match="a loss that compares clips cannot be accumulated"):
         train(tiny_config("train.grad_accumulation=2", "objective.name=infonce"))
 
 
@@ -64,24 +56,20 @@ def test_layers_of_a_pretrained_transformer_are_the_ones_that_it_names() -> None
     assert [type(layer).__name__ for layer in found] == ["ViTLayer", "ViTLayer", "ViTEmbeddings"]
 
 
-def test_a_copy_without_weights_is_filled_with_another_networks() -> None:
+def test_a_meta_copy_gets_the_weights_of_another_network() -> None:
     network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     network[0].weight.requires_grad_(False)
-    blank = without_weights(network)
+    blank = meta_copy(network)
     assert all(parameter.is_meta for parameter in blank.parameters())
     other = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     other(normal(1, 4, 3))  # which moves its running statistics
     values = normal(0, 4, 3)
-    copied = filled(blank, other, torch.device("cpu")).eval()
+    copied = materialise(blank, other, torch.device("cpu")).eval()
     assert torch.equal(copied(values), other.eval()(values))
     assert [parameter.requires_grad for parameter in copied.parameters()] == [False, True, True, True]
     assert all(parameter.is_meta for parameter in blank.parameters())
 
 
-def test_what_is_in_no_shards_stays_what_it_is() -> None:
-    network, other = nn.Linear(3, 2), nn.Linear(3, 2)
-    weights = dict(network.state_dict())
-    assert whole(weights) == weights
-    assert local_shard(network.weight) is network.weight and shared_like(weights["bias"], None) is weights["bias"]
-    load_whole(other, weights)
-    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
+def test_tensors_without_shards_are_their_own_shard() -> None:
+    weight = nn.Linear(3, 2).weight
+    assert local_shard(weight) is weight
