@@ -16,6 +16,7 @@ from worldmodel import load
 from worldmodel.commands.shared import check_counts, check_run_writable, report_errors, write_result
 from worldmodel.evaluation.surprise import MEASURES
 from worldmodel.evaluation.surprise_events import detect_events
+from worldmodel.runs.folder import RunFolder
 
 
 def main() -> int:
@@ -32,7 +33,7 @@ def main() -> int:
         check_run_writable(args.run)
         result = detect_events(run, args.num_videos, args.seed)
         facts = {"num_videos": args.num_videos, "seed": args.seed, "step": run.state["step"]}
-        out = args.run / "surprise_events.json"
+        out = RunFolder(args.run).surprise_events
         write_result(out, facts | {"auroc": result})
         print(f"\n{table(result)}\n\n{out}")
     return 0

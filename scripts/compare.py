@@ -38,18 +38,18 @@ from worldmodel.commands.process import stop_signals
 from worldmodel.commands.shared import EXIT_USER_ERROR, make_out_folder, report_errors
 from worldmodel.config import Config, changed_keys, choices, load_config, to_yaml
 from worldmodel.report.comparison import (
-    Run,
+    RunScores,
     comparison_figure,
     comparison_markdown,
     flat_numbers,
     png,
-    summarise_cells,
+    summarise_groups,
 )
 from worldmodel.report.comparison_page import write_comparison_page
-from worldmodel.report.tables import value_at
 from worldmodel.runs.checkpoint import RESUMABLE_CHANGES, load_run_config
-from worldmodel.runs.metrics import METRICS_NAME, read_metrics_file
-from worldmodel.runs.tracking import read_metrics
+from worldmodel.runs.folder import RunFolder
+from worldmodel.runs.metrics import Metrics, read_metrics, value_at
+from worldmodel.runs.tracking import read_history
 from worldmodel.training.machine import fair_share_of_cores
 from worldmodel.training.session import Interrupted
 
@@ -147,11 +147,13 @@ def compare_folders(args: argparse.Namespace) -> int:
     made = []
     above = os.path.commonpath([folder.resolve().parent for folder in args.runs])
     for folder in args.runs:
-        metrics = read_metrics_file(folder / METRICS_NAME)
+        metrics = read_metrics(folder)
         if metrics is None:
             raise UserError(f"--runs {folder}: there is no metrics.json, evaluate the run first")
         config, name = load_run_config(folder), os.path.relpath(folder.resolve(), above)
-        made.append(MadeRun(folder, Run(name, config.model.latent.name, config.seed, flat_numbers(metrics)), metrics))
+        made.append(
+            MadeRun(folder, RunScores(name, config.model.latent.name, config.seed, flat_numbers(metrics)), metrics)
+        )
     make_out_folder(args.out)
     write_comparison(args.out, made, {"runs_given": [str(folder) for folder in args.runs]})
     return 0
@@ -276,7 +278,7 @@ def keep_threads(run: GridRun, share: int | None) -> GridRun:
 
 
 def saved_config(run: GridRun) -> Config | None:
-    return load_run_config(run.folder) if (run.folder / "config.yaml").is_file() else None
+    return load_run_config(run.folder) if RunFolder(run.folder).config.is_file() else None
 
 
 def changes_of(run: GridRun) -> list[str]:
@@ -305,7 +307,7 @@ def check_same_configs(grid: Sequence[GridRun]) -> None:
 
 def is_done(run: GridRun) -> bool:
     """Whether the run's metrics are those of this config, at its last step."""
-    metrics = read_metrics_file(run.folder / METRICS_NAME)
+    metrics = read_metrics(run.folder)
     return value_at(metrics, "train.steps") == run.config.train.steps and not changes_of(run)
 
 
@@ -454,16 +456,16 @@ def failure_of(job: Running) -> Failure:
 
 @dataclass(frozen=True)
 class MadeRun:
-    """An evaluated run in its folder; `metrics` is what metrics.json holds."""
+    """An evaluated run in its folder; `metrics` is the content of metrics.json."""
 
     folder: Path
-    run: Run
-    metrics: dict[str, Any]
+    run: RunScores
+    metrics: Metrics
 
 
-def scored(run: GridRun) -> tuple[Run, dict[str, Any]]:
-    metrics = read_metrics_file(run.folder / METRICS_NAME) or {}
-    return Run(run.objective, run.latent, run.seed, flat_numbers(metrics)), metrics
+def scored(run: GridRun) -> tuple[RunScores, Metrics]:
+    metrics = read_metrics(run.folder) or Metrics()
+    return RunScores(run.objective, run.latent, run.seed, flat_numbers(metrics)), metrics
 
 
 def provenance(args: argparse.Namespace, config_text: str, failures: list[Failure], refused: str) -> dict[str, Any]:
@@ -485,11 +487,11 @@ def write_comparison(out: Path, made: Sequence[MadeRun], about: dict[str, Any]) 
     content = {
         **about,
         "runs": [{"folder": os.path.relpath(one.folder, out), **dataclasses.asdict(one.run)} for one in made],
-        "cells": [dataclasses.asdict(cell) for cell in summarise_cells(runs)],
+        "cells": [dataclasses.asdict(cell) for cell in summarise_groups(runs)],
     }
     markdown, figure = comparison_markdown(runs), comparison_figure(runs)
     paths = [out / name for name in ("comparison.json", "comparison.md", "compare.html", "comparison.png")]
-    histories = [read_metrics(one.folder) for one in made]
+    histories = [read_history(one.folder) for one in made]
     try:
         write_text(paths[0], json.dumps(content, indent=1) + "\n")
         write_text(paths[1], markdown + "\n")

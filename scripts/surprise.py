@@ -20,9 +20,9 @@ from data_pipelines.errors import UserError
 from data_pipelines.files import write_bytes, write_text
 from worldmodel import load
 from worldmodel.commands.shared import check_counts, check_device, check_video, make_out_folder, report_errors
-from worldmodel.evaluation.surprise import MEASURES
-from worldmodel.report.figures import save, timeline_figure
-from worldmodel.report.illustrations import Timeline
+from worldmodel.evaluation.surprise import MEASURES, Timeline
+from worldmodel.report.drawing import save
+from worldmodel.report.timeline import timeline_figure
 
 PICTURE_DPI = 150
 

@@ -17,9 +17,8 @@ from data_pipelines.files import write_text
 from data_pipelines.splits import Split
 from data_pipelines.transforms import on_device, split_segments, to_float
 from worldmodel.config import Config, DataConfig, OracleConfig, VideosConfig
+from worldmodel.runs.folder import RunFolder
 from worldmodel.sources.source import Source
-
-CONTENTS_NAME = "videos.jsonl"  # in a run folder
 
 Uses = dict[tuple[Split, int], str]
 """For a split and a number of steps of prediction, the keys of the config to lower if its videos are too short."""
@@ -158,8 +157,9 @@ def check_contents(source: Source, config: Config, run: Path) -> None:
     now = training_contents(source, config)
     if now is None:
         return
-    path = run / CONTENTS_NAME
-    before = read_contents(path) if (run / "checkpoints" / "index.json").exists() else None
+    folder = RunFolder(run)
+    path = folder.contents
+    before = read_contents(path) if folder.checkpoint_index.exists() else None
     if before is None:
         try:
             write_text(path, "".join(f"{line}\n" for line in now.lines()))

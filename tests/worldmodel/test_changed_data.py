@@ -10,7 +10,7 @@ import pytest
 
 from data_pipelines.errors import UserError
 from worldmodel.config import Config
-from worldmodel.data import CONTENTS_NAME
+from worldmodel.runs.folder import RunFolder
 from worldmodel.training.loop import train
 
 ORACLE = ["model.latent=oracle", "model.latent.dim=2"]
@@ -70,14 +70,14 @@ def test_a_run_without_hashes_resumes_and_is_compared_from_then_on(
 ) -> None:
     config = tiny_config(f"data.root={root}")
     run = train(config)
-    (run / CONTENTS_NAME).unlink()
+    RunFolder(run).contents.unlink()
     shutil.copyfile(root / "train" / "000001.mp4", root / "train" / "000000.mp4")
     _resume(config)
     shutil.copyfile(root / "train" / "000000.mp4", root / "train" / "000002.mp4")
     with pytest.raises(UserError, match=r"'000002.mp4' has other content"):
         _resume(config)
-    (run / CONTENTS_NAME).write_text("{}")
-    with pytest.raises(UserError, match=rf"{CONTENTS_NAME}' is damaged"):
+    RunFolder(run).contents.write_text("{}")
+    with pytest.raises(UserError, match=r"videos.jsonl' is damaged"):
         _resume(config)
 
 

@@ -1,4 +1,4 @@
-"""Evaluation: forecasts of a trained run, scored against baselines; probes; surprise.
+"""Evaluation of a trained run: forecasts scored against baselines, probes, surprise.
 
-Numbers only: worldmodel/report draws them.
+It yields numbers and arrays only; worldmodel/report draws them.
 """

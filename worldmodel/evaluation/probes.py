@@ -1,10 +1,11 @@
-"""What frozen representations tell of known factors, by probes of rising capacity and falling numbers of labels.
+"""Probes of frozen representations for known factors, of rising capacity and with falling numbers of labels.
 
 The in-domain protocols of Marks et al., "A Closer Look at Benchmarking Self-Supervised Pre-training with Image
 Classification" (arXiv 2407.12210): linear and k-NN probes of standardised features, and few labels. Their few-shot
-protocol tunes the encoder too; here it stays frozen and the few-shot probe is linear.
+protocol fine-tunes the encoder too. Here the encoder stays frozen, and the few-shot probe is linear.
 
-Legend: N clips, D dimensions of a representation, K dimensions of a target, C classes.
+Legend: N clips, M clips to compare with, D dimensions of a representation, K dimensions of a target. The number of
+classes is written out.
 """
 
 import warnings
@@ -16,29 +17,71 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from data_pipelines.worlds.law import Law
+from worldmodel.evaluation.embed import EmbeddedSplit
 from worldmodel.evaluation.readout import RIDGE_STRENGTHS, choose_readout
 from worldmodel.evaluation.scores import r_squared
+from worldmodel.runs.metrics import ProbeScores, Targets
 
 # Few clips of many dimensions need more shrinkage than a readout of all clips.
 PROBE_STRENGTHS = (*RIDGE_STRENGTHS, 1e4)
 NEIGHBOURS = (1, 5, 20, 50)
-FEW_SHOT_PERCENT = (1, 5, 10)
 MLP_FIT_CLIPS = 4096
 MLP_ITERATIONS = 30
 NEIGHBOUR_CLIPS = 1024
+MAX_CLASSES = 1024  # of a label that is probed for
 
-# Of clips to fit on, clips to choose hyperparameters on, clips to score.
 Splits = tuple[Tensor, Tensor, Tensor]
+"""Values of the clips to fit on, of those to choose hyperparameters on, and of those to score."""
 
 
-def probe_all(
-    representations: Mapping[str, Splits], targets: Mapping[str, Splits]
-) -> dict[str, dict[str, dict[str, float]]]:
-    """`probe` of every target from every representation -> {representation: {target: {probe: score}}}.
+def probe_clips(
+    law: Law | None, fit: EmbeddedSplit, selection: EmbeddedSplit, queries: EmbeddedSplit
+) -> dict[str, Targets]:
+    """Probe the representations of held-out clips for their labels -> {representation: {target: {probe: score}}}."""
+    parts = (fit, selection, queries)
+
+    def of_all(measure: Callable[[EmbeddedSplit], Tensor]) -> Splits:
+        return measure(fit), measure(selection), measure(queries)
+
+    representations = {
+        "backbone": of_all(lambda clips: clips.backbone),
+        "embedding": of_all(lambda clips: clips.embedding),
+    }
+    if fit.r.shape[1]:
+        representations |= {
+            "r": of_all(lambda clips: clips.r),
+            "embedding_and_r": of_all(lambda clips: torch.cat([clips.embedding, clips.r], dim=1)),
+        }
+    labels = [law.probe_targets(part.labels) if law else label_targets(part.labels) for part in parts]
+    common = [name for name in labels[0] if name in labels[1] and name in labels[2]]
+    targets: dict[str, Splits] = {name: (labels[0][name], labels[1][name], labels[2][name]) for name in common}
+    return probe_all(representations, targets)
+
+
+def label_targets(labels: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the labels to probe for, among those that vary over videos.
+
+    Whole numbers below MAX_CLASSES are classes [N]. Larger ones, such as the seeds of a recording, are left out. Other
+    labels are measures [N, K].
+    """
+    targets = {}
+    for name, values in labels.items():
+        if values.ndim >= 3 or len(values.unique()) < 2:
+            continue
+        if values.is_floating_point() or values.ndim == 2:
+            targets[name] = values.float().reshape(len(values), -1)
+        elif values.min() >= 0 and values.max() < MAX_CLASSES:
+            targets[name] = values
+    return targets
+
+
+def probe_all(representations: Mapping[str, Splits], targets: Mapping[str, Splits]) -> dict[str, Targets]:
+    """`probe` every target from every representation -> {representation: {target: {probe: score}}}.
 
     representations [N, D] and targets ([N] or [N, K]) are given for the fit, selection and test clips.
     """
-    scores: dict[str, dict[str, dict[str, float]]] = {name: {} for name in representations}
+    scores: dict[str, Targets] = {name: {} for name in representations}
     pairs = tqdm(list(product(representations, targets)), desc="probes", unit="target")
     for representation, target in pairs:
         fit, selection, test = zip(representations[representation], targets[target], strict=True)
@@ -53,14 +96,15 @@ def probe(
     selection_outputs: Tensor,
     test_inputs: Tensor,
     test_outputs: Tensor,
-) -> dict[str, float]:
-    """Scores on test clips of linear, knn, mlp and few_shot_1, few_shot_5, few_shot_10 probes of inputs [N, D].
+) -> ProbeScores:
+    """Score linear, knn, mlp and few_shot_1, few_shot_5, few_shot_10 probes of inputs [N, D] on test clips.
 
-    Integer outputs [N] are classes, scored by accuracy and fitted by squared error to one-hot codes; outputs [N, K] of
-    floats are scored by R^2, the mean over dimensions. few_shot_p is the linear probe of p % of the fit clips, drawn
-    with a fixed seed from each class alike. The ridge strength and the number of neighbours are the best ones of the
-    selection clips. The MLP, to stay cheap, is fitted on the first MLP_FIT_CLIPS for at most MLP_ITERATIONS epochs and
-    stops early on a tenth of them: its score is a lower bound.
+    - Integer outputs [N] are classes. They are fitted by squared error to one-hot codes and scored by accuracy.
+    - Float outputs [N, K] are scored by R^2, averaged over dimensions.
+    - few_shot_p is the linear probe fitted on p % of the fit clips, drawn with a fixed seed and stratified by class.
+    - The ridge strength and the number of neighbours are chosen on the selection clips.
+    - The MLP is kept cheap: it is fitted on the first MLP_FIT_CLIPS for at most MLP_ITERATIONS epochs and stops early
+      on a tenth of them. Its score is a lower bound.
     """
     centre, scale = fit_inputs.mean(dim=0), fit_inputs.std(dim=0).clamp(min=1e-6)
     fit, selection, test = ((x - centre) / scale for x in (fit_inputs, selection_inputs, test_inputs))
@@ -79,16 +123,18 @@ def probe(
     of_selection, of_test = (nearest_clips(inputs, fit, max(NEIGHBOURS)) for inputs in (selection, test))
     num_neighbours = max(NEIGHBOURS, key=lambda k: score(nearest(of_selection, k), selection_y))
     mlp = fit_mlp(fit[:MLP_FIT_CLIPS], fit_y[:MLP_FIT_CLIPS], MLP_ITERATIONS)
-    return {
-        "linear": linear(torch.arange(len(fit))),
-        "knn": score(nearest(of_test, num_neighbours), test_y),
-        "mlp": score(mlp(test), test_y),
-        **{f"few_shot_{percent}": linear(few_clips(fit_outputs, percent)) for percent in FEW_SHOT_PERCENT},
-    }
+    return ProbeScores(
+        linear=linear(torch.arange(len(fit))),
+        knn=score(nearest(of_test, num_neighbours), test_y),
+        mlp=score(mlp(test), test_y),
+        few_shot_1=linear(few_clips(fit_outputs, 1)),
+        few_shot_5=linear(few_clips(fit_outputs, 5)),
+        few_shot_10=linear(few_clips(fit_outputs, 10)),
+    )
 
 
 def few_clips(outputs: Tensor, percent: int) -> Tensor:
-    """Rows of a random `percent` of clips: of each class alike and at least one, or at least two where K are floats."""
+    """Return rows of a random `percent` of clips: at least one per class, or at least two with float outputs."""
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(outputs), generator=generator)
     if outputs.is_floating_point():
@@ -98,7 +144,7 @@ def few_clips(outputs: Tensor, percent: int) -> Tensor:
 
 
 def nearest_clips(inputs: Tensor, fit: Tensor, count: int) -> Tensor:
-    """Rows of the fit clips nearest to each input, the nearest first: [N, D], [N', D] -> [N, min(count, N')]."""
+    """Return the rows of the fit clips [M, D] nearest to each input [N, D], nearest first: [N, min(count, M)]."""
     count = min(count, len(fit))
     return torch.cat(
         [torch.cdist(chunk, fit).topk(count, largest=False).indices for chunk in inputs.split(NEIGHBOUR_CLIPS)]
@@ -106,7 +152,7 @@ def nearest_clips(inputs: Tensor, fit: Tensor, count: int) -> Tensor:
 
 
 def fit_mlp(inputs: Tensor, outputs: Tensor, max_iterations: int = 100) -> Callable[[Tensor], Tensor]:
-    """A probe with one hidden layer of 256 units: [N, D], [N, K] -> a function [M, D] -> [M, K]."""
+    """Fit a probe with one hidden layer of 256 units to [N, D], [N, K]; return it as a function [M, D] -> [M, K]."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.neural_network import MLPRegressor
     from sklearn.pipeline import make_pipeline
@@ -117,7 +163,7 @@ def fit_mlp(inputs: Tensor, outputs: Tensor, max_iterations: int = 100) -> Calla
         MLPRegressor(hidden_layer_sizes=(256,), early_stopping=True, max_iter=max_iterations, random_state=0),
     )
     with warnings.catch_warnings():
-        # Reaching `max_iterations` is a budget that was chosen, nothing to tell the user.
+        # Reaching `max_iterations` is a chosen budget, not a problem to report.
         warnings.simplefilter("ignore", ConvergenceWarning)
         # sklearn takes one output as a vector.
         mlp.fit(inputs.numpy(), outputs.squeeze(1).numpy())
@@ -125,12 +171,12 @@ def fit_mlp(inputs: Tensor, outputs: Tensor, max_iterations: int = 100) -> Calla
 
 
 def one_hot(labels: Splits) -> Splits:
-    """Classes [N] of three splits -> [N, C] each, C the number of classes in any of them."""
+    """Encode the classes [N] of three splits as [N, number of classes in any of them]."""
     num_classes = 1 + max(int(part.max()) for part in labels)
     fit, selection, test = (F.one_hot(part.long(), num_classes).float() for part in labels)
     return fit, selection, test
 
 
 def _accuracy(predicted: Tensor, truth: Tensor) -> float:
-    """Scores [N, C], one-hot [N, C] -> share of clips whose class has the highest score."""
+    """Return the share of clips whose class has the highest score: scores and one-hot codes [N, classes]."""
     return float((predicted.argmax(dim=1) == truth.argmax(dim=1)).float().mean())

@@ -1,51 +1,61 @@
 """Scores of forecasts and embeddings: pure functions of tensors on the CPU.
 
-Legend: Q queries, S sampled forecasts, M draws of the truth, H horizon steps, D embedding dimensions, K dimensions of
-any quantity, N items.
+Legend: Q queries, S samples of a forecast, M observed draws, D embedding dimensions, K dimensions of a quantity, V
+factors, N items.
 """
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from worldmodel.runs.metrics import Forecast, RetrievalScores
+
 INTERVAL_LEVELS = (0.5, 0.8, 0.9)
 RANK_BINS = 10
 RETRIEVAL_CUTOFFS = (1, 5, 10)
-# Queries that meet all targets at once: 64 of them, 64 samples each, against 1,024 targets are 16 MiB.
+# Queries compared with all targets at once: 64 queries of 64 samples against 1,024 targets take 16 MiB.
 RETRIEVAL_QUERIES = 64
 
 
 def forecast_scores(
-    samples: Tensor, observed: Tensor, oracle: list[float] | None = None, *, mean_over_dimensions: bool = False
-) -> dict[str, Any]:
-    """Every score of a probability forecast at each horizon step, as plain numbers.
+    samples: Tensor, observed: Tensor, oracle: Sequence[Any] | None = None, *, mean_over_dimensions: bool = False
+) -> Forecast:
+    """Compute every score of a probability forecast at each horizon step, as plain numbers.
 
-    samples [Q, S, H, K], observed [Q, M, H, K]; oracle [H] is the Energy Score of the true law, where one is known, and
-    adds ratio_to_oracle. Scores by dimension are [H][K], or [H][1] with `mean_over_dimensions`, for dimensions that are
-    many and nameless. coverage, width, spread_skill and rank_histogram of a single sample are None.
+    samples [Q, S, horizon, K], observed [Q, M, horizon, K]. oracle [horizon] is the Energy Score of the true law and
+    adds ratio_to_oracle. Scores per dimension are [horizon][K], or [horizon][1] with `mean_over_dimensions`, for many
+    nameless dimensions. coverage, width, spread_skill and rank_histogram of a single sample are None.
     """
-    # A step at a time: in embedding space a copy of all steps is half a gigabyte.
+    # One step at a time: in embedding space a copy of all steps is half a gigabyte.
     steps = [
         _step_scores(samples[:, :, step], observed[:, :, step], mean_over_dimensions)
         for step in range(samples.shape[2])
     ]
-    scores: dict[str, Any] = {name: [step[name] for step in steps] for name in steps[0]}
+    scores = Forecast(
+        energy_score=[step["energy_score"] for step in steps],
+        crps=[step["crps"] for step in steps],
+        best_of=[step["best_of"] for step in steps],
+        coverage=None,
+        width=None,
+        spread_skill=None,
+        rank_histogram=None,
+    )
+    if samples.shape[1] > 1:
+        scores["coverage"] = {level: [step["coverage"][level] for step in steps] for level in steps[0]["coverage"]}
+        scores["width"] = {level: [step["width"][level] for step in steps] for level in steps[0]["width"]}
+        scores["spread_skill"] = [step["spread_skill"] for step in steps]
+        scores["rank_histogram"] = [step["rank_histogram"] for step in steps]
     if oracle is not None:
-        scores["ratio_to_oracle"] = [
-            score / reference for score, reference in zip(scores["energy_score"], oracle, strict=True)
-        ]
-    if samples.shape[1] == 1:
-        return scores | dict.fromkeys(("coverage", "width", "spread_skill", "rank_histogram"))
-    for name in ("coverage", "width"):
-        scores[name] = {level: [step[name][level] for step in steps] for level in steps[0][name]}
+        energy = (step["energy_score"] for step in steps)
+        scores["ratio_to_oracle"] = [score / reference for score, reference in zip(energy, oracle, strict=True)]
     return scores
 
 
 def _step_scores(samples: Tensor, observed: Tensor, mean_over_dimensions: bool) -> dict[str, Any]:
-    """Scores at one horizon step, [Q, S, K] and [Q, M, K]; without those of the spread for a single sample."""
+    """Return the scores at one horizon step, [Q, S, K] and [Q, M, K]; a single sample has no scores of its spread."""
 
     def by_dimension(values: Tensor) -> list[float]:
         return values.mean(dim=0, keepdim=True).tolist() if mean_over_dimensions else values.tolist()
@@ -68,7 +78,7 @@ def _step_scores(samples: Tensor, observed: Tensor, mean_over_dimensions: bool) 
 
 
 def energy_score(forecasts: Tensor, observed: Tensor) -> Tensor:
-    """Energy Score of each query: forecasts [Q, S, D], observed [Q, M, D] -> [Q]; lower is better.
+    """Return the Energy Score of each query: forecasts [Q, S, D], observed [Q, M, D] -> [Q]; lower is better.
 
     ES = mean |X - Y| - (1/2) mean_{s != s'} |X_s - X_s'|, the unbiased estimate (Gneiting and Raftery 2007, eq. 22). It
     is strictly proper. The self-term of a single forecast is zero: its score is the mean distance.
@@ -83,21 +93,21 @@ def energy_score(forecasts: Tensor, observed: Tensor) -> Tensor:
 
 
 def crps(forecasts: Tensor, observed: Tensor) -> Tensor:
-    """Continuous ranked probability score of each query and dimension: [Q, S, K], [Q, M, K] -> [Q, K]; lower is better.
+    """Return the continuous ranked probability score per query and dimension: [Q, S, K], [Q, M, K] -> [Q, K].
 
-    The Energy Score in one dimension: mean |X - y| - (1/2) mean_{s != s'} |X_s - X_s'|, fair to an ensemble of any size
-    (Ferro 2014, "Fair scores for ensemble forecasts"; Gneiting and Raftery 2007, eq. 21). The score of a single
-    forecast is its absolute error. O(S log S + S M) time and O(S + M) memory a query and dimension.
+    Lower is better. It is the Energy Score in one dimension: mean |X - y| - (1/2) mean_{s != s'} |X_s - X_s'|, fair to
+    an ensemble of any size (Ferro 2014, "Fair scores for ensemble forecasts"; Gneiting and Raftery 2007, eq. 21). The
+    score of a single sample is its absolute error. O(S log S + S M) time and O(S + M) memory per query and dimension.
     """
     return _crps(_ordered(forecasts), observed)
 
 
 def spread_skill(samples: Tensor, observed: Tensor) -> float:
-    """Spread of the samples over the RMSE of their mean, 1 if calibrated: [Q, S, K], [Q, M, K] -> number; S above 1.
+    """Return the spread of the samples divided by the RMSE of their mean: [Q, S, K], [Q, M, K] -> number; S above 1.
 
-    Below 1 the forecast is overconfident. Spread is the root of the mean unbiased variance, times sqrt((S + 1) / S):
-    the mean of S samples itself errs (Fortin et al. 2014, "Why should ensemble spread match the RMSE of the ensemble
-    mean?"). Squares are pooled over queries and dimensions.
+    1 is calibrated, below 1 is overconfident. Spread is the root of the mean unbiased variance, times
+    sqrt((S + 1) / S), as the mean of S samples has an error too (Fortin et al. 2014, "Why should ensemble spread match
+    the RMSE of the ensemble mean?"). Squares are pooled over queries and dimensions.
     """
     num_samples = samples.shape[1]
     variance = samples.var(dim=1).mean()
@@ -106,35 +116,35 @@ def spread_skill(samples: Tensor, observed: Tensor) -> float:
 
 
 def rank_histogram(samples: Tensor, observed: Tensor, num_bins: int = RANK_BINS) -> Tensor:
-    """Shares of the ranks of observed among samples, pooled over dimensions: [Q, S, K], [Q, M, K] -> [num_bins], sum 1.
+    """Return the histogram of ranks of the observed values among the samples: [Q, S, K], [Q, M, K] -> [num_bins].
 
-    Flat if calibrated, whatever S and the number of bins: rank i of 0 to S has probability 1 / (S + 1) and is spread
-    evenly over [i, i + 1] / (S + 1), which bins of [0, 1] cut as they may. An observation that equals samples is spread
-    over all the ranks it may hold. This is the nonrandomised PIT histogram of the samples (Czado, Gneiting and Held
-    2009; rank histograms: Hamill 2001).
+    Shares sum to 1 and are pooled over dimensions. The histogram is flat if calibrated, for any S and number of bins:
+    rank i of 0 to S has probability 1 / (S + 1) and is spread evenly over [i, i + 1] / (S + 1), which is then binned.
+    An observation that equals samples is spread over all ranks that it may hold. This is the nonrandomised PIT
+    histogram of the samples (Czado, Gneiting and Held 2009; rank histograms: Hamill 2001).
     """
     return _rank_shares(_ordered(samples), observed, num_bins)
 
 
 def best_of(samples: Tensor, observed: Tensor) -> Tensor:
-    """Distance from an observation to the nearest sample, mean over observations: [Q, S, D], [Q, M, D] -> [Q].
+    """Return the distance from an observation to the nearest sample, averaged: [Q, S, D], [Q, M, D] -> [Q].
 
-    It rewards coverage of the modes and never punishes spread: no proper score, to be read beside one.
+    It rewards coverage of the modes and never punishes spread. It is not a proper score: read it alongside one.
     """
     return _distances(samples, observed).amin(dim=1).mean(dim=1)
 
 
 def retrieval(forecasts: Tensor, targets: Tensor) -> dict[str, float]:
-    """How high the true future ranks among those of all queries: forecasts [Q, S, D], targets [Q, D] -> mrr, hit_k.
+    """Rank the true future among the targets of all queries: forecasts [Q, S, D], targets [Q, D] -> mrr, hit_k.
 
-    Each query's Q candidates, its own target and Q - 1 distractors, are ranked by a Gaussian kernel density estimate of
-    its forecast, log mean_s exp(-|X_s - y|^2 / 2 h^2). Of equally likely candidates the density says which one came;
-    the distance to the mean of the samples would prefer what lies between two modes, the distance to the nearest sample
-    what a single stray sample happened on. The bandwidth h, the mean distance from a sample to its nearest other
-    sample, follows the dimension that samples fill in truth. One sample, or equal ones, rank by distance.
+    Each query has Q candidates, its own target and Q - 1 distractors. They are ranked by a Gaussian kernel density
+    estimate of the forecast, log mean_s exp(-|X_s - y|^2 / 2 h^2). The distance to the mean of the samples would prefer
+    a point between two modes, the distance to the nearest sample a point near one stray sample. The bandwidth h is the
+    mean distance from a sample to its nearest other sample; it adapts to the dimension of the space that the samples
+    fill. A single sample, or equal samples, rank by distance.
 
-    mrr is the mean of 1 / rank, hit_k the share of ranks up to k. Tied candidates share their
-    ranks in expectation, so that a collapsed embedding scores as chance does: hit_k = k / Q.
+    mrr is the mean of 1 / rank, and hit_k the share of ranks up to k. Tied candidates share their ranks in
+    expectation, so that a collapsed embedding scores at chance: hit_k = k / Q.
     """
     num_queries = len(targets)
     # Distances by matrix products lose digits far from the origin. Equal targets become exact zeros.
@@ -143,74 +153,85 @@ def retrieval(forecasts: Tensor, targets: Tensor) -> dict[str, float]:
     for rows in torch.arange(num_queries).split(RETRIEVAL_QUERIES):
         density = _log_density(forecasts[rows], targets)
         own = density.gather(1, rows[:, None])
-        # Equal targets may differ in the last digits: vectorised sums end in other instructions than they begin.
+        # Equal targets may differ in the last digits, as vectorised sums treat the last elements differently.
         is_tied = torch.isclose(density, own, rtol=1e-6, atol=0.0)
         above.append(((density > own) & ~is_tied).sum(dim=1))
         tied.append(is_tied.sum(dim=1))
     first, count = torch.cat(above).double(), torch.cat(tied).double()
-    # The true one holds each of the ranks first + 1 ... first + count with the same probability.
+    # The true target has each of the ranks first + 1 ... first + count with the same probability.
     harmonic = torch.cat([torch.zeros(1), 1 / torch.arange(1, num_queries + 1).double()]).cumsum(dim=0)
     reciprocal = (harmonic[(first + count).long()] - harmonic[first.long()]) / count
     hits = {f"hit_{k}": float(((k - first) / count).clamp(0, 1).mean()) for k in RETRIEVAL_CUTOFFS}
     return {"mrr": float(reciprocal.mean()), **hits}
 
 
-def retrieval_scores(samples: Tensor, targets: Tensor) -> dict[str, list[float]]:
-    """`retrieval` at each horizon step: samples [Q, S, H, D], targets [Q, H, D] -> lists [H]."""
+def retrieval_scores(samples: Tensor, targets: Tensor) -> RetrievalScores:
+    """Compute `retrieval` at each horizon step: samples [Q, S, horizon, D], targets [Q, horizon, D] -> lists."""
     steps = [retrieval(samples[:, :, step], targets[:, step]) for step in range(targets.shape[1])]
-    return {name: [step[name] for step in steps] for name in steps[0]}
+    return RetrievalScores(
+        mrr=[step["mrr"] for step in steps],
+        hit_1=[step["hit_1"] for step in steps],
+        hit_5=[step["hit_5"] for step in steps],
+        hit_10=[step["hit_10"] for step in steps],
+    )
 
 
 def auroc(scores: Tensor, positive: Tensor) -> float:
-    """Area under the ROC curve: the probability that a positive scores above a negative; [N], bool [N] -> 0 to 1.
+    """Return the area under the ROC curve, the probability that a positive scores above a negative: [N], bool [N].
 
-    Ties count half (Mann-Whitney; Hanley and McNeil 1982). NaN where one of the two kinds is missing.
+    Ties count half (Mann-Whitney; Hanley and McNeil 1982). NaN if all items are of one kind.
     """
-    negatives, positives = scores[~positive].sort().values, scores[positive]
-    below = torch.searchsorted(negatives, positives, right=False) + torch.searchsorted(negatives, positives, right=True)
-    return float(below.double().mean() / 2 / len(negatives)) if len(negatives) else float("nan")
+    from sklearn.metrics import roc_auc_score
+
+    if not 0 < int(positive.sum()) < len(positive):
+        return float("nan")
+    return float(roc_auc_score(positive.numpy(), scores.numpy()))
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """The 95% score interval of a rate (Wilson 1927), within [0, 1] also where all or none succeed."""
-    z = 1.959963984540054
-    rate, spread = successes / trials, z * z / trials
-    centre = (rate + spread / 2) / (1 + spread)
-    half = z * math.sqrt(rate * (1 - rate) / trials + spread / trials / 4) / (1 + spread)
-    # The ends that are exactly 0 and 1 miss it by rounding.
-    return 0.0 if successes == 0 else centre - half, 1.0 if successes == trials else centre + half
+    """Return the 95% score interval of a rate (Wilson 1927), within [0, 1] even if all or none succeed."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(successes, trials).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def central_interval(samples: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    """Ends of the central interval of each query and dimension: samples [Q, S, D] -> lower, upper [Q, D].
+    """Return the ends of the central interval per query and dimension: samples [Q, S, D] -> lower, upper [Q, D].
 
-    Quantiles at ranks p (S + 1) of the sorted samples (Hyndman and Fan 1996, type 6): for samples of a continuous law a
-    fresh draw then falls inside with probability `level` exactly, at any S of at least 2 / (1 - level) - 1.
+    Quantiles are at ranks p (S + 1) of the sorted samples (Hyndman and Fan 1996, type 6). For samples of a continuous
+    law a fresh draw then falls inside with probability `level` exactly, if S is at least 2 / (1 - level) - 1.
     """
     return _interval(_ordered(samples), level)
 
 
 def interval_coverage(samples: Tensor, observed: Tensor, level: float) -> Tensor:
-    """Share of observed draws inside the central interval, by dimension: [Q, S, D], [Q, M, D] -> [D]."""
+    """Return the share of observed draws inside the central interval per dimension: [Q, S, D], [Q, M, D] -> [D]."""
     return _share_inside(*central_interval(samples, level), observed)
 
 
 def interval_width(samples: Tensor, level: float) -> Tensor:
-    """Mean width of the central interval, by dimension: [Q, S, D] -> [D]."""
+    """Return the mean width of the central interval per dimension: [Q, S, D] -> [D]."""
     lower, upper = central_interval(samples, level)
     return (upper - lower).mean(dim=0)
 
 
 def r_squared(predicted: Tensor, truth: Tensor) -> float:
-    """1 - residual / total sum of squares, the mean over dimensions: [N, D], [N, D] -> number up to 1."""
-    residual = (truth - predicted).square().sum(dim=0)
-    total = (truth - truth.mean(dim=0)).square().sum(dim=0)
-    return float((1 - residual / total).mean())
+    """Return 1 - residual / total sum of squares, averaged over dimensions: [N, D], [N, D] -> at most 1.
+
+    NaN if a value is not finite.
+    """
+    from sklearn.metrics import r2_score
+
+    if not (predicted.isfinite().all() and truth.isfinite().all()):
+        return float("nan")
+    return float(r2_score(truth.numpy(), predicted.numpy(), force_finite=False))
 
 
 def effective_rank(embeddings: Tensor) -> float:
-    """exp of the entropy of the normalised singular values of centred embeddings [N, D], 1 to D; NaN if not finite.
+    """Return exp of the entropy of the normalised singular values of centred embeddings [N, D], from 1 to D.
 
+    NaN if an embedding is not finite.
     Roy and Vetterli 2007; RankMe, Garrido et al., arXiv 2210.02885, eq. 1.
     """
     if not embeddings.isfinite().all():
@@ -224,11 +245,11 @@ def effective_rank(embeddings: Tensor) -> float:
 
 
 def dci(importance: Tensor) -> tuple[float, float]:
-    """Disentanglement and completeness of a code, each 0 to 1 (Eastwood and Williams, ICLR 2018, section 2).
+    """Return the disentanglement and completeness of a code, each from 0 to 1 .
 
-    importance [D, F] >= 0 says how much each of D code dimensions tells of each of F factors. A code is disentangled
-    where each dimension tells of one factor (dimensions weighted by how much they tell at all), complete where each
-    factor is told by one dimension.
+    importance [D, V] >= 0 is the importance of each of D code dimensions for each of V factors. A code is disentangled
+    if each dimension is important for one factor only; dimensions are weighted by their total importance. It is
+    complete if one dimension only is important for each factor (Eastwood and Williams, ICLR 2018, section 2).
     """
     num_codes, num_factors = importance.shape
     assert num_codes > 1 and num_factors > 1, importance.shape
@@ -242,18 +263,18 @@ def dci(importance: Tensor) -> tuple[float, float]:
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distances of all pairs, to full precision: [Q, N, D], [Q, M, D] -> [Q, N, M]."""
+    """Return the Euclidean distances of all pairs in full precision: [Q, N, D], [Q, M, D] -> [Q, N, M]."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _ordered(samples: Tensor) -> Tensor:
-    """Samples in ascending order, by dimension: [Q, S, K] -> [Q, K, S]."""
-    # NumPy sorts short rows several times faster than torch, which carries indices along.
+    """Sort samples in ascending order per dimension: [Q, S, K] -> [Q, K, S]."""
+    # NumPy sorts short rows several times faster than torch, which also sorts indices.
     return torch.from_numpy(np.sort(samples.transpose(1, 2).contiguous().numpy(), axis=-1))
 
 
 def _crps(ordered: Tensor, observed: Tensor) -> Tensor:
-    """`crps` of ordered samples [Q, K, S]."""
+    """Compute `crps` from ordered samples [Q, K, S]."""
     num_samples = ordered.shape[2]
     to_truth = torch.stack([(ordered - draw[..., None]).abs().mean(dim=2) for draw in observed.unbind(dim=1)]).mean(
         dim=0
@@ -266,7 +287,7 @@ def _crps(ordered: Tensor, observed: Tensor) -> Tensor:
 
 
 def _interval(ordered: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    """`central_interval` of ordered samples [Q, K, S]."""
+    """Compute `central_interval` from ordered samples [Q, K, S]."""
     last = ordered.shape[2] - 1
 
     def quantile(probability: float) -> Tensor:
@@ -279,17 +300,17 @@ def _interval(ordered: Tensor, level: float) -> tuple[Tensor, Tensor]:
 
 
 def _share_inside(lower: Tensor, upper: Tensor, observed: Tensor) -> Tensor:
-    """Ends [Q, D], observed [Q, M, D] -> [D]."""
+    """Return the share of observed values between the ends [Q, D]: [Q, M, D] -> [D]."""
     inside = (observed >= lower[:, None]) & (observed <= upper[:, None])
     return inside.float().mean(dim=(0, 1))
 
 
 def _rank_shares(ordered: Tensor, observed: Tensor, num_bins: int) -> Tensor:
-    """`rank_histogram` of ordered samples [Q, K, S]."""
+    """Compute `rank_histogram` from ordered samples [Q, K, S]."""
     num_ranks = ordered.shape[2] + 1
     truth = observed.transpose(1, 2).contiguous()
     least, greatest = (torch.searchsorted(ordered, truth, right=right) for right in (False, True))
-    # How often each pair of a least and a greatest rank occurs; the few pairs are then laid over the bins.
+    # Count each pair of a least and a greatest rank, then spread the few pairs over the bins.
     counts = torch.bincount((least * num_ranks + greatest).flatten(), minlength=num_ranks**2).double()
     pairs = counts.nonzero().squeeze(1)
     start = (pairs // num_ranks).double()[:, None] / num_ranks
@@ -300,7 +321,7 @@ def _rank_shares(ordered: Tensor, observed: Tensor, num_bins: int) -> Tensor:
 
 
 def _log_density(forecasts: Tensor, targets: Tensor) -> Tensor:
-    """Log of the kernel density, up to a constant of the query: [Q, S, D], targets [N, D] -> [Q, N]."""
+    """Return the log of the kernel density, up to a constant per query: [Q, S, D], targets [N, D] -> [Q, N]."""
     num_samples = forecasts.shape[1]
     squares = forecasts.square().sum(dim=2)[..., None] - 2 * forecasts @ targets.T + targets.square().sum(dim=1)
     if num_samples == 1:
@@ -312,5 +333,5 @@ def _log_density(forecasts: Tensor, targets: Tensor) -> Tensor:
 
 
 def _mean_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Mean Euclidean distance over all pairs: [Q, N, D], [Q, M, D] -> [Q]."""
+    """Return the mean Euclidean distance over all pairs: [Q, N, D], [Q, M, D] -> [Q]."""
     return _distances(a, b).mean(dim=(1, 2))

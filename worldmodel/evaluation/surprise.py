@@ -1,52 +1,53 @@
-"""How surprising each transition of a video is: what it costs by the training loss, and by what a scene keeps.
+"""Surprise of each transition of a video: its training loss, and the evidence that the scene changed.
 
-A transition is three successive segments: the context x, the target x+ and, where the posterior sees it, x++.
+A transition is three successive segments: the context x, the target x+ and, if the posterior sees it, x++.
 
     surprise = KL(q || p) + prediction error / beta + scene change, in nats
 
-The first two are the training loss over beta, as far as it is a clip's own: up to a constant the negative ELBO, for a
-likelihood of the target that falls as exp(-prediction error / beta). The three parts find different things
-(docs/experiments.md):
+The first two terms are the training loss of the transition itself, divided by beta. Up to a constant they are the
+negative ELBO, for a likelihood of the target that falls as exp(-prediction error / beta). The three parts find
+different things (docs/experiments.md):
 
-- KL(q || p) in nats, "Bayesian surprise" (Itti and Baldi 2009): how far seeing what came moves the belief about r from
-  what x led to expect. It is high where something rare happened of a kind that r encodes.
+- KL(q || p) in nats is "Bayesian surprise" (Itti and Baldi 2009): the change of belief about r when the target is seen.
+  It is high for rare events of a kind that r encodes.
 - The posterior's prediction error of t(f(x), r ~ q) against the target embedding of x+, in the units of the loss
-  (Objective.prediction_error; BYOL: 1 - cosine): what even the best r does not explain. It is high where something
-  happened that no r stands for; there the KL may stay low. It does not tell the rare from the usual.
-- The scene change in nats, for models with a scene code (SceneCode.change_nats): -log of the probability that x and x+
-  are of one clip. It is high where one object turns into another, of which an embedding trained by prediction tells
-  little. Without a scene code it is 0.
+  (Objective.prediction_error; BYOL: 1 - cosine), remains even with the best r. It is high for events that no r encodes;
+  the KL may stay low there. It does not separate rare events from common ones.
+- The scene change in nats, for models with a scene code (SceneCode.change_nats), is -log of the probability that x and
+  x+ belong to one clip. It is high if one object turns into another, which an embedding trained by prediction hardly
+  shows. Without a scene code it is 0.
 
-Of contrastive objectives the attraction alone counts: what a loss makes of a batch as a whole is no clip's own.
-Without a latent, where the KL is 0, or with a beta of 0, the loss weighs no KL: surprise is then the prediction error
-itself, in the units of the loss.
+Of contrastive objectives only the attraction counts: a loss over the whole batch does not belong to one transition.
+Without a latent, or with a beta of 0, the loss has no KL. Surprise is then the prediction error, in the units of the
+loss.
 
-Legend: N transitions, B of them at once, D embedding dimensions, Z numbers of a scene code, R latent dimensions, C
-channels, H = W pixels.
+Legend: N transitions, P peaks, B segments or transitions at once, D embedding dimensions, Z numbers of a scene code, R
+latent dimensions, T frames, C channels, H = W pixels.
 """
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from data_pipelines.batches import Batch
 from data_pipelines.clips import frames_on_screen
 from data_pipelines.decoders import Frame, read_facts, read_frames
 from data_pipelines.errors import UserError
 from data_pipelines.transforms import to_float
-from worldmodel.config import Config, DataConfig, VideosConfig
+from worldmodel.config import DataConfig, VideosConfig
 from worldmodel.data import segment_span
+from worldmodel.evaluation.embed import Networks, embed_batches
 from worldmodel.nets.distributions import kl_divergence
 from worldmodel.nets.latents import GaussianLatent, NoLatent
 from worldmodel.nets.world_model import WorldModel
-from worldmodel.report.illustrations import Timeline
-from worldmodel.sources import make_source
 from worldmodel.training.losses import TrainingModel
 
 SEGMENTS_AT_ONCE = 64
@@ -66,35 +67,60 @@ class Transitions(NamedTuple):
 
 
 MEASURES = Transitions._fields[1:]
-"""Surprise and its parts, by the names that they have in every file."""
+"""Surprise and its parts, by their names in every file."""
 
 
-def video_surprise(
-    config: Config,
-    training: TrainingModel,
-    target_encoder: nn.Module,
-    path: Path,
-    *,
-    num_peaks: int = 5,
-    step_frames: int | None = None,
-    progress: bool = False,
-) -> Timeline:
-    """The surprise of every transition of a video file, which is read in one pass and never held as a whole.
+@dataclass(frozen=True)
+class Timeline:
+    """The surprise of every transition of one video.
 
-    step_frames: frames from the start of one transition to that of the next, resampled ones with data.fps; None: those
-    of a segment, so that segments tile the video and each is embedded once. Memory grows by 2 D numbers a segment.
+    frame [N] is the first frame of each target segment, in source frames. time_s [N] is its time; None if the video
+    states no frame rate. surprise [N] is in `unit`: "nats", or "units of the loss" if the loss has no KL. Its parts are
+    kl_nats, prediction_error (in the units of the loss) and scene_nats [N]. peaks [P] are positions in `frame` of the
+    most surprising transitions, highest first. peak_frames uint8 [P, T, C, H, W] are the context and target segments
+    there.
+    """
+
+    video: str
+    frame: np.ndarray
+    time_s: np.ndarray | None
+    unit: str
+    surprise: np.ndarray
+    kl_nats: np.ndarray
+    prediction_error: np.ndarray
+    scene_nats: np.ndarray
+    peaks: np.ndarray
+    peak_frames: np.ndarray
+
+
+@dataclass(frozen=True)
+class SurpriseOptions:
+    """Options of a timeline: the number of peaks, and the frames from one transition to the next.
+
+    With step_frames=None, segments tile the video and each is embedded once.
+    """
+
+    num_peaks: int = 5
+    step_frames: int | None = None
+    progress: bool = False
+
+
+def video_surprise(networks: Networks, path: Path, options: SurpriseOptions | None = None) -> Timeline:
+    """Score every transition of a video file. The file is read in one pass and never held as a whole.
+
+    step_frames counts frames after resampling with data.fps. Memory grows by 2 D numbers per segment.
 
     Raises:
-        UserError: the model is none of those that score videos (`obstacle`); the video is missing, unreadable, or too
-            short for one transition.
+        UserError: the model cannot score videos (`why_unsupported`); the video is missing, unreadable, or too short for
+            one transition.
     """
-    data = config.data
-    check_model(training.model)
-    if make_source(config).content != "frames":
+    data, options = networks.config.data, options or SurpriseOptions()
+    check_model(networks.model)
+    if networks.source.content != "frames":
         raise UserError(f"surprise of a video file needs a run on videos: this one has data.source={data.source}")
     fps, decoder = (data.fps, data.decoder) if isinstance(data, VideosConfig) else (None, "auto")
     video = read_facts(path)
-    shown = frames_on_screen(video, fps)
+    on_screen = frames_on_screen(video, fps)
 
     def read(start: int, stop: int) -> Iterator[Frame]:
         return read_frames(
@@ -102,89 +128,82 @@ def video_surprise(
             channels=data.channels, size_px=data.size_px, decoder=decoder, fps=fps, video=video,
         )  # fmt: skip
 
-    found = score_transitions(
-        config, training, target_encoder, read(0, len(shown)), len(shown),
-        name=f"video '{path}'", step_frames=step_frames, progress=progress,
-    )  # fmt: skip
-    peaks = find_peaks(found, data, num_peaks)
-    target_frame = shown[found.start + segment_span(data)]
+    def frames_from(start: int) -> np.ndarray:
+        return np.stack(list(islice(read(start, start + 2 * segment_span(data)), 0, None, data.frame_stride)))
+
+    frames = read(0, len(on_screen))
+    found = score_transitions(networks, frames, len(on_screen), name=f"video '{path}'", options=options)
+    target_frame = on_screen[found.start + segment_span(data)]
+    peaks = find_peaks(found, data, options.num_peaks)
     return Timeline(
         video=path.name,
         frame=target_frame,
         time_s=video.shown_s()[target_frame] if video.fps else None,
-        unit=surprise_unit(training),
-        surprise=found.surprise,
-        kl_nats=found.kl_nats,
-        prediction_error=found.prediction_error,
-        scene_nats=found.scene_nats,
+        unit=surprise_unit(training_of(networks)),
         peaks=peaks,
-        peak_frames=np.stack(
-            [
-                np.stack(list(islice(read(start, start + 2 * segment_span(data)), 0, None, data.frame_stride)))
-                for start in found.start[peaks].tolist()
-            ]
-        ),
+        peak_frames=np.stack([frames_from(start) for start in found.start[peaks].tolist()]),
+        **_measures(found),
     )
 
 
-def clip_surprise(
-    config: Config,
-    training: TrainingModel,
-    target_encoder: nn.Module,
-    clip: Tensor,
-    *,
-    num_peaks: int = 5,
-    step_frames: int | None = None,
-    progress: bool = False,
-) -> Timeline:
-    """As `video_surprise`, of frames in memory: [T, C, H, W], uint8 or in [0, 1], of any T that holds a transition."""
-    check_model(training.model)
-    found = score_transitions(
-        config, training, target_encoder, clip.cpu().numpy(), len(clip),
-        name="the clip", step_frames=step_frames, progress=progress,
-    )  # fmt: skip
-    span = segment_span(config.data)
-    peaks = find_peaks(found, config.data, num_peaks)
+def clip_surprise(networks: Networks, clip: Tensor, options: SurpriseOptions | None = None) -> Timeline:
+    """Score every transition of frames in memory: [T, C, H, W], uint8 or in [0, 1].
+
+    Raises:
+        UserError: the model cannot score videos, or the clip is too short for one transition.
+    """
+    data, options = networks.config.data, options or SurpriseOptions()
+    check_model(networks.model)
+    found = score_transitions(networks, clip.cpu().numpy(), len(clip), name="the clip", options=options)
+    span = segment_span(data)
     pixels = (to_float(clip.cpu()) * 255).round().byte().numpy()
+    peaks = find_peaks(found, data, options.num_peaks)
     return Timeline(
         video="clip",
         frame=found.start + span,
         time_s=None,
-        unit=surprise_unit(training),
-        surprise=found.surprise,
-        kl_nats=found.kl_nats,
-        prediction_error=found.prediction_error,
-        scene_nats=found.scene_nats,
+        unit=surprise_unit(training_of(networks)),
         peaks=peaks,
         peak_frames=np.stack(
-            [pixels[start : start + 2 * span : config.data.frame_stride] for start in found.start[peaks].tolist()]
+            [pixels[start : start + 2 * span : data.frame_stride] for start in found.start[peaks].tolist()]
         ),
+        **_measures(found),
     )
 
 
-def obstacle(model: WorldModel) -> str | None:
-    """Why the model cannot score videos, in a sentence; None where it can."""
+def _measures(found: Transitions) -> dict[str, np.ndarray]:
+    return {name: getattr(found, name) for name in MEASURES}
+
+
+def why_unsupported(model: WorldModel) -> str | None:
+    """Return the reason why the model cannot score videos; None if it can."""
     if not isinstance(model.latent, NoLatent | GaussianLatent):
-        return "surprise needs a run with model.latent=gaussian or none: an r of another kind has no KL(q || p)"
+        return "surprise needs a run with a gaussian latent or none: other latents have no KL(q || p)"
     if model.action_dim:
         return "surprise of a video needs a passive run: this one is conditioned on actions (model.action_dim)"
     return None
 
 
 def check_model(model: WorldModel) -> None:
-    """Raises UserError: the model cannot score videos."""
-    reason = obstacle(model)
+    """Raise UserError if the model cannot score videos."""
+    reason = why_unsupported(model)
     if reason:
         raise UserError(reason)
 
 
+def training_of(networks: Networks) -> TrainingModel:
+    """Return the losses that the model was trained with."""
+    assert networks.training is not None, "surprise is made of the losses of training"
+    return networks.training
+
+
 def weighs_kl(training: TrainingModel) -> bool:
-    """Whether there is a KL in the training loss, so that beta says what an error is worth in nats."""
+    """True if the training loss has a KL, so that beta converts an error into nats."""
     return training.model.latent.latent_dim > 0 and training.beta > 0
 
 
 def surprise_unit(training: TrainingModel) -> str:
-    """As Timeline.unit has it."""
+    """Return the unit of the surprise, as in Timeline.unit."""
     return "nats" if weighs_kl(training) else "units of the loss"
 
 
@@ -193,55 +212,76 @@ def surprise_unit(training: TrainingModel) -> str:
 
 @torch.no_grad()
 def score_transitions(
-    config: Config,
-    training: TrainingModel,
-    target_encoder: nn.Module,
+    networks: Networks,
     frames: Iterable[Frame],
     num_frames: int,
     *,
     name: str,
-    step_frames: int | None = None,
-    progress: bool = False,
+    options: SurpriseOptions | None = None,
 ) -> Transitions:
-    """Score the transitions of `num_frames` frames, uint8 or in [0, 1], each [C, H, W]; `name` names them in errors."""
-    model, data, device = training.model, config.data, next(training.parameters()).device
-    step = segment_span(data) if step_frames is None else step_frames
+    """Score the transitions of `num_frames` frames [C, H, W], uint8 or in [0, 1]; errors call the video `name`.
+
+    Raises:
+        UserError: step_frames is below 1, or the video is too short for one transition.
+    """
+    data, model, training = networks.config.data, networks.model, training_of(networks)
+    options = options or SurpriseOptions()
+    step = segment_span(data) if options.step_frames is None else options.step_frames
     if step < 1:
         raise UserError(f"step_frames={step} must be at least 1")
     span, num_segments = segment_span(data), model.seen_at + 1
     length = (num_segments * data.num_frames - 1) * data.frame_stride + 1
     starts = np.arange(0, num_frames - length + 1, step)
     if not len(starts):
-        raise UserError(f"{name} has {num_frames} frames, and one transition takes {length}: give a longer one")
+        raise UserError(f"{name} has {num_frames} frames, but one transition takes {length}: give a longer video")
     segments = np.unique(starts[:, None] + span * np.arange(num_segments))
     cut = cut_segments(frames, segments.tolist(), data.num_frames, data.frame_stride)
-    own, as_target, kept = [], [], []
-    with tqdm(total=len(segments), desc="surprise", unit="segment", disable=not progress) as bar:
-        while batch := list(islice(cut, SEGMENTS_AT_ONCE)):
-            video = to_float(torch.from_numpy(np.stack(batch)).to(device))
-            features = model.embedder.features(video)
-            own.append(model.state_of(features))
-            kept.append(model.scene.project(features))
-            shared = target_encoder is model.embedder
-            as_target.append(model.embedding_of(own[-1]) if shared else target_encoder(video))
-            bar.update(len(batch))
-    own_of, target_of, kept_of = torch.cat(own), torch.cat(as_target), torch.cat(kept)
+    embedded = _embed_segments(networks, cut, len(segments), progress=options.progress)
     scores = []
     for part in np.split(starts, range(TRANSITIONS_AT_ONCE, len(starts), TRANSITIONS_AT_ONCE)):
         context, target, seen = (np.searchsorted(segments, part + span * at) for at in (0, 1, model.seen_at))
-        kl, error = measure(training, own_of[context], target_of[target], model.embedding_of(own_of[seen]))
-        scene = model.scene.change_nats(kept_of[context], kept_of[target])
+        state = embedded.state[context]
+        kl, error = measure(training, state, embedded.target[target], model.embedding_of(embedded.state[seen]))
+        scene = model.scene.change_nats(embedded.kept[context], embedded.kept[target])
         surprise = kl + error / training.beta + scene if weighs_kl(training) else error
         scores.append(torch.stack([surprise, kl, error, scene]).cpu())
     return Transitions(starts, *torch.cat(scores, dim=1).numpy())
 
 
-def measure(training: TrainingModel, state: Tensor, target: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(q || p) in nats and the posterior's prediction error, both [B], from states [B, D + Z] to embeddings [B, D].
+class _EmbeddedSegments(NamedTuple):
+    """Segments of one video: state [N, D + Z], target [N, D] in the space of targets, and the scene's kept part."""
 
-    The KL is in closed form for a single Gaussian as prior; otherwise, and the error always, a mean over NUM_DRAWS
-    draws of q. All transitions take the same standard normal numbers, so that none depends on which others are scored
-    with it. Without a latent the KL is 0.
+    state: Tensor
+    target: Tensor
+    kept: Tensor
+
+
+def _embed_segments(
+    networks: Networks, segments: Iterator[np.ndarray], total: int, *, progress: bool
+) -> _EmbeddedSegments:
+    """Embed segments [T, C, H, W] of a video, a few at once."""
+
+    def batches() -> Iterator[Batch]:
+        while batch := list(islice(segments, SEGMENTS_AT_ONCE)):
+            number = torch.arange(len(batch))
+            yield Batch(video=torch.from_numpy(np.stack(batch)), clip_id=number, row=number, labels={})
+
+    parts = []
+    scene = networks.model.scene
+    with tqdm(total=total, desc="surprise", unit="segment", disable=not progress) as bar:
+        for embedded in embed_batches(networks, batches(), num_segments=1):
+            kept = scene.project(embedded.features)
+            parts.append(_EmbeddedSegments(embedded.state, embedded.context_as_target(), kept))
+            bar.update(len(embedded.state))
+    return _EmbeddedSegments(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def measure(training: TrainingModel, state: Tensor, target: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Return KL(q || p) in nats and the posterior's prediction error, both [B].
+
+    state [B, D + Z] of the context, target and seen [B, D]. The KL has a closed form for a single Gaussian as prior.
+    Otherwise it is a mean over NUM_DRAWS draws of q, as the error always is. All transitions take the same standard
+    normal numbers, so that a score does not depend on the other transitions. Without a latent the KL is 0.
     """
     model = training.model
     if isinstance(model.latent, NoLatent):
@@ -262,9 +302,9 @@ def measure(training: TrainingModel, state: Tensor, target: Tensor, seen: Tensor
 def cut_segments(
     frames: Iterable[Frame], starts: Sequence[int], num_frames: int, frame_stride: int
 ) -> Iterator[np.ndarray]:
-    """Segments [num_frames, C, H, W] that begin at ascending `starts`, each as soon as its last frame has come.
+    """Yield the segments [num_frames, C, H, W] that begin at ascending `starts`, each after its last frame arrived.
 
-    No more frames are held than one segment spans.
+    At most the frames that one segment spans are held.
     """
     length = (num_frames - 1) * frame_stride + 1
     held: deque[Frame] = deque(maxlen=length)
@@ -277,10 +317,12 @@ def cut_segments(
 
 
 def find_peaks(found: Transitions, data: DataConfig, num_peaks: int) -> np.ndarray:
-    """Positions of the highest local maxima of the surprise, the highest first, at most num_peaks.
+    """Return the positions of the highest local maxima of the surprise, highest first, at most num_peaks.
 
-    A maximum is as high as all transitions whose segments touch its own; no two peaks touch each other. Raises
-    UserError: num_peaks is below 1.
+    A maximum is at least as high as all transitions whose segments touch its own. No two peaks touch each other.
+
+    Raises:
+        UserError: num_peaks is below 1.
     """
     if num_peaks < 1:
         raise UserError(f"num_peaks={num_peaks} must be at least 1")

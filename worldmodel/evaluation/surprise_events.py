@@ -1,4 +1,4 @@
-"""How well surprise finds impossible events, planted in videos of test identities (data_pipelines.worlds.planted)."""
+"""Detection of impossible events by surprise, in videos of test identities (data_pipelines.worlds.planted)."""
 
 from pathlib import Path
 
@@ -17,34 +17,33 @@ from worldmodel.evaluation.scores import auroc
 from worldmodel.evaluation.surprise import MEASURES, Transitions, check_model, score_transitions
 from worldmodel.runs.trained_run import TrainedRun
 
-MIN_SEGMENTS = 4  # an event has two before it and two from it on
+MIN_SEGMENTS = 4  # two before an event and two from it on
 
 
 def detect_events(run: TrainedRun, num_videos: int, seed: int) -> dict[str, dict[str, float]]:
-    """AUROC over transitions, by measure of worldmodel.evaluation.surprise and by event: {measure: {event: AUROC,
-    "all": AUROC}}.
+    """Return the AUROC over transitions for each measure and event: {measure: {event: AUROC, "all": AUROC}}.
 
-    num_videos videos for each event and as many without one. Positive are the transitions whose segments lie on both
-    sides of the event's first frame, negative those of all these videos that show nothing of it; the others do not
-    count. Frames are as rendered: no codec has seen them.
+    num_videos videos are rendered per event, and as many without an event. Transitions whose segments lie on both sides
+    of the event's first frame are positive. Transitions that show nothing of an event are negative. Others are ignored.
+    Frames are used as rendered, without a codec.
 
     Raises:
-        UserError: the run's videos are not of the kicked world with bouncing borders, or too short, or its model cannot
-            score videos.
+        UserError: the run's videos do not show the kicked world with bouncing borders, or are too short, or its model
+            cannot score videos.
     """
     check_model(run.model)
     data, law = run.config.data, run.source.known_law("test", run.config.evaluation.horizon)
     if not isinstance(data, VideosConfig) or not isinstance(law, KickedMnistLaw) or law.borders != "bounce":
         raise UserError(
-            f"events are planted in the kicked world with bouncing borders, and the run {run.folder} is not of it, or "
-            "not cut as it is: train one on what make_moving_mnist.py --world kicked writes"
+            f"events are planted in the kicked world with bouncing borders, but the run {run.folder} has other videos "
+            "or another clip format: train one on the kicked world"
         )
     world = read_world(Path(data.root))
     assert world is not None
     num_digits, num_frames = world["num_digits"], world["num_frames"]
     if num_frames < MIN_SEGMENTS * SEGMENT_FRAMES:
         raise UserError(
-            f"the videos of {data.root} have {num_frames} frames, and events need at least "
+            f"the videos of {data.root} have {num_frames} frames, but events need at least "
             f"{MIN_SEGMENTS * SEGMENT_FRAMES}: write longer ones"
         )
     generator = torch.Generator().manual_seed(seed)
@@ -53,7 +52,7 @@ def detect_events(run: TrainedRun, num_videos: int, seed: int) -> dict[str, dict
 
     def score(video: Tensor) -> Transitions:
         frames = (video * 255).round().byte().numpy()
-        return score_transitions(run.config, run.training, run.target_encoder, frames, len(frames), name="a video")
+        return score_transitions(run.networks, frames, len(frames), name="a video")
 
     untouched: list[Transitions] = []
     scored: dict[str, list[tuple[Transitions, Planted]]] = {event: [] for event in EVENTS}
@@ -71,7 +70,10 @@ def detect_events(run: TrainedRun, num_videos: int, seed: int) -> dict[str, dict
 def event_aurocs(
     untouched: list[Transitions], scored: dict[str, list[tuple[Transitions, Planted]]], length: int
 ) -> dict[str, dict[str, float]]:
-    """Scores of videos without an event, and of videos with each -> AUROCs; a transition is `length` frames long."""
+    """Return AUROCs from the scores of videos without an event and with each event.
+
+    A transition is `length` frames long.
+    """
     result: dict[str, dict[str, float]] = {}
     for measure in MEASURES:
         negatives = [getattr(found, measure) for found in untouched]
@@ -91,7 +93,7 @@ def event_aurocs(
 
 
 def touches(start: np.ndarray, length: int, first: int, last: int) -> np.ndarray:
-    """Which transitions [start, start + length) show the change from one frame to the next at any of first ... last."""
+    """Mark the transitions [start, start + length) that show a change to any of the frames first ... last."""
     return (start < last) & (start + length > first)
 
 

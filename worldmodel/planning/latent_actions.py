@@ -1,7 +1,7 @@
-"""Actions for a model that was trained on video alone: r as a latent action, and a decoder from actions to it.
+"""Latent actions: a decoder from actions to r, for a model that was trained on video alone.
 
-A passive model explains each transition by an r that its posterior infers. From few labelled transitions a small
-network learns which r an action amounts to, g(f(x), a), while the model stays as it is; with that it can be planned in.
+A passive model explains each transition by an inferred r. From a few labelled transitions a small network learns the r
+of an action, g(f(x), a), while the model stays frozen. Plans can then be imagined with the model.
 
 Legend: N transitions, A numbers of an action, D embedding dimensions, Z numbers of a scene code, R latent
 dimensions.
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipelines.errors import UserError
-from worldmodel.data import labelled_actions, segments_of
+from worldmodel.data import labelled_actions, num_segments
+from worldmodel.evaluation.embed import embed_batches
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.runs.trained_run import TrainedRun
 
@@ -26,7 +27,7 @@ MIN_TRANSITIONS = 20
 
 
 class ActionDecoder(nn.Module):
-    """g(f(x), a): the r that an action amounts to, from states [N, D + Z] and actions [N, A] to [N, R]."""
+    """g(f(x), a), the r of an action: states [N, D + Z] and actions [N, A] -> [N, R]."""
 
     def __init__(self, state_dim: int, action_dim: int, latent_dim: int) -> None:
         super().__init__()
@@ -42,21 +43,23 @@ class ActionDecoder(nn.Module):
 
 
 def fit_action_decoder(run: TrainedRun, num_transitions: int, seed: int) -> ActionDecoder:
-    """A decoder from `num_transitions` labelled transitions of the training split.
+    """Fit a decoder to `num_transitions` labelled transitions of the training split.
 
-    It is fitted to where transitions lead: least squared error of t(f(x), g(f(x), a)) from the target's embedding; a
-    tenth of the transitions, kept apart, says when to stop.
+    It minimises the squared error between t(f(x), g(f(x), a)) and the target's embedding. The weights with the smallest
+    error on a held-out tenth of the transitions are kept.
 
     Raises:
-        UserError: the run is not a passive one with a latent, or the videos have no such label or too few transitions.
+        UserError: the run is not a passive run with a latent, or the videos lack the label or have too few transitions.
     """
     if run.model.action_dim or not run.model.latent.latent_dim:
-        raise UserError(f"labels are for a passive run with a latent, and {run.folder} is not: leave --labels out")
+        raise UserError(
+            f"labelled transitions are for a passive run with a latent, which {run.folder} is not: leave labels out"
+        )
     if num_transitions < MIN_TRANSITIONS:
-        raise UserError(f"--labels {num_transitions}: at least {MIN_TRANSITIONS} transitions are needed")
+        raise UserError(f"labels={num_transitions}: at least {MIN_TRANSITIONS} transitions are needed")
     state, action, target = labelled_transitions(run, num_transitions)
     if len(state) < num_transitions:
-        raise UserError(f"--labels {num_transitions}: the training split has {len(state)} transitions")
+        raise UserError(f"labels={num_transitions}: the training split has {len(state)} transitions")
     torch.manual_seed(seed)
     decoder = ActionDecoder(state.shape[1], action.shape[1], run.model.latent.latent_dim).to(run.device)
     generator = torch.Generator().manual_seed(seed)
@@ -84,18 +87,23 @@ def fit_action_decoder(run: TrainedRun, num_transitions: int, seed: int) -> Acti
 def prediction_error(
     model: WorldModel, decoder: ActionDecoder, state: Tensor, action: Tensor, target: Tensor
 ) -> Tensor:
-    """Mean squared error of the embeddings that actions lead to: state [N, D + Z], action [N, A], target [N, D] ->
-    scalar."""
+    """Return the mean squared error of the embeddings that actions lead to, a scalar.
+
+    state [N, D + Z], action [N, A], target [N, D].
+    """
     return F.mse_loss(model.embedding_of(model.edit(state, decoder(state, action))), target)
 
 
 @torch.no_grad()
 def labelled_transitions(run: TrainedRun, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Transitions spread over the training split: states [N, D + Z], actions [N, A], embeddings of what came [N, D]."""
+    """Return transitions spread over the training split.
+
+    Returns: states [N, D + Z], actions [N, A] and target embeddings [N, D].
+    """
+    config = run.config
     parts = []
-    for batch in run.source.evaluation_batches("train", count):
-        segments = segments_of(batch, 2 if run.config.data.num_segments == 2 else 3, run.device)
-        action = labelled_actions(batch, run.config, 1)[:, 0].to(run.device)
-        parts.append((run.model.observe(segments[:, 0]), action, run.target_encoder(segments[:, 1])))
+    for embedded in embed_batches(run.networks, run.source.evaluation_batches("train", count), num_segments(config, 1)):
+        action = labelled_actions(embedded.batch, config, 1)[:, 0].to(run.device)
+        parts.append((embedded.state, action, embedded.targets(1)[:, 0]))
     state, actions, target = (torch.cat(part) for part in zip(*parts, strict=True))
     return state, actions, target

@@ -1,52 +1,72 @@
-"""A few episodes of planning to look at: what was seen, the way, and where each plan was imagined to lead.
+"""A few planned episodes for the report: frames, the path of the agent, and the imagined path of each plan.
 
-Legend: E episodes, T decisions, M imagined futures, H steps of the horizon, D embedding dimensions, K numbers of a
-state.
+Legend: E episodes, T decisions, M imagined futures, D embedding dimensions, K numbers of a state, C channels, H = W
+pixels.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from data_pipelines.errors import UserError, one_line_logger
-from worldmodel.evaluation.forecast import embed_clips, fitted_readout, frozen, quantity_of
+from worldmodel.evaluation.embed import embed_split, frozen
+from worldmodel.evaluation.quantity import fitted_readout, quantity_of
 from worldmodel.evaluation.readout import Readout
 from worldmodel.planning.imagination import LatentPolicy
-from worldmodel.planning.protocol import Episodes
-from worldmodel.report.illustrations import PlannedEpisode
+from worldmodel.planning.protocol import EpisodeResults
 from worldmodel.runs.trained_run import TrainedRun
 
 logger = one_line_logger(__name__)
 
 NUM_SHOWN = 4
-STATE_LABEL = "state"  # of recorded videos: what info["state"] holds
+STATE_LABEL = "state"  # of recorded videos: the content of info["state"]
 
 StatePx = Callable[[np.ndarray], np.ndarray]
-"""As an environment's state_px: states [..., K] -> positions in px of its pictures [..., 2]."""
+"""An environment's state_px: states [..., K] -> positions in px of its frames [..., 2]."""
+
+
+@dataclass(frozen=True)
+class PlannedEpisode:
+    """An episode of planning; `number` counts within its seed, from 0.
+
+    frames uint8 [T + 1, C, H, W] were seen before each of T steps and after the last one. goal uint8 [C, H, W] is the
+    goal image. Positions (x, y) are in pixels of the frames, pixel centres at integers; they are None if states are not
+    positions. way_px [T + 1, 2] is the path of the agent, goal_px [2] the goal. imagined_px [T, M, horizon, 2] are the
+    imagined paths of each decision's plan.
+    """
+
+    number: int
+    success: bool
+    frames: np.ndarray
+    goal: np.ndarray
+    way_px: np.ndarray | None
+    goal_px: np.ndarray | None
+    imagined_px: np.ndarray | None
 
 
 def planned_episodes(
-    run: TrainedRun, policy: LatentPolicy, episodes: Episodes, state_px: StatePx | None
+    run: TrainedRun, policy: LatentPolicy, results: EpisodeResults, state_px: StatePx | None
 ) -> list[PlannedEpisode]:
-    """The episodes to show of those that `policy` ran and whose frames were kept.
+    """Return the episodes to show, of those that `policy` ran and whose frames were kept.
 
-    Without state_px there are no positions; without labels that say what its states are, no imagined ones.
+    Positions need state_px. Imagined positions also need labels of the environment's states.
     """
     readout = None if state_px is None else state_readout(run)
     shown = []
-    for number in choose_shown(episodes.success):
-        goal = episodes.goal_states[number]
+    for number in choose_shown(results.success):
+        goal = results.goal_states[number]
         paths = None
         if state_px is not None and readout is not None:
             paths = read_paths(policy.imagined(number).float().cpu(), readout, state_px)
         shown.append(
             PlannedEpisode(
                 number=number,
-                success=bool(episodes.success[number]),
-                frames=episodes.frames[number],
-                goal=episodes.goals[number],
-                way_px=None if state_px is None else state_px(episodes.states[number]),
+                success=bool(results.success[number]),
+                frames=results.frames[number],
+                goal=results.goals[number],
+                way_px=None if state_px is None else state_px(results.states[number]),
                 goal_px=None if state_px is None or goal is None else state_px(goal),
                 imagined_px=paths,
             )
@@ -55,7 +75,7 @@ def planned_episodes(
 
 
 def choose_shown(success: np.ndarray, count: int = NUM_SHOWN) -> list[int]:
-    """The first episodes of success [E]; if none of them failed, the last gives way to the first that did."""
+    """Return the first episodes of success [E]; if none of them failed, the first failure replaces the last one."""
     shown = list(range(min(count, len(success))))
     failed = np.flatnonzero(~success)
     if len(failed) and failed[0] >= count:
@@ -64,27 +84,25 @@ def choose_shown(success: np.ndarray, count: int = NUM_SHOWN) -> list[int]:
 
 
 def read_paths(embeddings: Tensor, readout: Readout, state_px: StatePx) -> np.ndarray:
-    """Imagined embeddings [T, M, H, D] as positions [T, M, H, 2] in px."""
+    """Read imagined embeddings [T, M, horizon, D] as positions [T, M, horizon, 2] in px."""
     return state_px(readout(embeddings).numpy())
 
 
 def state_readout(run: TrainedRun) -> Readout | None:
-    """The readout of the state from embeddings of real frames, chosen as the evaluation chooses it.
+    """Fit the readout of the state from embeddings of real frames, as the evaluation does.
 
-    None, with a warning, where evaluation.label is not the state, or the run's videos are not there or lack it.
+    None, with a warning, if evaluation.label is not the state, or the run's videos are missing or lack that label.
     """
-    config, networks = run.config, (run.model, run.target_encoder)
+    config, networks = run.config, run.networks
     sizes = config.evaluation
     if sizes.label != STATE_LABEL:
         logger.warning("imagined paths are not drawn: evaluation.label=%r is not %r", sizes.label, STATE_LABEL)
         return None
     try:
-        with frozen(*networks):
-            fit = embed_clips(config, *networks, "train", sizes.fit_clips, run.device, source=run.source)
-            selection = embed_clips(
-                config, *networks, "selection", sizes.selection_clips, run.device, source=run.source
-            )
-        quantity_of(config, None, fit.labels)  # tells of a label that is missing
+        with frozen(networks.model, networks.target_encoder):
+            fit = embed_split(networks, "train", sizes.fit_clips)
+            selection = embed_split(networks, "selection", sizes.selection_clips)
+        quantity_of(config, None, fit.labels)  # raises if the label is missing
         return fitted_readout(config, None, fit, selection)
     except UserError as error:
         logger.warning("imagined paths are not drawn: %s", error)

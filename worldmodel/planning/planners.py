@@ -1,16 +1,15 @@
 """Planners over sequences of actions, for a batch of episodes at once: CEM, iCEM and MPPI.
 
-All three draw candidates around a mean, ask what they cost, move the mean towards the cheap ones, and begin again:
+All three draw candidates around a mean, compute their costs, move the mean towards cheap candidates, and repeat:
 
 - cem: the cross-entropy method (Rubinstein 1999; de Boer et al. 2005, with smoothed updating). Mean and standard
   deviation become those of the elites, the cheapest candidates. The plan is the mean.
-- icem: sample-efficient CEM (Pinneri et al., arXiv 2008.06389). Noise is coloured, its power falling as f^-beta over
-  the frequencies of time; a share of the elites stays among the candidates, in the next iteration and, shifted, in the
-  next decision; the mean is a candidate of the last iteration. The plan is the cheapest candidate. The number of
-  candidates does not decay.
+- icem: sample-efficient CEM (Pinneri et al., arXiv 2008.06389). Noise is coloured over time, with a power that falls
+  as f^-beta. A share of the elites is reused in the next iteration and, shifted, in the next decision. The mean is a
+  candidate of the last iteration. The plan is the cheapest candidate. The number of candidates does not decay.
 - mppi: model predictive path integral control (Williams et al., arXiv 1509.01149, 1707.02342). The mean becomes that
-  of all candidates under softmax weights of their costs; the standard deviation stays. The plan is the mean. What
-  actions themselves cost is a matter of the cost, and no term of its own.
+  of all candidates under softmax weights of their costs; the standard deviation is constant. The plan is the mean. The
+  cost function alone decides whether actions themselves have a cost.
 
     plan = start(config, num_episodes, action_dim, device)
     while acting:
@@ -18,10 +17,10 @@ All three draw candidates around a mean, ask what they cost, move the mean towar
         ...  # take actions[:, 0]
         plan = shift(plan)
 
-Actions lie in the unit ball or in the box [-1, 1]^A; candidates outside are moved to its nearest point. All episodes
-take the same random numbers: what is planned for one does not depend on which others are planned with it.
+Actions lie in the unit ball or in the box [-1, 1]^A; candidates outside are moved to the nearest point. All episodes
+use the same random numbers, so that the plan of one does not depend on the others in its batch.
 
-Legend: E episodes, N candidates, K elites, H steps of the horizon, A action dimensions.
+Legend: E episodes, N candidates, L elites, A action dimensions. Steps of the horizon are written out as `horizon`.
 """
 
 from collections.abc import Callable
@@ -33,16 +32,16 @@ from torch import Tensor
 from worldmodel.config import External, IcemConfig, MppiConfig, PlanningConfig
 
 Cost = Callable[[Tensor], Tensor]
-"""Actions [E, N, H, A], of any N, -> finite cost [E, N]; lower is better."""
+"""A function from actions [E, N, horizon, A] to finite costs [E, N]; lower is better."""
 
 KEPT_SHARE = 0.3  # of iCEM's elites, as in its paper
 MOMENTUM = 0.1  # of mean and standard deviation from one iteration of CEM and iCEM to the next, as in iCEM's paper
 
 
 class Plan(NamedTuple):
-    """What one decision hands to the next: mean [E, H, A], and elites [E, K, H, A] that iCEM keeps, the best first.
+    """The state between decisions: mean [E, horizon, A], and the elites [E, L, horizon, A] of iCEM, best first.
 
-    The standard deviation is no part of it: every decision begins at that of the config.
+    It has no standard deviation: every decision starts with that of the config.
     """
 
     mean: Tensor
@@ -50,23 +49,24 @@ class Plan(NamedTuple):
 
 
 def start(config: PlanningConfig, num_episodes: int, action_dim: int, device: torch.device) -> Plan:
-    """A plan that knows nothing: actions of zero, no elites."""
+    """Return an initial plan: actions of zero, no elites."""
     shape = (config.horizon, action_dim)
     return Plan(torch.zeros(num_episodes, *shape, device=device), torch.zeros(num_episodes, 0, *shape, device=device))
 
 
 def shift(plan: Plan) -> Plan:
-    """The plan one step later: without its first action, with an action of zero at the end."""
+    """Return the plan one step later: without its first action, with an action of zero at the end."""
     return Plan(*(torch.cat([part[..., 1:, :], torch.zeros_like(part[..., :1, :])], dim=-2) for part in plan))
 
 
 @torch.no_grad()
 def improve(config: PlanningConfig, plan: Plan, cost: Cost, generator: torch.Generator) -> tuple[Plan, Tensor, Tensor]:
-    """One decision: `iterations` times `candidates` sequences for each episode -> plan, actions [E, H, A], costs [E].
+    """Make one decision, with `iterations` times `candidates` sequences for each episode.
 
-    The actions are the planner's answer and the costs theirs. `cost` is called once an iteration, and by cem and mppi
-    once more for the answer alone. `generator` is of the CPU, whatever the device of the plan: a seed then means the
-    same everywhere.
+    `cost` is called once per iteration, and by cem and mppi once more for the answer alone. `generator` is on the CPU
+    for any device of the plan, so that a seed has the same effect everywhere.
+
+    Returns: the plan, the chosen actions [E, horizon, A] and their costs [E].
     """
     mean, kept = plan
     std = torch.full_like(mean, config.init_std)
@@ -97,7 +97,7 @@ def improve(config: PlanningConfig, plan: Plan, cost: Cost, generator: torch.Gen
 
 
 def draw_noise(config: PlanningConfig, action_dim: int, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers [N, H, A], white in time, or for iCEM of a power that falls as f^-noise_beta."""
+    """Draw normal noise [N, horizon, A], white in time, or for iCEM with a power that falls as f^-noise_beta."""
     noise = torch.randn(config.candidates, action_dim, config.horizon, generator=generator)
     if isinstance(config.planner, IcemConfig):
         noise = noise @ colouring(config.horizon, config.planner.noise_beta)
@@ -105,10 +105,10 @@ def draw_noise(config: PlanningConfig, action_dim: int, generator: torch.Generat
 
 
 def colouring(horizon: int, beta: float) -> Tensor:
-    """The symmetric matrix [H, H] that makes white noise coloured: of power f^-beta, and of variance 1 at each step.
+    """Return the symmetric matrix [horizon, horizon] that colours white noise to power f^-beta and variance 1 per step.
 
-    A filter over the discrete frequencies f (Timmer and Koenig 1995), in which the constant counts as the lowest of the
-    others, 1 / H.
+    It filters the discrete frequencies f (Timmer and Koenig 1995). The constant is treated as the lowest other
+    frequency, 1 / horizon.
     """
     frequencies = torch.fft.rfftfreq(horizon).clamp(min=1 / horizon)
     matrix = torch.fft.irfft(torch.fft.rfft(torch.eye(horizon)) * frequencies ** (-beta / 2), n=horizon)
@@ -116,7 +116,7 @@ def colouring(horizon: int, beta: float) -> Tensor:
 
 
 def path_integral_weights(costs: Tensor, temperature: float) -> Tensor:
-    """MPPI's weights of costs [E, N], for each episode of sum 1: softmax of -cost / (temperature * scale).
+    """Return MPPI's weights for costs [E, N], softmax of -cost / (temperature * scale), with sum 1 per episode.
 
     The scale is the standard deviation of the episode's costs, so that weights do not depend on the unit of costs.
     """

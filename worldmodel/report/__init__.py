@@ -1,4 +1,4 @@
-"""Presentation: tables, figures and HTML pages of a run or of several.
+"""Presentation: tables, charts and HTML pages of a run or of several.
 
-Nothing here computes a score; work on models needs none of it.
+Nothing here computes a score. Work on models needs none of it.
 """

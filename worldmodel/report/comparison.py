@@ -1,7 +1,7 @@
-"""Runs of several objectives, latents and seeds side by side: means and SDs over seeds, a Markdown table, a figure.
+"""Runs of several objectives, latents and seeds compared: means and SDs over seeds, a Markdown table, a figure.
 
-Everything here is a function of the runs' metrics. A world has the metrics that it has: a column or a panel that no
-run has numbers for is left out. Matplotlib is imported where it is used.
+Everything here is a function of the runs' metrics. Worlds differ in their metrics: a column or a panel without numbers
+is left out. Matplotlib is imported where it is used.
 """
 
 from __future__ import annotations
@@ -14,35 +14,41 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from worldmodel.report.figures import PLAIN_TEXT, save, short
-from worldmodel.report.tables import DASH, aligned_table
+from worldmodel.report.drawing import PLAIN_TEXT, save, short
+from worldmodel.report.numbers import DASH
+from worldmodel.report.tables import aligned_table
+from worldmodel.runs.metrics import place
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-RATIO = "forecasts.model.ratio_to_oracle"
-CONSTANT_VELOCITY_RATIO = "forecasts.pixel_constant_velocity.ratio_to_oracle"
+RATIO = place("forecasts.model.ratio_to_oracle")
+ENERGY_SCORE = place("forecasts.model.energy_score")
+CONSTANT_VELOCITY_RATIO = place("forecasts.pixel_constant_velocity.ratio_to_oracle")
 
 
 @dataclass(frozen=True)
 class Column:
-    """A number of every run: `path` is its dotted place in metrics.json, list indices included; `spec` a format.
+    """A number of every run: `path` is its dotted place in metrics.json with list indices, `spec` a format.
 
-    LAST in a path is the index of the last horizon step: such a column is for runs with more steps than one.
+    LAST in a path is the index of the last horizon step. Such a column is for runs with several steps.
     """
 
     title: str
     path: str
     spec: str
 
+    def __post_init__(self) -> None:
+        place(self.path)
+
 
 LAST = "{last}"
 COLUMNS = (
-    Column("Energy Score", "forecasts.model.energy_score.0", ".3f"),
-    Column("Energy Score at horizon {H}", f"forecasts.model.energy_score.{LAST}", ".3f"),
+    Column("Energy Score", f"{ENERGY_SCORE}.0", ".3f"),
+    Column("Energy Score at horizon {horizon}", f"{ENERGY_SCORE}.{LAST}", ".3f"),
     Column("x oracle", f"{RATIO}.0", ".3f"),
-    Column("x oracle at horizon {H}", f"{RATIO}.{LAST}", ".3f"),
+    Column("x oracle at horizon {horizon}", f"{RATIO}.{LAST}", ".3f"),
     Column("encode-decode x oracle", "forecasts.encode_decode_oracle.ratio_to_oracle.0", ".3f"),
     Column("90% coverage x", "forecasts.model.coverage.90.0.0", ".2f"),
     Column("90% coverage y", "forecasts.model.coverage.90.0.1", ".2f"),
@@ -59,16 +65,13 @@ COLUMNS = (
     Column("training, s", "train.seconds", ".0f"),
 )
 
-# What a line of text below the table says of forecasts that no run makes: label, folder of its numbers.
-REFERENCES = (
-    ("Simulator oracle", "forecasts.simulator_oracle"),
-    ("Constant velocity", "forecasts.pixel_constant_velocity"),
-)
+# Label and name of the forecasts that no run makes. A sentence below the table states their scores.
+REFERENCES = (("Simulator oracle", "simulator_oracle"), ("Constant velocity", "pixel_constant_velocity"))
 
 
 @dataclass(frozen=True)
-class Run:
-    """One trained and evaluated run; `numbers` are its metrics by dotted path, None where not finite."""
+class RunScores:
+    """One trained and evaluated run; `numbers` are its metrics by dotted path, None if not finite."""
 
     objective: str
     latent: str
@@ -78,7 +81,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Stat:
-    """Mean and sample SD (n - 1) of `n` finite values; no SD for one value."""
+    """Mean and sample SD (n - 1) of `n` finite values; no SD for a single value."""
 
     mean: float
     sd: float | None
@@ -86,20 +89,24 @@ class Stat:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """The runs of one objective and latent, over seeds; `stats` by dotted path."""
+class RunGroup:
+    """The runs of one objective and latent; `stats` over their seeds by dotted path."""
 
     objective: str
     latent: str
     seeds: tuple[int, ...]
     stats: Mapping[str, Stat]
 
+    def stat(self, path: str) -> Stat | None:
+        """Return the numbers at a place of metrics.json; None if no run has one."""
+        return self.stats.get(place(path))
+
 
 # ------------------------------------------------------------------------------------------------------- numbers
 
 
 def flat_numbers(metrics: Any, prefix: str = "") -> dict[str, float | None]:
-    """{"a": {"b": [1, nan]}, "name": "x"} -> {"a.b.0": 1.0, "a.b.1": None}; text and flags are left out."""
+    """Flatten {"a": {"b": [1, nan]}, "name": "x"} to {"a.b.0": 1.0, "a.b.1": None}, without texts and flags."""
     if isinstance(metrics, Mapping):
         children = list(metrics.items())
     elif isinstance(metrics, list | tuple):
@@ -116,80 +123,80 @@ def flat_numbers(metrics: Any, prefix: str = "") -> dict[str, float | None]:
 
 
 def summarise(values: Iterable[float | None]) -> Stat | None:
-    """Mean and sample SD of the finite values; None where there are none."""
+    """Return mean and sample SD of the finite values; None if there are none."""
     finite = [value for value in values if value is not None]
     if not finite:
         return None
     return Stat(statistics.fmean(finite), statistics.stdev(finite) if len(finite) > 1 else None, len(finite))
 
 
-def summarise_cells(runs: Sequence[Run]) -> list[Cell]:
-    """One cell for each objective and latent, in the order of their first runs, objectives together."""
+def summarise_groups(runs: Sequence[RunScores]) -> list[RunGroup]:
+    """Group runs by objective and latent, in the order of their first runs, with objectives kept together."""
     objectives = list(dict.fromkeys(run.objective for run in runs))
     keys = sorted(dict.fromkeys((run.objective, run.latent) for run in runs), key=lambda key: objectives.index(key[0]))
-    cells = []
+    groups = []
     for objective, latent in keys:
         members = [run for run in runs if (run.objective, run.latent) == (objective, latent)]
         paths = dict.fromkeys(path for run in members for path in run.numbers)
         stats = {path: summarise(run.numbers.get(path) for run in members) for path in paths}
-        cells.append(
-            Cell(
+        groups.append(
+            RunGroup(
                 objective,
                 latent,
                 tuple(run.seed for run in members),
                 {path: stat for path, stat in stats.items() if stat is not None},
             )
         )
-    return cells
+    return groups
 
 
-def num_steps(runs: Iterable[Run | Cell]) -> int:
-    """The most horizon steps that any run was scored at; 0 where none has forecasts."""
-    place = re.compile(r"forecasts\.model\.energy_score\.([0-9]{1,4})")
-    paths = (path for run in runs for path in (run.numbers if isinstance(run, Run) else run.stats))
-    return max((int(found[1]) + 1 for path in paths if (found := place.fullmatch(path))), default=0)
+def num_steps(runs: Iterable[RunScores | RunGroup]) -> int:
+    """Return the largest number of horizon steps of any run; 0 if none has forecasts."""
+    step = re.compile(re.escape(ENERGY_SCORE) + r"\.([0-9]{1,4})")
+    paths = (path for run in runs for path in (run.numbers if isinstance(run, RunScores) else run.stats))
+    return max((int(found[1]) + 1 for path in paths if (found := step.fullmatch(path))), default=0)
 
 
 # --------------------------------------------------------------------------------------------------------- table
 
 
 def format_stat(stat: Stat | None, spec: str, num_runs: int) -> str:
-    """'1.12 ± 0.03'; '1.12' for one run; a dash for none; '(n=2)' behind it where some runs have no finite number."""
+    """Format '1.12 ± 0.03', '1.12' for one run, a dash for none; '(n=2)' is added if some numbers are not finite."""
     if stat is None:
         return DASH
     text = format(stat.mean, spec) if stat.sd is None else f"{stat.mean:{spec}} ± {stat.sd:{spec}}"
     return text if stat.n == num_runs else f"{text} (n={stat.n})"
 
 
-def columns_of(cells: Sequence[Cell]) -> list[Column]:
-    """The columns that any cell has numbers for, their paths and titles filled in."""
-    steps = num_steps(cells)
+def columns_of(groups: Sequence[RunGroup]) -> list[Column]:
+    """Return the columns that any group has numbers for, with their paths and titles filled in."""
+    steps = num_steps(groups)
     filled = [
-        Column(column.title.format(H=steps), column.path.replace(LAST, str(steps - 1)), column.spec)
+        Column(column.title.format(horizon=steps), column.path.replace(LAST, str(steps - 1)), column.spec)
         for column in COLUMNS
         if LAST not in column.path or steps > 1
     ]
-    return [column for column in filled if any(column.path in cell.stats for cell in cells)]
+    return [column for column in filled if any(group.stat(column.path) for group in groups)]
 
 
-def table_rows(cells: Sequence[Cell]) -> list[list[str]]:
-    """The head and a row a cell: objective, latent, number of seeds, and the columns."""
-    columns = columns_of(cells)
+def table_rows(groups: Sequence[RunGroup]) -> list[list[str]]:
+    """Return the head and a row per group: objective, latent, number of seeds, and the columns."""
+    columns = columns_of(groups)
     return [
         ["objective", "latent", "seeds", *(column.title for column in columns)],
         *(
             [
-                *(cell.objective, cell.latent, str(len(cell.seeds))),
-                *(format_stat(cell.stats.get(column.path), column.spec, len(cell.seeds)) for column in columns),
+                *(group.objective, group.latent, str(len(group.seeds))),
+                *(format_stat(group.stat(column.path), column.spec, len(group.seeds)) for column in columns),
             ]
-            for cell in cells
+            for group in groups
         ),
     ]
 
 
-def comparison_table(cells: Sequence[Cell]) -> str:
-    """An aligned Markdown table, also for a console. An objective is named in the first of its rows."""
-    head, *rows = table_rows(cells)
+def comparison_table(groups: Sequence[RunGroup]) -> str:
+    """Format an aligned Markdown table, also for a console. An objective is named in the first of its rows."""
+    head, *rows = table_rows(groups)
     named = [
         ["" if before is not None and before[0] == row[0] else row[0], *row[1:]]
         for before, row in zip([None, *rows], rows, strict=False)
@@ -197,30 +204,30 @@ def comparison_table(cells: Sequence[Cell]) -> str:
     return aligned_table([head, *named], num_left=2)
 
 
-def references(runs: Sequence[Run]) -> list[str]:
-    """One sentence for each forecast that no run makes, its means taken over all runs."""
+def references(runs: Sequence[RunScores]) -> list[str]:
+    """Return a sentence for each forecast that no run makes, with its means over all runs."""
     sentences = []
-    for label, folder in REFERENCES:
-        score = summarise(run.numbers.get(f"{folder}.energy_score.0") for run in runs)
-        ratio = summarise(run.numbers.get(f"{folder}.ratio_to_oracle.0") for run in runs)
+    for label, name in REFERENCES:
+        score = summarise(_values(runs, f"forecasts.{name}.energy_score.0"))
+        ratio = summarise(_values(runs, f"forecasts.{name}.ratio_to_oracle.0"))
         if score and ratio:
             sentences.append(f"{label}: Energy Score {score.mean:.3f}, {ratio.mean:.3f} x oracle.")
     return sentences
 
 
-def comparison_markdown(runs: Sequence[Run]) -> str:
-    """The table and what it needs to be read."""
+def comparison_markdown(runs: Sequence[RunScores]) -> str:
+    """Return the table with notes for its reader."""
     note = "Mean ± sample SD over seeds. Energy Score: lower is better."
     if not num_steps(runs):
         note = "Mean ± sample SD over seeds."
-    return "\n\n".join([comparison_table(summarise_cells(runs)), " ".join([note, *references(runs)])])
+    return "\n\n".join([comparison_table(summarise_groups(runs)), " ".join([note, *references(runs)])])
 
 
 # -------------------------------------------------------------------------------------------------------- figure
 
 WIDTH_IN, ROW_IN, DPI = 4.2, 0.26, 200
 TEXT, AXIS, GRID, SURFACE = "#4a525c", "#9aa1ab", "#e3e6ea", "#ffffff"
-# Okabe and Ito's colours, told apart by anyone; markers tell the latents apart without colour.
+# Okabe and Ito's colours, safe for colour-blind readers; markers also distinguish the latents.
 LATENTS = {
     "none": ("#6b6b6b", "s"),
     "gaussian": ("#0072b2", "o"),
@@ -232,15 +239,15 @@ OTHER_LATENTS = (("#cc79a7", "v"), ("#e69f00", "P"), ("#56b4e9", "X"))
 
 @dataclass(frozen=True)
 class Panel:
-    """A part of the figure. `series` are (path, name, filled marker); `lines` (a number or a path, name, style)."""
+    """A part of the figure: `series` are (path, name, filled marker), `lines` (a number or a path, name, style)."""
 
     label: str
     series: tuple[tuple[str, str, bool], ...]
     lines: tuple[tuple[float | str, str, str], ...] = ()
 
 
-def panels_of(runs: Sequence[Run]) -> list[Panel]:
-    """The panels that any run has numbers for."""
+def panels_of(runs: Sequence[RunScores]) -> list[Panel]:
+    """Return the panels that any run has numbers for."""
     steps = num_steps(runs)
     ratios: tuple[tuple[str, str, bool], ...] = ((f"{RATIO}.0", "", True),)
     if steps > 1:
@@ -262,55 +269,57 @@ def panels_of(runs: Sequence[Run]) -> list[Panel]:
     return [panel for panel in panels if any(_values(runs, path) for path, _, _ in panel.series)]
 
 
-def comparison_figure(runs: Sequence[Run]) -> Figure | None:
-    """A dot for each seed and a bar at their mean, objectives below each other; None where no panel has numbers."""
+def comparison_figure(runs: Sequence[RunScores]) -> Figure | None:
+    """Draw a dot per seed and a bar at their mean, one objective below the other; None if no panel has numbers."""
     import matplotlib
     from matplotlib.figure import Figure
 
     panels = panels_of(runs)
     if not panels:
         return None
-    cells = summarise_cells(runs)
-    num_rows = len(cells) + len({cell.objective for cell in cells})
+    groups = summarise_groups(runs)
+    num_rows = len(groups) + len({group.objective for group in groups})
     with matplotlib.rc_context({**PLAIN_TEXT, "font.size": 9, "text.color": TEXT, "legend.frameon": False}):
         height_in = len(panels) * (num_rows * ROW_IN + 1.3)
         figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained", facecolor=SURFACE)
         for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
-            _draw(axes, panel, runs, cells)
+            _draw(axes, panel, runs, groups)
     return figure
 
 
 def png(figure: Figure) -> bytes:
+    """Return the figure as a PNG file."""
     buffer = BytesIO()
     save(figure, buffer, "png", dpi=DPI)
     return buffer.getvalue()
 
 
-def _values(runs: Iterable[Run], path: str) -> list[float]:
-    return [value for run in runs if (value := run.numbers.get(path)) is not None]
+def _values(runs: Iterable[RunScores], path: str) -> list[float]:
+    """Return the finite numbers of runs at a place of metrics.json."""
+    return [value for run in runs if (value := run.numbers.get(place(path))) is not None]
 
 
-def _latent_styles(cells: Sequence[Cell]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each latent."""
-    latents = list(dict.fromkeys(cell.latent for cell in cells))
+def _latent_styles(groups: Sequence[RunGroup]) -> dict[str, tuple[str, str]]:
+    """Return the colour and the marker of each latent."""
+    latents = list(dict.fromkeys(group.latent for group in groups))
     others = [latent for latent in latents if latent not in LATENTS]
     spare = {latent: OTHER_LATENTS[i % len(OTHER_LATENTS)] for i, latent in enumerate(others)}
     return {latent: LATENTS.get(latent) or spare[latent] for latent in latents}
 
 
-def _row_positions(cells: Sequence[Cell]) -> list[float]:
-    """Downward y of each cell: 1 apart, and 1 more between objectives."""
+def _row_positions(groups: Sequence[RunGroup]) -> list[float]:
+    """Return the downward y of each group: 1 apart, 2 between objectives."""
     positions, y = [], 0.0
-    for before, cell in zip([None, *cells], cells, strict=False):
-        y += 0 if before is None else 1 if before.objective == cell.objective else 2
+    for before, group in zip([None, *groups], groups, strict=False):
+        y += 0 if before is None else 1 if before.objective == group.objective else 2
         positions.append(y)
     return positions
 
 
-def _draw(axes: Axes, panel: Panel, runs: Sequence[Run], cells: Sequence[Cell]) -> None:
+def _draw(axes: Axes, panel: Panel, runs: Sequence[RunScores], groups: Sequence[RunGroup]) -> None:
     from matplotlib.lines import Line2D
 
-    styles, positions = _latent_styles(cells), _row_positions(cells)
+    styles, positions = _latent_styles(groups), _row_positions(groups)
     handles = [
         Line2D([], [], color=colour, marker=marker, linestyle="", label=f"latent {short(latent)}")
         for latent, (colour, marker) in styles.items()
@@ -323,14 +332,14 @@ def _draw(axes: Axes, panel: Panel, runs: Sequence[Run], cells: Sequence[Cell]) 
             face = TEXT if filled else SURFACE
             handles.append(Line2D([], [], color=TEXT, marker="o", markerfacecolor=face, linestyle="", label=name))
         offset = (i - (len(panel.series) - 1) / 2) * 0.4
-        for cell, y in zip(cells, positions, strict=True):
-            members = [run for run in runs if (run.objective, run.latent) == (cell.objective, cell.latent)]
-            values, (colour, marker) = _values(members, path), styles[cell.latent]
+        for group, y in zip(groups, positions, strict=True):
+            members = [run for run in runs if (run.objective, run.latent) == (group.objective, group.latent)]
+            values, (colour, marker) = _values(members, path), styles[group.latent]
             if not values:
                 continue
-            gid, at = f"{cell.objective}/{cell.latent}/{path}", y + offset
+            gid, at = f"{group.objective}/{group.latent}/{path}", y + offset
             face = colour if filled else SURFACE
-            axes.vlines(cell.stats[path].mean, at - 0.4, at + 0.4, colors=colour, linewidth=2.0, gid=f"mean {gid}")
+            axes.vlines(group.stats[path].mean, at - 0.4, at + 0.4, colors=colour, linewidth=2.0, gid=f"mean {gid}")
             axes.plot(
                 values,
                 [at] * len(values),
@@ -342,13 +351,15 @@ def _draw(axes: Axes, panel: Panel, runs: Sequence[Run], cells: Sequence[Cell]) 
                 alpha=0.8,
                 gid=f"seeds {gid}",
             )
-    for place, name, style in panel.lines:
-        stat = summarise(_values(runs, place)) if isinstance(place, str) else summarise([place])
+    for value, name, style in panel.lines:
+        stat = summarise(_values(runs, value)) if isinstance(value, str) else summarise([value])
         if stat is not None:
             handles.append(axes.axvline(stat.mean, color=TEXT, linestyle=style, linewidth=1.2, zorder=1, label=name))
     centres = {
-        objective: statistics.fmean(y for cell, y in zip(cells, positions, strict=True) if cell.objective == objective)
-        for objective in dict.fromkeys(cell.objective for cell in cells)
+        objective: statistics.fmean(
+            y for group, y in zip(groups, positions, strict=True) if group.objective == objective
+        )
+        for objective in dict.fromkeys(group.objective for group in groups)
     }
     axes.set_yticks(list(centres.values()), [short(objective) for objective in centres])
     axes.set_ylim(positions[-1] + 0.8, -0.8)

@@ -1,9 +1,5 @@
 """Run folders: the resolved config, metrics.jsonl and checkpoints.
 
-    run/config.yaml                       the resolved config
-    run/metrics.jsonl                     one row per log entry or evaluation
-    run/videos.jsonl                      hashes of the videos and labels, compared on a resume (worldmodel/data.py)
-    run/.lock                             process and host that are training the run (worldmodel/runs/lock.py)
     run/checkpoints/index.json            {"latest": name, "best": name, "kept": [names]}
     run/checkpoints/step_00001000/        model, teacher, optimizer (.safetensors), state.json
 
@@ -31,6 +27,7 @@ from torch import Tensor
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.files import check_regular, read_text, remove, write_bytes, write_text
 from worldmodel.config import Config, changed_keys, read_tree, to_yaml, validate
+from worldmodel.runs.folder import RunFolder
 from worldmodel.training.finite import ADVICE, not_finite
 
 # Keys that a resume may change, because they do not change the result.
@@ -50,17 +47,6 @@ RESUMABLE_CHANGES = frozenset(
     }
 )
 _WEIGHT_FILES = ("model", "teacher", "optimizer")
-
-RUN_FILES = frozenset(
-    {
-        *("config.yaml", "metrics.jsonl", "videos.jsonl", "metrics.json", "forecasts.md", "report.html"),
-        *("readout.safetensors", "illustrations.safetensors", "surprise_events.json"),
-        *("planning.json", "planning.safetensors"),
-    }
-)
-RUN_FOLDERS = frozenset({"checkpoints", "profile", "wandb"})
-LOCK_NAME = ".lock"
-"""The entries of a run folder. Entries with other names do not belong to the run."""
 
 STEP_NAME = re.compile(r"step_\d{8,12}")
 MAX_STATE_BYTES = 2**20
@@ -97,11 +83,12 @@ def open_run(config: Config, *, resume: bool = False, overwrite: bool = False) -
         UserError: the folder holds files that are not of a run, a run of another config, or cannot be written.
     """
     run = Path(config.run_dir)
-    begun = {LOCK_NAME, ".config.yaml.partial"}  # a kill may leave these in a new folder
-    if run.is_dir() and {path.name for path in run.iterdir()} - begun and not (run / "config.yaml").is_file():
+    files = RunFolder(run)
+    begun = {files.lock.name, f".{files.config.name}.partial"}  # a kill may leave these in a new folder
+    if run.is_dir() and {path.name for path in run.iterdir()} - begun and not files.config.is_file():
         raise UserError(f"run_dir={run} is not empty and does not hold a run: choose another folder")
     try:
-        if (run / "config.yaml").is_file():
+        if files.config.is_file():
             if overwrite:
                 _remove_run(run)
             elif resume:
@@ -109,7 +96,7 @@ def open_run(config: Config, *, resume: bool = False, overwrite: bool = False) -
             else:
                 raise RunExistsError(f"run_dir={run} already holds a run")
         run.mkdir(parents=True, exist_ok=True)
-        write_text(run / "config.yaml", to_yaml(config))
+        write_text(files.config, to_yaml(config))
     except OSError as error:
         raise UserError(f"cannot write to run_dir={run}: {error.strerror or error}") from error
     return run
@@ -123,20 +110,27 @@ def _remove_run(run: Path) -> None:
     """
     load_run_config(run)
     entries = sorted(run.iterdir())
-    foreign = [path for path in entries if not _is_of_a_run(path)] or _foreign_in(run / "checkpoints")
+    files = RunFolder(run)
+    foreign = [path for path in entries if not _is_of_a_run(files, path)] or _foreign_in(files.checkpoints)
     if foreign:
         raise UserError(
             f"run_dir={run} holds '{foreign[0].relative_to(run)}', which does not belong to a run: move it away, or "
             "choose another folder"
         )
-    for path in sorted(entries, key=lambda path: path.name == "config.yaml"):
-        if path.name != LOCK_NAME:
+    for path in sorted(entries, key=lambda path: path == files.config):
+        if path != files.lock:
             remove(path)
 
 
-def _is_of_a_run(path: Path) -> bool:
-    name = path.name.removeprefix(".").removesuffix(".partial") if path.name.endswith(".partial") else path.name
-    return name in RUN_FILES or name in (LOCK_NAME, "writable") or (name in RUN_FOLDERS and path.is_dir())
+def _is_of_a_run(files: RunFolder, path: Path) -> bool:
+    is_partial = path.name.endswith(".partial")
+    named = path.with_name(path.name.removeprefix(".").removesuffix(".partial")) if is_partial else path
+    return (
+        named in files.files
+        or named == files.lock
+        or named.name == "writable"
+        or (named in files.folders and path.is_dir())
+    )
 
 
 def _foreign_in(checkpoints: Path) -> list[Path]:
@@ -156,7 +150,7 @@ def load_run_config(run: str | Path) -> Config:
     Raises:
         UserError: the folder does not hold a run, or its config is damaged.
     """
-    path = Path(run) / "config.yaml"
+    path = RunFolder(run).config
     if not path.is_file():
         raise UserError(f"no run in {run}: {path} does not exist")
     return validate(read_tree(path), source=str(path))
@@ -181,7 +175,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, *, keep: int, is_best: bo
         UserError: a value is not finite, or the disk is full or not writable. Earlier checkpoints stay intact.
     """
     check_finite(checkpoint.state["step"], **{part: getattr(checkpoint, part) for part in _WEIGHT_FILES})
-    folder = run / "checkpoints"
+    folder = RunFolder(run).checkpoints
     name = f"step_{checkpoint.state['step']:08d}"
     aside = folder / f".{name}.partial"
     if folder.is_symlink():
@@ -242,8 +236,9 @@ def remove_leftovers(run: Path) -> None:
     Raises:
         UserError: the index is damaged.
     """
-    folder = run / "checkpoints"
-    leftovers = [path for name in RUN_FILES if (path := run / f".{name}.partial").is_file() and not path.is_symlink()]
+    folder = RunFolder(run).checkpoints
+    aside = [path.with_name(f".{path.name}.partial") for path in RunFolder(run).files]
+    leftovers = [path for path in aside if path.is_file() and not path.is_symlink()]
     if folder.is_dir() and not folder.is_symlink():
         index = _read_index(run)
         named = {index["latest"], index["best"], *index["kept"]}
@@ -285,7 +280,7 @@ def load_checkpoint(run: Path, which: Literal["latest", "best"] = "latest") -> C
     name = _read_index(run)[which]
     if name is None:
         return None
-    folder = run / "checkpoints" / name
+    folder = RunFolder(run).checkpoints / name
     try:
         for part in _WEIGHT_FILES:
             check_regular(folder / f"{part}.safetensors")
@@ -310,7 +305,7 @@ def _checked_state(state: Any) -> dict[str, Any]:
 
 
 def _read_index(run: Path) -> dict[str, Any]:
-    path = run / "checkpoints" / "index.json"
+    path = RunFolder(run).checkpoint_index
     if not os.path.lexists(path):
         return {"latest": None, "best": None, "kept": []}
     try:
@@ -326,4 +321,4 @@ def _read_index(run: Path) -> dict[str, Any]:
 
 
 def _write_index(run: Path, index: Mapping[str, Any]) -> None:
-    write_text(run / "checkpoints" / "index.json", json.dumps(index, indent=1))
+    write_text(RunFolder(run).checkpoint_index, json.dumps(index, indent=1))

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data_pipelines.errors import UserError, one_line_logger
-from worldmodel.runs.checkpoint import LOCK_NAME
+from worldmodel.runs.folder import RunFolder
 
 logger = one_line_logger(__name__)
 
@@ -47,15 +47,15 @@ def run_lock(run: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            if _is_at(run / LOCK_NAME, inode):
-                os.unlink(run / LOCK_NAME)
+            if _is_at(RunFolder(run).lock, inode):
+                os.unlink(RunFolder(run).lock)
         _held.discard(inode)
         os.close(number)
 
 
 def _locked(run: Path) -> int | None:
     """Return a descriptor that holds the lock of a folder, or None if the file system has no locks."""
-    path = run / LOCK_NAME
+    path = RunFolder(run).lock
     while True:
         with suppress(FileNotFoundError):
             status = path.lstat()

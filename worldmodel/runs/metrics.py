@@ -1,21 +1,32 @@
-"""metrics.json and planning.json of a run folder, which may come from a stranger: read once, and checked there.
+"""metrics.json and planning.json of a run folder: their records, and the functions that write and read them.
 
-Whoever formats or draws the numbers relies on these types. Any part may be missing, and further keys may hold any
-plain value.
+The evaluation builds these records; reports and comparisons read them. A value deep inside has a place, its dotted path
+such as "forecasts.model.energy_score.0". `value_at` and `place` accept only places that the records declare, so that a
+key that was renamed in one file alone fails at once.
+
+The files may come from a stranger: they are checked when they are read. Any part may be missing. Further keys may hold
+any plain value.
+
+Legend: H horizon steps, K dimensions of the quantity.
 """
 
 import json
 import math
+import re
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Required
+from types import NoneType
+from typing import Annotated, Any, Required, cast, get_args, get_origin
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict, get_type_hints, is_typeddict
 
 from data_pipelines.errors import UserError
+from data_pipelines.files import write_text
 from data_pipelines.text_files import read_small, shown
+from worldmodel.runs.folder import RunFolder
 
-METRICS_NAME, PLANNING_NAME = "metrics.json", "planning.json"
 MAX_BYTES, MAX_DEPTH, MAX_VALUES = 16 << 20, 16, 2**20
 MAX_INT, MAX_SCORE = 2**63, 1e100
 MAX_HORIZON, MAX_NAMES = 1_024, 100
@@ -33,7 +44,7 @@ Whole = Annotated[int, Field(strict=True)] | None
 Short = Annotated[str, Field(strict=True, max_length=1_000)]
 Scores = Annotated[list[Score], Field(max_length=MAX_HORIZON)]
 Series = Annotated[list[Score | Scores], Field(max_length=MAX_HORIZON)]
-"""A score for each horizon step, or one for each of several dimensions there."""
+"""A score for each horizon step, or at each step one for each dimension."""
 Levels = Annotated[dict[str, Series], Field(max_length=MAX_NAMES)]
 
 
@@ -41,30 +52,53 @@ class _Part(TypedDict, total=False):
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
 
+# ------------------------------------------------------------------------------------------------------ metrics.json
+
+
 class Forecast(_Part, total=False):
+    """Scores of one forecast at each horizon step.
+
+    crps [H][K], coverage and width {level: [H][K]} have K = 1 in embedding space. spread_skill, coverage, width and
+    rank_histogram are None for a single sample. ratio_to_oracle needs a known law.
+    """
+
     energy_score: Series
-    ratio_to_oracle: Series | None
     crps: Series | None
     best_of: Series | None
-    spread_skill: Series | None
     coverage: Levels | None
     width: Levels | None
+    spread_skill: Series | None
     rank_histogram: Annotated[list[Scores | None], Field(max_length=MAX_HORIZON)] | None
+    ratio_to_oracle: Series | None
 
 
 Forecasts = Annotated[dict[str, Forecast], Field(max_length=MAX_NAMES)]
 
 
+class RetrievalScores(_Part, total=False):
+    """Rank of the real future among the targets of all queries, at each horizon step."""
+
+    mrr: Series
+    hit_1: Series
+    hit_5: Series
+    hit_10: Series
+
+
 class Retrieval(_Part, total=False):
-    forecasts: Annotated[dict[str, Levels], Field(max_length=MAX_NAMES)]
+    distractors: Whole
+    forecasts: Annotated[dict[str, RetrievalScores], Field(max_length=MAX_NAMES)]
 
 
 class Embedding(_Part, total=False):
+    """Scores in embedding space; std is the mean standard deviation of the target embeddings."""
+
     forecasts: Forecasts
     retrieval: Retrieval | None
+    effective_rank: Score
+    std: Score
 
 
-class Quantity(_Part, total=False):
+class QuantityFacts(_Part, total=False):
     name: Short
     unit: Short | None
     dimensions: Annotated[list[Short], Field(max_length=MAX_HORIZON)]
@@ -75,29 +109,69 @@ class Training(_Part, total=False):
     steps: Whole
 
 
-Probes = Annotated[dict[str, Score], Field(max_length=MAX_NAMES)]
-Targets = Annotated[dict[str, Probes], Field(max_length=MAX_NAMES)]
+class ReadoutFacts(_Part, total=False):
+    strength: Score
+    r2: Score | Scores
+
+
+class FactorScores(_Part, total=False):
+    in_distribution_r2: Score
+    out_of_distribution_r2: Score
+
+
+class Dci(_Part, total=False):
+    disentanglement: Score
+    completeness: Score
+
+
+class ProbeScores(_Part, total=False):
+    """Accuracy of a class, or R^2 of a measure, by each probe."""
+
+    linear: Score
+    knn: Score
+    mlp: Score
+    few_shot_1: Score
+    few_shot_5: Score
+    few_shot_10: Score
+
+
+Targets = Annotated[dict[str, ProbeScores], Field(max_length=MAX_NAMES)]
 
 
 class Metrics(_Part, total=False):
-    """The content of metrics.json."""
+    """The content of metrics.json.
 
+    A run on videos has forecasts, a run on a causal world has factors and dci. kl_nats or expected_l0 is the mean
+    penalty of the latent.
+    """
+
+    run: Short | None
+    train: Training
+    seed: Whole
     queries: Whole
     queries_sha256: Short
     num_samples: Whole
-    train: Training
+    horizon: Annotated[int, Field(strict=True, ge=1)]
+    segment_frames: Whole
     kl_nats: Score
     expected_l0: Score
-    horizon: Annotated[int, Field(strict=True, ge=1)]
-    segment_s: Score
-    quantity: Quantity | None
-    forecasts: Forecasts
     embedding: Embedding
+    space: Short | None
+    quantity: QuantityFacts | None
+    forecasts: Forecasts
     beyond_fit_norm_99: Series
+    readout: ReadoutFacts | None
     probes: Annotated[dict[str, Targets], Field(max_length=MAX_NAMES)]
+    factors: FactorScores
+    dci: Dci
+
+
+# ----------------------------------------------------------------------------------------------------- planning.json
 
 
 class Planned(_Part, total=False):
+    """Success over the episodes of all seeds of one policy."""
+
     success_rate: Score
     ci95: Annotated[list[Score], Field(min_length=2, max_length=2)]
     per_seed: Annotated[list[Score], Field(max_length=10_000)]
@@ -106,16 +180,25 @@ class Planned(_Part, total=False):
     ms_per_decision: Score
 
 
-class OfLabels(_Part, total=False):
+class PlannedWithLabels(_Part, total=False):
+    """A point of the curve of success against the number of labelled transitions."""
+
     labels: Required[Annotated[int, Field(strict=True, ge=1)]]
     success_rate: Required[Rate]
     ci95: Required[tuple[Rate, Rate]]
-    ms_per_decision: Score
     per_seed: Annotated[list[Score], Field(max_length=10_000)]
+    ms_per_decision: Score
 
 
-class Protocol(_Part, total=False):
+class ProtocolFacts(_Part, total=False):
+    env: Short
+    env_kwargs: dict[str, Any]
+    seeds: Whole
+    episodes: Whole
     budget: Whole
+    first_seed: Whole
+    planning: dict[str, Any]
+    step: Whole
     labels: Whole
 
 
@@ -124,23 +207,109 @@ class Planning(Planned, total=False):
 
     random_floor: Planned | None
     oracle_ceiling: Planned | None
-    protocol: Protocol
-    curve: Annotated[list[OfLabels], Field(max_length=1_000)]
+    protocol: ProtocolFacts
+    curve: Annotated[list[PlannedWithLabels], Field(max_length=1_000)]
 
 
-def read_metrics_file(path: Path) -> dict[str, Any] | None:
-    """Return the content of a metrics.json or planning.json, as `json` gives it; None where there is no such file.
+class RunMetrics(Metrics, total=False):
+    """What a report shows: metrics.json, with planning.json as "planning"."""
+
+    planning: Planning
+
+
+# ------------------------------------------------------------------------------------------------------------ places
+
+
+def place(path: str) -> str:
+    """Return the path, a place in RunMetrics. A placeholder in braces counts as an index of a list."""
+    assert is_declared(path), f"metrics.json has no place {path!r}"
+    return path
+
+
+@lru_cache(maxsize=4096)
+def is_declared(path: str) -> bool:
+    """True if the records declare the dotted path. Names of forecasts, targets and labels are free."""
+    return _leads_on(RunMetrics, tuple(path.split(".")))
+
+
+def _leads_on(kind: Any, parts: tuple[str, ...]) -> bool:
+    """True if the parts of a path are declared below a type."""
+    if not parts or kind is Any:
+        return True
+    if is_typeddict(kind):
+        hints = get_type_hints(kind)
+        return parts[0] in hints and _leads_on(hints[parts[0]], parts[1:])
+    origin, arguments = get_origin(kind), [part for part in get_args(kind) if part is not NoneType]
+    if origin is dict:
+        # A free name may itself hold dots. A path ends with a name only if a score or a list belongs to it.
+        is_record = is_typeddict(arguments[1]) or get_origin(arguments[1]) is dict
+        ends_here = len(parts) == 1 and not is_record
+        return ends_here or any(_leads_on(arguments[1], parts[n:]) for n in range(1, len(parts)))
+    if origin in (list, tuple):
+        return re.fullmatch(r"[0-9]+|\{.*\}", parts[0]) is not None and _leads_on(arguments[0], parts[1:])
+    return any(_leads_on(option, parts) for option in arguments)
+
+
+def value_at(metrics: Any, path: str) -> Any:
+    """Return the value at a place of RunMetrics; None if it is missing."""
+    place(path)
+    for key in path.split("."):
+        if isinstance(metrics, Mapping):
+            metrics = metrics.get(key)
+        elif isinstance(metrics, list | tuple) and re.fullmatch(r"[0-9]{1,9}", key) and int(key) < len(metrics):
+            metrics = metrics[int(key)]
+        else:
+            return None
+    return metrics
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def write_metrics(run: Path, metrics: Metrics) -> None:
+    """Write metrics.json. Raises UserError if it cannot be written."""
+    _write(RunFolder(run).metrics, metrics)
+
+
+def write_planning(run: Path, planning: Planning) -> None:
+    """Write planning.json. Raises UserError if it cannot be written."""
+    _write(RunFolder(run).planning, planning)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    try:
+        write_text(path, json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read_metrics(run: Path) -> Metrics | None:
+    """Return the content of a run's metrics.json; None if there is no such file.
 
     Raises:
         UserError: the file is not JSON of the types above, or claims more horizon steps than it has scores for.
     """
+    return cast(Metrics | None, _read(RunFolder(run).metrics, Metrics))
+
+
+def read_planning(run: Path) -> Planning | None:
+    """Return the content of a run's planning.json; None if there is no such file.
+
+    Raises:
+        UserError: the file is not JSON of the types above.
+    """
+    return cast(Planning | None, _read(RunFolder(run).planning, Planning))
+
+
+def _read(path: Path, kind: Any) -> Any:
+    """Return the content of a file as `json` gives it, checked to be of this kind; None if there is no such file."""
     if not path.exists():
         return None
     text = read_small(path, MAX_BYTES)
     try:
         content = json.loads(text)
         _check_plain(content)
-        TypeAdapter(Planning if path.name == PLANNING_NAME else Metrics).validate_python(content)
+        TypeAdapter(kind).validate_python(content)
         _check_horizon(content)
     except ValidationError as error:
         raise _damaged(path, _explained(error.errors(include_url=False)[0])) from error
@@ -152,7 +321,7 @@ def read_metrics_file(path: Path) -> dict[str, Any] | None:
 
 
 def _damaged(path: Path, problem: str) -> UserError:
-    return UserError(f"{path} is damaged, write it again by the script that did: {problem}")
+    return UserError(f"{path} is damaged, write it again by the command that wrote it: {problem}")
 
 
 def _explained(entry: Any) -> str:
@@ -162,7 +331,7 @@ def _explained(entry: Any) -> str:
 
 
 def _check_plain(content: Any) -> None:
-    """Raises ValueError: more values, deeper nesting or larger integers than the file of an evaluation has."""
+    """Raise ValueError for more values, deeper nesting or larger integers than the file of an evaluation has."""
     level, num_values = [content], 0
     for _ in range(MAX_DEPTH):
         num_values += len(level)
@@ -183,7 +352,7 @@ def _check_plain(content: Any) -> None:
 
 
 def _check_horizon(metrics: dict[str, Any]) -> None:
-    """Raises ValueError: `horizon` is beyond the longest list of scores."""
+    """Raise ValueError if `horizon` is beyond the longest list of scores."""
     scored = [
         *metrics.get("forecasts", {}).values(),
         *metrics.get("embedding", {}).get("forecasts", {}).values(),

@@ -12,6 +12,7 @@ from typing import Any
 from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.files import write_text
 from worldmodel.config import Config
+from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.wandb_tracking import start_wandb
 
 logger = one_line_logger(__name__)
@@ -23,12 +24,12 @@ class RowLostError(UserError):
     """A row of metrics.jsonl could not be written."""
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
+def read_history(run: Path) -> list[dict[str, Any]]:
     """Return the valid rows of metrics.jsonl.
 
     Other rows, such as a last one that a kill truncated, are dropped with a warning.
     """
-    path = run / "metrics.jsonl"
+    path = RunFolder(run).history
     # Not splitlines, which also splits at characters inside of strings.
     lines = path.read_bytes().decode("utf-8", errors="replace").split("\n") if path.is_file() else []
     rows = [(number, _row(line)) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -68,8 +69,8 @@ class Tracker:
     """
 
     def __init__(self, run: Path, config: Config, start_step: int) -> None:
-        self._path = run / "metrics.jsonl"
-        rows = [row for row in read_metrics(run) if row["step"] <= start_step] if start_step else []
+        self._path = RunFolder(run).history
+        rows = [row for row in read_history(run) if row["step"] <= start_step] if start_step else []
         try:
             write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
             self._file = self._path.open("ab", buffering=0)  # unbuffered: a write fails here or not at all

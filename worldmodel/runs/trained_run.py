@@ -16,11 +16,11 @@ from data_pipelines.errors import UserError, one_line
 from data_pipelines.transforms import to_float
 from worldmodel.build import build_training_model
 from worldmodel.config import Config, GaussianConfig, PretrainedConfig
-from worldmodel.evaluation.readout_file import load_readout
-from worldmodel.evaluation.surprise import clip_surprise, video_surprise
+from worldmodel.evaluation.embed import Networks
+from worldmodel.evaluation.readout import load_readout
+from worldmodel.evaluation.surprise import SurpriseOptions, Timeline, clip_surprise, video_surprise
 from worldmodel.nets.teacher import Teacher
 from worldmodel.nets.world_model import WorldModel
-from worldmodel.report.illustrations import Timeline
 from worldmodel.runs.checkpoint import Checkpoint, load_checkpoint, load_run_config
 from worldmodel.sources import make_source
 from worldmodel.sources.source import Source
@@ -57,6 +57,11 @@ class TrainedRun:
     def target_encoder(self) -> nn.Module:
         """The encoder of targets: clip [B, T, C, H, W] -> [B, D]."""
         return self.teacher or self.model.embedder
+
+    @property
+    def networks(self) -> Networks:
+        """Config, model, target encoder and device, as evaluations take them."""
+        return Networks(self.config, self.model, self.target_encoder, self.device, self.source, self.training)
 
     @property
     def device(self) -> torch.device:
@@ -123,11 +128,10 @@ class TrainedRun:
             UserError: the latent is sparse or an oracle, the run is conditioned on actions, or the video cannot be read
                 or is too short for one transition.
         """
-        networks = self.config, self.training, self.target_encoder
+        options = SurpriseOptions(num_peaks, step_frames, progress)
         if isinstance(video, Tensor):
-            clip = self._checked(video, ("T", *self.frame_shape))
-            return clip_surprise(*networks, clip, num_peaks=num_peaks, step_frames=step_frames, progress=progress)
-        return video_surprise(*networks, Path(video), num_peaks=num_peaks, step_frames=step_frames, progress=progress)
+            return clip_surprise(self.networks, self._checked(video, ("T", *self.frame_shape)), options)
+        return video_surprise(self.networks, Path(video), options)
 
     def _segments(self, video: Tensor) -> Tensor:
         """Check segments [B, T, C, H, W], and convert them to the input of the networks."""

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from data_pipelines.errors import UserError, one_line, one_line_logger, printable
 from worldmodel.config import Config, to_dict
+from worldmodel.runs.folder import RunFolder
 
 logger = one_line_logger(__name__)
 
@@ -170,4 +171,4 @@ def _give_it_a_cache(run: Path) -> None:
     """Let wandb keep its cache in the run folder if HOME is not a writable folder."""
     home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("HOME", "")
     if not os.access(home, os.W_OK):
-        os.environ.setdefault("WANDB_CACHE_DIR", str((run / "wandb" / "cache").absolute()))
+        os.environ.setdefault("WANDB_CACHE_DIR", str((RunFolder(run).wandb / "cache").absolute()))

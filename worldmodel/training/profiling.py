@@ -12,6 +12,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from data_pipelines.errors import one_line_logger
 from data_pipelines.files import write_text
+from worldmodel.runs.folder import RunFolder
 
 logger = one_line_logger(__name__)
 
@@ -70,7 +71,7 @@ def profiled(run: Path, device: torch.device, num_steps: int) -> Iterator[Callab
     with profile(
         activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])],
         schedule=schedule(wait=wait, warmup=warmup, active=active, repeat=1),
-        on_trace_ready=lambda profiler: _write(profiler, run / "profile", "cuda" if on_gpu else "cpu"),
+        on_trace_ready=lambda profiler: _write(profiler, RunFolder(run).profile, "cuda" if on_gpu else "cpu"),
         record_shapes=True,
     ) as profiler:
         yield profiler.step

@@ -21,7 +21,7 @@ from data_pipelines.batches import Batch, BatchStream
 from data_pipelines.errors import UserError
 from worldmodel.config import Config
 from worldmodel.data import segment_span, training_inputs
-from worldmodel.evaluation.forecast import frozen
+from worldmodel.evaluation.embed import frozen
 from worldmodel.nets.distance import similar_clips
 from worldmodel.nets.scene import NoScene
 from worldmodel.nets.world_model import Embedded, WorldModel

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from data_pipelines.batches import Batch
 from data_pipelines.errors import UserError, one_line_logger
 from worldmodel.evaluation import factors, forecast
+from worldmodel.evaluation.embed import Networks, Share
 from worldmodel.nets.parallel import max_over_processes
 from worldmodel.runs.checkpoint import (
     Checkpoint,
@@ -133,19 +134,13 @@ class Session:
 
     def _selection_scores(self, student: TrainingModel, target_encoder: nn.Module) -> tuple[dict[str, float], float]:
         """Return the scores of the selection split, and the one that selects a checkpoint: lower is better."""
-        config, accelerator, device = self.config, self.accelerator, self.accelerator.device
+        accelerator = self.accelerator
+        networks = Networks(self.config, student.model, target_encoder, accelerator.device, self.source)
         if self.source.content == "factors":  # too fast to be worth sharing
-            scores = factors.development_scores(config, student.model, device)
+            scores = factors.development_scores(networks)
             return scores, -scores["factors_r2"]
-        scores = forecast.development_scores(
-            config,
-            student.model,
-            target_encoder,
-            device,
-            source=self.source,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-        )
+        share = Share(accelerator.process_index, accelerator.num_processes)
+        scores = forecast.development_scores(networks, share)
         return scores, scores["relative_energy_score"]
 
     # ---------------------------------------------------------------------------------------------------- checkpoints

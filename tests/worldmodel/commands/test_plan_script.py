@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -14,17 +15,17 @@ from accelerate.state import AcceleratorState
 
 from data_pipelines.worlds.recorder import Recording, record
 from tests.conftest import REPO, TINY, run_script
+from tests.worldmodel.report.samples import undeclared
 from worldmodel.config import IcemConfig, PlanningConfig, load_config
+from worldmodel.evaluation.illustrations import load_records
+from worldmodel.planning.controls import PrivilegedPolicy, RandomPolicy
+from worldmodel.planning.planned_episodes import PlannedEpisode
 from worldmodel.planning.protocol import (
     PlanningProtocol,
-    PrivilegedPolicy,
-    RandomPolicy,
     evaluate_policy,
     run_episodes,
 )
-from worldmodel.report.illustrations import PlannedEpisode
-from worldmodel.report.illustrations_file import load_parts
-from worldmodel.report.tables import value_at
+from worldmodel.runs.metrics import value_at
 from worldmodel.training.loop import train
 
 ENV = "data_pipelines.worlds.two_rooms:worldmodel/TwoRooms-v0"
@@ -100,7 +101,7 @@ def test_the_report_has_the_planning_by_itself_and_beside_the_forecasts(planner:
         assert {"planning.success_rate", "planning.ci95.0", "planning.oracle_ceiling.steps"} <= dict(shown).keys()
         for path, text in shown:
             assert f"{value_at(metrics, path):.{len(text.partition('.')[2])}f}" == text, path
-    episodes = load_parts(run / "planning.safetensors", PlannedEpisode)
+    episodes = load_records(run / "planning.safetensors", PlannedEpisode)
     assert len(episodes) == 4 and not all(episode.success for episode in episodes)
     for episode in episodes:
         assert episode.imagined_px is not None and episode.way_px is not None and episode.goal_px is not None
@@ -117,6 +118,7 @@ def test_several_counts_of_labels_make_a_curve(passive: Path) -> None:
     done = run_script("plan.py", *arguments, "--labels", "40", "20", "--checkpoint", "latest")
     assert done.returncode == 0, done.stderr
     result = json.loads((passive / "planning.json").read_text())
+    assert undeclared({"planning": result}) == []
     assert [entry["labels"] for entry in result["curve"]] == [40, 20] and result["protocol"]["labels"] == 20
     keys = {"success_rate", "ci95", "per_seed", "ms_per_decision"}
     assert all(entry.keys() == {"labels", *keys} for entry in result["curve"])
@@ -129,9 +131,9 @@ def test_several_counts_of_labels_make_a_curve(passive: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "tells"),
     [
-        (["100", "0"], "--labels 0: at least 20"),
+        (["100", "0"], "labels=0: at least 20"),
         (["30", "30"], "30 30: a count is given twice"),
-        (["9999"], "--labels 9999: the training split has"),
+        (["9999"], "labels=9999: the training split has"),
     ],
 )
 def test_counts_of_labels_that_cannot_be(passive: Path, labels: list[str], tells: str) -> None:
@@ -167,7 +169,7 @@ def privileged(seed: int, envs: Sequence[gymnasium.Env]) -> PrivilegedPolicy:
 
 
 def test_the_privileged_planner_reaches_every_goal_by_nearly_the_shortest_way() -> None:
-    ceiling = evaluate_policy(protocol(episodes=12), privileged, label="ceiling")
+    ceiling: Any = evaluate_policy(protocol(episodes=12), privileged, label="ceiling")
     assert ceiling["success_rate"] == 1
     assert 0.99 < ceiling["path_ratio"] < 1.3
 
@@ -175,7 +177,7 @@ def test_the_privileged_planner_reaches_every_goal_by_nearly_the_shortest_way() 
 def test_chance_is_far_below_it_and_the_same_for_the_same_seed() -> None:
     first, again = (run_episodes(protocol(episodes=20), 0, lambda envs: RandomPolicy(envs, 3)).states for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    floor = evaluate_policy(protocol(episodes=40), lambda seed, envs: RandomPolicy(envs, seed), label="floor")
+    floor: Any = evaluate_policy(protocol(episodes=40), lambda seed, envs: RandomPolicy(envs, seed), label="floor")
     assert floor["success_rate"] < 0.3
 
 

@@ -73,7 +73,7 @@ def recorded_reads() -> Iterator[set[str]]:
 
 def train_and_evaluate(config: Config) -> None:
     trained = load(train(config))
-    evaluate_forecasts(trained.config, trained.model, trained.target_encoder, torch.device("cpu"))
+    evaluate_forecasts(trained.networks)
 
 
 def plan_once(config: Config) -> None:
@@ -101,7 +101,7 @@ def test_every_key_of_every_shipped_config_is_read(
         train_and_evaluate(Config(**{**vars(fresh), "run_dir": fresh.run_dir + "_fresh"}))
         causal = [*CAUSAL, f"run_dir={fresh.run_dir}_causal"]
         trained = load(train(load_config(REPO / "configs" / "causal" / "heteroscedastic.yaml", causal)))
-        evaluate_factors(trained.config, trained.model, torch.device("cpu"))
+        evaluate_factors(trained.networks)
         for name in ("two_rooms.yaml", "two_rooms_random.yaml"):
             plan_once(load_config(REPO / "configs" / name, ["planning.candidates=40", "planning.iterations=2"]))
         build_training_model(load_config(REPO / "configs" / "video_vit.yaml", ["model.encoder=vit_tiny"]))

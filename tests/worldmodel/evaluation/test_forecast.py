@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from data_pipelines.errors import UserError
 from data_pipelines.worlds.digits import pixel_centroid
 from data_pipelines.worlds.kicked_mnist import KickedMnistLaw
 from data_pipelines.worlds.moving_mnist import centroid_velocity, sample_law
+from tests.worldmodel.report.samples import undeclared
 from worldmodel import WorldModel, load
 from worldmodel.build import build_model
 from worldmodel.config import Config
-from worldmodel.evaluation import forecast
+from worldmodel.evaluation.embed import Networks, embed_split
 from worldmodel.evaluation.forecast import development_scores, evaluate_forecasts
+from worldmodel.evaluation.probes import label_targets
 from worldmodel.nets.latents import Inference, NoLatent
 from worldmodel.nets.scene import NoScene
 from worldmodel.nets.teacher import Teacher
@@ -87,8 +90,8 @@ def test_a_model_that_knows_the_law_scores_as_the_oracle_does(tiny_config: Calla
     config = tiny_config(
         "data.source=moving_mnist", *sizes, "evaluation.fit_clips=512", "evaluation.selection_clips=256"
     )
-    result = evaluate_forecasts(config, OracleStudent(), Pixels(), CPU)
-    scores = {name: dict(values) for name, values in result.metrics["forecasts"].items()}
+    metrics: Any = evaluate_forecasts(Networks(config, OracleStudent(), Pixels(), CPU, make_source(config))).metrics
+    scores = {name: dict(values) for name, values in metrics["forecasts"].items()}
     energy = {name: values["energy_score"][0] for name, values in scores.items()}
     assert energy["simulator_oracle"] == pytest.approx(0.61, abs=0.04)
     assert scores["simulator_oracle"]["ratio_to_oracle"] == [1]
@@ -100,8 +103,8 @@ def test_a_model_that_knows_the_law_scores_as_the_oracle_does(tiny_config: Calla
     assert energy["persistence"] == pytest.approx(energy["pixel_constant_velocity"], rel=0.02)
     assert energy["shuffled_r"] > energy["pixel_constant_velocity"] > 1.2 * energy["simulator_oracle"]
     assert scores["persistence"]["coverage"] is None
-    assert result.metrics["probes"]["embedding"]["velocity"]["linear"] > 0.999
-    assert result.metrics["queries"] == 512
+    assert metrics["probes"]["embedding"]["velocity"]["linear"] > 0.999
+    assert metrics["queries"] == 512
 
 
 @pytest.fixture
@@ -119,8 +122,8 @@ ORACLES = {"encode_decode_oracle", "simulator_oracle"}
 
 
 def test_metrics_of_a_trained_run(trained: Any) -> None:
-    result = evaluate_forecasts(trained.config, trained.model, trained.target_encoder, CPU)
-    metrics = result.metrics
+    result = evaluate_forecasts(trained.networks)
+    metrics: Any = result.metrics
     assert set(metrics["forecasts"]) == CONTROLS | ORACLES | {"pixel_constant_velocity"}
     assert set(metrics["embedding"]["forecasts"]) == CONTROLS | {"climatology", "encode_decode_oracle"}
     assert metrics["kl_nats"] > 0 and metrics["queries"] == 24 and metrics["horizon"] == 1
@@ -130,13 +133,13 @@ def test_metrics_of_a_trained_run(trained: Any) -> None:
     assert shown.frames.shape == (6, 6, 1, 64, 64)
     assert shown.neighbours.shape == (6, 1, 4, 3, 1, 64, 64)
     assert shown.fans is not None and shown.fans.samples.shape == (6, 8, 1, 2) and shown.fans.on_frames
-    again = evaluate_forecasts(trained.config, trained.model, trained.target_encoder, CPU)
-    assert again.metrics == metrics
+    again = evaluate_forecasts(trained.networks)
+    assert again.metrics == metrics and undeclared(metrics) == []
 
 
 def test_a_run_is_scored_at_every_step_of_its_horizon(kicked: Any) -> None:
-    result = evaluate_forecasts(kicked.config, kicked.model, kicked.target_encoder, CPU)
-    metrics = result.metrics
+    result = evaluate_forecasts(kicked.networks)
+    metrics: Any = result.metrics
     assert metrics["space"] == "centroid, px" and metrics["horizon"] == 4
     for forecasts in (metrics["forecasts"], metrics["embedding"]["forecasts"]):
         for scores in forecasts.values():
@@ -160,12 +163,14 @@ def test_a_label_of_frames_is_forecast_where_no_law_is_known(kicked: Any, tiny_c
         root = f"data.root={kicked.config.data.root}"
         return tiny_config(root, *KICKED, "data.clip_step=4", f"evaluation.label={name}", "objective.rollout_steps=2")
 
-    metrics = evaluate_forecasts(labelled("velocity"), kicked.model, kicked.target_encoder, CPU).metrics
+    metrics: Any = evaluate_forecasts(replace(kicked.networks, config=labelled("velocity"))).metrics
     assert metrics["quantity"] == {"name": "velocity", "unit": "", "dimensions": ["0", "1"]}
     assert set(metrics["forecasts"]) == CONTROLS
     assert metrics["forecasts"]["model"]["energy_score"][3] > 0
-    with pytest.raises(UserError, match=r"evaluation.label='digit' is no label of frames: these videos have centre, "):
-        evaluate_forecasts(labelled("digit"), kicked.model, kicked.target_encoder, CPU)
+    with pytest.raises(
+        UserError, match=r"evaluation.label='digit' is not a per-frame label: these videos have centre, "
+    ):
+        evaluate_forecasts(replace(kicked.networks, config=labelled("digit")))
 
 
 def test_development_scores_leave_the_networks_training(tiny_config: Callable[..., Config]) -> None:
@@ -175,7 +180,7 @@ def test_development_scores_leave_the_networks_training(tiny_config: Callable[..
     student.train()
     teacher.train()
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    scores = development_scores(config, student, teacher, CPU, source=make_source(config))
+    scores = development_scores(Networks(config, student, teacher, CPU, make_source(config)))
     assert scores["relative_energy_score"] > 0 and math.isfinite(scores["energy_score"])
     assert student.training and teacher.training
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
@@ -183,8 +188,8 @@ def test_development_scores_leave_the_networks_training(tiny_config: Callable[..
 
 def test_videos_without_a_law_are_scored_in_embedding_space(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(VideosSource, "known_law", lambda source, split, horizon: None)
-    result = evaluate_forecasts(trained.config, trained.model, trained.target_encoder, CPU)
-    scores = development_scores(trained.config, trained.model, trained.target_encoder, CPU, source=trained.source)
+    result = evaluate_forecasts(trained.networks)
+    scores = development_scores(trained.networks)
     assert result.metrics["space"] == "embedding" and result.metrics["quantity"] is None
     assert result.metrics["forecasts"] == result.metrics["embedding"]["forecasts"]
     assert set(result.metrics["forecasts"]) == CONTROLS | {"climatology"}
@@ -196,8 +201,8 @@ def test_too_few_clips_is_one_line(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config()
     student = build_model(config)
     with pytest.raises(UserError, match="fewer than 2 clips"):
-        networks = student.eval(), Teacher(student.embedder).eval()
-        forecast.embed_clips(config, *networks, "test", 1, CPU, source=make_source(config))
+        teacher = Teacher(student.embedder).eval()
+        embed_split(Networks(config, student.eval(), teacher, CPU, make_source(config)), "test", 1)
 
 
 def test_labels_that_name_clips_or_do_not_vary_are_not_probed_for() -> None:
@@ -208,7 +213,7 @@ def test_labels_that_name_clips_or_do_not_vary_are_not_probed_for() -> None:
         "wall_x_px": torch.tensor([30.5, 20.0, 31.0]),
         "state": torch.rand(3, 4, 2),
     }
-    targets = forecast._probe_targets(labels)
+    targets = label_targets(labels)
     assert {name: (tuple(values.shape), values.dtype) for name, values in targets.items()} == {
         "kind": ((3,), torch.int64),
         "wall_x_px": ((3, 1), torch.float32),

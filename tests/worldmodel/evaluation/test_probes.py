@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ def inputs(num_dims: int) -> Splits:
     return normal(1000, num_dims, seed=0), normal(300, num_dims, seed=1), normal(400, num_dims, seed=2)
 
 
-def of(splits: Splits, outputs: list[Tensor]) -> dict[str, float]:
+def of(splits: Splits, outputs: list[Tensor]) -> Any:
     return probe(splits[0], outputs[0], splits[1], outputs[1], splits[2], outputs[2])
 
 
@@ -83,7 +85,7 @@ def test_probe_all_pairs_every_representation_with_every_target() -> None:
         "sign": ((full[0][:, 0] > 0).long(), (full[1][:, 0] > 0).long(), (full[2][:, 0] > 0).long()),
         "position": (full[0][:, 1:], full[1][:, 1:], full[2][:, 1:]),
     }
-    scores = probe_all({"embedding": full, "r": blind}, targets)
+    scores: Any = probe_all({"embedding": full, "r": blind}, targets)
     assert {name: set(row) for name, row in scores.items()} == {
         name: {"sign", "position"} for name in ("embedding", "r")
     }

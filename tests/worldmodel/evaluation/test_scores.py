@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -199,7 +200,7 @@ def test_retrieval_of_a_constant_forecast_or_a_collapsed_embedding_is_chance(num
 def test_retrieval_scores_are_by_horizon_step() -> None:
     targets = 10 * normal(50, 2, 8, seed=0)
     samples = torch.stack([targets[:, 0], -targets[:, 1]], dim=1)[:, None] + normal(50, 16, 2, 8, seed=1)
-    scores = retrieval_scores(samples, targets)
+    scores: Any = retrieval_scores(samples, targets)
     assert list(scores) == ["mrr", "hit_1", "hit_5", "hit_10"]
     assert scores["hit_1"][0] == 1 and scores["hit_1"][1] < 0.2
 
@@ -215,7 +216,7 @@ def test_auroc_by_hand() -> None:
 
 def test_forecast_scores_are_those_of_each_step() -> None:
     samples, observed = normal(30, 19, 3, 2, seed=0), normal(30, 5, 3, 2, seed=1)
-    scores = forecast_scores(samples, observed, oracle=[0.5, 1.0, 2.0])
+    scores: Any = forecast_scores(samples, observed, oracle=[0.5, 1.0, 2.0])
     last, truth = samples[:, :, 2], observed[:, :, 2]
     assert scores["energy_score"][2] == pytest.approx(energy_score(last, truth).mean().item())
     assert scores["ratio_to_oracle"][2] == scores["energy_score"][2] / 2
@@ -232,17 +233,15 @@ def test_forecast_scores_are_those_of_each_step() -> None:
 
 def test_forecast_scores_average_over_dimensions_on_request() -> None:
     samples, observed = normal(30, 19, 2, 4, seed=0), normal(30, 1, 2, 4, seed=1)
-    by_dimension, mean = (
-        forecast_scores(samples, observed),
-        forecast_scores(samples, observed, mean_over_dimensions=True),
-    )
+    by_dimension: Any = forecast_scores(samples, observed)
+    mean: Any = forecast_scores(samples, observed, mean_over_dimensions=True)
     assert mean["crps"] == [pytest.approx([np.mean(step)]) for step in by_dimension["crps"]]
     for name in ("coverage", "width"):
         assert mean[name]["90"] == [pytest.approx([np.mean(step)]) for step in by_dimension[name]["90"]]
 
 
 def test_forecast_of_one_sample_has_no_spread_to_score() -> None:
-    scores = forecast_scores(normal(30, 1, 2, 4, seed=0), normal(30, 3, 2, 4, seed=1))
+    scores: Any = forecast_scores(normal(30, 1, 2, 4, seed=0), normal(30, 3, 2, 4, seed=1))
     assert {name for name, values in scores.items() if values is None} == {
         *("coverage", "width", "spread_skill", "rank_histogram")
     }
@@ -252,7 +251,7 @@ def test_forecast_of_one_sample_has_no_spread_to_score() -> None:
 def test_what_metrics_hold_agrees_with_scoringrules() -> None:
     """float32 samples over a horizon, as an evaluation has them."""
     samples, observed = normal(30, 8, 3, 2, seed=0), normal(30, 1, 3, 2, seed=1)
-    found = forecast_scores(samples, observed)
+    found: Any = forecast_scores(samples, observed)
     for h in range(3):
         truth, forecast = observed[:, 0, h].double().numpy(), samples[:, :, h].double().numpy()
         energy = scoringrules.es_ensemble(truth, forecast, estimator="fair").mean()

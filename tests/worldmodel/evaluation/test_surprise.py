@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from data_pipelines.decoders import read_frames
 from data_pipelines.errors import UserError
-from scripts.evaluate import timeline_of_test_video
 from tests.conftest import run_script
 from tests.worldmodel.commands.test_scripts import assert_one_line
 from worldmodel import TrainedRun, load
@@ -33,7 +32,10 @@ from worldmodel.config import (
     VicregConfig,
     VideosConfig,
 )
+from worldmodel.evaluation.embed import Networks
+from worldmodel.evaluation.evaluate import timeline_of_test_video
 from worldmodel.evaluation.surprise import (
+    SurpriseOptions,
     Transitions,
     clip_surprise,
     cut_segments,
@@ -46,6 +48,7 @@ from worldmodel.evaluation.surprise import (
 from worldmodel.nets.distributions import Mixture, gaussian_kl
 from worldmodel.nets.latents import GaussianLatent
 from worldmodel.nets.scene import SceneCode
+from worldmodel.sources import make_source
 from worldmodel.training.losses import TrainingModel
 
 
@@ -68,6 +71,11 @@ def tiny(
     return config, build_training_model(config).eval()
 
 
+def networks(config: Config, training: TrainingModel) -> Networks:
+    source = make_source(config)
+    return Networks(config, training.model, training.embedder, torch.device("cpu"), source, training)
+
+
 def clip(num_frames: int) -> Tensor:
     return torch.rand(num_frames, 1, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -77,7 +85,8 @@ def embeddings(rows: int, seed: int) -> Tensor:
 
 
 def scored(config: Config, training: TrainingModel, video: Tensor, **options: int) -> Transitions:
-    return score_transitions(config, training, training.embedder, video.numpy(), len(video), name="it", **options)  # type: ignore[arg-type]
+    given = SurpriseOptions(**options)  # type: ignore[arg-type]
+    return score_transitions(networks(config, training), video.numpy(), len(video), name="it", options=given)
 
 
 @pytest.mark.parametrize(
@@ -242,13 +251,11 @@ def test_where_the_loss_has_no_kl_surprise_is_the_prediction_error(long_video: P
     np.testing.assert_allclose(found.surprise, expected, atol=1e-5)
     np.testing.assert_array_equal(found.surprise, found.prediction_error)
     assert not found.kl_nats.any()
-    assert video_surprise(config, training, training.embedder, long_video).unit == "units of the loss"
+    assert video_surprise(networks(config, training), long_video).unit == "units of the loss"
     config, training = tiny(objective=ByolConfig(beta=0.0))
     found = scored(config, training, clip(15))
     np.testing.assert_array_equal(found.surprise, found.prediction_error)
-    assert (
-        found.kl_nats.all() and clip_surprise(config, training, training.embedder, clip(15)).unit == "units of the loss"
-    )
+    assert found.kl_nats.all() and clip_surprise(networks(config, training), clip(15)).unit == "units of the loss"
 
 
 def found(surprise: list[float], step: int = 3) -> Transitions:
@@ -268,7 +275,7 @@ def test_peaks_are_the_highest_maxima_that_do_not_touch() -> None:
 def test_frames_and_times_are_those_of_the_source(long_video: Path) -> None:
     """36 frames at 10 a second, resampled to 5: every other one."""
     config, training = tiny(VideosConfig(channels=1, fps=5.0))
-    timeline = video_surprise(config, training, training.embedder, long_video, num_peaks=1)
+    timeline = video_surprise(networks(config, training), long_video, SurpriseOptions(num_peaks=1))
     assert timeline.frame.tolist() == [6, 12, 18, 24]
     assert timeline.time_s is not None
     np.testing.assert_allclose(timeline.time_s, [0.6, 1.2, 1.8, 2.4], atol=2e-3)
@@ -280,8 +287,8 @@ def test_frames_and_times_are_those_of_the_source(long_video: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"latent": SparseConfig()}, r"needs a run with model\.latent=gaussian or none"),
-        ({"latent": OracleConfig()}, r"needs a run with model\.latent=gaussian or none"),
+        ({"latent": SparseConfig()}, r"needs a run with a gaussian latent or none"),
+        ({"latent": OracleConfig()}, r"needs a run with a gaussian latent or none"),
         ({"action_dim": 2, "editor": ResidualEditorConfig()}, r"needs a passive run"),
         ({"latent": NoLatentConfig(), "action_dim": 2, "editor": ResidualEditorConfig()}, r"needs a passive run"),
     ],
@@ -289,9 +296,9 @@ def test_frames_and_times_are_those_of_the_source(long_video: Path) -> None:
 def test_a_model_that_cannot_score_videos_says_why(changes: dict[str, object], reason: str, long_video: Path) -> None:
     config, training = tiny(**changes)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=reason):
-        video_surprise(config, training, training.embedder, long_video)
+        video_surprise(networks(config, training), long_video)
     with pytest.raises(UserError, match=reason):
-        clip_surprise(config, training, training.embedder, clip(12))
+        clip_surprise(networks(config, training), clip(12))
 
 
 @pytest.mark.parametrize(
@@ -313,15 +320,15 @@ def test_an_evaluation_has_a_timeline_of_every_model_that_scores_videos(
 
 def test_what_cannot_be_scored_is_told_in_one_line(long_video: Path, tmp_path: Path) -> None:
     config, training = tiny()
-    with pytest.raises(UserError, match="the clip has 8 frames, and one transition takes 9"):
-        clip_surprise(config, training, training.embedder, clip(8))
+    with pytest.raises(UserError, match="the clip has 8 frames, but one transition takes 9"):
+        clip_surprise(networks(config, training), clip(8))
     with pytest.raises(UserError, match="step_frames=0 must be at least 1"):
-        clip_surprise(config, training, training.embedder, clip(9), step_frames=0)
+        clip_surprise(networks(config, training), clip(9), SurpriseOptions(step_frames=0))
     with pytest.raises(UserError, match="num_peaks=0 must be at least 1"):
-        clip_surprise(config, training, training.embedder, clip(9), num_peaks=0)
+        clip_surprise(networks(config, training), clip(9), SurpriseOptions(num_peaks=0))
     causal = replace(config, data=CausalConfig())
     with pytest.raises(UserError, match="needs a run on videos"):
-        video_surprise(causal, training, training.embedder, long_video)
+        video_surprise(networks(causal, training), long_video)
 
 
 def test_the_script_writes_a_row_a_transition_and_pictures(trained_run: Path, long_video: Path, tmp_path: Path) -> None:

@@ -8,12 +8,10 @@ import torch
 from tests.conftest import REPO
 from worldmodel import load
 from worldmodel.config import load_config
-from worldmodel.evaluation.forecast import embed_clips
+from worldmodel.evaluation.embed import embed_split
 from worldmodel.evaluation.probes import fit_mlp
 from worldmodel.evaluation.scores import r_squared
 from worldmodel.training.loop import train
-
-CPU = torch.device("cpu")
 
 
 def trained(run: Path, beta: float, steps: int) -> tuple[float, float]:
@@ -34,12 +32,7 @@ def trained(run: Path, beta: float, steps: int) -> tuple[float, float]:
     )
     result = load(train(config))
     with torch.no_grad():
-        fit, held_out = (
-            embed_clips(
-                config, result.model, result.target_encoder, split, 2048, CPU, source=result.source, progress=False
-            )
-            for split in ("train", "test")
-        )
+        fit, held_out = (embed_split(result.networks, split, 2048, progress=False) for split in ("train", "test"))
     change = [clips.labels["velocity_change"] for clips in (fit, held_out)]
     predicted = fit_mlp(fit.r, change[0])(held_out.r)
     assert held_out.penalty is not None

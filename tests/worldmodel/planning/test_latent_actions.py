@@ -64,5 +64,5 @@ def test_it_is_the_same_for_the_same_seed_and_frozen(world: None) -> None:
 def test_mistakes_are_told(world: None) -> None:
     with pytest.raises(UserError, match="passive run"):
         fit_action_decoder(run_of(AddingModel(action_dim=2)), 100, seed=0)
-    with pytest.raises(UserError, match="--labels 5000: the training split has 1000 transitions"):
+    with pytest.raises(UserError, match="labels=5000: the training split has 1000 transitions"):
         fit_action_decoder(run_of(AddingModel()), 5000, seed=0)

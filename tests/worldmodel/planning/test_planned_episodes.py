@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from data_pipelines.worlds.two_rooms import TwoRoomsEnv
 from worldmodel.config import Config, EvaluationConfig, PlanningConfig, VideosConfig
+from worldmodel.evaluation.embed import Networks
 from worldmodel.evaluation.readout import Readout
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.planning.imagination import LatentPolicy
 from worldmodel.planning.planned_episodes import choose_shown, planned_episodes, read_paths, state_readout
-from worldmodel.planning.protocol import Episodes
+from worldmodel.planning.protocol import EpisodeResults
+from worldmodel.sources import make_source
 
 STEP_PX, SIZE_PX = 4.0, 32
 PERFECT = Readout(torch.zeros(2), torch.ones(2), torch.eye(2), torch.zeros(2), 0.0)
@@ -62,6 +64,7 @@ def policy(noise_px: float = 0.0, **planning: Any) -> LatentPolicy:
         model=plane,
         target_encoder=plane.observe,
         config=Config(run_dir="", data=VideosConfig(num_frames=1, num_segments=2)),
+        networks=None,
         folder=Path("plane"),
         device=torch.device("cpu"),
     )
@@ -127,11 +130,11 @@ def test_the_first_episodes_are_shown_and_a_failure_among_them(failed: list[int]
     assert choose_shown(success[:2]) == [0, 1]
 
 
-def ran(planner: LatentPolicy) -> Episodes:
+def ran(planner: LatentPolicy) -> EpisodeResults:
     """An episode of one step to the right."""
     planner.begin(pictures(torch.tensor([[20, 10]])))
     planner.act(pictures(torch.tensor([[8, 10]])))
-    return Episodes(
+    return EpisodeResults(
         success=np.array([False]),
         steps=np.array([1]),
         path=np.array([4.0]),
@@ -162,6 +165,8 @@ def test_videos_that_are_not_there_cost_the_path_alone(tmp_path: Path, caplog: p
         data=VideosConfig(root=str(tmp_path / "gone"), num_frames=1, num_segments=2),
         evaluation=EvaluationConfig(label="state"),
     )
-    planner.run.target_encoder = nn.Identity()  # type: ignore[misc]
+    config = planner.run.config
+    networks = Networks(config, planner.run.model, nn.Identity(), torch.device("cpu"), make_source(config))
+    planner.run.networks = networks  # type: ignore[misc]
     assert state_readout(planner.run) is None
     assert "gone" in caplog.text

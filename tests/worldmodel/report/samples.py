@@ -4,7 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from worldmodel.report.illustrations import Fans, Illustrations, Latents, PlannedEpisode, Timeline
+from worldmodel.evaluation.illustrations import Fans, Illustrations, Latents
+from worldmodel.evaluation.surprise import Timeline
+from worldmodel.planning.planned_episodes import PlannedEpisode
+from worldmodel.runs.metrics import is_declared
 
 ONE_FUTURE = ("prior_mean", "no_latent", "pixel_constant_velocity", "persistence")
 RATIOS = {
@@ -46,7 +49,7 @@ def make_scores(name: str, ratio: float, num_steps: int, num_dimensions: int, *,
     }
 
 
-def make_metrics(num_steps: int = 8) -> dict[str, Any]:
+def make_metrics(num_steps: int = 8) -> Any:
     """Of a run on a world with labels and a known law."""
     steps = np.arange(1, num_steps + 1)
     embedding = {"model": 0.4321, "prior_mean": 0.5678, "persistence": 0.9512, "climatology": 0.8765}
@@ -61,7 +64,6 @@ def make_metrics(num_steps: int = 8) -> dict[str, Any]:
         "kl_nats": 2.3456,
         "horizon": num_steps,
         "segment_frames": 3,
-        "segment_s": 0.12,
         "space": "centroid, px",
         "quantity": {"name": "centroid", "unit": "px", "dimensions": ["x", "y"]},
         "forecasts": {name: make_scores(name, ratio, num_steps, 2, oracle=True) for name, ratio in RATIOS.items()},
@@ -94,15 +96,15 @@ def make_metrics(num_steps: int = 8) -> dict[str, Any]:
     }
 
 
-def make_unlabelled_metrics(num_steps: int = 8) -> dict[str, Any]:
+def make_unlabelled_metrics(num_steps: int = 8) -> Any:
     """The same run where nothing is known but the video."""
     metrics = make_metrics(num_steps)
     forecasts = metrics["embedding"]["forecasts"]
     kept = {key: value for key, value in metrics.items() if key not in ("readout", "probes", "beyond_fit_norm_99")}
-    return kept | {"space": "embedding", "quantity": None, "forecasts": forecasts, "segment_s": None}
+    return kept | {"space": "embedding", "quantity": None, "forecasts": forecasts}
 
 
-def make_planning(labels: tuple[int, ...] = (100, 1000, 10_000)) -> dict[str, Any]:
+def make_planning(labels: tuple[int, ...] = (100, 1000, 10_000)) -> Any:
     """planning.json of a run whose actions were decoded by `labels`, or that was trained on actions."""
 
     def scores(rate: float, *, steps: float | None = None) -> dict[str, Any]:
@@ -247,3 +249,12 @@ def make_illustrations(
             else np.zeros((2, 2 * num_frames, channels, size_px, size_px), dtype=np.uint8),
         ),
     )
+
+
+def undeclared(content: Any, path: str = "") -> list[str]:
+    """The places of numbers and texts in the content that no record declares."""
+    if isinstance(content, dict):
+        return [one for key, value in content.items() for one in undeclared(value, f"{path}.{key}" if path else key)]
+    if isinstance(content, list | tuple):
+        return [one for i, value in enumerate(content) for one in undeclared(value, f"{path}.{i}")]
+    return [] if is_declared(path) else [path]

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from worldmodel.report.comparison import (
-    Run,
+    RunScores,
     Stat,
     comparison_figure,
     comparison_markdown,
@@ -20,18 +20,18 @@ from worldmodel.report.comparison import (
     png,
     references,
     summarise,
-    summarise_cells,
+    summarise_groups,
 )
 
 
-def drawn(runs: list[Run]) -> Any:
+def drawn(runs: list[RunScores]) -> Any:
     """The figure, which must be there; untyped, as Matplotlib's artists are."""
     figure = comparison_figure(runs)
     assert figure is not None
     return figure
 
 
-def run(objective: str, latent: str, seed: int, ratio: float, **more: Any) -> Run:
+def run(objective: str, latent: str, seed: int, ratio: float, **more: Any) -> RunScores:
     metrics = {
         "run": "text is no number",
         "forecasts": {
@@ -41,7 +41,7 @@ def run(objective: str, latent: str, seed: int, ratio: float, **more: Any) -> Ru
         },
         **more,
     }
-    return Run(objective, latent, seed, flat_numbers(metrics))
+    return RunScores(objective, latent, seed, flat_numbers(metrics))
 
 
 RUNS = [
@@ -70,7 +70,7 @@ def test_means_and_sample_sds_over_seeds() -> None:
 
 
 def test_cells_are_in_the_order_given_with_objectives_together() -> None:
-    cells = summarise_cells([*RUNS, run("infonce", "sparse", 0, 1.0)])
+    cells = summarise_groups([*RUNS, run("infonce", "sparse", 0, 1.0)])
     assert [(cell.objective, cell.latent, cell.seeds) for cell in cells] == [
         ("infonce", "none", (0,)),
         ("infonce", "gaussian", (0, 1, 5)),
@@ -89,7 +89,7 @@ def test_a_number_as_text() -> None:
 
 
 def test_table_of_the_columns_that_runs_have() -> None:
-    assert comparison_table(summarise_cells(RUNS)).splitlines() == [
+    assert comparison_table(summarise_groups(RUNS)).splitlines() == [
         "| objective | latent   | seeds |  Energy Score |      x oracle |          KL, nats |",
         "| --------- | -------- | ----: | ------------: | ------------: | ----------------: |",
         "| infonce   | none     |     1 |         0.750 |         1.500 |                 – |",
@@ -105,7 +105,7 @@ def test_table_of_a_world_with_other_metrics() -> None:
         "probes": {"embedding_and_r": {"velocity_change": {"linear": 0.5, "mlp": 0.4}}},
         "train": {"seconds": 12.4},
     }
-    text = comparison_markdown([Run("byol", "sparse", 0, flat_numbers(metrics))])
+    text = comparison_markdown([RunScores("byol", "sparse", 0, flat_numbers(metrics))])
     header, _, row = [[part.strip() for part in line.strip("|").split("|")] for line in text.splitlines()[:3]]
     assert dict(zip(header, row, strict=True)) == {
         "objective": "byol",
@@ -124,7 +124,7 @@ def test_table_of_a_world_with_other_metrics() -> None:
 
 def test_over_a_horizon_the_first_and_the_last_step_have_columns_and_marks() -> None:
     numbers = {"energy_score": [0.5, 0.75, 2.0], "ratio_to_oracle": [1.0, 1.25, 1.5]}
-    runs = [Run("byol", "none", 0, flat_numbers({"forecasts": {"model": numbers}}))]
+    runs = [RunScores("byol", "none", 0, flat_numbers({"forecasts": {"model": numbers}}))]
     head, _, row = [
         [part.strip() for part in line.strip("|").split("|")] for line in comparison_markdown(runs).splitlines()[:3]
     ]
@@ -182,7 +182,7 @@ def test_figure_shows_every_seed_their_mean_and_the_references() -> None:
 
 def test_figure_of_factors_in_and_out_of_distribution() -> None:
     numbers = flat_numbers({"factors": {"in_distribution_r2": 0.9, "out_of_distribution_r2": 0.7}})
-    figure = drawn([Run("byol", "sparse", 0, numbers), Run("byol", "new", 0, numbers)])
+    figure = drawn([RunScores("byol", "sparse", 0, numbers), RunScores("byol", "new", 0, numbers)])
     (axes,) = figure.axes
     dots = artists(axes, "seeds")
     inside, outside = (dots[f"byol/sparse/factors.{name}_distribution_r2"] for name in ("in", "out_of"))
@@ -195,7 +195,7 @@ def test_figure_of_factors_in_and_out_of_distribution() -> None:
 def test_figure_has_a_panel_for_each_kind_of_number_or_is_none() -> None:
     factors = {"in_distribution_r2": 0.9, "out_of_distribution_r2": 0.7}
     assert len(drawn([run("byol", "sparse", 0, 1.2, factors=factors)]).axes) == 2
-    assert comparison_figure([Run("byol", "none", 0, {"train.seconds": 3.0})]) is None
+    assert comparison_figure([RunScores("byol", "none", 0, {"train.seconds": 3.0})]) is None
 
 
 def test_picture_is_as_wide_as_a_phone_needs_and_nothing_is_cut_off() -> None:

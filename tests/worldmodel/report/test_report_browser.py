@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from tests.worldmodel.report.samples import make_episodes, make_history, make_illustrations, make_metrics, make_planning
-from worldmodel.report.comparison import Run, flat_numbers
+from worldmodel.report.comparison import RunScores, flat_numbers
 from worldmodel.report.comparison_page import write_comparison_page
 from worldmodel.report.run_page import write_report
-from worldmodel.report.tables import value_at
+from worldmodel.runs.metrics import value_at
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -56,7 +56,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("comparison") / "compare.html"
     runs = [
-        Run(objective, latent, seed, flat_numbers(make_metrics(4)))
+        RunScores(objective, latent, seed, flat_numbers(make_metrics(4)))
         for objective, latent in (("byol", "none"), ("infonce_with_a_long_name", "gaussian"))
         for seed in (0, 1)
     ]
@@ -214,7 +214,7 @@ def test_names_of_strangers_are_text(browser: Any, tmp_path: Path) -> None:
         versions={EVIL: EVIL},
         episodes=make_episodes(1),
     )
-    runs = [Run(EVIL, EVIL, seed, flat_numbers(metrics)) for seed in (0, 1)]
+    runs = [RunScores(EVIL, EVIL, seed, flat_numbers(metrics)) for seed in (0, 1)]
     write_comparison_page(tmp_path / "compare.html", title=EVIL, runs=runs, histories=[make_history()] * 2)
     for name in ("report.html", "compare.html"):
         visit(browser, tmp_path / name)

@@ -26,31 +26,18 @@ from tests.worldmodel.report.samples import (
     make_unlabelled_metrics,
 )
 from worldmodel.config import load_config, to_yaml
-from worldmodel.report.figures import (
-    Picture,
-    animation,
-    imagined_paths,
-    path_until,
-    planning_animation,
-    principal_components,
-    spread_labels,
-    timeline_figure,
-)
-from worldmodel.report.illustrations import NO_ILLUSTRATIONS, Fans, Illustrations, PlannedEpisode
-from worldmodel.report.illustrations_file import ILLUSTRATIONS_NAME, PLANNED_NAME, save_parts
+from worldmodel.evaluation.illustrations import NO_ILLUSTRATIONS, Fans, Illustrations, save_records
+from worldmodel.planning.planned_episodes import PlannedEpisode
+from worldmodel.report.animations import animation, imagined_paths, path_until, planning_animation
+from worldmodel.report.charts import principal_components, spread_labels
+from worldmodel.report.drawing import Picture
+from worldmodel.report.headline import headline, protocol_facts
+from worldmodel.report.numbers import duration, marked_steps, number, text_of
 from worldmodel.report.run_page import report_of_run, write_report
-from worldmodel.report.tables import (
-    duration,
-    headline,
-    markdown_table,
-    marked_steps,
-    number,
-    planning_table,
-    protocol_facts,
-    score_table,
-    text_of,
-    value_at,
-)
+from worldmodel.report.tables import markdown_table, planning_table, score_table
+from worldmodel.report.timeline import timeline_figure
+from worldmodel.runs.folder import RunFolder
+from worldmodel.runs.metrics import value_at
 
 VOID = {"meta", "img", "source", "br", "hr", "link", "input"}
 
@@ -99,7 +86,7 @@ def report(
     path: Path,
     *,
     title: str = "demo",
-    metrics: dict[str, Any] | None = None,
+    metrics: Any = None,
     history: list[dict[str, Any]] | None = None,
     illustrations: Illustrations | None = None,
     config_yaml: str = "seed: 17\n",
@@ -133,12 +120,14 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page]:
 @pytest.fixture
 def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Charts take seconds and are drawn in other tests: here they are only asked for, with their words."""
-    monkeypatch.setattr(
-        "worldmodel.report.figures.chart", lambda draw, alt, **_: Picture("data:image/", "data:image/", alt, 1, 1)
-    )
+    for module in ("charts", "run_pictures"):
+        monkeypatch.setattr(
+            f"worldmodel.report.{module}.chart",
+            lambda draw, alt, **_: Picture("data:image/", "data:image/", alt, 1, 1),
+        )
 
 
-def text_of_headline(metrics: dict[str, Any]) -> str:
+def text_of_headline(metrics: Any) -> str:
     return "".join(part.text for part in headline(metrics))
 
 
@@ -243,7 +232,7 @@ def test_page_is_whole_and_needs_nothing_else(full: tuple[str, Page]) -> None:
         "Sampled futures",
         "Over the horizon",
         "Calibration",
-        "What r says",
+        "Content of r",
         "Retrieval",
         "Surprise",
         "Planning",
@@ -256,7 +245,7 @@ def test_every_image_has_words_of_its_own_and_a_size(full: tuple[str, Page]) -> 
     assert len(set(alts)) == len(alts) > 20 and all(len(alt) > 20 for alt in alts)
     assert all(int(image["width"] or 0) > 0 and int(image["height"] or 0) > 0 for image in full[1].images)
     assert any("This run 0.66 to 1.25" in alt for alt in alts)
-    assert any("90% intervals hold 89%" in alt for alt in alts)
+    assert any("90% intervals cover 89%" in alt for alt in alts)
     assert any("5.00 nats at frame 63, 2.52 s" in alt for alt in alts)
 
 
@@ -315,7 +304,7 @@ def test_quantities_that_are_no_positions_get_a_fan_chart_and_plain_frames(tmp_p
     assert any("against the horizon" in alt for alt in alts) and not any("under sampled paths" in alt for alt in alts)
 
 
-def drop(metrics: dict[str, Any], key: str) -> dict[str, Any]:
+def drop(metrics: Any, key: str) -> Any:
     return {k: v for k, v in metrics.items() if k != key}
 
 
@@ -324,7 +313,7 @@ def drop(metrics: dict[str, Any], key: str) -> dict[str, Any]:
 def test_any_part_of_the_metrics_may_be_missing(tmp_path: Path, no_charts: None, key: str, missing: str) -> None:
     metrics = drop(make_metrics(2), key) | ({key: None} if missing == "null" else {})
     _, page = report(tmp_path / "report.html", metrics=metrics)
-    assert "How it was made" in page.text
+    assert "Run details" in page.text
     assert markdown_table(metrics)
 
 
@@ -371,7 +360,7 @@ def test_the_protocol_of_planning_is_shown_whole(full: tuple[str, Page]) -> None
 
 
 def test_planning_is_told_beside_chance_and_the_ceiling(full: tuple[str, Page]) -> None:
-    metrics = {"planning": make_planning()}
+    metrics: Any = {"planning": make_planning()}
     assert text_of_headline(metrics) == (
         "Plans reach 0.800 of their goals (95% interval 0.737 to 0.842), random actions 0.132."
     )
@@ -388,7 +377,7 @@ def test_planning_is_told_beside_chance_and_the_ceiling(full: tuple[str, Page]) 
         *("0.800", "0.737", "0.842", "1.23", "17.2", "9.88", "0.78 / 0.80 / 0.82")
     ]
     assert [text_of(cell) for cell in table.rows[0].cells[3:5]] == ["–", "–"]
-    without = make_planning(()) | {"oracle_ceiling": None}
+    without: Any = make_planning(()) | {"oracle_ceiling": None}
     assert [row.label for row in planning_table({"planning": without}).rows] == ["This run", "Random actions"]
     assert planning_table({}).rows == []
 
@@ -406,11 +395,11 @@ def test_success_against_labels_is_drawn_for_several_counts(
 def test_an_episode_moves_through_all_its_frames_and_says_what_came_of_it(full: tuple[str, Page]) -> None:
     reached, failed = [image for image in full[1].images if "the goal is" in (image["alt"] or "")]
     assert "Episode 1: the goal is reached after 6 steps, of at most 50." in (reached["alt"] or "")
-    assert "and ends 0.0 px from it. The first plan is imagined to come within" in (reached["alt"] or "")
+    assert "and ends 0.0 px from it. The first plan is imagined to reach within" in (reached["alt"] or "")
     assert "Episode 2: the goal is not reached in 6 steps" in (failed["alt"] or "")
     moving = Image.open(BytesIO(base64.b64decode((reached["src"] or "").split(",")[1])))
     assert getattr(moving, "n_frames") == 6 + 1 and moving.info["loop"] == 0  # noqa: B009
-    assert sum("the picture of the goal" in (image["alt"] or "") for image in full[1].images) == 2
+    assert sum("the goal image" in (image["alt"] or "") for image in full[1].images) == 2
 
 
 def test_long_episodes_are_thinned_from_their_first_frame_to_their_last() -> None:
@@ -451,7 +440,7 @@ def test_the_way_the_goal_and_the_plan_are_drawn_where_they_are() -> None:
 def test_episodes_without_positions_show_frames_only(tmp_path: Path) -> None:
     metrics = {"planning": make_planning(())}
     _, page = report(tmp_path / "report.html", metrics=metrics, episodes=make_episodes(1, positions=False))
-    assert "the way so far" not in page.text and "px from it" not in (page.images[0]["alt"] or "")
+    assert "the path so far" not in page.text and "px from it" not in (page.images[0]["alt"] or "")
     assert moving_image(planning_animation(make_episodes(1, positions=False)[0], "alt")).n_frames == 7
 
 
@@ -472,10 +461,10 @@ def test_the_report_of_a_run_has_what_lies_in_its_folder(run_folder: Path, no_ch
     assert headings(run_folder) == set()
     write_text(run_folder / "planning.json", json.dumps(make_planning()))
     assert headings(run_folder) == {"Planning"}
-    save_parts(run_folder / PLANNED_NAME, make_episodes(1))
+    save_records(RunFolder(run_folder).planned_episodes, make_episodes(1))
     assert headings(run_folder) == {"Planning", "Episodes"}
     write_text(run_folder / "metrics.json", json.dumps(make_metrics(2)))
-    save_parts(run_folder / ILLUSTRATIONS_NAME, [make_illustrations(queries=1, num_steps=2, size_px=16)])
+    save_records(RunFolder(run_folder).illustrations, [make_illustrations(queries=1, num_steps=2, size_px=16)])
     assert headings(run_folder) == {"Forecasts", "Sampled futures", "Planning", "Episodes"}
     (run_folder / "planning.json").unlink()
     assert headings(run_folder) == {"Forecasts", "Sampled futures"}

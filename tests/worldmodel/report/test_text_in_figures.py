@@ -12,13 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from tests.worldmodel.report.samples import make_illustrations, make_metrics
-from worldmodel.report import figures
-from worldmodel.report.comparison import Run, comparison_figure, comparison_markdown, flat_numbers, png
+from worldmodel.evaluation.illustrations import NO_ILLUSTRATIONS
+from worldmodel.report import charts, drawing
+from worldmodel.report.comparison import RunScores, comparison_figure, comparison_markdown, flat_numbers, png
 from worldmodel.report.comparison_page import write_comparison_page
-from worldmodel.report.figures import save, short, timeline_figure
-from worldmodel.report.illustrations import NO_ILLUSTRATIONS
+from worldmodel.report.drawing import save, short
 from worldmodel.report.run_page import write_report
 from worldmodel.report.tables import markdown_table
+from worldmodel.report.timeline import timeline_figure
 
 NAMES = {
     "formula": r"a$\frac{$",
@@ -86,7 +87,7 @@ def test_the_report(tmp_path: Path) -> None:
         illustrations=dataclasses.replace(NO_ILLUSTRATIONS, timeline=words),
         versions={"python": joined},
     )
-    figures.fan_chart(drawn.fans, 0, [NAMES["formula"], joined], NAMES["html"], "")
+    charts.fan_chart(drawn.fans, 0, [NAMES["formula"], joined], NAMES["html"], "")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<script>document" not in page and "<img src=x" not in page
     table = markdown_table(metrics | {"horizon": 1}).split("\n")
@@ -95,7 +96,7 @@ def test_the_report(tmp_path: Path) -> None:
 
 
 def test_the_comparison(tmp_path: Path) -> None:
-    runs = [Run(name, "gaussian", 0, flat_numbers(make_metrics(2))) for name in FEW.values()]
+    runs = [RunScores(name, "gaussian", 0, flat_numbers(make_metrics(2))) for name in FEW.values()]
     figure = comparison_figure(runs)
     assert figure is not None and png(figure).startswith(b"\x89PNG")
     assert all(len(line) < 120 for line in texts(figure).split("\n"))
@@ -111,7 +112,7 @@ def test_a_name_is_drawn_letter_by_letter() -> None:
     assert short("bad\x1b[2J") == r"bad\x1b[2J" and short("a\u202eb") == r"a\u202eb"
     assert short("two\r\nlines") == "two lines" and short("_x") == " _x" and short("日本") == "□□"
     assert short("x" * 30 + "end") == "…" + "x" * 20 + "end" and short("abcdef", 3) == "…ef"
-    with figures.style(figures.THEMES["light"]):
+    with drawing.style(drawing.THEMES["light"]):
         figure = Figure()
         assert figure.text(0, 0, "$x$").get_parse_math() is False
 

@@ -11,15 +11,14 @@ import pytest
 
 from data_pipelines.errors import UserError
 from tests.conftest import run_script
-from tests.worldmodel.report.samples import make_metrics, make_planning, make_unlabelled_metrics
+from tests.worldmodel.report.samples import make_metrics, make_planning, make_unlabelled_metrics, undeclared
 from worldmodel.config import Config, to_yaml
-from worldmodel.report.comparison import Run, comparison_markdown, flat_numbers, num_steps
+from worldmodel.report.comparison import RunScores, comparison_markdown, flat_numbers, num_steps
 from worldmodel.report.run_page import report_of_run
-from worldmodel.report.tables import value_at
-from worldmodel.runs.metrics import MAX_BYTES, read_metrics_file
+from worldmodel.runs.metrics import MAX_BYTES, place, read_metrics, read_planning, value_at
 
 
-def changed(content: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
+def changed(content: Any, place: str, value: Any) -> Any:
     """The content with a value at a dotted place."""
     *parents, leaf = place.split(".")
     node: Any = content
@@ -53,7 +52,8 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("quantity", "px", "quantity='px'"),
     ("quantity.dimensions", 5, "quantity.dimensions=5"),
     ("queries", "many", "queries='many'"),
-    ("segment_s", "0.1", "segment_s='0.1'"),
+    ("embedding.std", "0.1", "embedding.std='0.1'"),
+    ("readout.strength", [], "readout.strength=[]"),
     ("probes.r.digit.linear", "high", "probes.r.digit.linear='high'"),
     ("probes", ["r"], "probes=['r']"),
     ("embedding.retrieval.forecasts.model.mrr", {"0": 1}, "embedding.retrieval.forecasts.model.mrr"),
@@ -130,10 +130,10 @@ def test_what_evaluations_write_is_taken(tmp_path: Path) -> None:
     nan = changed(make_metrics(), "forecasts.model.energy_score.2", float("nan"))
     for content in (make_metrics(1), make_metrics(8), make_unlabelled_metrics(), {}, {"train": {"steps": 8}}, nan):
         (tmp_path / "metrics.json").write_text(json.dumps(content))
-        assert str(read_metrics_file(tmp_path / "metrics.json")) == str(content)
+        assert str(read_metrics(tmp_path)) == str(content)
     (tmp_path / "planning.json").write_text(json.dumps(make_planning()))
-    assert read_metrics_file(tmp_path / "planning.json") == make_planning()
-    assert read_metrics_file(tmp_path / "no" / "metrics.json") is None
+    assert read_planning(tmp_path) == make_planning()
+    assert read_metrics(tmp_path / "no") is None
 
 
 def test_keys_that_look_like_places_in_lists() -> None:
@@ -143,10 +143,42 @@ def test_keys_that_look_like_places_in_lists() -> None:
         "forecasts.model.energy_score.x": 1,
         f"forecasts.model.energy_score.{'9' * 5000}": 1,
     }
-    runs = [Run("a", "none", 0, flat_numbers(odd))]
+    runs = [RunScores("a", "none", 0, flat_numbers(odd))]
     assert num_steps(runs) == 2 and "1.000" in comparison_markdown(runs)
-    assert value_at(odd, "forecasts.model.energy_score.²") is None
-    assert value_at([1, 2], "9" * 5000) is None and value_at([1, 2], "1") == 2
+    assert value_at(odd, "forecasts.model.energy_score.².energy_score.0") is None
+    assert value_at(odd, f"forecasts.model.energy_score.{'9' * 5000}") is None
+    assert value_at(odd, "forecasts.model.energy_score.1") == 2
+
+
+def test_a_place_that_no_record_declares_is_refused_also_in_empty_metrics() -> None:
+    for known in (
+        "forecasts.model.energy_score.0",
+        "forecasts.a name.with dots.coverage.90.3.1",
+        "probes.embedding.label.of.somebody.linear",
+        "planning.curve.2.ci95.1",
+        "planning.protocol.planning.anything.at.all",
+        "embedding.retrieval.forecasts.model.mrr.{}",
+    ):
+        assert place(known) == known and value_at({}, known) is None
+    for renamed in (
+        "horizons",
+        "forecasts.model.energy",
+        "forecasts.model.energy.0",
+        "embedding.rank",
+        "probes.embedding.digit.lin",
+        "planning.curve.0.path_ratio",
+        "planning.success",
+    ):
+        with pytest.raises(AssertionError, match="has no place"):
+            value_at({}, renamed)
+
+
+def test_the_samples_of_the_reports_tests_hold_nothing_else() -> None:
+    assert undeclared(make_metrics(3) | {"planning": make_planning()}) == []
+    assert undeclared({"horizons": 3, "forecasts": {"model": {"crsp": [1.0]}}}) == [
+        "horizons",
+        "forecasts.model.crsp.0",
+    ]
 
 
 def test_the_scripts_that_read_another_run(run: Path, tmp_path: Path) -> None:

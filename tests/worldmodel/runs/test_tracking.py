@@ -12,7 +12,7 @@ from data_pipelines.errors import UserError
 from worldmodel.config import Config
 from worldmodel.runs import checkpoint as checkpoint_module
 from worldmodel.runs.checkpoint import load_checkpoint
-from worldmodel.runs.tracking import Tracker, read_metrics, versions
+from worldmodel.runs.tracking import Tracker, read_history, versions
 from worldmodel.training.loop import train
 
 
@@ -29,15 +29,15 @@ def test_rows_are_written_at_once_and_a_resume_drops_those_that_run_again(
     tracker = Tracker(tmp_path, tiny_config(), start_step=0)
     for step in (1, 2, 3):
         tracker.log("train", step, {"loss": step / 10})
-    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+    assert [row["step"] for row in read_history(tmp_path)] == [1, 2, 3]
     tracker.close()
     Tracker(tmp_path, tiny_config(), start_step=2).close()
-    assert read_metrics(tmp_path) == [{"step": step, "split": "train", "loss": step / 10} for step in (1, 2)]
+    assert read_history(tmp_path) == [{"step": step, "split": "train", "loss": step / 10} for step in (1, 2)]
 
 
 def test_a_row_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + '\n{"step": 2, "lo')
-    assert read_metrics(tmp_path) == [{"step": 1}]
+    assert read_history(tmp_path) == [{"step": 1}]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_full_disk_at_a_row_is_one_line_and_the_last_step_is_saved(
         train(tiny_config("train.checkpoint_every=100"))
     step = int(str(caught.value).partition("row of step ")[2][0])
     assert 1 < step < 6 and path.read_bytes().endswith(b"\n"), "the part of a row that was written is taken back"
-    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, step))
+    assert [row["step"] for row in read_history(tmp_path / "run")] == list(range(1, step))
     checkpoint = load_checkpoint(tmp_path / "run")
     assert checkpoint is not None and checkpoint.state["step"] == step
 

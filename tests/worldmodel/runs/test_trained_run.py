@@ -12,8 +12,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.worlds.law import Quantity
 from tests.conftest import REPO
 from worldmodel import TrainedRun, load
-from worldmodel.evaluation.readout import Readout
-from worldmodel.evaluation.readout_file import load_readout, save_readout
+from worldmodel.evaluation.readout import Readout, load_readout, save_readout
 from worldmodel.evaluation.surprise import SEGMENTS_AT_ONCE
 
 CENTROID = Quantity("centroid", "px", ("x", "y"))
@@ -77,13 +76,13 @@ def test_a_forecast_needs_an_evaluation_of_the_same_checkpoint_with_labels(train
     x = clip(1, 3, 1, 64, 64)
     run = evaluated(trained_run, tmp_path)
     save_readout(run.folder, readout(), CENTROID, step=2)
-    with pytest.raises(UserError, match="evaluated at step 2, and the checkpoint loaded is of step 6"):
+    with pytest.raises(UserError, match="evaluated at step 2, but the loaded checkpoint is from step 6"):
         run.forecast(x, 1, 2)
     (run.folder / "readout.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="is damaged, evaluate the run again"):
         run.forecast(x, 1, 2)
     (run.folder / "readout.safetensors").unlink()
-    with pytest.raises(UserError, match="was not evaluated: python scripts/evaluate"):
+    with pytest.raises(UserError, match="was not evaluated: evaluate it first"):
         run.forecast(x, 1, 2)
     (run.folder / "metrics.json").write_text("{}")
     with pytest.raises(UserError, match="have no labels"):

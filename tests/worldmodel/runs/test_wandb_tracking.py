@@ -15,7 +15,7 @@ from data_pipelines.errors import UserError
 from tests.conftest import REPO, run_script
 from worldmodel.config import Config
 from worldmodel.runs import wandb_tracking
-from worldmodel.runs.tracking import Tracker, read_metrics
+from worldmodel.runs.tracking import Tracker, read_history
 from worldmodel.runs.wandb_tracking import WandbRun, start_wandb, wandb_mode
 
 KEY = "0123456789" * 4
@@ -137,7 +137,7 @@ def test_without_a_way_to_the_server_wandb_is_offline(
     assert time.monotonic() - started_s < 45
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1 and tells in warnings[0] and "wandb sync" in warnings[0]
-    assert list((tmp_path / "wandb").glob("offline-run-*")) and read_metrics(tmp_path)[0]["loss"] == 0.5
+    assert list((tmp_path / "wandb").glob("offline-run-*")) and read_history(tmp_path)[0]["loss"] == 0.5
 
 
 @pytest.mark.parametrize("url", ["", "nonsense", "http://", "http://[", "ftp://127.0.0.1:9", "http://127.0.0.1:99999"])

@@ -1,4 +1,4 @@
-"""What a report draws survives its file, whatever of it is missing."""
+"""Arrays for the report survive their file, also if parts are missing."""
 
 import dataclasses
 from pathlib import Path
@@ -9,8 +9,8 @@ import pytest
 
 from data_pipelines.errors import UserError
 from tests.worldmodel.report.samples import make_episodes, make_illustrations
-from worldmodel.report.illustrations import NO_ILLUSTRATIONS, Illustrations, PlannedEpisode
-from worldmodel.report.illustrations_file import load_parts, save_parts
+from worldmodel.evaluation.illustrations import NO_ILLUSTRATIONS, Illustrations, load_records, save_records
+from worldmodel.planning.planned_episodes import PlannedEpisode
 
 
 def assert_same(value: Any, other: Any) -> None:
@@ -35,15 +35,15 @@ def assert_same(value: Any, other: Any) -> None:
     ],
 )
 def test_illustrations_come_back_as_they_were(tmp_path: Path, illustrations: Illustrations) -> None:
-    save_parts(tmp_path / "drawn", [illustrations])
-    (loaded,) = load_parts(tmp_path / "drawn", Illustrations)
+    save_records(tmp_path / "drawn", [illustrations])
+    (loaded,) = load_records(tmp_path / "drawn", Illustrations)
     assert_same(loaded, illustrations)
 
 
 def test_so_do_several_episodes_in_their_order(tmp_path: Path) -> None:
     episodes = [*make_episodes(11, size_px=16, num_steps=2), *make_episodes(1, size_px=16, positions=False)]
-    save_parts(tmp_path / "drawn", episodes)
-    loaded = load_parts(tmp_path / "drawn", PlannedEpisode)
+    save_records(tmp_path / "drawn", episodes)
+    loaded = load_records(tmp_path / "drawn", PlannedEpisode)
     assert len(loaded) == 12
     for episode, other in zip(episodes, loaded, strict=True):
         assert_same(episode, other)
@@ -51,12 +51,12 @@ def test_so_do_several_episodes_in_their_order(tmp_path: Path) -> None:
 
 def test_none_are_none_and_a_damaged_file_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "drawn"
-    assert load_parts(path, PlannedEpisode) == []
-    save_parts(path, [])
-    assert load_parts(path, PlannedEpisode) == []
-    save_parts(path, make_episodes(1, size_px=16))
+    assert load_records(path, PlannedEpisode) == []
+    save_records(path, [])
+    assert load_records(path, PlannedEpisode) == []
+    save_records(path, make_episodes(1, size_px=16))
     with pytest.raises(UserError, match="drawn is damaged"):
-        load_parts(path, Illustrations)
+        load_records(path, Illustrations)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match="drawn is damaged"):
-        load_parts(path, PlannedEpisode)
+        load_records(path, PlannedEpisode)

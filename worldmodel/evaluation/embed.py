@@ -1,0 +1,264 @@
+"""Embed the clips of a split: the loop through which evaluations, surprise and planning see videos.
+
+Legend: B clips of a batch, N clips, L segments of a clip, T frames of a segment, C channels, H = W pixels, F features
+of the encoder, D embedding dimensions, Z numbers of the scene code, R latent dimensions, A numbers of an action, K
+dimensions of the quantity. Horizon steps are written out as `horizon`.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from data_pipelines.batches import Batch
+from data_pipelines.errors import UserError
+from data_pipelines.splits import Split
+from worldmodel.config import Config, VideosConfig
+from worldmodel.data import actions_of, num_segments, oracle_r, segments_of
+from worldmodel.nets.world_model import WorldModel
+from worldmodel.sources.source import EVALUATION_BATCH, MIN_CLIPS, Source
+from worldmodel.training.losses import TrainingModel
+
+
+@dataclass(frozen=True)
+class Networks:
+    """A run's config, its model, the network that embeds targets, the device of both, and the source of its clips.
+
+    Surprise also needs the losses that the model was trained with.
+    """
+
+    config: Config
+    model: WorldModel
+    target_encoder: nn.Module
+    device: torch.device
+    source: Source
+    training: TrainingModel | None = None
+
+    @property
+    def shares_encoder(self) -> bool:
+        """True if the model's own encoder embeds the targets, so that no teacher exists."""
+        return self.target_encoder is self.model.embedder
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Use modules in evaluation mode and without gradients; restore their modes afterwards."""
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
+
+
+# ----------------------------------------------------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True)
+class EmbeddedBatch:
+    """A batch of clips with the embedding of each clip's first segment, on the device of the networks.
+
+    segments [B, L, T, C, H, W] in [0, 1]; features [B, F] of the encoder and state [B, D + Z], from which the model
+    predicts, are those of the first segment.
+    """
+
+    networks: Networks
+    batch: Batch
+    segments: Tensor
+    features: Tensor
+    state: Tensor
+
+    def context_as_target(self) -> Tensor:
+        """Return the first segment's embedding in the space of targets, [B, D]."""
+        networks = self.networks
+        if networks.shares_encoder:
+            return networks.model.embedding_of(self.state)
+        return networks.target_encoder(self.segments[:, 0])
+
+    def targets(self, horizon: int) -> Tensor:
+        """Return the embeddings of the next segments in the space of targets, [B, horizon, D]."""
+        video = self.segments[:, 1 : horizon + 1].flatten(0, 1)
+        return self.networks.target_encoder(video).unflatten(0, (-1, horizon))
+
+
+def embed_batches(networks: Networks, batches: Iterable[Batch], num_segments: int) -> Iterator[EmbeddedBatch]:
+    """Embed the first of `num_segments` segments of each clip, batch after batch. Call it on `frozen` networks."""
+    for batch in batches:
+        segments = segments_of(batch, num_segments, networks.device)
+        features = networks.model.embedder.features(segments[:, 0])
+        yield EmbeddedBatch(networks, batch, segments, features, networks.model.state_of(features))
+
+
+# ------------------------------------------------------------------------------------------------------------ splits
+
+
+@dataclass(frozen=True)
+class EmbeddedSplit:
+    """N clips of one split after the encoders, on the CPU.
+
+    state [N, D + Z] is the model's embedding of the context segment, followed by the scene code. backbone [N, F] are
+    the encoder's features of it. persistence [N, D] and targets [N, horizon, D] are the embeddings of the context and
+    of each later segment in the space of targets. r [N, R] is inferred as in training; its penalty [N] is None if the
+    latent has none. actions [N, horizon, A] condition the model; A is 0 for a passive one. frames uint8
+    [<= N, (1 + horizon) * T, C, H, W] are the pixels of the first clips. extrapolated [N, horizon, K] continues the
+    motion seen in the pixels of the context; None without a known law.
+    """
+
+    state: Tensor
+    backbone: Tensor
+    persistence: Tensor
+    targets: Tensor
+    r: Tensor
+    penalty: Tensor | None
+    actions: Tensor
+    clip_id: Tensor
+    labels: dict[str, Tensor]
+    frames: Tensor
+    extrapolated: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    @property
+    def embedding(self) -> Tensor:
+        """The model's embedding of the context, [N, D]."""
+        return self.state[:, : self.targets.shape[-1]]
+
+
+@dataclass(frozen=True)
+class Share:
+    """The share of one process among `world_size`."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+ALONE = Share()
+"""The share of a single process."""
+
+
+def embed_split(
+    networks: Networks,
+    split: Split,
+    num_clips: int,
+    *,
+    horizon: int = 1,
+    num_framed: int = 0,
+    progress: bool = True,
+    share: Share = ALONE,
+) -> EmbeddedSplit:
+    """Embed clips of a split with `horizon` segments to forecast, and keep the pixels of the first `num_framed` clips.
+
+    With several processes, all of them call it. Each decodes and embeds its share, and all get all clips.
+
+    Raises:
+        UserError: the split has fewer than two clips.
+    """
+    config = networks.config
+    batches = networks.source.evaluation_batches(
+        split, num_clips, horizon, rank=share.rank, world_size=share.world_size
+    )
+    shown = tqdm(batches, desc=f"encoding {split}", unit="batch", disable=not progress)
+    own, own_labels = _parts_of(networks, shown, split, horizon, num_framed)
+    parts, labels = (concat_processes(part, share.world_size) for part in (own, own_labels))
+    if len(parts.get("clip_id", ())) < MIN_CLIPS:
+        place = config.data.root if isinstance(config.data, VideosConfig) else config.data.source
+        raise UserError(
+            f"the {split} split of {place} has fewer than {MIN_CLIPS} clips of "
+            f"{num_segments(config, horizon)} segments: add videos, or lower data.clip_step or evaluation.horizon"
+        )
+    r, penalty = _infer(networks, parts)
+    return EmbeddedSplit(
+        state=parts["state"],
+        backbone=parts["backbone"],
+        persistence=parts["persistence"],
+        targets=parts["targets"],
+        r=r,
+        penalty=penalty,
+        actions=parts["actions"],
+        clip_id=parts["clip_id"],
+        labels=labels,
+        frames=parts.get("frames", torch.empty(0))[:num_framed],
+        extrapolated=parts.get("extrapolated"),
+    )
+
+
+Parts = dict[str, list[Tensor]]
+
+
+def _parts_of(
+    networks: Networks, batches: Iterable[Batch], split: Split, horizon: int, num_framed: int
+) -> tuple[Parts, Parts]:
+    """Return the tensors of each batch by name, on the CPU, and the labels of each batch by name."""
+    config, device = networks.config, networks.device
+    law = networks.source.known_law(split, config.evaluation.horizon)
+    parts: Parts = {}
+    labels: Parts = {}
+
+    def add(name: str, values: Tensor) -> None:
+        parts.setdefault(name, []).append(values.cpu())
+
+    num_kept = 0
+    for embedded in embed_batches(networks, batches, num_segments(config, horizon)):
+        batch, segments = embedded.batch, embedded.segments
+        add("state", embedded.state)
+        add("backbone", embedded.features.float())
+        add("seen", networks.model.seen(segments))
+        add("actions", actions_of(batch, config, horizon, device))
+        add("known_r", oracle_r(batch, config, device))
+        add("persistence", embedded.context_as_target())
+        add("targets", embedded.targets(horizon))
+        add("clip_id", batch["clip_id"])
+        if num_kept < num_framed:
+            video = segments[: num_framed - num_kept, : horizon + 1].flatten(1, 2)
+            add("frames", (video * 255).round().byte())
+            num_kept += len(video)
+        if law:
+            add("extrapolated", law.extrapolate(segments[:, 0], horizon))
+        for name, values in batch["labels"].items():
+            labels.setdefault(name, []).append(values)
+    return parts, labels
+
+
+def concat_processes(parts: Parts, world_size: int) -> dict[str, Tensor]:
+    """Concatenate the parts of each name, process after process. A process without clips has no names."""
+    of_each = gather_object([parts]) if world_size > 1 else [parts]
+    names = dict.fromkeys(name for part in of_each for name in part)
+    return {name: torch.cat([values for part in of_each for values in part.get(name, [])]) for name in names}
+
+
+def _infer(networks: Networks, clips: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Return r [N, R] and its penalty [N] of all clips in order.
+
+    A clip's random numbers do not depend on the process that embedded it.
+    """
+    device = networks.device
+    generator = torch.Generator(device).manual_seed(networks.config.evaluation.seed)
+    inferences = []
+    for start in range(0, len(clips["state"]), EVALUATION_BATCH):
+        rows = slice(start, start + EVALUATION_BATCH)
+        state, seen, known_r, actions = (
+            clips[name][rows].to(device) for name in ("state", "seen", "known_r", "actions")
+        )
+        inferences.append(networks.model.infer_from(state, seen, known_r, generator, action=actions[:, 0]))
+    penalties = [inference.penalty.cpu() for inference in inferences if inference.penalty is not None]
+    return torch.cat([inference.r.cpu() for inference in inferences]), torch.cat(penalties) if penalties else None
+
+
+def mean_penalty(model: WorldModel, penalty: Tensor | None) -> Any:
+    """Return the mean penalty of the latent by its name, such as {"kl_nats": 1.5}; {} if the latent has none.
+
+    The keys are those of a Metrics record, or the name that a user's own latent gives.
+    """
+    if penalty is None:
+        return {}
+    assert model.latent.penalty_name is not None
+    return {model.latent.penalty_name: float(penalty.mean())}

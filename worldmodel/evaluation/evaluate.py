@@ -1,0 +1,89 @@
+"""Evaluate a trained run, and store the results in its folder."""
+
+import dataclasses
+from pathlib import Path
+
+from data_pipelines.errors import UserError
+from worldmodel.evaluation.factors import evaluate_factors
+from worldmodel.evaluation.forecast import evaluate_forecasts
+from worldmodel.evaluation.illustrations import save_records
+from worldmodel.evaluation.readout import save_readout
+from worldmodel.evaluation.surprise import Timeline, why_unsupported
+from worldmodel.runs.folder import RunFolder
+from worldmodel.runs.metrics import Forecast, Metrics, Training, read_metrics, write_metrics
+from worldmodel.runs.trained_run import TrainedRun
+
+MIN_TIMELINE_TRANSITIONS = 4
+
+
+def evaluate(run: TrainedRun, *, compare: Path | None = None) -> Metrics:
+    """Score a run on its test split; write metrics.json and, for a run on videos, the arrays of the report.
+
+    `compare` is the folder of an evaluated run without a latent. Its forecasts become the control "no_latent".
+
+    Raises:
+        UserError: the run folder is not writable, a split has too few clips or lacks a label, or the run to compare
+            with was not evaluated on the same queries.
+    """
+    RunFolder(run.folder).check_writable()
+    if run.source.content == "factors":
+        if compare is not None:
+            raise UserError("a run on a causal world has no forecasts to compare: compare runs on their known factors")
+        metrics = _with_training(run, evaluate_factors(run.networks))
+    else:
+        metrics = _evaluate_videos(run, compare)
+    write_metrics(run.folder, metrics)
+    return metrics
+
+
+def _evaluate_videos(run: TrainedRun, compare: Path | None) -> Metrics:
+    """Return the metrics of forecasts; write the readout and the illustrations."""
+    folder = RunFolder(run.folder)
+    evaluation = evaluate_forecasts(run.networks)
+    metrics = _with_training(run, evaluation.metrics)
+    if compare is not None:
+        metrics["forecasts"]["no_latent"] = compared_forecast(compare, metrics)
+    if evaluation.readout is not None and evaluation.quantity is not None:
+        save_readout(run.folder, evaluation.readout, evaluation.quantity, run.state["step"])
+    illustrations = dataclasses.replace(evaluation.illustrations, timeline=timeline_of_test_video(run))
+    save_records(folder.illustrations, [illustrations])
+    return metrics
+
+
+def _with_training(run: TrainedRun, scores: Metrics) -> Metrics:
+    """Return the scores preceded by the facts of the training."""
+    training = Training(seconds=run.state["train_seconds"], steps=run.state["step"])
+    metrics = Metrics(run=run.folder.name, train=training)
+    metrics.update(scores)
+    return metrics
+
+
+def timeline_of_test_video(run: TrainedRun) -> Timeline | None:
+    """Return the surprise along the first test video with several transitions; None if there is no such video.
+
+    None too if the model cannot score videos.
+    """
+    if why_unsupported(run.model):
+        return None
+    path = next(run.source.video_files("test", MIN_TIMELINE_TRANSITIONS), None)
+    return None if path is None else run.surprise(path, progress=True)
+
+
+def compared_forecast(compare: Path, metrics: Metrics) -> Forecast:
+    """Return the model's scores of another evaluated run on the same queries.
+
+    Raises:
+        UserError: that run was not evaluated, has no labels, or was scored on other queries.
+    """
+    other = read_metrics(compare)
+    path = RunFolder(compare).metrics
+    if other is None:
+        raise UserError(f"{path} does not exist: evaluate that run first")
+    if other.get("quantity") is None:
+        raise UserError("comparing needs videos with labels: embeddings of two runs have no common scale")
+    if other.get("queries_sha256") != metrics["queries_sha256"]:
+        raise UserError(f"{compare} was scored on other queries: evaluate both runs on the same data and settings")
+    model = other.get("forecasts", {}).get("model")
+    if model is None:
+        raise UserError(f"{path} has no forecasts of that run: evaluate it again")
+    return model

@@ -1,0 +1,152 @@
+"""The physical quantity that is forecast, read from embeddings by a ridge readout.
+
+The readout is fitted on real target segments of training identities, never on forecasts. Forecasts are scored against
+fresh draws of the true law if it is known, otherwise against the one future that followed.
+
+Legend: N clips, Q queries, S samples, M draws of the law, D embedding dimensions, K dimensions of the quantity.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipelines.errors import UserError
+from data_pipelines.worlds.law import Law, Quantity
+from worldmodel.config import Config
+from worldmodel.evaluation.embed import EmbeddedSplit
+from worldmodel.evaluation.illustrations import Fans
+from worldmodel.evaluation.readout import RIDGE_STRENGTHS, Readout, choose_readout
+from worldmodel.evaluation.scores import forecast_scores, r_squared
+from worldmodel.runs.metrics import Forecasts
+
+
+def quantity_of(config: Config, law: Law | None, labels: Mapping[str, Tensor]) -> Quantity | None:
+    """Return the quantity to forecast; None for videos without labels.
+
+    Raises:
+        UserError: the clips have no per-frame label evaluation.label.
+    """
+    name = config.evaluation.label
+    if law:
+        return law.quantity
+    if name is None:
+        return None
+    if name not in labels or labels[name].ndim != 3:
+        has = ", ".join(sorted(key for key, values in labels.items() if values.ndim == 3)) or "none"
+        raise UserError(f"evaluation.label={name!r} is not a per-frame label: these videos have {has}")
+    return Quantity(name, "", tuple(str(k) for k in range(labels[name].shape[-1])))
+
+
+def outcomes(config: Config, law: Law | None, labels: dict[str, Tensor], horizon: int) -> Tensor:
+    """Return the true quantity at the end of each target segment, [N, horizon, K]."""
+    if law:
+        return law.truth(labels, horizon)
+    assert config.evaluation.label is not None
+    num_frames = config.data.num_frames
+    return labels[config.evaluation.label].float()[:, 2 * num_frames - 1 :: num_frames][:, :horizon]
+
+
+def fitted_readout(
+    config: Config,
+    law: Law | None,
+    fit: EmbeddedSplit,
+    selection: EmbeddedSplit,
+    strengths: Sequence[float] = RIDGE_STRENGTHS,
+) -> Readout:
+    """Fit the readout from embeddings of real targets on one split, and choose its strength on another."""
+    outputs = [outcomes(config, law, clips.labels, 1)[:, 0] for clips in (fit, selection)]
+    return choose_readout(fit.targets[:, 0], outputs[0], selection.targets[:, 0], outputs[1], strengths)
+
+
+def draw(law: Law, labels: dict[str, Tensor], horizon: int, num_draws: int, generator: torch.Generator) -> Tensor:
+    """Draw the quantity in fresh futures of the true law, [Q, M, horizon, K]."""
+    return law.measure(labels, law.sample(labels, horizon, num_draws, generator))
+
+
+@dataclass(frozen=True)
+class ScoredQuantity:
+    """The readout of the quantity, and the values that forecasts of the queries are scored against.
+
+    observed [Q, M, horizon, K] are draws of the law, or the one future that followed. oracle [Q, S, horizon, K] are
+    further draws of the law. origin [Q, K] is the quantity in the last context frame.
+    """
+
+    law: Law | None
+    queries: EmbeddedSplit
+    readout: Readout
+    readout_r2: float
+    fit_norm_99: Tensor
+    observed: Tensor
+    oracle: Tensor | None
+    truth: Tensor
+    origin: Tensor
+
+    @classmethod
+    def fitted(
+        cls,
+        config: Config,
+        law: Law | None,
+        fit: EmbeddedSplit,
+        selection: EmbeddedSplit,
+        queries: EmbeddedSplit,
+        generator: torch.Generator,
+    ) -> "ScoredQuantity":
+        """Fit the readout, and draw the law's futures of the queries."""
+        sizes = config.evaluation
+        readout = fitted_readout(config, law, fit, selection)
+        truth = outcomes(config, law, queries.labels, queries.targets.shape[1])
+        if law:
+            observed = draw(law, queries.labels, sizes.horizon, sizes.law_samples, generator)
+            oracle = draw(law, queries.labels, sizes.horizon, sizes.num_samples, generator)
+            origin = law.origin(queries.labels)
+        else:
+            assert sizes.label is not None
+            observed, oracle = truth[:, None], None
+            origin = queries.labels[sizes.label].float()[:, config.data.num_frames - 1]
+        return cls(
+            law=law,
+            queries=queries,
+            readout=readout,
+            readout_r2=r_squared(readout(queries.targets[:, 0]), truth[:, 0]),
+            fit_norm_99=readout.standardised_norm(fit.targets[:, 0]).quantile(0.99),
+            observed=observed,
+            oracle=oracle,
+            truth=truth,
+            origin=origin,
+        )
+
+    def scores(self, values: dict[str, Tensor]) -> Forecasts:
+        """Score forecasts that were read, [Q, S, horizon, K] each, and the forecasts that need no readout."""
+        forecasts = dict(values)
+        oracle_score = None
+        if self.oracle is not None:
+            forecasts["simulator_oracle"] = self.oracle
+            oracle_score = forecast_scores(self.oracle, self.observed)["energy_score"]
+        if self.queries.extrapolated is not None:
+            forecasts["pixel_constant_velocity"] = self.queries.extrapolated[:, None]
+        return {name: forecast_scores(part, self.observed, oracle_score) for name, part in forecasts.items()}
+
+    def beyond_fit(self, samples: Tensor) -> list[float]:
+        """Return the share of predicted embeddings [Q, S, horizon, D] longer than 99% of those of the fit, per step."""
+        return [
+            float((self.readout.standardised_norm(step) > self.fit_norm_99).float().mean())
+            for step in samples.unbind(2)
+        ]
+
+    def fans(self, values: Tensor, count: int) -> Fans:
+        """Return the forecasts of the first `count` queries for the report: values [Q, S, horizon, K]."""
+        labels = {name: label[:count] for name, label in self.queries.labels.items()}
+
+        def shown(part: Tensor) -> np.ndarray:
+            return (self.law.positions(labels, part[:count]) if self.law else part[:count]).numpy()
+
+        return Fans(
+            samples=shown(values),
+            law=shown(self.observed) if self.law else None,
+            true=shown(self.truth[:, None])[:, 0],
+            origin=self.origin[:count].numpy(),
+            on_frames=self.law is not None,
+        )

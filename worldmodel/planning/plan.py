@@ -1,0 +1,132 @@
+"""Plan with a trained run by the whole protocol: the run, the floor, the ceiling, and the curve over labels."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import gymnasium
+
+from data_pipelines.errors import UserError
+from worldmodel.config import PlanningConfig
+from worldmodel.evaluation.illustrations import save_records
+from worldmodel.planning.controls import PrivilegedPolicy, RandomPolicy
+from worldmodel.planning.imagination import LatentPolicy
+from worldmodel.planning.latent_actions import ActionDecoder, fit_action_decoder
+from worldmodel.planning.planned_episodes import planned_episodes
+from worldmodel.planning.protocol import (
+    EpisodeResults,
+    GoalPolicy,
+    PlanningProtocol,
+    env_hook,
+    evaluate_policy,
+    run_seeds,
+    summary,
+)
+from worldmodel.runs.folder import RunFolder
+from worldmodel.runs.metrics import Planned, PlannedWithLabels, Planning, ProtocolFacts, read_metrics, write_planning
+from worldmodel.runs.trained_run import TrainedRun
+
+CEILING_CANDIDATES, CEILING_HORIZON = 100, 12  # the true simulator is slow, and its distances see around corners
+
+
+def plan(
+    run: TrainedRun, protocol: PlanningProtocol, config: PlanningConfig | None = None, *, labels: Sequence[int] = ()
+) -> Planning:
+    """Plan the episodes of the protocol; write planning.json and a few episodes for the report into the run folder.
+
+    config replaces the run's section `planning`. labels are the numbers of labelled transitions to decode r with, for a
+    passive run; the last of several numbers gives the run's own result.
+
+    Raises:
+        UserError: the run folder is not writable, the run cannot plan, the environment has no goals, or labels repeat a
+            number or ask for more transitions than there are.
+    """
+    config = run.config.planning if config is None else config
+    folder = RunFolder(run.folder)
+    read_metrics(run.folder)  # a damaged file would be found by the report, after hours of planning
+    folder.check_writable()
+    if len(set(labels)) < len(labels):
+        raise UserError(f"labels {' '.join(map(str, labels))}: a count is given twice")
+    decoders = {count: fit_action_decoder(run, count, run.config.seed) for count in labels}
+    counts: Sequence[int | None] = labels or [None]
+    planned = [_plan_once(run, config, protocol, None if count is None else decoders[count], count) for count in counts]
+    last = planned[-1]
+    planning = Planning(**last.scores)
+    planning["random_floor"] = evaluate_policy(protocol, _random, label="random")
+    planning["oracle_ceiling"] = _ceiling(protocol, config)
+    planning["protocol"] = protocol_facts(protocol, config, run, labels)
+    if labels:
+        planning["curve"] = [_with_labels(count, one.scores) for count, one in zip(labels, planned, strict=True)]
+    folder.planned_episodes.unlink(missing_ok=True)  # of earlier episodes
+    write_planning(run.folder, planning)
+    episodes = planned_episodes(run, last.policy, last.first, env_hook(protocol, "state_px"))
+    save_records(folder.planned_episodes, episodes)
+    return planning
+
+
+@dataclass(frozen=True)
+class _PlannedOnce:
+    """The summary of all seeds, and the policy and the results of the first seed."""
+
+    scores: Planned
+    policy: LatentPolicy
+    first: EpisodeResults
+
+
+def _plan_once(
+    run: TrainedRun,
+    config: PlanningConfig,
+    protocol: PlanningProtocol,
+    decoder: ActionDecoder | None,
+    count: int | None,
+) -> _PlannedOnce:
+    """Plan the episodes of every seed, with a decoder of `count` labels or the actions of the run."""
+    policies = [LatentPolicy(run, config, seed, decoder) for seed in range(protocol.seeds)]
+    label = "planning" if count is None else f"planning, {count} labels"
+    results = run_seeds(protocol, lambda seed, envs: policies[seed], label=label, keep_frames=True)
+    return _PlannedOnce(summary(results), policies[0], results[0])
+
+
+def _random(seed: int, envs: Sequence[gymnasium.Env]) -> GoalPolicy:
+    return RandomPolicy(envs, seed)
+
+
+def _ceiling(protocol: PlanningProtocol, config: PlanningConfig) -> Planned | None:
+    """Return the scores of planning on the true simulator; None if the environment has no privileged_cost."""
+    if not env_hook(protocol, "privileged_cost"):
+        return None
+    smaller = dataclasses.replace(config, candidates=CEILING_CANDIDATES, horizon=CEILING_HORIZON)
+
+    def privileged(seed: int, envs: Sequence[gymnasium.Env]) -> GoalPolicy:
+        return PrivilegedPolicy(envs, smaller, seed)
+
+    return evaluate_policy(protocol, privileged, label="privileged")
+
+
+def _with_labels(count: int, scores: Planned) -> PlannedWithLabels:
+    rate, low, high = scores["success_rate"], *scores["ci95"]
+    assert rate is not None and low is not None and high is not None
+    return PlannedWithLabels(
+        labels=count,
+        success_rate=rate,
+        ci95=(low, high),
+        per_seed=scores["per_seed"],
+        ms_per_decision=scores["ms_per_decision"],
+    )
+
+
+def protocol_facts(
+    protocol: PlanningProtocol, config: PlanningConfig, run: TrainedRun, labels: Sequence[int]
+) -> ProtocolFacts:
+    """Return everything that a success rate depends on, besides the weights of the checkpoint."""
+    return ProtocolFacts(
+        env=protocol.env,
+        env_kwargs=dict(protocol.env_kwargs),
+        seeds=protocol.seeds,
+        episodes=protocol.episodes,
+        budget=protocol.budget,
+        first_seed=protocol.first_seed,
+        planning=dataclasses.asdict(config),
+        step=run.state["step"],
+        labels=labels[-1] if labels else None,
+    )

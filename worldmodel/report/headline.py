@@ -1,0 +1,158 @@
+"""The message of a run in words, the numbers at the top of its page, and its facts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from worldmodel.report.numbers import (
+    DASH,
+    Number,
+    between,
+    dimensions,
+    duration,
+    horizon,
+    joined,
+    label,
+    mapping,
+    number,
+    number_at,
+    numbers_at,
+    score,
+    unit,
+)
+from worldmodel.runs.metrics import RunMetrics, value_at
+
+FACTS = (("embedding", "effective_rank"), ("embedding", "std"), ("readout", "strength"), ("readout", "r2"))
+
+
+def headline(metrics: RunMetrics) -> list[Number]:
+    """Return the message of the page in parts.
+
+    It has the score, its ratio to the oracle or otherwise to a baseline, and the success rate of planning.
+    """
+    sentences = [part for part in (_forecast_sentence(metrics), planning_sentence(metrics)) if part]
+    return joined(sentences, " ") or [Number("This run has no forecast score.")]
+
+
+def _forecast_sentence(metrics: RunMetrics) -> list[Number]:
+    if not math.isfinite(score(metrics, "model")):
+        return []
+    last = horizon(metrics) - 1
+    far = last > 0 and math.isfinite(score(metrics, "model", last))
+    space = "in embedding space" if unit(metrics) == "embedding space" else unit(metrics)
+    parts = [Number("Forecasts reach an Energy Score of "), number_at(metrics, "forecasts.model.energy_score.0")]
+    parts.append(Number(f" {space}"))
+    if far:
+        parts += [
+            Number(" at horizon 1 and "),
+            number_at(metrics, f"forecasts.model.energy_score.{last}"),
+            Number(f" at horizon {last + 1}"),
+        ]
+    for name, what in {
+        "simulator_oracle": "of the true law itself",
+        "climatology": "of other clips' futures",
+        "persistence": "of assuming that nothing changes",
+    }.items():
+        if score(metrics, name) > 0:
+            parts += [Number(", "), _ratio(metrics, name, 0)]
+            if far:
+                parts += [Number(" and "), _ratio(metrics, name, last), Number(f" times those {what}")]
+            else:
+                parts += [Number(" times the "), number_at(metrics, f"forecasts.{name}.energy_score.0")]
+                parts.append(Number(f" {what}"))
+            break
+    return [*parts, Number(".")]
+
+
+def _ratio(metrics: RunMetrics, name: str, step: int) -> Number:
+    """Return the model's score divided by that of a forecast: from the file if possible, otherwise computed."""
+    stated = number_at(metrics, f"forecasts.model.ratio_to_oracle.{step}", 2)
+    if name == "simulator_oracle" and stated.text != DASH:
+        return stated
+    reference = score(metrics, name, step)
+    return Number(number(score(metrics, "model", step) / reference if reference else math.nan, 2))
+
+
+def planning_sentence(metrics: RunMetrics) -> list[Number]:
+    """Return the success rate with its interval, and that of random actions; nothing without planning."""
+    success, chance = (number_at(metrics, f"planning.{key}success_rate") for key in ("", "random_floor."))
+    if success.text == DASH:
+        return []
+    interval = between(numbers_at(metrics, "planning.ci95"), " to ")
+    parts = [Number("Plans reach "), success, Number(" of their goals (95% interval "), *interval, Number(")")]
+    if chance.text != DASH:
+        parts += [Number(", random actions "), chance]
+    return [*parts, Number(".")]
+
+
+def tiles(metrics: RunMetrics) -> list[tuple[str, list[Number]]]:
+    """Return the numbers at the top of the page as label and parts; missing numbers are left out."""
+    last = horizon(metrics) - 1
+    folder = "forecasts.model"
+    steps = [0, last] if last else [0]
+    ahead = f", horizons 1 and {last + 1}" if last else ""
+    found: list[tuple[str, list[Number]]] = [
+        (
+            f"Energy Score, {unit(metrics)}" + (f", horizon {step + 1}" if last else ""),
+            [number_at(metrics, f"{folder}.energy_score.{step}")],
+        )
+        for step in steps
+    ]
+    ratios = [number_at(metrics, f"{folder}.ratio_to_oracle.{step}", 2) for step in steps]
+    found.append((f"times the oracle's{ahead}", between(ratios, " → ")))
+    found.append(_coverage_tile(metrics, last))
+    found += [
+        ("KL, nats", [number_at(metrics, "kl_nats", 2)]),
+        (
+            f"of training, {number(value_at(metrics, 'train.steps'))} steps",
+            [Number(duration(value_at(metrics, "train.seconds")))],
+        ),
+        ("held-out queries", [number_at(metrics, "queries")]),
+        ("of goals reached by planning", [number_at(metrics, "planning.success_rate")]),
+    ]
+    return [(name, parts) for name, parts in found if parts and all(part.text != DASH for part in parts)]
+
+
+def _coverage_tile(metrics: RunMetrics, last: int) -> tuple[str, list[Number]]:
+    """Return the coverage of the 90% intervals: of each dimension, or its range over the horizon."""
+    folder = "forecasts.model.coverage.90"
+    if not last:
+        cell = numbers_at(metrics, f"{folder}.0", 2)
+        return f"covered by 90% intervals{dimensions(metrics)}", between(cell, " / ")
+    every = [
+        part for step in range(last + 1) for part in numbers_at(metrics, f"{folder}.{step}", 2) if part.text != DASH
+    ]
+    every.sort(key=lambda part: value_at(metrics, part.path))
+    return "covered by 90% intervals over the horizon", between([every[0], every[-1]], " – ") if every else []
+
+
+def facts(metrics: RunMetrics) -> list[tuple[str, list[Number]]]:
+    """Return facts about the embedding and the readout, as label and numbers."""
+    given = {"embedding": mapping(metrics.get("embedding")), "readout": mapping(metrics.get("readout"))}
+    found = [
+        (label(key), between(numbers_at(metrics, f"{part}.{key}"), " / ")) for part, key in FACTS if key in given[part]
+    ]
+    beyond = numbers_at(metrics, "beyond_fit_norm_99")
+    if len(beyond) > 1:
+        found.append(
+            (f"{label('beyond_fit_norm_99')}, horizons 1 → {len(beyond)}", between(beyond[:: len(beyond) - 1], " → "))
+        )
+    elif "beyond_fit_norm_99" in metrics:
+        found.append((label("beyond_fit_norm_99"), beyond))
+    return found
+
+
+def protocol_facts(metrics: RunMetrics) -> list[tuple[str, str]]:
+    """Return every value of the planning protocol by its dotted name."""
+
+    def leaves(value: Any, name: str) -> list[tuple[str, str]]:
+        if isinstance(value, Mapping) and value:
+            return [leaf for key, part in value.items() for leaf in leaves(part, f"{name}.{key}")]
+        if value is None or value == {}:
+            return [(name, DASH)]
+        return [(name, f"{value:g}" if isinstance(value, float) else str(value))]
+
+    protocol = mapping(value_at(metrics, "planning.protocol"))
+    return [leaf for key, value in protocol.items() for leaf in leaves(value, str(key))]

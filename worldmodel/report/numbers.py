@@ -1,0 +1,213 @@
+"""Numbers of metrics.json as text with their places in the file, and the names of forecasts and scores.
+
+Metrics may lack any part: a missing number is left out or shown as a dash.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from worldmodel.runs.metrics import Metrics, value_at
+
+DASH = "–"
+
+# Label and explanation of each forecast, in the order of the tables.
+FORECASTS = {
+    "model": ("This run", "Futures from draws of the latent's prior."),
+    "prior_mean": (
+        "Prior mean",
+        "The same model with the latent fixed at its prior's mean: a single future.",
+    ),
+    "shuffled_r": (
+        "Shuffled r",
+        "The same model with the latents of other queries: tests whether r adds more than spread.",
+    ),
+    "no_latent": ("No latent", "The compared run, trained without a latent: one forecast for each query."),
+    "pixel_constant_velocity": (
+        "Constant velocity",
+        "The motion measured in the pixels of the context continues unchanged.",
+    ),
+    "persistence": (
+        "Persistence",
+        "Nothing changes: the embedding of the context is used as that of the target.",
+    ),
+    "climatology": (
+        "Climatology",
+        "Real futures of other clips: a forecast that ignores the context.",
+    ),
+    "encode_decode_oracle": (
+        "Encode-decode oracle",
+        "True futures, rendered, encoded and read out: the limit set by encoder and readout.",
+    ),
+    "simulator_oracle": ("Simulator oracle", "Draws of the true law. No forecast is expected to score lower."),
+}
+ORACLES = ("encode_decode_oracle", "simulator_oracle")
+LABELS = {
+    "kl_nats": "KL, nats",
+    "r": "r",
+    "embedding_and_r": "Embedding and r",
+    "r2": "Readout's R²",
+    "strength": "Ridge strength",
+    "beyond_fit_norm_99": "Predictions beyond the 99th percentile norm of real features",
+    "effective_rank": "Effective rank",
+    "std": "Standard deviation",
+    "digit": "Digit, accuracy",
+    "velocity": "Velocity, R²",
+    "velocity_change": "Velocity change, R²",
+    "position": "Position, R²",
+    "knn": "k-NN",
+    "mlp": "MLP",
+    "few_shot_1": "1 shot",
+    "few_shot_5": "5 shots",
+    "few_shot_10": "10 shots",
+    "mrr": "MRR",
+    "hit_1": "hit@1",
+    "hit_5": "hit@5",
+    "hit_10": "hit@10",
+}
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number as text, and its dotted path in metrics.json with list indices; the path is empty if it is missing."""
+
+    text: str
+    path: str = ""
+
+
+Numbers = Sequence[Number]
+"""The numbers of several dimensions, shown together."""
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """Format a value: floats to `digits` decimals, sequences joined by ' / ', a dash for None and NaN."""
+    if isinstance(value, list | tuple | np.ndarray):
+        return " / ".join(number(v, digits) for v in value) if len(value) else DASH
+    if value is None or (isinstance(value, float | np.floating) and not math.isfinite(value)):
+        return DASH
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int | np.integer):
+        return f"{value:,}"
+    return f"{float(value):.{digits}f}"
+
+
+def duration(seconds: Any) -> str:
+    """Format seconds as '3 min 31 s'; a dash if missing."""
+    if number(seconds) == DASH:
+        return DASH
+    minutes, rest = divmod(round(float(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """Return the value if it is a mapping, otherwise an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def numbers_at(metrics: Any, path: str, digits: int = 3) -> list[Number]:
+    """Return the number at a place, or the numbers of the list there; a dash if it is missing."""
+    value = value_at(metrics, path)
+    if isinstance(value, list | tuple) and value:
+        return [number_at(metrics, f"{path}.{i}", digits) for i in range(len(value))]
+    return [number_at(metrics, path, digits)]
+
+
+def number_at(metrics: Any, path: str, digits: int = 3) -> Number:
+    """Return the number at a place; a dash if it is missing or not a number."""
+    value = value_at(metrics, path)
+    text = DASH if isinstance(value, Mapping | list | tuple) else number(value, digits)
+    return Number(text, path if isinstance(value, int | float) and text != DASH else "")
+
+
+def series(metrics: Any, path: str) -> np.ndarray:
+    """Return the list at a place as floats, one per horizon step; NaN if missing, the mean over several dimensions."""
+    values = value_at(metrics, path)
+    return np.array([_mean(value) for value in values] if isinstance(values, list | tuple) else [], dtype=float)
+
+
+def _mean(value: Any) -> float:
+    finite = [float(v) for v in (value if isinstance(value, list | tuple) else [value]) if number(v) != DASH]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def text_of(cell: Numbers) -> str:
+    """Return the numbers of several dimensions as one text."""
+    return " / ".join(part.text for part in cell)
+
+
+def joined(groups: Sequence[Sequence[Number]], word: str) -> list[Number]:
+    """Return the parts of all groups, with a word between neighbouring groups."""
+    return [part for i, group in enumerate(groups) for part in ([Number(word)] if i else []) + list(group)]
+
+
+def between(parts: Sequence[Number], word: str) -> list[Number]:
+    """Return the parts with a word between neighbours."""
+    return joined([[part] for part in parts], word)
+
+
+# ---------------------------------------------------------------------------------------------- content of the file
+
+
+def horizon(metrics: Metrics) -> int:
+    """Return the number of horizon steps."""
+    stated = metrics.get("horizon")
+    return stated if isinstance(stated, int) else max(1, len(series(metrics, "forecasts.model.energy_score")))
+
+
+def marked_steps(num_steps: int) -> list[int]:
+    """Return the indices of the first, a middle and the last horizon step."""
+    return sorted({0, (num_steps - 1) // 2, num_steps - 1})
+
+
+def unit(metrics: Metrics) -> str:
+    """Return 'px', the quantity's name if it has no unit, or 'embedding space' without a quantity."""
+    quantity = mapping(metrics.get("quantity"))
+    return str(quantity.get("unit") or quantity.get("name") or "embedding space")
+
+
+def dimensions(metrics: Metrics) -> str:
+    """Return ' x / y', the names of several dimensions; an empty text for a single one."""
+    names = mapping(metrics.get("quantity")).get("dimensions") or []
+    return " " + " / ".join(map(str, names)) if len(names) > 1 else ""
+
+
+def forecast_names(metrics: Metrics, folder: str = "forecasts") -> list[str]:
+    """Return the names of the forecasts in the order of the tables; unknown names come before the oracles."""
+    given = mapping(value_at(metrics, folder))
+    known = [name for name in FORECASTS if name in given]
+    return [
+        *(name for name in known if name not in ORACLES),
+        *(name for name in given if name not in FORECASTS),
+        *(name for name in known if name in ORACLES),
+    ]
+
+
+def label(name: str) -> str:
+    """Return the label of a forecast, score, target or representation."""
+    return FORECASTS[name][0] if name in FORECASTS else LABELS.get(name, name.replace("_", " ").capitalize())
+
+
+def score(metrics: Metrics, name: str, step: int = 0, folder: str = "forecasts") -> float:
+    """Return the Energy Score of a forecast at a horizon step; NaN if it is missing."""
+    scores = series(metrics, f"{folder}.{name}.energy_score")
+    return float(scores[step]) if -len(scores) <= step < len(scores) else math.nan
+
+
+def best_forecast(metrics: Metrics, folder: str = "forecasts") -> str | None:
+    """Return the name with the lowest mean score over the horizon, without the oracles, which know the law."""
+    means = {
+        name: float(series(metrics, f"{folder}.{name}.energy_score").mean())
+        for name in forecast_names(metrics, folder)
+        if name not in ORACLES and len(series(metrics, f"{folder}.{name}.energy_score"))
+    }
+    finite = {name: mean for name, mean in means.items() if math.isfinite(mean)}
+    return min(finite, key=lambda name: finite[name]) if finite else None

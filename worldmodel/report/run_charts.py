@@ -1,0 +1,184 @@
+"""Charts of a run's scores and learning curves, each with a title and a hint for the reader."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from worldmodel.report import charts, numbers
+from worldmodel.report.charts import Line
+from worldmodel.report.drawing import Picture
+from worldmodel.report.page import CURVES, HORIZON_LABEL, LEVELS, Card, history_series, line_words
+from worldmodel.runs.metrics import Planning, RunMetrics, value_at
+
+
+def forecast_lines(metrics: RunMetrics, key: str, folder: str = "forecasts") -> list[Line]:
+    """Return a line for each forecast with the score `key` at two or more horizon steps."""
+    lines = [
+        charts.forecast_line(name, numbers.label(name), numbers.series(metrics, f"{folder}.{name}.{key}"))
+        for name in numbers.forecast_names(metrics, folder)
+    ]
+    return [line for line in lines if np.isfinite(line.values).sum() > 1]
+
+
+def horizon_cards(metrics: RunMetrics) -> list[Card]:
+    """Return a chart of each score over the horizon; none for a single step."""
+    unit, last = numbers.unit(metrics), numbers.horizon(metrics)
+    floor = "The simulator oracle is the floor." if "simulator_oracle" in numbers.forecast_names(metrics) else ""
+    cards = []
+    for title, key, ylabel, hint, levels in (
+        ("Energy Score", "energy_score", unit, floor, ()),
+        (
+            "Energy Score over the oracle's",
+            "ratio_to_oracle",
+            "× oracle",
+            "Zoomed in on the run: worse forecasts may lie above.",
+            (1,),
+        ),
+        ("CRPS", "crps", unit, "Mean over the dimensions of the CRPS of each.", ()),
+        ("Best sample", "best_of", unit, "Error of the best sampled future.", ()),
+        ("Spread over skill", "spread_skill", "ratio", "1 is calibrated, below 1 is overconfident.", (1,)),
+    ):
+        lines = forecast_lines(metrics, key)
+        if not lines:
+            continue
+        ylim: tuple[float | None, float | None] = (None, None)
+        if key == "ratio_to_oracle":
+            model = next((line.values for line in lines if line.colour == "model"), lines[0].values)
+            ylim = (min(0.95, float(np.nanmin(model)) - 0.05), 1 + 2.2 * max(0.1, float(np.nanmax(model)) - 1))
+        elif key != "spread_skill":
+            ylim = (0, None)
+        alt = f"{title} from horizon 1 to {last}: {line_words(lines)}."
+        picture = charts.horizon_chart(lines, ylabel=ylabel, xlabel=HORIZON_LABEL, alt=alt, levels=levels, ylim=ylim)
+        cards.append(Card(title, hint, picture))
+    return cards
+
+
+def coverage(metrics: RunMetrics, level: int) -> np.ndarray:
+    """Return the share of true outcomes within the central interval per horizon step, averaged over dimensions."""
+    return numbers.series(metrics, f"forecasts.model.coverage.{level}")
+
+
+def calibration_curves(metrics: RunMetrics) -> list[tuple[str, list[float], list[float]]]:
+    """Return the name, nominal and empirical levels at the marked horizon steps."""
+    num_steps = numbers.horizon(metrics)
+    curves = []
+    for step in numbers.marked_steps(num_steps):
+        points = [
+            (level / 100, float(values[step]))
+            for level in LEVELS
+            if len(values := coverage(metrics, level)) > step and math.isfinite(values[step])
+        ]
+        if points:
+            curves.append((f"h = {step + 1}", [x for x, _ in points], [y for _, y in points]))
+    return curves
+
+
+def rank_histograms(metrics: RunMetrics) -> list[tuple[str, np.ndarray]]:
+    """Return the name and the shares of the model's ranks at the first and the last horizon step."""
+    every = value_at(metrics, "forecasts.model.rank_histogram")
+    if not isinstance(every, list) or not every:
+        return []
+    steps = sorted({0, len(every) - 1})
+    found = [(f"h = {step + 1}" if len(steps) > 1 else "", np.array(every[step] or [], dtype=float)) for step in steps]
+    return [(name, shares) for name, shares in found if len(shares) and np.isfinite(shares).all()]
+
+
+def calibration_cards(metrics: RunMetrics) -> list[Card]:
+    """Return the charts of coverage over the horizon, the calibration curve and the rank histogram."""
+    found = (_coverage_card(metrics), _calibration_card(metrics), _rank_card(metrics))
+    return [card for card in found if card is not None]
+
+
+def _coverage_card(metrics: RunMetrics) -> Card | None:
+    lines = [
+        Line(f"{level}%", values, colour, width=2)
+        for level, colour in zip(LEVELS, ("sky", "teal", "model"), strict=True)
+        if np.isfinite(values := coverage(metrics, level)).sum() > 1
+    ]
+    if not lines:
+        return None
+    picture = charts.horizon_chart(
+        lines,
+        ylabel="share within",
+        xlabel=HORIZON_LABEL,
+        alt=f"Share of true outcomes within central intervals, from horizon 1 to the last: {line_words(lines)}.",
+        levels=[level / 100 for level in LEVELS],
+        ylim=(0, 1.02),
+    )
+    return Card("Coverage", "Dashed: the nominal levels of the intervals.", picture)
+
+
+def _calibration_card(metrics: RunMetrics) -> Card | None:
+    curves = calibration_curves(metrics)
+    if not curves:
+        return None
+    words = "; ".join(
+        f"{name}: " + ", ".join(f"{x:.0%} intervals cover {y:.0%}" for x, y in zip(nominal, empirical, strict=True))
+        for name, nominal, empirical in curves
+    )
+    picture = charts.calibration_chart(curves, f"Calibration curve. {words}.")
+    return Card("Calibration", "Below the diagonal is overconfident.", picture)
+
+
+def _rank_card(metrics: RunMetrics) -> Card | None:
+    histograms = rank_histograms(metrics)
+    if not histograms:
+        return None
+    words = "; ".join(
+        f"{name or 'one step'}: lowest bin {shares[0]:.3f}, highest {shares[-1]:.3f}, flat is {1 / len(shares):.3f}"
+        for name, shares in histograms
+    )
+    picture = charts.rank_chart(histograms, f"Ranks of the truth among the samples. {words}.")
+    return Card("Ranks of the truth", "Flat is calibrated, a valley overconfident, a hill underconfident.", picture)
+
+
+def retrieval_chart(metrics: RunMetrics) -> Picture | None:
+    """Return the mean reciprocal rank over the horizon; None for a single step."""
+    lines = forecast_lines(metrics, "mrr", "embedding.retrieval.forecasts")
+    if not lines:
+        return None
+    return charts.horizon_chart(
+        lines,
+        ylabel="MRR",
+        xlabel=HORIZON_LABEL,
+        alt=f"Mean reciprocal rank of the real future, from horizon 1 to the last: {line_words(lines)}.",
+        ylim=(0, None),
+    )
+
+
+def labels_chart(metrics: RunMetrics) -> Picture | None:
+    """Return success against the number of labels; None for a single number."""
+    planning = metrics.get("planning") or Planning()
+    curve = planning.get("curve") or []
+    if len(curve) < 2:
+        return None
+    points = [(entry["labels"], entry["success_rate"], *entry["ci95"]) for entry in curve]
+    levels = {
+        name: value
+        for name, key in (("random", "random_floor"), ("privileged", "oracle_ceiling"))
+        if isinstance(value := value_at(metrics, f"planning.{key}.success_rate"), int | float)
+    }
+    words = "; ".join(f"{n:,} labels {rate:.3f} ({low:.3f} to {high:.3f})" for n, rate, low, high in points)
+    others = "".join(f" {name.capitalize()}: {level:.3f}." for name, level in levels.items())
+    alt = f"Success against labels, with 95% intervals: {words}.{others}"
+    return charts.interval_chart(points, levels, xlabel="labelled transitions", alt=alt)
+
+
+def curve_pictures(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, Picture]]:
+    """Return a title and a chart for each curve in `history`."""
+    pictures = []
+    for key, title in CURVES.items():
+        curves = [
+            (name, colour, *history_series(history, key, train=train))
+            for name, colour, train in (("training", "model", True), ("evaluation", "truth", False))
+        ]
+        drawn = [curve for curve in curves if len(curve[2])]
+        if drawn:
+            _, _, steps, values = drawn[-1]
+            alt = f"{title} against training step; {values[-1]:.3f} at step {steps[-1]:,}, the last one drawn."
+            pictures.append((title, charts.curve_chart(drawn, alt)))
+    return pictures
