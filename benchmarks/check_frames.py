@@ -1,20 +1,19 @@
-"""Compare the frames of damaged and odd videos with those that FFmpeg gives.
+"""Compare the decoded frames of damaged and odd videos with FFmpeg's.
 
 python benchmarks/check_frames.py [--every N] [--seed S]
 
-Writes videos of every container and codec that FFmpeg can write, in which each frame shows its own number, and repacks
-them with faults of time: repeated, decreasing and missing timestamps, gaps, varying rates, late starts, dropped frames,
+Writes videos in every container and codec that FFmpeg can write, in which each frame shows its number. Repacks them
+with faulty times: repeated, decreasing and missing timestamps, gaps, varying rates, late starts, dropped frames,
 streams that begin at a later keyframe or between keyframes. Then it compares lists of frame numbers:
 
-- all frames, in order, and resampled to several rates (`data.fps`), with the `ffmpeg` command and its filter `fps`;
-- all frames as torchcodec and decord give them, and one from the middle, with PyAV's. They may refuse a file, by name.
+- all frames, in order and resampled to several rates (`data.fps`), with the `ffmpeg` command and its filter `fps`;
+- all frames from torchcodec and decord, and one from the middle, with PyAV's. Both may refuse a file, with a reason.
 
-Frame k of a resampled video is the one on screen k / fps seconds after the first. In FFmpeg's terms each timestamp is
-rounded up to the grid of the new rate (`round=up`), counted from the first frame. As timestamps are rounded in files, a
-frame counts as on screen up to 2 ms early, and so FFmpeg is given timestamps that are earlier by that much. How long
-the last frame stays is not known: there the lists may differ in length. AVI stores when packets are decoded, not when
-frames are shown: there the times of packets are compared with, as the command is late by the frames that its decoder
-holds.
+Frame k of a resampled video is the frame on screen k / fps seconds after the first. In FFmpeg's terms, each timestamp
+is rounded up to the grid of the new rate (`round=up`), counted from the first frame. As files round timestamps, a
+frame counts as on screen up to 2 ms early; FFmpeg is given timestamps that are earlier by as much. The duration of the
+last frame is unknown, so the lists may differ in length there. AVI stores when packets are decoded, not when frames
+are shown. For AVI the reference is the packet times, as the command is late by the frames that its decoder holds.
 
 The exit code is 1 if a list is wrong, or a file is refused without a reason.
 """
@@ -53,7 +52,7 @@ H264 = {"preset": "veryfast", "g": str(KEY_INTERVAL), "keyint_min": str(KEY_INTE
 
 @dataclass(frozen=True)
 class Codec:
-    """An encoder with its options, and the containers that take its streams."""
+    """An encoder with its options, and the containers that hold its streams."""
 
     name: str
     encoder: str
@@ -124,7 +123,7 @@ def _decreasing(times: Times, rng: np.random.Generator) -> Times:
 
 
 def _dropped(times: Times, rng: np.random.Generator) -> Times:
-    """Every frame from the 20th on is held for three."""
+    """Hold every frame from the 20th on for three frames."""
     return [time if i < 20 else times[20] + 3 * (time - times[20]) for i, time in enumerate(times)]
 
 
@@ -153,14 +152,14 @@ EXCLUDED = {
 
 
 def paint(number: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """[H, W], a grid of 4 x 4 blocks that states the number."""
+    """Paint a number as a grid of 4 x 4 blocks: [H, W]."""
     blocks = np.array([MARKS.get(block, 0) for block in range(16)], np.uint8)
     blocks[BITS] = [number >> bit & 1 for bit in range(len(BITS))]
     return np.kron(blocks.reshape(4, 4), np.ones((SIZE_PX // 4, SIZE_PX // 4), np.uint8)) * 200 + 28
 
 
 def read_number(picture: np.ndarray[Any, Any]) -> int:
-    """[H, W] -> the number that it states; -1 where it states none."""
+    """Return the number that a picture [H, W] shows, -1 if it shows none."""
     side = SIZE_PX // 4
     means = (
         picture.reshape(4, side, 4, side)[:, side // 4 : -side // 4, :, side // 4 : -side // 4]
@@ -175,7 +174,7 @@ def read_number(picture: np.ndarray[Any, Any]) -> int:
 
 
 def encode(path: Path, codec: Codec) -> None:
-    """A video of NUM_FRAMES numbered frames."""
+    """Encode a video of NUM_FRAMES numbered frames."""
     import av
 
     with av.open(str(path), "w") as out:
@@ -192,7 +191,8 @@ def encode(path: Path, codec: Codec) -> None:
 def repack(source: Path, target: Path, fault: str, rng: np.random.Generator) -> None:
     """Copy the packets of `source` into another container, with a fault.
 
-    Raises av.FFmpegError, ValueError: the container does not take them.
+    Raises:
+        av.FFmpegError, ValueError: the container does not accept them.
     """
     import av
 
@@ -221,7 +221,7 @@ def repack(source: Path, target: Path, fault: str, rng: np.random.Generator) -> 
 
 
 def decoding_times(stored: Times, shown: Times, depth: int) -> Times:
-    """Times at which packets are decoded: ascending, none after its frame is shown, close to that.
+    """Return times at which packets are decoded: ascending, and shortly before their frames are shown.
 
     stored, shown: presentation times in the order of the packets and of the frames. depth: frames that a decoder holds.
     """
@@ -233,7 +233,7 @@ def decoding_times(stored: Times, shown: Times, depth: int) -> Times:
 
 
 def remove_timestamp(path: Path, rng: np.random.Generator) -> None:
-    """Take the timestamps from one PES packet of an MPEG stream. Raises ValueError: there is none."""
+    """Remove the timestamps from one PES packet of an MPEG stream. Raises ValueError: there are none."""
     data = bytearray(path.read_bytes())
     places = [
         i
@@ -253,7 +253,7 @@ def remove_timestamp(path: Path, rng: np.random.Generator) -> None:
 
 
 def by_ffmpeg(path: Path, fps: float | None, early_s: float) -> list[int]:
-    """The numbers of the frames that the ffmpeg command gives."""
+    """Return the frame numbers that the ffmpeg command decodes."""
     shift = f"settb=1/1000000,setpts=PTS-STARTPTS-{round(early_s * 1e6)},fps={fps}:round=up:start_time=0"
     filters = [] if fps is None else ["-vf", shift]
     command = ["ffmpeg", "-v", "quiet", "-i", str(path), *filters, "-fps_mode", "passthrough"]
@@ -262,7 +262,7 @@ def by_ffmpeg(path: Path, fps: float | None, early_s: float) -> list[int]:
 
 
 def packet_times(path: Path) -> list[float]:
-    """Seconds from the first packet to each, as the ffprobe command reports them."""
+    """Return the seconds from the first packet to each packet, as the ffprobe command reports them."""
     shown = ["-select_streams", "v", "-show_entries", "packet=dts_time", "-of", "csv=p=0"]
     done = subprocess.run(["ffprobe", "-v", "quiet", *shown, str(path)], capture_output=True, text=True, check=True)
     times = sorted(float(line.strip(",")) for line in done.stdout.split())
@@ -270,20 +270,20 @@ def packet_times(path: Path) -> list[float]:
 
 
 def by_us(path: Path, video: Video, fps: float | None, decoder: str) -> list[int]:
-    """The numbers of the frames that a reader gives. Raises UserError: it refuses the file."""
+    """Return the frame numbers that a reader decodes. Raises UserError: it rejects the file."""
     frames = read_frames(path, channels=1, size_px=None, decoder=decoder, fps=fps, video=video)
     return [read_number(frame[0]) for frame in frames]
 
 
 def by_times(shown_s: Sequence[float], fps: float, early_s: float) -> list[int]:
-    """The frames on screen at each multiple of 1 / fps up to the last frame, from times that are known."""
+    """Return the frames on screen at each multiple of 1 / fps up to the last frame, from known times."""
     shown_s = [time - shown_s[0] for time in shown_s]
     slots = range(math.floor((shown_s[-1] - early_s) * fps) + 1)
     return [max(i for i, time in enumerate(shown_s) if time <= slot / fps + early_s + 1e-9) for slot in slots]
 
 
 def agree(ours: Sequence[int], theirs: Sequence[int], last_slot: int) -> bool:
-    """Return True where two lists are equal up to `last_slot`, and show nothing but the last frame after it."""
+    """Return whether two lists are equal up to `last_slot` and contain only the last frame after it."""
     decided = max(0, last_slot)
     rest = {*ours[decided:], *theirs[decided:]}
     return bool(ours) and list(ours[:decided]) == list(theirs[:decided]) and rest <= {ours[-1]}
@@ -303,7 +303,7 @@ def combinations() -> list[Combination]:
 def check(
     folder: Path, combination: Combination, rng: np.random.Generator, decoders: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
-    """Verdicts on one file: ("same" | "refused" | "excluded" | "unwritable" | "WRONG", what)."""
+    """Return the verdicts on a file: ("same" | "refused" | "excluded" | "unwritable" | "WRONG", reason)."""
     import av
 
     codec, fault = combination.codec, combination.fault
@@ -378,9 +378,11 @@ def usable_decoders() -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--every", type=int, default=1, help="take every N-th combination")
-    parser.add_argument("--seed", type=int, default=0, help="where the faults are, and the first combination taken")
-    parser.add_argument("--keep", type=Path, help="write the files here and keep them")
+    parser.add_argument("--every", type=int, default=1, help="check every N-th combination (default: 1)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the faults, and the first combination (default: 0)"
+    )
+    parser.add_argument("--keep", type=Path, help="folder that keeps the files (default: a temporary one)")
     args = parser.parse_args()
     decoders = usable_decoders()
     counts: dict[tuple[str, str], Counter[str]] = {}

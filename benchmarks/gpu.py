@@ -1,13 +1,13 @@
-"""Run on one GPU all that is asked of one, and print a table; on a CPU, with overrides that make it small, a rehearsal.
+"""Run the single-GPU benchmark suite and print a table. On a CPU, with overrides that make it small, a rehearsal.
 
 python benchmarks/gpu.py --out runs/bench_gpu data.mnist_dir=data/mnist [key=value ...]
 
     step-MODE      a training step of configs/paper.yaml against a plain one, for each train.compile of --compile
-    paper          configs/paper.yaml trained to its end in the precision that the device is fast in, and scored
-    best_gpu-SEED  configs/best_gpu.yaml for each seed, trained and scored
+    paper          configs/paper.yaml, trained to its end in the device's fast precision and scored
+    best_gpu-SEED  configs/best_gpu.yaml, trained and scored for each seed
 
-Each part is some processes of its own, which write to OUT/PART.log. What is done is in OUT/gpu.json after each
-part, and the same command again goes on where it stopped. A part that fails does not keep the others from running.
+Each part runs in separate processes that write to OUT/PART.log. OUT/gpu.json is written after each part, and the same
+command continues an interrupted suite. A part that fails does not stop the others.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
-from worldmodel.commands.shared import report_errors, write_result
+from worldmodel.commands.exits import report_errors
+from worldmodel.commands.shared import write_result
 from worldmodel.training.machine import machine_description
 
 REPO = Path(__file__).resolve().parents[1]
@@ -33,7 +34,7 @@ PARTS = "step", "paper", "best_gpu"
 
 @dataclass(frozen=True)
 class Part:
-    """Commands, of a script and its arguments each, and what is read of the files that they leave."""
+    """Commands, each a script with its arguments, and a function that reads the result from their files."""
 
     name: str
     commands: list[list[str]]
@@ -42,13 +43,20 @@ class Part:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench_gpu"), help="folder of results, runs and logs")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="those to run (all)")
     parser.add_argument(
-        "--compile", nargs="+", default=["auto"], metavar="MODE", help="modes of the timed steps (auto)"
+        "--out",
+        type=Path,
+        default=Path("runs/bench_gpu"),
+        help="folder of results, runs and logs (default: runs/bench_gpu)",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of best_gpu (0)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every part, such as train.steps=100")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run (default: all)")
+    parser.add_argument(
+        "--compile", nargs="+", default=["auto"], metavar="MODE", help="modes of the timed steps (default: auto)"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of best_gpu (default: 0)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="values for every part, such as train.steps=100"
+    )
     args = parser.parse_intermixed_args()
     with report_errors():
         parts = make_parts(args)
@@ -106,7 +114,7 @@ def trained_part(name: str, config: str, out: Path, overrides: list[str]) -> Par
 
 
 def run_parts(parts: list[Part], out: Path) -> dict[str, Any]:
-    """What gpu.json holds, the parts of earlier calls among it."""
+    """Run the parts that are not done and return the content of gpu.json, including earlier calls."""
     path = out / "gpu.json"
     found = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.is_file() else {}
     results = {"machine": machine_description(), "parts": found}
@@ -123,7 +131,7 @@ def run_parts(parts: list[Part], out: Path) -> dict[str, Any]:
 
 
 def outcome(part: Part, log: Path) -> dict[str, Any]:
-    """The part's result, or how it failed."""
+    """Run a part and return its result, or the reason why it failed."""
     with log.open("w", encoding="utf-8") as written:
         for script, *arguments in part.commands:
             command = [sys.executable, str(REPO / script), *arguments]

@@ -1,18 +1,18 @@
-"""Kill trainings at random moments, resume them, and compare them with one that was left alone.
+"""Kill trainings at random moments, resume them, and compare them with an uninterrupted one.
 
 python benchmarks/kill_runs.py [--kills N] [--seed S]
 
-Writes small videos and trains on them, with evaluations, a checkpoint every few steps, and refinement. SIGKILL comes at
-a random time after the start, which may be before the first step, or while a checkpoint is written. It is sent to the
-main process alone, to all processes, or to one worker, after which the training has to continue by itself. After each
-kill no process and no shared memory may be left after LEFT_S seconds. The training is then resumed. When it has ended,
-the next one begins, until there were enough kills.
+Writes small videos and trains on them, with evaluations, a checkpoint every few steps, and refinement. SIGKILL is sent
+at a random time, which may be before the first step or during the write of a checkpoint. Its target is the main
+process, all processes, or one worker; after the death of a worker the training must continue. After each kill, no
+process and no shared memory may be left after LEFT_S seconds. Then the training is resumed. When it has ended, the
+next one begins, until --kills is reached.
 
-Each training must end with the model, the teacher and the optimiser of the uninterrupted one, bit for bit, in the
-latest and the best checkpoint, and with the same rows of metrics.jsonl but for times. No lock, no file written aside,
-and no checkpoint that the index does not name may be in its folder.
+Each training must end with the same model, teacher and optimiser as the uninterrupted one, bit for bit, in the latest
+and the best checkpoint, and with the same rows of metrics.jsonl except for times. Its folder may hold no lock, no
+temporary file, and no checkpoint that the index does not name.
 
-The exit code is 1 if anything differs or is left. Linux.
+The exit code is 1 if anything differs or is left. Linux only.
 """
 
 import argparse
@@ -57,7 +57,7 @@ CONFIG = (
 
 
 class Session:
-    """A training process, and those that it starts."""
+    """A training process and its child processes."""
 
     def __init__(self, videos: Path, run: Path) -> None:
         self.run = run
@@ -80,7 +80,7 @@ class Session:
         return time.time() - self.started_s
 
     def phase(self) -> str:
-        """The work that the training does now, by its folder."""
+        """Return the phase of the training, judged by its folder."""
         if self.is_saving():
             return "saving"
         with suppress(FileNotFoundError):
@@ -93,7 +93,7 @@ class Session:
         return any((self.run / "checkpoints").glob(".step_*.partial"))
 
     def wait(self, when: str, chance: random.Random) -> bool:
-        """Wait for a moment to kill; False if the training ends before."""
+        """Wait for the moment to kill. Return False if the training ends earlier."""
         due_s = self.seconds() + chance.uniform(0.0, LATEST_S)
         delay_s = chance.uniform(0.0, 0.02)
         while self.process.poll() is None and self.seconds() < LONGEST_S:
@@ -104,7 +104,7 @@ class Session:
         return False
 
     def kill(self, whom: str, chance: random.Random) -> str:
-        """Kill the main process, all, or a worker, and return which; without workers the main process."""
+        """Kill the main process, all processes or a worker (the main process if there is none). Return the target."""
         workers = child_processes(self.process.pid) if whom == "worker" else []
         if workers:
             with suppress(ProcessLookupError):
@@ -118,7 +118,7 @@ class Session:
         return "group" if whom == "group" else "main"
 
     def left(self) -> list[str]:
-        """Processes and shared memory that are left LEFT_S seconds from now."""
+        """Return the processes and shared memory that are left after LEFT_S seconds."""
         deadline_s = time.monotonic() + LEFT_S
         while (found := [*self._processes(), *self._shared_memory()]) and time.monotonic() < deadline_s:
             time.sleep(0.05)
@@ -131,13 +131,13 @@ class Session:
         return [f"process {pid}" for pid, state, session in processes() if session == self.process.pid and state != "Z"]
 
     def _shared_memory(self) -> list[str]:
-        """Names in /dev/shm that came since the start, and that no process has mapped or open."""
+        """Return new names in /dev/shm that no process has mapped or open."""
         new = set(os.listdir("/dev/shm")) - self.shared
         return [f"/dev/shm/{name}" for name in sorted(new) if name not in in_use()] if new else []
 
 
 def processes() -> Iterator[tuple[int, str, int]]:
-    """The number, the state and the session of each process."""
+    """Return the number, state and session of each process."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             with suppress(OSError):
@@ -146,7 +146,7 @@ def processes() -> Iterator[tuple[int, str, int]]:
 
 
 def in_use() -> set[str]:
-    """Names in /dev/shm that a process has mapped or open."""
+    """Return the names in /dev/shm that a process has mapped or open."""
     names = set()
     for pid, _, _ in processes():
         with suppress(OSError):
@@ -159,7 +159,7 @@ def in_use() -> set[str]:
 
 
 def faults_of(run: Path, reference: Path) -> list[str]:
-    """Differences of a finished training from the uninterrupted one, and files that are left in its folder."""
+    """Return the differences of a finished training from the uninterrupted one, and the files left in its folder."""
     index, expected = (json.loads((folder / "checkpoints" / "index.json").read_text()) for folder in (run, reference))
     if index != expected:
         return [f"index.json is {index}, not {expected}"]
@@ -184,7 +184,7 @@ def faults_of(run: Path, reference: Path) -> list[str]:
 
 
 def differences(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
-    """Names of tensors that are not the same bit for bit, or that only one has."""
+    """Return the names of tensors that differ in any bit or exist only once."""
 
     def same(name: str) -> bool:
         one, other = tensors.get(name), expected.get(name)
@@ -196,13 +196,13 @@ def differences(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 
 
 def untimed_rows(run: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without times and what depends on them."""
+    """Return the rows of metrics.jsonl without times and values that depend on them."""
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in row.items() if key not in TIMES and not key.endswith("_s")} for row in rows]
 
 
 def kill_runs(folder: Path, num_kills: int, seed: int) -> tuple[Counter[tuple[str, str]], int, list[str]]:
-    """Return the number of kills by who was killed and at what work, the number of trainings, and the faults."""
+    """Return the number of kills by target and phase, the number of trainings, and the faults."""
     chance = random.Random(seed)
     videos, reference = folder / "videos", folder / "reference"
     write_moving_mnist(videos, {"train": 64, "selection": 32, "test": 24}, num_processes=1)
@@ -243,8 +243,8 @@ def kill_runs(folder: Path, num_kills: int, seed: int) -> tuple[Counter[tuple[st
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200, help="how often SIGKILL is sent")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and processes")
+    parser.add_argument("--kills", type=int, default=200, help="number of SIGKILLs (default: 200)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments and targets (default: 0)")
     args = parser.parse_args(arguments)
     started_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

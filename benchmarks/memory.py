@@ -1,10 +1,10 @@
-"""Stream many clips and show that memory stays where it is.
+"""Stream many clips and check that memory does not grow.
 
 python benchmarks/memory.py
 
-Prints the resident size of the main process and its workers, for each tenth of the clips the mean over its batches:
-from one batch to the next it varies with the clips that wait to be shuffled. The exit code is 1 if it has grown by 2%
-or more since the first tenth. Linux only.
+Prints the resident size of the main process and its workers: the mean over the batches of each tenth of the clips. From
+one batch to the next it varies with the number of clips that wait to be shuffled. The exit code is 1 if it has grown by
+2% or more since the first tenth. Linux only.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from data_pipelines.clips import ClipSpec
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.stream import StreamSettings, VideoStream
 from data_pipelines.worlds.moving_mnist import write_moving_mnist
-from worldmodel.commands.shared import report_errors
+from worldmodel.commands.exits import report_errors
 from worldmodel.training.machine import child_processes, memory_mb
 
 BATCH_SIZE = 64
@@ -31,9 +31,7 @@ MAX_GROWTH = 0.02
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--root", type=Path, help="folder of videos; without it small ones are written for the occasion"
-    )
+    parser.add_argument("--root", type=Path, help="folder of videos (default: small ones in a temporary folder)")
     parser.add_argument("--clips", type=int, default=100_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--size-px", type=int, default=64)

@@ -1,10 +1,9 @@
-"""The yardstick of benchmarks/train_step.py: AdaSSL-V's training step as a reader of the paper would write it.
+"""The reference of benchmarks/train_step.py: AdaSSL-V's training step as a reader of the paper would write it.
 
-Plain eager PyTorch in fp32, with nothing of worldmodel in it and nothing done for speed: tensors in the default layout,
-AdamW with its default arguments, a loop over parameters for the moving average. Nothing slows it down either. It
-computes what worldmodel does with configs/paper.yaml: from the same weights, batches and random numbers come the same
-losses, but for rounding. One thing follows worldmodel where a reader might choose otherwise: x and x++ pass the encoder
-in one call, so that batch norm takes its statistics over both.
+Plain eager PyTorch in fp32, without code of worldmodel and without optimisations: tensors in the default layout, AdamW
+with its default arguments, a loop over parameters for the moving average. Nothing slows it down either. It computes the
+same losses as worldmodel with configs/paper.yaml from the same weights, batches and random numbers, up to rounding. One
+choice follows worldmodel: x and x++ pass the encoder in one call, so that batch norm takes its statistics over both.
 
 AdaSSL: arXiv 2602.02381, appendix D.5. Legend: B clips, T frames of a segment, C channels, H = W pixels, D embedding
 dimensions, R latent dimensions.
@@ -53,7 +52,7 @@ class Embedder(nn.Module):
         )
 
     def forward(self, video: Tensor) -> Tensor:
-        """video [B, T, C, H, W] in [0, 1] -> embedding [B, D] of length sqrt(D)."""
+        """Embed video [B, T, C, H, W] in [0, 1]: [B, D] of length sqrt(D)."""
         maps = self.encoder(video.transpose(1, 2).contiguous())
         return on_sphere(self.projector(maps.mean(dim=(3, 4)).flatten(1)))
 
@@ -80,7 +79,7 @@ class AdaSslV(nn.Module):
         )
 
     def forward(self, x: Tensor, later: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """x and x++ [B, T, C, H, W] -> prediction of the embedding of x+ [B, D], KL(q || p) [B] in nats."""
+        """Return the predicted embedding of x+ [B, D] and KL(q || p) [B] in nats, from x, x++ [B, T, C, H, W]."""
         context, seen = self.embedder(torch.cat([x, later])).chunk(2)
         prior_mean, prior_raw = self.prior(context).chunk(2, dim=-1)
         mean, raw = self.posterior(torch.cat([context, seen], dim=-1)).chunk(2, dim=-1)
@@ -110,7 +109,7 @@ class PlainStep:
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=num_steps)
 
     def step(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """video [B, 3 * T, C, H, W] in [0, 1], x, x+ and x++ in order of time -> the loss before the update."""
+        """Make one update and return the loss before it. video: [B, 3 * T, C, H, W] in [0, 1], of x, x+, x++."""
         x, target, later = video.chunk(3, dim=1)
         with torch.no_grad():
             wanted = self.teacher(target)
@@ -127,7 +126,7 @@ class PlainStep:
 
 
 def gaussian_net(in_dim: int, hidden_dim: int, latent_dim: int) -> nn.Sequential:
-    """[B, in_dim] -> mean and raw scale of a diagonal Gaussian, [B, 2 * R]."""
+    """Make a network from [B, in_dim] to the mean and raw scale of a diagonal Gaussian, [B, 2 * R]."""
     return nn.Sequential(
         nn.Linear(in_dim, hidden_dim, bias=False),
         nn.BatchNorm1d(hidden_dim),
@@ -137,7 +136,7 @@ def gaussian_net(in_dim: int, hidden_dim: int, latent_dim: int) -> nn.Sequential
 
 
 def on_sphere(values: Tensor) -> Tensor:
-    """[B, D] -> the same directions, of length sqrt(D)."""
+    """Scale vectors [B, D] to length sqrt(D)."""
     return F.normalize(values, dim=-1) * values.shape[-1] ** 0.5
 
 
@@ -152,7 +151,7 @@ NAMES_IN_WORLDMODEL = {
 
 
 def from_worldmodel(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a worldmodel.nets.world_model.WorldModel -> that of an AdaSslV."""
+    """Convert the state dict of a worldmodel.nets.world_model.WorldModel to that of an AdaSslV."""
     return {
         here + name.removeprefix(there): values
         for here, there in NAMES_IN_WORLDMODEL.items()

@@ -1,11 +1,11 @@
-"""Find the convolutions of the encoders whose gradients this processor's oneDNN gets wrong, or crashes in.
+"""Find the convolutions of the encoders for which this processor's oneDNN crashes or computes wrong gradients.
 
 python -m benchmarks.probe_conv3d [--sizes 64 160 224] [--widths 0.25 1] [--frames 2 3] [--threads 1]
 
-Each shape runs in a process of its own, in bf16 and fp32, and once more as worldmodel/nets/convolutions.py replaces it
-where
-it expects a fault. glibc fills freed memory with junk and checks what lies behind each block. Gradients are compared
-with those in fp64. The exit code is 1 where a shape fails that is not replaced, or a replacement fails.
+Each shape runs in a separate process, in bf16 and fp32, and again with the replacement of
+worldmodel/nets/convolutions.py where that module expects a fault. glibc fills freed memory with junk and checks the
+bytes after each block. Gradients are compared with those in fp64. The exit code is 1 if a shape fails that is not
+replaced, or a replacement fails.
 """
 
 import argparse
@@ -65,7 +65,7 @@ class Shape(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Return the fault of a process or gradient, ms per step, and the kernel of oneDNN that computes the gradient."""
+    """The fault of a process or gradient, ms per step, and the oneDNN kernel that computes the gradient."""
 
     died: str | None
     wrong: bool
@@ -84,9 +84,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 32, 64, 96, 128, 144, 145, 160, 192, 224, 256])
     parser.add_argument("--widths", type=float, nargs="+", default=[0.125, 0.25, 0.5, 1.0])
-    parser.add_argument("--frames", type=int, nargs="+", default=[3], help="frames of a segment")
-    parser.add_argument("--batch", type=int, default=4, help="clips")
-    parser.add_argument("--threads", type=int, help="default: one for each core")
+    parser.add_argument("--frames", type=int, nargs="+", default=[3], help="frames per segment (default: 3)")
+    parser.add_argument("--batch", type=int, default=4, help="clips per batch (default: 4)")
+    parser.add_argument("--threads", type=int, help="threads (default: one per core)")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # one shape as JSON, a precision and a way
     args = parser.parse_args()
     if args.one:
@@ -126,7 +126,7 @@ def shapes(sizes: list[int], widths: list[float], frames: list[int], batch: int)
 
 
 def run(shape: Shape, precision: str, way: str, threads: int | None) -> Outcome:
-    """Measure a shape in a process of its own."""
+    """Measure a shape in a separate process."""
     command = [sys.executable, "-m", "benchmarks.probe_conv3d", "--one", json.dumps(shape), precision, way]
     try:
         done = subprocess.run(
@@ -154,7 +154,7 @@ def shape_of(fields: list[Any]) -> Shape:
 
 
 def layer_of(shape: Shape) -> nn.Module:
-    """The convolution, channels-last where it can be, as the encoders have it."""
+    """Make the convolution as the encoders do, channels-last if possible."""
     in_channels, dims = shape.input[1], len(shape.kernel)
     if dims == 3:
         conv3d = Conv3d(in_channels, shape.out_channels, shape.kernel, shape.stride[1])  # type: ignore[arg-type]
@@ -166,7 +166,7 @@ def layer_of(shape: Shape) -> nn.Module:
 
 
 def is_replaced(shape: Shape, precision: str) -> bool:
-    """Return True where worldmodel/nets/convolutions.py replaces the layer, if only on a processor with AMX."""
+    """Return whether worldmodel/nets/convolutions.py replaces the layer on some processor."""
     layer = layer_of(shape)
     if isinstance(layer, Conv3d):
         num_frames, *size = shape.input[2:]
@@ -184,7 +184,7 @@ def replacement(layer: nn.Module, values: Tensor) -> Tensor:
 
 
 def native(layer: Any, values: Tensor) -> Tensor:
-    """The layer's output as PyTorch computes it."""
+    """Return the layer's output as PyTorch computes it."""
     return next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(layer, kind)).forward(layer, values)
 
 
@@ -220,7 +220,7 @@ def measure(shape: Shape, precision: str, replaced: bool) -> tuple[bool, float]:
 
 
 def gradients(layer: nn.Module, values: Tensor, compute: Callable[[nn.Module, Tensor], Tensor]) -> list[Tensor]:
-    """Those of the weights and, unless it is a video, of the input, for the same output gradient of bf16 numbers."""
+    """Return the gradients of the weights and, unless it is a video, of the input, for a fixed output gradient."""
     layer.zero_grad()
     given = values.clone().requires_grad_(values.shape[1] > 3)
     out = compute(layer, given)
@@ -229,7 +229,7 @@ def gradients(layer: nn.Module, values: Tensor, compute: Callable[[nn.Module, Te
 
 
 def fill_freed_memory(byte: int) -> None:
-    """Have glibc fill what is freed with this byte, and what is new with its complement; 0: leave it as it is."""
+    """Make glibc fill freed memory with this byte and new memory with its complement; 0 switches it off."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(M_PERTURB, byte)
 

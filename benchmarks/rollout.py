@@ -1,11 +1,11 @@
-"""Time rollouts: the latency for one clip, and batches of queries and samples against a loop over single samples.
+"""Time rollouts: the latency for one clip, and the throughput of batched samples against a loop over single samples.
 
 python benchmarks/rollout.py --config configs/demo.yaml --out rollout.json
 
-Latency is that of sampling --samples futures of --steps segments of one clip, on one thread of the CPU, once the model
-is loaded. Throughput counts queries x samples x steps a second, on one thread and on all that this process may use: one
-rollout of all samples of --queries clips at once, and a loop that calls the same rollout for each sample of each clip.
-The two take turns, --repeats times; medians are reported. Without --run the weights are random, which costs the same.
+Latency is the time to sample --samples futures of --steps segments of one clip, on one CPU thread, with the model
+loaded. Throughput counts queries x samples x steps per second, on one thread and on all available cores: one rollout of
+all samples of --queries clips, against a loop that calls the same rollout for each sample of each clip. The two
+alternate, --repeats times; medians are reported. Without --run the weights are random, which costs the same.
 """
 
 import argparse
@@ -20,8 +20,9 @@ from torch import Tensor
 from data_pipelines.errors import UserError
 from worldmodel import WorldModel, load
 from worldmodel.build import build_model
+from worldmodel.commands.exits import report_errors
 from worldmodel.commands.process import keep_freed_memory
-from worldmodel.commands.shared import check_counts, report_errors, write_result
+from worldmodel.commands.shared import check_counts, write_result
 from worldmodel.config import Config, load_config
 from worldmodel.sources import make_source
 from worldmodel.training.machine import fair_share_of_cores, machine_description
@@ -32,11 +33,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--run", type=Path, help="folder of a trained run")
-    which.add_argument("--config", type=Path, default=Path("configs/demo.yaml"), help="a config, for random weights")
+    which.add_argument(
+        "--config",
+        type=Path,
+        default=Path("configs/demo.yaml"),
+        help="config of a model with random weights (default: configs/demo.yaml)",
+    )
     parser.add_argument("--out", type=Path, default=Path("rollout.json"), help="JSON file to write")
     parser.add_argument("--queries", type=int, default=8)
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=16, help="segments to predict")
+    parser.add_argument("--steps", type=int, default=16, help="segments to predict (default: 16)")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     keep_freed_memory()
@@ -56,14 +62,14 @@ def main() -> int:
 
 
 def random_clips(config: Config, count: int) -> Tensor:
-    """Segments in [0, 1] of the config's shape: [count, T, C, H, W]."""
+    """Return random segments in [0, 1] of the config's shape: [count, T, C, H, W]."""
     data = config.data
     return torch.rand(count, data.num_frames, data.channels, data.size_px, data.size_px)
 
 
 @torch.inference_mode()
 def bench(model: WorldModel, clips: Tensor, samples: int, steps: int, repeats: int) -> dict[str, Any]:
-    """Latency in ms and throughputs, each with all repeats: clips [Q, T, C, H, W]."""
+    """Return the latency in ms and the throughputs, each with all repeats. clips: [Q, T, C, H, W]."""
 
     def batched() -> None:
         model.rollout(clips, steps, samples)

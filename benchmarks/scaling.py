@@ -1,13 +1,12 @@
-"""Time training steps on 1, 2, 4, ... processes: how much faster they are together.
+"""Time training steps on 1, 2, 4, ... processes and report the speedup.
 
 python benchmarks/scaling.py --config configs/paper.yaml --processes 1 2 --out scaling.json [key=value ...]
 
-Each number of processes trains on the same global batches of data.batch_size clips, the loader or renderer included:
-on CPUs with one thread each (train.num_threads), on GPUs with one GPU each. The numbers take turns, so that a load that
-comes and goes hits all. Speedup is clips per second over those of the first number, by the median of all steps; by the
-quickest tenth it is what processes reach that nothing disturbs, as other users of a shared host do. Efficiency is the
-speedup per process. Unless key=value says otherwise, train.precision is auto, and data.mnist_dir null: digits that
-need no files.
+Every number of processes trains on the same global batches of data.batch_size clips, including loading or rendering: on
+CPUs with one thread each (train.num_threads), on GPUs with one GPU each. The numbers are interleaved, so that passing
+load affects all of them. Speedup is clips per second relative to the first number, by the median of all steps, and by
+the fastest decile, which is less affected by other load. Efficiency is the speedup per process. Defaults that differ
+from the config: train.precision=auto, and data.mnist_dir=null, for digits that need no files.
 """
 
 import argparse
@@ -26,8 +25,9 @@ from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
+from worldmodel.commands.exits import leave, report_errors
 from worldmodel.commands.process import keep_freed_memory
-from worldmodel.commands.shared import check_counts, leave, report_errors, write_result
+from worldmodel.commands.shared import check_counts, write_result
 from worldmodel.config import Config, MovingMnistConfig, load_config
 from worldmodel.sources import make_source
 from worldmodel.training.launch import make_accelerator
@@ -42,12 +42,21 @@ WARMUP_STEPS = 3
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/paper.yaml"))
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes, in this order")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each number, of processes started anew")
-    parser.add_argument("--steps", type=int, default=12, help=f"timed steps a turn, after {WARMUP_STEPS} that are not")
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes, in order (default: 1 2)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, each with fresh processes (default: 3)")
+    parser.add_argument(
+        "--steps", type=int, default=12, help=f"timed steps per round, after {WARMUP_STEPS} warm-up steps (default: 12)"
+    )
     parser.add_argument("--out", type=Path, default=Path("scaling.json"), help="JSON file to write")
-    parser.add_argument("--times", type=Path, help=argparse.SUPPRESS)  # one of the processes: where its times go
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.batch_size=256")
+    parser.add_argument("--times", type=Path, help=argparse.SUPPRESS)  # in one of the processes: the file for its times
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="values that replace the config's, such as data.batch_size=256",
+    )
     args = parser.parse_intermixed_args()
     with report_errors():
         overrides = [*DEFAULTS, *args.overrides]
@@ -68,7 +77,7 @@ def main() -> int:
 
 
 def bench(config: Config, numbers: list[int], rounds: int, arguments: list[str]) -> dict[str, Any]:
-    """What scaling.json holds."""
+    """Return the content of scaling.json."""
     seconds: list[list[float]] = [[] for _ in numbers]
     turns = [pair for _ in range(rounds) for pair in zip(numbers, seconds, strict=True)]
     for number, of_number in tqdm(turns, unit="turn"):
@@ -93,10 +102,10 @@ def bench(config: Config, numbers: list[int], rounds: int, arguments: list[str])
 
 
 def seconds_of(num_processes: int, arguments: list[str]) -> list[float]:
-    """The seconds of each step of so many processes, as the first of them sees it.
+    """Return the seconds of each step of several processes, measured by the first of them.
 
     Raises:
-        UserError: they did not get through; what they said is on stderr.
+        UserError: they failed; their messages are on stderr.
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     with tempfile.TemporaryDirectory(prefix="scaling_") as folder:
@@ -108,7 +117,7 @@ def seconds_of(num_processes: int, arguments: list[str]) -> list[float]:
 
 
 def run_steps(config: Config, steps: int, times: Path) -> None:
-    """One of the processes: trains, and writes the seconds of its steps if it is the first."""
+    """Train in one of the processes. The first process writes the seconds of its steps."""
     accelerator = make_accelerator(config.train)
     torch.set_num_threads(config.train.num_threads or 1)
     keep_freed_memory()

@@ -1,11 +1,11 @@
-"""Measure clips a second: our stream, random access, decoding in order, and ffmpeg, on the same files and cores.
+"""Measure clips per second: our stream, random access, decoding in order, and ffmpeg, on the same files and cores.
 
 python benchmarks/stream.py --out stream.json
 
-Clips are nine successive frames that do not overlap. Each measurement runs in a process of its own; the methods take
-turns, --repeats times, and the median is reported. A stream's time runs from the start of its workers to the end of one
-shuffled epoch; that of the case http includes fetching all shards from a server on this machine. In order and at random
-files are read for --seconds; random access keeps long files open.
+Clips are nine successive frames that do not overlap. Each measurement runs in a separate process. The methods
+alternate, --repeats times, and the median is reported. A stream is timed from the start of its workers to the end of
+one shuffled epoch; the case http includes fetching all shards from a server on this machine. Reading in order and at
+random is timed for --seconds; random access keeps long files open.
 """
 
 import argparse
@@ -38,7 +38,8 @@ from data_pipelines.index import VideoIndex
 from data_pipelines.shards.packing import pack_videos
 from data_pipelines.stream import StreamSettings, VideoStream
 from data_pipelines.worlds.moving_mnist import write_moving_mnist
-from worldmodel.commands.shared import report_errors, write_result
+from worldmodel.commands.exits import report_errors
+from worldmodel.commands.shared import write_result
 from worldmodel.training.machine import child_processes, machine_description, memory_mb
 
 SPEC = ClipSpec()
@@ -49,7 +50,7 @@ DISTINCT_VIDEOS = 3  # of the long ones; the others are copies of them
 
 @dataclass(frozen=True)
 class Case:
-    """Videos to be read: `keyint` frames from one keyframe to the next."""
+    """Videos to read, with a keyframe every `keyint` frames."""
 
     name: str
     title: str
@@ -80,7 +81,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the result; frames are nine to a clip."""
+    """One row of the result. A clip has nine frames."""
 
     case: str
     method: str
@@ -93,14 +94,18 @@ class Row:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--data", type=Path, help="folder for the videos, kept for the next run; default: a temporary one"
+        "--data", type=Path, help="folder that keeps the videos for the next run (default: a temporary one)"
     )
     parser.add_argument("--out", type=Path, default=Path("stream.json"), help="JSON file to write")
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], default=[c.name for c in CASES])
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these, such as stream in_order_pyav")
+    parser.add_argument(
+        "--methods", nargs="+", metavar="NAME", help="methods, such as stream in_order_pyav (default: all)"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=8.0, help="how long reading in order and at random is timed")
-    parser.add_argument("--fraction", type=float, default=1.0, help="share of the videos, for a quick look")
+    parser.add_argument(
+        "--seconds", type=float, default=8.0, help="seconds of reading in order and at random (default: 8)"
+    )
+    parser.add_argument("--fraction", type=float, default=1.0, help="fraction of the videos to use (default: 1)")
     parser.add_argument("--one", nargs=3, metavar=("CASE", "METHOD", "WORKERS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     cases = [shrunk(case, args.fraction) for case in CASES if case.name in args.cases]
@@ -148,7 +153,7 @@ def bench(cases: Sequence[Case], data: Path, args: argparse.Namespace) -> list[R
 
 
 def methods_here() -> Iterator[tuple[str, int]]:
-    """(method, workers) that this machine has the libraries for."""
+    """Return (method, workers) for the libraries on this machine."""
     yield from (("stream", workers) for workers in (1, 2))
     for decoder in DECODERS:
         if importlib.util.find_spec("av" if decoder == "pyav" else decoder):
@@ -160,7 +165,7 @@ def methods_here() -> Iterator[tuple[str, int]]:
 
 
 def measure_apart(case: Case, method: str, workers: int, data: Path, args: argparse.Namespace) -> Row:
-    """measure() in a fresh process, which alone makes peak memory mean something."""
+    """Call measure() in a fresh process, so that its peak memory is that of the method."""
     command = [sys.executable, __file__, "--one", case.name, method, str(workers), "--data", str(data)]
     command += ["--fraction", str(args.fraction), "--seconds", str(args.seconds)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -200,7 +205,7 @@ def measure(case: Case, method: str, workers: int, data: Path, seconds: float) -
 
 @contextmanager
 def served(folder: Path) -> Iterator[tuple[str, int]]:
-    """A folder behind HTTP -> its URL, and the process that serves it."""
+    """Serve a folder over HTTP, and yield its URL and the server process."""
     command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         try:
@@ -216,7 +221,7 @@ def served(folder: Path) -> Iterator[tuple[str, int]]:
 
 
 def time_stream(case: Case, index: VideoIndex, workers: int) -> tuple[float, float]:
-    """Clips a second over one epoch, and the peak memory of all processes together."""
+    """Return clips per second over one epoch, and the peak memory of all processes together."""
     stream = VideoStream(
         index,
         SPEC,
@@ -242,7 +247,7 @@ def time_stream(case: Case, index: VideoIndex, workers: int) -> tuple[float, flo
 
 
 def time_in_order(case: Case, index: VideoIndex, opened: "OpenVideo", seconds: float) -> float:
-    """Clips a second where files are opened once, one after the other, and decoded from the first frame to the last."""
+    """Return clips per second with every file opened once and decoded from the first frame to the last."""
     num_frames = 0
     started_s = time.perf_counter()
     for video in index.videos:
@@ -255,7 +260,7 @@ def time_in_order(case: Case, index: VideoIndex, opened: "OpenVideo", seconds: f
 
 
 def time_random(case: Case, index: VideoIndex, opened: "OpenVideo", seconds: float) -> float:
-    """Clips a second in random order, each read by its frame numbers."""
+    """Return clips per second in random order, each read by its frame numbers."""
     table = clips_of(index, SPEC)
     clips = np.random.default_rng(0).permutation(table.num_clips)
     readers: dict[int, Any] = {}
@@ -274,7 +279,7 @@ def time_random(case: Case, index: VideoIndex, opened: "OpenVideo", seconds: flo
 
 
 def time_ffmpeg(index: VideoIndex, root: Path) -> tuple[float, float]:
-    """ffmpeg on one thread, all files in one process, nothing converted or kept."""
+    """Time ffmpeg on one thread with all files in one process, without conversion or output."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as playlist:
         for video in index.videos:
             playlist.write(f"file '{(root / video.path).resolve()}'\n")
@@ -295,7 +300,7 @@ def time_ffmpeg(index: VideoIndex, root: Path) -> tuple[float, float]:
 
 
 class PyavVideo:
-    """In order only: its random access is what the stream is built on."""
+    """A video read in order. The stream is built on PyAV's random access."""
 
     def __init__(self, path: Path, case: Case) -> None:
         from av.video.reformatter import VideoReformatter
@@ -317,7 +322,7 @@ class PyavVideo:
 
 
 class DecordVideo:
-    """decord resizes while it decodes, always to RGB."""
+    """A video read by decord, which resizes during decoding, always to RGB."""
 
     def __init__(self, path: Path, case: Case) -> None:
         import decord
@@ -334,7 +339,7 @@ class DecordVideo:
 
 
 class TorchcodecVideo:
-    """torchcodec decodes at full size; no time is charged to it for resizing."""
+    """A video read by torchcodec at full size. Resizing is not timed."""
 
     def __init__(self, path: Path, case: Case) -> None:
         from torchcodec.decoders import VideoDecoder
@@ -357,7 +362,7 @@ DECODERS: dict[str, OpenVideo] = {"pyav": PyavVideo, "decord": DecordVideo, "tor
 
 
 def write_videos(case: Case, folder: Path) -> None:
-    """Write the case's videos; those that are there stay."""
+    """Write the videos of a case, except those that exist."""
     if case.name == "tiny":
         write_moving_mnist(
             folder, {"train": case.num_videos, "selection": 1, "test": 1}, num_processes=os.cpu_count() or 1
@@ -381,7 +386,7 @@ def write_videos(case: Case, folder: Path) -> None:
 
 
 def write_scene(path: Path, case: Case, seed: int) -> None:
-    """A textured background that pans, with blocks that move across it."""
+    """Write a textured background that pans, with blocks that move across it."""
     import av
 
     height, width = case.height_px, case.width_px
@@ -420,7 +425,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def ratios(rows: Sequence[Row]) -> str:
-    """What the table is read for, a line a case."""
+    """Return the ratios that the benchmark is about, one line per case."""
     speeds = {(row.case, row.method, row.workers): row.clips_per_s for row in rows}
     lines = []
     for case in CASES:

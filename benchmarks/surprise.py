@@ -1,9 +1,9 @@
-"""Measure how well the surprise of a run finds impossible events: teleports, freezes, appearances, changes of digit.
+"""Measure how well the surprise of a run detects impossible events: teleports, freezes, appearances, changes of digit.
 
 python benchmarks/surprise.py --run runs/kicked
 
-For runs on the kicked world. Prints the AUROC over transitions, by event, of the surprise and of its parts, KL(q || p),
-the posterior's prediction error and the scene change, and writes them to surprise_events.json in the run's folder.
+For runs on the kicked world. Prints the AUROC over transitions per event, of the surprise and of its parts: KL(q || p),
+the posterior's prediction error and the scene change. Writes them to surprise_events.json in the run's folder.
 """
 
 import argparse
@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from worldmodel import load
-from worldmodel.commands.shared import check_counts, check_run_writable, report_errors, write_result
+from worldmodel.commands.exits import report_errors
+from worldmodel.commands.shared import check_counts, check_run_writable, write_result
 from worldmodel.evaluation.surprise import MEASURES
 from worldmodel.evaluation.surprise_events import detect_events
 from worldmodel.runs.folder import RunFolder
@@ -22,7 +23,9 @@ from worldmodel.runs.folder import RunFolder
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder of a run trained on the kicked world")
-    parser.add_argument("--num-videos", type=int, default=64, help="videos of each event, and without one")
+    parser.add_argument(
+        "--num-videos", type=int, default=64, help="videos per event, and without an event (default: 64)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", choices=["latest", "best"], default="latest")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

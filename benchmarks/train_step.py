@@ -1,13 +1,12 @@
-"""Time a training step against a plain one, the same model in eager fp32 PyTorch (benchmarks/plain_step.py).
+"""Compare a training step with a straightforward one: the same model in eager fp32 PyTorch (benchmarks/plain_step.py).
 
 python benchmarks/train_step.py --config configs/paper.yaml --out train_step.json [key=value ...]
 
-Both steps take turns, --steps times, on batches rendered beforehand; medians are reported, and beside them the time to
-render a batch. Ours is the trainer's update, on the device and in the precision that a training would have. The plain
-one has a process of its own, whose memory allocator knows nothing of ours. The losses of both are compared over
---compare-steps updates from the same weights, on the same batches, with the same noise: once with ours in fp32, too,
-and once as it is timed. Unless key=value says otherwise, train.precision is auto, and data.mnist_dir null: digits that
-need no files.
+The two steps alternate, --steps times, on batches rendered beforehand. The medians are reported, with the time to
+render a batch. Ours is the trainer's update on the device and in the precision of a training. The plain step runs in a
+separate process, so that the two do not share a memory allocator. Losses are compared over --compare-steps updates
+from the same weights, batches and noise: once with ours in fp32, once as timed. Defaults that differ from the config:
+train.precision=auto, and data.mnist_dir=null, for digits that need no files.
 """
 
 import argparse
@@ -28,8 +27,9 @@ from tqdm.auto import tqdm
 
 from data_pipelines.batches import Batch
 from data_pipelines.errors import UserError
+from worldmodel.commands.exits import report_errors
 from worldmodel.commands.process import keep_freed_memory, set_threads
-from worldmodel.commands.shared import check_counts, report_errors, write_result
+from worldmodel.commands.shared import check_counts, write_result
 from worldmodel.config import ByolConfig, Config, Conv3dConfig, GaussianConfig, flatten, load_config, to_dict
 from worldmodel.sources import make_source
 from worldmodel.training.launch import make_accelerator
@@ -74,9 +74,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/paper.yaml"))
     parser.add_argument("--out", type=Path, default=Path("train_step.json"), help="JSON file to write")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each")
-    parser.add_argument("--compare-steps", type=int, default=50, help="steps over which losses are compared")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.batch_size=256")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each (default: 20)")
+    parser.add_argument(
+        "--compare-steps", type=int, default=50, help="steps over which losses are compared (default: 50)"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="values that replace the config's, such as data.batch_size=256",
+    )
     args = parser.parse_intermixed_args()
     with report_errors():
         check_counts(args, "steps", "compare_steps")
@@ -92,7 +99,7 @@ def main() -> int:
 
 
 def bench(config: Config, plain: Callable[..., Any], steps: int, compare_steps: int) -> dict[str, Any]:
-    """What train_step.json holds: times in seconds, losses of each step."""
+    """Return the content of train_step.json: times in seconds, losses of each step."""
     encoder = config.model.encoder
     assert isinstance(encoder, Conv3dConfig), "the plain step is written for it alone"
     set_threads(config.train.num_threads)
@@ -133,7 +140,7 @@ def bench(config: Config, plain: Callable[..., Any], steps: int, compare_steps: 
 
 @contextmanager
 def plain_process(config: Config) -> Iterator[Callable[..., Any]]:
-    """The plain step in a process of its own; yields a function that asks it for "losses" or a "step"."""
+    """Run the plain step in a separate process; yield a function that requests "losses" or a "step"."""
     spawning = multiprocessing.get_context("spawn")
     here, there = spawning.Pipe()
     process = spawning.Process(target=serve_plain, args=(config, there), daemon=True)
@@ -153,7 +160,7 @@ def plain_process(config: Config) -> Iterator[Callable[..., Any]]:
 
 
 def serve_plain(config: Config, requests: Connection) -> None:
-    """The other end of `plain_process`. It starts from the weights of our trainer, which follow from the seed."""
+    """Answer the requests of `plain_process`. The weights are those of our trainer, which follow from the seed."""
     set_threads(config.train.num_threads)
     try:
         plain = make_plain(config, in_fp32(config))
@@ -174,7 +181,7 @@ def serve_plain(config: Config, requests: Connection) -> None:
 
 
 def timed_batches(config: Config, device: torch.device) -> Iterator[Batch]:
-    """Some batches, rendered beforehand, over and over."""
+    """Yield some batches, rendered beforehand, repeatedly."""
     return cycle(list(islice(stream_of(config, device), TIMED_BATCHES)))
 
 
@@ -183,13 +190,13 @@ def in_fp32(config: Config) -> Trainer:
 
 
 def make_trainer(config: Config) -> Trainer:
-    """A trainer before its first step. Those made before it can be used no more."""
+    """Make a trainer before its first step. Earlier trainers become unusable."""
     AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate knows one precision in a process
     return Trainer(config, make_accelerator(config.train))
 
 
 def make_plain(config: Config, trainer: Trainer) -> PlainStep:
-    """The plain step, from the trainer's weights."""
+    """Make the plain step with the trainer's weights."""
     data, model, train = config.data, config.model, config.train
     encoder, latent, objective = model.encoder, model.latent, config.objective
     assert isinstance(encoder, Conv3dConfig) and isinstance(latent, GaussianConfig)
@@ -207,7 +214,7 @@ def make_plain(config: Config, trainer: Trainer) -> PlainStep:
 
 
 def stream_of(config: Config, device: torch.device) -> Iterator[Batch]:
-    """The batches of a training, from the first one on."""
+    """Return the batches of a training from the first one on."""
     steps = config.objective.rollout_steps
     return make_source(config).training_stream(steps, rank=0, world_size=1, device=device).batches()
 

@@ -1,4 +1,4 @@
-"""Inputs damaged at random, and what the library makes of them: one module for the rounds, one for each group of kinds.
+"""Randomly damaged inputs, and the library's reaction: one module for the rounds, one for each group of kinds.
 
-Start it with -m benchmarks.fuzz. Nothing here is imported by the library.
+Start it with -m benchmarks.fuzz. The library imports nothing from here.
 """

@@ -54,7 +54,7 @@ FORMATS = (
 
 
 def account(num_files: int, seed: int, decoder: str) -> int:
-    """Damage num_files files and stream them -> the exit code, 1 if a file or a clip is lost or comes twice.
+    """Damage num_files files and stream them. Return the exit code: 1 if a file or a clip is lost or comes twice.
 
     Raises UserError: fewer files than formats.
     """
@@ -99,7 +99,7 @@ def _account(folder: Path, num_files: int, seed: int, decoder: str) -> int:
 
 
 def write_files(folder: Path, num_damaged: int, rng: np.random.Generator) -> dict[str, str]:
-    """Good files, all alike but for their contents -> the damage that each will get, for those that get any."""
+    """Write good files that differ in content only, and return the damage for those that will be damaged."""
     folder.mkdir(parents=True)
     originals = [list(write_originals(folder, kind)) for kind in FORMATS]
     damage_of = {}
@@ -117,7 +117,7 @@ def write_files(folder: Path, num_damaged: int, rng: np.random.Generator) -> dic
 
 
 def write_originals(folder: Path, kind: Format) -> Iterator[Path]:
-    """Three videos of a bright block on a textured ground."""
+    """Write three videos of a bright block on a textured background."""
     import av
 
     for number in range(3):
@@ -156,7 +156,7 @@ def spoil(path: Path, damage: str, rng: np.random.Generator) -> None:
 
 
 def with_present_stamps(index: VideoIndex) -> VideoIndex:
-    """The index as if its files had had their sizes and times all along: others are left out whole, not decoded."""
+    """Return the index with the present sizes and times of its files, so that all files are decoded."""
     stats = [(index.root / video.path).stat() for video in index.videos]
     videos = [
         replace(video, size_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns)
@@ -166,7 +166,7 @@ def with_present_stamps(index: VideoIndex) -> VideoIndex:
 
 
 def deliver(index: VideoIndex, decoder: str) -> list[tuple[int, torch.Tensor]]:
-    """One epoch by two workers: (clip id, frames [T, C, H, W]) of all that is delivered."""
+    """Yield (clip id, frames [T, C, H, W]) of all clips of one epoch by two workers."""
     stream = VideoStream(
         index,
         SPEC,
@@ -191,7 +191,7 @@ def deliver(index: VideoIndex, decoder: str) -> list[tuple[int, torch.Tensor]]:
 
 
 def frames_of(index: VideoIndex, decoder: str) -> dict[str, torch.Tensor]:
-    """All frames of each pristine file, in clips: [clips, T, C, H, W]. Files with the same bytes share them."""
+    """Return all frames of each pristine file in clips, [clips, T, C, H, W]. Files with equal bytes share them."""
     table = clips_of(index, SPEC)
     clips = dict(deliver(index, decoder))
     found = {}
@@ -205,7 +205,7 @@ def frames_of(index: VideoIndex, decoder: str) -> dict[str, torch.Tensor]:
 def differs(
     video: torch.Tensor, clip: int, index: VideoIndex, table: ClipTable, truth: dict[str, torch.Tensor]
 ) -> bool:
-    """Return True where a delivered clip differs from the undamaged file at that place."""
+    """Return whether a delivered clip differs from the undamaged file at the same place."""
     [row] = table.videos_of(np.array([clip]))
     number = clip - int(table.first_clip[row])
     expected = truth.get(index.videos[row].path)
@@ -236,7 +236,7 @@ def report_wrong(
     table: ClipTable,
     damage_of: dict[str, str],
 ) -> None:
-    """Of the clips delivered from damaged files, how many differ from the undamaged ones."""
+    """Print how many of the clips from damaged files differ from the undamaged ones."""
     print("\nclips delivered from damaged files, and those of them that decode to other pixels without an error:")
     names = {
         clip: index.videos[row].path for clip, row in zip(delivered, table.videos_of(np.array(delivered)), strict=True)

@@ -38,7 +38,7 @@ def _samples(seeds: Path) -> list[tuple[str, bytes]]:
 
 
 def read_first_frames(index: VideoIndex, is_good: bool) -> str:
-    """Read frames of some videos -> the reason if one does not come. Raises WrongError: one shows another number."""
+    """Read frames of some videos. Return the reason if one is missing. Raises WrongError: one shows another number."""
     reason = ""
     for video in index.videos[:3]:
         try:
@@ -59,7 +59,7 @@ def read_first_frames(index: VideoIndex, is_good: bool) -> str:
 
 
 def _member(name: str, content: bytes, kind: bytes = tarfile.REGTYPE) -> list[Any]:
-    """[header, content], the header as 512 bytes."""
+    """Return the header, 512 bytes, and the content of a member."""
     info = tarfile.TarInfo(name)
     info.size, info.type = len(content), kind
     return [Header(info.tobuf(tarfile.USTAR_FORMAT, errors="surrogateescape")), content]
@@ -77,7 +77,7 @@ _FIELDS |= {"sparse": (386, 24), "sparse_size": (483, 12)}
 
 
 def _odd_number(rng: random.Random, width: int) -> bytes:
-    """A number as tars have it (octal), of base 256, or none."""
+    """Return a number in a tar's notation (octal), in base 256, or none."""
     value = rng.choice((*ODD_INTS, 2**33, 2**60, 2**63, 2**63 - 1))
     return rng.choice(
         (
@@ -110,7 +110,7 @@ def _change_header(rng: random.Random, header: Header) -> None:
 
 
 def _pax(records: Sequence[tuple[bytes, bytes]], rng: random.Random) -> bytes:
-    """Records "LENGTH key=value", the length at times another one."""
+    """Return records "LENGTH key=value", sometimes with a wrong length."""
     out = b""
     for key, value in records:
         body = b" " + key + b"=" + value + b"\n"
@@ -123,7 +123,7 @@ def _pax(records: Sequence[tuple[bytes, bytes]], rng: random.Random) -> bytes:
 
 
 def _extra(rng: random.Random, name: str) -> list[Any]:
-    """A header before a member that says more of it: pax records, a long name, or a sparse file's map."""
+    """Return a header before a member that extends it: pax records, a long name, or the map of a sparse file."""
     odd = rng.choice(
         (b"", b"0", b"-1", b"x", b"1e3", b"99999999999999999999", b"9" * 5000, b"0,0", b"\xff", b"nan", b"5")
     )
@@ -149,7 +149,7 @@ def _extra(rng: random.Random, name: str) -> list[Any]:
 
 
 def build_tar(rng: random.Random, seeds: Path, folder: Path) -> Case:
-    """One or two shards of videos and labels with odd headers; one in eight is left as it is."""
+    """Build one or two shards of videos and labels with odd headers; one in eight stays valid."""
     is_good = rng.random() < 0.125
     for shard in range(rng.choice((1, 1, 2))):
         members = []
@@ -207,7 +207,7 @@ def attempt_shards(folder: Path, is_good: bool) -> str:
 
 
 def build_labels(rng: random.Random, seeds: Path, folder: Path) -> Case:
-    """A shard whose KEY.json files hold odd labels."""
+    """Build a shard whose KEY.json files hold odd labels."""
     is_good = rng.random() < 0.125
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
@@ -227,7 +227,7 @@ def build_labels(rng: random.Random, seeds: Path, folder: Path) -> Case:
 
 
 def prepare_shards(seeds: Path) -> None:
-    """Shards with their index."""
+    """Write shards with their index."""
     for name, length in LENGTHS.items():
         write_video(seeds / name.replace("/", "_"), CODECS[0], length)
     samples = _samples(seeds)
@@ -244,7 +244,7 @@ def prepare_shards(seeds: Path) -> None:
 
 
 def _mutate_lines(rng: random.Random, text: str) -> tuple[list[Any], str]:
-    """The objects of some lines changed -> the objects, and their text."""
+    """Change the objects of some lines. Return the objects and their text."""
     rows = [json.loads(line) for line in text.splitlines()]
     for _ in range(rng.choice((1, 1, 2, 3))):
         at = rng.randrange(len(rows))
@@ -258,7 +258,7 @@ def _mutate_lines(rng: random.Random, text: str) -> tuple[list[Any], str]:
 
 
 def _mutate_fields(rng: random.Random, row: dict[str, Any]) -> dict[str, Any]:
-    """One field of an entry of an index: mostly of the right type, and beyond what a file can hold."""
+    """Change one field of an index entry, mostly to a value of the right type that no file has."""
     row = dict(row)
     key = rng.choice(sorted(row)) if row else "x"
     value = row.get(key)
@@ -290,7 +290,7 @@ def build_shards(rng: random.Random, seeds: Path, folder: Path) -> Case:
 
 
 def build_index(rng: random.Random, seeds: Path, folder: Path) -> Case:
-    """A folder whose index file is changed; its hash is at times the right one of what it says."""
+    """Build a folder with a changed index file, whose hash sometimes fits the changes."""
     copy_folder(seeds, folder)
     path = folder / INDEX_NAME
     is_good = rng.random() < 0.05
@@ -306,7 +306,7 @@ def build_index(rng: random.Random, seeds: Path, folder: Path) -> Case:
 
 
 def _hash_of(rows: Sequence[Any]) -> Any:
-    """The hash of the rows, where they are entries."""
+    """Return the hash of those rows that are entries."""
     try:
         entries = [entry_from_fields(dict(row)) for row in rows]
         return VideoIndex(Path(), [entry for entry in entries if isinstance(entry, Video)]).content_hash

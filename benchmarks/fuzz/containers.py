@@ -128,7 +128,7 @@ _RECORDS: dict[str, Callable[[bytes], Iterator[Record]]] = {
 
 
 def records_of(data: bytes, suffix: str) -> list[Record]:
-    """The records of a container, parents before their children; those behind the first damage are left out."""
+    """Return the records of a container, parents before children, up to the first damage."""
     return list(_RECORDS[suffix](data))
 
 
@@ -175,7 +175,7 @@ def _put(data: bytes, at: int, value: int, size: int) -> bytes:
 
 
 def _mp4_times(rng: random.Random, data: bytes) -> bytes:
-    """One word of a table of times, or of a header that has a time scale."""
+    """Change one word of a table of times, or of a header with a time scale."""
     names = (b"stts", b"stts", b"ctts", b"ctts", b"elst", b"mvhd", b"mdhd", b"tkhd")
     boxes = [box for box in mp4_boxes(data) if box.name == rng.choice(names) and box.stop - box.content > 8]
     if not boxes:
@@ -186,7 +186,7 @@ def _mp4_times(rng: random.Random, data: bytes) -> bytes:
 
 
 def _ebml_times(rng: random.Random, data: bytes) -> bytes:
-    """The time of a block or of a cluster, the scale, a duration."""
+    """Change the time of a block or of a cluster, the scale, or a duration."""
     lengths = {
         b"\xa3": None,
         b"\xa1": None,
@@ -208,7 +208,7 @@ def _ebml_times(rng: random.Random, data: bytes) -> bytes:
 
 
 def _pes_times(rng: random.Random, data: bytes) -> bytes:
-    """The presentation time of a packet of MPEG, moved, or removed (its flag is cleared)."""
+    """Move the presentation time of an MPEG packet, or remove it (clear its flag)."""
     places = [
         match.start() for match in re.finditer(rb"\x00\x00\x01[\xe0-\xef]..[\x80-\x8f][\x80-\xc0]", data, re.DOTALL)
     ]
@@ -228,7 +228,7 @@ def _flv_times(rng: random.Random, data: bytes) -> bytes:
 
 
 def _avi_times(rng: random.Random, data: bytes) -> bytes:
-    """The rate or the length in a header; or a frame that was dropped, which is an empty chunk."""
+    """Change the rate or the length in a header, or drop a frame (an empty chunk)."""
     chunks = list(riff_chunks(data))
     headers = [chunk for chunk in chunks if chunk.name in (b"strh", b"avih")]
     frames = [chunk for chunk in chunks if chunk.name[2:] in (b"dc", b"db")]
@@ -252,5 +252,5 @@ TIMED_SUFFIXES = tuple(_TIMES)
 
 
 def damage_times(rng: random.Random, data: bytes, suffix: str) -> bytes:
-    """Change one time, or one that times are computed from, in a file's bytes."""
+    """Change one time in a file's bytes, or a value that times are computed from."""
     return _TIMES[suffix](rng, data)

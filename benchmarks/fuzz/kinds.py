@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class WrongError(Exception):
-    """The library accepted an input and made something impossible or wrong of it."""
+    """The library accepted an input and derived something impossible or wrong from it."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,6 @@ class Kind:
 
 
 def require(condition: bool, what: str) -> None:
-    """Raises WrongError unless the condition holds."""
+    """Raise WrongError unless the condition holds."""
     if not condition:
         raise WrongError(what)

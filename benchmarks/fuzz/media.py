@@ -41,14 +41,14 @@ CODECS = (
 
 
 def paint(number: int) -> NDArray[np.uint8]:
-    """A picture [H, W] of the number's bits, and of the inverted ones below."""
+    """Paint the bits of a number, [H, W], with the inverted bits below."""
     bits = np.array([number >> bit & 1 for bit in range(NUM_BITS)])
     blocks = np.concatenate([bits, 1 - bits]).reshape(HEIGHT // BLOCK, WIDTH // BLOCK)
     return (40 + 170 * blocks).astype(np.uint8).repeat(BLOCK, axis=0).repeat(BLOCK, axis=1)
 
 
 def number_in(frame: NDArray[Any]) -> int | None:
-    """[C, H, W] or [H, W] -> the number that is painted; None: not one of these pictures."""
+    """Return the number that a picture [C, H, W] or [H, W] shows, None if it shows none."""
     image = frame.astype(np.float32)
     image = image.mean(axis=0) if image.ndim == 3 else image
     if image.shape != (HEIGHT, WIDTH):
@@ -59,7 +59,7 @@ def number_in(frame: NDArray[Any]) -> int | None:
 
 
 def write_video(path: Path, codec: Codec, num_frames: int = NUM_FRAMES) -> None:
-    """Raises av.FFmpegError, ValueError: the container does not hold the codec."""
+    """Write a video. Raises av.FFmpegError, ValueError: the container does not support the codec."""
     import av
 
     with av.open(str(path), "w") as container:
@@ -74,7 +74,7 @@ def write_video(path: Path, codec: Codec, num_frames: int = NUM_FRAMES) -> None:
 
 
 def shows_its_numbers(path: Path, num_frames: int = NUM_FRAMES) -> bool:
-    """Return whether FFmpeg itself, asked for one frame after the other, gives all of them in order."""
+    """Return whether FFmpeg decodes all frames in order."""
     import av
 
     try:

@@ -122,7 +122,7 @@ _DAMAGES: tuple[Callable[[random.Random, bytes, bytes], bytes], ...] = (
 
 
 def damage_bytes(rng: random.Random, data: bytes, other: bytes = b"") -> bytes:
-    """Damage bytes in one place or in several. other: what may be spliced in."""
+    """Damage bytes in one place or in several. other: bytes that may be spliced in."""
     for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
         if data:
             data = rng.choice(_DAMAGES)(rng, data, other or data)
@@ -138,7 +138,7 @@ def odd_value(rng: random.Random) -> Any:
 
 
 def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
-    """Each (container, key or index) of a tree of dicts and lists."""
+    """Return each (container, key or index) of a tree of dicts and lists."""
     keys: Sequence[Any] = list(tree) if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ()
     for key in keys:
         yield tree, key
@@ -146,7 +146,7 @@ def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _vary(rng: random.Random, value: Any) -> Any:
-    """A value near another one, or an odd one."""
+    """Return a value near another one, or an odd one."""
     if rng.random() < 0.4:
         return odd_value(rng)
     if isinstance(value, bool) or value is None:

@@ -50,7 +50,7 @@ class Tally:
 
 
 class Workplace:
-    """A folder with the seeds of kinds, which are prepared when a kind is first used, and with the present round."""
+    """A folder with the seeds of kinds, prepared at a kind's first use, and with the current round."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -69,7 +69,7 @@ class Workplace:
 
 
 def _import_early() -> None:
-    """Import here what every round would otherwise import again; children are forks of this process."""
+    """Import modules that every round would import otherwise; child processes are forks of this one."""
     import av
     import matplotlib.font_manager
 
@@ -83,12 +83,12 @@ def _import_early() -> None:
 
 
 def kind_of(seed: int, names: Sequence[str]) -> Kind:
-    """The kinds take turns."""
+    """Return the kind of a round; kinds alternate."""
     return KINDS[names[seed % len(names)]]
 
 
 def fuzz_for(seconds: float, first_seed: int, names: Sequence[str], out: Path) -> int:
-    """Rounds from first_seed on until the time is over; prints findings and the table -> the exit code."""
+    """Run rounds from first_seed on until the time is over, print findings and the table, and return the exit code."""
     tallies = {name: Tally() for name in names}
     sorts: Counter[str] = Counter()
     skips: Counter[str] = Counter()
@@ -121,7 +121,7 @@ def fuzz_for(seconds: float, first_seed: int, names: Sequence[str], out: Path) -
 
 
 def repeat(kind: Kind, seed: int, out: Path) -> int:
-    """Run one round, print what became of it -> the exit code."""
+    """Run one round, print its outcome and return the exit code."""
     with tempfile.TemporaryDirectory(prefix="fuzz_") as folder:
         workplace = Workplace(Path(folder))
         outcome = workplace.run(kind, seed)
@@ -131,7 +131,7 @@ def repeat(kind: Kind, seed: int, out: Path) -> int:
 
 
 def save(round_folder: Path, kind: Kind, seed: int, out: Path) -> Path:
-    """Copy a round: its input as the library left it, and what it printed."""
+    """Copy a round: its input after the attempt, and its output."""
     saved = out / f"{kind.name}_{seed}"
     shutil.rmtree(saved, ignore_errors=True)
     saved.mkdir(parents=True)

@@ -1,7 +1,6 @@
 """Configs with overrides, and run folders of strangers."""
 
 import argparse
-import importlib.util
 import json
 import os
 import random
@@ -10,10 +9,8 @@ import struct
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import torch
 import yaml
 
 import worldmodel
@@ -21,22 +18,15 @@ from benchmarks.fuzz.kinds import Case, Kind, require
 from benchmarks.fuzz.mutate import ODD_TEXTS, damage_bytes, dumps, mutate_json, mutate_text, odd_value
 from data_pipelines.errors import UserError
 from data_pipelines.worlds.moving_mnist import write_moving_mnist
+from worldmodel import load
+from worldmodel.commands import compare
 from worldmodel.config import load_config, to_dict, to_yaml
+from worldmodel.evaluation.evaluate import evaluate
 from worldmodel.report.run_page import report_of_run
 from worldmodel.runs.checkpoint import load_checkpoint, load_run_config, save_checkpoint
 from worldmodel.training.loop import train
 
 REPO = Path(__file__).resolve().parents[2]
-
-
-def _script(name: str) -> ModuleType:
-    """A file of scripts/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"fuzzed_{name}", REPO / "scripts" / f"{name}.py")
-    assert spec is not None and spec.loader is not None, f"scripts/{name}.py is there"
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 # ------------------------------------------------------------------------------------------------------- configs
 
@@ -100,7 +90,7 @@ def prepare_configs(seeds: Path) -> None:
 
 
 def odd_yaml(rng: random.Random, value: Any) -> str:
-    """The YAML of a value, or text that is special in YAML."""
+    """Return the YAML of a value, or text that is special in YAML."""
     if rng.random() < 0.5:
         return rng.choice(ODD_YAML)
     text = dumps(rng, value) if rng.random() < 0.5 else _dump_yaml(value)
@@ -115,7 +105,7 @@ def _dump_yaml(value: Any) -> str:
 
 
 def _mutate_yaml(rng: random.Random, text: str) -> bytes:
-    """The tree of a config changed, a value replaced, lines changed."""
+    """Change the tree of a config, replace a value, or change lines."""
     what = rng.random()
     if what < 0.45:
         tree = mutate_json(rng, yaml.safe_load(text))
@@ -141,7 +131,7 @@ def _paths_of(tree: Any, prefix: str = "") -> list[str]:
 
 
 def build_config(rng: random.Random, seeds: Path, folder: Path) -> Case:
-    """A config of ours with a changed text or with odd overrides."""
+    """Build a config of the project with changed text or odd overrides."""
     source = rng.choice(sorted(seeds.iterdir()))
     path = folder / "config.yaml"
     overrides: list[str] = []
@@ -183,16 +173,16 @@ TINY = (
 
 
 def prepare_run(seeds: Path) -> None:
-    """A tiny run, trained for two steps and evaluated."""
+    """Train a tiny run for two steps and evaluate it."""
     write_moving_mnist(seeds / "world", {"train": 16, "selection": 16, "test": 24}, num_processes=1)
     overrides = [*TINY, f"data.root={seeds / 'world'}", f"run_dir={seeds / 'run'}"]
     run = train(load_config(REPO / "configs" / "demo.yaml", overrides))
-    _script("evaluate").evaluate(run, "latest", None, torch.device("cpu"), allow_remote=False)
+    evaluate(load(run, device="cpu"))
     shutil.rmtree(seeds / "world")
 
 
 def build_run(rng: random.Random, seeds: Path, folder: Path) -> Case:
-    """A run folder with one or two files changed, or with links in it; then it is used in one of the ways there are."""
+    """Build a run folder with one or two changed files or with links, and a use of it."""
     run, victim = folder / "run", folder / "victim"
     shutil.copytree(seeds / "run", run)
     victim.mkdir()
@@ -256,7 +246,7 @@ def _mutate_file(rng: random.Random, path: Path) -> bytes:
 
 
 def _mutate_safetensors(rng: random.Random, content: bytes) -> bytes:
-    """The header, the size of it that is stated, numbers that are not finite, or any bytes."""
+    """Change the header, its stated size or any bytes, or store numbers that are not finite."""
     what = rng.random()
     length = struct.unpack("<Q", content[:8])[0]
     if what < 0.2:
@@ -272,7 +262,7 @@ def _mutate_safetensors(rng: random.Random, content: bytes) -> bytes:
 
 
 def _plant(rng: random.Random, run: Path, path: Path, victim: Path) -> None:
-    """A link to what is not the run's, a folder or nothing where a file belongs."""
+    """Place a link to a file outside of the run, a folder or nothing at the path of a file."""
     what = rng.randrange(6)
     if what == 0:
         path.with_name(f".{path.name}.partial").symlink_to(victim / "kept.txt")
@@ -317,11 +307,11 @@ def _report(run: Path) -> None:
 
 
 def _compare(run: Path) -> None:
-    _script("compare").compare_folders(argparse.Namespace(runs=[run], out=run.with_name("comparison")))
+    compare.compare_folders(argparse.Namespace(runs=[run], out=run.with_name("comparison")))
 
 
 def _save(run: Path) -> None:
-    """Save one more checkpoint, as a training that is resumed does; its config.yaml stays."""
+    """Save one more checkpoint, as a resumed training does; config.yaml stays the same."""
     load_run_config(run)
     checkpoint = load_checkpoint(run)
     if checkpoint is None:

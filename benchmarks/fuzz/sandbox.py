@@ -23,7 +23,7 @@ from typing import Any, Literal
 from benchmarks.fuzz.kinds import Kind, WrongError
 from data_pipelines.errors import UserError
 
-PACKAGES = ("data_pipelines", "worldmodel", "scripts")
+PACKAGES = ("data_pipelines", "worldmodel")
 MAX_REASON_CHARS = 10_000
 MAX_PEAK_MIB = 1024  # resident, above what the process had before the case
 MAX_ADDRESS_MIB = 4096  # virtual, likewise: what the case cannot go beyond
@@ -36,7 +36,7 @@ Verdict = Literal["accepted", "refused", "finding", "skipped"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a case. reason: of a refusal or a finding, in one line; place: the innermost line of ours."""
+    """The result of a case. reason: of a refusal or a finding, in one line; place: the innermost line of our code."""
 
     verdict: Verdict
     reason: str = ""
@@ -46,12 +46,12 @@ class Outcome:
 
 
 def is_clean(text: str) -> bool:
-    """Return whether a message is one line without control characters, and of a length that a terminal can take."""
+    """Return whether a message is one line without control characters and of acceptable length."""
     return len(text) <= MAX_REASON_CHARS and not any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in text)
 
 
 def prepare_in_child(kind: Kind, seeds: Path) -> None:
-    """Write a kind's seeds. Raises RuntimeError: that fails."""
+    """Write a kind's seeds. Raises RuntimeError: this fails."""
     seeds.mkdir(parents=True)
     pid = os.fork()
     if pid == 0:
@@ -72,7 +72,7 @@ def prepare_in_child(kind: Kind, seeds: Path) -> None:
 
 
 def run_case(kind: Kind, seed: int, seeds: Path, folder: Path) -> Outcome:
-    """Build the case `seed` of a kind in folder/input and attempt it, in a process that cannot harm this one."""
+    """Build the case `seed` of a kind in folder/input and attempt it in an isolated process."""
     for name in ("input", "home", "tmp"):
         (folder / name).mkdir(parents=True)
     incoming, outgoing = os.pipe()
@@ -94,7 +94,7 @@ def run_case(kind: Kind, seed: int, seeds: Path, folder: Path) -> Outcome:
 def _judge(
     kind: Kind, built: Any, result: Any, status: int, usage: resource.struct_rusage, wall_s: float, folder: Path
 ) -> Outcome:
-    """Messages of the child (None: the end of the pipe, "late": none in time) and its end -> the outcome."""
+    """Return the outcome from the child's messages (None: end of the pipe, "late": none in time) and its exit."""
     if built == "late":
         return Outcome("skipped", "the case is not built in time")
     if result is None and built is None:
@@ -115,7 +115,7 @@ def _judge(
 
 
 def _receive(pipe: Any, timeout_s: float) -> Any:
-    """The next line of JSON; None at the end of the pipe; "late" if there is none in time."""
+    """Return the next line of JSON, None at the end of the pipe, "late" if there is none in time."""
     ready, _, _ = select.select([pipe], [], [], timeout_s)
     if not ready:
         return "late"
@@ -135,7 +135,7 @@ def _last_words(folder: Path) -> str:
 
 
 def _place_in(output: str) -> str:
-    """The first line of ours in a traceback of faulthandler, whose innermost line comes first."""
+    """Return the first line of our code in a traceback of faulthandler, whose innermost line comes first."""
     for file, line, name in re.findall(r'File "([^"]+)", line (\d+) in (\w+)', output):
         if _is_ours(file):
             return f"{_short(file)}:{line} {name}"
@@ -232,7 +232,7 @@ def _redirect(path: Path) -> None:
 
 
 def _catch_log() -> list[tuple[str, str]]:
-    """Collect what the packages log from INFO on: messages, and the places that they come from."""
+    """Collect the packages' log from INFO on: messages and their places."""
     messages: list[tuple[str, str]] = []
 
     class Collect(logging.Handler):
@@ -248,7 +248,7 @@ def _catch_log() -> list[tuple[str, str]]:
 
 
 def _limit(cpu_s: int) -> float:
-    """Bound this process's time and memory from here on -> MiB that are resident now."""
+    """Limit this process's time and memory from here on. Return the resident MiB."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     size_mib, resident_mib = (int(status[key].split()[0]) / 1024 for key in ("VmSize", "VmRSS"))
@@ -276,7 +276,7 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def _watch(folder: Path) -> list[str]:
-    """Refuse, from here on, what a case must not do, and list it: a change outside of folder, programs, network."""
+    """Reject and list forbidden actions from here on: changes outside of folder, programs, network."""
     allowed = (os.path.realpath(folder), "/dev/null", "/dev/shm", "/proc/self")
     violations: list[str] = []
 

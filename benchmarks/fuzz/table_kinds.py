@@ -28,7 +28,11 @@ PATH_TRICKS = ("../{}", "/{}", "./{}", "x/../{}", "{}/", "{}\0", "{} ", "//{}", 
 
 
 def check_index(index: VideoIndex) -> None:
-    """Raises WrongError: the labels of an index do not fit its rows. Raises UserError: it holds no clip."""
+    """Check that the labels of an index fit its rows.
+
+    Raises:
+        WrongError: they do not. UserError: the index holds no clip.
+    """
     for name, values in {**index.labels, **index.frame_labels}.items():
         require(isinstance(name, str), f"a label is called {name!r}")
         require(values.dtype in (torch.int64, torch.float32), f"label {name!r} is {values.dtype}")
@@ -50,7 +54,7 @@ def check_index(index: VideoIndex) -> None:
 
 
 def prepare_folder(seeds: Path) -> None:
-    """A folder of three videos, indexed."""
+    """Write a folder of three videos, indexed."""
     (seeds / "sub").mkdir()
     for name, length in LENGTHS.items():
         write_video(seeds / name, CODECS[0], length)
@@ -63,7 +67,7 @@ def copy_folder(seeds: Path, folder: Path) -> None:
 
 
 def make_rows(rng: random.Random) -> list[dict[str, Any]]:
-    """Valid labels of each video: numbers, lists, lists for each frame, texts."""
+    """Return valid labels of each video: numbers, lists, lists for each frame, texts."""
     return [
         {
             "file_name": name,
@@ -78,7 +82,7 @@ def make_rows(rng: random.Random) -> list[dict[str, Any]]:
 
 
 def _mutate_rows(rng: random.Random, rows: list[dict[str, Any]]) -> Any:
-    """Rows that are missing, doubled or misnamed, lists that are one too long or too short, odd values."""
+    """Remove, double or misname rows, make lists too long or too short by one, insert odd values."""
     what = rng.randrange(8)
     row = rng.choice(rows)
     if what == 0:
@@ -103,7 +107,7 @@ def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _csv(rows: Any) -> str:
-    """A CSV of whatever can stand in one."""
+    """Return a CSV of arbitrary cells."""
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     out = io.StringIO()
     names = list(dict.fromkeys(name for row in rows for name in _cells(row)))
@@ -114,7 +118,7 @@ def _csv(rows: Any) -> str:
 
 
 def _parquet(rows: Any) -> bytes:
-    """A Parquet table of the rows; columns that it cannot hold become text."""
+    """Write a Parquet table of the rows; unsupported columns become text."""
     import pyarrow
     from pyarrow import parquet
 
@@ -160,7 +164,7 @@ def _line(rng: random.Random, row: Any, escaped: bool) -> str:
 
 
 def _odd_file(rng: random.Random, folder: Path, path: Path) -> None:
-    """A second metadata file, or something that is no regular file in its place."""
+    """Write a second metadata file, or something that is not a regular file in its place."""
     what = rng.randrange(5)
     if what == 0:
         shutil.copyfile(path, folder / "sub" / path.name)
@@ -210,7 +214,7 @@ def prepare_lerobot(seeds: Path) -> None:
 
 
 def lerobot_tables() -> tuple[dict[str, Any], dict[str, list[Any]], dict[str, list[Any]]]:
-    """meta/info.json, and the columns of meta/episodes and of data."""
+    """Return meta/info.json and the columns of meta/episodes and of data."""
     types = {"action": "float32", "observation.state": "float32", "timestamp": "float32", "frame_index": "int64"}
     types |= {"episode_index": "int64", "index": "int64", "task_index": "int64", CAMERA: "video"}
     info = {
@@ -239,7 +243,7 @@ def lerobot_tables() -> tuple[dict[str, Any], dict[str, list[Any]], dict[str, li
 
 
 def _table(columns: Mapping[str, Sequence[Any]]) -> bytes:
-    """Columns -> Parquet; those that it cannot hold become text."""
+    """Write columns as Parquet; unsupported ones become text."""
     import pyarrow
     from pyarrow import parquet
 
@@ -256,7 +260,7 @@ def _table(columns: Mapping[str, Sequence[Any]]) -> bytes:
 
 
 def _mutate_columns(rng: random.Random, columns: dict[str, list[Any]]) -> None:
-    """Cells, types, rows and names of a table."""
+    """Change cells, types, rows and names of a table."""
     name = rng.choice(list(columns))
     values = columns[name]
     at = rng.randrange(len(values))

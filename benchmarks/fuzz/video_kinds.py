@@ -44,7 +44,7 @@ def _seeds(folder: Path, suffixes: Sequence[str] | None = None) -> list[Path]:
 
 
 def build_video(rng: random.Random, seeds: Path, folder: Path) -> Case:
-    """Copy a video and damage its records or its bytes; one in eight is left as it is."""
+    """Copy a video and damage its records or its bytes; one in eight stays valid."""
     source, other = rng.choice(_seeds(seeds)), rng.choice(_seeds(seeds))
     path = folder / f"video{source.suffix}"
     data, suffix = source.read_bytes(), source.suffix
@@ -72,7 +72,7 @@ def attempt_video(
     order: str,
     rng: random.Random,
 ) -> str:
-    """Index a file, check what the index says, read frames. numbers: those that its frames show."""
+    """Index a file, check the facts in the index, and read frames. numbers: those that its frames show."""
     entry = index_file(path.parent, path.name)
     if isinstance(entry, BadFile):
         return entry.reason or "without a reason"
@@ -88,7 +88,7 @@ def attempt_video(
 
 
 def check_facts(video: Video) -> None:
-    """Raises WrongError: the facts of a video cannot be true, or do not survive the index file."""
+    """Check that the facts of a video are possible and survive the index file. Raises WrongError: they do not."""
     require(video.num_frames >= 1 and video.width >= 1 and video.height >= 1, f"impossible size: {video}"[:300])
     for name in ("fps", "duration_s", "tick_s"):
         require(0 <= getattr(video, name) < float("inf"), f"{name}={getattr(video, name)}")
@@ -104,7 +104,7 @@ def check_facts(video: Video) -> None:
 
 
 def check_resampling(video: Video, fps: float) -> str:
-    """Check frames_on_screen at a rate -> the reason if it refuses."""
+    """Check frames_on_screen at a rate. Return the reason if it refuses."""
     try:
         source = frames_on_screen(video, fps)
     except UserError as error:
@@ -118,7 +118,7 @@ def check_resampling(video: Video, fps: float) -> str:
 
 
 def read_some(path: Path, video: Video, decoder: str, numbers: list[int] | None, order: str, rng: random.Random) -> str:
-    """Read frames in order or here and there -> the reason if one does not come."""
+    """Read frames in order or at random. Return the reason if one is missing."""
     count = min(video.num_frames, MAX_READS)
     frames = list(range(count)) if order == "forward" else [rng.randrange(video.num_frames) for _ in range(count // 2)]
     size_px, channels = rng.choice(((None, 3), (None, 1), (32, 1), (96, 3)))
@@ -186,7 +186,7 @@ def _decreasing(rng: random.Random, times: Times, step: int) -> None:
 
 
 def _shifted(rng: random.Random, times: Times, step: int) -> None:
-    """From one packet on: a gap, a jump of hours, of the 33 bits of MPEG, or back."""
+    """Shift times from one packet on: a gap, a jump of hours, a wrap of MPEG's 33 bits, or a jump back."""
     at = rng.randrange(len(times))
     ticks = rng.choice((5 * step, 1000 * step, 3600 * FPS * step, 2**31, 2**33, -step, -100 * step, -(2**31)))
     for pair in times[at:]:
@@ -211,7 +211,7 @@ def _equal(rng: random.Random, times: Times, step: int) -> None:
 
 
 def _dropped(rng: random.Random, times: Times, step: int) -> None:
-    """A packet that is not there; the first one too."""
+    """Drop a packet, possibly the first one."""
     del times[rng.choice((0, 1, rng.randrange(len(times))))]
 
 
@@ -234,7 +234,7 @@ TIME_BASES = (
 def _write_with_fault(
     rng: random.Random, source: Path, path: Path, fault: Callable[[random.Random, Times, int], None]
 ) -> bool:
-    """Copy packets with changed times -> whether FFmpeg wrote such a file."""
+    """Copy packets with changed times. Return whether FFmpeg wrote the file."""
     import av
 
     try:

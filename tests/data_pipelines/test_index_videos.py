@@ -1,4 +1,4 @@
-"""scripts/index_videos.py: what it prints, what it writes, and what it says about mistakes."""
+"""`worldmodel index`: its output, the index, and its messages for mistakes."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.indexing.index_file import INDEX_NAME
 from data_pipelines.shards.packing import pack_videos
-from scripts.index_videos import main
+from worldmodel.commands.main import main
 
 
 @pytest.fixture
@@ -22,9 +22,8 @@ def folder(tmp_path: Path, write_video: Any) -> Path:
 
 
 def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr("sys.argv", ["index_videos.py", *arguments])
     try:
-        return main()
+        return main(["index", *arguments])
     except SystemExit as exit_code:
         assert isinstance(exit_code.code, int)
         return exit_code.code

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from tests.conftest import REPO
-from worldmodel.commands.shared import leave
+from worldmodel.commands.exits import leave
 from worldmodel.config import TrainConfig, load_config
 from worldmodel.training import launch, step_log
 from worldmodel.training.loop import train

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 
 from data_pipelines.batches import Batch
 from tests.conftest import REPO
+from worldmodel.commands.exits import leave
 from worldmodel.commands.process import stop_signals
-from worldmodel.commands.shared import leave
 from worldmodel.config import load_config
 from worldmodel.nets.parallel import is_sharded, local_shard
 from worldmodel.sources import make_source

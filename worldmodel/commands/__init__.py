@@ -1,4 +1,4 @@
-"""Commands: arguments, one-line errors, and the effects on a whole process that only a command may have.
+"""The `worldmodel` command: one module per command, one-line errors, effects on the whole process.
 
-Nothing in the other rooms imports this one.
+Nothing in the other folders imports this one.
 """

@@ -1,69 +1,140 @@
-"""What all command-line scripts share: one line for a user's mistake, no traceback."""
+"""Arguments that several commands share, and checks of arguments before the work begins."""
 
 import argparse
 import json
-import logging
-import os
-import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from data_pipelines.errors import UserError, one_line, one_line_logger
 from data_pipelines.files import check_writable, write_text
-from data_pipelines.remote.stores import check_url, host_of
 from data_pipelines.text_files import shown
-from worldmodel.commands.terminal import safe_terminal
+
+if TYPE_CHECKING:
+    import torch
 
 log = one_line_logger(__name__)
 
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 MAX_COUNT, MAX_SEED = 2**20, 10**18
 
+# ------------------------------------------------------------------------------------------------------ arguments
 
-@contextmanager
-def report_errors() -> Iterator[None]:
-    """Turn a UserError into one line and exit code 2, Ctrl-C into exit code 130.
 
-    What is printed and logged meanwhile is safe for a terminal (worldmodel/commands/terminal.py).
+def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add --config, which `find_config` resolves."""
+    parser.add_argument(
+        "--config", required=required, metavar="NAME", help="a shipped config, such as demo, or the path of a YAML file"
+    )
+
+
+def add_run(parser: argparse.ArgumentParser, kind: str = "a trained run") -> None:
+    """Add --run."""
+    parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help=f"folder of {kind}")
+
+
+def add_video(parser: argparse.ArgumentParser) -> None:
+    """Add --video, which `check_video` checks."""
+    parser.add_argument("--video", type=Path, required=True, metavar="FILE", help="a video file")
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add --checkpoint."""
+    parser.add_argument(
+        "--checkpoint", choices=["latest", "best"], default="latest", help="checkpoint to load (default: latest)"
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add --device, which `check_device` resolves."""
+    parser.add_argument("--device", metavar="NAME", help="torch device (default: cuda if there is a GPU, else cpu)")
+
+
+def add_seed(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """Add --seed, which `check_seed` checks."""
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help=f"{meaning} (default: 0)")
+
+
+def add_out(
+    parser: argparse.ArgumentParser, meaning: str, *, metavar: str = "FOLDER", default: Path | None = None
+) -> None:
+    """Add --out: a folder to write into, or a file to write. It is required if there is no default."""
+    parser.add_argument(
+        "--out", type=Path, required=default is None, default=default, metavar=metavar, help=f"{meaning} to write"
+    )
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Add --num-processes."""
+    parser.add_argument(
+        "--num-processes", type=int, metavar="N", help="processes that write videos (default: one per core)"
+    )
+
+
+def add_env(parser: argparse.ArgumentParser) -> None:
+    """Add --env."""
+    parser.add_argument(
+        "--env", required=True, metavar="ID", help="id of the environment; MODULE:ID imports MODULE first"
+    )
+
+
+def add_env_kwargs(container: "argparse._ActionsContainer", meaning: str = "arguments of gymnasium.make") -> None:
+    """Add --env-kwargs, which data_pipelines.worlds.recorder.parse_kwargs parses; None if it is not given."""
+    container.add_argument("--env-kwargs", nargs="+", metavar="NAME=VALUE", help=meaning)
+
+
+def add_overwrite(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add --overwrite."""
+    parser.add_argument("--overwrite", action="store_true", help=f"replace {what}")
+
+
+def add_overrides(parser: argparse.ArgumentParser, meaning: str, metavar: str = "key=value") -> None:
+    """Add the positional arguments `overrides`."""
+    parser.add_argument("overrides", nargs="*", metavar=metavar, help=meaning)
+
+
+def add_allow_remote(parser: argparse.ArgumentParser) -> None:
+    """Add --allow-remote, on which `check_remote` insists."""
+    parser.add_argument(
+        "--allow-remote", action="store_true", help="allow reading the run's videos from the URL in its config"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- checks
+
+
+def find_config(name: str) -> Path:
+    """Return the path of a config: of the file with this path, otherwise of the shipped config with this name.
+
+    Raises:
+        UserError: the name is neither a path nor a shipped config.
     """
-    with safe_terminal():
-        try:
-            yield
-        except UserError as error:
-            message = f"error: {error}"
-            print(message, file=sys.stderr)
-            if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-                # The launcher of several processes ends with a summary of its own, which then names the cause.
-                summary = {"message": message, "timestamp": int(time.time())}
-                Path(error_file).write_text(json.dumps(summary), encoding="utf-8")
-            leave(EXIT_USER_ERROR)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            leave(EXIT_INTERRUPTED)
+    path = Path(name)
+    try:
+        if path.exists() and not path.is_dir():
+            return path
+    except (OSError, ValueError):  # a name that is too long, or has a NUL
+        pass
+    shipped = shipped_configs()
+    if name in shipped:
+        return shipped[name]
+    if path.suffix in (".yaml", ".yml"):
+        return path  # the reader's message says what is wrong with it
+    raise UserError(f"--config {shown(name)} is neither a file nor a shipped config: {', '.join(shipped)}")
 
 
-def leave(code: int) -> NoReturn:
-    """End this process with an exit code; one of several ends at once, when what it wrote is out.
-
-    While the interpreter ends, a thread of Gloo that lets go of a tensor aborts the process
-    (https://github.com/pytorch/pytorch/issues/190489), and DDP keeps those threads when the process group is destroyed.
-    """
-    if os.environ.get("WORLD_SIZE", "1").strip() != "1":
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+def shipped_configs() -> dict[str, Path]:
+    """Return the configs that are installed with the package by name, such as demo or causal/isotropic."""
+    folder = Path(__file__).resolve().parents[1] / "configs"
+    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
+    return {name: found[name] for name in sorted(found) if not name.startswith("accelerate/")}
 
 
 def check_counts(args: argparse.Namespace, *names: str) -> None:
-    """Raises UserError: one of these options, where it is given, is below 1 or above MAX_COUNT."""
+    """Check that these options, if given, are from 1 to MAX_COUNT.
+
+    Raises:
+        UserError: one is not.
+    """
     for name in names:
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -73,14 +144,26 @@ def check_counts(args: argparse.Namespace, *names: str) -> None:
 
 
 def check_seed(args: argparse.Namespace, name: str = "seed") -> None:
-    """Raises UserError: this option is negative or too large for a generator."""
+    """Check that this option is from 0 to MAX_SEED, as a random generator requires.
+
+    Raises:
+        UserError: it is not.
+    """
     value = getattr(args, name)
     if not 0 <= value <= MAX_SEED:
         raise UserError(f"--{name.replace('_', '-')} must be from 0 to {MAX_SEED:,}, not {shown(value)}")
 
 
-def check_device(name: str) -> torch.device:
-    """Return the device of this name. Raises UserError: there is no such device on this machine."""
+def check_device(name: str | None) -> "torch.device":
+    """Return the device with this name; None chooses the GPU if there is one, otherwise the CPU.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
+    import torch
+
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -88,7 +171,11 @@ def check_device(name: str) -> torch.device:
 
 
 def check_video(path: Path) -> None:
-    """Raises UserError: no regular file is there."""
+    """Check that a path leads to a regular file.
+
+    Raises:
+        UserError: it does not.
+    """
     try:
         is_file, exists = path.is_file(), path.exists()
     except (OSError, ValueError) as error:  # a name that is too long, or has a NUL
@@ -98,10 +185,10 @@ def check_video(path: Path) -> None:
 
 
 def make_out_folder(path: Path, name: str = "") -> None:
-    """Make the folder that results go to, before the work that leads to them; messages call it `name`, or --out.
+    """Create the folder of the results before the work begins. Messages call it `name`, by default --out PATH.
 
     Raises:
-        UserError: it cannot be made, or files cannot be written there.
+        UserError: it cannot be created, or files cannot be written into it.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -111,7 +198,11 @@ def make_out_folder(path: Path, name: str = "") -> None:
 
 
 def check_out_file(path: Path) -> None:
-    """Make the folder of the file that results go to. Raises UserError: such a file cannot be written there."""
+    """Create the folder of a result file before the work begins.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"cannot write to --out {path}: it is not a regular file")
@@ -121,25 +212,27 @@ def check_out_file(path: Path) -> None:
 
 
 def check_run_writable(run: Path) -> None:
-    """Raise UserError where nothing can be written into the run folder, before hours of work are lost by it."""
+    """Check that files can be written into a run folder before the work begins.
+
+    Raises:
+        UserError: they cannot.
+    """
     try:
         check_writable(run)
     except OSError as error:
         raise UserError(f"cannot write into {run}: {error.strerror or error}") from error
 
 
-def add_allow_remote(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--allow-remote", action="store_true", help="read the run's videos from the URL in its config")
-
-
 def check_remote(url: str | None, is_allowed: bool) -> None:
-    """Report the host from which a run's videos are read. A run may come from a stranger: its user has to agree first.
+    """Log the host from which a run's videos are read. The run may be a stranger's: the user must agree first.
 
     Raises:
-        UserError: the videos lie behind a URL, and the user has not agreed.
+        UserError: the videos are behind a URL, and the user has not agreed.
     """
     if url is None:
         return
+    from data_pipelines.remote.stores import check_url, host_of
+
     check_url(url)
     host = host_of(url)
     if not is_allowed:
@@ -150,7 +243,7 @@ def check_remote(url: str | None, is_allowed: bool) -> None:
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
-    """Write what a script found, as JSON.
+    """Write a command's result as JSON.
 
     Raises:
         UserError: the file cannot be written.

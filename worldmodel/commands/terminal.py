@@ -1,4 +1,4 @@
-"""The terminal: text that files and servers chose must not move its cursor or change its colours."""
+"""Safe output: text from files and servers must not move the cursor of a terminal or change its colours."""
 
 import logging
 import re
@@ -9,12 +9,12 @@ from typing import Any, TextIO
 
 from data_pipelines.errors import printable
 
-# What tqdm writes: a line over the last one, or nothing but the way to another line.
+# The output of tqdm: a line that replaces the last one, or cursor moves alone.
 _BAR = re.compile(r"(\r?)((?:\x1b\[A)*)(.*?)(\r?)", re.DOTALL)
 
 
 class Terminal:
-    """A text stream in front of another one that escapes what a terminal would act on, save for line ends.
+    """A text stream in front of another one. It escapes all characters that a terminal acts on, except line ends.
 
     A carriage return around a text, and a write that only moves the cursor up, pass: progress bars consist of them.
     Characters that the stream cannot encode are escaped as well.
@@ -43,7 +43,7 @@ class Terminal:
 
 @contextmanager
 def safe_terminal() -> Iterator[None]:
-    """Pass what is printed, logged or drawn as a progress bar through `Terminal`; log at INFO."""
+    """Pass printed text, log messages and progress bars through `Terminal`. The log level is INFO."""
     with redirect_stdout(Terminal(sys.stdout)), redirect_stderr(Terminal(sys.stderr)):
         handler = logging.StreamHandler()
         handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
@@ -52,7 +52,7 @@ def safe_terminal() -> Iterator[None]:
 
 
 class _Formatter(logging.Formatter):
-    """One line for each message, whatever it quotes; tracebacks keep their lines."""
+    """Format each message as one line. Tracebacks keep their lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = printable(record.message)

@@ -1,7 +1,5 @@
-"""scripts/compare.py in fresh processes: a grid, the same grid again, more seeds, an interruption, mistakes."""
+"""`worldmodel compare` in fresh processes: a grid, the same grid again, more seeds, an interruption, mistakes."""
 
-import argparse
-import importlib.util
 import json
 import re
 import signal
@@ -9,26 +7,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from data_pipelines.errors import UserError
 from tests.conftest import REPO, TINY, run_script, script_environment
+from tests.worldmodel.commands.test_script_mistakes import parsed
+from worldmodel.commands import compare
+from worldmodel.commands.grid import check_same_configs, is_done, keep_threads, make_grid
+from worldmodel.commands.jobs import only_writer
+from worldmodel.config import to_yaml
 
 DEMO = str(REPO / "configs" / "demo.yaml")
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    """scripts/compare.py as a module."""
-    spec = importlib.util.spec_from_file_location("compare", REPO / "scripts" / "compare.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["compare"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def grid(out: Path, *arguments: str, objectives: str = "byol infonce", seeds: str = "0") -> list[str]:
@@ -41,10 +32,6 @@ def grid(out: Path, *arguments: str, objectives: str = "byol infonce", seeds: st
 def tiny(world: Path) -> list[str]:
     """The tiny overrides that a grid leaves free."""
     return [*(override for override in TINY if not override.startswith("seed=")), f"data.root={world}"]
-
-
-def parse(script: ModuleType, *arguments: str) -> argparse.Namespace:
-    return script.parse(arguments)
 
 
 def assert_one_line(*arguments: str, tells: str) -> None:
@@ -129,7 +116,7 @@ def test_an_interruption_saves_and_the_same_command_goes_on(world: Path, tmp_pat
             time.sleep(0.05)
         running.send_signal(signal.SIGINT)
         _, errors = running.communicate(timeout=60)
-    assert running.returncode == 130 and "the same command goes on" in errors, errors
+    assert running.returncode == 130 and "the same command continues" in errors, errors
     index = json.loads((rows.parent / "checkpoints" / "index.json").read_text())
     step = int(index["latest"].removeprefix("step_"))
     assert 0 < step < 200
@@ -154,12 +141,10 @@ def test_an_interruption_saves_and_the_same_command_goes_on(world: Path, tmp_pat
         (["--launch", "no_such_launcher"], "no_such_launcher"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_written(
-    script: ModuleType, tmp_path: Path, arguments: list[str], tells: str
-) -> None:
+def test_mistakes_are_told_before_anything_is_written(tmp_path: Path, arguments: list[str], tells: str) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError) as caught:
-        script.compare(parse(script, *grid(out, objectives="byol"), *arguments))
+        compare.compare(parsed(*grid(out, objectives="byol"), *arguments))
     assert tells in str(caught.value) and "\n" not in str(caught.value)
     assert not out.exists()
 
@@ -170,18 +155,18 @@ def test_a_bad_objective_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
 
 
 def test_folders_of_evaluated_runs_are_compared_without_training(
-    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs, _ = script.make_grid(parse(script, *grid(tmp_path / "made", objectives="byol")))
+    runs, _ = make_grid(parsed(*grid(tmp_path / "made", objectives="byol")))
     for run, shift in zip(runs, (0.0, 0.5), strict=True):
         run.folder.mkdir(parents=True)
-        (run.folder / "config.yaml").write_text(script.to_yaml(run.config))
+        (run.folder / "config.yaml").write_text(to_yaml(run.config))
         scores = {"energy_score": [0.5 + shift, 1.0 + shift]}
         (run.folder / "metrics.json").write_text(json.dumps({"forecasts": {"model": scores}}))
         (run.folder / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": 2.0}\n')
     out = tmp_path / "out"
     arguments = ["--runs", *(str(run.folder) for run in runs), "--out", str(out)]
-    assert script.compare_folders(script.parse_folders(arguments)) == 0
+    assert compare.compare_folders(parsed(*arguments)) == 0
     rows = json.loads((out / "comparison.json").read_text())["cells"]
     assert [row["objective"] for row in rows] == ["byol-none/seed_0", "byol-gaussian/seed_0"]
     assert [row["stats"]["forecasts.model.energy_score.1"]["mean"] for row in rows] == [1.0, 1.5]
@@ -191,12 +176,12 @@ def test_folders_of_evaluated_runs_are_compared_without_training(
     )
     (runs[0].folder / "metrics.json").unlink()
     with pytest.raises(UserError, match=r"--runs .*seed_0: there is no metrics\.json, evaluate the run first"):
-        script.compare_folders(script.parse_folders(arguments))
+        compare.compare_folders(parsed(*arguments))
 
 
-def test_overrides_from_the_general_to_the_particular(script: ModuleType, tmp_path: Path) -> None:
+def test_overrides_from_the_general_to_the_particular(tmp_path: Path) -> None:
     settings = ["--set", "byol/none:train.lr=3e-3", "byol:train.lr=2e-3", "train.lr=1e-3", "train.steps=7"]
-    runs, refused = script.make_grid(parse(script, *grid(tmp_path, *settings, seeds="0 4 4")))
+    runs, refused = make_grid(parsed(*grid(tmp_path, *settings, seeds="0 4 4")))
     assert [(run.name, run.config.train.lr) for run in runs if run.seed == 4] == [
         ("byol-none/seed_4", 3e-3),
         ("byol-gaussian/seed_4", 2e-3),
@@ -210,58 +195,58 @@ def test_overrides_from_the_general_to_the_particular(script: ModuleType, tmp_pa
     assert (last.objective.name, last.model.latent.name, last.seed) == ("infonce", "gaussian", 4)
 
 
-def test_combinations_that_the_config_refuses(script: ModuleType, tmp_path: Path) -> None:
+def test_combinations_that_the_config_refuses(tmp_path: Path) -> None:
     arguments = grid(tmp_path, "model.editor=sum")
     with pytest.raises(UserError, match=r"byol/gaussian, infonce/gaussian: .*editor=sum.*--skip-refused"):
-        script.make_grid(parse(script, *arguments))
-    runs, refused = script.make_grid(parse(script, *arguments, "--skip-refused"))
+        make_grid(parsed(*arguments))
+    runs, refused = make_grid(parsed(*arguments, "--skip-refused"))
     assert [run.name for run in runs] == ["byol-none/seed_0", "infonce-none/seed_0"]
     assert refused.startswith("byol/gaussian, infonce/gaussian: ")
     with pytest.raises(UserError, match=r"train\.lr=-1"):
-        script.make_grid(parse(script, *arguments, "train.lr=-1", "--skip-refused"))
+        make_grid(parsed(*arguments, "train.lr=-1", "--skip-refused"))
 
 
-def test_metrics_count_only_for_the_same_config_and_the_last_step(script: ModuleType, tmp_path: Path) -> None:
+def test_metrics_count_only_for_the_same_config_and_the_last_step(tmp_path: Path) -> None:
     def only_run(*overrides: str) -> Any:
-        runs, _ = script.make_grid(parse(script, *grid(tmp_path, *overrides, objectives="byol")))
+        runs, _ = make_grid(parsed(*grid(tmp_path, *overrides, objectives="byol")))
         return runs[0]
 
     run = only_run("train.steps=8")
     folder = tmp_path / "byol-none" / "seed_0"
     folder.mkdir(parents=True)
-    assert not script.is_done(run)
-    (folder / "config.yaml").write_text(script.to_yaml(run.config))
+    assert not is_done(run)
+    (folder / "config.yaml").write_text(to_yaml(run.config))
     (folder / "metrics.json").write_text('{"train": {"steps": 8}}')
-    assert script.is_done(run) and script.is_done(only_run("train.steps=8", "data.num_workers=0"))
+    assert is_done(run) and is_done(only_run("train.steps=8", "data.num_workers=0"))
     changed = only_run("train.steps=8", "train.lr=5e-3")
-    assert not script.is_done(changed)
+    assert not is_done(changed)
     with pytest.raises(UserError, match=r"byol-none/seed_0 .*train\.lr=0\.002, now 0\.005"):
-        script.check_same_configs([changed])
+        check_same_configs([changed])
     (folder / "metrics.json").write_text('{"train": {"steps": 4}}')
-    assert not script.is_done(run)
+    assert not is_done(run)
 
 
-def test_cores_are_shared_and_a_begun_run_keeps_its_threads(script: ModuleType, tmp_path: Path) -> None:
-    runs, _ = script.make_grid(parse(script, *grid(tmp_path, objectives="byol")))
-    given, _ = script.make_grid(parse(script, *grid(tmp_path, "train.num_threads=5", objectives="byol")))
-    assert script.keep_threads(runs[0], 3).config.train.num_threads == 3
-    assert script.keep_threads(runs[0], None).config.train.num_threads is None
-    assert script.keep_threads(given[0], 3).config.train.num_threads == 5
+def test_cores_are_shared_and_a_begun_run_keeps_its_threads(tmp_path: Path) -> None:
+    runs, _ = make_grid(parsed(*grid(tmp_path, objectives="byol")))
+    given, _ = make_grid(parsed(*grid(tmp_path, "train.num_threads=5", objectives="byol")))
+    assert keep_threads(runs[0], 3).config.train.num_threads == 3
+    assert keep_threads(runs[0], None).config.train.num_threads is None
+    assert keep_threads(given[0], 3).config.train.num_threads == 5
     runs[0].folder.mkdir(parents=True)
-    (runs[0].folder / "config.yaml").write_text(script.to_yaml(script.keep_threads(runs[0], 3).config))
-    assert script.keep_threads(runs[0], None).config.train.num_threads == 3
+    (runs[0].folder / "config.yaml").write_text(to_yaml(keep_threads(runs[0], 3).config))
+    assert keep_threads(runs[0], None).config.train.num_threads == 3
 
 
-def test_a_folder_has_one_comparison_at_a_time_children_counted(script: ModuleType, tmp_path: Path) -> None:
-    with script.only_writer(tmp_path) as lock:
+def test_a_folder_has_one_comparison_at_a_time_children_counted(tmp_path: Path) -> None:
+    with only_writer(tmp_path) as lock:
         child = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
-        with pytest.raises(UserError, match="another comparison still writes"), script.only_writer(tmp_path):
+        with pytest.raises(UserError, match="another comparison still writes"), only_writer(tmp_path):
             pass
     try:
-        with pytest.raises(UserError, match="another comparison still writes"), script.only_writer(tmp_path):
+        with pytest.raises(UserError, match="another comparison still writes"), only_writer(tmp_path):
             pass
     finally:
         child.kill()
         child.wait()
-    with script.only_writer(tmp_path):
+    with only_writer(tmp_path):
         pass

@@ -1,36 +1,44 @@
-"""What people give to surprise.py, rollout.py, plan.py and compare.py that cannot be: one line, before the work."""
+"""Arguments that the commands reject: one line, before the work begins."""
 
+import argparse
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from scripts import compare, plan, rollout, surprise
+from data_pipelines.errors import UserError
 from tests.conftest import REPO, run_script, videos_of
+from worldmodel.commands import compare, grid, jobs, main
 from worldmodel.config import Config, to_yaml
 
 Call = Callable[..., str]
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run a script's main in this process -> its one line on standard error, after "error: "."""
+def refused(capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run a command in this process and return its one line on standard error, without "error: "."""
 
-    def call(script: ModuleType, *arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
+    def call(name: str, *arguments: object) -> str:
         with pytest.raises(SystemExit) as ended:
-            script.main()
+            main.main([name, *map(str, arguments)])
         lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("INFO ")]
         assert ended.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
         return lines[0].removeprefix("error: ")
 
     return call
+
+
+def parsed(*arguments: str) -> argparse.Namespace:
+    """Parse the arguments of `worldmodel compare`."""
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    args = parser.parse_intermixed_args(arguments)
+    compare.split_lists(args)
+    return args
 
 
 def never(*args: Any, **kwargs: Any) -> Any:
@@ -44,10 +52,10 @@ def test_outputs_of_surprise_and_rollout(
     given = ["--run", trained_run, "--video", long_video]
     monkeypatch.setattr("worldmodel.runs.trained_run.TrainedRun.surprise", never)
     for out in (tmp_path / "file", tmp_path / "file" / "below", "/proc/none", "x" * 300):
-        assert f"cannot write to --out {out}" in refused(surprise, *given, "--out", out)
-    monkeypatch.setattr(rollout, "read_context", never)
+        assert f"cannot write to --out {out}" in refused("surprise", *given, "--out", out)
+    monkeypatch.setattr("worldmodel.commands.rollout.read_context", never)
     for out in (tmp_path, tmp_path / "file" / "below.npz", "/dev/null", "/proc/none/f.npz"):
-        assert f"cannot write to --out {out}" in refused(rollout, *given, "--out", out)
+        assert f"cannot write to --out {out}" in refused("rollout", *given, "--out", out)
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -55,26 +63,26 @@ def test_videos_that_are_no_files(refused: Call, trained_run: Path, tmp_path: Pa
     os.mkfifo(tmp_path / "fifo.mp4")
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "link.mp4").symlink_to(tmp_path / "nothing")
-    for script in (surprise, rollout):
+    for name in ("surprise", "rollout"):
         given = ["--run", trained_run, "--out", tmp_path / "out"]
-        for name in ("fifo.mp4", "folder.mp4"):
-            assert "it is not a regular file" in refused(script, *given, "--video", tmp_path / name)
-        for name in ("link.mp4", "no.mp4", "take:1.mp4", "http://host/a.mp4"):
-            assert "there is no such file" in refused(script, *given, "--video", tmp_path / name)
+        for video in ("fifo.mp4", "folder.mp4"):
+            assert "it is not a regular file" in refused(name, *given, "--video", tmp_path / video)
+        for video in ("link.mp4", "no.mp4", "take:1.mp4", "http://host/a.mp4"):
+            assert "there is no such file" in refused(name, *given, "--video", tmp_path / video)
     assert not (tmp_path / "out").exists()
 
 
 def test_devices_and_numbers(refused: Call, trained_run: Path, long_video: Path, tmp_path: Path) -> None:
     given = ["--run", trained_run, "--video", long_video]
-    for script in (surprise, rollout):
-        assert "--device warp cannot be used here" in refused(script, *given, "--out", tmp_path, "--device", "warp")
+    for name in ("surprise", "rollout"):
+        assert "--device warp cannot be used here" in refused(name, *given, "--out", tmp_path, "--device", "warp")
     npz = ["--out", tmp_path / "f.npz"]
-    assert "--num-samples times --horizon" in refused(rollout, *given, *npz, "--num-samples", 10**6, "--horizon", 99)
-    assert "--horizon must be at most" in refused(rollout, *given, *npz, "--horizon", 10**18)
-    assert "--seed must be from 0" in refused(rollout, *given, *npz, "--seed", -1)
-    assert "it has 36 frames" in refused(rollout, *given, *npz, "--start-frame", -5)
-    assert "it has 36 frames" in refused(rollout, *given, *npz, "--start-frame", 10**30)
-    assert "--peaks must be at most" in refused(surprise, *given, "--out", tmp_path, "--peaks", 10**9)
+    assert "--num-samples times --horizon" in refused("rollout", *given, *npz, "--num-samples", 10**6, "--horizon", 99)
+    assert "--horizon must be at most" in refused("rollout", *given, *npz, "--horizon", 10**18)
+    assert "--seed must be from 0" in refused("rollout", *given, *npz, "--seed", -1)
+    assert "it has 36 frames" in refused("rollout", *given, *npz, "--start-frame", -5)
+    assert "it has 36 frames" in refused("rollout", *given, *npz, "--start-frame", 10**30)
+    assert "--peaks must be at most" in refused("surprise", *given, "--out", tmp_path, "--peaks", 10**9)
 
 
 def test_a_video_whose_name_looks_like_a_formula(trained_run: Path, long_video: Path, tmp_path: Path) -> None:
@@ -94,11 +102,11 @@ def test_plans_are_not_begun_when_their_report_cannot_be_written(
     shutil.copytree(trained_run, run)
     given = ["--run", run, "--env", "data_pipelines.worlds.two_rooms:worldmodel/TwoRooms-v0"]
     (run / "metrics.json").write_text('{"horizon": 1000000000}')
-    assert "metrics.json is damaged" in refused(plan, *given)
+    assert "metrics.json is damaged" in refused("plan", *given)
     (run / "metrics.json").unlink()
-    assert "only planning.KEY=VALUE" in refused(plan, *given, "run_dir=#3")
-    assert len(refused(plan, *given, "planning." + "x" * 10_000 + "=1")) < 2_000
-    assert "--first-seed must be from 0" in refused(plan, *given, "--first-seed", -1)
+    assert "only planning.KEY=VALUE" in refused("plan", *given, "run_dir=#3")
+    assert len(refused("plan", *given, "planning." + "x" * 10_000 + "=1")) < 2_000
+    assert "--first-seed must be from 0" in refused("plan", *given, "--first-seed", -1)
 
 
 def evaluated(folder: Path, config: Config) -> Path:
@@ -132,7 +140,7 @@ def test_runs_with_odd_names_are_compared(tiny_config: Callable[..., Config], tm
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
-def grid(out: Path | str, *more: str) -> list[str]:
+def grid_arguments(out: Path | str, *more: str) -> list[str]:
     config = str(REPO / "configs" / "demo.yaml")
     names = ["--objectives", "byol", "--latents", "none", "--seeds", "0"]
     return ["--config", config, "--out", str(out), *names, *more]
@@ -141,16 +149,16 @@ def grid(out: Path | str, *more: str) -> list[str]:
 def test_outputs_of_comparisons(
     refused: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_config: Callable[..., Config]
 ) -> None:
-    monkeypatch.setattr(compare, "start", never)
+    monkeypatch.setattr(jobs, "start", never)
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none")):
-        assert f"cannot write to --out {out}" in refused(compare, *grid(out))
+        assert f"cannot write to --out {out}" in refused("compare", *grid_arguments(out))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".lock").symlink_to(tmp_path / "file")
-    assert ".lock: " in refused(compare, *grid(tmp_path / "out"))
+    assert ".lock: " in refused("compare", *grid_arguments(tmp_path / "out"))
     run = evaluated(tmp_path / "run", tiny_config())
     (tmp_path / "blocked" / "comparison.json").mkdir(parents=True)
-    assert "cannot write to --out" in refused(compare, "--runs", run, "--out", tmp_path / "blocked")
+    assert "cannot write to --out" in refused("compare", "--runs", run, "--out", tmp_path / "blocked")
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -158,18 +166,21 @@ def test_logs_are_not_written_through_links(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "byol-none").mkdir()
     (tmp_path / "byol-none" / "seed_0.log.txt").symlink_to(tmp_path / "mine")
-    (run,), _ = compare.make_grid(compare.parse(grid(tmp_path)))
-    with pytest.raises(compare.UserError, match=r"cannot write to .*seed_0\.log\.txt"):
-        compare.start(run, "train", "", 0)
+    (run,), _ = grid.make_grid(parsed(*grid_arguments(tmp_path)))
+    with pytest.raises(UserError, match=r"cannot write to .*seed_0\.log\.txt"):
+        jobs.start(run, "", 0)
     assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_arguments_of_a_grid(refused: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "--launch 'a \"b' cannot be split into words" in refused(compare, *grid(tmp_path, "--launch", 'a "b'))
-    assert "seed=-1" in refused(compare, *grid(tmp_path, "--seeds", "-1"))
+    assert "--launch 'a \"b' cannot be split into words" in refused(
+        "compare", *grid_arguments(tmp_path, "--launch", 'a "b')
+    )
+    assert "seed=-1" in refused("compare", *grid_arguments(tmp_path, "--seeds", "-1"))
     monkeypatch.chdir(tmp_path)
-    args = compare.parse(grid("out=#3", "data.root=#3 a: b ", "--set", "byol:data.camera=007", "--launch", "X=1"))
-    (run,), _ = compare.make_grid(args)
+    settings = ["data.root=#3 a: b ", "--set", "byol:data.camera=007", "--launch", "X=1"]
+    args = parsed(*grid_arguments("out=#3", *settings))
+    (run,), _ = grid.make_grid(args)
     assert args.out == Path("out=#3") and args.launch == "X=1"
     assert (run.config.run_dir, videos_of(run.config).root) == ("out=#3/byol-none/seed_0", "#3 a: b ")
     assert videos_of(run.config).camera == "007"

@@ -1,4 +1,4 @@
-"""The scripts in fresh processes: what a person types, what is printed, and one line for their mistakes."""
+"""The commands in fresh processes: their output, and one line for a user's mistake."""
 
 import json
 import shutil

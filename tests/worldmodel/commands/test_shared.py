@@ -1,4 +1,4 @@
-"""How a process ends, what it prints, and what it checks before its work."""
+"""The end of a process, its output, and the checks before its work."""
 
 import argparse
 import io
@@ -21,11 +21,11 @@ from worldmodel.commands.shared import (
 )
 from worldmodel.commands.terminal import Terminal
 
-# It ends beside a function that the interpreter's own end calls.
+# The function is called when the interpreter shuts down.
 ENDS = """
 import atexit, logging, sys
 from data_pipelines.errors import UserError
-from worldmodel.commands.shared import leave, report_errors
+from worldmodel.commands.exits import leave, report_errors
 atexit.register(lambda: print("the interpreter ends"))
 logging.basicConfig(level=logging.INFO)
 logging.info("told")
@@ -62,7 +62,7 @@ PRINTS = f"""
 import logging, sys
 from tqdm import tqdm
 from data_pipelines.errors import UserError
-from worldmodel.commands.shared import report_errors
+from worldmodel.commands.exits import report_errors
 name = {HOSTILE!r}
 with report_errors():
     print(name, "caf\\udce9", "ü ± →")

@@ -159,18 +159,19 @@ def test_a_run_is_scored_at_every_step_of_its_horizon(kicked: Any) -> None:
 
 
 def test_a_label_of_frames_is_forecast_where_no_law_is_known(kicked: Any, tiny_config: Callable[..., Config]) -> None:
-    def labelled(name: str) -> Config:
-        root = f"data.root={kicked.config.data.root}"
-        return tiny_config(root, *KICKED, "data.clip_step=4", f"evaluation.label={name}", "objective.rollout_steps=2")
+    def labelled(name: str) -> Networks:
+        changes = ("data.clip_step=4", f"evaluation.label={name}", "objective.rollout_steps=2")
+        config = tiny_config(f"data.root={kicked.config.data.root}", *KICKED, *changes)
+        return replace(kicked.networks, config=config, source=make_source(config))
 
-    metrics: Any = evaluate_forecasts(replace(kicked.networks, config=labelled("velocity"))).metrics
+    metrics: Any = evaluate_forecasts(labelled("velocity")).metrics
     assert metrics["quantity"] == {"name": "velocity", "unit": "", "dimensions": ["0", "1"]}
     assert set(metrics["forecasts"]) == CONTROLS
     assert metrics["forecasts"]["model"]["energy_score"][3] > 0
     with pytest.raises(
         UserError, match=r"evaluation.label='digit' is not a per-frame label: these videos have centre, "
     ):
-        evaluate_forecasts(replace(kicked.networks, config=labelled("digit")))
+        evaluate_forecasts(labelled("digit"))
 
 
 def test_development_scores_leave_the_networks_training(tiny_config: Callable[..., Config]) -> None:

@@ -1,0 +1,48 @@
+"""Score the forecasts of a run. Write metrics.json, forecasts.md and report.html into its folder.
+
+examples:
+  worldmodel evaluate --run runs/demo
+  worldmodel evaluate --run runs/demo --compare runs/demo_byol
+"""
+
+import argparse
+from pathlib import Path
+
+from worldmodel.commands.process import keep_freed_memory
+from worldmodel.commands.shared import (
+    add_allow_remote,
+    add_checkpoint,
+    add_device,
+    add_run,
+    check_device,
+    check_remote,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument(
+        "--compare", type=Path, metavar="FOLDER", help="an evaluated run without a latent variable, shown as a control"
+    )
+    add_checkpoint(parser)
+    add_device(parser)
+    add_allow_remote(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from worldmodel.evaluation.evaluate import evaluate
+    from worldmodel.evaluation.factors import factors_table
+    from worldmodel.report.run_page import report_of_run
+    from worldmodel.report.tables import markdown_table
+    from worldmodel.runs.folder import RunFolder
+    from worldmodel.runs.trained_run import load
+
+    keep_freed_memory()
+    trained = load(args.run, which=args.checkpoint, device=check_device(args.device))
+    check_remote(trained.source.url, args.allow_remote)
+    metrics = evaluate(trained, compare=args.compare)
+    if "factors" in metrics:
+        print(f"\n{factors_table(metrics)}\n")
+    else:
+        print(f"\n{markdown_table(metrics)}\n\n{report_of_run(args.run)}")
+    print(RunFolder(args.run).metrics)

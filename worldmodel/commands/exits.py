@@ -1,0 +1,53 @@
+"""How a command ends: one-line errors, exit codes, safe output."""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from data_pipelines.errors import UserError
+from worldmodel.commands.terminal import safe_terminal
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """Print a UserError as one line and exit with code 2; exit with code 130 after Ctrl-C.
+
+    Inside the block, printed and logged text is made safe for a terminal (worldmodel/commands/terminal.py).
+    """
+    with safe_terminal():
+        try:
+            yield
+        except UserError as error:
+            message = f"error: {error}"
+            print(message, file=sys.stderr)
+            if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+                # torchrun ends with a summary that names the cause if it finds it in this file.
+                summary = {"message": message, "timestamp": int(time.time())}
+                Path(error_file).write_text(json.dumps(summary), encoding="utf-8")
+            leave(EXIT_USER_ERROR)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            leave(EXIT_INTERRUPTED)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code. In a multi-process run, flush the output and end at once (os._exit).
+
+    DDP keeps threads of Gloo after the process group is destroyed. A thread that frees a tensor during the shutdown of
+    the interpreter aborts the process (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    if os.environ.get("WORLD_SIZE", "1").strip() != "1":
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,83 @@
+"""The description of a run folder for `worldmodel inspect`."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.errors import UserError
+from worldmodel.config import Config, flatten, to_dict
+from worldmodel.runs.checkpoint import load_checkpoint, load_run_config
+from worldmodel.runs.metrics import read_metrics, value_at
+from worldmodel.runs.tracking import read_history
+
+SCORES = {
+    "energy score of the first step": "forecasts.model.energy_score.0",
+    "ratio to the simulator's": "forecasts.model.ratio_to_oracle.0",
+}
+
+
+def describe_run(run: Path) -> str:
+    """Describe a run: config, steps, checkpoints, last metrics and files. A damaged part is named in its place."""
+    sections = {
+        "config": describe_config,
+        "training": describe_training,
+        "checkpoints": describe_checkpoints,
+        "scores": describe_scores,
+        "files": describe_files,
+    }
+    lines = [str(run)]
+    for name, describe in sections.items():
+        lines += [f"  {name}", *(f"    {line}" for line in _or_fault(describe, run))]
+    return "\n".join(lines)
+
+
+def _or_fault(describe: Callable[[Path], list[str]], run: Path) -> list[str]:
+    try:
+        return describe(run)
+    except UserError as error:
+        return [f"error: {error}"]
+
+
+def describe_config(run: Path) -> list[str]:
+    """List the keys that differ from the defaults."""
+    config = load_run_config(run)
+    values, defaults = flatten(to_dict(config)), flatten(to_dict(Config(run_dir=config.run_dir)))
+    return [f"{key}={value}" for key, value in values.items() if key not in defaults or value != defaults[key]]
+
+
+def describe_training(run: Path) -> list[str]:
+    """Show the last row of each split in metrics.jsonl."""
+    last: dict[str, dict[str, Any]] = {row.get("split", "train"): row for row in read_history(run)}
+    lines = []
+    for split, row in last.items():
+        numbers = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if key not in ("step", "split"))
+        lines.append(f"{split}, step {row['step']:,}: {numbers}")
+    return lines or ["no metrics yet"]
+
+
+def describe_checkpoints(run: Path) -> list[str]:
+    """List the checkpoints that can be loaded, with their steps."""
+    lines = []
+    for which in ("latest", "best"):
+        checkpoint = load_checkpoint(run, which)
+        if checkpoint is not None:
+            parameters = sum(tensor.numel() for tensor in checkpoint.model.values())
+            lines.append(f"{which}: step {checkpoint.state['step']:,}, {parameters:,} numbers in the model")
+    return lines or ["none"]
+
+
+def describe_scores(run: Path) -> list[str]:
+    """Show the main scores of metrics.json."""
+    metrics = read_metrics(run)
+    if metrics is None:
+        return ["not evaluated: worldmodel evaluate --run " + str(run)]
+    found = {name: value_at(metrics, path) for name, path in SCORES.items()}
+    return [f"{name}: {value:.3f}" for name, value in found.items() if value is not None] or ["see metrics.json"]
+
+
+def describe_files(run: Path) -> list[str]:
+    """List the files at the top level with their sizes."""
+    with os.scandir(run) as entries:
+        sizes = {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries if not entry.is_dir()}
+    return [f"{name} ({sizes[name] / 1024:,.1f} KiB)" for name in sorted(sizes)]

@@ -1,0 +1,83 @@
+"""The `worldmodel` command: find the named command, parse its arguments and run it.
+
+To add a command, write a module in this folder with a docstring that contains an example, `add_arguments(parser)` and
+`run(args)`, and add a line to COMMANDS. A module imports torch, and everything that imports torch, inside `run`:
+`--help` must answer within a second.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+import worldmodel
+from data_pipelines.errors import UserError
+from worldmodel.commands.exits import leave, report_errors
+
+COMMANDS = {
+    "videos": "write a known world: moving-mnist, kicked-mnist or two-rooms",
+    "record": "record a Gymnasium environment as videos with actions and states",
+    "index": "index a folder of videos, in parts if it is large",
+    "shards": "pack a folder of videos into tar shards for streaming",
+    "inspect": "describe a folder of videos, shards, a LeRobot data set or a run",
+    "config": "print the reference of the config keys",
+    "train": "train a model from a config",
+    "evaluate": "score the forecasts of a run and write its report",
+    "rollout": "sample futures of a video, as embeddings",
+    "surprise": "score every transition of a video by its surprise",
+    "plan": "reach goal images in an environment by planning with a run",
+    "compare": "train and compare a grid of objectives, latents and seeds",
+}
+
+
+def run_command(*first: str) -> NoReturn:
+    """Run the command of sys.argv, preceded by the arguments `first`, and end this process with its exit code."""
+    leave(main([*first, *sys.argv[1:]]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a command and return its exit code.
+
+    argv: the command's name and its arguments.
+
+    Raises:
+        SystemExit: the command ended early, with code 2 after a user's mistake.
+    """
+    with report_errors():
+        name, *arguments = argv or ["--help"]
+        if name in ("-h", "--help", "help"):
+            print(overview())
+            return 0
+        if name == "--version":
+            print(f"worldmodel {worldmodel.__version__}")
+            return 0
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "`worldmodel --help` lists the commands"
+            raise UserError(f"{name!r} is not a command: {hint}")
+        module = import_module(f"worldmodel.commands.{name}")
+        parser = argparse.ArgumentParser(
+            prog=f"worldmodel {name}",
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(parser)
+        code: int | None = module.run(parser.parse_intermixed_args(arguments))
+        return code or 0
+
+
+def overview() -> str:
+    """Return the help of the command as a whole."""
+    return "\n".join(
+        [
+            "usage: worldmodel COMMAND [ARGUMENT ...]",
+            "",
+            "Train stochastic world models on video, forecast and plan with them.",
+            "",
+            *(f"  {name:<9} {summary}" for name, summary in COMMANDS.items()),
+            "",
+            "worldmodel COMMAND --help describes a command and shows an example.",
+        ]
+    )

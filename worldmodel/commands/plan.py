@@ -1,0 +1,106 @@
+"""Reach goal images in an environment by planning with a run, and compare with chance and the true simulator.
+
+Prints success with its 95 % interval over all episodes, and the protocol. Writes both to planning.json in the run's
+folder, some episodes to planning.safetensors, and all of it into report.html. key=value replaces a value of the
+config's section planning.
+
+examples:
+  worldmodel plan --run runs/two_rooms --env data_pipelines.worlds.two_rooms:worldmodel/TwoRooms-v0 planning.horizon=12
+
+a run without actions, with r as a latent action:
+  worldmodel plan --run runs/two_rooms_latent --labels 100 1000 --env ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from data_pipelines.errors import UserError
+from data_pipelines.text_files import shown
+from worldmodel.commands.shared import (
+    add_allow_remote,
+    add_checkpoint,
+    add_device,
+    add_env,
+    add_env_kwargs,
+    add_overrides,
+    add_run,
+    check_counts,
+    check_device,
+    check_remote,
+    check_seed,
+)
+
+if TYPE_CHECKING:
+    from worldmodel.config import PlanningConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser, "a run that is conditioned on actions, or of one with --labels")
+    add_env(parser)
+    add_env_kwargs(parser)
+    parser.add_argument(
+        "--labels",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="for a run without actions: labelled transitions that decode r into actions; of several numbers, all give "
+        "a point of the curve and the last is the run's result",
+    )
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds of the planner (default: 5)")
+    parser.add_argument(
+        "--episodes", type=int, default=50, metavar="N", help="episodes per seed, planned in one batch (default: 50)"
+    )
+    parser.add_argument("--budget", type=int, default=50, metavar="N", help="steps per episode (default: 50)")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="seed of the first episode (default: 0)")
+    add_checkpoint(parser)
+    add_device(parser)
+    add_overrides(parser, "values that replace the config's", metavar="planning.KEY=VALUE")
+    add_allow_remote(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from data_pipelines.worlds.recorder import parse_kwargs
+    from worldmodel.config import to_dict
+    from worldmodel.planning.plan import plan
+    from worldmodel.planning.protocol import PlanningProtocol
+    from worldmodel.report.run_page import report_of_run
+    from worldmodel.report.tables import success_table
+    from worldmodel.runs.folder import RunFolder
+    from worldmodel.runs.trained_run import load
+
+    check_counts(args, "seeds", "episodes", "budget")
+    check_seed(args, "first_seed")
+    trained = load(args.run, which=args.checkpoint, device=check_device(args.device))
+    if args.labels:
+        check_remote(trained.source.url, args.allow_remote)
+    protocol = PlanningProtocol(
+        env=args.env,
+        env_kwargs=parse_kwargs(args.env_kwargs or []),
+        seeds=args.seeds,
+        episodes=args.episodes,
+        budget=args.budget,
+        first_seed=args.first_seed,
+    )
+    config = planning_config(to_dict(trained.config), args.overrides)
+    result = plan(trained, protocol, config, labels=args.labels or ())
+    print(f"\n{success_table(result)}\n\n{json.dumps(result['protocol'])}\n")
+    print(f"{RunFolder(args.run).planning}\n{report_of_run(args.run)}")
+
+
+def planning_config(tree: dict[str, Any], overrides: Sequence[str]) -> PlanningConfig:
+    """Return the section `planning` of a run's config, with overrides.
+
+    Raises:
+        UserError: an override belongs to another section, or is not valid.
+    """
+    from worldmodel.config import apply_override, validate
+
+    for override in overrides:
+        if not override.startswith("planning."):
+            raise UserError(f"override {shown(override)}: only planning.KEY=VALUE can differ from the run's config")
+        apply_override(tree, override)
+    return validate(tree, source="the run's config").planning

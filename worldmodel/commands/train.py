@@ -1,0 +1,56 @@
+"""Train a model. Write checkpoints, metrics.jsonl and config.yaml into the config's run_dir.
+
+example:
+  worldmodel train --config demo data.root=data/moving_mnist train.steps=400
+
+on two processes, with DDP:
+  accelerate launch --num_processes 2 -m worldmodel train --config demo
+"""
+
+import argparse
+import sys
+
+from data_pipelines.errors import UserError
+from worldmodel.commands.process import prepare_process, stop_signals
+from worldmodel.commands.shared import add_config, add_overrides, add_overwrite, find_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint, if there is one")
+    add_overwrite(parser, "the run in run_dir")
+    parser.add_argument("--profile", action="store_true", help="profile a few steps into RUN/profile/")
+    add_overrides(parser, "values that replace the config's, such as train.lr=1e-3; `worldmodel config` lists the keys")
+
+
+def run(args: argparse.Namespace) -> int:
+    from worldmodel.config import load_config
+    from worldmodel.training.loop import train
+    from worldmodel.training.session import Interrupted
+
+    hints = error_hints()
+    try:
+        config = load_config(find_config(args.config), args.overrides)
+        prepare_process(config.train)
+        with stop_signals() as stop:
+            train(config, resume=args.resume, overwrite=args.overwrite, profile=args.profile, stop=stop)
+    except Interrupted as interrupted:
+        print(f"stopped by {interrupted}; continue with --resume", file=sys.stderr)
+        return interrupted.exit_code
+    except tuple(hints) as error:
+        raise UserError(f"{error}: {hints[type(error)]}") from error
+    return 0
+
+
+def error_hints() -> dict[type[UserError], str]:
+    """Return what to do about errors of training, in terms of this command."""
+    from worldmodel.runs.checkpoint import RunExistsError, VideosChangedError
+    from worldmodel.runs.tracking import RowLostError
+    from worldmodel.training.launch import ConnectionLostError
+
+    return {
+        RunExistsError: "--resume continues it, --overwrite replaces it",
+        VideosChangedError: "restore them, or start again with --overwrite",
+        ConnectionLostError: "remove it, and continue with --resume",
+        RowLostError: "make room, and continue with --resume",
+    }

@@ -1,0 +1,104 @@
+"""Write the videos of a known world as H.264 files: train/, selection/ and test/, each with its metadata.jsonl.
+
+  moving-mnist   digits that move for 9 frames, with one random change of motion
+  kicked-mnist   digits that move for 60 frames and are kicked every 3 frames
+  two-rooms      an agent in two rooms joined by a door, with its actions and states
+
+The test and selection splits contain other digits than the training split.
+
+example:
+  worldmodel videos moving-mnist --out data/moving_mnist
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipelines.errors import UserError
+from worldmodel.commands.shared import add_env_kwargs, add_out, add_overwrite, add_processes, add_seed
+
+if TYPE_CHECKING:
+    from data_pipelines.splits import Split
+
+COUNTS: "dict[str, dict[Split, int]]" = {
+    "moving-mnist": {"train": 16_384, "selection": 2_048, "test": 1_024},
+    "kicked-mnist": {"train": 12_000, "selection": 512, "test": 512},
+    "two-rooms": {"train": 4_000, "selection": 100, "test": 100},
+}
+OWN_OPTIONS = {
+    "moving-mnist": ("setting", "mnist_dir"),
+    "kicked-mnist": ("num_frames", "num_digits", "borders", "mnist_dir"),
+    "two-rooms": ("env_kwargs",),
+}
+TWO_ROOMS = "data_pipelines.worlds.two_rooms:worldmodel/TwoRooms-v0"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("world", choices=COUNTS, metavar="WORLD", help=", ".join(COUNTS))
+    add_out(parser, "the folder")
+    parser.add_argument("--train", type=int, metavar="N", help=f"training videos ({_defaults('train')})")
+    parser.add_argument(
+        "--selection", type=int, metavar="N", help=f"videos for choices during development ({_defaults('selection')})"
+    )
+    parser.add_argument("--test", type=int, metavar="N", help=f"videos for reported scores ({_defaults('test')})")
+    add_seed(parser, "seed of the videos")
+    add_processes(parser)
+    add_overwrite(parser, "a world with other parameters")
+    digits = parser.add_argument_group("moving-mnist and kicked-mnist")
+    digits.add_argument(
+        "--mnist-dir", type=Path, metavar="FOLDER", help="MNIST's IDX files (default: the digits of scikit-learn)"
+    )
+    moving = parser.add_argument_group("moving-mnist")
+    moving.add_argument("--setting", choices=["A", "B"], help="distribution of the changed axis (default: A)")
+    kicked = parser.add_argument_group("kicked-mnist")
+    kicked.add_argument("--num-frames", type=int, metavar="N", help="frames per video, a multiple of 3 (default: 60)")
+    kicked.add_argument("--num-digits", type=int, choices=[1, 2], help="digits per video (default: 1)")
+    kicked.add_argument(
+        "--borders", choices=["bounce", "crop"], help="whether digits bounce off the borders or leave (default: bounce)"
+    )
+    rooms = parser.add_argument_group("two-rooms")
+    add_env_kwargs(rooms, "arguments of the environment, such as layout=random or slip=0.2")
+
+
+def run(args: argparse.Namespace) -> None:
+    counts = {split: getattr(args, split) or count for split, count in COUNTS[args.world].items()}
+    options = own_options(args)
+    num_processes = args.num_processes if args.num_processes is not None else os.cpu_count() or 1
+    if args.world == "two-rooms":
+        from data_pipelines.worlds.recorder import Recording, parse_kwargs, record
+
+        kwargs = parse_kwargs(options.get("env_kwargs", []))
+        recording = Recording(env=TWO_ROOMS, kwargs=kwargs, past_end=True, seed=args.seed)
+        record(args.out, counts, recording, num_processes=num_processes, overwrite=args.overwrite)
+    else:
+        from data_pipelines.worlds import kicked_mnist, moving_mnist
+
+        write: Any = (
+            moving_mnist.write_moving_mnist if args.world == "moving-mnist" else kicked_mnist.write_kicked_mnist
+        )
+        write(args.out, counts, **options, seed=args.seed, num_processes=num_processes, overwrite=args.overwrite)
+    print(f"{sum(counts.values()):,} videos in {args.out}")
+
+
+def own_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the given options that not every world has.
+
+    Raises:
+        UserError: the chosen world does not have one of them, or the frames do not divide into segments.
+    """
+    from data_pipelines.worlds.moving_mnist import SEGMENT_FRAMES
+
+    names = dict.fromkeys(name for names in OWN_OPTIONS.values() for name in names)
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    for name, value in given.items():
+        if name not in OWN_OPTIONS[args.world]:
+            raise UserError(f"--{name.replace('_', '-')} {value} is not an option of {args.world}")
+    least = 2 * SEGMENT_FRAMES
+    if (num_frames := given.get("num_frames", least)) < least or num_frames % SEGMENT_FRAMES:
+        raise UserError(f"--num-frames {num_frames} must be a multiple of {SEGMENT_FRAMES}, at least {least}")
+    return given
+
+
+def _defaults(split: "Split") -> str:
+    return "default: " + ", ".join(f"{world} {counts[split]:,}" for world, counts in COUNTS.items())
