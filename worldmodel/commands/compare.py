@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_bytes, write_text
-from data_pipelines.text_files import MAX_YAML_BYTES, read_small, shown
+from data_pipelines.text_files import shown
 from worldmodel.commands.exits import EXIT_USER_ERROR
 from worldmodel.commands.shared import add_config, add_out, add_overrides, find_config, make_out_folder
 
@@ -136,8 +136,11 @@ def compare(args: argparse.Namespace) -> int:
         UserError: an argument is wrong, or --out cannot be written or holds other runs.
         Interrupted: SIGINT or SIGTERM arrived.
     """
+    import yaml
+
     from worldmodel.commands.grid import check_same_configs, is_done, keep_threads, make_grid
     from worldmodel.commands.jobs import check_launcher, only_writer, run_all
+    from worldmodel.config.reading import read_with_bases
     from worldmodel.report.comparison import RunScores, flat_numbers
     from worldmodel.runs.metrics import Metrics, read_metrics
     from worldmodel.training.machine import fair_share_of_cores
@@ -146,7 +149,7 @@ def compare(args: argparse.Namespace) -> int:
         raise UserError(f"--jobs {args.jobs} must be at least 1")
     check_launcher(args.launch)
     grid, refused = make_grid(args)
-    config_text = read_small(find_config(args.config), MAX_YAML_BYTES)  # as it is now: it may change during training
+    config_text = yaml.safe_dump(read_with_bases(find_config(args.config)), sort_keys=False)  # it may change later
     if refused:
         print(f"skipped, as the config rejects {refused}", file=sys.stderr)
     share = max(1, fair_share_of_cores() // args.jobs) if args.jobs > 1 else None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from data_pipelines.errors import UserError
 from tests.conftest import REPO, TINY, run_script, script_environment
@@ -18,6 +19,7 @@ from worldmodel.commands import compare
 from worldmodel.commands.grid import check_same_configs, is_done, keep_threads, make_grid
 from worldmodel.commands.jobs import only_writer
 from worldmodel.config import to_yaml
+from worldmodel.config.reading import read_with_bases
 
 DEMO = str(REPO / "configs" / "demo.yaml")
 
@@ -49,7 +51,7 @@ def test_a_grid_then_nothing_then_a_new_seed_only(world: Path, tmp_path: Path) -
     names = ["byol-none", "byol-gaussian", "infonce-none", "infonce-gaussian"]
     content = json.loads((out / "comparison.json").read_text())
     assert [run["folder"] for run in content["runs"]] == [f"{name}/seed_0" for name in names]
-    assert content["config_text"] == Path(DEMO).read_text() and content["grid"]["seeds"] == [0]
+    assert yaml.safe_load(content["config_text"]) == read_with_bases(Path(DEMO)) and content["grid"]["seeds"] == [0]
     table = (out / "comparison.md").read_text()
     assert table.strip() in first.stdout and str(out / "comparison.png") in first.stdout
     rows = [[part.strip() for part in line.strip("|").split("|")] for line in table.splitlines()[2:6]]

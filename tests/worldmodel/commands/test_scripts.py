@@ -137,4 +137,4 @@ def test_missing_runs_and_files(tmp_path: Path) -> None:
     assert_one_line("rollout.py", "--run", str(tmp_path), "--video", "x.mp4", "--out", "o.npz", tells="no run in")
     assert_one_line("train.py", "--config", str(tmp_path / "no.yaml"), tells="cannot read config")
     (tmp_path / "notes.txt").write_text("mine")
-    assert_one_line("make_moving_mnist.py", "--out", str(tmp_path), tells="holds no world")
+    assert_one_line("make_moving_mnist.py", "--out", str(tmp_path), tells="does not hold a world")
