@@ -15,11 +15,12 @@ from worldmodel.commands.terminal import safe_terminal
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """Print a UserError as one line and exit with code 2; exit with code 130 after Ctrl-C.
+    """Print a UserError as one line and exit with code 2. Exit with 130 after Ctrl-C, with 141 if the reader has left.
 
     Inside the block, printed and logged text is made safe for a terminal (worldmodel/commands/terminal.py).
     """
@@ -37,6 +38,9 @@ def report_errors() -> Iterator[None]:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             leave(EXIT_INTERRUPTED)
+        except BrokenPipeError:  # the reader, such as `head`, has left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+            leave(EXIT_BROKEN_PIPE)
 
 
 def leave(code: int) -> NoReturn:

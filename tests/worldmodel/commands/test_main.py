@@ -1,5 +1,6 @@
 """The `worldmodel` command: its overview, the help of every command, names of configs, and the launchers."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -155,3 +156,14 @@ def test_an_installed_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     assert "files     512, " in call(command, "inspect", "v")
     typed = "import worldmodel, pathlib; print(pathlib.Path(worldmodel.__file__).with_name('py.typed').is_file())"
     assert call(python, "-c", typed) == "True\n"
+
+
+def test_a_reader_that_leaves_ends_the_command_silently() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "worldmodel", "config"]
+    done = subprocess.run(
+        command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=REPO, env=script_environment(), timeout=60
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
