@@ -11,6 +11,9 @@ import pytest
 import yaml
 
 from tests.conftest import REPO
+from worldmodel.commands.main import COMMANDS
+from worldmodel.commands.shared import find_config
+from worldmodel.config import load_config
 
 DOCS = REPO / "docs"
 PAGES = [*sorted(REPO.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
@@ -74,8 +77,7 @@ def test_commands_have_arguments_that_exist(page: Path) -> None:
 
 def parser_of(name: str, page: Path) -> argparse.ArgumentParser:
     """Return the parser of a command."""
-    main = pytest.importorskip("worldmodel.commands.main")
-    assert name in main.COMMANDS, f"{page_name(page)}: worldmodel {name}"
+    assert name in COMMANDS, f"{page_name(page)}: worldmodel {name}"
     parser = argparse.ArgumentParser(exit_on_error=False)
     import_module(f"worldmodel.commands.{name}").add_arguments(parser)
     return parser
@@ -83,9 +85,6 @@ def parser_of(name: str, page: Path) -> argparse.ArgumentParser:
 
 def check_config(name: str, overrides: list[str]) -> None:
     """Read a config as a command does. Raises UserError for a key or value that does not exist."""
-    from worldmodel.commands.shared import find_config
-    from worldmodel.config import load_config
-
     load_config(find_config(name), [override for override in overrides if ":" not in override])
 
 

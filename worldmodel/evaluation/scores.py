@@ -26,8 +26,8 @@ def forecast_scores(
     """Compute every score of a probability forecast at each horizon step, as plain numbers.
 
     samples [Q, S, horizon, K], observed [Q, M, horizon, K]. oracle [horizon] is the Energy Score of the true law and
-    adds ratio_to_oracle. Scores per dimension are [horizon][K], or [horizon][1] with `mean_over_dimensions`, for many
-    nameless dimensions. coverage, width, spread_skill and rank_histogram of a single sample are None.
+    adds ratio_to_oracle. Scores per dimension are `[horizon][K]`, or `[horizon][1]` with `mean_over_dimensions`, for
+    many nameless dimensions. coverage, width, spread_skill and rank_histogram of a single sample are None.
     """
     # One step at a time: in embedding space a copy of all steps is half a gigabyte.
     steps = [
