@@ -35,6 +35,7 @@ from data_pipelines.containers import open_container
 from data_pipelines.errors import UserError
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
+from data_pipelines.readers.decord import import_decord
 from data_pipelines.shards.packing import pack_videos
 from data_pipelines.stream import StreamSettings, VideoStream
 from data_pipelines.worlds.moving_mnist import write_moving_mnist
@@ -325,8 +326,7 @@ class DecordVideo:
     """A video read by decord, which resizes during decoding, always to RGB."""
 
     def __init__(self, path: Path, case: Case) -> None:
-        import decord
-
+        decord = import_decord()
         width_px = SIZE_PX * case.width_px // case.height_px
         self._reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, width=width_px, height=SIZE_PX)
 

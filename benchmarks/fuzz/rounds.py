@@ -1,7 +1,6 @@
 """Rounds of all kinds for a given time: findings are saved with the command that repeats them, a table at the end."""
 
 import gc
-import importlib
 import shutil
 import tempfile
 import time
@@ -18,6 +17,8 @@ from tqdm.auto import tqdm
 from benchmarks.fuzz import archive_kinds, run_kinds, table_kinds, video_kinds
 from benchmarks.fuzz.kinds import Kind
 from benchmarks.fuzz.sandbox import Outcome, Verdict, prepare_in_child, run_case
+from data_pipelines.decoders import resolve_decoder
+from data_pipelines.errors import UserError
 from worldmodel.report.tables import aligned_table
 
 KINDS: Mapping[str, Kind] = {
@@ -73,9 +74,9 @@ def _import_early() -> None:
     import av
     import matplotlib.font_manager
 
-    for module in ("decord", "torchcodec.decoders"):
-        with suppress(ImportError, OSError, RuntimeError):  # not installed, or without its libraries
-            importlib.import_module(module)
+    for name in ("decord", "torchcodec"):
+        with suppress(UserError):
+            resolve_decoder(name)
     matplotlib.use("agg")
     av.logging.set_level(av.logging.PANIC)
     torch.set_num_threads(1)

@@ -84,9 +84,7 @@ ALIASES = "\n".join(
 
 
 def prepare_configs(seeds: Path) -> None:
-    for path in sorted(REPO.glob("configs/**/*.yaml")):
-        if path.parent.name != "accelerate":
-            shutil.copyfile(path, seeds / f"{path.parent.name}_{path.name}")
+    shutil.copytree(REPO / "configs", seeds, ignore=shutil.ignore_patterns("accelerate"), dirs_exist_ok=True)
 
 
 def odd_yaml(rng: random.Random, value: Any) -> str:
@@ -132,7 +130,9 @@ def _paths_of(tree: Any, prefix: str = "") -> list[str]:
 
 def build_config(rng: random.Random, seeds: Path, folder: Path) -> Case:
     """Build a config of the project with changed text or odd overrides."""
-    source = rng.choice(sorted(seeds.iterdir()))
+    source = rng.choice(sorted(seeds.rglob("*.yaml")))
+    for sibling in source.parent.glob("*.yaml"):  # the config may name one as its base
+        shutil.copyfile(sibling, folder / sibling.name)
     path = folder / "config.yaml"
     overrides: list[str] = []
     is_good = rng.random() < 0.05

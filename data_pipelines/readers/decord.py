@@ -1,8 +1,11 @@
 """Frames of one video file through decord: decord2, the maintained fork with the same module name."""
 
+import ctypes
 import os
+import sys
 from bisect import bisect_right
 from pathlib import Path
+from types import ModuleType
 
 from data_pipelines.containers import local_url
 from data_pipelines.decoders import SEEK_SAVES_FRAMES, DecodeError, Frame, from_rgb
@@ -13,12 +16,28 @@ from data_pipelines.facts import Video
 _EXTENSIONS = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".3gp"})
 
 
+def import_decord() -> ModuleType:
+    """Import decord, and keep its FFmpeg to itself.
+
+    It loads its libraries with RTLD_GLOBAL. Other libraries that use an FFmpeg, such as torchcodec, would then call
+    functions of decord's and crash.
+    """
+    if "decord" not in sys.modules:
+        exported, ctypes.RTLD_GLOBAL = ctypes.RTLD_GLOBAL, ctypes.RTLD_LOCAL
+        try:
+            import decord
+        finally:
+            ctypes.RTLD_GLOBAL = exported
+    import decord
+
+    return decord
+
+
 class DecordReader:
     """Decodes with decord on one thread. It always converts to RGB; luma is computed from that (BT.601)."""
 
     def __init__(self, path: str | Path, video: Video, *, channels: int, size_px: int | None) -> None:
-        import decord
-
+        decord = import_decord()
         decord.logging.set_level(decord.logging.QUIET)
         if video.mirrored:
             raise DecodeError("its pictures are mirrored, which decord ignores: use decoder='pyav'")
@@ -31,8 +50,7 @@ class DecordReader:
         self._open()
 
     def _open(self) -> None:
-        import decord
-
+        decord = import_decord()
         try:
             self._reader = decord.VideoReader(self._path, ctx=decord.cpu(0), num_threads=1)
             num_frames = len(self._reader)
@@ -45,8 +63,7 @@ class DecordReader:
     @staticmethod
     def check_library() -> None:
         """Import decord. Raises UserError: it is the unmaintained original, which rotates pictures wrongly."""
-        import decord
-
+        decord = import_decord()
         if int(decord.__version__.partition(".")[0]) < 3:
             raise UserError(
                 f"decoder='decord': version {decord.__version__} is too old: pip uninstall decord, then pip install "

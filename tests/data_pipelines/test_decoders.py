@@ -453,3 +453,15 @@ def test_the_first_frame_that_is_read_need_not_be_the_first(
     for frame in (10, 35):
         with contextlib.suppress(DecodeError):
             assert read_numbers(_open(path, decoder)[0].read(frame)) == (5, frame)
+
+
+@pytest.mark.skipif("decord" not in DECODERS, reason="decord is not installed")
+def test_the_ffmpeg_of_decord_is_not_visible_to_other_libraries() -> None:
+    """They would call its functions instead of those of their FFmpeg, and crash."""
+    code = (
+        "import ctypes; from data_pipelines.decoders import resolve_decoder; resolve_decoder('decord'); "
+        "print(hasattr(ctypes.CDLL(None), 'avcodec_open2'))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60)
+    assert done.stdout == "False\n", done.stderr
