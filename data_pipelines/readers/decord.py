@@ -23,11 +23,12 @@ def import_decord() -> ModuleType:
     functions of decord's and crash.
     """
     if "decord" not in sys.modules:
-        exported, ctypes.RTLD_GLOBAL = ctypes.RTLD_GLOBAL, ctypes.RTLD_LOCAL
+        exported = ctypes.RTLD_GLOBAL
+        setattr(ctypes, "RTLD_GLOBAL", ctypes.RTLD_LOCAL)  # noqa: B010 (mypy takes it for a constant)
         try:
             import decord
         finally:
-            ctypes.RTLD_GLOBAL = exported
+            setattr(ctypes, "RTLD_GLOBAL", exported)  # noqa: B010
     import decord
 
     return decord

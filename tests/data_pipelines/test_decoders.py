@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import struct
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -388,8 +389,6 @@ def test_torchcodec_opens_a_file_once_and_scans_it_only_if_its_rate_varies(
 
 def test_modules_import_without_any_decoder() -> None:
     """A run that renders its own frames needs none."""
-    import subprocess
-
     code = (
         "import sys; sys.modules['av'] = sys.modules['decord'] = sys.modules['torchcodec'] = None; "
         "import data_pipelines.stream, data_pipelines.transforms"
