@@ -102,7 +102,7 @@ def conv3d_by_conv2d(conv: nn.Conv3d, volume: Tensor) -> Tensor:
     if kernel_frames == 1:
         frames = rearrange(volume, "b c t h w -> (b t) c h w")
         out = F.conv2d(frames, conv.weight.squeeze(2), stride=stride_px, padding=kernel_px // 2)
-        return rearrange(out, "(b t) c h w -> b c t h w", b=len(volume))
+        return rearrange(out, "(b t) c h w -> b c t h w", b=volume.shape[0])
     out = F.conv2d(volume.flatten(3), conv.weight.squeeze(4), padding=(kernel_frames // 2, 0))
     return out.unflatten(3, volume.shape[3:])
 

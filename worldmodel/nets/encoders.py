@@ -64,7 +64,7 @@ class Conv3dEncoder(nn.Module):
         """Encode video [B, T, C, H, W] in [0, 1]: features [B, F]."""
         volume = rearrange(video, "b t c h w -> b c t h w").contiguous(memory_format=torch.channels_last_3d)
         pooled = _pooled(rearrange(self.layers(volume), "b c t h w -> (b t) c h w"), self.pooling)
-        return rearrange(pooled, "(b t) c -> b (c t)", b=len(video))
+        return rearrange(pooled, "(b t) c -> b (c t)", b=video.shape[0])
 
 
 class ResNetEncoder(nn.Module):
@@ -106,7 +106,7 @@ class ResNetEncoder(nn.Module):
         """Encode video [B, T, C, H, W] in [0, 1]: features [B, F]."""
         images = rearrange(video, "b t c h w -> (b t) c h w").contiguous(memory_format=torch.channels_last)
         pooled = _pooled(self.frames(images), self.pooling)
-        return self.time(rearrange(pooled, "(b t) c -> b c t", b=len(video))).flatten(1)
+        return self.time(rearrange(pooled, "(b t) c -> b c t", b=video.shape[0])).flatten(1)
 
 
 class _BasicBlock(nn.Module):
@@ -291,11 +291,11 @@ def _pooled(maps: Tensor, pooling: Pooling) -> Tensor:
     weights = pixel_weights(maps.shape[2], maps.shape[3], pooling, maps.device)
     pixels = rearrange(maps, "n c h w -> n (h w) c")
     if pooling == "mean":
-        sums = weights.to(maps).expand(len(maps), -1, -1) @ pixels
+        sums = weights.to(maps).expand(maps.shape[0], -1, -1) @ pixels
         return rearrange(sums / num_pixels, "n k c -> n (c k)")
     # In bf16 a position would be a tenth of a pixel off.
     with torch.autocast(maps.device.type, enabled=False):
-        mass, moments = (weights.expand(len(maps), -1, -1) @ pixels.float()).split([1, len(weights) - 1], dim=1)
+        mass, moments = (weights.expand(maps.shape[0], -1, -1) @ pixels.float()).split([1, len(weights) - 1], dim=1)
         pooled = torch.cat([mass / num_pixels, moments / (mass + EMPTY_MASS)], dim=1)
         return rearrange(pooled, "n k c -> n (c k)")
 

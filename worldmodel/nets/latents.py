@@ -84,7 +84,8 @@ class FlowPrior(nn.Module):
     def forward(self, context: Tensor) -> Flow:
         """Return p(r | f(x)) for context [B, D]."""
         return Flow(
-            self.flow(context.float()).transform, context.new_zeros(len(context), self.latent_dim, dtype=torch.float32)
+            self.flow(context.float()).transform,
+            context.new_zeros(context.shape[0], self.latent_dim, dtype=torch.float32),
         )
 
 
@@ -255,7 +256,7 @@ def _split_weights(output: Tensor, num_weights: int) -> tuple[Tensor, Tensor]:
     """Split off the first columns as normalised log weights; they are 0 for a single component."""
     weights, rest = output[:, :num_weights], output[:, num_weights:]
     if not num_weights:
-        weights = rest.new_zeros(len(rest), 1)
+        weights = rest.new_zeros(rest.shape[0], 1)
     return weights.log_softmax(dim=-1), rest
 
 

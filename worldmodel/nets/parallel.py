@@ -95,12 +95,12 @@ def all_gather(values: Tensor) -> Tensor:
 
 def randn_rows(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw standard normal numbers of the shape [B, ...] of `like`, for its rows of the current `global_batch`."""
-    return _rows(torch.randn, like, generator)
+    return _rows(Tensor.normal_, like, generator)
 
 
 def rand_rows(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw uniform numbers in [0, 1) of the shape [B, ...] of `like`, for its rows of the current `global_batch`."""
-    return _rows(torch.rand, like, generator)
+    return _rows(Tensor.uniform_, like, generator)
 
 
 def multinomial_rows(weights: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -108,17 +108,14 @@ def multinomial_rows(weights: Tensor, generator: torch.Generator | None) -> Tens
 
     The result is that of torch.multinomial on the whole global batch.
     """
-    return (weights / _rows(_exponential, weights, generator)).argmax(dim=-1, keepdim=True)
+    return (weights / _rows(Tensor.exponential_, weights, generator)).argmax(dim=-1, keepdim=True)
 
 
-def _exponential(shape: Sequence[int], *, generator: torch.Generator | None, **options: Any) -> Tensor:
-    return torch.empty(shape, **options).exponential_(generator=generator)
-
-
-def _rows(draw: Callable[..., Tensor], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw for all places of the global batch and keep those of this process."""
+def _rows(fill: Callable[..., Tensor], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw for all places of the global batch, by a method that fills a tensor, and keep those of this process."""
     shape = like.shape if _current is None else (_current.size, *like.shape[1:])
-    drawn = draw(shape, generator=generator, device=like.device, dtype=like.dtype)
+    # Unlike torch.randn with a generator, this can be exported with a dynamic batch size.
+    drawn = fill(torch.empty(shape, device=like.device, dtype=like.dtype), generator=generator)
     return drawn if _current is None else drawn[_current.rows]
 
 

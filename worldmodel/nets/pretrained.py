@@ -66,7 +66,7 @@ class PretrainedEncoder(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         """Encode video [B, T, C, H, W] in [0, 1] frame by frame: features [B, F]."""
         images = rearrange(video, "b t c h w -> (b t) c h w")
-        return rearrange(self.image_features(images), "(b t) e -> b (t e)", b=len(video))
+        return rearrange(self.image_features(images), "(b t) e -> b (t e)", b=video.shape[0])
 
     def image_features(self, images: Tensor) -> Tensor:
         """Encode images [I, C, H, W] in [0, 1]: features [I, E]."""

@@ -41,7 +41,7 @@ class NoScene(nn.Module):
 
     def forward(self, features: Tensor, age: Tensor) -> Tensor:
         """Return an empty code for features [B, F]: float32 [B, 0]."""
-        return features.new_zeros(len(features), 0, dtype=torch.float32)
+        return features.new_zeros(features.shape[0], 0, dtype=torch.float32)
 
     def advance(self, code: Tensor) -> Tensor:
         """Return code [B, 0] unchanged."""

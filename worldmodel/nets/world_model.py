@@ -121,7 +121,7 @@ class WorldModel(nn.Module):
 
     def state_of(self, features: Tensor) -> Tensor:
         """Return the state [B, D + Z] of the encoder's features [B, F]: the embedding, then the scene code."""
-        code = self.scene(features, features.new_zeros(len(features)))
+        code = self.scene(features, features.new_zeros(features.shape[0]))
         return concat(self.embedder.project(features), code)
 
     def embedding_of(self, state: Tensor) -> Tensor:
@@ -312,4 +312,4 @@ def concat(first: Tensor, *others: Tensor | None) -> Tensor:
 
 def _taken(actions: Tensor | None, state: Tensor, horizon: int) -> Tensor:
     """Return the actions [B, horizon, A] of a rollout from a state [B, D + Z]; A is 0 without actions."""
-    return state.new_empty(len(state), horizon, 0) if actions is None else actions[:, :horizon]
+    return state.new_empty(state.shape[0], horizon, 0) if actions is None else actions[:, :horizon]

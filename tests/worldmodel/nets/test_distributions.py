@@ -24,6 +24,7 @@ from worldmodel.nets.latents import (
     OracleLatent,
     SpikeAndSlabPrior,
 )
+from worldmodel.nets.parallel import rand_rows, randn_rows
 
 
 def gaussian(seed: int, *shape: int) -> Gaussian:
@@ -345,3 +346,11 @@ def test_a_missing_zuko_is_told_in_one_line_with_the_extra_to_install(monkeypatc
     with pytest.raises(UserError, match=r"pip install 'worldmodel\[flow\]'") as raised:
         FlowPrior(embedding_dim=8, hidden_dim=16, latent_dim=3)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_are_the_numbers_of_torch_s_own_functions(dtype: torch.dtype) -> None:
+    like = torch.empty(130, 7, dtype=dtype)
+    for draw, reference in ((randn_rows, torch.randn), (rand_rows, torch.rand)):
+        drawn = draw(like, torch.Generator().manual_seed(3))
+        assert torch.equal(drawn, reference(130, 7, generator=torch.Generator().manual_seed(3), dtype=dtype))
