@@ -60,7 +60,7 @@ def describe_checkpoints(run: Path) -> list[str]:
     """List the checkpoints that can be loaded, with their steps."""
     lines = []
     for which in ("latest", "best"):
-        checkpoint = load_checkpoint(run, which)
+        checkpoint = load_checkpoint(run, which, with_optimizer=False)
         if checkpoint is not None:
             parameters = sum(tensor.numel() for tensor in checkpoint.model.values())
             lines.append(f"{which}: step {checkpoint.state['step']:,}, {parameters:,} numbers in the model")

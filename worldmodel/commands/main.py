@@ -28,6 +28,8 @@ COMMANDS = {
     "rollout": "sample futures of a video, as embeddings",
     "surprise": "score every transition of a video by its surprise",
     "plan": "reach goal images in an environment by planning with a run",
+    "export": "export a run into a folder that loads on any machine",
+    "push": "upload a run to the Hugging Face Hub",
     "compare": "train and compare a grid of objectives, latents and seeds",
 }
 

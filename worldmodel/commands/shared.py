@@ -44,6 +44,13 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_programs(parser: argparse.ArgumentParser) -> None:
+    """Add --programs."""
+    parser.add_argument(
+        "--programs", action="store_true", help="write the networks as programs of torch.export as well"
+    )
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add --device, which `check_device` resolves."""
     parser.add_argument("--device", metavar="NAME", help="torch device (default: cuda if there is a GPU, else cpu)")

@@ -10,10 +10,11 @@ A run folder may be untrusted. Its entries become paths only if their names are 
 written or removed through a link, and only files that are named here are removed.
 """
 
+import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,8 @@ RESUMABLE_CHANGES = frozenset(
     }
 )
 _WEIGHT_FILES = ("model", "teacher", "optimizer")
+EXPORTED_FILES = ("model.safetensors", "teacher.safetensors", "state.json")
+"""The files of a checkpoint that inference needs."""
 
 STEP_NAME = re.compile(r"step_\d{8,12}")
 MAX_STATE_BYTES = 2**20
@@ -183,10 +186,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, *, keep: int, is_best: bo
     try:
         remove(aside)
         aside.mkdir(parents=True)
-        for part in _WEIGHT_FILES:
-            tensors = {key: value.detach().cpu().contiguous() for key, value in getattr(checkpoint, part).items()}
-            write_bytes(aside / f"{part}.safetensors", serialise(tensors))
-        write_text(aside / "state.json", json.dumps(checkpoint.state, indent=1))
+        _write_parts(aside, checkpoint, _WEIGHT_FILES)
         final = folder / name
         remove(final)
         aside.rename(final)
@@ -207,6 +207,27 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, *, keep: int, is_best: bo
             with suppress(OSError):
                 remove(folder / other)
     return final
+
+
+def export_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint without optimiser state into a new run folder, as its only one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    name = f"step_{checkpoint.state['step']:08d}"
+    folder = RunFolder(run).checkpoints / name
+    folder.mkdir(parents=True)
+    exported = dataclasses.replace(checkpoint, state=checkpoint.state | {"exported": True})
+    _write_parts(folder, exported, ("model", "teacher"))
+    _write_index(run, {"latest": name, "best": name, "kept": [name]})
+
+
+def _write_parts(folder: Path, checkpoint: Checkpoint, parts: Sequence[str]) -> None:
+    for part in parts:
+        tensors = {key: value.detach().cpu().contiguous() for key, value in getattr(checkpoint, part).items()}
+        write_bytes(folder / f"{part}.safetensors", serialise(tensors))
+    write_text(folder / "state.json", json.dumps(checkpoint.state, indent=1))
 
 
 def check_finite(step: int, **parts: Mapping[str, Tensor]) -> None:
@@ -271,21 +292,40 @@ def _holds_parts_only(path: Path) -> bool:
     return is_folder and all(inner.name.removeprefix(".").removesuffix(".partial") in names for inner in path.iterdir())
 
 
-def load_checkpoint(run: Path, which: Literal["latest", "best"] = "latest") -> Checkpoint | None:
-    """Read the checkpoint that index.json names, or return None if there is none yet.
+def checkpoint_name(run: Path, which: Literal["latest", "best"] = "latest") -> str | None:
+    """Return the name of a checkpoint's folder, or None if there is no checkpoint yet.
 
     Raises:
-        UserError: a file of the checkpoint is missing or damaged, or a weight is not finite.
+        UserError: the index is damaged.
     """
-    name = _read_index(run)[which]
+    name: str | None = _read_index(run)[which]
+    return name
+
+
+def load_checkpoint(
+    run: Path, which: Literal["latest", "best"] = "latest", *, with_optimizer: bool = True
+) -> Checkpoint | None:
+    """Read the checkpoint that index.json names, or return None if there is none yet.
+
+    with_optimizer: False leaves `optimizer` empty. Inference does not need it.
+
+    Raises:
+        UserError: a file of the checkpoint is missing or damaged, a weight is not finite, or the run was exported
+            without the optimiser state that is asked for.
+    """
+    name = checkpoint_name(run, which)
     if name is None:
         return None
     folder = RunFolder(run).checkpoints / name
+    parts = _WEIGHT_FILES if with_optimizer else ("model", "teacher")
+    tensors: dict[str, dict[str, Tensor]] = {"optimizer": {}}
     try:
-        for part in _WEIGHT_FILES:
-            check_regular(folder / f"{part}.safetensors")
-        tensors = {part: load_file(folder / f"{part}.safetensors") for part in _WEIGHT_FILES}
         state = _checked_state(json.loads(read_text(folder / "state.json", MAX_STATE_BYTES)))
+        if with_optimizer and state.get("exported"):
+            raise UserError(f"the run {run} was exported without optimiser state: its training cannot be continued")
+        for part in parts:
+            check_regular(folder / f"{part}.safetensors")
+        tensors |= {part: load_file(folder / f"{part}.safetensors") for part in parts}
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"checkpoint {folder} is damaged: {one_line(error)}") from error
     if bad := not_finite(tensors["model"] | {f"teacher/{key}": value for key, value in tensors["teacher"].items()}):

@@ -4,6 +4,7 @@ Legend: B clips, T frames, C channels, H = W pixels, D embedding dimensions, S s
 """
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from worldmodel.evaluation.surprise import SurpriseOptions, Timeline, clip_surpr
 from worldmodel.nets.teacher import Teacher
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.runs.checkpoint import Checkpoint, load_checkpoint, load_run_config
+from worldmodel.runs.hub import download, is_repository_name
 from worldmodel.sources import make_source
 from worldmodel.sources.source import Source
 from worldmodel.training.losses import TrainingModel
@@ -157,18 +159,35 @@ class TrainedRun:
 
 
 def load(
-    run: str | Path, *, which: Literal["latest", "best"] = "latest", device: str | torch.device = "cpu"
+    run: str | Path,
+    *,
+    which: Literal["latest", "best"] = "latest",
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
 ) -> TrainedRun:
-    """Load a run folder.
+    """Load a run folder, an exported run, or a run of the Hugging Face Hub.
+
+    Args:
+        run: a folder. If there is no folder of this name, a text of the form "owner/name" is a repository on the Hub,
+            whose run is downloaded into the user's cache. A `Path` is always a folder.
+        which: the checkpoint to load.
+        device: the device of the networks.
+        revision: a branch, a tag or a commit of the repository; by default the main branch.
 
     Raises:
-        UserError: the folder does not hold a run, or the run has no checkpoint, or the checkpoint is damaged.
+        UserError: there is no such run, it has no checkpoint, the checkpoint is damaged, or the download fails.
+
+    Example:
+        >>> run = worldmodel.load("runs/demo")
+        >>> run = worldmodel.load("owner/name", revision="v1.0")
+        >>> futures = run.rollout(clip, horizon=4, num_samples=64)  # [B, S, horizon, D]
     """
-    config = load_run_config(run)
-    checkpoint = load_checkpoint(Path(run), which)
+    folder = _folder_of(run, which, revision)
+    config = load_run_config(folder)
+    checkpoint = load_checkpoint(folder, which, with_optimizer=False)
     if checkpoint is None:
         raise UserError(f"the run {run} has no checkpoint yet: train it first")
-    _check_shapes(config, checkpoint, run)
+    _check_shapes(config, checkpoint, folder)
     training = build_training_model(config)
     training.load_state_dict(checkpoint.model)
     teacher = None
@@ -176,7 +195,20 @@ def load(
         teacher = Teacher(training.embedder)
         teacher.load_state_dict(checkpoint.teacher)
         teacher = teacher.to(device).eval()
-    return TrainedRun(Path(run), config, training.to(device).eval(), teacher, checkpoint.state)
+    return TrainedRun(folder, config, training.to(device).eval(), teacher, checkpoint.state)
+
+
+def _folder_of(run: str | Path, which: Literal["latest", "best"], revision: str | None) -> Path:
+    """Return the folder of a run, which is downloaded if it is on the Hub."""
+    is_on_hub = isinstance(run, str) and not os.path.lexists(run) and is_repository_name(run)
+    if not is_on_hub:
+        if revision is not None:
+            raise UserError(f"revision={revision!r} belongs to a repository on the Hub, but {run} is a folder")
+        return Path(run)
+    try:
+        return download(str(run), revision, which)
+    except UserError as error:
+        raise UserError(f"there is no folder {run!r} here, and {error}") from error
 
 
 def _check_shapes(config: Config, checkpoint: Checkpoint, run: str | Path) -> None:
