@@ -31,6 +31,11 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         UserError: no such file, broken YAML, an unknown key, a wrong type, a value out of range, or keys that
             contradict each other.
+
+    Example:
+        >>> config = load_config("configs/demo.yaml", ["train.steps=400", "model.encoder=vit_tiny"])
+        >>> config.train.steps
+        400
     """
     path = Path(path)
     tree = read_with_bases(path)

@@ -24,6 +24,10 @@ def evaluate(run: TrainedRun, *, compare: Path | None = None) -> Metrics:
     Raises:
         UserError: the run folder is not writable, a split has too few clips or lacks a label, or the run to compare
             with was not evaluated on the same queries.
+
+    Example:
+        >>> metrics = worldmodel.evaluate(worldmodel.load("runs/demo"))
+        >>> metrics["forecasts"]["model"]["energy_score"]
     """
     RunFolder(run.folder).check_writable()
     if run.source.content == "factors":

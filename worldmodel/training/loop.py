@@ -49,6 +49,10 @@ def train(
         RowLostError: a row of metrics.jsonl cannot be written.
         UserError: another mistake of the user.
         Interrupted: `stop` asked for it. The checkpoint of the last finished step is saved.
+
+    Example:
+        >>> config = worldmodel.load_config("configs/demo.yaml", ["train.steps=400"])
+        >>> folder = worldmodel.train(config)
     """
     run, train_config = Path(config.run_dir), config.train
     wandb_mode(config)  # reports a mistake before there is a run folder

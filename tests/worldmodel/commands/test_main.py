@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import worldmodel
 from data_pipelines.errors import UserError
 from data_pipelines.splits import SPLITS
 from data_pipelines.worlds import recorder
@@ -67,13 +66,6 @@ def test_each_file_in_scripts_launches_a_command() -> None:
         expected = "videos" if name == "moving_mnist" else name
         assert done.returncode == 0 and done.stdout.startswith(f"usage: worldmodel {expected} "), done.stderr
         assert len(path.read_text().splitlines()) < 20
-
-
-def test_the_names_of_the_package_are_imported_on_demand() -> None:
-    for name in worldmodel.__all__:
-        assert getattr(worldmodel, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'lode'"):
-        worldmodel.lode  # noqa: B018
 
 
 def test_python_m_and_several_processes(tiny_overrides: list[str], tmp_path: Path) -> None:
