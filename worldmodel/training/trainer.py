@@ -59,8 +59,11 @@ class Trainer:
                 "accumulated with sharded weights: set train.grad_accumulation=1"
             )
         if accelerator.num_processes > 1:
-            for network in self.networks:
-                globalise_batch_norm(network, accelerator.device)
+            # The objective sees clips of all processes already.
+            student = self.student
+            for network in (self.teacher, student.embedder, student.editor, student.latent, student.scene):
+                if network:
+                    globalise_batch_norm(network, accelerator.device)
         self._blank_student = sharding.meta_copy(self.student) if self.sharded else None
         self._blank_teacher = sharding.meta_copy(self.teacher) if self.sharded and self.teacher else None
         if mode := compile_mode(config.train, accelerator):

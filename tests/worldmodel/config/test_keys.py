@@ -14,6 +14,7 @@ from tests.conftest import REPO, videos_of
 from tests.worldmodel.config.test_mistakes import CONFIGS
 from worldmodel import load
 from worldmodel.build import build_training_model
+from worldmodel.commands.process import prepare_process
 from worldmodel.config import Config, flatten, load_config, read_with_bases
 from worldmodel.config.kinds import OUTSIDE, choice_of, members_of
 from worldmodel.data import actions_of
@@ -72,6 +73,7 @@ def recorded_reads() -> Iterator[set[str]]:
 
 
 def train_and_evaluate(config: Config) -> None:
+    prepare_process(config.train)
     trained = load(train(config))
     evaluate_forecasts(trained.networks)
 

@@ -205,7 +205,7 @@ def test_a_shared_batch_norm_waits_for_nobody_outside_of_a_shared_batch(monkeypa
 
     monkeypatch.setattr(nn.SyncBatchNorm, "forward", spy)
     assert torch.equal(ours(values), plain(values)) and not calls
-    monkeypatch.setattr(distributed, "shared", lambda: True)
+    monkeypatch.setattr(distributed, "is_shared", lambda: True)
     assert ours(values) is values and len(calls) == 1
     assert torch.equal(ours.eval()(values), plain.eval()(values)) and len(calls) == 1
 
