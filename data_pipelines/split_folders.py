@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data_pipelines.errors import one_line_logger
 from data_pipelines.facts import MAX_FRAME_PX
+from data_pipelines.formats.base import Format
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
 from data_pipelines.remote.stores import Store, is_url
@@ -26,6 +27,7 @@ def load_split(
     root: str,
     split: Split | None,
     *,
+    format: Format | None = None,
     camera: str | None = None,
     max_bad_fraction: float = 0.1,
     max_frame_px: int = MAX_FRAME_PX,
@@ -42,6 +44,7 @@ def load_split(
     folders = split_folders(root) if split else None
     index = load_videos(
         folders[split] if folders and split else root,
+        format=format,
         camera=camera,
         siblings=[Path(folder) for folder in dict.fromkeys(folders.values())] if folders else [],
         max_bad_fraction=max_bad_fraction,

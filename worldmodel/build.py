@@ -4,15 +4,15 @@ The weights are drawn in the order in which the parts are built here, which is t
 """
 
 from data_pipelines.errors import UserError
-from worldmodel.config import Config, External, GaussianConfig, SparseConfig, outside_names
+from worldmodel.config import Config, External, GaussianConfig, SparseConfig
 from worldmodel.nets.distance import Distance, NoDistance, TemporalDistance
 from worldmodel.nets.editors import make_editor
 from worldmodel.nets.encoders import Embedder, make_encoder
-from worldmodel.nets.latents import make_latent
+from worldmodel.nets.latents import Latent, make_latent
 from worldmodel.nets.scene import NoScene, Scene, SceneCode
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.training.losses import SequenceTerms, TrainingModel
-from worldmodel.training.objectives import OBJECTIVES, make_objective
+from worldmodel.training.objectives import make_objective, objective_class
 
 
 def build_model(config: Config) -> WorldModel:
@@ -32,16 +32,16 @@ def build_training_model(config: Config) -> TrainingModel:
     """Build the networks and the losses of a config with random weights.
 
     Raises:
-        UserError: a package or a file that the config needs is missing; the config names code from outside.
+        UserError: a package or a file that the config needs is missing; a class from outside cannot be loaded.
     """
-    for key, name in outside_names(config).items():
-        raise UserError(f"{key}={name}: code from outside of the project cannot be loaded")
     model, objective = config.model, config.objective
-    assert not isinstance(model.editor, External)
+    if objective_class(objective).needs_sphere and model.embedding_norm != "sphere":
+        raise UserError(f"objective.name={objective.name} needs model.embedding_norm=sphere")
     embedder = _embedder(config)
     scene: Scene = NoScene()
     if model.scene_dim:
-        scene = SceneCode(embedder.num_features, model.hidden_dim, model.scene_dim, model.editor.norm)
+        norm = "batch" if isinstance(model.editor, External) else model.editor.norm
+        scene = SceneCode(embedder.num_features, model.hidden_dim, model.scene_dim, norm)
     action_dim = model.action_dim * config.data.num_frames
     latent = make_latent(
         model.latent,
@@ -71,7 +71,13 @@ def build_training_model(config: Config) -> TrainingModel:
     if model.distance_dim:
         distance = TemporalDistance(model.embedding_dim + model.scene_dim, model.hidden_dim, model.distance_dim)
     networks = WorldModel(
-        embedder, latent, editor, scene, distance, action_dim=action_dim, seen_at=2 if _sees_beyond(config) else 1
+        embedder,
+        latent,
+        editor,
+        scene,
+        distance,
+        action_dim=action_dim,
+        seen_at=2 if _sees_beyond(config, latent) else 1,
     )
     return TrainingModel(
         networks,
@@ -91,12 +97,12 @@ def _embedder(config: Config) -> Embedder:
         model.embedding_dim,
         model.embedding_norm,
         # With a teacher, a learned scale could shrink the targets along with the predictions.
-        learned_scale=model.embedding_norm == "sphere" or not OBJECTIVES[config.objective.name].needs_teacher,
+        learned_scale=model.embedding_norm == "sphere" or not objective_class(config.objective).needs_teacher,
     )
 
 
-def _sees_beyond(config: Config) -> bool:
+def _sees_beyond(config: Config, latent: Latent) -> bool:
     """Return True if the posterior sees the segment after the target, so that a transition has three segments."""
-    latent = config.model.latent
-    sees_later = isinstance(latent, GaussianConfig | SparseConfig) and latent.posterior_sees == "later"
-    return sees_later and config.data.num_segments > 2
+    choice = config.model.latent
+    sees_target = isinstance(choice, GaussianConfig | SparseConfig) and choice.posterior_sees == "target"
+    return latent.sees_later and not sees_target and config.data.num_segments > 2

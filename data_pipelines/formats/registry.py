@@ -6,7 +6,8 @@ set loads it. `load` returns a VideoIndex: each row is a video file that FFmpeg 
 (data_pipelines/indexing) indexes the video files of a folder; formats/lerobot.py is an example with tables, and
 formats/video_folder.py the simplest one.
 
-A format from outside this package needs no entry: pass an instance as load_videos(root, format=...).
+A format from outside this package needs no entry: pass an instance as load_videos(root, format=...), or name its class
+in a config as data.format=package.module:Class.
 """
 
 from pathlib import Path

@@ -46,6 +46,7 @@ from worldmodel.config.objective import (
 )
 from worldmodel.config.reading import (
     changed_keys,
+    check_trust,
     choices,
     load_config,
     read_tree,
@@ -115,6 +116,7 @@ __all__ = [
     "VitConfig",
     "apply_override",
     "changed_keys",
+    "check_trust",
     "choices",
     "flatten",
     "load_config",

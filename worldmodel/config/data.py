@@ -42,6 +42,8 @@ class VideosConfig:
     root: Text = "data/videos"
     """A folder of video files or of tar shards, a LeRobot data set, or the URL of shards (http, s3, ...). Its
     subfolders train/, selection/ (or validation/ or val/) and test/ are the splits where they exist."""
+    format: OutsideName | None = None
+    """`package.module:Class`, a format of data sets in the user's own code. null: the format is detected."""
     camera: Text | None = None
     """Camera of a LeRobot data set whose videos are read. null: the first by name."""
     remote_cache_dir: Text | None = None
@@ -143,7 +145,7 @@ class ExternalData:
     source: OutsideName
     """`package.module:Class`."""
     options: Options = dataclasses.field(default_factory=dict)
-    """Passed to the class."""
+    """Arguments of the class, alongside those that the project gives it."""
     size_px: Annotated[int, Field(strict=True, ge=1, le=4_096)] = 64
     """Side of the square frames, pixels."""
     channels: Repeat = 3

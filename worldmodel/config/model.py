@@ -20,7 +20,7 @@ class External:
     name: OutsideName
     """`package.module:Class`."""
     options: Options = dataclasses.field(default_factory=dict)
-    """Passed to the class."""
+    """Arguments of the class, alongside those that the project gives it."""
 
 
 # ------------------------------------------------------------------------------------------------------- encoders

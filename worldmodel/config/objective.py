@@ -136,7 +136,7 @@ class ExternalObjective(TeacherObjective):
     name: OutsideName
     """`package.module:Class`."""
     options: Options = dataclasses.field(default_factory=dict)
-    """Passed to the class."""
+    """Arguments of the class, alongside those that the project gives it."""
 
 
 ObjectiveConfig = (

@@ -19,18 +19,22 @@ from data_pipelines.text_files import kind_of_key, read_yaml, shown
 from worldmodel.config.checks import contradictions
 from worldmodel.config.kinds import OUTSIDE, choice_of, keys_of, members_of
 from worldmodel.config.old import converted
-from worldmodel.config.sections import Config
+from worldmodel.config.sections import Config, outside_names
 from worldmodel.config.trees import apply_override, expanded, flatten, merged
 
 MAX_PROBLEMS = 5  # of a config, in a message
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Iterable[str] = (), *, trust_code: bool = False) -> Config:
     """Read a YAML file and the files that it names as its bases, apply overrides such as "train.lr=1e-3", validate.
+
+    Args:
+        trust_code: allow code from outside of the project, named as `package.module:Class`. It is imported when the
+            config is used.
 
     Raises:
         UserError: no such file, broken YAML, an unknown key, a wrong type, a value out of range, or keys that
-            contradict each other.
+            contradict each other; the config names code from outside without `trust_code`.
 
     Example:
         >>> config = load_config("configs/demo.yaml", ["train.steps=400", "model.encoder=vit_tiny"])
@@ -41,7 +45,26 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     tree = read_with_bases(path)
     for override in overrides:
         apply_override(tree, override)
-    return validate(tree, source=str(path))
+    config = validate(tree, source=str(path))
+    check_trust(config, trust_code, source=str(path))
+    return config
+
+
+def check_trust(config: Config, trust_code: bool, source: str) -> None:
+    """Check that a config names no code from outside of the project unless the user allows it.
+
+    Args:
+        source: names the config in the error.
+
+    Raises:
+        UserError: it names such code without `trust_code`.
+    """
+    if not trust_code and (found := outside_names(config)):
+        names = ", ".join(f"{key}={name}" for key, name in found.items())
+        raise UserError(
+            f"{source} names code from outside of the project, which runs only with trust_code=True (--trust-code): "
+            f"{names}"
+        )
 
 
 def read_with_bases(path: Path, above: Sequence[str] = ()) -> dict[str, Any]:

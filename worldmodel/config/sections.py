@@ -205,6 +205,7 @@ def outside_names(config: Config) -> dict[str, str]:
         "objective.name": config.objective,
         "planning.planner.name": config.planning.planner,
         "data.source": config.data,
+        "data.format": config.data,
     }
-    names = {key: getattr(choice, key.rpartition(".")[2]) for key, choice in choices.items()}
-    return {key: name for key, name in names.items() if ":" in name}
+    names = {key: getattr(choice, key.rpartition(".")[2], None) for key, choice in choices.items()}
+    return {key: name for key, name in names.items() if name is not None and ":" in name}

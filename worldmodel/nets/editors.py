@@ -7,10 +7,13 @@ Legend: B clips, D embedding dimensions, R latent dimensions. The editor's r als
 if the model has them.
 """
 
+from typing import Protocol
+
 import torch
 from einops import einsum
 from torch import Tensor, nn
 
+from worldmodel import outside
 from worldmodel.config import EditorConfig, External, LowRankEditorConfig, MlpEditorConfig, Norm, ResidualEditorConfig
 from worldmodel.nets.encoders import mlp
 
@@ -85,14 +88,31 @@ class WithPredictor(nn.Module):
         return self.predictor(self.editor(context, r))
 
 
+class Editor(Protocol):
+    """A network t from an embedding and r to the next embedding: an nn.Module with this member.
+
+    To add one to the project, write its class in a file of this folder, its keys as a dataclass in
+    worldmodel/config/model.py, and a line in `make_editor`. A class from outside is built as
+    Class(embedding_dim=D, hidden_dim=..., latent_dim=R, **options), and no predictor follows it.
+    """
+
+    def forward(self, context: Tensor, r: Tensor) -> Tensor:
+        """Edit context [B, D] by r [B, R]: [B, D]. R includes the scene code and the action of a model with these."""
+
+
 def make_editor(
     config: EditorConfig, *, embedding_dim: int, hidden_dim: int, latent_dim: int, predictor: bool
 ) -> nn.Module:
-    """Build the editor of a config.
+    """Build the editor of a config: an nn.Module with the members of `Editor`.
 
-    With `predictor`, an editor that is not an MLP is followed by one.
+    With `predictor`, an editor of the project that is not an MLP is followed by one.
+
+    Raises:
+        UserError: a class from outside cannot be loaded.
     """
-    assert not isinstance(config, External), "the caller loads code from outside"
+    if isinstance(config, External):
+        sizes = {"embedding_dim": embedding_dim, "hidden_dim": hidden_dim, "latent_dim": latent_dim}
+        return outside.make_module("model.editor.name", config.name, config.options, Editor, **sizes)
     if isinstance(config, MlpEditorConfig):
         return MlpEditor(embedding_dim, hidden_dim, latent_dim, config.norm)
     if isinstance(config, ResidualEditorConfig):

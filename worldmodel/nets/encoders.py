@@ -5,17 +5,19 @@ Legend: B clips, T frames, C channels, H = W pixels, F features, D embedding dim
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from worldmodel import outside
 from worldmodel.config import (
     Conv3dConfig,
     DataConfig,
     EncoderConfig,
+    External,
     MlpConfig,
     Norm,
     Pooling,
@@ -146,12 +148,32 @@ class MlpEncoder(nn.Module):
         return self.layers(video.flatten(1))
 
 
-Encoder = Conv3dEncoder | ResNetEncoder | MlpEncoder | VitEncoder | PretrainedEncoder
+class Encoder(Protocol):
+    """A network from a clip to features: an nn.Module with these members.
+
+    To add one to the project, write its class in a file of this folder, its keys as a dataclass in
+    worldmodel/config/model.py, and a line in `make_encoder`. A class from outside is built as
+    Class(channels=C, num_frames=T, size_px=H, **options).
+
+    num_features: F.
+    """
+
+    num_features: int
+
+    def forward(self, video: Tensor) -> Tensor:
+        """Encode video [B, T, C, H, W], frames in [0, 1] or factors: features [B, F]."""
 
 
-def make_encoder(config: EncoderConfig, data: DataConfig) -> Encoder:
-    """Build the encoder of a config for the frames of its data."""
+def make_encoder(config: EncoderConfig, data: DataConfig) -> nn.Module:
+    """Build the encoder of a config for the frames of its data: an nn.Module with the members of `Encoder`.
+
+    Raises:
+        UserError: a class from outside cannot be loaded; files of pretrained weights are missing.
+    """
     shape = data.channels, data.num_frames
+    if isinstance(config, External):
+        sizes = {"channels": data.channels, "num_frames": data.num_frames, "size_px": data.size_px}
+        return outside.make_module("model.encoder.name", config.name, config.options, Encoder, **sizes)
     if isinstance(config, Conv3dConfig):
         return Conv3dEncoder(*shape, config.width, config.pooling)
     if isinstance(config, ResNetConfig):
@@ -195,7 +217,7 @@ class Embedder(nn.Module):
     """Encoder and projector: clip -> embedding.
 
     Args:
-        encoder: any module from clips [B, T, C, H, W] to features [B, F] with an attribute `num_features`, its F.
+        encoder: any module with the members of `Encoder`.
         hidden_dims: sizes of the projector's hidden layers.
         embedding_dim: D.
         norm: "sphere" gives every embedding the length sqrt(D). "standard" ends in batch norm, "white" in `Whitening`.

@@ -7,6 +7,7 @@ Legend: B clips, D context dimensions, R latent dimensions, K components of a pr
 """
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,18 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from data_pipelines.errors import UserError
+from worldmodel import outside
 from worldmodel.config import External, GaussianConfig, LatentConfig, NoLatentConfig, SparseConfig
-from worldmodel.nets.distributions import Certain, Flow, Gaussian, Mixture, SpikeAndSlab, bernoulli_mask, kl_divergence
+from worldmodel.nets.distributions import (
+    Certain,
+    Distribution,
+    Flow,
+    Gaussian,
+    Mixture,
+    SpikeAndSlab,
+    bernoulli_mask,
+    kl_divergence,
+)
 from worldmodel.nets.encoders import mlp
 
 PRIOR_NLL = "prior_nll_nats"
@@ -218,7 +229,43 @@ class OracleLatent(nn.Module):
         return Inference(known, {PRIOR_NLL: _negative_log_likelihood(self.prior, context, known)})
 
 
-Latent = NoLatent | GaussianLatent | SparseLatent | OracleLatent
+class Latent(Protocol):
+    """A latent variable r: an nn.Module with these members.
+
+    To add one to the project, write its class in a file of this folder, its keys as a dataclass in
+    worldmodel/config/model.py, and a line in `make_latent`. A class from outside is built as
+    Class(context_dim=D, embedding_dim=E, hidden_dim=..., **options). D is an embedding's size E, plus that of the scene
+    code and the action of a model with these.
+
+    latent_dim: R.
+    """
+
+    latent_dim: int
+
+    @property
+    def penalty_name(self) -> str | None:
+        """Name of the cost in `infer` that beta weights, such as "kl_nats"; None if there is none."""
+
+    @property
+    def sees_later(self) -> bool:
+        """True if `infer` sees the embedding of a segment after the context.
+
+        A class from outside sees x++ if clips have three segments, otherwise the target.
+        """
+
+    def prior(self, context: Tensor) -> Distribution:
+        """Return p(r | f(x)) for context [B, D]; futures draw from it, or take its mean."""
+
+    def infer(
+        self, context: Tensor, later: Tensor, known: Tensor, generator: torch.Generator | None = None
+    ) -> Inference:
+        """Infer r [B, R] in training, with its costs.
+
+        Args:
+            context: [B, D].
+            later: [B, E], the embedding of a later segment; [B, 0] without `sees_later`.
+            known: [B, R], the true r of the oracle latent; [B, 0] for other latents.
+        """
 
 
 def make_latent(config: LatentConfig, *, context_dim: int, embedding_dim: int, hidden_dim: int) -> Latent:
@@ -228,11 +275,13 @@ def make_latent(config: LatentConfig, *, context_dim: int, embedding_dim: int, h
         context_dim: the size of the prior's input: an embedding, and a scene code and an action if there are any.
 
     Raises:
-        UserError: the prior needs a package that is not installed.
+        UserError: the prior needs a package that is not installed; a class from outside cannot be loaded.
     """
     if isinstance(config, NoLatentConfig):
         return NoLatent()
-    assert not isinstance(config, External), "the caller loads code from outside"
+    if isinstance(config, External):
+        sizes = {"context_dim": context_dim, "embedding_dim": embedding_dim, "hidden_dim": hidden_dim}
+        return outside.make_module("model.latent.name", config.name, config.options, Latent, **sizes)
     if isinstance(config, GaussianConfig):
         smooth = (
             FlowPrior(context_dim, hidden_dim, config.dim)

@@ -21,7 +21,7 @@ from worldmodel.config import PlanningConfig
 from worldmodel.nets.distance import steps_between
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.planning.latent_actions import ActionDecoder
-from worldmodel.planning.planners import Plan, improve, shift, start
+from worldmodel.planning.planners import Plan, make_planner, shift, start
 from worldmodel.runs.trained_run import TrainedRun
 from worldmodel.training.machine import computes_bf16
 
@@ -135,6 +135,7 @@ class LatentPolicy:
         if config.distance == "steps" and not run.model.distance.num_values:
             raise UserError(f"the run {run.folder} has no temporal distance: train it with model.distance_dim")
         self.run, self.config, self.seed = run, config, seed
+        self.planner = make_planner(config.planner)
         self.plan: Plan
         self.decisions: list[Decision]
 
@@ -156,7 +157,7 @@ class LatentPolicy:
             int(torch.randint(2**62, (), generator=self.generator))
         )
         cost = LatentCost(self.run.model, self.decoder, self.config, state, self.goal, on_device)
-        plan, actions, _ = improve(self.config, self.plan, cost, self.generator)
+        plan, actions, _ = self.planner.improve(self.config, self.plan, cost, self.generator)
         self.plan = shift(plan)
         self.decisions.append(Decision(self.episodes, state, actions))
         return actions[:, 0].cpu()

@@ -11,9 +11,10 @@ All three draw candidates around a mean, compute their costs, move the mean towa
   of all candidates under softmax weights of their costs; the standard deviation is constant. The plan is the mean. The
   cost function alone decides whether actions themselves have a cost.
 
+    decide = make_planner(config.planner).improve
     plan = start(config, num_episodes, action_dim, device)
     while acting:
-        plan, actions, costs = improve(config, plan, cost, generator)
+        plan, actions, costs = decide(config, plan, cost, generator)
         ...  # take actions[:, 0]
         plan = shift(plan)
 
@@ -24,12 +25,13 @@ Legend: E episodes, N candidates, L elites, A action dimensions. Steps of the ho
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from worldmodel.config import External, IcemConfig, MppiConfig, PlanningConfig
+from worldmodel import outside
+from worldmodel.config import External, IcemConfig, MppiConfig, PlannerConfig, PlanningConfig
 
 Cost = Callable[[Tensor], Tensor]
 """A function from actions [E, N, horizon, A] to finite costs [E, N]; lower is better."""
@@ -46,6 +48,38 @@ class Plan(NamedTuple):
 
     mean: Tensor
     elites: Tensor
+
+
+class Planner(Protocol):
+    """A search over sequences of actions, for a batch of episodes at once.
+
+    To add one to the project, write its class in a file of this folder, its keys as a dataclass in
+    worldmodel/config/sections.py, and a line in `make_planner`. A class from outside is built as Class(**options).
+    """
+
+    def improve(
+        self, config: PlanningConfig, plan: Plan, cost: Cost, generator: torch.Generator
+    ) -> tuple[Plan, Tensor, Tensor]:
+        """Make one decision, from the plan of the last decision, shifted by a step.
+
+        Args:
+            cost: is called with any number of candidates, [E, N, horizon, A] in the set of allowed actions.
+            generator: on the CPU.
+
+        Returns: the plan, the chosen actions [E, horizon, A] and their costs [E].
+        """
+
+
+def make_planner(config: PlannerConfig) -> Planner:
+    """Return the planner of a config.
+
+    Raises:
+        UserError: a class from outside cannot be loaded.
+    """
+    if isinstance(config, External):
+        planner: Planner = outside.make("planning.planner.name", config.name, config.options, Planner)
+        return planner
+    return Sampling()
 
 
 def start(config: PlanningConfig, num_episodes: int, action_dim: int, device: torch.device) -> Plan:
@@ -71,7 +105,7 @@ def improve(config: PlanningConfig, plan: Plan, cost: Cost, generator: torch.Gen
     mean, kept = plan
     std = torch.full_like(mean, config.init_std)
     planner = config.planner
-    assert not isinstance(planner, External), "the caller loads code from outside"
+    assert not isinstance(planner, External), "make_planner returns another planner"
     for iteration in range(config.iterations):
         noise = draw_noise(config, mean.shape[-1], generator).to(mean)
         candidates = project_(torch.addcmul(mean[:, None], std[:, None], noise), config.action_set)
@@ -94,6 +128,12 @@ def improve(config: PlanningConfig, plan: Plan, cost: Cost, generator: torch.Gen
     if isinstance(planner, IcemConfig):
         return Plan(mean, kept), elites[:, 0], elite_costs[:, 0]
     return Plan(mean, kept), mean, _evaluate(cost, mean[:, None]).squeeze(1)
+
+
+class Sampling:
+    """CEM, iCEM or MPPI, as the config says."""
+
+    improve = staticmethod(improve)
 
 
 def draw_noise(config: PlanningConfig, action_dim: int, generator: torch.Generator) -> Tensor:

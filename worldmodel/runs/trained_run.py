@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.transforms import to_float
 from worldmodel.build import build_training_model
-from worldmodel.config import Config, GaussianConfig, PretrainedConfig
+from worldmodel.config import Config, GaussianConfig, PretrainedConfig, check_trust
 from worldmodel.evaluation.embed import Networks
 from worldmodel.evaluation.readout import load_readout
 from worldmodel.evaluation.surprise import SurpriseOptions, Timeline, clip_surprise, video_surprise
@@ -164,6 +164,7 @@ def load(
     which: Literal["latest", "best"] = "latest",
     device: str | torch.device = "cpu",
     revision: str | None = None,
+    trust_code: bool = False,
 ) -> TrainedRun:
     """Load a run folder, an exported run, or a run of the Hugging Face Hub.
 
@@ -173,9 +174,11 @@ def load(
         which: the checkpoint to load.
         device: the device of the networks.
         revision: a branch, a tag or a commit of the repository; by default the main branch.
+        trust_code: import the code from outside of the project that the run's config names.
 
     Raises:
-        UserError: there is no such run, it has no checkpoint, the checkpoint is damaged, or the download fails.
+        UserError: there is no such run, it has no checkpoint, the checkpoint is damaged, the download fails, or the
+            config names code from outside without `trust_code`.
 
     Example:
         >>> run = worldmodel.load("runs/demo")
@@ -184,6 +187,7 @@ def load(
     """
     folder = _folder_of(run, which, revision)
     config = load_run_config(folder)
+    check_trust(config, trust_code, source=f"{folder}/config.yaml")
     checkpoint = load_checkpoint(folder, which, with_optimizer=False)
     if checkpoint is None:
         raise UserError(f"the run {run} has no checkpoint yet: train it first")

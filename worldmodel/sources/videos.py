@@ -10,6 +10,7 @@ from data_pipelines.clip_decoder import clips_of
 from data_pipelines.clips import ClipSpec
 from data_pipelines.contents import Contents, contents_of
 from data_pipelines.errors import UserError
+from data_pipelines.formats.base import Format
 from data_pipelines.index import VideoIndex
 from data_pipelines.remote.stores import is_url
 from data_pipelines.split_folders import load_split
@@ -20,6 +21,7 @@ from data_pipelines.worlds.kicked_mnist import KickedMnistLaw
 from data_pipelines.worlds.law import Law
 from data_pipelines.worlds.moving_mnist import MovingMnistLaw
 from data_pipelines.worlds.written import RECORDED, read_sprites, read_world
+from worldmodel import outside
 from worldmodel.config import VideosConfig
 from worldmodel.sources.source import EVALUATION_BATCH, MIN_CLIPS, Content
 
@@ -57,6 +59,7 @@ class VideosSource:
             self._indexes[split] = load_split(
                 data.root,
                 split,
+                format=_format(data),
                 camera=data.camera,
                 max_bad_fraction=data.max_bad_fraction,
                 max_frame_px=data.max_frame_px,
@@ -158,3 +161,8 @@ class VideosSource:
         for video in index.videos:
             if not video.shard and video.num_frames >= span:
                 yield index.root / video.path
+
+
+def _format(data: VideosConfig) -> Format | None:
+    """Return the format that the config names; None if it is to be detected. Raises UserError: it cannot be loaded."""
+    return None if data.format is None else outside.make("data.format", data.format, {}, Format)

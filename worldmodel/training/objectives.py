@@ -19,14 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldmodel.config import InfoNceConfig, ObjectiveConfig, SigregConfig, VicregConfig
+from worldmodel import outside
+from worldmodel.config import ExternalObjective, InfoNceConfig, ObjectiveConfig, SigregConfig, VicregConfig
 from worldmodel.nets.encoders import mlp
 
 MAX_LOGIT = 20.0
 
 
 class Objective(nn.Module, ABC):
-    """A loss between embeddings, and its requirements on the model and the trainer."""
+    """A loss between embeddings, and its requirements on the model and the trainer.
+
+    To add one to the project, write its class in a file of this folder, its keys as a dataclass in
+    worldmodel/config/objective.py, and an entry in OBJECTIVES. A class from outside is built as
+    Class(embedding_dim=D, hidden_dim=..., **options).
+    """
 
     needs_teacher: ClassVar[bool] = False
     """The target comes from an EMA teacher. Otherwise it comes from the encoder itself, with gradient."""
@@ -36,6 +42,9 @@ class Objective(nn.Module, ABC):
     """The loss depends on the distribution of a batch, so it is not the mean of its micro-batch losses."""
     needs_predictor: ClassVar[bool] = False
     """Collapse is prevented by an asymmetry between the two sides: the editor must end in an MLP."""
+    needs_sphere: ClassVar[bool] = False
+    """Of a class from outside: embeddings are compared by direction only, so `model.embedding_norm` must be sphere.
+    For the objectives of the project, the config has this fact."""
     default_beta: ClassVar[float] = 0.001
     """Weight of the latent's penalty. It suits the slope of the loss in the squared error of an embedding."""
 
@@ -381,8 +390,28 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
+def objective_class(config: ObjectiveConfig) -> type[Objective]:
+    """Return the class of a config's objective.
+
+    Raises:
+        UserError: a class from outside cannot be loaded, or lacks a member.
+    """
+    if not isinstance(config, ExternalObjective):
+        return OBJECTIVES[config.name]
+    found = outside.load_class("objective.name", config.name)
+    outside.check_members("objective.name", config.name, found, outside.members_of(Objective))
+    return found
+
+
 def make_objective(config: ObjectiveConfig, *, embedding_dim: int, hidden_dim: int) -> Objective:
-    """Build the objective of a config."""
+    """Build the objective of a config.
+
+    Raises:
+        UserError: a class from outside cannot be loaded.
+    """
+    if isinstance(config, ExternalObjective):
+        sizes = {"embedding_dim": embedding_dim, "hidden_dim": hidden_dim}
+        return outside.make_module("objective.name", config.name, config.options, Objective, **sizes)
     kind = OBJECTIVES[config.name]
     if isinstance(config, InfoNceConfig):
         assert issubclass(kind, InfoNce)

@@ -29,7 +29,7 @@ def make(
         kind = {"sparse": SparseConfig, "oracle": OracleConfig}[name]
         config = kind(dim=latent_dim, prior_components=prior_components)
     latent = make_latent(config, context_dim=8, embedding_dim=8, hidden_dim=16)
-    assert not isinstance(latent, NoLatent)
+    assert isinstance(latent, GaussianLatent | SparseLatent | OracleLatent)
     return latent
 
 
