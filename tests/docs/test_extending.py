@@ -12,10 +12,12 @@ import torch
 import yaml
 
 from data_pipelines.errors import UserError
-from tests.conftest import REPO, TINY
+from tests.conftest import REPO, TINY, run_processes
 from worldmodel import outside
 from worldmodel.build import build_model
-from worldmodel.config import Config, load_config, outside_names
+from worldmodel.commands.main import main
+from worldmodel.commands.plan import planning_config
+from worldmodel.config import Config, load_config, outside_names, to_dict, to_yaml
 from worldmodel.planning.planners import make_planner, shift, start
 from worldmodel.runs.checkpoint import load_checkpoint
 from worldmodel.runs.trained_run import load
@@ -183,5 +185,44 @@ def test_an_objective_that_needs_a_sphere_gets_one(read: Read, tmp_path: Path) -
     )
     small = ["objective=round:Round", "model.hidden_dim=32", "model.embedding_dim=16"]
     build_model(read(overrides=small))
-    with pytest.raises(UserError, match="objective.name=round:Round needs model.embedding_norm=sphere"):
+    with pytest.raises(UserError, match=r"objective\.name=round:Round needs model\.embedding_norm=sphere"):
         build_model(read(overrides=[*small, "model.embedding_norm=standard"]))
+
+
+# ----------------------------------------------------------------------------------------------------- commands
+
+
+def test_the_command_finds_classes_in_the_current_folder_with_the_flag_alone(
+    read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = read("my_world", overrides=[])
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path / "modules"))])
+    monkeypatch.chdir(tmp_path / "modules")
+    command = ["train", "--config", str(tmp_path / "mine.yaml"), *FEW, "model.encoder.width=0.125"]
+    with pytest.raises(SystemExit) as ended:
+        main([*command])
+    assert ended.value.code == 2 and "data.source=my_world:Drift" in capsys.readouterr().err
+    assert str(tmp_path / "modules") not in sys.path
+    assert main([*command, "--trust-code"]) == 0
+    rollout = ["rollout", "--run", config.run_dir, "--video", "none.mp4", "--out", str(tmp_path / "out.npz")]
+    for flags, message in (([], "data.source=my_world:Drift"), (["--trust-code"], "there is no such file")):
+        with pytest.raises(SystemExit):
+            main([*rollout, *flags])
+        assert message in capsys.readouterr().err
+
+
+def test_an_override_of_a_plan_names_code_with_the_flag_alone(read: Read) -> None:
+    tree, overrides = to_dict(read("my_encoder", overrides=[])), ["planning.planner=my_planner:RandomShooting"]
+    with pytest.raises(UserError, match=r"planning\.planner\.name=my_planner:RandomShooting"):
+        planning_config(tree, overrides, trust_code=False)
+    assert planning_config(tree, overrides, trust_code=True).planner.name == "my_planner:RandomShooting"
+
+
+def test_two_processes_train_with_classes_from_outside(read: Read, tmp_path: Path) -> None:
+    config = read(*NETWORKS, "my_world", overrides=FEW)
+    (tmp_path / "mine.yaml").write_text(to_yaml(config), encoding="utf-8")
+    path = {"PYTHONPATH": f"{REPO}:{tmp_path / 'modules'}"}
+    run_processes(
+        2, "-m", "worldmodel", "train", "--config", str(tmp_path / "mine.yaml"), "--trust-code", environment=path
+    )
+    assert load(config.run_dir, trust_code=True).state["step"] == 2

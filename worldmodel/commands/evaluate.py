@@ -11,11 +11,9 @@ from pathlib import Path
 from worldmodel.commands.process import keep_freed_memory
 from worldmodel.commands.shared import (
     add_allow_remote,
-    add_checkpoint,
-    add_device,
     add_run,
-    check_device,
     check_remote,
+    load_run,
 )
 
 
@@ -24,8 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare", type=Path, metavar="FOLDER", help="an evaluated run without a latent variable, shown as a control"
     )
-    add_checkpoint(parser)
-    add_device(parser)
     add_allow_remote(parser)
 
 
@@ -35,10 +31,9 @@ def run(args: argparse.Namespace) -> None:
     from worldmodel.report.run_page import report_of_run
     from worldmodel.report.tables import markdown_table
     from worldmodel.runs.folder import RunFolder
-    from worldmodel.runs.trained_run import load
 
     keep_freed_memory()
-    trained = load(args.run, which=args.checkpoint, device=check_device(args.device))
+    trained = load_run(args)
     check_remote(trained.source.url, args.allow_remote)
     metrics = evaluate(trained, compare=args.compare)
     if "factors" in metrics:

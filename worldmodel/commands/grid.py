@@ -121,6 +121,7 @@ def run_config(args: argparse.Namespace, objective: str, latent: str, seed: int)
             f"seed={seed}",
             f"run_dir={args.out / f'{objective}-{latent}' / f'seed_{seed}'}",
         ],
+        trust_code=args.trust_code,
     )
 
 

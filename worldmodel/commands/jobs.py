@@ -21,7 +21,7 @@ from data_pipelines.files import write_text
 from worldmodel.commands.exits import EXIT_USER_ERROR
 from worldmodel.commands.grid import GridRun
 from worldmodel.commands.process import stop_signals
-from worldmodel.config import to_yaml
+from worldmodel.config import outside_names, to_yaml
 from worldmodel.training.session import Interrupted
 
 POLL_S = 0.2
@@ -122,8 +122,11 @@ def start(run: GridRun, launch: str, lock: int) -> subprocess.Popen[bytes]:
     config = run.with_suffix(".yaml")
     write_text(config, to_yaml(run.config))  # as resolved now: later edits of the config file have no effect
     launcher = shlex.split(launch) or [sys.executable]
-    train = shlex.join([*launcher, "-m", "worldmodel", "train", "--config", str(config), "--resume"])
-    evaluate = shlex.join([sys.executable, "-m", "worldmodel", "evaluate", "--run", str(run.folder), "--allow-remote"])
+    trust = ["--trust-code"] if outside_names(run.config) else []
+    train = shlex.join([*launcher, "-m", "worldmodel", "train", "--config", str(config), "--resume", *trust])
+    evaluate = shlex.join(
+        [sys.executable, "-m", "worldmodel", "evaluate", "--run", str(run.folder), "--allow-remote", *trust]
+    )
     environment = {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "10", **os.environ}
     if run.config.train.num_threads:
         environment["OMP_NUM_THREADS"] = str(run.config.train.num_threads)

@@ -22,16 +22,14 @@ from data_pipelines.errors import UserError
 from data_pipelines.text_files import shown
 from worldmodel.commands.shared import (
     add_allow_remote,
-    add_checkpoint,
-    add_device,
     add_env,
     add_env_kwargs,
     add_overrides,
     add_run,
     check_counts,
-    check_device,
     check_remote,
     check_seed,
+    load_run,
 )
 
 if TYPE_CHECKING:
@@ -56,8 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--budget", type=int, default=50, metavar="N", help="steps per episode (default: 50)")
     parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="seed of the first episode (default: 0)")
-    add_checkpoint(parser)
-    add_device(parser)
     add_overrides(parser, "values that replace the config's", metavar="planning.KEY=VALUE")
     add_allow_remote(parser)
 
@@ -70,11 +66,10 @@ def run(args: argparse.Namespace) -> None:
     from worldmodel.report.run_page import report_of_run
     from worldmodel.report.tables import success_table
     from worldmodel.runs.folder import RunFolder
-    from worldmodel.runs.trained_run import load
 
     check_counts(args, "seeds", "episodes", "budget")
     check_seed(args, "first_seed")
-    trained = load(args.run, which=args.checkpoint, device=check_device(args.device))
+    trained = load_run(args)
     if args.labels:
         check_remote(trained.source.url, args.allow_remote)
     protocol = PlanningProtocol(
@@ -85,22 +80,25 @@ def run(args: argparse.Namespace) -> None:
         budget=args.budget,
         first_seed=args.first_seed,
     )
-    config = planning_config(to_dict(trained.config), args.overrides)
+    config = planning_config(to_dict(trained.config), args.overrides, args.trust_code)
     result = plan(trained, protocol, config, labels=args.labels or ())
     print(f"\n{success_table(result)}\n\n{json.dumps(result['protocol'])}\n")
     print(f"{RunFolder(args.run).planning}\n{report_of_run(args.run)}")
 
 
-def planning_config(tree: dict[str, Any], overrides: Sequence[str]) -> PlanningConfig:
+def planning_config(tree: dict[str, Any], overrides: Sequence[str], trust_code: bool) -> PlanningConfig:
     """Return the section `planning` of a run's config, with overrides.
 
     Raises:
-        UserError: an override belongs to another section, or is not valid.
+        UserError: an override belongs to another section, is not valid, or names code from outside without
+            `trust_code`.
     """
-    from worldmodel.config import apply_override, validate
+    from worldmodel.config import apply_override, check_trust, validate
 
     for override in overrides:
         if not override.startswith("planning."):
             raise UserError(f"override {shown(override)}: only planning.KEY=VALUE can differ from the run's config")
         apply_override(tree, override)
-    return validate(tree, source="the run's config").planning
+    config = validate(tree, source="the run's config")
+    check_trust(config, trust_code, source="the command")
+    return config.planning

@@ -16,17 +16,15 @@ from typing import TYPE_CHECKING
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_bytes
 from worldmodel.commands.shared import (
-    add_checkpoint,
-    add_device,
     add_out,
     add_run,
     add_seed,
     add_video,
     check_counts,
-    check_device,
     check_out_file,
     check_seed,
     check_video,
+    load_run,
 )
 
 if TYPE_CHECKING:
@@ -47,18 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--start-frame", type=int, default=0, metavar="N", help="first frame of the context segment (default: 0)"
     )
     add_seed(parser, "seed of the samples")
-    add_checkpoint(parser)
-    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    from worldmodel.runs.trained_run import load
-
     check_counts(args, "num_samples", "horizon")
     check_seed(args)
     if args.num_samples * args.horizon > MAX_SEGMENTS:
         raise UserError(f"--num-samples times --horizon must be at most {MAX_SEGMENTS:,}")
-    trained = load(args.run, which=args.checkpoint, device=check_device(args.device))
+    trained = load_run(args)
     check_video(args.video)
     check_out_file(args.out)
     context = read_context(trained, args.video, args.start_frame)

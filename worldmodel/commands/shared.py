@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,8 @@ from data_pipelines.text_files import shown
 if TYPE_CHECKING:
     import torch
 
+    from worldmodel.runs.trained_run import TrainedRun
+
 log = one_line_logger(__name__)
 
 MAX_COUNT, MAX_SEED = 2**20, 10**18
@@ -21,15 +25,26 @@ MAX_COUNT, MAX_SEED = 2**20, 10**18
 
 
 def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add --config, which `find_config` resolves."""
+    """Add --config, which `find_config` resolves, and --trust-code, which `trust_code` reads."""
     parser.add_argument(
         "--config", required=required, metavar="NAME", help="a shipped config, such as demo, or the path of a YAML file"
     )
+    _add_trust_code(parser)
 
 
 def add_run(parser: argparse.ArgumentParser, kind: str = "a trained run") -> None:
-    """Add --run."""
+    """Add --run, --checkpoint, --device and --trust-code, with which `load_run` loads the run."""
     parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help=f"folder of {kind}")
+    add_checkpoint(parser)
+    parser.add_argument("--device", metavar="NAME", help="torch device (default: cuda if there is a GPU, else cpu)")
+
+
+def _add_trust_code(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="run the classes that the config names as package.module:Class, also from the current folder",
+    )
 
 
 def add_video(parser: argparse.ArgumentParser) -> None:
@@ -38,10 +53,11 @@ def add_video(parser: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Add --checkpoint."""
+    """Add --checkpoint, and --trust-code, which `trust_code` reads."""
     parser.add_argument(
         "--checkpoint", choices=["latest", "best"], default="latest", help="checkpoint to load (default: latest)"
     )
+    _add_trust_code(parser)
 
 
 def add_programs(parser: argparse.ArgumentParser) -> None:
@@ -49,11 +65,6 @@ def add_programs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--programs", action="store_true", help="write the networks as programs of torch.export as well"
     )
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add --device, which `check_device` resolves."""
-    parser.add_argument("--device", metavar="NAME", help="torch device (default: cuda if there is a GPU, else cpu)")
 
 
 def add_seed(parser: argparse.ArgumentParser, meaning: str) -> None:
@@ -107,6 +118,26 @@ def add_allow_remote(parser: argparse.ArgumentParser) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- checks
+
+
+def trust_code(args: argparse.Namespace) -> bool:
+    """Return True if the user allows code from outside of the project; it may then be in the current folder."""
+    allowed: bool = args.trust_code
+    if allowed and (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    return allowed
+
+
+def load_run(args: argparse.Namespace) -> "TrainedRun":
+    """Load the run of a command with `add_run`.
+
+    Raises:
+        UserError: this machine has no such device, or as `worldmodel.load`.
+    """
+    from worldmodel.runs.trained_run import load
+
+    device = check_device(args.device)
+    return load(args.run, which=args.checkpoint, device=device, trust_code=trust_code(args))
 
 
 def find_config(name: str) -> Path:

@@ -24,14 +24,12 @@ from typing import TYPE_CHECKING
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_bytes, write_text
 from worldmodel.commands.shared import (
-    add_checkpoint,
-    add_device,
     add_out,
     add_run,
     add_video,
     check_counts,
-    check_device,
     check_video,
+    load_run,
     make_out_folder,
 )
 
@@ -49,17 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step-frames", type=int, metavar="N", help="frames between transitions (default: the length of a segment)"
     )
-    add_checkpoint(parser)
-    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     from worldmodel.report.drawing import save
     from worldmodel.report.timeline import timeline_figure
-    from worldmodel.runs.trained_run import load
 
     check_counts(args, "peaks", "step_frames")
-    trained = load(args.run, which=args.checkpoint, device=check_device(args.device))
+    trained = load_run(args)
     check_video(args.video)
     make_out_folder(args.out)
     timeline = trained.surprise(args.video, num_peaks=args.peaks, step_frames=args.step_frames, progress=True)

@@ -12,7 +12,7 @@ import sys
 
 from data_pipelines.errors import UserError
 from worldmodel.commands.process import prepare_process, stop_signals
-from worldmodel.commands.shared import add_config, add_overrides, add_overwrite, find_config
+from worldmodel.commands.shared import add_config, add_overrides, add_overwrite, find_config, trust_code
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     hints = error_hints()
     try:
-        config = load_config(find_config(args.config), args.overrides)
+        config = load_config(find_config(args.config), args.overrides, trust_code=trust_code(args))
         prepare_process(config.train)
         with stop_signals() as stop:
             train(config, resume=args.resume, overwrite=args.overwrite, profile=args.profile, stop=stop)

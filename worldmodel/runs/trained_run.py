@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.transforms import to_float
 from worldmodel.build import build_training_model
-from worldmodel.config import Config, GaussianConfig, PretrainedConfig, check_trust
+from worldmodel.config import Config, GaussianConfig, PretrainedConfig, check_trust, outside_names
 from worldmodel.evaluation.embed import Networks
 from worldmodel.evaluation.readout import load_readout
 from worldmodel.evaluation.surprise import SurpriseOptions, Timeline, clip_surprise, video_surprise
@@ -191,8 +191,9 @@ def load(
     checkpoint = load_checkpoint(folder, which, with_optimizer=False)
     if checkpoint is None:
         raise UserError(f"the run {run} has no checkpoint yet: train it first")
-    _check_shapes(config, checkpoint, folder)
+    _check_before_building(config, checkpoint, folder)
     training = build_training_model(config)
+    _check_shapes(training, checkpoint, folder)
     training.load_state_dict(checkpoint.model)
     teacher = None
     if training.objective.needs_teacher:
@@ -215,13 +216,14 @@ def _folder_of(run: str | Path, which: Literal["latest", "best"], revision: str 
         raise UserError(f"there is no folder {run!r} here, and {error}") from error
 
 
-def _check_shapes(config: Config, checkpoint: Checkpoint, run: str | Path) -> None:
+def _check_before_building(config: Config, checkpoint: Checkpoint, run: str | Path) -> None:
     """Compare the shapes of the weights with those of the config's networks, before these are allocated.
 
     Raises:
         UserError: shapes differ, or the networks of the config cannot be built.
     """
-    if isinstance(config.model.encoder, PretrainedConfig):  # its own files determine its sizes
+    # Files determine the sizes of a pretrained encoder. Trusted code may do what the meta device cannot.
+    if isinstance(config.model.encoder, PretrainedConfig) or outside_names(config):
         return
     # A flow cannot be built on the meta device. Its sizes follow from the others.
     latent = config.model.latent
@@ -232,12 +234,21 @@ def _check_shapes(config: Config, checkpoint: Checkpoint, run: str | Path) -> No
     try:
         with torch.device("meta"):
             network = build_training_model(dataclasses.replace(config, model=model))
-        described = {name: tensor.shape for name, tensor in network.state_dict().items()}
     except (RuntimeError, OverflowError, MemoryError, ValueError) as error:
         raise UserError(f"{run}/config.yaml describes networks that cannot be built: {one_line(error)}") from None
+    _check_shapes(network, checkpoint, run, without="latent.prior." if is_flow else None)
+
+
+def _check_shapes(network: nn.Module, checkpoint: Checkpoint, run: str | Path, without: str | None = None) -> None:
+    """Compare the shapes of the weights with those of the networks. Names that begin with `without` are left out.
+
+    Raises:
+        UserError: shapes differ.
+    """
+    described = {name: tensor.shape for name, tensor in network.state_dict().items()}
     stored = {name: tensor.shape for name, tensor in checkpoint.model.items()}
     for name in sorted(described.keys() | stored.keys()):
-        if is_flow and name.startswith("latent.prior"):
+        if without is not None and name.startswith(without):
             continue
         if described.get(name) != stored.get(name):
             sizes = [list(shapes[name]) if name in shapes else "nothing" for shapes in (stored, described)]

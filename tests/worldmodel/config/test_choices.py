@@ -31,7 +31,7 @@ def kind_at(key: str) -> Any:
 
 
 def loaded(*overrides: str) -> Config:
-    return load_config(DEMO, overrides)
+    return load_config(DEMO, overrides, trust_code=True)
 
 
 def test_another_name_keeps_the_keys_that_it_has_and_drops_the_others() -> None:
