@@ -13,11 +13,13 @@ import yaml
 
 from data_pipelines.errors import UserError
 from tests.conftest import REPO, TINY, run_processes
+from tests.worldmodel.config.test_keys import plan_once
 from worldmodel import outside
 from worldmodel.build import build_model
 from worldmodel.commands.main import main
 from worldmodel.commands.plan import planning_config
 from worldmodel.config import Config, load_config, outside_names, to_dict, to_yaml
+from worldmodel.evaluation.evaluate import evaluate
 from worldmodel.planning.planners import make_planner, shift, start
 from worldmodel.runs.checkpoint import load_checkpoint
 from worldmodel.runs.trained_run import load
@@ -96,6 +98,7 @@ def test_networks_and_a_format_are_trained_and_loaded(read: Read, listed: Path) 
     assert not torch.equal(state["editor.film.weight"], build_model(config).editor.film.weight)  # type: ignore[arg-type, union-attr]
     assert trained.rollout(torch.rand(2, 3, 1, 64, 64), 2, 4).shape == (2, 4, 2, 16)
     assert len(list(trained.source.video_files("test", 1))) == 23
+    assert evaluate(trained)["forecasts"]["model"]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -105,7 +108,9 @@ def test_each_network_is_built_alone(name: str, read: Read) -> None:
 
 def test_a_world_is_trained_on(read: Read) -> None:
     run = train(read("my_world", overrides=[*FEW, "model.encoder.width=0.125"]))
-    [first] = load(run, trust_code=True).source.evaluation_batches("test", 5)
+    trained = load(run, trust_code=True)
+    assert evaluate(trained)["forecasts"]["model"]
+    [first] = trained.source.evaluation_batches("test", 5)
     assert first["video"].shape == (5, 9, 1, 16, 16) and first["video"].sum() == 5 * 9 * 16
 
 
@@ -119,6 +124,12 @@ def test_a_planner_approaches_the_goal(read: Read) -> None:
         found.append(costs.max().item())
         assert actions.shape == (3, 4, 2)
     assert found[-1] < 0.1 and shift(plan).mean.shape == (3, 4, 2)
+
+
+def test_a_policy_plans_with_a_planner_from_outside() -> None:
+    overrides = ["planning.planner=my_planner:RandomShooting", "planning.candidates=8"]
+    plan_once(load_config(REPO / "configs" / "two_rooms.yaml", overrides, trust_code=True))
+    assert "my_planner" in sys.modules
 
 
 # ----------------------------------------------------------------------------------------------------- refusals
