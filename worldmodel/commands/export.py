@@ -13,7 +13,7 @@ with the encoder and a rollout step as programs, which torch.export.load reads:
 import argparse
 from pathlib import Path
 
-from worldmodel.commands.shared import add_checkpoint, add_programs
+from worldmodel.commands.shared import add_checkpoint, add_programs, trust_code
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,4 +27,5 @@ def run(args: argparse.Namespace) -> None:
     from worldmodel.runs.trained_run import load
     from worldmodel.runs.travel import export
 
-    print(export(load(args.run, which=args.checkpoint), args.folder, programs=args.programs))
+    loaded = load(args.run, which=args.checkpoint, trust_code=trust_code(args))
+    print(export(loaded, args.folder, programs=args.programs))

@@ -13,7 +13,7 @@ load it:
 import argparse
 from pathlib import Path
 
-from worldmodel.commands.shared import add_checkpoint, add_programs
+from worldmodel.commands.shared import add_checkpoint, add_programs, trust_code
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,5 +28,5 @@ def run(args: argparse.Namespace) -> None:
     from worldmodel.runs.trained_run import load
     from worldmodel.runs.travel import push
 
-    loaded = load(args.run, which=args.checkpoint)
+    loaded = load(args.run, which=args.checkpoint, trust_code=trust_code(args))
     print(push(loaded, args.name, private=not args.public, programs=args.programs))
