@@ -4,6 +4,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from importlib import invalidate_caches
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from worldmodel.evaluation.evaluate import evaluate
 from worldmodel.planning.planners import make_planner, shift, start
 from worldmodel.runs.checkpoint import load_checkpoint
 from worldmodel.runs.trained_run import load
+from worldmodel.runs.travel import export
 from worldmodel.sources import make_source
 from worldmodel.training.loop import train
 
@@ -106,10 +108,15 @@ def test_each_network_is_built_alone(name: str, read: Read) -> None:
     build_model(read(name, overrides=["model.hidden_dim=32", "model.embedding_dim=16"]))
 
 
-def test_a_world_is_trained_on(read: Read) -> None:
+def test_a_world_is_trained_on_and_exported(read: Read, tmp_path: Path) -> None:
     run = train(read("my_world", overrides=[*FEW, "model.encoder.width=0.125"]))
     trained = load(run, trust_code=True)
     assert evaluate(trained)["forecasts"]["model"]
+    exported = export(trained, tmp_path / "exported")
+    assert 'exported", trust_code=True)' in (exported / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="names code from outside"):
+        load(exported)
+    assert load(exported, trust_code=True).state["step"] == 2
     [first] = trained.source.evaluation_batches("test", 5)
     assert first["video"].shape == (5, 9, 1, 16, 16) and first["video"].sum() == 5 * 9 * 16
 
@@ -237,3 +244,13 @@ def test_two_processes_train_with_classes_from_outside(read: Read, tmp_path: Pat
         2, "-m", "worldmodel", "train", "--config", str(tmp_path / "mine.yaml"), "--trust-code", environment=path
     )
     assert load(config.run_dir, trust_code=True).state["step"] == 2
+
+
+def test_weights_that_do_not_fit_a_changed_class_are_one_line(read: Read, tmp_path: Path) -> None:
+    run = train(read("my_world", "my_encoder", overrides=FEW))
+    path = tmp_path / "modules" / "my_encoder.py"
+    path.write_text(FILES["my_encoder"].replace("nn.GELU(), ", "nn.GELU(), nn.BatchNorm2d(width), "), encoding="utf-8")
+    del sys.modules["my_encoder"]
+    invalidate_caches()
+    with pytest.raises(UserError, match=r"does not fit its config\.yaml: it holds .* for embedder\.encoder"):
+        load(run, trust_code=True)

@@ -31,8 +31,9 @@ def model_card(run: TrainedRun, config: Config, metrics: Metrics | None, name: s
 
     config: of the exported folder. metrics: None if the run was not evaluated. name: the argument of `load`.
     """
+    trust = ", trust_code=True" if outside_names(config) else ""
     sections = {
-        "Load": f"```python\nimport worldmodel\n\nrun = worldmodel.load({json.dumps(name)})\n```",
+        "Load": f"```python\nimport worldmodel\n\nrun = worldmodel.load({json.dumps(name)}{trust})\n```",
         "Model": aligned_table([["property", "value"], *_facts(run, config)], num_left=2),
         "Scores": "The run was not evaluated at this checkpoint." if metrics is None else _scores(metrics),
         "Training data": aligned_table([["key", "value"], *_data(config)], num_left=2),
