@@ -62,7 +62,7 @@ class Trainer:
             # The objective sees clips of all processes already.
             student = self.student
             for network in (self.teacher, student.embedder, student.editor, student.latent, student.scene):
-                if network:
+                if isinstance(network, nn.Module):
                     globalise_batch_norm(network, accelerator.device)
         self._blank_student = sharding.meta_copy(self.student) if self.sharded else None
         self._blank_teacher = sharding.meta_copy(self.teacher) if self.sharded and self.teacher else None
