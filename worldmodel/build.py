@@ -21,7 +21,7 @@ def build_model(config: Config) -> WorldModel:
     Raises:
         UserError: as `build_training_model`.
 
-    Example:
+    Examples:
         >>> model = worldmodel.build_model(worldmodel.load_config("configs/demo.yaml"))
         >>> model.eval().encode(torch.rand(2, 3, 1, 64, 64)).shape  # [B, T, C, H, W] -> [B, D]
     """

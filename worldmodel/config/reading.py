@@ -36,7 +36,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), *, trust_code: 
         UserError: no such file, broken YAML, an unknown key, a wrong type, a value out of range, or keys that
             contradict each other; the config names code from outside without `trust_code`.
 
-    Example:
+    Examples:
         >>> config = load_config("configs/demo.yaml", ["train.steps=400", "model.encoder=vit_tiny"])
         >>> config.train.steps
         400

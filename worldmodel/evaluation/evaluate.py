@@ -25,7 +25,7 @@ def evaluate(run: TrainedRun, *, compare: Path | None = None) -> Metrics:
         UserError: the run folder is not writable, a split has too few clips or lacks a label, or the run to compare
             with was not evaluated on the same queries.
 
-    Example:
+    Examples:
         >>> metrics = worldmodel.evaluate(worldmodel.load("runs/demo"))
         >>> metrics["forecasts"]["model"]["energy_score"]
     """

@@ -180,7 +180,7 @@ def load(
         UserError: there is no such run, it has no checkpoint, the checkpoint is damaged, the download fails, or the
             config names code from outside without `trust_code`.
 
-    Example:
+    Examples:
         >>> run = worldmodel.load("runs/demo")
         >>> run = worldmodel.load("owner/name", revision="v1.0")
         >>> futures = run.rollout(clip, horizon=4, num_samples=64)  # [B, S, horizon, D]

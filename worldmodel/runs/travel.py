@@ -43,7 +43,7 @@ def export(run: TrainedRun, folder: str | Path, *, programs: bool = False) -> Pa
     Raises:
         UserError: the folder is not empty or cannot be written, or the networks cannot be exported as programs.
 
-    Example:
+    Examples:
         >>> run = worldmodel.load("runs/demo", which="best")
         >>> worldmodel.export(run, "exported/demo")
         >>> worldmodel.load("exported/demo")
@@ -66,7 +66,7 @@ def push(run: TrainedRun, name: str, *, private: bool = True, programs: bool = F
     Raises:
         UserError: the name is not valid, there is no token, the upload fails, or as `export`.
 
-    Example:
+    Examples:
         >>> worldmodel.push(worldmodel.load("runs/demo"), "owner/demo")
         >>> worldmodel.load("owner/demo")
     """

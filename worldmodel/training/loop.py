@@ -50,7 +50,7 @@ def train(
         UserError: another mistake of the user.
         Interrupted: `stop` asked for it. The checkpoint of the last finished step is saved.
 
-    Example:
+    Examples:
         >>> config = worldmodel.load_config("configs/demo.yaml", ["train.steps=400"])
         >>> folder = worldmodel.train(config)
     """
