@@ -17,6 +17,7 @@ from data_pipelines.files import write_text
 from data_pipelines.splits import Split
 from data_pipelines.transforms import on_device, split_segments, to_float
 from worldmodel.config import Config, DataConfig, OracleConfig, VideosConfig
+from worldmodel.runs.checkpoint import VideosChangedError
 from worldmodel.runs.folder import RunFolder
 from worldmodel.sources.source import Source
 
@@ -151,8 +152,8 @@ def check_contents(source: Source, config: Config, run: Path) -> None:
     A run without stored hashes is compared from now on.
 
     Raises:
-        UserError: a video or a label has changed, is new or is missing; the file of hashes is damaged or cannot be
-            written.
+        VideosChangedError: a video or a label has changed, is new or is missing.
+        UserError: the file of hashes is damaged or cannot be written.
     """
     now = training_contents(source, config)
     if now is None:
@@ -166,10 +167,7 @@ def check_contents(source: Source, config: Config, run: Path) -> None:
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
     elif change := now.change_since(before):
-        raise UserError(
-            f"the videos of {run} have changed since its checkpoint: {change}: restore them, or start again with "
-            "--overwrite"
-        )
+        raise VideosChangedError(f"the videos of {run} have changed since its checkpoint: {change}")
 
 
 def check_splits(source: Source, config: Config, uses: Mapping[tuple[Split, int], str]) -> None:

@@ -39,7 +39,7 @@ def test_a_video_replaced_by_one_of_the_same_size_is_named(tiny_config: Callable
     config = tiny_config(f"data.root={root}")
     run = train(config)
     shutil.copyfile(root / "train" / "000001.mp4", root / "train" / "000000.mp4")
-    with pytest.raises(UserError, match=r"'000000.mp4' has other content: restore them, or start again") as line:
+    with pytest.raises(UserError, match=r"'000000.mp4' has other content$") as line:
         _resume(config)
     assert str(line.value).startswith(f"the videos of {run} have changed since its checkpoint: ")
     shutil.rmtree(run / "checkpoints")  # nothing was learned from the old ones yet

@@ -122,8 +122,8 @@ class LatentPolicy:
         self.decoder, self.action_dim = decoder, decoder.action_dim if decoder else run.model.action_dim
         if not self.action_dim:
             raise UserError(
-                f"the run {run.folder} is not conditioned on actions: train it with model.action_dim, or give --labels "
-                "to one with a latent"
+                f"the run {run.folder} is not conditioned on actions: train it with model.action_dim, or plan "
+                "with labels if it has a latent"
             )
         if decoder and config.num_samples:
             raise UserError(
