@@ -17,12 +17,14 @@ from pydantic import TypeAdapter, ValidationError
 from data_pipelines.errors import UserError
 from data_pipelines.text_files import kind_of_key, read_yaml, shown
 from worldmodel.config.checks import contradictions
-from worldmodel.config.kinds import OUTSIDE, choice_of, keys_of, members_of
+from worldmodel.config.kinds import OUTSIDE, Text, choice_of, keys_of, members_of
 from worldmodel.config.old import converted
 from worldmodel.config.sections import Config, outside_names
 from worldmodel.config.trees import apply_override, expanded, flatten, merged
 
 MAX_PROBLEMS = 5  # of a config, in a message
+MAX_BASES = 8  # above one another
+_BASE = TypeAdapter(Text)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = (), *, trust_code: bool = False) -> Config:
@@ -83,8 +85,12 @@ def read_with_bases(path: Path, above: Sequence[str] = ()) -> dict[str, Any]:
     if "base" not in tree:
         return converted(tree)
     base = tree.pop("base")
-    if not isinstance(base, str):
-        raise UserError(f"{path}: base={shown(base)} must be the name of a config file, relative to this one")
+    try:
+        _BASE.validate_python(base, strict=True)
+    except ValidationError:
+        raise UserError(f"{path}: base={shown(base)} must be the name of a config file, relative to this one") from None
+    if len(above) == MAX_BASES:
+        raise UserError(f"config {path} is the base of {MAX_BASES} others, one above the other: merge some of them")
     return converted(merged(read_with_bases(path.parent / base, [*above, place]), tree))
 
 

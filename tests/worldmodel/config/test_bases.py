@@ -61,7 +61,7 @@ def test_circles_and_mistakes_are_refused_in_one_line(tmp_path: Path) -> None:
         load_config(write(tmp_path, number="base: 3\n"))
     with pytest.raises(UserError, match=r"cannot read config .*none.yaml: No such file"):
         load_config(write(tmp_path, lost="base: none.yaml\n"))
-    with pytest.raises(UserError, match="cannot read config"):
+    with pytest.raises(UserError, match="must be the name of a config file"):
         load_config(write(tmp_path, odd='base: "a\\0b"\n'))
     (tmp_path / "folder").symlink_to(tmp_path)
     with pytest.raises(UserError, match="is its own base"):
@@ -72,3 +72,17 @@ def test_the_config_of_a_run_folder_reads_no_other_file(tmp_path: Path) -> None:
     write(tmp_path, ground="run_dir: r\n", config="base: ground.yaml\nrun_dir: r\n")
     with pytest.raises(UserError, match=r"unknown key base='ground.yaml'"):
         load_run_config(tmp_path)
+
+
+@pytest.mark.parametrize("base", ["x" * 100_000, "x" * 256, "a/" * 2000, "null", "[a.yaml]"])
+def test_a_base_that_is_not_a_name_is_one_short_line(tmp_path: Path, base: str) -> None:
+    with pytest.raises(UserError, match=r"must be the name of a config file, relative to this one$") as caught:
+        load_config(write(tmp_path, top=f"base: {base}\n"))
+    assert len(str(caught.value)) < 500 + len(str(tmp_path))
+
+
+def test_a_long_chain_of_bases_is_refused(tmp_path: Path) -> None:
+    files = {f"c{number}": f"base: c{number + 1}.yaml\n" for number in range(3000)}
+    write(tmp_path, **files)
+    with pytest.raises(UserError, match="is the base of 8 others, one above the other"):
+        load_config(tmp_path / "c0.yaml")
