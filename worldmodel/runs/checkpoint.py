@@ -350,14 +350,15 @@ def _read_index(run: Path) -> dict[str, Any]:
         return {"latest": None, "best": None, "kept": []}
     try:
         index = json.loads(read_text(path, MAX_STATE_BYTES))
-        names = [index["latest"], index["best"], *index["kept"]]
+        kept = list(index["kept"])
+        names = [*(name for name in (index["latest"], index["best"]) if name is not None), *kept]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {str(error)[:80]}): restore it") from error
     for name in names:
         # Names become paths: an untrusted run folder must not point outside itself.
-        if name is not None and not (isinstance(name, str) and STEP_NAME.fullmatch(name)):
+        if not (isinstance(name, str) and STEP_NAME.fullmatch(name)):
             raise UserError(f"{path} names {str(name)[:80]!r}, which is not a checkpoint of a run")
-    return index
+    return {"latest": index["latest"], "best": index["best"], "kept": kept}
 
 
 def _write_index(run: Path, index: Mapping[str, Any]) -> None:

@@ -162,6 +162,14 @@ def test_partial_checkpoints_that_are_links_are_removed_as_links(tmp_path: Path)
     assert (victim / "precious").exists() and not (folder / "step_00000001").is_symlink()
 
 
+def test_null_is_no_checkpoint_to_keep(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, make(1), keep=1, is_best=False)
+    index = {"latest": "step_00000001", "best": None, "kept": [None, "step_00000001"]}
+    (tmp_path / "checkpoints" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="names 'None', which is not a checkpoint of a run"):
+        save_checkpoint(tmp_path, make(2), keep=1, is_best=False)
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "no JSON", "[]", "3", "{}", '{"latest": null}', '{"latest": null, "best": null, "kept": 7}', "[" * 100_000],
