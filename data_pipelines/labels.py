@@ -14,6 +14,7 @@ import torch
 
 from data_pipelines.errors import UserError, one_line, one_line_logger
 from data_pipelines.facts import Video
+from data_pipelines.text_files import shown
 
 log = one_line_logger(__name__)
 
@@ -97,7 +98,7 @@ def stack_labels(rows: Sequence[Mapping[str, Any]], videos: Sequence[Video]) -> 
             faults[name] = _fault_of(name, values, videos)
     for name, fault in faults.items():
         if not all(isinstance(row.get(name), str) for row in rows):
-            log.warning("the label %r is left out: %s", name, fault)
+            log.warning("the label %s is left out: %s", shown(name), fault)
     lengths = torch.tensor([0, *(video.num_frames for video in videos[:-1])])
     return Labels(of_videos, of_frames, lengths.cumsum(0) if of_frames else None, faults)
 
@@ -114,20 +115,20 @@ def _fault_of(name: str, values: Sequence[Any], videos: Sequence[Video]) -> str:
     for value, video in zip(values, videos, strict=True):
         place = f"'{video.path}'"
         if value is None:
-            return f"{place} has no {name!r}"
+            return f"{place} has no {shown(name)}"
         if of_frames and isinstance(value, list) and len(value) != video.num_frames:
-            return f"{place} has {video.num_frames} frames and {len(value)} values of {name!r}"
+            return f"{place} has {video.num_frames} frames and {len(value)} values of {shown(name)}"
         parts = enumerate(value) if of_frames and isinstance(value, list) else [(-1, value)]
         for frame, part in parts:
             at = f"frame {frame} of {place}" if frame >= 0 else place
             numbers = part if isinstance(part, list) else [part]
             for number in numbers:
                 if not _is_finite(number):
-                    return f"{name!r} of {at} is {reprlib.repr(number)}, not a number"
+                    return f"{shown(name)} of {at} is {reprlib.repr(number)}, not a number"
             width = len(numbers) if width is None else width
             if len(numbers) != width or isinstance(part, list) != isinstance(first, list):
-                return f"{name!r} of {at} has {len(numbers)} numbers, and others have {width}"
-    return f"{name!r} has values of several kinds"
+                return f"{shown(name)} of {at} has {len(numbers)} numbers, and others have {width}"
+    return f"{shown(name)} has values of several kinds"
 
 
 def _is_finite(number: Any) -> bool:
@@ -228,9 +229,9 @@ _READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
 
 def _check_columns(path: Path, names: Sequence[str]) -> None:
     if "file_name" not in names:
-        raise UserError(f"'{path}' has no column file_name: its columns are {', '.join(names) or 'none'}")
+        raise UserError(f"'{path}' has no column file_name: its columns are {shown(names) if names else 'none'}")
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise UserError(f"'{path}' has the column {twice[0]!r} twice: rename one")
+        raise UserError(f"'{path}' has the column {shown(twice[0])} twice: rename one")
 
 
 def _numbers_to_tensor(values: Sequence[Any]) -> torch.Tensor | None:

@@ -128,7 +128,7 @@ def test_metadata_with_gaps_gives_no_labels(tmp_path: Path, write_video: Any, ca
         ("jsonl", '{"file_name": "a.mp4"}\nnonsense\n', "metadata.jsonl' line 2 is not a JSON object with a file_name"),
         ("jsonl", '{"file_name": 1}\n', "metadata.jsonl' line 1 is not a JSON object with a file_name"),
         ("jsonl", b"\xff\xfe", "metadata.jsonl' is not UTF-8 text"),
-        ("csv", "file,digit\na.mp4,1\n", "metadata.csv' has no column file_name: its columns are file, digit"),
+        ("csv", "file,digit\na.mp4,1\n", "metadata.csv' has no column file_name: its columns are .'file', 'digit'."),
         ("csv", "", "metadata.csv' has no column file_name: its columns are none"),
         ("csv", "file_name,digit\na.mp4\n", "metadata.csv' line 2 has more or fewer cells than the header"),
         ("csv", "file_name,digit\na.mp4,1,2\n", "metadata.csv' line 2 has more or fewer cells than the header"),

@@ -10,7 +10,7 @@ from worldmodel.evaluation.illustrations import save_records
 from worldmodel.evaluation.readout import save_readout
 from worldmodel.evaluation.surprise import Timeline, why_unsupported
 from worldmodel.runs.folder import RunFolder
-from worldmodel.runs.metrics import Forecast, Metrics, Training, read_metrics, write_metrics
+from worldmodel.runs.metrics import Metrics, Training, read_metrics, write_metrics
 from worldmodel.runs.trained_run import TrainedRun
 
 MIN_TIMELINE_TRANSITIONS = 4
@@ -43,10 +43,13 @@ def evaluate(run: TrainedRun, *, compare: Path | None = None) -> Metrics:
 def _evaluate_videos(run: TrainedRun, compare: Path | None) -> Metrics:
     """Return the metrics of forecasts; write the readout and the illustrations."""
     folder = RunFolder(run.folder)
+    compared = None if compare is None else compared_metrics(compare)  # mistakes show before minutes of work
     evaluation = evaluate_forecasts(run.networks)
     metrics = _with_training(run, evaluation.metrics)
-    if compare is not None:
-        metrics["forecasts"]["no_latent"] = compared_forecast(compare, metrics)
+    if compared is not None:
+        if compared.get("queries_sha256") != metrics["queries_sha256"]:
+            raise UserError(f"{compare} was scored on other queries: evaluate both runs on the same data and settings")
+        metrics["forecasts"]["no_latent"] = compared["forecasts"]["model"]
     if evaluation.readout is not None and evaluation.quantity is not None:
         save_readout(run.folder, evaluation.readout, evaluation.quantity, run.state["step"])
     illustrations = dataclasses.replace(evaluation.illustrations, timeline=timeline_of_test_video(run))
@@ -73,21 +76,21 @@ def timeline_of_test_video(run: TrainedRun) -> Timeline | None:
     return None if path is None else run.surprise(path, progress=True)
 
 
-def compared_forecast(compare: Path, metrics: Metrics) -> Forecast:
-    """Return the model's scores of another evaluated run on the same queries.
+def compared_metrics(compare: Path) -> Metrics:
+    """Return the metrics of another run, whose forecasts of a labelled quantity can be compared with.
 
     Raises:
-        UserError: that run was not evaluated, has no labels, or was scored on other queries.
+        UserError: that run was not evaluated, or its forecasts have no labelled quantity.
     """
-    other = read_metrics(compare)
     path = RunFolder(compare).metrics
-    if other is None:
+    metrics = read_metrics(compare)
+    if metrics is None:
         raise UserError(f"{path} does not exist: evaluate that run first")
-    if other.get("quantity") is None:
-        raise UserError("comparing needs videos with labels: embeddings of two runs have no common scale")
-    if other.get("queries_sha256") != metrics["queries_sha256"]:
-        raise UserError(f"{compare} was scored on other queries: evaluate both runs on the same data and settings")
-    model = other.get("forecasts", {}).get("model")
-    if model is None:
+    if metrics.get("quantity") is None:
+        raise UserError(
+            f"{compare} was scored in embedding space alone, which two runs do not share: comparing needs the law "
+            "of a written world, at the size of its videos, or evaluation.label"
+        )
+    if metrics.get("forecasts", {}).get("model") is None:
         raise UserError(f"{path} has no forecasts of that run: evaluate it again")
-    return model
+    return metrics

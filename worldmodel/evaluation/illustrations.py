@@ -68,6 +68,14 @@ class Illustrations:
     latents: Latents | None
     timeline: Timeline | None
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for neighbours that do not fit frames and steps, as in a damaged file."""
+        if self.neighbours.size and self.neighbours.shape[:2] != (len(self.frames), len(self.neighbour_steps)):
+            raise ValueError(
+                f"neighbours of {self.neighbours.shape[:2]} queries and steps, not of {len(self.frames)} and "
+                f"{len(self.neighbour_steps)}"
+            )
+
 
 NO_ILLUSTRATIONS = Illustrations(
     frames=np.zeros((0, 2, 1, 1, 1), np.uint8),
