@@ -23,6 +23,7 @@ from data_pipelines.files import check_regular, read_text
 from data_pipelines.formats.base import LoadOptions
 from data_pipelines.index import VideoIndex, check_bad_fraction
 from data_pipelines.indexing.folder import index_folder
+from data_pipelines.text_files import shown
 
 log = one_line_logger(__name__)
 
@@ -136,7 +137,7 @@ def _read_episodes(root: Path, camera: str | None) -> _Episodes:
         is_time = name.endswith("from_timestamp")
         if table[name].ndim != 1 or (table[name].dtype.kind != "i" and not is_time):
             raise UserError(
-                f"LeRobot data set '{root}': column {name!r} of meta/episodes does not hold one "
+                f"LeRobot data set '{root}': column {shown(name)} of meta/episodes does not hold one "
                 f"{'number' if is_time else 'whole number'} per episode"
             )
     order = np.argsort(table["episode_index"], kind="stable")
@@ -154,7 +155,7 @@ def _read_episodes(root: Path, camera: str | None) -> _Episodes:
     if data["episode_index"].ndim != 1:
         raise UserError(f"LeRobot data set '{root}': column 'episode_index' of data/ does not hold one number per row")
     for name, fault in faults.items():
-        log.warning("LeRobot data set '%s': the label %r is left out: %s", root, name, fault)
+        log.warning("LeRobot data set '%s': the label %s is left out: %s", root, shown(name), fault)
     _check_rows(root, episode, first, stop, data["episode_index"])
     labels = {"episode_index": torch.from_numpy(episode)}
     if "task_index" in data and data["task_index"].ndim == 1 and (stop > first).all():
@@ -273,7 +274,7 @@ def _read_tables(
             try:
                 parts[name].append(_to_array(read[name], float_type))
             except (ArrowException, ValueError, KeyError) as error:  # KeyError: there are two columns of this name
-                fault = f"column {name!r} of '{path.relative_to(root)}': {one_line(error)}"
+                fault = f"column {shown(name)} of '{path.relative_to(root)}': {one_line(error)}"
                 if faults is None:
                     raise UserError(f"LeRobot data set '{root}': {fault}") from None
                 faults.setdefault(name, fault)
@@ -284,7 +285,7 @@ def _read_tables(
         try:
             found[name] = np.concatenate(parts[name])
         except ValueError as error:
-            fault = f"column {name!r} of {folder} differs in shape between files ({one_line(error)})"
+            fault = f"column {shown(name)} of {folder} differs in shape between files ({one_line(error)})"
             if faults is None:
                 raise UserError(f"LeRobot data set '{root}': {fault}") from None
             faults[name] = fault
