@@ -2,7 +2,7 @@
 
 python benchmarks/compare_runs.py OLD_CHECKOUT NEW_CHECKOUT [--cases NAME ...] [--out DIR]
 
-Each case is one config file, which both checkouts read. Each checkout runs in processes of its own, on the CPU, in fp32
+Each case is one config file, which both checkouts read. Each checkout runs in separate processes, on the CPU, in fp32
 and with one thread a process: training, then evaluation, then planning where the case plans. The old checkout writes
 the videos, and each checkout trains on its own copy of them. Compared are:
 

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
 from worldmodel.commands.exits import report_errors
-from worldmodel.commands.shared import write_result
+from worldmodel.commands.shared import add_overrides, write_result
 from worldmodel.training.machine import machine_description
 
 REPO = Path(__file__).resolve().parents[1]
@@ -54,9 +54,7 @@ def main() -> int:
         "--compile", nargs="+", default=["auto"], metavar="MODE", help="modes of the timed steps (default: auto)"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of best_gpu (default: 0)")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="values for every part, such as train.steps=100"
-    )
+    add_overrides(parser, "values for every part, such as train.steps=100")
     args = parser.parse_intermixed_args()
     with report_errors():
         parts = make_parts(args)

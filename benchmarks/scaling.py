@@ -27,7 +27,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
 from worldmodel.commands.exits import leave, report_errors
 from worldmodel.commands.process import keep_freed_memory
-from worldmodel.commands.shared import check_counts, write_result
+from worldmodel.commands.shared import add_overrides, check_counts, write_result
 from worldmodel.config import Config, MovingMnistConfig, load_config
 from worldmodel.sources import make_source
 from worldmodel.training.launch import make_accelerator
@@ -51,12 +51,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("scaling.json"), help="JSON file to write")
     parser.add_argument("--times", type=Path, help=argparse.SUPPRESS)  # in one of the processes: the file for its times
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="values that replace the config's, such as data.batch_size=256",
-    )
+    add_overrides(parser, "values that replace the config's, such as data.batch_size=256")
     args = parser.parse_intermixed_args()
     with report_errors():
         overrides = [*DEFAULTS, *args.overrides]

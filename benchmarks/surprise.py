@@ -14,7 +14,7 @@ import torch
 
 from worldmodel import load
 from worldmodel.commands.exits import report_errors
-from worldmodel.commands.shared import check_counts, check_run_writable, write_result
+from worldmodel.commands.shared import check_counts, write_result
 from worldmodel.evaluation.surprise import MEASURES
 from worldmodel.evaluation.surprise_events import detect_events
 from worldmodel.runs.folder import RunFolder
@@ -33,7 +33,7 @@ def main() -> int:
     with report_errors():
         check_counts(args, "num_videos")
         run = load(args.run, which=args.checkpoint, device=args.device)
-        check_run_writable(args.run)
+        RunFolder(args.run).check_writable()
         result = detect_events(run, args.num_videos, args.seed)
         facts = {"num_videos": args.num_videos, "seed": args.seed, "step": run.state["step"]}
         out = RunFolder(args.run).surprise_events

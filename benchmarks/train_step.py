@@ -29,7 +29,7 @@ from data_pipelines.batches import Batch
 from data_pipelines.errors import UserError
 from worldmodel.commands.exits import report_errors
 from worldmodel.commands.process import keep_freed_memory, set_threads
-from worldmodel.commands.shared import check_counts, write_result
+from worldmodel.commands.shared import add_overrides, check_counts, write_result
 from worldmodel.config import ByolConfig, Config, Conv3dConfig, GaussianConfig, flatten, load_config, to_dict
 from worldmodel.sources import make_source
 from worldmodel.training.launch import make_accelerator
@@ -78,12 +78,7 @@ def main() -> int:
     parser.add_argument(
         "--compare-steps", type=int, default=50, help="steps over which losses are compared (default: 50)"
     )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="values that replace the config's, such as data.batch_size=256",
-    )
+    add_overrides(parser, "values that replace the config's, such as data.batch_size=256")
     args = parser.parse_intermixed_args()
     with report_errors():
         check_counts(args, "steps", "compare_steps")

@@ -48,7 +48,7 @@ MAX_LANES = 32  # of open_videos
 
 @dataclass(frozen=True)
 class ReadSettings:
-    """How clips are decoded and put into batches.
+    """Settings of decoding and of batches.
 
     batch_size: clips in a batch, over all ranks of a stream.
     size_px: the short side is resized to it and the long side cropped; None: frames keep their size.

@@ -1,4 +1,4 @@
-"""Labels beside videos: metadata files, and the tables of LeRobot data sets."""
+"""Labels of videos: metadata files, and the tables of LeRobot data sets."""
 
 import csv
 import io

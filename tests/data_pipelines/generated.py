@@ -1,4 +1,4 @@
-"""What the property tests generate: JSON of every shape, and the facts of videos that could exist."""
+"""Inputs of the property tests: JSON of every shape, and the facts of videos that could exist."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar

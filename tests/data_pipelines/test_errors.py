@@ -1,4 +1,4 @@
-"""What a user is told is one line that no terminal acts on, whatever names it quotes."""
+"""Messages are one line that no terminal acts on, whatever names they quote."""
 
 import pickle
 

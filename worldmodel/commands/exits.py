@@ -1,4 +1,4 @@
-"""How a command ends: one-line errors, exit codes, safe output."""
+"""The end of a command: one-line errors, exit codes, safe output."""
 
 import json
 import logging

@@ -249,18 +249,6 @@ def check_out_file(path: Path) -> None:
     make_out_folder(path.parent, f"--out {path}")
 
 
-def check_run_writable(run: Path) -> None:
-    """Check that files can be written into a run folder before the work begins.
-
-    Raises:
-        UserError: they cannot.
-    """
-    try:
-        check_writable(run)
-    except OSError as error:
-        raise UserError(f"cannot write into {run}: {error.strerror or error}") from error
-
-
 def check_remote(url: str | None, is_allowed: bool) -> None:
     """Log the host from which a run's videos are read. The run may be a stranger's: the user must agree first.
 

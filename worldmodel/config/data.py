@@ -1,4 +1,4 @@
-"""Where clips come from: the section `data`, a choice by `data.source`."""
+"""The source of clips: the section `data`, a choice by `data.source`."""
 
 import dataclasses
 from typing import Annotated, ClassVar, Literal

@@ -73,7 +73,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class ForecastSettings:
-    """How much of the protocol to run: on which split, on how many clips, on which share of the work."""
+    """The extent of the protocol: its split, its numbers of clips, and its share of the work."""
 
     split: Split
     num_queries: int

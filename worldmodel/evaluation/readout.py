@@ -40,14 +40,6 @@ class Readout:
         return ((inputs - self.centre) / self.scale).norm(dim=-1)
 
 
-def fit_ridge(inputs: Tensor, outputs: Tensor, strength: float) -> Readout:
-    """Fit a ridge to inputs [N, D] and outputs [N, K], in closed form and float64.
-
-    Inputs are standardised, and `strength` is added to the diagonal of X'X.
-    """
-    return _fit_ridges(inputs, outputs, (strength,))[0]
-
-
 def choose_readout(
     fit_inputs: Tensor,
     fit_outputs: Tensor,
@@ -56,12 +48,15 @@ def choose_readout(
     strengths: Sequence[float] = RIDGE_STRENGTHS,
 ) -> Readout:
     """Return the ridge whose strength gives the smallest squared error on selection clips."""
-    readouts = _fit_ridges(fit_inputs, fit_outputs, strengths)
+    readouts = fit_ridges(fit_inputs, fit_outputs, strengths)
     return min(readouts, key=lambda readout: float((readout(selection_inputs) - selection_outputs).square().mean()))
 
 
-def _fit_ridges(inputs: Tensor, outputs: Tensor, strengths: Sequence[float]) -> list[Readout]:
-    """Fit one ridge per strength. X'X, most of the cost, is computed once."""
+def fit_ridges(inputs: Tensor, outputs: Tensor, strengths: Sequence[float]) -> list[Readout]:
+    """Fit a ridge per strength to inputs [N, D] and outputs [N, K], in closed form and float64.
+
+    Inputs are standardised, and the strength is added to the diagonal of X'X. Most of the cost, X'X, is computed once.
+    """
     inputs, outputs = inputs.double(), outputs.double()
     centre, scale = inputs.mean(dim=0), inputs.std(dim=0).clamp(min=1e-6)
     bias = outputs.mean(dim=0)

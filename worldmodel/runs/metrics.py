@@ -212,7 +212,7 @@ class Planning(Planned, total=False):
 
 
 class RunMetrics(Metrics, total=False):
-    """What a report shows: metrics.json, with planning.json as "planning"."""
+    """The content of a report: metrics.json, with planning.json as "planning"."""
 
     planning: Planning
 

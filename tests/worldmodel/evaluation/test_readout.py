@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worldmodel.evaluation.readout import choose_readout, fit_ridge
+from worldmodel.evaluation.readout import choose_readout, fit_ridges
 
 
 def test_ridge_equals_the_normal_equations_in_numpy() -> None:
@@ -12,7 +12,7 @@ def test_ridge_equals_the_normal_equations_in_numpy() -> None:
     centred = (y - y.mean(0)).double().numpy()
     weight = np.linalg.inv(standard.T @ standard + 7 * np.eye(4)) @ standard.T @ centred
     expected = standard @ weight + y.mean(0).numpy()
-    np.testing.assert_allclose(fit_ridge(x, y, 7.0)(x).numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(fit_ridges(x, y, (7.0,))[0](x).numpy(), expected, atol=1e-5)
 
 
 def test_strength_is_chosen_on_selection_clips() -> None:
