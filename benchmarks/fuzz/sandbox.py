@@ -11,6 +11,7 @@ import select
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import unicodedata
@@ -19,6 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from tqdm import tqdm
 
 from benchmarks.fuzz.kinds import Kind, WrongError
 from data_pipelines.errors import UserError
@@ -155,6 +158,7 @@ def _child(kind: Kind, seed: int, seeds: Path, folder: Path, outgoing: int) -> N
     """Run the case and end this process."""
     try:
         os.setsid()
+        tqdm.set_lock(threading.RLock())  # killed with the lock that processes share, it would block the parent's bar
         _redirect(folder / "output.txt")
         faulthandler.enable(2)
         os.environ.update(HOME=str(folder / "home"), TMPDIR=str(folder / "tmp"))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from benchmarks.fuzz import sandbox
 from benchmarks.fuzz.kinds import Case, Kind, WrongError
@@ -104,6 +105,12 @@ def _crash() -> str:
     return ""
 
 
+def _hold_the_lock_of_bars() -> str:
+    tqdm.get_lock().acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+    return ""
+
+
 def verdict_of(tmp_path: Path, attempt: Callable[[], str], *, is_good: bool = False) -> tuple[str, str]:
     """The verdict and the reason of one attempt in the sandbox."""
     kind = Kind("made up", lambda seeds: None, lambda rng, seeds, folder: Case(attempt, is_good), cpu_s=1)
@@ -128,6 +135,14 @@ def verdict_of(tmp_path: Path, attempt: Callable[[], str], *, is_good: bool = Fa
 def test_a_fault_is_a_finding(tmp_path: Path, attempt: Callable[[], str], reason: str) -> None:
     verdict, found = verdict_of(tmp_path, attempt)
     assert verdict == "finding" and reason in found
+
+
+def test_a_child_that_is_killed_while_it_draws_a_bar_does_not_block_the_bar_of_the_parent(tmp_path: Path) -> None:
+    tqdm.get_lock()  # the lock exists before the child does
+    assert verdict_of(tmp_path, _hold_the_lock_of_bars)[0] == "finding"
+    lock = tqdm.get_lock().mp_lock
+    assert lock.acquire(timeout=1), "the child has taken the lock with it"
+    lock.release()
 
 
 def test_much_memory_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
