@@ -113,7 +113,7 @@ def seconds_of(num_processes: int, arguments: list[str]) -> list[float]:
 
 def run_steps(config: Config, steps: int, times: Path) -> None:
     """Train in one of the processes. The first process writes the seconds of its steps."""
-    accelerator = make_accelerator(config.train)
+    accelerator = make_accelerator(config.train.precision, config.train.timeout_s)
     torch.set_num_threads(config.train.num_threads or 1)
     keep_freed_memory()
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device

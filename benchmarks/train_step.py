@@ -187,7 +187,7 @@ def in_fp32(config: Config) -> Trainer:
 def make_trainer(config: Config) -> Trainer:
     """Make a trainer before its first step. Earlier trainers become unusable."""
     AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate knows one precision in a process
-    return Trainer(config, make_accelerator(config.train))
+    return Trainer(config, make_accelerator(config.train.precision, config.train.timeout_s))
 
 
 def make_plain(config: Config, trainer: Trainer) -> PlainStep:

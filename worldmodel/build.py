@@ -1,10 +1,11 @@
-"""From a config to networks and losses. Only this module takes sections of a config apart for them.
+"""From a config to networks and losses, and to the layout of their clips. Only this module takes the config apart.
 
 The weights are drawn in the order in which the parts are built here, which is therefore fixed.
 """
 
 from data_pipelines.errors import UserError
-from worldmodel.config import Config, External, GaussianConfig, SparseConfig
+from worldmodel.config import Config, External, GaussianConfig, OracleConfig, SparseConfig, VideosConfig
+from worldmodel.data import ClipLayout
 from worldmodel.nets.distance import Distance, NoDistance, TemporalDistance
 from worldmodel.nets.editors import make_editor
 from worldmodel.nets.encoders import Embedder, make_encoder
@@ -106,3 +107,18 @@ def _sees_beyond(config: Config, latent: Latent) -> bool:
     choice = config.model.latent
     sees_target = isinstance(choice, GaussianConfig | SparseConfig) and choice.posterior_sees == "target"
     return latent.sees_later and not sees_target and config.data.num_segments > 2
+
+
+def clip_layout(config: Config) -> ClipLayout:
+    """Return how the clips of a run are cut, and the labels that its model takes."""
+    data, latent = config.data, config.model.latent
+    oracle = latent if isinstance(latent, OracleConfig) else None
+    return ClipLayout(
+        num_segments=data.num_segments,
+        num_frames=data.num_frames,
+        frame_stride=data.frame_stride,
+        r_label=(oracle.label or data.oracle_label) if oracle else None,
+        r_dim=oracle.dim if oracle else 0,
+        action_label=data.action_label if isinstance(data, VideosConfig) else None,
+        action_dim=config.model.action_dim,
+    )

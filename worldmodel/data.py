@@ -3,7 +3,8 @@
 Legend: B clips, S segments, T frames of a segment, R numbers of r, K steps of prediction, A numbers of an action.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +12,11 @@ import torch
 from torch import Tensor
 
 from data_pipelines.batches import Batch
-from data_pipelines.contents import Contents, read_contents
+from data_pipelines.contents import read_contents
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
 from data_pipelines.splits import Split
 from data_pipelines.transforms import on_device, split_segments, to_float
-from worldmodel.config import Config, DataConfig, OracleConfig, VideosConfig
 from worldmodel.runs.checkpoint import VideosChangedError
 from worldmodel.runs.folder import RunFolder
 from worldmodel.sources.source import Source
@@ -26,6 +26,44 @@ Uses = dict[tuple[Split, int], str]
 
 
 # ------------------------------------------------------------------------------------------------- inputs of a model
+
+
+@dataclass(frozen=True)
+class ClipLayout:
+    """How the clips of a run are cut into segments, and the labels that its model takes.
+
+    Attributes:
+        num_segments: segments of a clip for one step of prediction.
+        num_frames: frames of a segment.
+        frame_stride: source frames from one frame of a segment to the next.
+        r_label: label that holds the true r of an oracle latent; None for other latents.
+        r_dim: size of this label.
+        action_label: per-frame label with the actions; None for a source that has none.
+        action_dim: size of the actions that the model is conditioned on; 0 for a passive model.
+    """
+
+    num_segments: int
+    num_frames: int
+    frame_stride: int = 1
+    r_label: str | None = None
+    r_dim: int = 0
+    action_label: str | None = None
+    action_dim: int = 0
+
+    def segments_for(self, steps: int) -> int:
+        """Return the number of segments in a clip for `steps` steps of prediction."""
+        return self.num_segments + steps - 1
+
+    @property
+    def span(self) -> int:
+        """Source frames from the start of a segment to that of the next."""
+        return self.num_frames * self.frame_stride
+
+    @property
+    def labels(self) -> set[str]:
+        """The names of the labels that a run learns from."""
+        names = self.r_label, self.action_label if self.action_dim else None
+        return {name for name in names if name is not None}
 
 
 class TrainingInputs(NamedTuple):
@@ -40,16 +78,16 @@ class TrainingInputs(NamedTuple):
     actions: Tensor
 
 
-def training_inputs(batch: Batch, config: Config, steps: int, device: torch.device) -> TrainingInputs:
+def training_inputs(batch: Batch, layout: ClipLayout, steps: int, device: torch.device) -> TrainingInputs:
     """Return the inputs from a batch for `steps` steps of prediction, on the device.
 
     Raises:
         UserError: a label is missing or has another size.
     """
     return TrainingInputs(
-        segments_of(batch, num_segments(config, steps), device),
-        oracle_r(batch, config, device),
-        actions_of(batch, config, steps, device),
+        segments_of(batch, layout.segments_for(steps), device),
+        oracle_r(batch, layout, device),
+        actions_of(batch, layout, steps, device),
     )
 
 
@@ -58,42 +96,25 @@ def segments_of(batch: Batch, num_segments: int, device: torch.device) -> Tensor
     return split_segments(to_float(on_device(batch["video"], device)), num_segments)
 
 
-def num_segments(config: Config, steps: int) -> int:
-    """Return the number of segments in a clip for `steps` steps of prediction."""
-    return config.data.num_segments + steps - 1
-
-
-def segment_span(data: DataConfig) -> int:
-    """Return the number of source frames from the start of a segment to that of the next."""
-    return data.num_frames * data.frame_stride
-
-
-def oracle_r(batch: Batch, config: Config, device: torch.device) -> Tensor:
+def oracle_r(batch: Batch, layout: ClipLayout, device: torch.device) -> Tensor:
     """Return the true r [B, R] that an oracle latent takes from the labels; [B, 0] for other latents.
 
     Raises:
         UserError: the videos have no such label, or one of another size.
     """
-    name, labels = oracle_label(config), batch["labels"]
+    name, labels = layout.r_label, batch["labels"]
     if name is None:
         return torch.empty(len(batch["video"]), 0, device=device)
     if name not in labels:
         has = f"they have {', '.join(sorted(labels))}" if labels else "they have none"
         raise UserError(f"model.latent=oracle needs the label model.latent.label={name!r} of each video: {has}")
     r = labels[name].float().flatten(1) if labels[name].ndim > 1 else labels[name].float()[:, None]
-    assert isinstance(config.model.latent, OracleConfig)
-    if r.shape[1] != config.model.latent.dim:
+    if r.shape[1] != layout.r_dim:
         raise UserError(f"the label {name!r} has {r.shape[1]} numbers: set model.latent.dim={r.shape[1]}")
     return on_device(r, device)
 
 
-def oracle_label(config: Config) -> str | None:
-    """Return the label that holds the true r of an oracle latent; None for other latents."""
-    latent = config.model.latent
-    return (latent.label or config.data.oracle_label) if isinstance(latent, OracleConfig) else None
-
-
-def labelled_actions(batch: Batch, config: Config, steps: int) -> Tensor:
+def labelled_actions(batch: Batch, layout: ClipLayout, steps: int) -> Tensor:
     """Return the actions between the first segments of each clip, float32 [B, steps, A].
 
     The actions of a step are those of a segment's last frame up to the next segment's last but one. They lead from one
@@ -102,9 +123,7 @@ def labelled_actions(batch: Batch, config: Config, steps: int) -> Tensor:
     Raises:
         UserError: the videos have no such label of frames.
     """
-    data, labels = config.data, batch["labels"]
-    assert isinstance(data, VideosConfig), "the config is checked for this"
-    name, num_frames = data.action_label, data.num_frames
+    name, num_frames, labels = layout.action_label, layout.num_frames, batch["labels"]
     if name not in labels or labels[name].ndim != 3:
         has = ", ".join(sorted(key for key, values in labels.items() if values.ndim == 3)) or "none"
         raise UserError(f"data.action_label={name!r} is not a per-frame label: these videos have {has}")
@@ -112,41 +131,25 @@ def labelled_actions(batch: Batch, config: Config, steps: int) -> Tensor:
     return taken.unflatten(1, (steps, num_frames)).flatten(2)
 
 
-def actions_of(batch: Batch, config: Config, steps: int, device: torch.device) -> Tensor:
+def actions_of(batch: Batch, layout: ClipLayout, steps: int, device: torch.device) -> Tensor:
     """Return the actions that the model is conditioned on, [B, steps, A]; [B, steps, 0] for a model without actions.
 
     Raises:
         UserError: the videos have no such label of frames, or one of another size.
     """
-    if not config.model.action_dim:
+    if not layout.action_dim:
         return torch.empty(len(batch["video"]), steps, 0, device=device)
-    actions = labelled_actions(batch, config, steps)
-    size = actions.shape[2] // config.data.num_frames
-    if size != config.model.action_dim:
-        assert isinstance(config.data, VideosConfig)
-        raise UserError(f"the label {config.data.action_label!r} has {size} numbers: set model.action_dim={size}")
+    actions = labelled_actions(batch, layout, steps)
+    size = actions.shape[2] // layout.num_frames
+    if size != layout.action_dim:
+        raise UserError(f"the label {layout.action_label!r} has {size} numbers: set model.action_dim={size}")
     return on_device(actions, device)
 
 
 # ------------------------------------------------------------------------------------------------- checks of a run
 
 
-def training_labels(config: Config) -> set[str]:
-    """Return the names of the labels that a run learns from."""
-    label = oracle_label(config)
-    labels = set() if label is None else {label}
-    if config.model.action_dim:
-        assert isinstance(config.data, VideosConfig)
-        labels.add(config.data.action_label)
-    return labels
-
-
-def training_contents(source: Source, config: Config) -> Contents | None:
-    """Return hashes of the videos and labels that a run learns from; None for worlds without files."""
-    return source.contents(training_labels(config))
-
-
-def check_contents(source: Source, config: Config, run: Path) -> None:
+def check_contents(source: Source, labels: Collection[str], run: Path) -> None:
     """Compare the videos and labels with those that the checkpoints of a run have learned from, and store their hashes.
 
     A run without stored hashes is compared from now on.
@@ -155,7 +158,7 @@ def check_contents(source: Source, config: Config, run: Path) -> None:
         VideosChangedError: a video or a label has changed, is new or is missing.
         UserError: the file of hashes is damaged or cannot be written.
     """
-    now = training_contents(source, config)
+    now = source.contents(labels)
     if now is None:
         return
     folder = RunFolder(run)
@@ -170,13 +173,12 @@ def check_contents(source: Source, config: Config, run: Path) -> None:
         raise VideosChangedError(f"the videos of {run} have changed since its checkpoint: {change}")
 
 
-def check_splits(source: Source, config: Config, uses: Mapping[tuple[Split, int], str]) -> None:
+def check_splits(source: Source, labels: Collection[str], uses: Mapping[tuple[Split, int], str]) -> None:
     """Check, before any work, that every split holds the clips and labels that a run needs.
 
     Raises:
         UserError: no video of a split is long enough, or a label is faulty. The message names both.
     """
-    labels = training_labels(config) | ({config.evaluation.label} if config.evaluation.label else set())
     for (split, steps), keys in uses.items():
         source.check_split(split, steps, labels, keys)
 
@@ -184,19 +186,15 @@ def check_splits(source: Source, config: Config, uses: Mapping[tuple[Split, int]
 CUT_KEYS = "data.num_segments, data.num_frames or data.frame_stride"
 
 
-def training_uses(config: Config) -> Uses:
-    """Return the splits and steps that training and refinement need, for check_splits."""
-    uses: Uses = {("train", config.objective.rollout_steps): f"objective.rollout_steps, {CUT_KEYS}"}
-    if config.train.refine_steps:
-        uses["train", config.train.refine_horizon] = f"train.refine_horizon, {CUT_KEYS}"
+def training_uses(rollout_steps: int, refine_horizon: int | None) -> Uses:
+    """Return the splits and steps that training and refinement need, for check_splits; None: without refinement."""
+    uses: Uses = {("train", rollout_steps): f"objective.rollout_steps, {CUT_KEYS}"}
+    if refine_horizon is not None:
+        uses["train", refine_horizon] = f"train.refine_horizon, {CUT_KEYS}"
     return uses
 
 
-def evaluation_uses(config: Config) -> Uses:
+def evaluation_uses(horizon: int) -> Uses:
     """Return the splits and steps that evaluations need, for check_splits: of forecasts, and of fits of one step."""
-    horizon = f"evaluation.horizon, {CUT_KEYS}"
-    return {
-        ("train", 1): CUT_KEYS,
-        ("selection", config.evaluation.horizon): horizon,
-        ("test", config.evaluation.horizon): horizon,
-    }
+    keys = f"evaluation.horizon, {CUT_KEYS}"
+    return {("train", 1): CUT_KEYS, ("selection", horizon): keys, ("test", horizon): keys}

@@ -32,7 +32,7 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 from tests.conftest import REPO
 from worldmodel.commands.exits import leave
-from worldmodel.config import TrainConfig, load_config
+from worldmodel.config import load_config
 from worldmodel.training import launch, step_log
 from worldmodel.training.loop import train
 from worldmodel.training.trainer import Trainer
@@ -229,8 +229,8 @@ def waits_of_steps(path: str, overrides: list[str]) -> Counter[str]:
     return found
 
 
-def accelerator_on_it(config: TrainConfig, make: Any = launch.make_accelerator) -> Accelerator:
-    accelerator = make(config)
+def accelerator_on_it(precision: str, timeout_s: float, make: Any = launch.make_accelerator) -> Accelerator:
+    accelerator = make(precision, timeout_s)
     accelerator.state.device = PartialState._shared_state["device"] = DEVICE
     return accelerator
 

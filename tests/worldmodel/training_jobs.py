@@ -46,7 +46,7 @@ def three_updates(out: Path, cases: dict[str, list[str]]) -> None:
 
 def updates(name: str, path: str, overrides: list[str], out: Path) -> dict[str, torch.Tensor]:
     config = load_config(REPO / "configs" / path, overrides)
-    accelerator = make_accelerator(config.train)
+    accelerator = make_accelerator(config.train.precision, config.train.timeout_s)
     stream = make_source(config).training_stream(
         config.objective.rollout_steps,
         rank=accelerator.process_index,
@@ -110,7 +110,7 @@ def evaluate(out: Path, cases: dict[str, list[str]]) -> None:
     second score are the best so far. OUT/CASE/metrics.jsonl has the scores."""
     for name, (path, *overrides) in cases.items():
         config = load_config(REPO / "configs" / path, [*overrides, f"run_dir={out / name}"])
-        accelerator = make_accelerator(config.train)
+        accelerator = make_accelerator(config.train.precision, config.train.timeout_s)
         run = Path(config.run_dir)
         run.mkdir(parents=True, exist_ok=True)
         session = Session(Trainer(config, accelerator), run, make_source(config), "", lambda: 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_pipelines.errors import UserError
 from worldmodel.commands.shared import find_config
-from worldmodel.config import Config, changed_keys, choices, load_config
+from worldmodel.config import Config, changed_keys, choices, load_config, to_dict
 from worldmodel.runs.checkpoint import RESUMABLE_CHANGES, load_run_config
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import read_metrics, value_at
@@ -150,7 +150,7 @@ def changes_of(run: GridRun) -> list[str]:
         return []
     return [
         f"{key}={before!r}, now {now!r}"
-        for key, (before, now) in changed_keys(saved, run.config).items()
+        for key, (before, now) in changed_keys(to_dict(saved), to_dict(run.config)).items()
         if key not in RESUMABLE_CHANGES
     ]
 

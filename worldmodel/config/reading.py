@@ -134,7 +134,12 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """Return the resolved configuration as YAML."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    return dump(to_dict(config))
+
+
+def dump(tree: Mapping[str, Any]) -> str:
+    """Return nested dicts as YAML, in their order."""
+    return yaml.safe_dump(dict(tree), sort_keys=False)
 
 
 def _with_lists(value: Any) -> Any:
@@ -143,9 +148,9 @@ def _with_lists(value: Any) -> Any:
     return [_with_lists(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def changed_keys(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
-    """Return the dotted keys that differ, with both values; None for a key that one of them does not have."""
-    old, new = flatten(to_dict(before)), flatten(to_dict(now))
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the dotted keys of nested dicts that differ, with both values; None for a key that one does not have."""
+    old, new = flatten(before), flatten(now)
     keys = dict.fromkeys([*old, *new])
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from data_pipelines.batches import Batch
 from data_pipelines.errors import UserError
 from data_pipelines.splits import Split
-from worldmodel.config import Config, VideosConfig
-from worldmodel.data import actions_of, num_segments, oracle_r, segments_of
+from data_pipelines.worlds.law import Law
+from worldmodel.data import ClipLayout, actions_of, oracle_r, segments_of
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.sources.source import EVALUATION_BATCH, MIN_CLIPS, Source
 from worldmodel.training.losses import TrainingModel
@@ -27,16 +27,16 @@ from worldmodel.training.losses import TrainingModel
 
 @dataclass(frozen=True)
 class Networks:
-    """A run's config, its model, the network that embeds targets, the device of both, and the source of its clips.
+    """A run's model, the network that embeds targets, the device of both, the source of its clips and their layout.
 
     Surprise also needs the losses that the model was trained with.
     """
 
-    config: Config
     model: WorldModel
     target_encoder: nn.Module
     device: torch.device
     source: Source
+    layout: ClipLayout
     training: TrainingModel | None = None
 
     @property
@@ -109,7 +109,7 @@ class EmbeddedSplit:
     of each later segment in the space of targets. r [N, R] is inferred as in training; its penalty [N] is None if the
     latent has none. actions [N, horizon, A] condition the model; A is 0 for a passive one. frames uint8
     [<= N, (1 + horizon) * T, C, H, W] are the pixels of the first clips. extrapolated [N, horizon, K] continues the
-    motion seen in the pixels of the context; None without a known law.
+    motion seen in the pixels of the context; None without a law.
     """
 
     state: Tensor
@@ -126,6 +126,11 @@ class EmbeddedSplit:
 
     def __len__(self) -> int:
         return len(self.state)
+
+    @property
+    def horizon(self) -> int:
+        """The number of later segments."""
+        return self.targets.shape[1]
 
     @property
     def embedding(self) -> Tensor:
@@ -150,7 +155,9 @@ def embed_split(
     split: Split,
     num_clips: int,
     *,
+    seed: int,
     horizon: int = 1,
+    law: Law | None = None,
     num_framed: int = 0,
     progress: bool = True,
     share: Share = ALONE,
@@ -159,23 +166,25 @@ def embed_split(
 
     With several processes, all of them call it. Each decodes and embeds its share, and all get all clips.
 
+    Args:
+        seed: of the draws of r.
+        law: continues the motion of the context, for `extrapolated`.
+
     Raises:
         UserError: the split has fewer than two clips.
     """
-    config = networks.config
     batches = networks.source.evaluation_batches(
         split, num_clips, horizon, rank=share.rank, world_size=share.world_size
     )
     shown = tqdm(batches, desc=f"encoding {split}", unit="batch", disable=not progress)
-    own, own_labels = _parts_of(networks, shown, split, horizon, num_framed)
+    own, own_labels = _parts_of(networks, shown, horizon, law, num_framed)
     parts, labels = (concat_processes(part, share.world_size) for part in (own, own_labels))
     if len(parts.get("clip_id", ())) < MIN_CLIPS:
-        place = config.data.root if isinstance(config.data, VideosConfig) else config.data.source
         raise UserError(
-            f"the {split} split of {place} has fewer than {MIN_CLIPS} clips of "
-            f"{num_segments(config, horizon)} segments: add videos, or lower data.clip_step or evaluation.horizon"
+            f"the {split} split has fewer than {MIN_CLIPS} clips of {networks.layout.segments_for(horizon)} segments: "
+            "add videos, or lower data.clip_step or evaluation.horizon"
         )
-    r, penalty = _infer(networks, parts)
+    r, penalty = _infer(networks, parts, seed)
     return EmbeddedSplit(
         state=parts["state"],
         backbone=parts["backbone"],
@@ -195,11 +204,10 @@ Parts = dict[str, list[Tensor]]
 
 
 def _parts_of(
-    networks: Networks, batches: Iterable[Batch], split: Split, horizon: int, num_framed: int
+    networks: Networks, batches: Iterable[Batch], horizon: int, law: Law | None, num_framed: int
 ) -> tuple[Parts, Parts]:
     """Return the tensors of each batch by name, on the CPU, and the labels of each batch by name."""
-    config, device = networks.config, networks.device
-    law = networks.source.known_law(split, config.evaluation.horizon)
+    layout, device = networks.layout, networks.device
     parts: Parts = {}
     labels: Parts = {}
 
@@ -207,13 +215,13 @@ def _parts_of(
         parts.setdefault(name, []).append(values.cpu())
 
     num_kept = 0
-    for embedded in embed_batches(networks, batches, num_segments(config, horizon)):
+    for embedded in embed_batches(networks, batches, layout.segments_for(horizon)):
         batch, segments = embedded.batch, embedded.segments
         add("state", embedded.state)
         add("backbone", embedded.features.float())
         add("seen", networks.model.seen(segments))
-        add("actions", actions_of(batch, config, horizon, device))
-        add("known_r", oracle_r(batch, config, device))
+        add("actions", actions_of(batch, layout, horizon, device))
+        add("known_r", oracle_r(batch, layout, device))
         add("persistence", embedded.context_as_target())
         add("targets", embedded.targets(horizon))
         add("clip_id", batch["clip_id"])
@@ -235,13 +243,13 @@ def concat_processes(parts: Parts, world_size: int) -> dict[str, Tensor]:
     return {name: torch.cat([values for part in of_each for values in part.get(name, [])]) for name in names}
 
 
-def _infer(networks: Networks, clips: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+def _infer(networks: Networks, clips: dict[str, Tensor], seed: int) -> tuple[Tensor, Tensor | None]:
     """Return r [N, R] and its penalty [N] of all clips in order.
 
     A clip's random numbers do not depend on the process that embedded it.
     """
     device = networks.device
-    generator = torch.Generator(device).manual_seed(networks.config.evaluation.seed)
+    generator = torch.Generator(device).manual_seed(seed)
     inferences = []
     for start in range(0, len(clips["state"]), EVALUATION_BATCH):
         rows = slice(start, start + EVALUATION_BATCH)

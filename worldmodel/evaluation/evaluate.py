@@ -33,7 +33,7 @@ def evaluate(run: TrainedRun, *, compare: Path | None = None) -> Metrics:
     if run.source.content == "factors":
         if compare is not None:
             raise UserError("a run on a causal world has no forecasts to compare: compare runs on their known factors")
-        metrics = _with_training(run, evaluate_factors(run.networks))
+        metrics = _with_training(run, evaluate_factors(run.networks, run.config.evaluation))
     else:
         metrics = _evaluate_videos(run, compare)
     write_metrics(run.folder, metrics)
@@ -44,7 +44,7 @@ def _evaluate_videos(run: TrainedRun, compare: Path | None) -> Metrics:
     """Return the metrics of forecasts; write the readout and the illustrations."""
     folder = RunFolder(run.folder)
     compared = None if compare is None else compared_metrics(compare)  # mistakes show before minutes of work
-    evaluation = evaluate_forecasts(run.networks)
+    evaluation = evaluate_forecasts(run.networks, run.config.evaluation)
     metrics = _with_training(run, evaluation.metrics)
     if compared is not None:
         if compared.get("queries_sha256") != metrics["queries_sha256"]:
@@ -60,7 +60,7 @@ def _evaluate_videos(run: TrainedRun, compare: Path | None) -> Metrics:
 def _with_training(run: TrainedRun, scores: Metrics) -> Metrics:
     """Return the scores preceded by the facts of the training."""
     training = Training(seconds=run.state["train_seconds"], steps=run.state["step"])
-    metrics = Metrics(run=run.folder.name, train=training)
+    metrics = Metrics(run=run.folder.name, train=training, seed=run.config.seed)
     metrics.update(scores)
     return metrics
 

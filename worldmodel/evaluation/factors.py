@@ -3,12 +3,14 @@
 Legend: N observations, D embedding dimensions, V factors.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from data_pipelines.worlds.causal import WIDER
+from worldmodel.config import EvaluationConfig
 from worldmodel.data import oracle_r
 from worldmodel.evaluation.embed import Networks, embed_batches, frozen, mean_penalty
 from worldmodel.evaluation.readout import Readout, choose_readout
@@ -18,26 +20,23 @@ from worldmodel.runs.metrics import Dci, FactorScores, Metrics, value_at
 DEVELOPMENT_CLIPS = 2048
 
 
-def evaluate_factors(networks: Networks) -> Metrics:
+def evaluate_factors(networks: Networks, config: EvaluationConfig) -> Metrics:
     """Score the embedding of x by linear R^2 of the factors, in and out of distribution, and by DCI.
 
     A ridge readout is fitted on `evaluation.fit_clips` fresh observations, and its strength is chosen on
     `selection_clips` others. It is scored on `queries` further observations from the distribution of training, and on
     as many from a box WIDER times as wide.
     """
-    config = networks.config
-    sizes = config.evaluation
     with frozen(networks.model):
-        generator = torch.Generator().manual_seed(sizes.seed)
-        fit = _embed(networks, sizes.fit_clips, generator)
-        selection = _embed(networks, sizes.selection_clips, generator)
-        inside = _embed(networks, sizes.queries, generator)
-        outside = _embed(networks, sizes.queries, generator, width=WIDER)
+        embed = partial(_embed, networks, seed=config.seed, generator=torch.Generator().manual_seed(config.seed))
+        fit = embed(config.fit_clips)
+        selection = embed(config.selection_clips)
+        inside = embed(config.queries)
+        outside = embed(config.queries, width=WIDER)
     readout = choose_readout(fit.embedding, fit.factors, selection.embedding, selection.factors)
     disentanglement, completeness = dci(tree_importance(fit.embedding, fit.factors))
     metrics = Metrics(
-        seed=config.seed,
-        queries=sizes.queries,
+        queries=config.queries,
         space="factors",
         factors=FactorScores(
             in_distribution_r2=_score(readout, inside), out_of_distribution_r2=_score(readout, outside)
@@ -48,12 +47,11 @@ def evaluate_factors(networks: Networks) -> Metrics:
     return metrics
 
 
-def development_scores(networks: Networks) -> dict[str, float]:
+def development_scores(networks: Networks, seed: int) -> dict[str, float]:
     """Score the embedding quickly on fresh observations: R^2 of the factors in distribution."""
     with frozen(networks.model):
-        generator = torch.Generator().manual_seed(networks.config.evaluation.seed + 1)
-        fit = _embed(networks, DEVELOPMENT_CLIPS, generator)
-        held_out = _embed(networks, DEVELOPMENT_CLIPS, generator)
+        embed = partial(_embed, networks, seed=seed, generator=torch.Generator().manual_seed(seed + 1))
+        fit, held_out = embed(DEVELOPMENT_CLIPS), embed(DEVELOPMENT_CLIPS)
     readout = choose_readout(fit.embedding, fit.factors, held_out.embedding, held_out.factors)
     return {"factors_r2": _score(readout, held_out)}
 
@@ -66,14 +64,17 @@ class _Observations(NamedTuple):
     penalty: Tensor | None
 
 
-def _embed(networks: Networks, count: int, generator: torch.Generator, width: float = 1.0) -> _Observations:
-    config, model, device = networks.config, networks.model, networks.device
+def _embed(
+    networks: Networks, count: int, *, seed: int, generator: torch.Generator, width: float = 1.0
+) -> _Observations:
+    """Embed `count` observations that the generator draws; `seed` is that of the draws of r."""
+    layout, model, device = networks.layout, networks.model, networks.device
     world = networks.source.factors
-    assert world is not None, config.data.source
+    assert world is not None, "a source of factors"
     batch = world.draw_batch(count, generator, width)
-    (embedded,) = embed_batches(networks, [batch], config.data.num_segments)
-    on_device = torch.Generator(device).manual_seed(config.evaluation.seed)
-    known_r = oracle_r(batch, config, device)
+    (embedded,) = embed_batches(networks, [batch], layout.num_segments)
+    on_device = torch.Generator(device).manual_seed(seed)
+    known_r = oracle_r(batch, layout, device)
     penalty = model.infer(embedded.state, embedded.segments, known_r, on_device).penalty
     return _Observations(
         model.embedding_of(embedded.state).cpu(),

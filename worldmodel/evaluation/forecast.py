@@ -11,6 +11,7 @@ steps that are shown, P neighbours, T frames of a segment, C channels, H = W pix
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 from data_pipelines.splits import Split
 from data_pipelines.stream import share_of_pass
 from data_pipelines.worlds.law import Law, Quantity
-from worldmodel.config import Config
+from worldmodel.config import EvaluationConfig
 from worldmodel.data import check_splits, evaluation_uses
 from worldmodel.evaluation.embed import (
     ALONE,
@@ -40,7 +41,7 @@ from worldmodel.evaluation.futures import (
 )
 from worldmodel.evaluation.illustrations import Illustrations, Latents
 from worldmodel.evaluation.probes import probe_clips
-from worldmodel.evaluation.quantity import ScoredQuantity, draw, fitted_readout, quantity_of
+from worldmodel.evaluation.quantity import ScoredQuantity, draw, fitted_readout, known_truth, quantity_of
 from worldmodel.evaluation.readout import Readout
 from worldmodel.evaluation.scores import effective_rank, energy_score, forecast_scores, retrieval_scores
 from worldmodel.runs.metrics import (
@@ -78,22 +79,23 @@ class ForecastSettings:
     split: Split
     num_queries: int
     num_fit: int
+    horizon: int
+    seed: int
     num_framed: int = 0
     share: Share = ALONE
     progress: bool = True
 
     @classmethod
-    def of_evaluation(cls, config: Config) -> "ForecastSettings":
+    def of_evaluation(cls, config: EvaluationConfig) -> "ForecastSettings":
         """Return the settings that metrics.json is made with."""
-        sizes = config.evaluation
-        return cls("test", sizes.queries, sizes.fit_clips, num_framed=NUM_EXAMPLES)
+        return cls("test", config.queries, config.fit_clips, config.horizon, config.seed, num_framed=NUM_EXAMPLES)
 
     @classmethod
-    def of_development(cls, config: Config, share: Share) -> "ForecastSettings":
+    def of_development(cls, config: EvaluationConfig, share: Share) -> "ForecastSettings":
         """Return the settings of the quick scores during training, on selection identities."""
-        sizes = config.evaluation
-        num_queries = min(DEVELOPMENT_QUERIES, sizes.selection_clips)
-        return cls("selection", num_queries, min(DEVELOPMENT_FIT_CLIPS, sizes.fit_clips), share=share, progress=False)
+        num_queries = min(DEVELOPMENT_QUERIES, config.selection_clips)
+        num_fit = min(DEVELOPMENT_FIT_CLIPS, config.fit_clips)
+        return cls("selection", num_queries, num_fit, config.horizon, config.seed, share=share, progress=False)
 
 
 @dataclass(frozen=True)
@@ -107,55 +109,51 @@ class ForecastClips:
 
 def embed_forecast_clips(networks: Networks, settings: ForecastSettings, *, label: str | None) -> ForecastClips:
     """Embed the clips that the settings ask for. `label` is the label to forecast if no law is known."""
-    law = networks.source.known_law(settings.split, networks.config.evaluation.horizon)
-    queries = embed_split(
-        networks,
-        settings.split,
-        settings.num_queries,
-        horizon=networks.config.evaluation.horizon,
-        num_framed=settings.num_framed,
-        progress=settings.progress,
-        share=settings.share,
+    law = networks.source.known_law(settings.split, settings.horizon)
+    embed = partial(embed_split, networks, seed=settings.seed, progress=settings.progress, share=settings.share)
+    queries = embed(
+        settings.split, settings.num_queries, horizon=settings.horizon, law=law, num_framed=settings.num_framed
     )
-    fit = None
-    if law or label:
-        fit = embed_split(networks, "train", settings.num_fit, progress=settings.progress, share=settings.share)
+    fit = embed("train", settings.num_fit) if law or label else None
     return ForecastClips(law, queries, fit)
 
 
-def evaluate_forecasts(networks: Networks) -> Evaluation:
+def evaluate_forecasts(networks: Networks, config: EvaluationConfig) -> Evaluation:
     """Score a trained model on the test split: in physical space if there are labels, in embedding space always.
 
     Raises:
         UserError: a split has too few clips, or lacks the label evaluation.label.
     """
-    config = networks.config
-    check_splits(networks.source, config, evaluation_uses(config))
-    sizes = config.evaluation
+    layout, label = networks.layout, config.label
+    check_splits(networks.source, layout.labels | ({label} if label else set()), evaluation_uses(config.horizon))
+    num_samples = num_futures(networks.model, config.num_samples)
     with frozen(networks.model, networks.target_encoder):
-        clips = embed_forecast_clips(networks, ForecastSettings.of_evaluation(config), label=sizes.label)
+        clips = embed_forecast_clips(networks, ForecastSettings.of_evaluation(config), label=label)
         law, queries, fit = clips.law, clips.queries, clips.fit
-        selection = embed_split(networks, "selection", sizes.selection_clips, num_framed=BANK_CLIPS)
-        generator = torch.Generator().manual_seed(sizes.seed)
-        quantity = quantity_of(config, law, queries.labels)
-        scored = ScoredQuantity.fitted(config, law, fit, selection, queries, generator) if fit and quantity else None
+        selection = embed_split(networks, "selection", config.selection_clips, seed=config.seed, num_framed=BANK_CLIPS)
+        generator = torch.Generator().manual_seed(config.seed)
+        quantity, scored = None, None
+        if fit and (known := known_truth(law, label, layout.num_frames)):
+            quantity = quantity_of(known, queries.labels)
+            draws = {"law_samples": config.law_samples, "num_samples": config.num_samples}
+            scored = ScoredQuantity.fitted(known, fit, selection, queries, generator, **draws)
         forecasts = tqdm(
-            all_forecasts(networks, law, queries, generator),
+            all_forecasts(networks, law, queries, num_samples, generator),
             desc="scoring forecasts",
             unit="forecast",
             total=num_forecasts(law),
         )
         found = _score_all(forecasts, queries, scored)
-    metrics = _metrics(networks, queries, found)
+    metrics = _metrics(networks, queries, num_samples, found)
     if scored is None or quantity is None or fit is None:
         metrics["space"], metrics["quantity"], metrics["forecasts"] = "embedding", None, found.in_embedding
     else:
         _add_quantity(metrics, quantity, scored, found)
         metrics["probes"] = probe_clips(law, fit, selection, queries)
-    neighbours, steps = nearest_segments(config, selection, found.shown)
+    neighbours, steps = nearest_segments(selection, found.shown, layout.num_frames)
     illustrations = Illustrations(
         frames=queries.frames.numpy(),
-        num_frames=config.data.num_frames,
+        num_frames=layout.num_frames,
         fans=scored.fans(found.values["model"], len(queries.frames)) if scored else None,
         neighbours=neighbours.numpy(),
         neighbour_steps=steps,
@@ -195,16 +193,14 @@ def _score_all(
     return found
 
 
-def _metrics(networks: Networks, queries: EmbeddedSplit, found: _Found) -> Metrics:
+def _metrics(networks: Networks, queries: EmbeddedSplit, num_samples: int, found: _Found) -> Metrics:
     """Return the part of metrics.json that needs no labels."""
-    config = networks.config
     metrics = Metrics(
-        seed=config.seed,
         queries=len(queries),
         queries_sha256=queries_hash(queries),
-        num_samples=num_futures(config, networks.model),
-        horizon=config.evaluation.horizon,
-        segment_frames=config.data.num_frames,
+        num_samples=num_samples,
+        horizon=queries.horizon,
+        segment_frames=networks.layout.num_frames,
     )
     metrics.update(mean_penalty(networks.model, queries.penalty))
     metrics["embedding"] = Embedding(
@@ -224,7 +220,7 @@ def _add_quantity(metrics: Metrics, quantity: Quantity, scored: ScoredQuantity, 
     metrics["readout"] = ReadoutFacts(strength=scored.readout.strength, r2=scored.readout_r2)
 
 
-def development_scores(networks: Networks, share: Share = ALONE) -> dict[str, float]:
+def development_scores(networks: Networks, config: EvaluationConfig, share: Share = ALONE) -> dict[str, float]:
     """Score a model quickly on selection identities, for learning curves and to choose checkpoints.
 
     relative_energy_score is the Energy Score divided by that of the true law. Without a known law it is divided by that
@@ -232,24 +228,23 @@ def development_scores(networks: Networks, share: Share = ALONE) -> dict[str, fl
 
     All processes call it. Each decodes, encodes and forecasts its share of the clips, and all get the same scores.
     """
-    config = networks.config
-    sizes = config.evaluation
     with frozen(networks.model, networks.target_encoder):
         clips = embed_forecast_clips(networks, ForecastSettings.of_development(config, share), label=None)
         law, queries, fit = clips.law, clips.queries, clips.fit
         if len(queries) < share.world_size:
             share = ALONE  # each process forecasts all queries
         rows = share_of_pass(len(queries), share.rank, share.world_size)
-        generator = torch.Generator().manual_seed(sizes.seed)
-        samples = roll_out_share(networks, queries, rows, generator)
+        generator = torch.Generator().manual_seed(config.seed)
+        num_samples = num_futures(networks.model, config.num_samples)
+        samples = roll_out_share(networks, queries, rows, num_samples, generator)
         if law is None or fit is None:
             observed = queries.targets[rows, None]
             forecasts = samples, climatology(queries, generator)[rows]
         else:
-            readout = fitted_readout(config, law, fit, queries, DEVELOPMENT_STRENGTHS)
+            readout = fitted_readout(law, fit, queries, DEVELOPMENT_STRENGTHS)
             observed, truth = (
-                draw(law, queries.labels, sizes.horizon, count, generator)[rows]
-                for count in (sizes.law_samples, sizes.num_samples)
+                draw(law, queries.labels, config.horizon, count, generator)[rows]
+                for count in (config.law_samples, config.num_samples)
             )
             forecasts = readout(samples), truth
     score, reference = (mean_score(values, observed, share.world_size) for values in forecasts)
@@ -282,12 +277,12 @@ def queries_hash(queries: EmbeddedSplit) -> str:
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 
-def nearest_segments(config: Config, bank: EmbeddedSplit, samples: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Find the real target segments of the bank nearest to sampled futures [Q, P, horizon, D].
+def nearest_segments(bank: EmbeddedSplit, samples: Tensor, num_frames: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Find the real target segments of the bank, of `num_frames`, nearest to sampled futures [Q, P, horizon, D].
 
     Returns: their frames [Q, L, P, T, C, H, W] at a few horizon steps, and these steps, counted from 1.
     """
-    horizon, num_frames = config.evaluation.horizon, config.data.num_frames
+    horizon = samples.shape[2]
     steps = tuple(sorted({1, (horizon + 1) // 2, horizon}))
     bank_targets = bank.targets[: len(bank.frames), 0]
     shown = samples[:, :, [step - 1 for step in steps]].transpose(1, 2)

@@ -12,7 +12,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from data_pipelines.worlds.law import Law
-from worldmodel.config import Config
 from worldmodel.evaluation.embed import EmbeddedSplit, Networks
 from worldmodel.nets.parallel import global_batch
 from worldmodel.nets.world_model import WorldModel
@@ -24,17 +23,19 @@ ENCODE_DECODE_SAMPLES = 16
 
 
 def all_forecasts(
-    networks: Networks, law: Law | None, queries: EmbeddedSplit, generator: torch.Generator
+    networks: Networks, law: Law | None, queries: EmbeddedSplit, num_samples: int, generator: torch.Generator
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name and the samples [Q, S, horizon, D] of each forecast, one at a time because they are large."""
-    config, model, device = networks.config, networks.model, networks.device
-    horizon = config.evaluation.horizon
-    yield "model", roll_out(networks, queries.state, queries.actions, generator)
+    """Yield the name and the samples [Q, S, horizon, D] of each forecast, one at a time because they are large.
+
+    `num_samples` is S of the model's futures.
+    """
+    model, device = networks.model, networks.device
+    yield "model", roll_out(networks, queries.state, queries.actions, num_samples, generator)
     if model.latent.latent_dim:
-        yield "shuffled_r", roll_out(networks, queries.state, queries.actions, generator, shuffle=True)
+        yield "shuffled_r", roll_out(networks, queries.state, queries.actions, num_samples, generator, shuffle=True)
         state, actions = queries.state.to(device), queries.actions.to(device)
-        yield "prior_mean", model.prior_mean_rollout(state, horizon, actions)[:, None].cpu()
-    yield "persistence", repeat(queries.persistence, "q d -> q 1 h d", h=horizon)
+        yield "prior_mean", model.prior_mean_rollout(state, queries.horizon, actions)[:, None].cpu()
+    yield "persistence", repeat(queries.persistence, "q d -> q 1 h d", h=queries.horizon)
     yield "climatology", climatology(queries, generator)
     if law:
         yield "encode_decode_oracle", encode_decode(networks, law, queries, generator)
@@ -45,15 +46,16 @@ def num_forecasts(law: Law | None) -> int:
     return 5 + (law is not None)
 
 
-def num_futures(config: Config, model: WorldModel) -> int:
-    """Return the number of futures to draw per query: one without a latent."""
-    return config.evaluation.num_samples if model.latent.latent_dim else 1
+def num_futures(model: WorldModel, num_samples: int) -> int:
+    """Return the number of futures to draw per query: one without a latent, otherwise `num_samples`."""
+    return num_samples if model.latent.latent_dim else 1
 
 
 def roll_out(
     networks: Networks,
     state: Tensor,
     actions: Tensor,
+    num_samples: int,
     generator: torch.Generator,
     *,
     shuffle: bool = False,
@@ -62,8 +64,7 @@ def roll_out(
 
     `shuffle` as in WorldModel.rollout_embedding.
     """
-    model, device, horizon = networks.model, networks.device, networks.config.evaluation.horizon
-    num_samples = num_futures(networks.config, model)
+    model, device, horizon = networks.model, networks.device, actions.shape[1]
     on_device = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
     chunks = []
     for start in range(0, len(state), ROLLOUT_BATCH):
@@ -76,16 +77,18 @@ def roll_out(
     return torch.cat(chunks)
 
 
-def roll_out_share(networks: Networks, queries: EmbeddedSplit, rows: slice, generator: torch.Generator) -> Tensor:
+def roll_out_share(
+    networks: Networks, queries: EmbeddedSplit, rows: slice, num_samples: int, generator: torch.Generator
+) -> Tensor:
     """Draw futures of one process's `rows` of at most ROLLOUT_BATCH queries.
 
     The random numbers are those that `roll_out` of all queries would use.
     """
-    num_samples, count = num_futures(networks.config, networks.model), len(queries)
+    count = len(queries)
     samples = torch.arange(rows.start * num_samples, rows.stop * num_samples, device=networks.device)
     actions = queries.actions[rows]
     with global_batch(samples, count * num_samples) if rows.stop - rows.start < count else nullcontext():
-        return roll_out(networks, queries.state[rows], actions, generator)
+        return roll_out(networks, queries.state[rows], actions, num_samples, generator)
 
 
 def climatology(queries: EmbeddedSplit, generator: torch.Generator) -> Tensor:
@@ -98,7 +101,7 @@ def climatology(queries: EmbeddedSplit, generator: torch.Generator) -> Tensor:
 
 def encode_decode(networks: Networks, law: Law, queries: EmbeddedSplit, generator: torch.Generator) -> Tensor:
     """Render and encode true futures, the forecast of a perfect forecaster in this embedding: [Q, S, horizon, D]."""
-    horizon = networks.config.evaluation.horizon
+    horizon = queries.horizon
     centres = law.sample(queries.labels, horizon, ENCODE_DECODE_SAMPLES, generator)
     per_chunk = max(1, 4 * ROLLOUT_BATCH // (ENCODE_DECODE_SAMPLES * horizon))
     encoded = []

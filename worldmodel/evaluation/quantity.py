@@ -15,7 +15,6 @@ from torch import Tensor
 
 from data_pipelines.errors import UserError
 from data_pipelines.worlds.law import Law, Quantity
-from worldmodel.config import Config
 from worldmodel.evaluation.embed import EmbeddedSplit
 from worldmodel.evaluation.illustrations import Fans
 from worldmodel.evaluation.readout import RIDGE_STRENGTHS, Readout, choose_readout
@@ -23,41 +22,59 @@ from worldmodel.evaluation.scores import forecast_scores, r_squared
 from worldmodel.runs.metrics import Forecasts
 
 
-def quantity_of(config: Config, law: Law | None, labels: Mapping[str, Tensor]) -> Quantity | None:
-    """Return the quantity to forecast; None for videos without labels.
+@dataclass(frozen=True)
+class FrameLabel:
+    """The per-frame label evaluation.label, which is forecast if no law is known. `num_frames` is that of a segment."""
+
+    name: str
+    num_frames: int
+
+    def quantity(self, labels: Mapping[str, Tensor]) -> Quantity:
+        """Return the quantity in the labels of clips.
+
+        Raises:
+            UserError: the clips have no such per-frame label.
+        """
+        if self.name not in labels or labels[self.name].ndim != 3:
+            has = ", ".join(sorted(key for key, values in labels.items() if values.ndim == 3)) or "none"
+            raise UserError(f"evaluation.label={self.name!r} is not a per-frame label: these videos have {has}")
+        return Quantity(self.name, "", tuple(str(k) for k in range(labels[self.name].shape[-1])))
+
+    def truth(self, labels: dict[str, Tensor], horizon: int) -> Tensor:
+        """Return the values at the end of each target segment, [N, horizon, K]."""
+        return labels[self.name].float()[:, 2 * self.num_frames - 1 :: self.num_frames][:, :horizon]
+
+    def origin(self, labels: dict[str, Tensor]) -> Tensor:
+        """Return the values in the last context frame, [N, K]."""
+        return labels[self.name].float()[:, self.num_frames - 1]
+
+
+KnownTruth = Law | FrameLabel
+"""Source of the true values of the quantity."""
+
+
+def known_truth(law: Law | None, label: str | None, num_frames: int) -> KnownTruth | None:
+    """Return the law, or the label if no law is known; None for videos without either."""
+    return law or (FrameLabel(label, num_frames) if label else None)
+
+
+def quantity_of(known: KnownTruth, labels: Mapping[str, Tensor]) -> Quantity:
+    """Return the quantity to forecast, given the labels of clips.
 
     Raises:
         UserError: the clips have no per-frame label evaluation.label.
     """
-    name = config.evaluation.label
-    if law:
-        return law.quantity
-    if name is None:
-        return None
-    if name not in labels or labels[name].ndim != 3:
-        has = ", ".join(sorted(key for key, values in labels.items() if values.ndim == 3)) or "none"
-        raise UserError(f"evaluation.label={name!r} is not a per-frame label: these videos have {has}")
-    return Quantity(name, "", tuple(str(k) for k in range(labels[name].shape[-1])))
-
-
-def outcomes(config: Config, law: Law | None, labels: dict[str, Tensor], horizon: int) -> Tensor:
-    """Return the true quantity at the end of each target segment, [N, horizon, K]."""
-    if law:
-        return law.truth(labels, horizon)
-    assert config.evaluation.label is not None
-    num_frames = config.data.num_frames
-    return labels[config.evaluation.label].float()[:, 2 * num_frames - 1 :: num_frames][:, :horizon]
+    return known.quantity(labels) if isinstance(known, FrameLabel) else known.quantity
 
 
 def fitted_readout(
-    config: Config,
-    law: Law | None,
+    known: KnownTruth,
     fit: EmbeddedSplit,
     selection: EmbeddedSplit,
     strengths: Sequence[float] = RIDGE_STRENGTHS,
 ) -> Readout:
     """Fit the readout from embeddings of real targets on one split, and choose its strength on another."""
-    outputs = [outcomes(config, law, clips.labels, 1)[:, 0] for clips in (fit, selection)]
+    outputs = [known.truth(clips.labels, 1)[:, 0] for clips in (fit, selection)]
     return choose_readout(fit.targets[:, 0], outputs[0], selection.targets[:, 0], outputs[1], strengths)
 
 
@@ -87,25 +104,25 @@ class ScoredQuantity:
     @classmethod
     def fitted(
         cls,
-        config: Config,
-        law: Law | None,
+        known: KnownTruth,
         fit: EmbeddedSplit,
         selection: EmbeddedSplit,
         queries: EmbeddedSplit,
         generator: torch.Generator,
+        *,
+        law_samples: int,
+        num_samples: int,
     ) -> "ScoredQuantity":
-        """Fit the readout, and draw the law's futures of the queries."""
-        sizes = config.evaluation
-        readout = fitted_readout(config, law, fit, selection)
-        truth = outcomes(config, law, queries.labels, queries.targets.shape[1])
-        if law:
-            observed = draw(law, queries.labels, sizes.horizon, sizes.law_samples, generator)
-            oracle = draw(law, queries.labels, sizes.horizon, sizes.num_samples, generator)
-            origin = law.origin(queries.labels)
-        else:
-            assert sizes.label is not None
-            observed, oracle = truth[:, None], None
-            origin = queries.labels[sizes.label].float()[:, config.data.num_frames - 1]
+        """Fit the readout, and draw futures of the queries from the law: `law_samples` to score forecasts against, and
+        `num_samples` as the forecast of an oracle."""
+        readout = fitted_readout(known, fit, selection)
+        labels, horizon = queries.labels, queries.horizon
+        truth = known.truth(labels, horizon)
+        law, observed, oracle = None, truth[:, None], None
+        if not isinstance(known, FrameLabel):
+            law = known
+            observed = draw(law, labels, horizon, law_samples, generator)
+            oracle = draw(law, labels, horizon, num_samples, generator)
         return cls(
             law=law,
             queries=queries,
@@ -115,7 +132,7 @@ class ScoredQuantity:
             observed=observed,
             oracle=oracle,
             truth=truth,
-            origin=origin,
+            origin=known.origin(labels),
         )
 
     def scores(self, values: dict[str, Tensor]) -> Forecasts:

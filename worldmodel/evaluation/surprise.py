@@ -43,7 +43,6 @@ from data_pipelines.decoders import Frame, read_facts, read_frames
 from data_pipelines.errors import UserError
 from data_pipelines.transforms import to_float
 from worldmodel.config import DataConfig, VideosConfig
-from worldmodel.data import segment_span
 from worldmodel.evaluation.embed import Networks, embed_batches
 from worldmodel.nets.distributions import kl_divergence
 from worldmodel.nets.latents import GaussianLatent, NoLatent
@@ -105,7 +104,9 @@ class SurpriseOptions:
     progress: bool = False
 
 
-def video_surprise(networks: Networks, path: Path, options: SurpriseOptions | None = None) -> Timeline:
+def video_surprise(
+    networks: Networks, data: DataConfig, path: Path, options: SurpriseOptions | None = None
+) -> Timeline:
     """Score every transition of a video file. The file is read in one pass and never held as a whole.
 
     step_frames counts frames after resampling with data.fps. Memory grows by 2 D numbers per segment.
@@ -114,7 +115,7 @@ def video_surprise(networks: Networks, path: Path, options: SurpriseOptions | No
         UserError: the model cannot score videos (`why_unsupported`); the video is missing, unreadable, or too short for
             one transition.
     """
-    data, options = networks.config.data, options or SurpriseOptions()
+    layout, options = networks.layout, options or SurpriseOptions()
     check_model(networks.model)
     if networks.source.content != "frames":
         raise UserError(f"surprise of a video file needs a run on videos: this one has data.source={data.source}")
@@ -129,12 +130,12 @@ def video_surprise(networks: Networks, path: Path, options: SurpriseOptions | No
         )  # fmt: skip
 
     def frames_from(start: int) -> np.ndarray:
-        return np.stack(list(islice(read(start, start + 2 * segment_span(data)), 0, None, data.frame_stride)))
+        return np.stack(list(islice(read(start, start + 2 * layout.span), 0, None, layout.frame_stride)))
 
     frames = read(0, len(on_screen))
     found = score_transitions(networks, frames, len(on_screen), name=f"video '{path}'", options=options)
-    target_frame = on_screen[found.start + segment_span(data)]
-    peaks = find_peaks(found, data, options.num_peaks)
+    target_frame = on_screen[found.start + layout.span]
+    peaks = find_peaks(found, layout.span, options.num_peaks)
     return Timeline(
         video=path.name,
         frame=target_frame,
@@ -152,12 +153,12 @@ def clip_surprise(networks: Networks, clip: Tensor, options: SurpriseOptions | N
     Raises:
         UserError: the model cannot score videos, or the clip is too short for one transition.
     """
-    data, options = networks.config.data, options or SurpriseOptions()
+    layout, options = networks.layout, options or SurpriseOptions()
     check_model(networks.model)
     found = score_transitions(networks, clip.cpu().numpy(), len(clip), name="the clip", options=options)
-    span = segment_span(data)
+    span = layout.span
     pixels = (to_float(clip.cpu()) * 255).round().byte().numpy()
-    peaks = find_peaks(found, data, options.num_peaks)
+    peaks = find_peaks(found, span, options.num_peaks)
     return Timeline(
         video="clip",
         frame=found.start + span,
@@ -165,7 +166,7 @@ def clip_surprise(networks: Networks, clip: Tensor, options: SurpriseOptions | N
         unit=surprise_unit(training_of(networks)),
         peaks=peaks,
         peak_frames=np.stack(
-            [pixels[start : start + 2 * span : data.frame_stride] for start in found.start[peaks].tolist()]
+            [pixels[start : start + 2 * span : layout.frame_stride] for start in found.start[peaks].tolist()]
         ),
         **_measures(found),
     )
@@ -224,18 +225,18 @@ def score_transitions(
     Raises:
         UserError: step_frames is below 1, or the video is too short for one transition.
     """
-    data, model, training = networks.config.data, networks.model, training_of(networks)
+    layout, model, training = networks.layout, networks.model, training_of(networks)
     options = options or SurpriseOptions()
-    step = segment_span(data) if options.step_frames is None else options.step_frames
+    step = layout.span if options.step_frames is None else options.step_frames
     if step < 1:
         raise UserError(f"step_frames={step} must be at least 1")
-    span, num_segments = segment_span(data), model.seen_at + 1
-    length = (num_segments * data.num_frames - 1) * data.frame_stride + 1
+    span, num_segments = layout.span, model.seen_at + 1
+    length = (num_segments * layout.num_frames - 1) * layout.frame_stride + 1
     starts = np.arange(0, num_frames - length + 1, step)
     if not len(starts):
         raise UserError(f"{name} has {num_frames} frames, but one transition takes {length}: give a longer video")
     segments = np.unique(starts[:, None] + span * np.arange(num_segments))
-    cut = cut_segments(frames, segments.tolist(), data.num_frames, data.frame_stride)
+    cut = cut_segments(frames, segments.tolist(), layout.num_frames, layout.frame_stride)
     embedded = _embed_segments(networks, cut, len(segments), progress=options.progress)
     scores = []
     for part in np.split(starts, range(TRANSITIONS_AT_ONCE, len(starts), TRANSITIONS_AT_ONCE)):
@@ -316,10 +317,11 @@ def cut_segments(
             yield np.stack(list(held)[::frame_stride])
 
 
-def find_peaks(found: Transitions, data: DataConfig, num_peaks: int) -> np.ndarray:
+def find_peaks(found: Transitions, span: int, num_peaks: int) -> np.ndarray:
     """Return the positions of the highest local maxima of the surprise, highest first, at most num_peaks.
 
-    A maximum is at least as high as all transitions whose segments touch its own. No two peaks touch each other.
+    A maximum is at least as high as all transitions whose segments touch its own. No two peaks touch each other. `span`
+    is the number of source frames from a segment to the next.
 
     Raises:
         UserError: num_peaks is below 1.
@@ -329,7 +331,7 @@ def find_peaks(found: Transitions, data: DataConfig, num_peaks: int) -> np.ndarr
     surprise, start = found.surprise, found.start
     peaks: list[int] = []
     for candidate in np.argsort(-surprise, kind="stable").tolist():
-        near = np.abs(start - start[candidate]) <= segment_span(data)
+        near = np.abs(start - start[candidate]) <= span
         if surprise[candidate] >= surprise[near].max() and not near[peaks].any():
             peaks.append(candidate)
             if len(peaks) == num_peaks:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipelines.errors import UserError
-from worldmodel.data import labelled_actions, num_segments
+from worldmodel.data import labelled_actions
 from worldmodel.evaluation.embed import embed_batches
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.runs.trained_run import TrainedRun
@@ -100,10 +100,10 @@ def labelled_transitions(run: TrainedRun, count: int) -> tuple[Tensor, Tensor, T
 
     Returns: states [N, D + Z], actions [N, A] and target embeddings [N, D].
     """
-    config = run.config
+    layout = run.networks.layout
     parts = []
-    for embedded in embed_batches(run.networks, run.source.evaluation_batches("train", count), num_segments(config, 1)):
-        action = labelled_actions(embedded.batch, config, 1)[:, 0].to(run.device)
+    for embedded in embed_batches(run.networks, run.source.evaluation_batches("train", count), layout.num_segments):
+        action = labelled_actions(embedded.batch, layout, 1)[:, 0].to(run.device)
         parts.append((embedded.state, action, embedded.targets(1)[:, 0]))
     state, actions, target = (torch.cat(part) for part in zip(*parts, strict=True))
     return state, actions, target

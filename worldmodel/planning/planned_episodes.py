@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_pipelines.errors import UserError, one_line_logger
 from worldmodel.evaluation.embed import embed_split, frozen
-from worldmodel.evaluation.quantity import fitted_readout, quantity_of
+from worldmodel.evaluation.quantity import FrameLabel, fitted_readout
 from worldmodel.evaluation.readout import Readout
 from worldmodel.planning.imagination import LatentPolicy
 from worldmodel.planning.protocol import EpisodeResults
@@ -93,17 +93,17 @@ def state_readout(run: TrainedRun) -> Readout | None:
 
     None, with a warning, if evaluation.label is not the state, or the run's videos are missing or lack that label.
     """
-    config, networks = run.config, run.networks
-    sizes = config.evaluation
+    networks, sizes = run.networks, run.config.evaluation
     if sizes.label != STATE_LABEL:
         logger.warning("imagined paths are not drawn: evaluation.label=%r is not %r", sizes.label, STATE_LABEL)
         return None
     try:
         with frozen(networks.model, networks.target_encoder):
-            fit = embed_split(networks, "train", sizes.fit_clips)
-            selection = embed_split(networks, "selection", sizes.selection_clips)
-        quantity_of(config, None, fit.labels)  # raises if the label is missing
-        return fitted_readout(config, None, fit, selection)
+            fit = embed_split(networks, "train", sizes.fit_clips, seed=sizes.seed)
+            selection = embed_split(networks, "selection", sizes.selection_clips, seed=sizes.seed)
+        state = FrameLabel(STATE_LABEL, networks.layout.num_frames)
+        state.quantity(fit.labels)  # raises if the label is missing
+        return fitted_readout(state, fit, selection)
     except UserError as error:
         logger.warning("imagined paths are not drawn: %s", error)
         return None

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.files import check_regular, read_text, remove, write_bytes, write_text
-from worldmodel.config import Config, changed_keys, read_tree, to_yaml, validate
+from worldmodel.config import Config, changed_keys, dump, read_tree, to_dict, validate
 from worldmodel.runs.folder import RunFolder
 from worldmodel.training.finite import ADVICE, not_finite
 
@@ -76,16 +76,18 @@ class Checkpoint:
 # --------------------------------------------------------------------------------------------------- run folders
 
 
-def open_run(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Create or open the folder of a run, with its config.yaml, and return its path.
+def open_run(run: Path, config: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> None:
+    """Create or open the folder of a run, and write its config.yaml.
 
-    resume: accept a folder that holds a run of the same config. overwrite: remove the run that it holds.
+    Args:
+        config: the resolved config, as nested dicts.
+        resume: accept a folder that holds a run of the same config.
+        overwrite: remove the run that the folder holds.
 
     Raises:
         RunExistsError: the folder holds a run, and neither flag is given.
         UserError: the folder holds files that are not of a run, a run of another config, or cannot be written.
     """
-    run = Path(config.run_dir)
     files = RunFolder(run)
     begun = {files.lock.name, f".{files.config.name}.partial"}  # a kill may leave these in a new folder
     if run.is_dir() and {path.name for path in run.iterdir()} - begun and not files.config.is_file():
@@ -95,14 +97,13 @@ def open_run(config: Config, *, resume: bool = False, overwrite: bool = False) -
             if overwrite:
                 _remove_run(run)
             elif resume:
-                _check_same_config(load_run_config(run), config, run)
+                _check_same_config(to_dict(load_run_config(run)), config, run)
             else:
                 raise RunExistsError(f"run_dir={run} already holds a run")
         run.mkdir(parents=True, exist_ok=True)
-        write_text(files.config, to_yaml(config))
+        write_text(files.config, dump(config))
     except OSError as error:
         raise UserError(f"cannot write to run_dir={run}: {error.strerror or error}") from error
-    return run
 
 
 def _remove_run(run: Path) -> None:
@@ -159,7 +160,7 @@ def load_run_config(run: str | Path) -> Config:
     return validate(read_tree(path), source=str(path))
 
 
-def _check_same_config(saved: Config, given: Config, run: Path) -> None:
+def _check_same_config(saved: Mapping[str, Any], given: Mapping[str, Any], run: Path) -> None:
     for key, (before, now) in changed_keys(saved, given).items():
         if key not in RESUMABLE_CHANGES:
             raise UserError(

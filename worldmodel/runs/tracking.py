@@ -11,9 +11,8 @@ from typing import Any
 
 from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.files import write_text
-from worldmodel.config import Config
 from worldmodel.runs.folder import RunFolder
-from worldmodel.runs.wandb_tracking import start_wandb
+from worldmodel.runs.wandb_tracking import WandbRun
 
 logger = one_line_logger(__name__)
 
@@ -59,16 +58,15 @@ def _is_number(value: Any) -> bool:
 
 
 class Tracker:
-    """Writes rows of numbers to metrics.jsonl and to wandb.
+    """Writes rows of numbers to metrics.jsonl, and to `wandb` if a run of it is set.
 
-    wandb is offline unless config.tracking.wandb or the variable WANDB_MODE sets another mode. It never prompts.
     On a resume, rows after `start_step` are dropped, because their steps run again.
 
     Raises:
-        UserError: as `worldmodel.runs.wandb_tracking.wandb_mode`, or metrics.jsonl cannot be written.
+        UserError: metrics.jsonl cannot be written.
     """
 
-    def __init__(self, run: Path, config: Config, start_step: int) -> None:
+    def __init__(self, run: Path, start_step: int) -> None:
         self._path = RunFolder(run).history
         rows = [row for row in read_history(run) if row["step"] <= start_step] if start_step else []
         try:
@@ -76,7 +74,7 @@ class Tracker:
             self._file = self._path.open("ab", buffering=0)  # unbuffered: a write fails here or not at all
         except OSError as error:
             raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
-        self._wandb = start_wandb(run, config)
+        self.wandb: WandbRun | None = None
 
     def log(self, split: str, step: int, values: dict[str, float]) -> None:
         """Write one row.
@@ -96,15 +94,15 @@ class Tracker:
             raise RowLostError(
                 f"cannot write a row of step {step} to {self._path}: {error.strerror or error}"
             ) from error
-        if self._wandb is not None:
-            self._wandb.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
+        if self.wandb is not None:
+            self.wandb.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
         """Close metrics.jsonl, and wait for wandb."""
         with suppress(OSError):
             self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self.wandb is not None:
+            self.wandb.finish()
 
 
 def versions() -> dict[str, str]:

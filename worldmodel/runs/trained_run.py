@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.transforms import to_float
-from worldmodel.build import build_training_model
+from worldmodel.build import build_training_model, clip_layout
 from worldmodel.config import Config, GaussianConfig, PretrainedConfig, check_trust, outside_names
 from worldmodel.evaluation.embed import Networks
 from worldmodel.evaluation.readout import load_readout
@@ -62,8 +62,9 @@ class TrainedRun:
 
     @property
     def networks(self) -> Networks:
-        """Config, model, target encoder and device, as evaluations take them."""
-        return Networks(self.config, self.model, self.target_encoder, self.device, self.source, self.training)
+        """The model, its target encoder, its device and its clips, as evaluations take them."""
+        layout = clip_layout(self.config)
+        return Networks(self.model, self.target_encoder, self.device, self.source, layout, self.training)
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +134,7 @@ class TrainedRun:
         options = SurpriseOptions(num_peaks, step_frames, progress)
         if isinstance(video, Tensor):
             return clip_surprise(self.networks, self._checked(video, ("T", *self.frame_shape)), options)
-        return video_surprise(self.networks, Path(video), options)
+        return video_surprise(self.networks, self.config.data, Path(video), options)
 
     def _segments(self, video: Tensor) -> Tensor:
         """Check segments [B, T, C, H, W], and convert them to the input of the networks."""

@@ -12,7 +12,6 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from data_pipelines.errors import UserError, one_line, one_line_logger, printable
-from worldmodel.config import Config, to_dict
 from worldmodel.runs.folder import RunFolder
 
 logger = one_line_logger(__name__)
@@ -53,8 +52,11 @@ class WandbRun:
             self._run = None
 
 
-def wandb_mode(config: Config) -> str:
-    """Return "offline", "online" or "disabled", by WANDB_MODE, or by tracking.wandb if that is empty or unset.
+def wandb_mode(chosen: str) -> str:
+    """Return "offline", "online" or "disabled": that of WANDB_MODE, or `chosen` if that is empty or unset.
+
+    Args:
+        chosen: the value of tracking.wandb.
 
     Raises:
         UserError: WANDB_MODE is not a mode of wandb, or the mode is online and nobody is logged in.
@@ -62,22 +64,28 @@ def wandb_mode(config: Config) -> str:
     given = os.environ.get("WANDB_MODE", "").strip().lower()
     if given and given not in MODES:
         raise UserError(f"WANDB_MODE={given!r} is not a mode of wandb: use offline, online or disabled")
-    mode = MODES[given or config.tracking.wandb]
+    mode = MODES[given or chosen]
     if mode == "online" and not _credentials():
         name = "WANDB_MODE" if given else "tracking.wandb"
         raise UserError(f"{name}=online but nobody is logged in: run `wandb login` or use {name}=offline")
     return mode
 
 
-def start_wandb(run: Path, config: Config) -> WandbRun | None:
+def start_wandb(run: Path, chosen: str, project: str, settings: Mapping[str, Any]) -> WandbRun | None:
     """Start wandb for a run folder. Return None if it is disabled, not installed or fails to start.
 
     wandb is offline if its server is not reached within 2 * REACH_S seconds, or does not start a run within START_S.
+    It never prompts.
+
+    Args:
+        chosen: the mode, if the variable WANDB_MODE does not set another one.
+        project: wandb's project.
+        settings: the config of the run, as nested dicts.
 
     Raises:
         UserError: as `wandb_mode`.
     """
-    mode = wandb_mode(config)
+    mode = wandb_mode(chosen)
     if mode == "disabled":
         return None
     try:
@@ -88,12 +96,11 @@ def start_wandb(run: Path, config: Config) -> WandbRun | None:
     _give_it_a_cache(run)
 
     def init(mode: Literal["online", "offline"]) -> WandbRun:
-        settings = wandb.Settings(silent=True, console="off", init_timeout=START_S)
-        name, project = printable(run.name), config.tracking.project
-        values, folder = to_dict(config), str(run)
+        quiet = wandb.Settings(silent=True, console="off", init_timeout=START_S)
+        name, folder, values = printable(run.name), str(run), dict(settings)
         with _variable("WANDB_MODE", mode):  # wandb rejects an empty variable, whatever its argument
             return WandbRun(
-                wandb.init(project=project, name=name, dir=folder, mode=mode, config=values, settings=settings)
+                wandb.init(project=project, name=name, dir=folder, mode=mode, config=values, settings=quiet)
             )
 
     if mode == "online":

@@ -15,7 +15,6 @@ from torch.distributed import DistError
 
 from data_pipelines.errors import UserError
 from data_pipelines.processes import environment_int
-from worldmodel.config import TrainConfig
 from worldmodel.training.machine import computes_bf16
 
 OTHER_ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -35,10 +34,11 @@ class ConnectionLostError(UserError):
 
 
 @contextmanager
-def launched(config: TrainConfig) -> Iterator[Accelerator]:
+def launched(precision: str, timeout_s: float) -> Iterator[Accelerator]:
     """Yield an Accelerator, which joins the processes of a launcher. It can be entered again in the same process.
 
-    An Accelerator that the process already has is reused and left as it is.
+    An Accelerator that the process already has is reused and left as it is. The arguments are those of
+    `make_accelerator`.
 
     Raises:
         UserError: processes lose each other before training, or as `make_accelerator`.
@@ -46,7 +46,7 @@ def launched(config: TrainConfig) -> Iterator[Accelerator]:
     own = not is_initialized()
     with friendly_connection_errors():
         try:
-            yield make_accelerator(config)
+            yield make_accelerator(precision, timeout_s)
         finally:
             if own:
                 if is_initialized():
@@ -86,18 +86,21 @@ def check_launch_environment() -> int:
     return world_size
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
+def make_accelerator(precision: str, timeout_s: float) -> Accelerator:
     """Make the Accelerator of a training.
+
+    Args:
+        precision: "fp32", "bf16", "fp16", or "auto": bf16 where it is computed natively, otherwise fp32.
+        timeout_s: time that processes wait for each other before the connection counts as lost.
 
     Raises:
         UserError: Accelerate is set to an engine other than PyTorch, or a launcher's variables are not valid.
     """
     world_size = check_launch_environment()
-    precision = config.precision
     if precision == "auto":
         precision = "bf16" if computes_bf16() else "fp32"
     # Accelerate ignores a timeout that equals its own default, which not every backend shares: hence the microsecond.
-    timeout = timedelta(seconds=config.timeout_s, microseconds=1)
+    timeout = timedelta(seconds=timeout_s, microseconds=1)
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         # Without this, processes that were launched together without a GPU would train separately.
@@ -116,18 +119,18 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def compile_mode(config: TrainConfig, accelerator: Accelerator) -> str | None:
-    """Return the mode of torch.compile, or None to compile nothing.
+def compile_mode(chosen: str, accelerator: Accelerator) -> str | None:
+    """Return the mode of torch.compile for the value of train.compile, or None to compile nothing.
 
     Raises:
         UserError: there are several processes, between which the encoder's batch norm communicates.
     """
-    if config.compile in ("default", "max-autotune"):
+    if chosen in ("default", "max-autotune"):
         if accelerator.num_processes > 1:
-            raise UserError(f"train.compile={config.compile} needs a single process: set train.compile=none")
-        return config.compile
+            raise UserError(f"train.compile={chosen} needs a single process: set train.compile=none")
+        return chosen
     single_gpu = accelerator.device.type == "cuda" and accelerator.num_processes == 1
-    return "default" if config.compile == "auto" and single_gpu else None
+    return "default" if chosen == "auto" and single_gpu else None
 
 
 def check_ranks_agree(settings: Mapping[str, Any]) -> None:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 from accelerate import Accelerator
 
 from data_pipelines.batches import Batch, BatchStream
+from worldmodel.build import clip_layout
 from worldmodel.config import Config, TrainConfig, flatten, to_dict
-from worldmodel.data import check_contents, check_splits, evaluation_uses, training_contents, training_uses
+from worldmodel.data import check_contents, check_splits, evaluation_uses, training_uses
 from worldmodel.runs.checkpoint import open_run, remove_leftovers
 from worldmodel.runs.lock import run_lock
 from worldmodel.runs.tracking import RowLostError
@@ -55,8 +56,8 @@ def train(
         >>> folder = worldmodel.train(config)
     """
     run, train_config = Path(config.run_dir), config.train
-    wandb_mode(config)  # reports a mistake before there is a run folder
-    with launched(train_config) as accelerator, ExitStack() as held:
+    wandb_mode(config.tracking.wandb)  # reports a mistake before there is a run folder
+    with launched(train_config.precision, train_config.timeout_s) as accelerator, ExitStack() as held:
         source, stream, fingerprint = open_run_and_stream(config, accelerator, held, resume=resume, overwrite=overwrite)
         settings = flatten(to_dict(config)) | {"resume": resume, "fingerprint of the videos": fingerprint}
         check_ranks_agree(settings)
@@ -126,21 +127,24 @@ def open_run_and_stream(
         UserError: the videos do not fit the config, or the run folder cannot be used.
     """
     rank, world_size = accelerator.process_index, accelerator.num_processes
+    labels, scored_label = clip_layout(config).labels, config.evaluation.label
+    refine_horizon = config.train.refine_horizon if config.train.refine_steps else None
+    uses = training_uses(config.objective.rollout_steps, refine_horizon) | evaluation_uses(config.evaluation.horizon)
     with accelerator.main_process_first(), accelerator.local_main_process_first():
         source = make_source(config)
-        check_splits(source, config, training_uses(config) | evaluation_uses(config))
+        check_splits(source, labels | ({scored_label} if scored_label else set()), uses)
         stream = source.training_stream(
             config.objective.rollout_steps, rank=rank, world_size=world_size, device=accelerator.device
         )
-        if config.train.refine_steps:
+        if refine_horizon is not None:
             refinement_stream(source, config, accelerator.device)  # reports missing videos before hours of training
         if accelerator.is_main_process:
             run = Path(config.run_dir)
             held.enter_context(run_lock(run))
-            open_run(config, resume=resume, overwrite=overwrite)
+            open_run(run, to_dict(config), resume=resume, overwrite=overwrite)
             remove_leftovers(run)
-            check_contents(source, config, run)
-    contents = training_contents(source, config)
+            check_contents(source, labels, run)
+    contents = source.contents(labels)
     return source, stream, stream.fingerprint + (f"-{contents.hash()}" if contents else "")
 
 

@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 
 from data_pipelines.batches import Batch, BatchStream
 from data_pipelines.errors import UserError
+from worldmodel.build import clip_layout
 from worldmodel.config import Config
-from worldmodel.data import segment_span, training_inputs
+from worldmodel.data import training_inputs
 from worldmodel.evaluation.embed import frozen
 from worldmodel.nets.distance import similar_clips
 from worldmodel.nets.scene import NoScene
@@ -78,7 +79,7 @@ def refinement_stream(source: Source, config: Config, device: torch.device) -> B
     A clip starts where the refined steps of the one before it end, whatever data.clip_step is. Each segment is then
     embedded about once, and many videos are seen.
     """
-    clip_step = config.train.refine_horizon * segment_span(config.data)
+    clip_step = config.train.refine_horizon * clip_layout(config).span
     return source.training_stream(steps_of(config), rank=0, world_size=1, device=device, clip_step=clip_step)
 
 
@@ -100,11 +101,11 @@ def embed_refinement_clips(
 
     `stop` returns the number of a signal that came, or 0. After a signal, fewer clips are embedded.
     """
-    missing = config.train.refine_clips
+    missing, layout = config.train.refine_clips, clip_layout(config)
     parts: list[RefinementClips] = []
     with frozen(model, target_encoder), tqdm(total=missing, desc="embedding", unit="clip") as bar:
         while missing > 0 and not (parts and stop()):
-            inputs = training_inputs(next(batches), config, steps_of(config), device)
+            inputs = training_inputs(next(batches), layout, steps_of(config), device)
             segments = inputs.segments
             with autocast():
                 features = encode_segments(model.embedder.features, segments)

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from data_pipelines.batches import Batch
 from data_pipelines.errors import UserError, one_line_logger
+from worldmodel.config import to_dict
 from worldmodel.evaluation import factors, forecast
 from worldmodel.evaluation.embed import Networks, Share
 from worldmodel.nets.parallel import max_over_processes
@@ -24,6 +25,7 @@ from worldmodel.runs.checkpoint import (
     save_checkpoint,
 )
 from worldmodel.runs.tracking import RowLostError, Tracker
+from worldmodel.runs.wandb_tracking import start_wandb
 from worldmodel.sources.source import Source
 from worldmodel.training import full_state
 from worldmodel.training.finite import NotFiniteStep
@@ -80,7 +82,8 @@ class Session:
         """Open the rows of the run, and yield a progress bar of steps."""
         is_main = self.accelerator.is_main_process
         if is_main:
-            self.tracker = Tracker(self.run, self.config, self.logged_step)
+            self.tracker, tracking = Tracker(self.run, self.logged_step), self.config.tracking
+            self.tracker.wandb = start_wandb(self.run, tracking.wandb, tracking.project, to_dict(self.config))
         self.started_s = time.monotonic()
         steps = {"total": self.config.train.steps, "initial": self.trainer.step, "unit": "step"}
         try:
@@ -134,13 +137,13 @@ class Session:
 
     def _selection_scores(self, student: TrainingModel, target_encoder: nn.Module) -> tuple[dict[str, float], float]:
         """Return the scores of the selection split, and the one that selects a checkpoint: lower is better."""
-        accelerator = self.accelerator
-        networks = Networks(self.config, student.model, target_encoder, accelerator.device, self.source)
+        accelerator, config = self.accelerator, self.config.evaluation
+        networks = Networks(student.model, target_encoder, accelerator.device, self.source, self.trainer.layout)
         if self.source.content == "factors":  # too fast to be worth sharing
-            scores = factors.development_scores(networks)
+            scores = factors.development_scores(networks, config.seed)
             return scores, -scores["factors_r2"]
         share = Share(accelerator.process_index, accelerator.num_processes)
-        scores = forecast.development_scores(networks, share)
+        scores = forecast.development_scores(networks, config, share)
         return scores, scores["relative_energy_score"]
 
     # ---------------------------------------------------------------------------------------------------- checkpoints

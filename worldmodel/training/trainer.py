@@ -12,7 +12,7 @@ from torch import nn
 from data_pipelines.batches import Batch
 from data_pipelines.errors import UserError
 from data_pipelines.transforms import on_device
-from worldmodel.build import build_training_model
+from worldmodel.build import build_training_model, clip_layout
 from worldmodel.config import Config, TeacherObjective
 from worldmodel.data import training_inputs
 from worldmodel.nets.teacher import Teacher
@@ -47,6 +47,7 @@ class Trainer:
 
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
+        self.layout = clip_layout(config)
         self.step = 0
         set_seed(config.seed)
         self.student = build_training_model(config)
@@ -66,7 +67,7 @@ class Trainer:
                     globalise_batch_norm(network, accelerator.device)
         self._blank_student = sharding.meta_copy(self.student) if self.sharded else None
         self._blank_teacher = sharding.meta_copy(self.teacher) if self.sharded and self.teacher else None
-        if mode := compile_mode(config.train, accelerator):
+        if mode := compile_mode(config.train.compile, accelerator):
             for embedder in (self.student.embedder, *([self.teacher.embedder] if self.teacher else [])):
                 embedder.encoder.compile(mode=mode)
         self._prepare()
@@ -132,7 +133,7 @@ class Trainer:
         with timed("step"), timed("data"):
             batch = next(batches)
             rows = on_device(batch["row"], accelerator.device)
-            inputs = training_inputs(batch, config, config.objective.rollout_steps, accelerator.device)
+            inputs = training_inputs(batch, self.layout, config.objective.rollout_steps, accelerator.device)
             parts = micro_batches(inputs, rows, config.train.grad_accumulation)
         with timed("step"), self.log.flops_counted():
             return compute_gradients(

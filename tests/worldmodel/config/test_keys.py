@@ -13,7 +13,7 @@ import torch
 from tests.conftest import REPO, videos_of
 from tests.worldmodel.config.test_mistakes import CONFIGS
 from worldmodel import load
-from worldmodel.build import build_training_model
+from worldmodel.build import build_training_model, clip_layout
 from worldmodel.commands.process import prepare_process
 from worldmodel.config import Config, flatten, load_config, read_with_bases
 from worldmodel.config.kinds import OUTSIDE, choice_of, members_of
@@ -75,14 +75,14 @@ def recorded_reads() -> Iterator[set[str]]:
 def train_and_evaluate(config: Config) -> None:
     prepare_process(config.train)
     trained = load(train(config))
-    evaluate_forecasts(trained.networks)
+    evaluate_forecasts(trained.networks, config.evaluation)
 
 
 def plan_once(config: Config) -> None:
     """One decision of a model that is conditioned on actions, untrained."""
     labels = {videos_of(config).action_label: torch.zeros(2, 2, config.model.action_dim)}
     batch: Any = {"labels": labels}
-    actions = actions_of(batch, config, 1, torch.device("cpu"))
+    actions = actions_of(batch, clip_layout(config), 1, torch.device("cpu"))
     assert actions.shape == (2, 1, config.model.action_dim)
     run = TrainedRun(Path("run"), config, build_training_model(config).eval(), None, {})
     policy = LatentPolicy(run, config.planning, seed=0)
@@ -103,7 +103,7 @@ def test_every_key_of_every_shipped_config_is_read(
         train_and_evaluate(Config(**{**vars(fresh), "run_dir": fresh.run_dir + "_fresh"}))
         causal = [*CAUSAL, f"run_dir={fresh.run_dir}_causal"]
         trained = load(train(load_config(REPO / "configs" / "causal" / "heteroscedastic.yaml", causal)))
-        evaluate_factors(trained.networks)
+        evaluate_factors(trained.networks, trained.config.evaluation)
         for name in ("two_rooms.yaml", "two_rooms_random.yaml"):
             plan_once(load_config(REPO / "configs" / name, ["planning.candidates=40", "planning.iterations=2"]))
         build_training_model(load_config(REPO / "configs" / "video_vit.yaml", ["model.encoder=vit_tiny"]))

@@ -10,6 +10,7 @@ from data_pipelines.worlds.causal import NUM_FACTORS, CausalWorld
 from tests.conftest import REPO, run_script
 from tests.data_pipelines.worlds.test_causal import unmix
 from tests.worldmodel.report.samples import undeclared
+from worldmodel.build import clip_layout
 from worldmodel.config import Config, load_config
 from worldmodel.evaluation.embed import Networks
 from worldmodel.evaluation.factors import development_scores, evaluate_factors, tree_importance
@@ -63,22 +64,22 @@ class Unmixer(WorldModel):
 
 def networks(config: Config, warp: float) -> Networks:
     model = Unmixer(config, warp)
-    return Networks(config, model, model.embedder, CPU, make_source(config))
+    return Networks(model, model.embedder, CPU, make_source(config), clip_layout(config))
 
 
 def test_the_factors_themselves_score_one() -> None:
     config = load_config(CAUSAL, SIZES)
-    metrics: Any = evaluate_factors(networks(config, 0))
+    metrics: Any = evaluate_factors(networks(config, 0), config.evaluation)
     assert metrics["factors"]["in_distribution_r2"] == pytest.approx(1, abs=1e-4)
     assert metrics["factors"]["out_of_distribution_r2"] == pytest.approx(1, abs=1e-4)
     assert undeclared(metrics) == []
     assert metrics["dci"]["disentanglement"] > 0.95 and metrics["dci"]["completeness"] > 0.95
-    assert development_scores(networks(config, 0))["factors_r2"] == pytest.approx(1, abs=1e-4)
+    assert development_scores(networks(config, 0), config.evaluation.seed)["factors_r2"] == pytest.approx(1, abs=1e-4)
 
 
 def test_a_warped_copy_fails_out_of_distribution_first() -> None:
     config = load_config(CAUSAL, SIZES)
-    scores: Any = evaluate_factors(networks(config, 2.0))["factors"]
+    scores: Any = evaluate_factors(networks(config, 2.0), config.evaluation)["factors"]
     assert 0.85 < scores["in_distribution_r2"] < 0.99
     assert scores["out_of_distribution_r2"] < scores["in_distribution_r2"] - 0.1
 

@@ -14,8 +14,8 @@ from data_pipelines.worlds.kicked_mnist import KickedMnistLaw
 from data_pipelines.worlds.moving_mnist import centroid_velocity, sample_law
 from tests.worldmodel.report.samples import undeclared
 from worldmodel import WorldModel, load
-from worldmodel.build import build_model
-from worldmodel.config import Config
+from worldmodel.build import build_model, clip_layout
+from worldmodel.config import Config, EvaluationConfig
 from worldmodel.evaluation.embed import Networks, embed_split
 from worldmodel.evaluation.forecast import development_scores, evaluate_forecasts
 from worldmodel.evaluation.probes import label_targets
@@ -90,7 +90,8 @@ def test_a_model_that_knows_the_law_scores_as_the_oracle_does(tiny_config: Calla
     config = tiny_config(
         "data.source=moving_mnist", *sizes, "evaluation.fit_clips=512", "evaluation.selection_clips=256"
     )
-    metrics: Any = evaluate_forecasts(Networks(config, OracleStudent(), Pixels(), CPU, make_source(config))).metrics
+    networks = Networks(OracleStudent(), Pixels(), CPU, make_source(config), clip_layout(config))
+    metrics: Any = evaluate_forecasts(networks, config.evaluation).metrics
     scores = {name: dict(values) for name, values in metrics["forecasts"].items()}
     energy = {name: values["energy_score"][0] for name, values in scores.items()}
     assert energy["simulator_oracle"] == pytest.approx(0.61, abs=0.04)
@@ -122,7 +123,7 @@ ORACLES = {"encode_decode_oracle", "simulator_oracle"}
 
 
 def test_metrics_of_a_trained_run(trained: Any) -> None:
-    result = evaluate_forecasts(trained.networks)
+    result = evaluate_forecasts(trained.networks, trained.config.evaluation)
     metrics: Any = result.metrics
     assert set(metrics["forecasts"]) == CONTROLS | ORACLES | {"pixel_constant_velocity"}
     assert set(metrics["embedding"]["forecasts"]) == CONTROLS | {"climatology", "encode_decode_oracle"}
@@ -133,12 +134,12 @@ def test_metrics_of_a_trained_run(trained: Any) -> None:
     assert shown.frames.shape == (6, 6, 1, 64, 64)
     assert shown.neighbours.shape == (6, 1, 4, 3, 1, 64, 64)
     assert shown.fans is not None and shown.fans.samples.shape == (6, 8, 1, 2) and shown.fans.on_frames
-    again = evaluate_forecasts(trained.networks)
+    again = evaluate_forecasts(trained.networks, trained.config.evaluation)
     assert again.metrics == metrics and undeclared(metrics) == []
 
 
 def test_a_run_is_scored_at_every_step_of_its_horizon(kicked: Any) -> None:
-    result = evaluate_forecasts(kicked.networks)
+    result = evaluate_forecasts(kicked.networks, kicked.config.evaluation)
     metrics: Any = result.metrics
     assert metrics["space"] == "centroid, px" and metrics["horizon"] == 4
     for forecasts in (metrics["forecasts"], metrics["embedding"]["forecasts"]):
@@ -159,19 +160,19 @@ def test_a_run_is_scored_at_every_step_of_its_horizon(kicked: Any) -> None:
 
 
 def test_a_label_of_frames_is_forecast_where_no_law_is_known(kicked: Any, tiny_config: Callable[..., Config]) -> None:
-    def labelled(name: str) -> Networks:
+    def labelled(name: str) -> tuple[Networks, EvaluationConfig]:
         changes = ("data.clip_step=4", f"evaluation.label={name}", "objective.rollout_steps=2")
         config = tiny_config(f"data.root={kicked.config.data.root}", *KICKED, *changes)
-        return replace(kicked.networks, config=config, source=make_source(config))
+        return replace(kicked.networks, source=make_source(config)), config.evaluation
 
-    metrics: Any = evaluate_forecasts(labelled("velocity")).metrics
+    metrics: Any = evaluate_forecasts(*labelled("velocity")).metrics
     assert metrics["quantity"] == {"name": "velocity", "unit": "", "dimensions": ["0", "1"]}
     assert set(metrics["forecasts"]) == CONTROLS
     assert metrics["forecasts"]["model"]["energy_score"][3] > 0
     with pytest.raises(
         UserError, match=r"evaluation.label='digit' is not a per-frame label: these videos have centre, "
     ):
-        evaluate_forecasts(labelled("digit"))
+        evaluate_forecasts(*labelled("digit"))
 
 
 def test_development_scores_leave_the_networks_training(tiny_config: Callable[..., Config]) -> None:
@@ -181,7 +182,8 @@ def test_development_scores_leave_the_networks_training(tiny_config: Callable[..
     student.train()
     teacher.train()
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    scores = development_scores(Networks(config, student, teacher, CPU, make_source(config)))
+    networks = Networks(student, teacher, CPU, make_source(config), clip_layout(config))
+    scores = development_scores(networks, config.evaluation)
     assert scores["relative_energy_score"] > 0 and math.isfinite(scores["energy_score"])
     assert student.training and teacher.training
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
@@ -189,8 +191,8 @@ def test_development_scores_leave_the_networks_training(tiny_config: Callable[..
 
 def test_videos_without_a_law_are_scored_in_embedding_space(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(VideosSource, "known_law", lambda source, split, horizon: None)
-    result = evaluate_forecasts(trained.networks)
-    scores = development_scores(trained.networks)
+    result = evaluate_forecasts(trained.networks, trained.config.evaluation)
+    scores = development_scores(trained.networks, trained.config.evaluation)
     assert result.metrics["space"] == "embedding" and result.metrics["quantity"] is None
     assert result.metrics["forecasts"] == result.metrics["embedding"]["forecasts"]
     assert set(result.metrics["forecasts"]) == CONTROLS | {"climatology"}
@@ -203,7 +205,8 @@ def test_too_few_clips_is_one_line(tiny_config: Callable[..., Config]) -> None:
     student = build_model(config)
     with pytest.raises(UserError, match="fewer than 2 clips"):
         teacher = Teacher(student.embedder).eval()
-        embed_split(Networks(config, student.eval(), teacher, CPU, make_source(config)), "test", 1)
+        networks = Networks(student.eval(), teacher, CPU, make_source(config), clip_layout(config))
+        embed_split(networks, "test", 1, seed=0)
 
 
 def test_labels_that_name_clips_or_do_not_vary_are_not_probed_for() -> None:

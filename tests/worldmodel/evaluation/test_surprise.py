@@ -13,7 +13,7 @@ from data_pipelines.errors import UserError
 from tests.conftest import run_script
 from tests.worldmodel.commands.test_scripts import assert_one_line
 from worldmodel import TrainedRun, load
-from worldmodel.build import build_training_model
+from worldmodel.build import build_training_model, clip_layout
 from worldmodel.config import (
     ByolConfig,
     CausalConfig,
@@ -73,7 +73,7 @@ def tiny(
 
 def networks(config: Config, training: TrainingModel) -> Networks:
     source = make_source(config)
-    return Networks(config, training.model, training.embedder, torch.device("cpu"), source, training)
+    return Networks(training.model, training.embedder, torch.device("cpu"), source, clip_layout(config), training)
 
 
 def clip(num_frames: int) -> Tensor:
@@ -251,7 +251,7 @@ def test_where_the_loss_has_no_kl_surprise_is_the_prediction_error(long_video: P
     np.testing.assert_allclose(found.surprise, expected, atol=1e-5)
     np.testing.assert_array_equal(found.surprise, found.prediction_error)
     assert not found.kl_nats.any()
-    assert video_surprise(networks(config, training), long_video).unit == "units of the loss"
+    assert video_surprise(networks(config, training), config.data, long_video).unit == "units of the loss"
     config, training = tiny(objective=ByolConfig(beta=0.0))
     found = scored(config, training, clip(15))
     np.testing.assert_array_equal(found.surprise, found.prediction_error)
@@ -264,18 +264,17 @@ def found(surprise: list[float], step: int = 3) -> Transitions:
 
 
 def test_peaks_are_the_highest_maxima_that_do_not_touch() -> None:
-    data = VideosConfig(num_frames=3)
-    assert find_peaks(found([0, 5, 4, 1, 3, 0, 9]), data, 5).tolist() == [6, 1, 4]
-    assert find_peaks(found([0, 5, 4, 1, 3, 0, 9]), data, 2).tolist() == [6, 1]
-    assert find_peaks(found([2, 2, 2]), data, 5).tolist() == [0, 2]
+    assert find_peaks(found([0, 5, 4, 1, 3, 0, 9]), 3, 5).tolist() == [6, 1, 4]
+    assert find_peaks(found([0, 5, 4, 1, 3, 0, 9]), 3, 2).tolist() == [6, 1]
+    assert find_peaks(found([2, 2, 2]), 3, 5).tolist() == [0, 2]
     # With a transition at every frame, those up to a segment away touch.
-    assert find_peaks(found([9, 0, 5, 0, 4, 0, 6, 0], step=1), data, 5).tolist() == [0, 6]
+    assert find_peaks(found([9, 0, 5, 0, 4, 0, 6, 0], step=1), 3, 5).tolist() == [0, 6]
 
 
 def test_frames_and_times_are_those_of_the_source(long_video: Path) -> None:
     """36 frames at 10 a second, resampled to 5: every other one."""
     config, training = tiny(VideosConfig(channels=1, fps=5.0))
-    timeline = video_surprise(networks(config, training), long_video, SurpriseOptions(num_peaks=1))
+    timeline = video_surprise(networks(config, training), config.data, long_video, SurpriseOptions(num_peaks=1))
     assert timeline.frame.tolist() == [6, 12, 18, 24]
     assert timeline.time_s is not None
     np.testing.assert_allclose(timeline.time_s, [0.6, 1.2, 1.8, 2.4], atol=2e-3)
@@ -296,7 +295,7 @@ def test_frames_and_times_are_those_of_the_source(long_video: Path) -> None:
 def test_a_model_that_cannot_score_videos_says_why(changes: dict[str, object], reason: str, long_video: Path) -> None:
     config, training = tiny(**changes)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=reason):
-        video_surprise(networks(config, training), long_video)
+        video_surprise(networks(config, training), config.data, long_video)
     with pytest.raises(UserError, match=reason):
         clip_surprise(networks(config, training), clip(12))
 
@@ -328,7 +327,7 @@ def test_what_cannot_be_scored_is_told_in_one_line(long_video: Path, tmp_path: P
         clip_surprise(networks(config, training), clip(9), SurpriseOptions(num_peaks=0))
     causal = replace(config, data=CausalConfig())
     with pytest.raises(UserError, match="needs a run on videos"):
-        video_surprise(networks(causal, training), long_video)
+        video_surprise(networks(causal, training), causal.data, long_video)
 
 
 def test_the_script_writes_a_row_a_transition_and_pictures(trained_run: Path, long_video: Path, tmp_path: Path) -> None:

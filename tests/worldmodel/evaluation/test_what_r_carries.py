@@ -32,7 +32,10 @@ def trained(run: Path, beta: float, steps: int) -> tuple[float, float]:
     )
     result = load(train(config))
     with torch.no_grad():
-        fit, held_out = (embed_split(result.networks, split, 2048, progress=False) for split in ("train", "test"))
+        fit, held_out = (
+            embed_split(result.networks, split, 2048, seed=config.evaluation.seed, progress=False)
+            for split in ("train", "test")
+        )
     change = [clips.labels["velocity_change"] for clips in (fit, held_out)]
     predicted = fit_mlp(fit.r, change[0])(held_out.r)
     assert held_out.penalty is not None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipelines.worlds.two_rooms import TwoRoomsEnv
+from worldmodel.build import clip_layout
 from worldmodel.config import Config, EvaluationConfig, PlanningConfig, VideosConfig
 from worldmodel.evaluation.embed import Networks
 from worldmodel.evaluation.readout import Readout
@@ -166,7 +167,8 @@ def test_videos_that_are_not_there_cost_the_path_alone(tmp_path: Path, caplog: p
         evaluation=EvaluationConfig(label="state"),
     )
     config = planner.run.config
-    networks = Networks(config, planner.run.model, nn.Identity(), torch.device("cpu"), make_source(config))
+    source, layout = make_source(config), clip_layout(config)
+    networks = Networks(planner.run.model, nn.Identity(), torch.device("cpu"), source, layout)
     planner.run.networks = networks  # type: ignore[misc]
     assert state_readout(planner.run) is None
     assert "gone" in caplog.text

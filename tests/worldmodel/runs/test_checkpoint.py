@@ -11,7 +11,7 @@ import torch
 
 from data_pipelines.errors import UserError
 from worldmodel import load
-from worldmodel.config import Config
+from worldmodel.config import Config, to_dict
 from worldmodel.runs import checkpoint as checkpoint_module
 from worldmodel.runs.checkpoint import (
     Checkpoint,
@@ -200,27 +200,32 @@ def test_what_is_not_a_regular_file_is_not_opened(tmp_path: Path, name: str) -> 
         load_checkpoint(tmp_path)
 
 
+def opened(config: Config, **flags: bool) -> Path:
+    open_run(Path(config.run_dir), to_dict(config), **flags)
+    return Path(config.run_dir)
+
+
 def test_a_run_folder_is_never_overwritten_unasked(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config()
-    run = open_run(config)
+    run = opened(config)
     save_checkpoint(run, make(1), keep=1, is_best=False)
     (run / ".metrics.json.partial").write_text("cut off")
     (run / "wandb").mkdir()
     with pytest.raises(RunExistsError, match=r"already holds a run$"):
-        open_run(config)
-    assert open_run(config, resume=True) == run and saved_steps(run)
-    open_run(config, overwrite=True)
+        opened(config)
+    assert opened(config, resume=True) == run and saved_steps(run)
+    opened(config, overwrite=True)
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml"]
 
 
 @pytest.mark.parametrize("foreign", ["notes.txt", "src/main.py", ".git/HEAD", "checkpoints/mine.txt", ".notes.partial"])
 def test_overwriting_removes_nothing_but_a_run(tiny_config: Callable[..., Config], foreign: str) -> None:
-    run = open_run(tiny_config())
+    run = opened(tiny_config())
     save_checkpoint(run, make(1), keep=1, is_best=False)
     (run / foreign).parent.mkdir(exist_ok=True)
     (run / foreign).write_text("precious")
     with pytest.raises(UserError, match=f"holds '{foreign.split('/')[0]}.*does not belong to a run"):
-        open_run(tiny_config(), overwrite=True)
+        opened(tiny_config(), overwrite=True)
     assert (run / foreign).read_text() == "precious" and saved_steps(run)
 
 
@@ -228,22 +233,22 @@ def test_overwriting_needs_the_config_of_a_run(tiny_config: Callable[..., Config
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text("site: mine\n")
     with pytest.raises(UserError, match="site"):
-        open_run(tiny_config(), overwrite=True)
+        opened(tiny_config(), overwrite=True)
     assert (tmp_path / "run" / "config.yaml").read_text() == "site: mine\n"
 
 
 @pytest.mark.parametrize("name", ["wandb", "checkpoints"])
 def test_overwriting_follows_no_link(tiny_config: Callable[..., Config], tmp_path: Path, name: str) -> None:
-    run = open_run(tiny_config())
+    run = opened(tiny_config())
     documents = tmp_path / "documents"
     documents.mkdir()
     (documents / "thesis.tex").write_text("years")
     (run / name).symlink_to(documents)
     if name == "checkpoints":
         with pytest.raises(UserError, match="does not belong to a run"):
-            open_run(tiny_config(), overwrite=True)
+            opened(tiny_config(), overwrite=True)
     else:
-        open_run(tiny_config(), overwrite=True)
+        opened(tiny_config(), overwrite=True)
         assert not (run / name).exists()
     assert (documents / "thesis.tex").read_text() == "years"
 
@@ -253,23 +258,23 @@ def test_a_folder_that_is_no_run_is_never_touched(tiny_config: Callable[..., Con
     (tmp_path / "run" / "thesis.tex").write_text("years")
     for flags in ({}, {"resume": True}, {"overwrite": True}):
         with pytest.raises(UserError, match="does not hold a run"):
-            open_run(tiny_config(), **flags)
+            opened(tiny_config(), **flags)
     assert (tmp_path / "run" / "thesis.tex").read_text() == "years"
 
 
 def test_resuming_with_another_config_names_the_key_and_both_values(
     tiny_config: Callable[..., Config],
 ) -> None:
-    open_run(tiny_config())
+    opened(tiny_config())
     with pytest.raises(UserError, match=r"train.lr=0.002, the config says 0.5"):
-        open_run(tiny_config("train.lr=0.5"), resume=True)
-    open_run(tiny_config("data.num_workers=1", "train.log_every=2"), resume=True)
+        opened(tiny_config("train.lr=0.5"), resume=True)
+    opened(tiny_config("data.num_workers=1", "train.log_every=2"), resume=True)
 
 
 def test_loading_what_is_no_run(tmp_path: Path, tiny_config: Callable[..., Config]) -> None:
     with pytest.raises(UserError, match="no run in"):
         load(tmp_path)
-    run = open_run(tiny_config())
+    run = opened(tiny_config())
     with pytest.raises(UserError, match="has no checkpoint yet"):
         load(run)
 

@@ -23,15 +23,13 @@ def no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
 
 
-def test_rows_are_written_at_once_and_a_resume_drops_those_that_run_again(
-    tiny_config: Callable[..., Config], tmp_path: Path
-) -> None:
-    tracker = Tracker(tmp_path, tiny_config(), start_step=0)
+def test_rows_are_written_at_once_and_a_resume_drops_those_that_run_again(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, start_step=0)
     for step in (1, 2, 3):
         tracker.log("train", step, {"loss": step / 10})
     assert [row["step"] for row in read_history(tmp_path)] == [1, 2, 3]
     tracker.close()
-    Tracker(tmp_path, tiny_config(), start_step=2).close()
+    Tracker(tmp_path, start_step=2).close()
     assert read_history(tmp_path) == [{"step": step, "split": "train", "loss": step / 10} for step in (1, 2)]
 
 
@@ -57,12 +55,12 @@ def test_a_row_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
     ids=lambda row: row[:30].encode("unicode_escape").decode(),
 )
 def test_a_row_that_is_not_valid_is_dropped_with_a_warning(
-    row: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, tiny_config: Callable[..., Config]
+    row: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     good = ['{"step": 1, "split": "train", "loss": 0.5}', '{"step": 2, "split": "a\\u2028b", "loss": NaN}']
     path = tmp_path / "metrics.jsonl"
     path.write_bytes("\n".join([good[0], row, row, good[1], ""]).encode("latin-1"))
-    Tracker(tmp_path, tiny_config(), start_step=9).close()
+    Tracker(tmp_path, start_step=9).close()
     assert [json.dumps(json.loads(line)) for line in path.read_text().splitlines()] == good
     assert [record.getMessage() for record in caplog.records] == [
         f"{path}: dropped rows that are truncated or not valid: 2, first line 2"
@@ -84,8 +82,8 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk gets full while metrics.jsonl is written."""
     init = Tracker.__init__
 
-    def limited(self: Tracker, run: Path, config: Config, start_step: int) -> None:
-        init(self, run, config, start_step)
+    def limited(self: Tracker, run: Path, start_step: int) -> None:
+        init(self, run, start_step)
         self._file = FullDisk(run / "metrics.jsonl", "a")
 
     monkeypatch.setattr(Tracker, "__init__", limited)
@@ -120,15 +118,13 @@ def test_where_no_checkpoint_can_be_saved_either_both_reasons_are_in_the_line(
 
 
 def test_wandb_is_offline_by_default(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, tiny_config("tracking.wandb=offline"), start_step=0)
-    tracker.log("train", 1, {"loss": 0.5})
-    tracker.close()
-    assert list((tmp_path / "wandb").glob("offline-run-*"))
+    run = train(tiny_config("train.steps=1", "tracking.wandb=offline"))
+    assert list((run / "wandb").glob("offline-run-*"))
 
 
-def test_online_without_a_login_is_one_line_and_no_prompt(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+def test_online_without_a_login_is_one_line_and_no_prompt(tiny_config: Callable[..., Config]) -> None:
     with pytest.raises(UserError, match="nobody is logged in"):
-        Tracker(tmp_path, tiny_config("tracking.wandb=online"), start_step=0)
+        train(tiny_config("tracking.wandb=online"))
 
 
 def test_versions_name_what_matters() -> None:

@@ -13,7 +13,6 @@ import wandb
 
 from data_pipelines.errors import UserError
 from tests.conftest import REPO, run_script
-from worldmodel.config import Config
 from worldmodel.runs import wandb_tracking
 from worldmodel.runs.tracking import Tracker, read_history
 from worldmodel.runs.wandb_tracking import WandbRun, start_wandb, wandb_mode
@@ -78,21 +77,19 @@ def server() -> Iterator[Callable[[int], str]]:
     ],
 )
 def test_the_environment_is_before_the_config(
-    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, given: str | None, config_mode: str, mode: str
+    monkeypatch: pytest.MonkeyPatch, given: str | None, config_mode: str, mode: str
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     if given is not None:
         monkeypatch.setenv("WANDB_MODE", given)
-    assert wandb_mode(tiny_config(f"tracking.wandb={config_mode}")) == mode
+    assert wandb_mode(config_mode) == mode
 
 
 @pytest.mark.parametrize("given", ["garbage", "shared", "on\x1bline", "0"])
-def test_another_mode_is_one_line(
-    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, given: str
-) -> None:
+def test_another_mode_is_one_line(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
     monkeypatch.setenv("WANDB_MODE", given)
     with pytest.raises(UserError, match=r"WANDB_MODE='.*' is not a mode of wandb: use offline, online or disabled"):
-        wandb_mode(tiny_config())
+        wandb_mode("offline")
 
 
 def test_a_mistake_is_told_before_there_is_a_run_folder(
@@ -116,7 +113,6 @@ def test_a_mistake_is_told_before_there_is_a_run_folder(
     ids=["nobody", "silent", "refused", "short key", "odd key"],
 )
 def test_without_a_way_to_the_server_wandb_is_offline(
-    tiny_config: Callable[..., Config],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -131,7 +127,8 @@ def test_without_a_way_to_the_server_wandb_is_offline(
         monkeypatch.setenv("WANDB_BASE_URL", server(status))
     wandb.teardown()  # it reads its settings once in a process
     started_s = time.monotonic()
-    tracker = Tracker(tmp_path, tiny_config("tracking.wandb=online"), start_step=0)
+    tracker = Tracker(tmp_path, start_step=0)
+    tracker.wandb = start_wandb(tmp_path, "online", "worldmodel", {})
     tracker.log("train", 1, {"loss": 0.5})
     tracker.close()
     assert time.monotonic() - started_s < 45
@@ -141,21 +138,17 @@ def test_without_a_way_to_the_server_wandb_is_offline(
 
 
 @pytest.mark.parametrize("url", ["", "nonsense", "http://", "http://[", "ftp://127.0.0.1:9", "http://127.0.0.1:99999"])
-def test_a_server_s_address_that_is_none(
-    tiny_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str
-) -> None:
+def test_a_server_s_address_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setattr(wandb_tracking, "_reach", lambda: (_ for _ in ()).throw(OSError("no way")))
     monkeypatch.setenv("WANDB_BASE_URL", url)
-    run = start_wandb(tmp_path, tiny_config("tracking.wandb=online"))
+    run = start_wandb(tmp_path, "online", "worldmodel", {})
     if run is not None:
         run.finish()
 
 
 @pytest.mark.parametrize("name", ["HOME", "no HOME", "WANDB_DIR", "TMPDIR", "WANDB_CONFIG_DIR"])
-def test_folders_that_cannot_be_written(
-    tiny_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     wandb.teardown()
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -163,18 +156,15 @@ def test_folders_that_cannot_be_written(
         monkeypatch.delenv("HOME")
     else:
         monkeypatch.setenv(name, "/dev/null/x")
-    run = start_wandb(tmp_path, tiny_config("tracking.wandb=offline"))
+    run = start_wandb(tmp_path, "offline", "worldmodel", {"seed": 0})
     assert run is not None
     run.log({"loss": 1.0}, 1)
     run.finish()
     assert list((tmp_path / "wandb").glob("offline-run-*")) and [path.name for path in tmp_path.iterdir()] == ["wandb"]
 
 
-def test_a_project_that_wandb_refuses_is_a_warning(
-    tiny_config: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = tiny_config("tracking.wandb=offline", "tracking.project=a/b")
-    assert start_wandb(tmp_path, config) is None
+def test_a_project_that_wandb_refuses_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert start_wandb(tmp_path, "offline", "a/b", {}) is None
     assert "metrics go to metrics.jsonl alone: Invalid project name" in caplog.text
 
 

@@ -243,7 +243,7 @@ def test_gradients_that_overflow_at_any_scale_end_the_run(
     tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config()
-    trainer = Trainer(config, make_accelerator(config.train))
+    trainer = Trainer(config, make_accelerator(config.train.precision, config.train.timeout_s))
     trainer.step = 4
     for scale in (65536.0, 2.0**-20):
         monkeypatch.setattr(trainer.accelerator, "scaler", SimpleNamespace(get_scale=lambda scale=scale: scale))

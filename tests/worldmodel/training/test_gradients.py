@@ -3,7 +3,7 @@ import torch
 from accelerate import Accelerator
 
 from tests.conftest import REPO, TINY
-from worldmodel.build import build_training_model
+from worldmodel.build import build_training_model, clip_layout
 from worldmodel.config import load_config
 from worldmodel.data import training_inputs
 from worldmodel.nets.teacher import Teacher
@@ -23,7 +23,7 @@ def in_so_many(num_parts: int, overrides: list[str]) -> tuple[dict[str, torch.Te
     model = build_training_model(config).eval()
     teacher = Teacher(model.embedder).eval() if model.objective.needs_teacher else None
     batch = next(make_source(config).training_stream(1, rank=0, world_size=1, device=CPU).batches())
-    parts = micro_batches(training_inputs(batch, config, 1, CPU), batch["row"], num_parts)
+    parts = micro_batches(training_inputs(batch, clip_layout(config), 1, CPU), batch["row"], num_parts)
     result = compute_gradients(
         Accelerator(cpu=True), model, teacher, parts, config.data.batch_size, 0.1, lambda: step_generator(0, 0, CPU)
     )
@@ -57,7 +57,7 @@ def test_a_first_pass_leaves_running_statistics_to_the_second() -> None:
     torch.manual_seed(0)
     model = build_training_model(config)
     batch = next(make_source(config).training_stream(1, rank=0, world_size=1, device=CPU).batches())
-    parts = micro_batches(training_inputs(batch, config, 1, CPU), batch["row"], 3)
+    parts = micro_batches(training_inputs(batch, clip_layout(config), 1, CPU), batch["row"], 3)
     compute_gradients(Accelerator(cpu=True), model, None, parts, 32, 0.1, lambda: step_generator(0, 0, CPU))
     counts = {int(value) for name, value in model.embedder.named_buffers() if name.endswith("num_batches_tracked")}
     assert counts == {3}

@@ -290,16 +290,16 @@ def test_training_twice_in_one_process_changes_nothing_of_it(tiny_config: Callab
 
 
 def test_training_uses_an_accelerator_that_is_there(tiny_config: Callable[..., Config]) -> None:
-    accelerator = make_accelerator(tiny_config().train)
+    accelerator = make_accelerator("fp32", timeout_s=60.0)
     train(tiny_config("train.steps=1"))
     assert is_initialized() and accelerator.device.type == "cpu"
 
 
 def test_what_is_compiled(tiny_config: Callable[..., Config]) -> None:
-    accelerator = make_accelerator(tiny_config().train)
-    modes = {name: compile_mode(tiny_config(f"train.compile={name}").train, accelerator) for name in ("auto", "none")}
+    accelerator = make_accelerator("fp32", timeout_s=60.0)
+    modes = {name: compile_mode(name, accelerator) for name in ("auto", "none")}
     assert modes == {"auto": None, "none": None}
-    assert compile_mode(tiny_config("train.compile=max-autotune").train, accelerator) == "max-autotune"
+    assert compile_mode("max-autotune", accelerator) == "max-autotune"
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tests.conftest import REPO, TINY, normal
-from worldmodel.build import build_training_model
+from worldmodel.build import build_training_model, clip_layout
 from worldmodel.config import load_config
 from worldmodel.data import training_inputs
 from worldmodel.nets.teacher import Teacher
@@ -50,7 +50,7 @@ def test_the_flops_of_a_step_are_those_of_its_linear_layers(latent: str, num_par
         if isinstance(module, nn.Linear):
             module.register_forward_hook(add)
     batch = next(make_source(config).training_stream(1, rank=0, world_size=1, device=CPU).batches())
-    parts = micro_batches(training_inputs(batch, config, 1, CPU), batch["row"], num_parts)
+    parts = micro_batches(training_inputs(batch, clip_layout(config), 1, CPU), batch["row"], num_parts)
     random_state = torch.random.get_rng_state()
     assert step_flops(model, teacher, parts) == expected > 0
     assert torch.equal(torch.random.get_rng_state(), random_state)
@@ -68,7 +68,7 @@ def test_a_first_pass_is_counted_too() -> None:
     config = load_config(REPO / "configs" / "causal" / "heteroscedastic.yaml", overrides)
     model = build_training_model(config)
     batch = next(make_source(config).training_stream(1, rank=0, world_size=1, device=CPU).batches())
-    inputs = training_inputs(batch, config, 1, CPU)
+    inputs = training_inputs(batch, clip_layout(config), 1, CPU)
     whole, in_two = (step_flops(model, None, micro_batches(inputs, batch["row"], num_parts)) for num_parts in (1, 2))
     assert 1.2 * whole < in_two < 1.5 * whole
 
