@@ -3,17 +3,20 @@
 The weights are drawn in the order in which the parts are built here, which is therefore fixed.
 """
 
+from typing import Any
+
 from data_pipelines.errors import UserError
+from worldmodel import parts
 from worldmodel.config import Config, External, GaussianConfig, OracleConfig, SparseConfig, VideosConfig
 from worldmodel.data import ClipLayout
 from worldmodel.nets.distance import Distance, NoDistance, TemporalDistance
-from worldmodel.nets.editors import make_editor
-from worldmodel.nets.encoders import Embedder, make_encoder
-from worldmodel.nets.latents import Latent, make_latent
+from worldmodel.nets.editors import Editor
+from worldmodel.nets.encoders import Embedder, Encoder
+from worldmodel.nets.latents import Latent
 from worldmodel.nets.scene import NoScene, Scene, SceneCode
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.training.losses import SequenceTerms, TrainingModel
-from worldmodel.training.objectives import make_objective, objective_class
+from worldmodel.training.objectives import Objective
 
 
 def build_model(config: Config) -> WorldModel:
@@ -36,21 +39,27 @@ def build_training_model(config: Config) -> TrainingModel:
         UserError: a package or a file that the config needs is missing; a class from outside cannot be loaded.
     """
     model, objective = config.model, config.objective
-    if objective_class(objective).needs_sphere and model.embedding_norm != "sphere":
+    kind: Any = parts.load("objective.name", objective.built_by)
+    parts.check_members("objective.name", objective.built_by, kind, parts.members_of(Objective))
+    if kind.needs_sphere and model.embedding_norm != "sphere":
         raise UserError(f"objective.name={objective.name} needs model.embedding_norm=sphere")
-    embedder = _embedder(config)
+    # With a teacher, a learned scale could shrink the targets along with the predictions.
+    embedder = _embedder(config, learned_scale=model.embedding_norm == "sphere" or not kind.needs_teacher)
     scene: Scene = NoScene()
     if model.scene_dim:
         norm = "batch" if isinstance(model.editor, External) else model.editor.norm
         scene = SceneCode(embedder.num_features, model.hidden_dim, model.scene_dim, norm)
     action_dim = model.action_dim * config.data.num_frames
-    latent = make_latent(
+    latent: Any = parts.build_module(
+        "model.latent.name",
         model.latent,
+        Latent,
         context_dim=model.embedding_dim + scene.num_values + action_dim,
         embedding_dim=model.embedding_dim,
         hidden_dim=model.hidden_dim,
     )
-    loss = make_objective(objective, embedding_dim=model.embedding_dim, hidden_dim=model.hidden_dim)
+    sizes = {"embedding_dim": model.embedding_dim, "hidden_dim": model.hidden_dim}
+    loss: Any = parts.build_module("objective.name", objective, Objective, **sizes)
     sequence_terms = SequenceTerms(
         {
             "smoothness": objective.smoothness_weight,
@@ -61,10 +70,11 @@ def build_training_model(config: Config) -> TrainingModel:
         model.hidden_dim,
         action_dim,
     )
-    editor = make_editor(
+    editor = parts.build_module(
+        "model.editor.name",
         model.editor,
-        embedding_dim=model.embedding_dim,
-        hidden_dim=model.hidden_dim,
+        Editor,
+        **sizes,
         latent_dim=latent.latent_dim + scene.num_values + action_dim,
         predictor=loss.needs_predictor,
     )
@@ -90,16 +100,12 @@ def build_training_model(config: Config) -> TrainingModel:
     )
 
 
-def _embedder(config: Config) -> Embedder:
-    model = config.model
-    return Embedder(
-        make_encoder(model.encoder, config.data),
-        [model.hidden_dim] * model.projector_layers,
-        model.embedding_dim,
-        model.embedding_norm,
-        # With a teacher, a learned scale could shrink the targets along with the predictions.
-        learned_scale=model.embedding_norm == "sphere" or not objective_class(config.objective).needs_teacher,
-    )
+def _embedder(config: Config, *, learned_scale: bool) -> Embedder:
+    model, data = config.model, config.data
+    shape = {"channels": data.channels, "num_frames": data.num_frames, "size_px": data.size_px}
+    encoder = parts.build_module("model.encoder.name", model.encoder, Encoder, **shape)
+    hidden = [model.hidden_dim] * model.projector_layers
+    return Embedder(encoder, hidden, model.embedding_dim, model.embedding_norm, learned_scale=learned_scale)
 
 
 def _sees_beyond(config: Config, latent: Latent) -> bool:

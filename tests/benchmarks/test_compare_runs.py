@@ -24,7 +24,6 @@ from benchmarks.compare_runs import (
 )
 from tests.conftest import REPO
 from worldmodel.config import choices, load_config
-from worldmodel.training.objectives import OBJECTIVES
 
 SCRIPT = """
 import pathlib, shutil, sys
@@ -140,7 +139,7 @@ def test_values_are_compared_by_place_and_bits() -> None:
 
 def test_the_cases_are_valid_and_cover_the_choices(tmp_path: Path) -> None:
     configs = [load_config(write_config(name, case, tmp_path)) for name, case in CASES.items()]
-    assert {config.objective.name for config in configs} == set(OBJECTIVES)
+    assert {config.objective.name for config in configs} == set(choices("objective"))
     assert {config.model.encoder.name for config in configs} == {"conv3d", "resnet", "mlp", "vit_tiny"}
     assert {config.model.latent.name for config in configs} == set(choices("model.latent"))
     assert {config.model.editor.name for config in configs} == set(choices("model.editor"))

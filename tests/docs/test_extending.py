@@ -6,21 +6,25 @@ import sys
 from collections.abc import Callable
 from importlib import invalidate_caches
 from pathlib import Path
-from typing import Any
+from textwrap import dedent
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 import torch
 import yaml
+from pydantic import TypeAdapter
+from pydantic.dataclasses import dataclass
 
 from data_pipelines.errors import UserError
 from tests.conftest import REPO, TINY, run_processes
 from tests.worldmodel.config.test_keys import plan_once
-from worldmodel import outside
+from worldmodel import parts
 from worldmodel.build import build_model
 from worldmodel.commands.main import main
 from worldmodel.commands.plan import planning_config
-from worldmodel.config import Config, load_config, outside_names, to_dict, to_yaml
+from worldmodel.config import Config, Conv3dConfig, kinds, load_config, outside_names, to_dict, to_yaml
 from worldmodel.evaluation.evaluate import evaluate
+from worldmodel.nets.encoders import Encoder
 from worldmodel.planning.planners import make_planner, shift, start
 from worldmodel.runs.checkpoint import load_checkpoint
 from worldmodel.runs.trained_run import load
@@ -108,6 +112,19 @@ def test_each_network_is_built_alone(name: str, read: Read) -> None:
     build_model(read(name, overrides=["model.hidden_dim=32", "model.embedding_dim=16"]))
 
 
+def test_the_entry_of_the_page_builds_the_class_of_the_page() -> None:
+    """As if it were in the union of encoders; its class lies in my_encoder.py here."""
+    found = re.search(r"^    @dataclass.*?(?=^\S)", PAGE, re.MULTILINE | re.DOTALL)
+    assert found
+    names = {**vars(kinds), "dataclass": dataclass, "ClassVar": ClassVar, "Literal": Literal}
+    exec(dedent(found[0]).replace("worldmodel.nets.patches:", "my_encoder:"), names)
+    entry: Any = names["PatchesConfig"]
+    union: Any = Annotated[Conv3dConfig | entry, kinds.Choice("conv3d")]
+    chosen = TypeAdapter(union).validate_python({"name": "patches", "width": 8})
+    encoder = parts.build_module("model.encoder.name", chosen, Encoder, channels=3, num_frames=2, size_px=16)
+    assert encoder(torch.rand(4, 2, 3, 16, 16)).shape == (4, 2 * 8)
+
+
 def test_a_world_is_trained_on_and_exported(read: Read, tmp_path: Path) -> None:
     run = train(read("my_world", overrides=[*FEW, "model.encoder.width=0.125"]))
     trained = load(run, trust_code=True)
@@ -193,7 +210,7 @@ def test_a_module_without_its_own_forward_lacks_it() -> None:
         num_features = 3
 
     with pytest.raises(UserError, match="the class lacks forward"):
-        outside.check_members("model.encoder.name", "mine:Blank", Blank(), ["forward", "num_features"])
+        parts.check_members("model.encoder.name", "mine:Blank", Blank(), ["forward", "num_features"])
 
 
 def test_an_objective_that_needs_a_sphere_gets_one(read: Read, tmp_path: Path) -> None:

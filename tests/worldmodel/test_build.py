@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import normal
-from worldmodel import build
+from worldmodel import build, parts
 from worldmodel.build import build_training_model
 from worldmodel.config import Config
 from worldmodel.data import TrainingInputs
 from worldmodel.nets.distance import NoDistance
 from worldmodel.nets.editors import MlpEditor
 from worldmodel.nets.encoders import Embedder
-from worldmodel.nets.latents import GaussianLatent, MixturePrior, NoLatent
+from worldmodel.nets.latents import GaussianLatent, NoLatent
 from worldmodel.nets.scene import NoScene
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.training.losses import SequenceTerms, TrainingModel
@@ -34,7 +34,7 @@ class FirstRow(nn.Module):
 @pytest.mark.parametrize("with_latent", [True, False])
 def test_a_model_is_put_together_by_hand_and_trained(with_latent: bool) -> None:
     torch.manual_seed(0)
-    latent = GaussianLatent(8, 8, 16, 2, MixturePrior(8, 16, 2, 1)) if with_latent else NoLatent()
+    latent = GaussianLatent(8, 8, 16, dim=2) if with_latent else NoLatent()
     model = WorldModel(
         Embedder(FirstRow(), [16], 8, "sphere"), latent, MlpEditor(8, 16, latent.latent_dim), NoScene(), NoDistance()
     )
@@ -67,16 +67,17 @@ def test_parts_are_built_in_a_fixed_order(tiny_config: Callable[..., Config], mo
     """Initial weights are drawn in the order of construction: another order would change every result."""
     order: list[str] = []
 
-    def spied(name: str, make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def spied(name: str | None, make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         def spy(*arguments: Any, **options: Any) -> nn.Module:
-            order.append(name)
+            order.append(name or arguments[0])
             return make(*arguments, **options)
 
         return spy
 
-    names = ["make_encoder", "SceneCode", "make_latent", "make_objective", "make_editor", "TemporalDistance"]
-    for name in names:
+    monkeypatch.setattr(parts, "build_module", spied(None, parts.build_module))
+    for name in ("SceneCode", "TemporalDistance"):
         monkeypatch.setattr(build, name, spied(name, getattr(build, name)))
     refined = ("model.scene_dim=2", "model.distance_dim=2", "train.refine_steps=1")
     build_training_model(tiny_config("objective.name=hinfonce", *refined))
-    assert order == names
+    networks = ["model.encoder.name", "SceneCode", "model.latent.name", "objective.name", "model.editor.name"]
+    assert order == [*networks, "TemporalDistance"]

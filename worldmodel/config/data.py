@@ -33,6 +33,7 @@ class VideosConfig:
     the target x+ and the later x++, which the posterior sees. With two segments the posterior sees the target.
     """
 
+    built_by: ClassVar[str] = "worldmodel.sources.videos:VideosSource"
     content: ClassVar[Literal["frames", "factors"]] = "frames"
     max_steps: ClassVar[int | None] = None
     oracle_label: ClassVar[str | None] = "velocity_change"
@@ -94,6 +95,7 @@ class VideosConfig:
 class MovingMnistConfig:
     """Stochastic Moving-MNIST, drawn afresh: three segments of three frames, 64 px, one channel."""
 
+    built_by: ClassVar[str] = "worldmodel.sources.moving_mnist:MovingMnistSource"
     content: ClassVar[Literal["frames", "factors"]] = "frames"
     max_steps: ClassVar[int | None] = 1
     oracle_label: ClassVar[str | None] = "velocity_change"
@@ -117,6 +119,7 @@ class MovingMnistConfig:
 class CausalConfig:
     """Pairs of observations of six known factors, drawn afresh: three segments of one observation, six numbers each."""
 
+    built_by: ClassVar[str] = "worldmodel.sources.causal:CausalSource"
     content: ClassVar[Literal["frames", "factors"]] = "factors"
     max_steps: ClassVar[int | None] = 1
     oracle_label: ClassVar[str | None] = "change"
@@ -159,6 +162,11 @@ class ExternalData:
     """Source frames from one frame of a segment to the next."""
     batch_size: SamplesFrom2 = 128
     """Clips per global batch, over all processes."""
+
+    @property
+    def built_by(self) -> str:
+        """The class."""
+        return self.source
 
 
 DataConfig = VideosConfig | MovingMnistConfig | CausalConfig | ExternalData

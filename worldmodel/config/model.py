@@ -22,6 +22,11 @@ class External:
     options: Options = dataclasses.field(default_factory=dict)
     """Arguments of the class, alongside those that the project gives it."""
 
+    @property
+    def built_by(self) -> str:
+        """The class."""
+        return self.name
+
 
 # ------------------------------------------------------------------------------------------------------- encoders
 
@@ -30,6 +35,7 @@ class External:
 class Conv3dConfig:
     """The published 3D convolutional network (AdaSSL, arXiv 2602.02381, appendix D.5)."""
 
+    built_by: ClassVar[str] = "worldmodel.nets.encoders:Conv3dEncoder"
     content: ClassVar[str] = "frames"
 
     name: Literal["conv3d"] = "conv3d"
@@ -45,6 +51,7 @@ class Conv3dConfig:
 class ResNetConfig:
     """A residual 3D convolutional network, for frames of 128 px and more."""
 
+    built_by: ClassVar[str] = "worldmodel.nets.encoders:ResNetEncoder"
     content: ClassVar[str] = "frames"
 
     name: Literal["resnet"] = "resnet"
@@ -59,6 +66,7 @@ class ResNetConfig:
 class MlpConfig:
     """A multilayer perceptron for the factors of `data.source=causal`, and only for them."""
 
+    built_by: ClassVar[str] = "worldmodel.nets.encoders:MlpEncoder"
     content: ClassVar[str] = "factors"
 
     name: Literal["mlp"] = "mlp"
@@ -71,6 +79,7 @@ class MlpConfig:
 class VitConfig:
     """A vision transformer over patches in space and time (worldmodel/nets/vit.py)."""
 
+    built_by: ClassVar[str] = "worldmodel.nets.vit:vit_encoder"
     content: ClassVar[str] = "frames"
 
     name: Literal["vit_tiny", "vit_small", "vit_base", "vit_large"]
@@ -87,6 +96,7 @@ class PretrainedConfig:
     """A pretrained image model, applied to each frame (worldmodel/nets/pretrained.py). Needs the package
     transformers."""
 
+    built_by: ClassVar[str] = "worldmodel.nets.pretrained:PretrainedEncoder"
     content: ClassVar[str] = "frames"
 
     name: Literal["pretrained"] = "pretrained"
@@ -111,6 +121,8 @@ EncoderConfig = Conv3dConfig | ResNetConfig | MlpConfig | VitConfig | Pretrained
 class GaussianConfig:
     """A Gaussian posterior with a learned prior: AdaSSL-V (arXiv 2602.02381)."""
 
+    built_by: ClassVar[str] = "worldmodel.nets.latents:GaussianLatent"
+
     name: Literal["gaussian"] = "gaussian"
     """Name of the latent variable."""
     dim: Size = 2
@@ -127,6 +139,8 @@ class GaussianConfig:
 class SparseConfig:
     """A sparse r with an L0 penalty: AdaSSL-S (arXiv 2602.02381). Its prior is fitted alongside."""
 
+    built_by: ClassVar[str] = "worldmodel.nets.latents:SparseLatent"
+
     name: Literal["sparse"] = "sparse"
     """Name of the latent variable."""
     dim: Size = 2
@@ -140,6 +154,8 @@ class SparseConfig:
 @dataclass(frozen=True, config=KEYS)
 class OracleConfig:
     """The true r, read from the labels: an upper reference. Its prior is fitted alongside."""
+
+    built_by: ClassVar[str] = "worldmodel.nets.latents:OracleLatent"
 
     name: Literal["oracle"] = "oracle"
     """Name of the latent variable."""
@@ -155,6 +171,8 @@ class OracleConfig:
 class NoLatentConfig:
     """No latent variable: one future for each past."""
 
+    built_by: ClassVar[str] = "worldmodel.nets.latents:NoLatent"
+
     name: Literal["none"] = "none"
     """Name of the latent variable."""
 
@@ -169,6 +187,7 @@ LatentConfig = GaussianConfig | SparseConfig | OracleConfig | NoLatentConfig | E
 class MlpEditorConfig:
     """t(z, r) is an MLP of both."""
 
+    built_by: ClassVar[str] = "worldmodel.nets.editors:MlpEditor"
     takes_conditions: ClassVar[bool] = True
     """Accepts actions and a scene code alongside r."""
 
@@ -183,6 +202,7 @@ class MlpEditorConfig:
 class ResidualEditorConfig:
     """t(z, r) is z plus an MLP of both."""
 
+    built_by: ClassVar[str] = "worldmodel.nets.editors:ResidualEditor"
     takes_conditions: ClassVar[bool] = True
 
     name: Literal["residual"] = "residual"
@@ -195,6 +215,7 @@ class ResidualEditorConfig:
 class SumEditorConfig:
     """t(z, r) = z + r."""
 
+    built_by: ClassVar[str] = "worldmodel.nets.editors:sum_editor"
     takes_conditions: ClassVar[bool] = False
 
     name: Literal["sum"] = "sum"
@@ -207,6 +228,7 @@ class SumEditorConfig:
 class LowRankEditorConfig:
     """t(z, r) is z plus one low-rank module for each coordinate of r."""
 
+    built_by: ClassVar[str] = "worldmodel.nets.editors:low_rank_editor"
     takes_conditions: ClassVar[bool] = False
 
     name: Literal["low_rank"] = "low_rank"

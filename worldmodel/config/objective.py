@@ -64,6 +64,7 @@ class TeacherObjective(AnyObjective):
 class ByolConfig(TeacherObjective):
     """Negative cosine to a teacher (arXiv 2006.07733)."""
 
+    built_by: ClassVar[str] = "worldmodel.training.objectives:Byol"
     needs_sphere: ClassVar[bool] = True
 
     name: Literal["byol"] = "byol"
@@ -74,6 +75,8 @@ class ByolConfig(TeacherObjective):
 class JepaConfig(TeacherObjective):
     """Squared error to a teacher's standardised embeddings (arXiv 2301.08243)."""
 
+    built_by: ClassVar[str] = "worldmodel.training.objectives:Jepa"
+
     name: Literal["jepa"] = "jepa"
     """Name of the objective."""
 
@@ -82,6 +85,7 @@ class JepaConfig(TeacherObjective):
 class ResslConfig(TeacherObjective):
     """Relational consistency with a teacher (arXiv 2107.09282)."""
 
+    built_by: ClassVar[str] = "worldmodel.training.objectives:Ressl"
     needs_sphere: ClassVar[bool] = True
 
     name: Literal["ressl"] = "ressl"
@@ -92,6 +96,7 @@ class ResslConfig(TeacherObjective):
 class SslHsicConfig(TeacherObjective):
     """Kernel dependence on the identity of the clip, with a teacher (arXiv 2106.08320)."""
 
+    built_by: ClassVar[str] = "worldmodel.training.objectives:SslHsic"
     needs_sphere: ClassVar[bool] = True
 
     name: Literal["ssl_hsic"] = "ssl_hsic"
@@ -100,10 +105,35 @@ class SslHsicConfig(TeacherObjective):
 
 @dataclass(frozen=True, config=KEYS)
 class InfoNceConfig(AnyObjective):
-    """Contrast with the other clips of a batch: InfoNCE (arXiv 2002.05709), AnInfoNCE with a learned diagonal metric
-    (arXiv 2407.00143), H-InfoNCE with a metric predicted from the context (arXiv 2602.02381)."""
+    """Contrast with the other clips of a batch: InfoNCE (arXiv 2002.05709)."""
 
-    name: Literal["infonce", "aninfonce", "hinfonce"]
+    built_by: ClassVar[str] = "worldmodel.training.objectives:InfoNce"
+
+    name: Literal["infonce"] = "infonce"
+    """Name of the objective."""
+    temperature: PositiveFloat = 0.1
+    """Divisor of the similarities."""
+
+
+@dataclass(frozen=True, config=KEYS)
+class AnInfoNceConfig(AnyObjective):
+    """InfoNCE with a learned diagonal metric: AnInfoNCE (arXiv 2407.00143)."""
+
+    built_by: ClassVar[str] = "worldmodel.training.objectives:AnInfoNce"
+
+    name: Literal["aninfonce"] = "aninfonce"
+    """Name of the objective."""
+    temperature: PositiveFloat = 0.1
+    """Divisor of the similarities."""
+
+
+@dataclass(frozen=True, config=KEYS)
+class HInfoNceConfig(AnyObjective):
+    """InfoNCE with a metric predicted from the context: H-InfoNCE (arXiv 2602.02381)."""
+
+    built_by: ClassVar[str] = "worldmodel.training.objectives:HInfoNce"
+
+    name: Literal["hinfonce"] = "hinfonce"
     """Name of the objective."""
     temperature: PositiveFloat = 0.1
     """Divisor of the similarities."""
@@ -112,6 +142,8 @@ class InfoNceConfig(AnyObjective):
 @dataclass(frozen=True, config=KEYS)
 class VicregConfig(AnyObjective):
     """Squared error with variance and covariance terms (arXiv 2105.04906)."""
+
+    built_by: ClassVar[str] = "worldmodel.training.objectives:Vicreg"
 
     name: Literal["vicreg"] = "vicreg"
     """Name of the objective."""
@@ -122,6 +154,8 @@ class VicregConfig(AnyObjective):
 @dataclass(frozen=True, config=KEYS)
 class SigregConfig(AnyObjective):
     """Squared error with a test of normality in random directions (LeJEPA, arXiv 2511.08544)."""
+
+    built_by: ClassVar[str] = "worldmodel.training.objectives:SigReg"
 
     name: Literal["sigreg"] = "sigreg"
     """Name of the objective."""
@@ -138,11 +172,18 @@ class ExternalObjective(TeacherObjective):
     options: Options = dataclasses.field(default_factory=dict)
     """Arguments of the class, alongside those that the project gives it."""
 
+    @property
+    def built_by(self) -> str:
+        """The class."""
+        return self.name
+
 
 ObjectiveConfig = (
     ByolConfig
     | JepaConfig
     | InfoNceConfig
+    | AnInfoNceConfig
+    | HInfoNceConfig
     | VicregConfig
     | SigregConfig
     | ResslConfig

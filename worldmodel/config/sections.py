@@ -1,7 +1,7 @@
 """The whole configuration of a run, and the sections that are not choices themselves."""
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -103,6 +103,8 @@ class EvaluationConfig:
 class CemConfig:
     """The cross-entropy method."""
 
+    built_by: ClassVar[str] = "worldmodel.planning.planners.cem:Cem"
+
     name: Literal["cem"] = "cem"
     """Name of the planner."""
     elites: Samples = 30
@@ -112,6 +114,8 @@ class CemConfig:
 @dataclass(frozen=True, config=KEYS)
 class IcemConfig:
     """Sample-efficient CEM (iCEM, arXiv 2008.06389): coloured noise, elites kept between decisions."""
+
+    built_by: ClassVar[str] = "worldmodel.planning.planners.icem:Icem"
 
     name: Literal["icem"] = "icem"
     """Name of the planner."""
@@ -125,6 +129,8 @@ class IcemConfig:
 class MppiConfig:
     """Model predictive path integral control (arXiv 1707.02342)."""
 
+    built_by: ClassVar[str] = "worldmodel.planning.planners.mppi:Mppi"
+
     name: Literal["mppi"] = "mppi"
     """Name of the planner."""
     temperature: PositiveFloat = 0.3
@@ -136,7 +142,7 @@ PlannerConfig = CemConfig | IcemConfig | MppiConfig | External
 
 @dataclass(frozen=True, config=KEYS)
 class PlanningConfig:
-    """How actions are chosen (worldmodel/planning/planners.py). A decision compares iterations * candidates
+    """How actions are chosen (worldmodel/planning/planners/). A decision compares iterations * candidates
     rollouts."""
 
     planner: Annotated[PlannerConfig, Choice("icem")] = IcemConfig()

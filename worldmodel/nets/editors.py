@@ -13,8 +13,7 @@ import torch
 from einops import einsum
 from torch import Tensor, nn
 
-from worldmodel import outside
-from worldmodel.config import EditorConfig, External, LowRankEditorConfig, MlpEditorConfig, Norm, ResidualEditorConfig
+from worldmodel.config import Norm
 from worldmodel.nets.encoders import mlp
 
 
@@ -88,36 +87,31 @@ class WithPredictor(nn.Module):
         return self.predictor(self.editor(context, r))
 
 
+def sum_editor(embedding_dim: int, hidden_dim: int, norm: Norm, predictor: bool) -> SumEditor | WithPredictor:
+    """Build the plain sum, followed by a predictor if the objective needs one."""
+    return WithPredictor(SumEditor(), embedding_dim, hidden_dim, norm) if predictor else SumEditor()
+
+
+def low_rank_editor(
+    embedding_dim: int, hidden_dim: int, latent_dim: int, norm: Norm, predictor: bool
+) -> LowRankEditor | SumEditor | WithPredictor:
+    """Build the low-rank editor, followed by a predictor if the objective needs one.
+
+    Without a latent it would have no modules, and is the plain sum.
+    """
+    if not latent_dim:
+        return sum_editor(embedding_dim, hidden_dim, norm, predictor)
+    editor = LowRankEditor(embedding_dim, latent_dim)
+    return WithPredictor(editor, embedding_dim, hidden_dim, norm) if predictor else editor
+
+
 class Editor(Protocol):
     """A network t from an embedding and r to the next embedding: an nn.Module with this member.
 
-    To add one to the project, write its class in a file of this folder, its keys as a dataclass in
-    worldmodel/config/model.py, and a line in `make_editor`. A class from outside is built as
-    Class(embedding_dim=D, hidden_dim=..., latent_dim=R, **options), and no predictor follows it.
+    To add one to the project, write its class in a file of this folder, and its entry in `EditorConfig`
+    (worldmodel/config/model.py). Classes are offered embedding_dim=D, hidden_dim, latent_dim=R and predictor, True if
+    the objective needs an MLP at the end (worldmodel/parts.py).
     """
 
     def forward(self, context: Tensor, r: Tensor) -> Tensor:
         """Edit context [B, D] by r [B, R]: [B, D]. R includes the scene code and the action of a model with these."""
-
-
-def make_editor(
-    config: EditorConfig, *, embedding_dim: int, hidden_dim: int, latent_dim: int, predictor: bool
-) -> nn.Module:
-    """Build the editor of a config: an nn.Module with the members of `Editor`.
-
-    With `predictor`, an editor of the project that is not an MLP is followed by one.
-
-    Raises:
-        UserError: a class from outside cannot be loaded.
-    """
-    if isinstance(config, External):
-        sizes = {"embedding_dim": embedding_dim, "hidden_dim": hidden_dim, "latent_dim": latent_dim}
-        return outside.make_module("model.editor.name", config.name, config.options, Editor, **sizes)
-    if isinstance(config, MlpEditorConfig):
-        return MlpEditor(embedding_dim, hidden_dim, latent_dim, config.norm)
-    if isinstance(config, ResidualEditorConfig):
-        return ResidualEditor(embedding_dim, hidden_dim, latent_dim, config.norm)
-    # Without a latent, a low-rank editor would have no modules.
-    is_low_rank = isinstance(config, LowRankEditorConfig) and latent_dim
-    plain = LowRankEditor(embedding_dim, latent_dim) if is_low_rank else SumEditor()
-    return WithPredictor(plain, embedding_dim, hidden_dim, config.norm) if predictor else plain

@@ -12,23 +12,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from worldmodel import outside
-from worldmodel.config import (
-    Conv3dConfig,
-    DataConfig,
-    EncoderConfig,
-    External,
-    MlpConfig,
-    Norm,
-    Pooling,
-    PretrainedConfig,
-    ResNetConfig,
-    VitConfig,
-)
+from worldmodel.config import Norm, Pooling
 from worldmodel.nets.convolutions import Conv2d, Conv3d
 from worldmodel.nets.parallel import all_gather
-from worldmodel.nets.pretrained import PretrainedEncoder
-from worldmodel.nets.vit import VIT_SIZES, VitEncoder
 
 NUM_MOMENTS = {"mean": 1, "moments": 6}
 """Numbers that pooling keeps per feature map. The mean loses a feature's position. First moments, of the pixels'
@@ -46,11 +32,10 @@ class Conv3dEncoder(nn.Module):
     KERNELS = ((1, 3, 3), (1, 3, 3), (3, 1, 1), (3, 1, 1), (1, 3, 3))
     STRIDES = (2, 2, 1, 1, 2)
 
-    def __init__(self, in_channels: int, num_frames: int, width: float, pooling: Pooling = "mean") -> None:
+    def __init__(self, channels: int, num_frames: int, width: float, pooling: Pooling = "mean") -> None:
         super().__init__()
         self.pooling = pooling
         layers: list[nn.Module] = []
-        channels = in_channels
         for base, kernel, stride in zip(self.CHANNELS, self.KERNELS, self.STRIDES, strict=True):
             out_channels = _scaled(base, width)
             layers += [
@@ -79,16 +64,17 @@ class ResNetEncoder(nn.Module):
 
     CHANNELS = (64, 128, 256, 512)
 
-    def __init__(self, in_channels: int, num_frames: int, width: float, pooling: Pooling = "mean") -> None:
+    def __init__(self, channels: int, num_frames: int, width: float, pooling: Pooling = "mean") -> None:
         super().__init__()
         self.pooling = pooling
-        channels = _scaled(self.CHANNELS[0], width)
+        first = _scaled(self.CHANNELS[0], width)
         layers: list[nn.Module] = [
-            nn.Conv2d(in_channels, channels, 7, 2, 3, bias=False),
-            nn.BatchNorm2d(channels),
+            nn.Conv2d(channels, first, 7, 2, 3, bias=False),
+            nn.BatchNorm2d(first),
             nn.ReLU(inplace=True),
             nn.MaxPool2d(3, 2, 1),
         ]
+        channels = first
         for stage, base in enumerate(self.CHANNELS):
             out_channels = _scaled(base, width)
             layers += [
@@ -135,11 +121,11 @@ class _BasicBlock(nn.Module):
 class MlpEncoder(nn.Module):
     """An encoder for vector observations, clips [B, T, C, 1, 1]: three layers of 256 times `width` units."""
 
-    def __init__(self, in_channels: int, num_frames: int, width: float) -> None:
+    def __init__(self, channels: int, num_frames: int, width: float) -> None:
         super().__init__()
         self.num_features = _scaled(256, width)
         # Leaky, and without batch norm: the function continues linearly outside the range of training.
-        dims = [in_channels * num_frames, self.num_features, self.num_features, self.num_features]
+        dims = [channels * num_frames, self.num_features, self.num_features, self.num_features]
         layers = [layer for pair in pairwise(dims) for layer in (nn.Linear(*pair), nn.LeakyReLU(0.2))]
         self.layers = nn.Sequential(*layers)
 
@@ -151,9 +137,8 @@ class MlpEncoder(nn.Module):
 class Encoder(Protocol):
     """A network from a clip to features: an nn.Module with these members.
 
-    To add one to the project, write its class in a file of this folder, its keys as a dataclass in
-    worldmodel/config/model.py, and a line in `make_encoder`. A class from outside is built as
-    Class(channels=C, num_frames=T, size_px=H, **options).
+    To add one to the project, write its class in a file of this folder, and its entry in `EncoderConfig`
+    (worldmodel/config/model.py). Classes are offered channels=C, num_frames=T and size_px=H (worldmodel/parts.py).
 
     num_features: F.
     """
@@ -162,28 +147,6 @@ class Encoder(Protocol):
 
     def forward(self, video: Tensor) -> Tensor:
         """Encode video [B, T, C, H, W], frames in [0, 1] or factors: features [B, F]."""
-
-
-def make_encoder(config: EncoderConfig, data: DataConfig) -> nn.Module:
-    """Build the encoder of a config for the frames of its data: an nn.Module with the members of `Encoder`.
-
-    Raises:
-        UserError: a class from outside cannot be loaded; files of pretrained weights are missing.
-    """
-    shape = data.channels, data.num_frames
-    if isinstance(config, External):
-        sizes = {"channels": data.channels, "num_frames": data.num_frames, "size_px": data.size_px}
-        return outside.make_module("model.encoder.name", config.name, config.options, Encoder, **sizes)
-    if isinstance(config, Conv3dConfig):
-        return Conv3dEncoder(*shape, config.width, config.pooling)
-    if isinstance(config, ResNetConfig):
-        return ResNetEncoder(*shape, config.width, config.pooling)
-    if isinstance(config, MlpConfig):
-        return MlpEncoder(*shape, config.width)
-    if isinstance(config, VitConfig):
-        return VitEncoder(VIT_SIZES[config.name], *shape, data.size_px, config.patch_px, config.checkpoint_activations)
-    assert isinstance(config, PretrainedConfig) and config.path is not None, "the config is checked for this"
-    return PretrainedEncoder(config.path, *shape, data.size_px, config.freeze, config.checkpoint_activations)
 
 
 def mlp(

@@ -7,7 +7,7 @@ Legend: B clips, D context dimensions, R latent dimensions, K components of a pr
 """
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from data_pipelines.errors import UserError
-from worldmodel import outside
-from worldmodel.config import External, GaussianConfig, LatentConfig, NoLatentConfig, SparseConfig
 from worldmodel.nets.distributions import (
     Certain,
     Distribution,
@@ -153,13 +151,18 @@ class GaussianLatent(nn.Module):
         context_dim: int,
         embedding_dim: int,
         hidden_dim: int,
-        latent_dim: int,
-        prior: MixturePrior | FlowPrior,
+        dim: int,
+        prior: Literal["mixture", "flow"] = "mixture",
+        prior_components: int = 1,
     ) -> None:
         super().__init__()
-        self.latent_dim = latent_dim
-        self.prior = prior
-        self.posterior_net = mlp([context_dim + embedding_dim, hidden_dim, 2 * latent_dim])
+        self.latent_dim = dim
+        self.prior = (
+            FlowPrior(context_dim, hidden_dim, dim)
+            if prior == "flow"
+            else MixturePrior(context_dim, hidden_dim, dim, prior_components)
+        )
+        self.posterior_net = mlp([context_dim + embedding_dim, hidden_dim, 2 * dim])
 
     def posterior(self, context: Tensor, later: Tensor) -> Gaussian:
         """Return q(r | f(x), f(x++)) for context and later [B, D]."""
@@ -185,12 +188,12 @@ class SparseLatent(nn.Module):
     sees_later = True
 
     def __init__(
-        self, context_dim: int, embedding_dim: int, hidden_dim: int, latent_dim: int, prior: SpikeAndSlabPrior
+        self, context_dim: int, embedding_dim: int, hidden_dim: int, dim: int, prior_components: int = 1
     ) -> None:
         super().__init__()
-        self.latent_dim = latent_dim
-        self.prior = prior
-        self.net = mlp([context_dim + embedding_dim, hidden_dim, 2 * latent_dim])
+        self.latent_dim = dim
+        self.prior = SpikeAndSlabPrior(context_dim, hidden_dim, dim, prior_components)
+        self.net = mlp([context_dim + embedding_dim, hidden_dim, 2 * dim])
 
     def infer(
         self, context: Tensor, later: Tensor, known: Tensor, generator: torch.Generator | None = None
@@ -210,16 +213,17 @@ class SparseLatent(nn.Module):
 class OracleLatent(nn.Module):
     """The true r from the labels ("GT" in AdaSSL, arXiv 2602.02381): an upper reference.
 
-    Its prior is fitted alongside training, as that of `SparseLatent`.
+    Its prior is fitted alongside training, as that of `SparseLatent`: a true r is exactly zero, too, for an axis that
+    does not change.
     """
 
     penalty_name = None
     sees_later = False
 
-    def __init__(self, latent_dim: int, prior: SpikeAndSlabPrior) -> None:
+    def __init__(self, context_dim: int, hidden_dim: int, dim: int, prior_components: int = 1) -> None:
         super().__init__()
-        self.latent_dim = latent_dim
-        self.prior = prior
+        self.latent_dim = dim
+        self.prior = SpikeAndSlabPrior(context_dim, hidden_dim, dim, prior_components)
 
     def infer(
         self, context: Tensor, later: Tensor, known: Tensor, generator: torch.Generator | None = None
@@ -232,10 +236,9 @@ class OracleLatent(nn.Module):
 class Latent(Protocol):
     """A latent variable r: an nn.Module with these members.
 
-    To add one to the project, write its class in a file of this folder, its keys as a dataclass in
-    worldmodel/config/model.py, and a line in `make_latent`. A class from outside is built as
-    Class(context_dim=D, embedding_dim=E, hidden_dim=..., **options). D is an embedding's size E, plus that of the scene
-    code and the action of a model with these.
+    To add one to the project, write its class in a file of this folder, and its entry in `LatentConfig`
+    (worldmodel/config/model.py). Classes are offered context_dim=D, embedding_dim=E and hidden_dim
+    (worldmodel/parts.py). D is an embedding's size E, plus that of the scene code and the action of a model with these.
 
     latent_dim: R.
     """
@@ -266,34 +269,6 @@ class Latent(Protocol):
             later: [B, E], the embedding of a later segment; [B, 0] without `sees_later`.
             known: [B, R], the true r of the oracle latent; [B, 0] for other latents.
         """
-
-
-def make_latent(config: LatentConfig, *, context_dim: int, embedding_dim: int, hidden_dim: int) -> Latent:
-    """Build the latent of a config.
-
-    Args:
-        context_dim: the size of the prior's input: an embedding, and a scene code and an action if there are any.
-
-    Raises:
-        UserError: the prior needs a package that is not installed; a class from outside cannot be loaded.
-    """
-    if isinstance(config, NoLatentConfig):
-        return NoLatent()
-    if isinstance(config, External):
-        sizes = {"context_dim": context_dim, "embedding_dim": embedding_dim, "hidden_dim": hidden_dim}
-        return outside.make_module("model.latent.name", config.name, config.options, Latent, **sizes)
-    if isinstance(config, GaussianConfig):
-        smooth = (
-            FlowPrior(context_dim, hidden_dim, config.dim)
-            if config.prior == "flow"
-            else MixturePrior(context_dim, hidden_dim, config.dim, config.prior_components)
-        )
-        return GaussianLatent(context_dim, embedding_dim, hidden_dim, config.dim, smooth)
-    # A sparse r is sometimes exactly zero. So is a true r, for an axis that does not change.
-    spiked = SpikeAndSlabPrior(context_dim, hidden_dim, config.dim, config.prior_components)
-    if isinstance(config, SparseConfig):
-        return SparseLatent(context_dim, embedding_dim, hidden_dim, config.dim, spiked)
-    return OracleLatent(config.dim, spiked)
 
 
 def _negative_log_likelihood(prior: nn.Module, context: Tensor, r: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class PretrainedEncoder(nn.Module):
     is unpickled.
 
     Args:
-        source: the name of a model on the Hugging Face hub, or a folder with config.json and model.safetensors.
+        path: the name of a model on the Hugging Face hub, or a folder with config.json and model.safetensors.
         freeze: keep the weights fixed and the model in evaluation mode.
         checkpoint_activations: recompute its layers in the backward pass instead of storing them.
 
@@ -41,26 +41,26 @@ class PretrainedEncoder(nn.Module):
 
     def __init__(
         self,
-        source: str,
-        in_channels: int,
+        path: str,
+        channels: int,
         num_frames: int,
         size_px: int,
         freeze: bool = False,
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
-        assert in_channels in (1, 3), "the config is checked for this"
+        assert channels in (1, 3), "the config is checked for this"
         self.freeze = freeze
-        self.backbone, missing = _load(source)
-        mean, std = _normalisation(source)
+        self.backbone, missing = _load(path)
+        mean, std = _normalisation(path)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
-        self._probe(source, size_px, missing)
+        self._probe(path, size_px, missing)
         self.num_features = self.num_image_features * num_frames
         if freeze:
             self.requires_grad_(False)
         if checkpoint_activations:
-            _checkpoint_activations(self.backbone, source)
+            _checkpoint_activations(self.backbone, path)
         self.train()
 
     def forward(self, video: Tensor) -> Tensor:

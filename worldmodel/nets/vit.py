@@ -48,7 +48,7 @@ class VitEncoder(nn.Module):
     def __init__(
         self,
         size: VitSize,
-        in_channels: int,
+        channels: int,
         num_frames: int,
         size_px: int,
         patch_px: int,
@@ -61,7 +61,7 @@ class VitEncoder(nn.Module):
         self.checkpoint_activations = checkpoint_activations
         self.num_times = num_frames // self.tubelet_frames
         side = size_px // patch_px
-        self.patches = nn.Linear(self.tubelet_frames * in_channels * patch_px**2, size.dim)
+        self.patches = nn.Linear(self.tubelet_frames * channels * patch_px**2, size.dim)
         self.blocks = nn.ModuleList(Block(size.dim, size.num_heads) for _ in range(size.num_blocks))
         self.norm = nn.LayerNorm(size.dim, NORM_EPS)
         self.register_buffer("positions", sincos_positions(self.num_times, side, side, size.dim), persistent=False)
@@ -89,6 +89,13 @@ class VitEncoder(nn.Module):
             else:
                 tokens = block(tokens)
         return self.norm(tokens)
+
+
+def vit_encoder(
+    name: str, channels: int, num_frames: int, size_px: int, patch_px: int, checkpoint_activations: bool
+) -> VitEncoder:
+    """Build the encoder of a size of VIT_SIZES."""
+    return VitEncoder(VIT_SIZES[name], channels, num_frames, size_px, patch_px, checkpoint_activations)
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from worldmodel.config import PlanningConfig
-from worldmodel.planning.planners import Plan, improve, shift, start
+from worldmodel.planning.planners import Plan, make_planner, shift, start
 
 
 class RandomPolicy:
@@ -32,13 +32,13 @@ class RandomPolicy:
 
 
 class PrivilegedPolicy:
-    """Runs the same planners on the true simulator and the true remaining distance: the ceiling.
+    """Runs the same planner on the true simulator and the true remaining distance: the ceiling.
 
     The environment's class defines privileged_cost(envs), a function from actions [E, N, horizon, A] to costs [E, N].
     """
 
     def __init__(self, envs: Sequence[gymnasium.Env], config: PlanningConfig, seed: int) -> None:
-        self.envs, self.config = list(envs), config
+        self.envs, self.config, self.planner = list(envs), config, make_planner(config.planner)
         self.generator = torch.Generator().manual_seed(seed)
         shape = envs[0].action_space.shape
         assert shape is not None
@@ -49,7 +49,7 @@ class PrivilegedPolicy:
         pass
 
     def act(self, frames: Tensor) -> Tensor:
-        plan, actions, _ = improve(self.config, self.plan, self.cost, self.generator)
+        plan, actions, _ = self.planner.improve(self.config, self.plan, self.cost, self.generator)
         self.plan = shift(plan)
         return actions[:, 0]
 

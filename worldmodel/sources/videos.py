@@ -21,7 +21,7 @@ from data_pipelines.worlds.kicked_mnist import KickedMnistLaw
 from data_pipelines.worlds.law import Law
 from data_pipelines.worlds.moving_mnist import MovingMnistLaw
 from data_pipelines.worlds.written import RECORDED, read_sprites, read_world
-from worldmodel import outside
+from worldmodel import parts
 from worldmodel.config import VideosConfig
 from worldmodel.sources.source import EVALUATION_BATCH, MIN_CLIPS, Content
 
@@ -165,4 +165,4 @@ class VideosSource:
 
 def _format(data: VideosConfig) -> Format | None:
     """Return the format that the config names; None if it is to be detected. Raises UserError: it cannot be loaded."""
-    return None if data.format is None else outside.make("data.format", data.format, {}, Format)
+    return None if data.format is None else parts.make("data.format", data.format, {}, Format)

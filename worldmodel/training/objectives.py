@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldmodel import outside
-from worldmodel.config import ExternalObjective, InfoNceConfig, ObjectiveConfig, SigregConfig, VicregConfig
 from worldmodel.nets.encoders import mlp
 
 MAX_LOGIT = 20.0
@@ -29,9 +27,8 @@ MAX_LOGIT = 20.0
 class Objective(nn.Module, ABC):
     """A loss between embeddings, and its requirements on the model and the trainer.
 
-    To add one to the project, write its class in a file of this folder, its keys as a dataclass in
-    worldmodel/config/objective.py, and an entry in OBJECTIVES. A class from outside is built as
-    Class(embedding_dim=D, hidden_dim=..., **options).
+    To add one to the project, write its class in a file of this folder, and its entry in `ObjectiveConfig`
+    (worldmodel/config/objective.py). Classes are offered embedding_dim=D and hidden_dim (worldmodel/parts.py).
     """
 
     needs_teacher: ClassVar[bool] = False
@@ -289,9 +286,9 @@ class Vicreg(Objective):
     needs_batch_statistics = True
     default_beta = 0.05
 
-    def __init__(self, weights: Sequence[float]) -> None:
+    def __init__(self, vicreg_weights: Sequence[float]) -> None:
         super().__init__()
-        self.weights = weights
+        self.weights = vicreg_weights
 
     def forward(
         self, edited: Tensor, target: Tensor, context: Tensor, generator: torch.Generator | None = None
@@ -336,9 +333,9 @@ class SigReg(Objective):
     needs_batch_statistics = True
     default_beta = 0.002
 
-    def __init__(self, weight: float) -> None:
+    def __init__(self, sigreg_weight: float) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight = sigreg_weight
 
     def forward(
         self, edited: Tensor, target: Tensor, context: Tensor, generator: torch.Generator | None = None
@@ -375,47 +372,3 @@ def epps_pulley(samples: Tensor) -> Tensor:
     angles = samples.unsqueeze(-1) * t
     real, imaginary = angles.cos().mean(dim=0), angles.sin().mean(dim=0)
     return len(samples) * ((real - normal).square() + imaginary.square()) @ (weight * normal)
-
-
-OBJECTIVES: dict[str, type[Objective]] = {
-    "byol": Byol,
-    "jepa": Jepa,
-    "infonce": InfoNce,
-    "aninfonce": AnInfoNce,
-    "hinfonce": HInfoNce,
-    "vicreg": Vicreg,
-    "sigreg": SigReg,
-    "ressl": Ressl,
-    "ssl_hsic": SslHsic,
-}
-
-
-def objective_class(config: ObjectiveConfig) -> type[Objective]:
-    """Return the class of a config's objective.
-
-    Raises:
-        UserError: a class from outside cannot be loaded, or lacks a member.
-    """
-    if not isinstance(config, ExternalObjective):
-        return OBJECTIVES[config.name]
-    found = outside.load_class("objective.name", config.name)
-    outside.check_members("objective.name", config.name, found, outside.members_of(Objective))
-    return found
-
-
-def make_objective(config: ObjectiveConfig, *, embedding_dim: int, hidden_dim: int) -> Objective:
-    """Build the objective of a config.
-
-    Raises:
-        UserError: a class from outside cannot be loaded.
-    """
-    if isinstance(config, ExternalObjective):
-        sizes = {"embedding_dim": embedding_dim, "hidden_dim": hidden_dim}
-        return outside.make_module("objective.name", config.name, config.options, Objective, **sizes)
-    kind = OBJECTIVES[config.name]
-    if isinstance(config, InfoNceConfig):
-        assert issubclass(kind, InfoNce)
-        return kind(embedding_dim, hidden_dim, config.temperature)
-    if isinstance(config, VicregConfig):
-        return Vicreg(config.vicreg_weights)
-    return SigReg(config.sigreg_weight) if isinstance(config, SigregConfig) else kind()

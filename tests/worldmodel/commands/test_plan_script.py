@@ -16,10 +16,11 @@ from accelerate.state import AcceleratorState
 from data_pipelines.worlds.recorder import Recording, record
 from tests.conftest import REPO, TINY, run_script
 from tests.worldmodel.report.samples import undeclared
-from worldmodel.config import IcemConfig, PlanningConfig, load_config
+from worldmodel.config import External, IcemConfig, PlanningConfig, load_config
 from worldmodel.evaluation.illustrations import load_records
 from worldmodel.planning.controls import PrivilegedPolicy, RandomPolicy
 from worldmodel.planning.planned_episodes import PlannedEpisode
+from worldmodel.planning.planners import Cost, Plan
 from worldmodel.planning.protocol import (
     PlanningProtocol,
     evaluate_policy,
@@ -172,6 +173,27 @@ def test_the_privileged_planner_reaches_every_goal_by_nearly_the_shortest_way() 
     ceiling: Any = evaluate_policy(protocol(episodes=12), privileged, label="ceiling")
     assert ceiling["success_rate"] == 1
     assert 0.99 < ceiling["path_ratio"] < 1.3
+
+
+class Straight:
+    """A user's planner: the cheapest of constant actions in eight directions."""
+
+    def improve(
+        self, config: PlanningConfig, plan: Plan, cost: Cost, generator: torch.Generator
+    ) -> tuple[Plan, torch.Tensor, torch.Tensor]:
+        angle = torch.arange(8) * torch.pi / 4
+        ways = torch.stack([angle.cos(), angle.sin()], dim=1)[:, None].expand(-1, config.horizon, -1)
+        candidates = ways.expand(len(plan.mean), -1, -1, -1)
+        costs, best = cost(candidates).min(dim=1)
+        return plan, ways[best], costs
+
+
+def test_the_privileged_policy_plans_with_a_planner_from_outside() -> None:
+    config = PlanningConfig(planner=External(f"{__name__}:Straight"), horizon=4)
+    ran = run_episodes(protocol(episodes=8), 0, lambda envs: PrivilegedPolicy(envs, config, 0))
+    moves = np.concatenate([np.diff(way, axis=0) for way in ran.states])
+    angles = np.rad2deg(np.arctan2(*moves[np.linalg.norm(moves, axis=1) > 3.99].T))
+    assert len(angles) > 8 and np.allclose(angles / 45, np.round(angles / 45), atol=1e-2)
 
 
 def test_chance_is_far_below_it_and_the_same_for_the_same_seed() -> None:

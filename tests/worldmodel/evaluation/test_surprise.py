@@ -200,7 +200,7 @@ def without_spread(latent: GaussianLatent) -> None:
         (ByolConfig(beta=0.2), 0.2),
         (VicregConfig(beta=0.2, vicreg_weights=(7.0, 25.0, 1.0)), 0.2),
         (SigregConfig(), 0.002),
-        (InfoNceConfig("infonce", temperature=0.5), 0.01),
+        (InfoNceConfig(temperature=0.5), 0.01),
     ],
 )
 def test_surprise_is_the_kl_and_the_objective_s_own_error_over_beta(objective: ObjectiveConfig, beta: float) -> None:

@@ -7,8 +7,9 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from worldmodel.config import ModelConfig, VideosConfig
-from worldmodel.nets.encoders import make_encoder
+from worldmodel import parts
+from worldmodel.config import ModelConfig
+from worldmodel.nets.encoders import Encoder
 
 TIMEOUT_S = 240
 MIN_COSINE = 0.7
@@ -53,7 +54,8 @@ def take(step: Step) -> None:
         else {"width": step.width}
     )
     model = TypeAdapter(ModelConfig).validate_python({"encoder": {"name": step.encoder} | tree})
-    encoder = make_encoder(model.encoder, VideosConfig(num_frames=step.num_frames, size_px=step.size_px))
+    shape = {"channels": 3, "num_frames": step.num_frames, "size_px": step.size_px}
+    encoder = parts.build_module("model.encoder.name", model.encoder, Encoder, **shape)
     video = torch.rand(step.batch, step.num_frames, 3, step.size_px, step.size_px)
     found = gradient(encoder, video, step.precision == "bf16")
     assert found.isfinite().all()

@@ -22,7 +22,6 @@ from worldmodel.nets.latents import (
     PRIOR_NLL,
     FlowPrior,
     OracleLatent,
-    SpikeAndSlabPrior,
 )
 from worldmodel.nets.parallel import rand_rows, randn_rows
 
@@ -250,7 +249,7 @@ def fitted_patterns(num_components: int) -> dict[tuple[bool, bool], float]:
     """Of a prior fitted to an r with one axis that changes and one that does not: how often it draws each pattern."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    latent = OracleLatent(2, SpikeAndSlabPrior(3, 8, 2, num_components))
+    latent = OracleLatent(3, 8, dim=2, prior_components=num_components)
     optimizer = torch.optim.Adam(latent.parameters(), lr=0.03)
     for _ in range(200):
         first = torch.rand(256, 1, generator=generator) < 0.3

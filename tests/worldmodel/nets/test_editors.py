@@ -2,8 +2,9 @@ from typing import Any
 
 import torch
 
+from worldmodel import parts
 from worldmodel.config import LowRankEditorConfig, MlpEditorConfig, ResidualEditorConfig, SumEditorConfig
-from worldmodel.nets.editors import LowRankEditor, MlpEditor, ResidualEditor, SumEditor, WithPredictor, make_editor
+from worldmodel.nets.editors import Editor, LowRankEditor, MlpEditor, ResidualEditor, SumEditor, WithPredictor
 
 CONFIGS: dict[str, Any] = {
     "mlp": MlpEditorConfig,
@@ -11,6 +12,10 @@ CONFIGS: dict[str, Any] = {
     "sum": SumEditorConfig,
     "low_rank": LowRankEditorConfig,
 }
+
+
+def make_editor(config: Any, **sizes: Any) -> Any:
+    return parts.build_module("model.editor.name", config, Editor, **sizes)
 
 
 def batch(seed: int, *shape: int) -> torch.Tensor:

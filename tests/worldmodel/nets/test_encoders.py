@@ -23,7 +23,7 @@ def clip(batch: int = 3, frames: int = 3, channels: int = 1, size_px: int = 64) 
 
 def test_the_published_sizes() -> None:
     """768 features; 32-64-128-128-256 channels: the five kernels without bias and the norms' scales and shifts."""
-    encoder = Conv3dEncoder(in_channels=1, num_frames=3, width=1.0)
+    encoder = Conv3dEncoder(channels=1, num_frames=3, width=1.0)
     kernels = 9 * 1 * 32 + 9 * 32 * 64 + 3 * 64 * 128 + 3 * 128 * 128 + 9 * 128 * 256
     assert encoder.num_features == 768
     assert encoder(clip()).shape == (3, 768)

@@ -4,17 +4,18 @@ from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from tests.conftest import normal
+from worldmodel import parts
 from worldmodel.config import GaussianConfig, LatentConfig, NoLatentConfig, OracleConfig, SparseConfig
 from worldmodel.nets.latents import (
     PRIOR_NLL,
     FlowPrior,
     GaussianLatent,
+    Latent,
     MixturePrior,
     NoLatent,
     OracleLatent,
     SparseLatent,
     SpikeAndSlabPrior,
-    make_latent,
 )
 
 
@@ -28,7 +29,7 @@ def make(
     else:
         kind = {"sparse": SparseConfig, "oracle": OracleConfig}[name]
         config = kind(dim=latent_dim, prior_components=prior_components)
-    latent = make_latent(config, context_dim=8, embedding_dim=8, hidden_dim=16)
+    latent = parts.build_module("model.latent.name", config, Latent, context_dim=8, embedding_dim=8, hidden_dim=16)
     assert isinstance(latent, GaussianLatent | SparseLatent | OracleLatent)
     return latent
 
@@ -53,7 +54,12 @@ def test_the_name_in_the_config_makes_the_latent_and_its_prior(name: str, prior:
 
 
 def test_no_latent_is_made_of_none() -> None:
-    assert isinstance(make_latent(NoLatentConfig(), context_dim=8, embedding_dim=8, hidden_dim=16), NoLatent)
+    assert isinstance(
+        parts.build_module(
+            "model.latent.name", NoLatentConfig(), Latent, context_dim=8, embedding_dim=8, hidden_dim=16
+        ),
+        NoLatent,
+    )
 
 
 @pytest.mark.parametrize("num_components", [1, 4])

@@ -17,14 +17,14 @@ from worldmodel.config import CemConfig, IcemConfig, MppiConfig, PlannerConfig, 
 from worldmodel.planning.planners import (
     Cost,
     Plan,
-    colouring,
     draw_noise,
-    improve,
-    path_integral_weights,
+    make_planner,
     project_,
     shift,
     start,
 )
+from worldmodel.planning.planners.icem import colouring
+from worldmodel.planning.planners.mppi import path_integral_weights
 
 EFFORT = 0.5
 CPU = torch.device("cpu")
@@ -60,6 +60,10 @@ class Recorder:
         self.actions.append(actions.clone())
         self.costs.append(self.cost(actions))
         return self.costs[-1]
+
+
+def improve(config: PlanningConfig, plan: Plan, cost: Cost, generator: torch.Generator) -> tuple[Plan, Tensor, Tensor]:
+    return make_planner(config.planner).improve(config, plan, cost, generator)
 
 
 def decide(config: PlanningConfig, cost: Cost, num_episodes: int, seed: int = 0) -> tuple[Plan, Tensor, Tensor]:
@@ -235,7 +239,8 @@ def test_candidates_of_every_iteration_are_those_of_a_loop(name: Planner) -> Non
     recorder = Recorder(reaching(goal))
     plan, actions, costs = decide(config, recorder, len(goal))
     generator = torch.Generator().manual_seed(0)
-    noise = [draw_noise(config, 2, generator).double().numpy() for _ in range(config.iterations)]
+    colour = colouring(config.horizon, 2.0) if name == "icem" else None
+    noise = [draw_noise(config, 2, generator, colour).double().numpy() for _ in range(config.iterations)]
     assert len(recorder.actions) == config.iterations + (name != "icem")
     for episode in range(len(goal)):
         mean, std = np.zeros((4, 2)), np.full((4, 2), config.init_std)
@@ -295,8 +300,8 @@ def test_path_integral_weights_are_those_of_a_loop_whatever_the_unit_of_cost() -
 @pytest.mark.parametrize("horizon", [20, 33])
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0, 3.0])
 def test_noise_has_the_spectrum_asked_for_and_variance_one(beta: float, horizon: int) -> None:
-    config = PlanningConfig(planner=IcemConfig(noise_beta=beta), horizon=horizon, candidates=20_000)
-    noise = draw_noise(config, 2, torch.Generator().manual_seed(0)).double().numpy()
+    config = PlanningConfig(horizon=horizon, candidates=20_000)
+    noise = draw_noise(config, 2, torch.Generator().manual_seed(0), colouring(horizon, beta)).double().numpy()
     assert noise.shape == (20_000, horizon, 2)
     power = (np.abs(np.fft.rfft(noise, axis=1)) ** 2).mean(axis=(0, 2))
     frequency = np.fft.rfftfreq(horizon)
@@ -313,7 +318,13 @@ def test_colouring_is_a_filter_and_cem_and_mppi_have_none() -> None:
     torch.testing.assert_close(colouring(9, 0.0), torch.eye(9), rtol=0, atol=1e-6)
     matrix = colouring(12, 2.0)
     torch.testing.assert_close(matrix, matrix.T, rtol=0, atol=1e-6)
-    white = draw_noise(PlanningConfig(planner=IcemConfig(noise_beta=0.0)), 2, torch.Generator().manual_seed(0))
+
+    def first_candidates(planner: PlannerConfig) -> Tensor:
+        recorder = Recorder(reaching(goals(1, farthest=1.0)))
+        decide(PlanningConfig(planner=planner, iterations=2), recorder, 1)
+        return recorder.actions[0]
+
+    white = first_candidates(IcemConfig(noise_beta=0.0))
+    assert not torch.allclose(first_candidates(IcemConfig(noise_beta=2.0)), white, atol=1e-3)
     for name in ("cem", "mppi"):
-        plain = PlanningConfig(planner=PLANNERS[name])
-        torch.testing.assert_close(draw_noise(plain, 2, torch.Generator().manual_seed(0)), white, rtol=0, atol=1e-5)
+        torch.testing.assert_close(first_candidates(PLANNERS[name]), white, rtol=0, atol=1e-5)

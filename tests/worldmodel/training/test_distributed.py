@@ -11,12 +11,12 @@ from data_pipelines.errors import UserError
 from tests.conftest import TINY, normal, run_processes
 from tests.worldmodel import training_jobs
 from tests.worldmodel.training.test_loop import rows
+from worldmodel.config import TeacherObjective, choices
 from worldmodel.nets.parallel import all_gather, global_batch, multinomial_rows, num_clips, randn_rows
 from worldmodel.runs.checkpoint import load_checkpoint
 from worldmodel.training import distributed
 from worldmodel.training.distributed import GlobalBatchNorm, SharedBatchNorm, globalise_batch_norm
 from worldmodel.training.launch import check_launch_environment
-from worldmodel.training.objectives import OBJECTIVES
 
 CAUSAL = [
     "causal/heteroscedastic.yaml",
@@ -30,7 +30,7 @@ STEPS = ["data.num_segments=2", "data.num_frames=1", "objective.rollout_steps=2"
 TERMS = ["objective.smoothness_weight=1", "objective.time_variance_weight=1"]
 VIT = ["demo.yaml", "model.encoder=vit_tiny", "model.encoder.patch_px=16"]
 CASES: dict[str, list[str]] = {
-    **{name: [*CAUSAL, f"objective.name={name}"] for name in OBJECTIVES},
+    **{name: [*CAUSAL, f"objective.name={name}"] for name in choices("objective")},
     "infonce_white_sparse_double": [*CAUSAL, "objective.name=infonce", *WHITE, "model.latent=sparse"],
     "jepa_mixture": [
         *CAUSAL,
@@ -78,11 +78,11 @@ def updates(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     ("by", "case"), [*(("two", case) for case in CASES), *(("shards", case) for case in IN_SHARDS)]
 )
 def test_two_processes_compute_the_losses_and_gradients_of_one(by: str, case: str, updates: dict[str, Path]) -> None:
-    kind = next(kind for name, kind in OBJECTIVES.items() if case.startswith(name))
+    kind = next(kind for name, kind in choices("objective").items() if case.startswith(name))
     one, two = (load_file(updates[name] / f"{case}.safetensors") for name in ("one", by))
     assert one.keys() == two.keys()
     assert any(name.startswith("gradient/") for name in one)
-    assert any(name.startswith("teacher/") for name in one) == kind.needs_teacher
+    assert any(name.startswith("teacher/") for name in one) == issubclass(kind, TeacherObjective)
     for name, value in one.items():
         differ = f"{name} differs by {(two[name] - value).abs().max()}"
         torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-5, msg=differ)

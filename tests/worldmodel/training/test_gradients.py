@@ -4,12 +4,11 @@ from accelerate import Accelerator
 
 from tests.conftest import REPO, TINY
 from worldmodel.build import build_training_model, clip_layout
-from worldmodel.config import load_config
+from worldmodel.config import choices, load_config
 from worldmodel.data import training_inputs
 from worldmodel.nets.teacher import Teacher
 from worldmodel.sources import make_source
 from worldmodel.training.gradients import compute_gradients, micro_batches
-from worldmodel.training.objectives import OBJECTIVES
 from worldmodel.training.optimisation import step_generator
 
 CPU = torch.device("cpu")
@@ -34,7 +33,7 @@ def in_so_many(num_parts: int, overrides: list[str]) -> tuple[dict[str, torch.Te
 @pytest.mark.parametrize(
     "overrides",
     [
-        *([f"objective.name={name}"] for name in OBJECTIVES),
+        *([f"objective.name={name}"] for name in choices("objective")),
         ["objective.name=infonce", "model.latent=sparse", "model.latent.prior_components=2"],
         ["objective.name=vicreg", "model.latent=none", "objective.time_variance_weight=1"],
     ],

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from scipy.integrate import quad
 from torch import Tensor
 
+from worldmodel import parts
 from worldmodel.config import TeacherObjective, choices
 from worldmodel.training.objectives import (
-    OBJECTIVES,
     AnInfoNce,
     HInfoNce,
     InfoNce,
@@ -22,13 +22,12 @@ from worldmodel.training.objectives import (
     epps_pulley,
     hsic,
     inverse_multiquadric_kernel,
-    make_objective,
     variance_hinge,
 )
 from worldmodel.training.objectives import Objective as AnyObjective
 
 CONFIGS: dict[str, Any] = choices("objective")
-every_objective = pytest.mark.parametrize("name", OBJECTIVES)
+every_objective = pytest.mark.parametrize("name", CONFIGS)
 
 
 def batch(seed: int, *shape: int) -> Tensor:
@@ -40,7 +39,8 @@ def make(name: str, embedding_dim: int = 4, temperature: float = 0.5) -> AnyObje
     own = {"sigreg": {"sigreg_weight": 0.3}, "infonce": {"temperature": temperature}}
     own |= dict.fromkeys(("aninfonce", "hinfonce"), own["infonce"])
     config = CONFIGS[name](name=name, **own.get(name, {}))
-    return make_objective(config, embedding_dim=embedding_dim, hidden_dim=5).double()
+    built = parts.build_module("objective.name", config, AnyObjective, embedding_dim=embedding_dim, hidden_dim=5)
+    return built.double()
 
 
 def evaluate(objective: AnyObjective, edited: Tensor, target: Tensor, context: Tensor) -> dict[str, Tensor]:
@@ -117,9 +117,10 @@ def test_loss_falls_as_the_prediction_moves_to_the_target(name: str) -> None:
 )
 def test_what_an_objective_asks_for(name: str, needs: set[str]) -> None:
     flags = ("teacher", "negatives", "batch_statistics", "predictor")
-    found = {flag for flag in flags if getattr(OBJECTIVES[name], f"needs_{flag}")}
+    kind: Any = parts.load("objective.name", CONFIGS[name].built_by)
+    found = {flag for flag in flags if getattr(kind, f"needs_{flag}")}
     assert found | ({"sphere"} if CONFIGS[name].needs_sphere else set()) == needs
-    assert OBJECTIVES[name].needs_teacher == issubclass(CONFIGS[name], TeacherObjective)
+    assert kind.needs_teacher == issubclass(CONFIGS[name], TeacherObjective)
 
 
 @every_objective
