@@ -3,7 +3,12 @@
 Mistakes of our own are assertions.
 """
 
+import difflib
 import logging
+from collections.abc import Iterable
+from typing import Any
+
+MAX_MISSPELT = 80  # characters of a name that is compared with others
 
 
 class UserError(Exception):
@@ -30,6 +35,14 @@ def one_line(error: BaseException) -> str:
     """Return an exception as one short line, without the path that messages of FFmpeg and the system repeat."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return printable(" ".join(str(text).split())[:200])
+
+
+def did_you_mean(name: Any, names: Iterable[str], prefix: str = "") -> str:
+    """Return " (did you mean PREFIXother?)" with the most similar of `names`; "" if none is similar."""
+    if not isinstance(name, str) or len(name) > MAX_MISSPELT:
+        return ""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {prefix}{near[0]}?)" if near else ""
 
 
 def one_line_logger(name: str) -> logging.Logger:

@@ -2,17 +2,18 @@
 
 examples:
   worldmodel config
-  worldmodel config model
+  worldmodel config model.encoder
+  worldmodel config train.lr
 """
 
 import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("section", nargs="?", metavar="SECTION", help="a section such as model (default: all)")
+    parser.add_argument("key", nargs="?", metavar="KEY", help="a section or a key, such as train.lr (default: all)")
 
 
 def run(args: argparse.Namespace) -> None:
     from worldmodel.config.reference import reference
 
-    print(reference(args.section))
+    print(reference(args.key))

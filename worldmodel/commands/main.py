@@ -6,14 +6,13 @@ To add a command, write a module in this folder with a docstring that contains a
 """
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
 import worldmodel
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, did_you_mean
 from worldmodel.commands.exits import leave, report_errors
 
 COMMANDS = {
@@ -56,9 +55,8 @@ def main(argv: Sequence[str]) -> int:
             print(f"worldmodel {worldmodel.__version__}")
             return 0
         if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "`worldmodel --help` lists the commands"
-            raise UserError(f"{name!r} is not a command: {hint}")
+            hint = did_you_mean(name, COMMANDS)
+            raise UserError(f"{name!r} is not a command{hint}: `worldmodel --help` lists the commands")
         module = import_module(f"worldmodel.commands.{name}")
         parser = argparse.ArgumentParser(
             prog=f"worldmodel {name}",

@@ -99,6 +99,6 @@ def planning_config(tree: dict[str, Any], overrides: Sequence[str], trust_code: 
         if not override.startswith("planning."):
             raise UserError(f"override {shown(override)}: only planning.KEY=VALUE can differ from the run's config")
         apply_override(tree, override)
-    config = validate(tree, source="the run's config")
+    config = validate(tree, source="the run's config", overrides=overrides)
     check_trust(config, trust_code, source="the command")
     return config.planning

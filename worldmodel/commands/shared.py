@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipelines.errors import UserError, one_line, one_line_logger
+from data_pipelines.errors import UserError, did_you_mean, one_line, one_line_logger
 from data_pipelines.files import check_writable, write_text
 from data_pipelines.text_files import shown
 
@@ -157,7 +157,8 @@ def find_config(name: str) -> Path:
         return shipped[name]
     if path.suffix in (".yaml", ".yml"):
         return path  # the reader's message says what is wrong with it
-    raise UserError(f"--config {shown(name)} is neither a file nor a shipped config: {', '.join(shipped)}")
+    hint = did_you_mean(name, shipped)
+    raise UserError(f"--config {shown(name)} is neither a file nor a shipped config{hint}: {', '.join(shipped)}")
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -1,7 +1,7 @@
 """Types of keys: texts, bounded numbers, and choices, which are unions of dataclasses told apart by a name."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from pydantic import BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
@@ -110,3 +110,14 @@ def member_for(kind: Any, tree: Mapping[str, Any]) -> type | None:
 def keys_of(member: type) -> list[str]:
     """Return the keys of a dataclass."""
     return [field.name for field in dataclasses.fields(member)]
+
+
+def dotted_keys(kind: Any, prefix: str = "") -> Iterator[str]:
+    """Yield all keys below a dataclass or a choice, whatever the choices: sections, choices and values."""
+    members = members_of(kind) if choice_of(kind) is not None else {"": kind}
+    for member in dict.fromkeys(members.values()):
+        for key, hint in get_type_hints(member, include_extras=True).items():
+            if key in keys_of(member):
+                yield f"{prefix}{key}"
+                if choice_of(hint) is not None or dataclasses.is_dataclass(hint):
+                    yield from dotted_keys(hint, f"{prefix}{key}.")

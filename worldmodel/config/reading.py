@@ -6,7 +6,6 @@ key, the value and what is allowed.
 
 import dataclasses
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ from pydantic import TypeAdapter, ValidationError
 from data_pipelines.errors import UserError
 from data_pipelines.text_files import kind_of_key, read_yaml, shown
 from worldmodel.config.checks import contradictions
-from worldmodel.config.kinds import OUTSIDE, Text, choice_of, keys_of, members_of
+from worldmodel.config.kinds import OUTSIDE, Text, members_of
+from worldmodel.config.mistakes import Problem, explained, refusal
 from worldmodel.config.old import converted
 from worldmodel.config.sections import Config, outside_names
 from worldmodel.config.trees import apply_override, expanded, flatten, merged
 
-MAX_PROBLEMS = 5  # of a config, in a message
 MAX_BASES = 8  # above one another
 _BASE = TypeAdapter(Text)
 
@@ -44,10 +43,10 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), *, trust_code: 
         400
     """
     path = Path(path)
-    tree = read_with_bases(path)
+    tree, overrides = read_with_bases(path), list(overrides)
     for override in overrides:
         apply_override(tree, override)
-    config = validate(tree, source=str(path))
+    config = validate(tree, source=str(path), overrides=overrides)
     check_trust(config, trust_code, source=str(path))
     return config
 
@@ -106,8 +105,11 @@ def read_tree(path: Path) -> dict[str, Any]:
     return expanded(tree)
 
 
-def validate(tree: Mapping[str, Any], source: str) -> Config:
+def validate(tree: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
     """Return the Config of nested dicts; `source` names them in errors.
+
+    Args:
+        overrides: have been applied to the dicts. An error names the override that it is about, in place of `source`.
 
     Raises:
         UserError: an unknown key, a wrong type, a value out of range, or keys that contradict each other.
@@ -115,16 +117,12 @@ def validate(tree: Mapping[str, Any], source: str) -> Config:
     try:
         config = TypeAdapter(Config).validate_python(converted(expanded(tree)))
     except ValidationError as error:
-        raise _refusal(source, [_explain(entry) for entry in error.errors(include_url=False)]) from error
+        problems = [explained(entry) for entry in error.errors(include_url=False)]
+        raise refusal(source, overrides, problems) from error
     empty = [f"{key} is empty: give it a value" for key, value in flatten(to_dict(config)).items() if value == ""]
-    if problems := [*empty, *contradictions(config)]:
-        raise _refusal(source, problems)
+    if phrases := [*empty, *contradictions(config)]:
+        raise refusal(source, overrides, [Problem.of_phrase(phrase) for phrase in phrases])
     return config
-
-
-def _refusal(source: str, problems: Sequence[str]) -> UserError:
-    more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
-    return UserError(f"{source}: " + "; ".join([*problems[:MAX_PROBLEMS], *more]))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -166,47 +164,3 @@ def _kind_at(keys: Sequence[str]) -> Any:
     for key in keys:
         kind = kind_of_key(kind, key)
     return kind
-
-
-# ------------------------------------------------------------------------------------------------------- messages
-
-
-def _explain(entry: Any) -> str:
-    """Return one error of pydantic as a phrase: key, value, what is allowed."""
-    keys, owner, kind = _place(entry["loc"])
-    key, value, choice = _words(".".join(keys)), entry["input"], choice_of(kind)
-    if entry["type"] == "unexpected_keyword_argument":
-        return f"unknown key {key}={shown(value)}; allowed here: {', '.join(keys_of(owner))}"
-    if entry["type"] in ("missing", "missing_argument"):
-        return f"missing key {key}"
-    if choice is not None and entry["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        names = ", ".join(name if name == OUTSIDE else repr(name) for name in members_of(kind))
-        if isinstance(value, Mapping):
-            return f"{key}.{choice.tag}={shown(value.get(choice.tag))}: input should be one of {names}"
-        return f"{key}={shown(value)}: input should be keys and values, or one of {names}"
-    if entry["type"] == "string_pattern_mismatch":
-        return f"{key}={shown(value)}: input should read {OUTSIDE}"
-    message = entry["msg"].removeprefix("Value error, ")
-    return f"{key}={shown(value)}: {message[0].lower()}{message[1:]}"
-
-
-def _place(location: Sequence[Any]) -> tuple[list[str], Any, Any]:
-    """Return the keys of an error's location, the type that has the last key, and the type of its value.
-
-    In a location the key of a choice is followed by the choice's name, which is no key.
-    """
-    keys: list[str] = []
-    owner: Any = Config
-    kind: Any = Config
-    for part in map(str, location):
-        if choice_of(kind) is not None:
-            kind = members_of(kind)[part]
-        else:
-            keys.append(part)
-            owner, kind = kind, kind_of_key(kind, part)
-    return keys, owner, kind
-
-
-def _words(key: str) -> str:
-    """Return the key, as Python would write it if it has characters that no key has."""
-    return key if re.fullmatch(r"[\w.]{1,80}", key) else shown(key)

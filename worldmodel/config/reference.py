@@ -2,14 +2,15 @@
 
 import dataclasses
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le
 from pydantic.fields import FieldInfo
 
-from data_pipelines.errors import UserError
-from worldmodel.config.kinds import OUTSIDE, choice_of, members_of
+from data_pipelines.errors import UserError, did_you_mean
+from data_pipelines.text_files import shown
+from worldmodel.config.kinds import OUTSIDE, choice_of, dotted_keys, keys_of, members_of
 from worldmodel.config.sections import Config
 
 HEADER = """# Configuration
@@ -28,23 +29,55 @@ This page is generated from the types in worldmodel/config.
 COLUMNS = ("key", "type", "default", "meaning")
 
 
-def reference(section: str | None = None) -> str:
-    """Return the reference of all keys as Markdown, or that of one section such as "model".
+def reference(key: str | None = None) -> str:
+    """Return the reference of all keys as Markdown, or that of one section or key, such as "model" or "train.lr".
 
     Raises:
-        UserError: there is no such section.
+        UserError: there is no such key.
     """
+    if key is not None:
+        return "\n".join(_lines_of(key))
     hints = get_type_hints(Config, include_extras=True)
     sections = [name for name, kind in hints.items() if _is_group(kind)]
-    if section is None:
-        return "\n".join([HEADER, *_lines_of_keys(Config, ""), *(_text(name, hints[name]) for name in sections)])
-    if section not in sections:
-        raise UserError(f"there is no section {section!r} of the config: sections are {', '.join(sections)}")
-    return _text(section, hints[section])
+    parts = ["\n".join(_lines(name, hints[name], "##")) for name in sections]
+    return "\n".join([HEADER, *_lines_of_keys(Config, ""), *parts])
 
 
-def _text(section: str, kind: Any) -> str:
-    return "\n".join(_lines(section, kind, "##"))
+def _lines_of(key: str) -> Iterator[str]:
+    """Yield the part of the reference about a dotted key: a section, a choice, or its row in each table that has it."""
+    above, _, leaf = key.rpartition(".")
+    owners: dict[str, type] = {"config": Config}
+    place = ""
+    for part in above.split(".") if above else ():
+        place = f"{place}.{part}".lstrip(".")
+        owners = {name: member for hint in _hints(owners, part) for name, member in _dataclasses_of(place, hint)}
+    hints = _hints(owners, leaf)
+    if not hints:
+        known = list(dict.fromkeys(dotted_keys(Config)))
+        names = ", ".join(name for name in known if "." not in name)
+        raise UserError(f"there is no key {shown(key)} of the config{did_you_mean(key, known)}: it has {names}")
+    if _is_group(hints[0]):
+        yield from _lines(key, hints[0], "##")
+        return
+    for name, owner in owners.items():
+        if leaf in keys_of(owner):
+            yield f"## {name}\n"
+            yield from _lines_of_keys(owner, f"{above}." if above else "", only=leaf)
+
+
+def _hints(owners: Mapping[str, type], key: str) -> list[Any]:
+    """Return the types of a key in the dataclasses that have it."""
+    return [get_type_hints(owner, include_extras=True)[key] for owner in owners.values() if key in keys_of(owner)]
+
+
+def _dataclasses_of(key: str, kind: Any) -> Iterator[tuple[str, type]]:
+    """Yield the dataclasses that the value of a key may be, with headings."""
+    if choice_of(kind) is not None:
+        members = members_of(kind)
+        for member in dict.fromkeys(members.values()):
+            yield f"{key}: {', '.join(name for name in members if members[name] is member)}", member
+    elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        yield key, kind
 
 
 def _lines(key: str, kind: Any, heading: str) -> Iterator[str]:
@@ -58,22 +91,21 @@ def _lines(key: str, kind: Any, heading: str) -> Iterator[str]:
             if choice_of(hint) is not None:
                 yield from _lines(f"{key}.{name}", hint, f"{heading}#")
         return
-    members = members_of(kind)
     yield f"A choice by `{key}.{choice.tag}`; the default is `{choice.default}`.\n"
-    for member in dict.fromkeys(members.values()):
-        names = [name for name in members if members[name] is member]
-        yield f"{heading}# {key}: {', '.join(names)}\n"
+    for name, member in _dataclasses_of(key, kind):
+        yield f"{heading}# {name}\n"
         yield f"{_one_line(member.__doc__)}\n"
         yield from _lines_of_keys(member, f"{key}.")
 
 
-def _lines_of_keys(kind: Any, prefix: str) -> Iterator[str]:
+def _lines_of_keys(kind: Any, prefix: str, only: str | None = None) -> Iterator[str]:
+    """Yield a table of the keys of a dataclass that are no sections, or of one of them."""
     yield f"| {' | '.join(COLUMNS)} |"
     yield f"| {' | '.join('---' for _ in COLUMNS)} |"
     hints = get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
-        if not _is_group(hint) or choice_of(hint) is not None:
+        if only in (None, field.name) and (not _is_group(hint) or choice_of(hint) is not None):
             cells = f"`{prefix}{field.name}`", _type(hint), _default(field, hint), description(kind, field.name)
             yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
     yield ""

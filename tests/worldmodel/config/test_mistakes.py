@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,69 @@ def test_mistakes_name_the_key_the_value_and_what_is_allowed(override: str, told
     assert "\n" not in message
     for part in told:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("train.step=5", "train.steps"),
+        ("steps=5", "train.steps"),
+        ("lr=1", "train.lr"),
+        ("trainn.steps=5", "train"),
+        ("train.batch_size=8", "data.batch_size"),
+        ("horizon=3", "evaluation.horizon or planning.horizon"),
+        ("model.encoder.widht=1", "model.encoder.width"),
+        ("latent_dim=4", "model.latent.dim"),
+        ("model.latent=gausian", "gaussian"),
+        ("model.encoder.name=resnett", "resnet"),
+        ("model={latent: spars}", "sparse"),
+        ("data.source=video", "videos"),
+        ("data.decoder=pyavv", "pyav"),
+        ("objective=infonc", "infonce"),
+    ],
+)
+def test_a_misspelt_override_is_named_with_what_may_be_meant(override: str, meant: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(REPO / "configs" / "demo.yaml", ["seed=3", override, "train.log_every=7"])
+    message = str(caught.value)
+    assert message.startswith(f"override '{override}': ") and "demo.yaml" not in message
+    assert f"(did you mean {meant}?)" in message and "\n" not in message
+
+
+def test_each_mistake_is_that_of_the_file_or_of_an_override(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "run_dir: r\ndata: {batch_size: 7}\ntrain: {step: 4, lr: 0}\nobjective: {beta: -1}\n"
+        "model: {latent: {name: gausian}}\n"
+    )
+    overrides = ["train.lr=-1", "objective=infonce", "train.log_every=0", "train.log_every=-1", "model.latent.dim=3"]
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    owners = dict.fromkeys(re.findall(r"(?:^|; )(\S+mine\.yaml|override '.*?'): ([\w. ]+)", str(caught.value)))
+    assert set(owners) == {
+        (str(path), "model.latent.name"),  # and objective.beta, in the same words
+        ("override 'train.lr=-1'", "train.lr"),
+        ("override 'train.log_every=-1'", "train.log_every"),
+        (str(path), "unknown key train.step"),
+    }
+    assert "; objective.beta=-1: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("lines", "owner"), [("", "override 'data.num_lanes=5'"), ("data: {num_lanes: 5}\n", "mine.yaml")]
+)
+def test_a_contradiction_is_that_of_the_override_that_makes_it(lines: str, owner: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"run_dir: r\n{lines}")
+    with pytest.raises(UserError, match=f"{owner}: data.batch_size=128 must be a multiple of data.num_lanes=5"):
+        load_config(path, ["train.steps=5", *([] if lines else ["data.num_lanes=5"])])
+
+
+def test_a_key_that_resembles_none_has_no_hint() -> None:
+    for override in ("nothing=5", "train." + "steps" * 100 + "=5", "data.decoder=5"):
+        with pytest.raises(UserError) as caught:
+            load_config(REPO / "configs" / "demo.yaml", [override])
+        assert "did you mean" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

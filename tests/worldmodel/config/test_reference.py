@@ -10,7 +10,7 @@ from tests.worldmodel.config.test_choices import kind_at
 from tests.worldmodel.config.test_keys import dataclasses_of
 from worldmodel.config import External, choices, flatten, load_config, to_dict
 from worldmodel.config.data import ExternalData
-from worldmodel.config.kinds import keys_of
+from worldmodel.config.kinds import dotted_keys, keys_of
 from worldmodel.config.objective import ExternalObjective
 from worldmodel.config.reference import description, reference
 from worldmodel.config.sections import Config
@@ -63,5 +63,32 @@ def test_one_section() -> None:
     assert set(get_type_hints(Config)) - {"run_dir", "seed"} == {
         line.removeprefix("## ") for line in reference().splitlines() if line.startswith("## ")
     }
-    with pytest.raises(UserError, match="there is no section 'plan' of the config: sections are data, model, obj"):
-        reference("plan")
+    for key, meant in (
+        ("trian", "train"),
+        ("train.step", "train.steps"),
+        ("model.encoder.widht", "model.encoder.width"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"no key '{key}' of the config \(did you mean {meant}\?\): it has run_dir, "
+        ):
+            reference(key)
+    for key in ("", ".", "train.", "xyz", "x" * 10_000, "train.lr.x"):
+        with pytest.raises(UserError, match="there is no key ") as caught:
+            reference(key)
+        assert len(str(caught.value)) < 400
+
+
+def test_every_section_choice_and_key_can_be_asked_for() -> None:
+    """Each has the rows of the whole page that begin with it, and no other."""
+    rows = [line for line in reference().splitlines() if line.startswith("| `")]
+    keys = list(dict.fromkeys(dotted_keys(Config)))
+    assert {"seed", "model", "model.encoder", "model.encoder.width", "planning.planner.elites"} <= set(keys)
+    for key in keys:
+        own = [row for row in rows if row.startswith((f"| `{key}`", f"| `{key}."))]
+        is_choice = any(row.startswith(f"| `{key}` | choice: ") for row in own)
+        printed = [line for line in reference(key).splitlines() if line.startswith("| `")]
+        assert printed == own[is_choice:] and printed, key
+    text = reference("model.encoder")
+    assert text.startswith("## model.encoder\n\nA choice by `model.encoder.name`; the default is `conv3d`.\n")
+    assert all(f"### model.encoder: {name}" in text for name in ("conv3d", "resnet", "mlp", "vit_tiny, ", "pretrained"))
+    assert "## model.encoder: resnet" in reference("model.encoder.width")
