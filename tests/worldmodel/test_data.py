@@ -277,9 +277,13 @@ def test_splits_in_capitals_or_without_one_folder(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["evaluation.horizon=3"], r"the selection split of .*: clips span 15 frames .* has 12: .*evaluation.horizon"),
+        (
+            ["evaluation.horizon=3"],
+            r"the selection split of .*: clips span 15 frames \(num_segments=5, .* has 12: .*evaluation.horizon.*, and "
+            r"num_segments is data.num_segments=3 plus 2 for further steps\)$",
+        ),
         (["data.num_frames=4"], r"the selection split of .* has fewer than 2 clips of 3 segments"),
-        (["data.frame_stride=12"], r"the train split of .*data.frame_stride"),
+        (["data.frame_stride=12"], r"the train split of .*data.frame_stride\)$"),
         (
             ["train.refine_steps=4", "train.refine_horizon=40"],
             r"the train split of .* span 126 frames .*train.refine_horizon",

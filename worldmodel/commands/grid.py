@@ -8,8 +8,8 @@ from pathlib import Path
 
 from data_pipelines.errors import UserError
 from worldmodel.commands.shared import find_config
-from worldmodel.config import Config, changed_keys, choices, load_config, to_dict
-from worldmodel.runs.checkpoint import RESUMABLE_CHANGES, load_run_config
+from worldmodel.config import Config, choices, load_config, to_dict
+from worldmodel.runs.checkpoint import lasting_changes, load_run_config
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import read_metrics, value_at
 
@@ -146,13 +146,7 @@ def saved_config(run: GridRun) -> Config | None:
 def changes_of(run: GridRun) -> list[str]:
     """Return the changes that prevent a resume with the grid's config, each as "key=before, now after"."""
     saved = saved_config(run)
-    if saved is None:
-        return []
-    return [
-        f"{key}={before!r}, now {now!r}"
-        for key, (before, now) in changed_keys(to_dict(saved), to_dict(run.config)).items()
-        if key not in RESUMABLE_CHANGES
-    ]
+    return [] if saved is None else lasting_changes(to_dict(saved), to_dict(run.config))
 
 
 def check_same_configs(grid: Sequence[GridRun]) -> None:

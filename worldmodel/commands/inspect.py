@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
             print(describe_run(args.path))
             return
         if args.sheet:
-            check_out_file(args.sheet)
+            check_out_file(args.sheet, ".png", "--sheet")
         with opened(args.path) as splits:
             for name, index in splits.items():
                 print(describe_videos(name, index))

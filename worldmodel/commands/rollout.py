@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--num-samples times --horizon must be at most {MAX_SEGMENTS:,}")
     trained = load_run(args)
     check_video(args.video)
-    check_out_file(args.out)
+    check_out_file(args.out, ".npz")
     context = read_context(trained, args.video, args.start_frame)
     futures = trained.rollout(context, args.horizon, args.num_samples, args.seed)[0]
     save(args.out, trained.encode(context)[0], futures)

@@ -236,18 +236,22 @@ def make_out_folder(path: Path, name: str = "") -> None:
         raise UserError(f"cannot write to {name or f'--out {path}'}: {one_line(error)}") from error
 
 
-def check_out_file(path: Path) -> None:
+def check_out_file(path: Path, suffix: str, option: str = "--out") -> None:
     """Create the folder of a result file before the work begins.
 
+    suffix: the end of the file's name, such as ".npz", in lower or upper case.
+
     Raises:
-        UserError: the file cannot be written.
+        UserError: the name ends otherwise, or the file cannot be written.
     """
     try:
         if path.exists() and not path.is_file():
-            raise UserError(f"cannot write to --out {path}: it is not a regular file")
+            raise UserError(f"cannot write to {option} {path}: it is not a regular file")
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write to --out {path}: {one_line(error)}") from error
-    make_out_folder(path.parent, f"--out {path}")
+        raise UserError(f"cannot write to {option} {path}: {one_line(error)}") from error
+    if path.suffix.lower() != suffix:
+        raise UserError(f"cannot write to {option} {path}: the name must end in {suffix}")
+    make_out_folder(path.parent, f"{option} {path}")
 
 
 def check_remote(url: str | None, is_allowed: bool) -> None:

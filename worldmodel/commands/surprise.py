@@ -7,7 +7,7 @@ With a latent variable, surprise is the training loss in nats: kl_nats + predict
   kl_nats            KL(q || p), of the posterior from the prior of r
   prediction_error   the error that remains with r from the posterior
   scene_nats         -log P(same scene), if the model has a scene code
-Without a latent variable, surprise is the prediction error.
+Without a latent variable, surprise is the prediction error. A part that the model does not have is left out.
 
 example:
   worldmodel surprise --run runs/demo --video clip.mp4 --out surprises
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from worldmodel.evaluation.surprise import Timeline
 
 PICTURE_DPI = 150
+HEADINGS = {"kl_nats": "KL, nats", "prediction_error": "prediction error", "scene_nats": "scene, nats"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,43 +59,39 @@ def run(args: argparse.Namespace) -> None:
     check_video(args.video)
     make_out_folder(args.out)
     timeline = trained.surprise(args.video, num_peaks=args.peaks, step_frames=args.step_frames, progress=True)
+    table, pictures = args.out / "surprise.csv", [args.out / f"surprise.{suffix}" for suffix in ("png", "webp")]
     try:
-        write_text(args.out / "surprise.csv", csv_of(timeline))
+        write_text(table, csv_of(timeline))
         figure = timeline_figure(timeline)
-        for suffix in ("png", "webp"):
+        for path in pictures:
             picture = io.BytesIO()
-            save(figure, picture, suffix, dpi=PICTURE_DPI)
-            write_bytes(args.out / f"surprise.{suffix}", picture.getvalue())
+            save(figure, picture, path.suffix.removeprefix("."), dpi=PICTURE_DPI)
+            write_bytes(path, picture.getvalue())
     except OSError as error:
         raise UserError(f"cannot write to {args.out}: {error.strerror}") from error
-    print(f"\n{table_of_peaks(timeline)}\n\n{args.out / 'surprise.csv'}\n{args.out / 'surprise.png'}")
+    print("", table_of_peaks(timeline), "", table, *pictures, sep="\n")
 
 
 def csv_of(timeline: Timeline) -> str:
     """Return one row per transition as CSV. time_s is empty if the video has no frame rate."""
-    from worldmodel.evaluation.surprise import MEASURES
-
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["transition", "frame", "time_s", *MEASURES, "is_peak"])
+    writer.writerow(["transition", "frame", "time_s", *timeline.measures, "is_peak"])
     peaks = set(timeline.peaks.tolist())
     for row, frame in enumerate(timeline.frame.tolist()):
-        scores = [f"{getattr(timeline, name)[row]:.6g}" for name in MEASURES]
+        scores = [f"{values[row]:.6g}" for values in timeline.measures.values()]
         writer.writerow([row, frame, _time(timeline, row), *scores, int(row in peaks)])
     return text.getvalue()
 
 
 def table_of_peaks(timeline: Timeline) -> str:
     """Return the peaks as a table, the largest first."""
-    heading = f"surprise, {timeline.unit}"
-    parts = f"{'KL, nats':>9} {'prediction error':>17} {'scene, nats':>12}"
-    lines = [f"{'peak':>4} {'frame':>9} {'time, s':>10}  {heading} {parts}"]
+    headings = {"surprise": f"surprise, {timeline.unit}", **HEADINGS}
+    shown = {f"{headings[name]:>9}": values for name, values in timeline.measures.items()}
+    lines = [f"{'peak':>4} {'frame':>9} {'time, s':>10}  {'  '.join(shown)}"]
     for rank, peak in enumerate(timeline.peaks.tolist(), start=1):
-        lines.append(
-            f"{rank:>4} {timeline.frame[peak]:>9} {_time(timeline, peak) or '-':>10}  "
-            f"{timeline.surprise[peak]:>{len(heading)}.3f} {timeline.kl_nats[peak]:>9.3f} "
-            f"{timeline.prediction_error[peak]:>17.3f} {timeline.scene_nats[peak]:>12.3f}"
-        )
+        scores = "  ".join(f"{values[peak]:>{len(heading)}.3f}" for heading, values in shown.items())
+        lines.append(f"{rank:>4} {timeline.frame[peak]:>9} {_time(timeline, peak) or '-':>10}  {scores}")
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ on two processes, with DDP:
 
 import argparse
 import sys
+from pathlib import Path
 
 from data_pipelines.errors import UserError
 from worldmodel.commands.process import prepare_process, stop_signals
@@ -28,9 +29,9 @@ def run(args: argparse.Namespace) -> int:
     from worldmodel.training.loop import train
     from worldmodel.training.session import Interrupted
 
-    hints = error_hints()
+    config = load_config(find_config(args.config), args.overrides, trust_code=trust_code(args))
+    hints = error_hints(Path(config.run_dir))
     try:
-        config = load_config(find_config(args.config), args.overrides, trust_code=trust_code(args))
         prepare_process(config.train)
         with stop_signals() as stop:
             train(config, resume=args.resume, overwrite=args.overwrite, profile=args.profile, stop=stop)
@@ -42,14 +43,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def error_hints() -> dict[type[UserError], str]:
-    """Return what to do about errors of training, in terms of this command."""
-    from worldmodel.runs.checkpoint import RunExistsError, VideosChangedError
+def error_hints(run: Path) -> dict[type[UserError], str]:
+    """Return what to do about errors of training in a run folder, in terms of this command."""
+    from worldmodel.runs.checkpoint import OtherConfigError, RunExistsError, VideosChangedError
+    from worldmodel.runs.folder import RunFolder
     from worldmodel.runs.tracking import RowLostError
     from worldmodel.training.launch import ConnectionLostError
 
     return {
         RunExistsError: "--resume continues it, --overwrite replaces it",
+        OtherConfigError: f"--config {RunFolder(run).config} continues it, or choose another run_dir",
         VideosChangedError: "restore them, or start again with --overwrite",
         ConnectionLostError: "remove it, and continue with --resume",
         RowLostError: "make room, and continue with --resume",

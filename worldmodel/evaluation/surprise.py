@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ from worldmodel.config import DataConfig, VideosConfig
 from worldmodel.evaluation.embed import Networks, embed_batches
 from worldmodel.nets.distributions import kl_divergence
 from worldmodel.nets.latents import GaussianLatent, NoLatent
+from worldmodel.nets.scene import NoScene
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.training.losses import TrainingModel
 
@@ -75,7 +76,8 @@ class Timeline:
 
     frame [N] is the first frame of each target segment, in source frames. time_s [N] is its time; None if the video
     states no frame rate. surprise [N] is in `unit`: "nats", or "units of the loss" if the loss has no KL. Its parts are
-    kl_nats, prediction_error (in the units of the loss) and scene_nats [N]. peaks [P] are positions in `frame` of the
+    kl_nats (None without a latent variable), prediction_error (in the units of the loss) and scene_nats (None without a
+    scene code) [N]. peaks [P] are positions in `frame` of the
     most surprising transitions, highest first. peak_frames uint8 [P, T, C, H, W] are the context and target segments
     there.
     """
@@ -85,11 +87,17 @@ class Timeline:
     time_s: np.ndarray | None
     unit: str
     surprise: np.ndarray
-    kl_nats: np.ndarray
+    kl_nats: np.ndarray | None
     prediction_error: np.ndarray
-    scene_nats: np.ndarray
+    scene_nats: np.ndarray | None
     peaks: np.ndarray
     peak_frames: np.ndarray
+
+    @property
+    def measures(self) -> dict[str, np.ndarray]:
+        """Surprise and those of its parts that the model has, [N] each, by name."""
+        found = {name: getattr(self, name) for name in MEASURES}
+        return {name: values for name, values in found.items() if values is not None}
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,7 @@ def video_surprise(
         unit=surprise_unit(training_of(networks)),
         peaks=peaks,
         peak_frames=np.stack([frames_from(start) for start in found.start[peaks].tolist()]),
-        **_measures(found),
+        **_measures(networks.model, found),
     )
 
 
@@ -168,12 +176,18 @@ def clip_surprise(networks: Networks, clip: Tensor, options: SurpriseOptions | N
         peak_frames=np.stack(
             [pixels[start : start + 2 * span : layout.frame_stride] for start in found.start[peaks].tolist()]
         ),
-        **_measures(found),
+        **_measures(networks.model, found),
     )
 
 
-def _measures(found: Transitions) -> dict[str, np.ndarray]:
-    return {name: getattr(found, name) for name in MEASURES}
+def _measures(model: WorldModel, found: Transitions) -> dict[str, Any]:
+    parts = found._asdict()
+    del parts["start"]
+    if isinstance(model.latent, NoLatent):
+        parts["kl_nats"] = None
+    if isinstance(model.scene, NoScene):
+        parts["scene_nats"] = None
+    return parts
 
 
 def why_unsupported(model: WorldModel) -> str | None:

@@ -84,7 +84,7 @@ def timeline_pictures(illustrations: Illustrations) -> dict[str, Any] | None:
     return {
         "video": timeline.video,
         "has_kl": timeline.unit == "nats",
-        "has_scene": bool(timeline.scene_nats.any()),
+        "has_scene": timeline.scene_nats is not None,
         "chart": chart(draw, alt, size_in=(5.2, 2.2)),
         "peaks": [
             (moment, strip(frames[both], f"Peak {i + 1}, {moment}: the context, then the target."))

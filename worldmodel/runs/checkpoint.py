@@ -27,6 +27,7 @@ from torch import Tensor
 
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.files import check_regular, read_text, remove, write_bytes, write_text
+from data_pipelines.text_files import shown
 from worldmodel.config import Config, changed_keys, dump, read_tree, to_dict, validate
 from worldmodel.runs.folder import RunFolder
 from worldmodel.training.finite import ADVICE, not_finite
@@ -47,6 +48,7 @@ RESUMABLE_CHANGES = frozenset(
         "tracking.project",
     }
 )
+MAX_CHANGES = 8  # of a config, in a message
 _WEIGHT_FILES = ("model", "teacher", "optimizer")
 EXPORTED_FILES = ("model.safetensors", "teacher.safetensors", "state.json")
 """The files of a checkpoint that inference needs."""
@@ -57,6 +59,10 @@ MAX_STATE_BYTES = 2**20
 
 class RunExistsError(UserError):
     """The run folder of a new training already holds a run."""
+
+
+class OtherConfigError(UserError):
+    """The run folder holds a run of another config."""
 
 
 class VideosChangedError(UserError):
@@ -86,7 +92,8 @@ def open_run(run: Path, config: Mapping[str, Any], *, resume: bool = False, over
 
     Raises:
         RunExistsError: the folder holds a run, and neither flag is given.
-        UserError: the folder holds files that are not of a run, a run of another config, or cannot be written.
+        OtherConfigError: the folder holds a run of another config, and `resume` is given.
+        UserError: the folder holds files that are not of a run, or cannot be written.
     """
     files = RunFolder(run)
     begun = {files.lock.name, f".{files.config.name}.partial"}  # a kill may leave these in a new folder
@@ -161,12 +168,20 @@ def load_run_config(run: str | Path) -> Config:
 
 
 def _check_same_config(saved: Mapping[str, Any], given: Mapping[str, Any], run: Path) -> None:
-    for key, (before, now) in changed_keys(saved, given).items():
-        if key not in RESUMABLE_CHANGES:
-            raise UserError(
-                f"run_dir={run} was trained with {key}={before!r}, the config says {now!r}: "
-                "resume with the same config, or choose another run_dir"
-            )
+    if changes := lasting_changes(saved, given):
+        more = [f"and {len(changes) - MAX_CHANGES} more"] if len(changes) > MAX_CHANGES else []
+        raise OtherConfigError(
+            f"run_dir={run} was trained with another config: {'; '.join([*changes[:MAX_CHANGES], *more])}"
+        )
+
+
+def lasting_changes(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Return the changes between two configs (`to_dict`) that prevent a resume, each as "key=before, now after"."""
+    return [
+        f"{key}={shown(before)}, now {shown(now)}"
+        for key, (before, now) in changed_keys(saved, given).items()
+        if key not in RESUMABLE_CHANGES
+    ]
 
 
 # --------------------------------------------------------------------------------------------------- checkpoints

@@ -146,7 +146,10 @@ class VideosSource:
         try:
             num_clips = clips_of(index, spec).num_clips
         except UserError as error:
-            raise UserError(f"the {split} split of {root}: {error} (here: {keys})") from None
+            more = (
+                f", and num_segments is data.num_segments={self._data.num_segments} plus {steps - 1} for further steps"
+            )
+            raise UserError(f"the {split} split of {root}: {error} (here: {keys}{more * (steps > 1)})") from None
         if num_clips < MIN_CLIPS:
             raise UserError(
                 f"the {split} split of {root} has fewer than {MIN_CLIPS} clips of {spec.num_segments} segments: add "

@@ -45,6 +45,7 @@ def train(
 
     Raises:
         RunExistsError: the folder already holds a run, and neither `resume` nor `overwrite` is given.
+        OtherConfigError: the folder holds a run of another config, and `resume` is given.
         VideosChangedError: the videos differ from those of the checkpoint.
         ConnectionLostError: other processes were lost during training.
         RowLostError: a row of metrics.jsonl cannot be written.

@@ -120,7 +120,10 @@ def test_inputs_that_are_no_data_are_one_line(tmp_path: Path, capsys: pytest.Cap
     names = ["text.mp4", "text.tar", "empty.tar", "none.tar", "notes.txt", "fifo", "folder", "bad", "lerobot", "loop"]
     for name in [*names, "missing", "x" * 300]:
         assert name[:100] in error(capsys, tmp_path / name) or name == "loop" or name.endswith(".tar")
-    assert "cannot write to" in error(capsys, tmp_path, "--sheet", tmp_path)
+    assert f"cannot write to --sheet {tmp_path}: it is not a" in error(capsys, tmp_path, "--sheet", tmp_path)
+    for name in ("sheet", "sheet.jpg", ".png"):
+        assert f"/{name}: the name must end in .png" in error(capsys, tmp_path, "--sheet", tmp_path / "new" / name)
+    assert not (tmp_path / "new").exists()
 
 
 def test_common_values() -> None:

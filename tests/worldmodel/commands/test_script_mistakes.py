@@ -56,6 +56,9 @@ def test_outputs_of_surprise_and_rollout(
     monkeypatch.setattr("worldmodel.commands.rollout.read_context", never)
     for out in (tmp_path, tmp_path / "file" / "below.npz", "/dev/null", "/proc/none/f.npz"):
         assert f"cannot write to --out {out}" in refused("rollout", *given, "--out", out)
+    for name in ("futures", "futures.npy", "new/f.npz.gz", ".npz"):
+        assert f"/{name}: the name must end in .npz" in refused("rollout", *given, "--out", tmp_path / name)
+    assert not (tmp_path / "new").exists()
     assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -63,7 +63,8 @@ def test_train_evaluate_and_roll_out(tiny_overrides: list[str], world: Path, tmp
 
     assert_one_line("rollout.py", *arguments, "--start-frame", "7", tells="it has 9 frames")
     assert_one_line("train.py", *DEMO, *tiny_overrides, tells="already holds a run")
-    assert_one_line("train.py", *DEMO, *tiny_overrides, "--resume", "train.lr=1", tells="train.lr=0.002")
+    continued = f"train.lr=0.002, now 1.0: --config {tmp_path}/run/config.yaml continues it, or choose another run_dir"
+    assert_one_line("train.py", *DEMO, *tiny_overrides, "--resume", "train.lr=1", tells=continued)
 
 
 @pytest.mark.parametrize(

@@ -120,10 +120,9 @@ def test_outputs_are_checked_before_the_work(tmp_path: Path) -> None:
             make_out_folder(folder)
     for file in (tmp_path, tmp_path / "fifo", tmp_path / "file" / "below", Path("/dev/null")):
         with pytest.raises(UserError, match="cannot write to --out"):
-            check_out_file(file)
+            check_out_file(file, ".npz")
     make_out_folder(tmp_path / "new" / "folder")
-    check_out_file(tmp_path / "other" / "file.npz")
-    check_out_file(tmp_path / "file")
+    check_out_file(tmp_path / "other" / "file.NPZ", ".npz")
     assert (tmp_path / "file").read_text() == "mine" and not any((tmp_path / "new" / "folder").iterdir())
     for video in (tmp_path, tmp_path / "fifo", tmp_path / "no.mp4", Path("/dev/zero"), Path("x" * 300), Path("a\0b")):
         with pytest.raises(UserError, match="--video"):

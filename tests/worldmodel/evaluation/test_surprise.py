@@ -14,6 +14,7 @@ from tests.conftest import run_script
 from tests.worldmodel.commands.test_scripts import assert_one_line
 from worldmodel import TrainedRun, load
 from worldmodel.build import build_training_model, clip_layout
+from worldmodel.commands.surprise import csv_of, table_of_peaks
 from worldmodel.config import (
     ByolConfig,
     CausalConfig,
@@ -340,13 +341,32 @@ def test_the_script_writes_a_row_a_transition_and_pictures(trained_run: Path, lo
     assert [int(row["frame"]) for row in rows] == list(range(3, 31, 3))
     assert [int(row["transition"]) for row in rows] == list(range(10))
     np.testing.assert_allclose([float(row["time_s"]) for row in rows], np.arange(3, 31, 3) / 10, atol=2e-3)
-    assert list(rows[0])[3:] == ["surprise", "kl_nats", "prediction_error", "scene_nats", "is_peak"]
-    for name in ("surprise", "kl_nats", "prediction_error", "scene_nats"):
-        np.testing.assert_allclose([float(row[name]) for row in rows], getattr(timeline, name), rtol=1e-4, atol=1e-6)
+    assert list(rows[0])[3:] == ["surprise", "kl_nats", "prediction_error", "is_peak"]  # there is no scene code
+    for name, values in timeline.measures.items():
+        np.testing.assert_allclose([float(row[name]) for row in rows], values, rtol=1e-4, atol=1e-6)
     assert {row for row in range(10) if rows[row]["is_peak"] == "1"} == set(timeline.peaks.tolist())
     assert "surprise, nats" in done.stdout and f"{timeline.surprise[timeline.peaks[0]]:.3f}" in done.stdout
+    assert sorted(done.stdout.splitlines()[-3:]) == sorted(str(path) for path in (tmp_path / "out").iterdir())
     assert (tmp_path / "out" / "surprise.png").read_bytes()[1:4] == b"PNG"
     assert (tmp_path / "out" / "surprise.webp").read_bytes()[8:12] == b"WEBP"
+
+
+@pytest.mark.parametrize("has_scene", [False, True])
+@pytest.mark.parametrize("has_latent", [False, True])
+def test_parts_that_the_model_lacks_are_neither_stored_nor_printed(has_latent: bool, has_scene: bool) -> None:
+    latent = GaussianConfig(dim=3) if has_latent else NoLatentConfig()
+    config, training = tiny(latent=latent, scene_dim=2 * has_scene)
+    timeline = clip_surprise(networks(config, training), clip(18))
+    assert (timeline.kl_nats is not None, timeline.scene_nats is not None) == (has_latent, has_scene)
+    present = ["surprise", *["kl_nats"] * has_latent, "prediction_error", *["scene_nats"] * has_scene]
+    first, *others = csv.reader(csv_of(timeline).splitlines())
+    assert list(timeline.measures) == first[3:-1] == present and all(len(row) == len(first) for row in others)
+    heading, *lines = table_of_peaks(timeline).splitlines()
+    assert ("KL, nats" in heading, "scene, nats" in heading) == (has_latent, has_scene)
+    for line in lines:
+        values = [timeline.measures[name][timeline.peaks[int(line.split()[0]) - 1]] for name in present]
+        assert line.split()[3:] == [f"{value:.3f}" for value in values]
+        assert len(line) == len(heading)
 
 
 def test_mistakes_at_the_script_end_with_one_line(

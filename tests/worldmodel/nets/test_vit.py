@@ -174,7 +174,7 @@ def test_it_trains_and_resumes_with_activations_checkpointed(tiny_config: Callab
         )
         == folder
     )
-    with pytest.raises(UserError, match=r"was trained with model.encoder.patch_px=32"):
+    with pytest.raises(UserError, match=r"was trained with another config: model.encoder.patch_px=32, now 64$"):
         train(tiny_config(*VIT, "train.steps=2", "model.encoder.patch_px=64", "train.eval_every=2"), resume=True)
     rows = [json.loads(line) for line in Path(config.run_dir, "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["split"] == "train"]

@@ -15,6 +15,7 @@ from worldmodel.config import Config, to_dict
 from worldmodel.runs import checkpoint as checkpoint_module
 from worldmodel.runs.checkpoint import (
     Checkpoint,
+    OtherConfigError,
     RunExistsError,
     load_checkpoint,
     open_run,
@@ -262,12 +263,24 @@ def test_a_folder_that_is_no_run_is_never_touched(tiny_config: Callable[..., Con
     assert (tmp_path / "run" / "thesis.tex").read_text() == "years"
 
 
-def test_resuming_with_another_config_names_the_key_and_both_values(
+def test_resuming_with_another_config_names_each_key_and_both_values(
     tiny_config: Callable[..., Config],
 ) -> None:
-    opened(tiny_config())
-    with pytest.raises(UserError, match=r"train.lr=0.002, the config says 0.5"):
-        opened(tiny_config("train.lr=0.5"), resume=True)
+    run = opened(tiny_config())
+    with pytest.raises(OtherConfigError) as caught:
+        opened(tiny_config("train.lr=0.5", "train.log_every=2", "model.latent=none"), resume=True)
+    assert str(caught.value).startswith(f"run_dir={run} was trained with another config: ")
+    changes = str(caught.value).partition("config: ")[2].split("; ")
+    assert {change.split("=")[0] for change in changes} == {
+        "train.lr",
+        *(f"model.latent.{key}" for key in ("name", "dim", "posterior_sees", "prior", "prior_components")),
+    }
+    assert "train.lr=0.002, now 0.5" in changes and "model.latent.name='gaussian', now 'none'" in changes
+    many = [f"evaluation.{key}=7" for key in ("queries", "num_samples", "law_samples", "fit_clips", "selection_clips")]
+    with pytest.raises(OtherConfigError, match=r"; and 2 more$") as caught:
+        opened(tiny_config("seed=1", *many, "train.steps=7", "train.lr=1", "data.clip_step=1", "data.cache_mb=1",
+                             f"evaluation.label={'x' * 255}"), resume=True)  # fmt: skip
+    assert str(caught.value).count("; ") == 8 and len(str(caught.value)) < 800
     opened(tiny_config("data.num_workers=1", "train.log_every=2"), resume=True)
 
 
