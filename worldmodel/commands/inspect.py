@@ -1,11 +1,13 @@
-"""Describe a folder of videos, a video file, a tar shard, a folder of shards, a LeRobot data set or a run.
+"""Describe a folder of videos, a video file, a tar shard, a folder of shards, a LeRobot data set or a run; list runs.
 
 Data: counts, sizes, durations, frame rates, splits, labels, and bad files with the reason. A folder is indexed as
-training does it, into its .worldmodel_index.jsonl. A run: its config, steps, checkpoints, last metrics and files.
+training does it: this writes .worldmodel_index.jsonl into it, for shards shards.jsonl, and training will read that
+file. A run: its config, steps, checkpoints, last metrics and files. A folder of runs: a line for each run.
 
 examples:
   worldmodel inspect data/moving_mnist --sheet sheet.png
   worldmodel inspect runs/demo
+  worldmodel inspect runs
 """
 
 from __future__ import annotations
@@ -38,21 +40,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from worldmodel.commands.contact_sheet import write_sheet
-    from worldmodel.commands.inspect_run import describe_run
+    from worldmodel.commands.inspect_run import describe_run, describe_runs, is_run, runs_below
 
     try:
         if not args.path.exists():
             raise UserError(f"{args.path}: there is no such file or folder")
-        if (args.path / "config.yaml").is_file() or (args.path / "checkpoints").is_dir():
+        runs = [args.path] if is_run(args.path) else runs_below(args.path)
+        if runs:
             if args.sheet:
-                raise UserError(f"--sheet: {args.path} is a run, which holds no videos")
-            print(describe_run(args.path))
+                raise UserError(f"--sheet: {args.path} holds no videos: it is a run, or a folder of runs")
+            print(describe_run(args.path) if runs == [args.path] else describe_runs(args.path, runs))
             return
         if args.sheet:
             check_out_file(args.sheet, ".png", "--sheet")
         with opened(args.path) as splits:
             for name, index in splits.items():
                 print(describe_videos(name, index))
+                if args.path.is_dir() and (stored := index_file(index.root)):
+                    print(f"  index     {stored}, which training also reads")
             if len(splits) == 1 and args.path.is_dir():
                 print(describe_division(next(iter(splits.values()))))
             if args.sheet:
@@ -93,6 +98,15 @@ def opened(path: Path) -> Iterator[dict[str, VideoIndex]]:
             yield {str(path): load_videos(folder, max_bad_fraction=1.0)}
     else:
         yield {str(path): VideoIndex(path.resolve().parent, [read_facts(path)])}
+
+
+def index_file(folder: Path) -> Path | None:
+    """Return the file that holds the index of a folder of videos or shards; None if there is none."""
+    from data_pipelines.indexing.index_file import index_path
+    from data_pipelines.shards.index_file import SHARDS_NAME
+
+    shards = folder / SHARDS_NAME
+    return shards if shards.is_file() else index_path(folder)
 
 
 def describe_videos(name: str, index: VideoIndex) -> str:

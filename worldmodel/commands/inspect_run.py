@@ -1,20 +1,56 @@
-"""The description of a run folder for `worldmodel inspect`."""
+"""The descriptions of runs for `worldmodel inspect`: of one in full, of the runs in a folder in a line each."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import UserError
 from worldmodel.config import Config, flatten, to_dict
 from worldmodel.runs.checkpoint import load_checkpoint, load_run_config
+from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import read_metrics, value_at
 from worldmodel.runs.tracking import read_history
 
+MAX_DEPTH = 3  # of runs below a folder: those of `worldmodel compare` are in OUT/OBJECTIVE-LATENT/seed_N
 SCORES = {
     "energy score of the first step": "forecasts.model.energy_score.0",
     "ratio to the simulator's": "forecasts.model.ratio_to_oracle.0",
 }
+
+
+def is_run(folder: Path) -> bool:
+    """Return True for the folder of a run, which may be damaged."""
+    files = RunFolder(folder)
+    return files.config.is_file() or files.checkpoints.is_dir()
+
+
+def runs_below(folder: Path, depth: int = MAX_DEPTH) -> list[Path]:
+    """Return the runs with a config in the folders below `folder`, sorted. Links are not followed."""
+    if not folder.is_dir() or not depth:
+        return []
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+    below = (folder / name for name in names)
+    return [
+        run for path in below for run in ([path] if RunFolder(path).config.is_file() else runs_below(path, depth - 1))
+    ]
+
+
+def describe_runs(folder: Path, runs: Sequence[Path]) -> str:
+    """Return a line for each run of a folder: its name, its steps and its main scores."""
+    names = [str(run.relative_to(folder)) for run in runs]
+    width = max(map(len, names))
+    lines = [f"  {name:<{width}}  {', '.join(_or_fault(summary, run))}" for name, run in zip(names, runs, strict=True)]
+    return "\n".join([f"{folder}: {len(runs):,} runs, each of which `worldmodel inspect RUN` describes", *lines])
+
+
+def summary(run: Path) -> list[str]:
+    """Return the steps that a run has done, and its main scores."""
+    config = load_run_config(run)
+    step = max((row["step"] for row in read_history(run) if row.get("split", "train") == "train"), default=0)
+    scores = ["not evaluated"] if read_metrics(run) is None else describe_scores(run)
+    return [f"step {step:,} of {config.train.steps:,}", *scores]
 
 
 def describe_run(run: Path) -> str:

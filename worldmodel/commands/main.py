@@ -20,7 +20,7 @@ COMMANDS = {
     "record": "record a Gymnasium environment as videos with actions and states",
     "index": "index a folder of videos, in parts if it is large",
     "shards": "pack a folder of videos into tar shards for streaming",
-    "inspect": "describe a folder of videos, shards, a LeRobot data set or a run",
+    "inspect": "describe videos, shards, a LeRobot data set or a run; list runs",
     "config": "print the reference of the config keys",
     "train": "train a model from a config",
     "evaluate": "score the forecasts of a run and write its report",

@@ -3,6 +3,7 @@
 Nothing in this folder imports networks, objectives or streams: they take their section of the configuration.
 """
 
+from worldmodel.config.checks import cautions
 from worldmodel.config.data import (
     CausalConfig,
     DataConfig,
@@ -116,6 +117,7 @@ __all__ = [
     "VideosConfig",
     "VitConfig",
     "apply_override",
+    "cautions",
     "changed_keys",
     "check_trust",
     "choices",

@@ -9,6 +9,7 @@ from worldmodel.config.model import (
     NoLatentConfig,
     OracleConfig,
     PretrainedConfig,
+    ResNetConfig,
     SumEditorConfig,
     VitConfig,
 )
@@ -24,6 +25,16 @@ def contradictions(config: Config) -> Iterator[str]:
     yield from _of_refinement(config)
     yield from _of_weights(config)
     yield from _of_planning(config)
+
+
+def cautions(config: Config) -> Iterator[str]:
+    """Yield what the descriptions of the keys advise against in a valid config, as sentences."""
+    encoder, size_px = config.model.encoder, config.data.size_px
+    if isinstance(encoder, ResNetConfig) and size_px < encoder.least_px:
+        yield (
+            f"model.encoder={encoder.name} is meant for frames of {encoder.least_px} px and more, but "
+            f"data.size_px={size_px}: conv3d suits small frames"
+        )
 
 
 def _of_data(config: Config) -> Iterator[str]:

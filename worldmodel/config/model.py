@@ -53,6 +53,8 @@ class ResNetConfig:
 
     built_by: ClassVar[str] = "worldmodel.nets.encoders:ResNetEncoder"
     content: ClassVar[str] = "frames"
+    least_px: ClassVar[int] = 128
+    """Side of the smallest frames that it is meant for, pixels."""
 
     name: Literal["resnet"] = "resnet"
     """Name of the encoder."""

@@ -146,10 +146,9 @@ class VideosSource:
         try:
             num_clips = clips_of(index, spec).num_clips
         except UserError as error:
-            more = (
-                f", and num_segments is data.num_segments={self._data.num_segments} plus {steps - 1} for further steps"
-            )
-            raise UserError(f"the {split} split of {root}: {error} (here: {keys}{more * (steps > 1)})") from None
+            own, more = f"data.num_segments={self._data.num_segments}", steps - 1
+            why = f", and num_segments is {own} plus {more} for further steps" if more else ""
+            raise UserError(f"the {split} split of {root}: {error} (here: {keys}{why})") from None
         if num_clips < MIN_CLIPS:
             raise UserError(
                 f"the {split} split of {root} has fewer than {MIN_CLIPS} clips of {spec.num_segments} segments: add "

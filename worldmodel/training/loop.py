@@ -13,8 +13,9 @@ from typing import NamedTuple
 from accelerate import Accelerator
 
 from data_pipelines.batches import Batch, BatchStream
+from data_pipelines.errors import one_line_logger
 from worldmodel.build import clip_layout
-from worldmodel.config import Config, TrainConfig, flatten, to_dict
+from worldmodel.config import Config, TrainConfig, cautions, flatten, to_dict
 from worldmodel.data import check_contents, check_splits, evaluation_uses, training_uses
 from worldmodel.runs.checkpoint import open_run, remove_leftovers
 from worldmodel.runs.lock import run_lock
@@ -28,6 +29,8 @@ from worldmodel.training.profiling import profiled
 from worldmodel.training.refine import refinement_stream
 from worldmodel.training.session import Session, Stop
 from worldmodel.training.trainer import Trainer
+
+logger = one_line_logger(__name__)
 
 
 def train(
@@ -67,6 +70,8 @@ def train(
         if resume:
             session.load()
         accelerator.print(session.summary())
+        for caution in cautions(config) if accelerator.is_main_process else ():
+            logger.warning(caution)
         trainer.log.times.labelled = profiles = profile and accelerator.is_main_process
         profiler = profiled(run, accelerator.device, train_config.steps - trainer.step) if profiles else nullcontext()
         with (

@@ -1,5 +1,6 @@
 """`worldmodel inspect`: what it says of data sets and runs, and of damaged ones."""
 
+import json
 import os
 import shutil
 import tarfile
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines.indexing.index_file import INDEX_NAME
+from data_pipelines.shards.index_file import SHARDS_NAME
 from data_pipelines.shards.packing import pack_videos
 from worldmodel.commands.inspect import common
 from worldmodel.commands.main import main
@@ -83,6 +86,45 @@ def test_a_run(trained_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "latest: step 6, " in text and "train, step 6: loss " in text and "config.yaml (" in text
     assert "not evaluated: worldmodel evaluate --run" in text
     assert "holds no videos" in error(capsys, trained_run, "--sheet", "sheet.png")
+
+
+def test_the_index_that_is_left_in_a_folder_is_named(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "test"):
+        shutil.copytree(world / split, tmp_path / "v" / split, ignore=shutil.ignore_patterns(INDEX_NAME))
+    pack_videos(world / "test", tmp_path / "shards", siblings=(), shard_mb=0.01, seed=0)
+    (tmp_path / "shards" / SHARDS_NAME).unlink()
+    for root, folders, name in (("v", ("train", "test"), INDEX_NAME), ("shards", ("",), SHARDS_NAME)):
+        before = set((tmp_path / root).rglob("*"))
+        text = output(capsys, tmp_path / root)
+        written = set((tmp_path / root).rglob("*")) - before
+        assert written == {tmp_path / root / folder / name for folder in folders}
+        assert all(f"\n  index     {path}, which training also reads\n" in text for path in written)
+    assert "  index  " not in output(capsys, tmp_path / "v" / "train" / "000000.mp4")
+
+
+def test_a_folder_of_runs_is_a_line_for_each(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    for name in ("a", "grid/byol-none/seed_0", "b"):
+        shutil.copytree(trained_run, runs / name)
+    scores = {"energy_score": [0.5], "ratio_to_oracle": [1.25]}
+    (runs / "b" / "metrics.json").write_text(json.dumps({"forecasts": {"model": scores}}))
+    (runs / "new").mkdir()
+    shutil.copy(trained_run / "config.yaml", runs / "new")
+    (runs / "broken").mkdir()
+    (runs / "broken" / "config.yaml").write_text("a: [")
+    (runs / "notes").mkdir()
+    (runs / "link").symlink_to(trained_run)
+    heading, *lines = output(capsys, runs).splitlines()
+    assert heading == f"{runs}: 5 runs, each of which `worldmodel inspect RUN` describes"
+    rows = dict(line.split(maxsplit=1) for line in lines)
+    assert rows["a"] == rows["grid/byol-none/seed_0"] == "step 6 of 6, not evaluated"
+    assert rows["b"] == "step 6 of 6, energy score of the first step: 0.500, ratio to the simulator's: 1.250"
+    assert rows["new"] == "step 0 of 6, not evaluated" and rows["broken"].startswith("error: ") and len(rows) == 5
+    assert "holds no videos" in error(capsys, runs, "--sheet", "sheet.png")
 
 
 def test_damaged_runs(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

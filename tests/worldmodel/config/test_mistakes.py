@@ -5,7 +5,7 @@ import pytest
 
 from data_pipelines.errors import UserError
 from tests.conftest import REPO, videos_of
-from worldmodel.config import flatten, load_config, to_dict, to_yaml, validate
+from worldmodel.config import ResNetConfig, cautions, flatten, load_config, to_dict, to_yaml, validate
 
 FOLDERS = (REPO / "configs", REPO / "configs" / "causal")  # configs/accelerate holds Accelerate's own
 CONFIGS = sorted(path for folder in FOLDERS for path in folder.glob("*.yaml"))
@@ -205,6 +205,19 @@ def test_what_makes_sense_is_not_refused() -> None:
         ["model.editor=sum", "model.latent=none"],
     ):
         load_config(REPO / "configs" / "demo.yaml", overrides)
+
+
+@pytest.mark.parametrize(("size_px", "small"), [(64, True), (127, True), (128, False), (224, False)])
+def test_an_encoder_for_large_frames_is_advised_against_for_small_ones(size_px: int, small: bool) -> None:
+    config = load_config(REPO / "configs" / "video.yaml", ["model.encoder=resnet", f"data.size_px={size_px}"])
+    told = f"model.encoder=resnet is meant for frames of 128 px and more, but data.size_px={size_px}: "
+    assert [caution.startswith(told) for caution in cautions(config)] == [True] * small
+    assert f"for frames of {ResNetConfig.least_px} px and more" in (ResNetConfig.__doc__ or "")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_nothing_speaks_against_a_shipped_config(path: Path) -> None:
+    assert not list(cautions(load_config(path)))
 
 
 def test_moving_mnist_has_fixed_frames() -> None:

@@ -127,8 +127,11 @@ def test_training_lowers_the_loss(tiny_config: Callable[..., Config]) -> None:
     ],
     ids=lambda overrides: " ".join(overrides),
 )
-def test_other_settings_train_evaluate_and_load(tiny_config: Callable[..., Config], overrides: list[str]) -> None:
+def test_other_settings_train_evaluate_and_load(
+    tiny_config: Callable[..., Config], overrides: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
     run = train(tiny_config("train.steps=2", "train.eval_every=2", *overrides))
+    assert caplog.text.count("is meant for frames of 128 px and more") == ("model.encoder=resnet" in overrides)
     assert all(math.isfinite(row["loss"]) for row in rows(run))
     trained = load(run)
     data = trained.config.data
