@@ -18,25 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipelines.errors import UserError
-from data_pipelines.splits import SPLITS, Split
+from data_pipelines.splits import Split
 from data_pipelines.worlds.digits import (
     CANVAS_PX,
     SPRITE_PX,
     Sprites,
     ink_centroid,
-    load_sprites,
     pixel_centroid,
     render,
 )
 from data_pipelines.worlds.law import ClipFormat, Quantity
 from data_pipelines.worlds.moving_mnist import CHANGE_STD, SEGMENT_FRAMES
-from data_pipelines.worlds.written import WorldSplit, write_videos
+from data_pipelines.worlds.written import DrawnVideos, write_digits
 
 WORLD = "kicked_mnist"
 BASE_SPEED_PX = tuple(0.5 + digit / 6 for digit in range(10))  # px/frame, by class
@@ -264,33 +262,23 @@ def write_kicked_mnist(
     num_frames: frames in a video: a multiple of 3, at least 6.
 
     Raises:
-        UserError: as write_videos; num_frames is not such a multiple; the files of MNIST cannot be read.
+        UserError: as write_digits; num_frames is not such a multiple.
     """
     if num_frames < MIN_FRAMES or num_frames % SEGMENT_FRAMES:
         raise UserError(f"num_frames={num_frames} must be a multiple of {SEGMENT_FRAMES}, at least {MIN_FRAMES}")
 
-    def draw_split(split: Split) -> WorldSplit:
-        sprites = load_sprites(split, mnist_dir)
-        generator = torch.Generator().manual_seed(1000 * seed + SPLITS.index(split))
-        videos = sample_videos(sprites, counts[split], num_digits, num_frames, borders, generator)
-        labels = [row | {"seed": seed} for row in label_rows(sprites, videos)]
+    def sample(sprites: Sprites, count: int, generator: torch.Generator) -> DrawnVideos:
+        videos = sample_videos(sprites, count, num_digits, num_frames, borders, generator)
 
-        def draw(rows: list[int]) -> np.ndarray:
-            frames = render_digits(sprites.images[videos.sprite[rows]], videos.motion.centre[rows])
-            return (frames * 255).round().byte()[:, :, 0].numpy()
+        def draw(rows: list[int]) -> Tensor:
+            return render_digits(sprites.images[videos.sprite[rows]], videos.motion.centre[rows])
 
-        return WorldSplit(sprites, labels, draw)
+        return label_rows(sprites, videos), draw
 
-    world = {
-        "world": WORLD,
-        "borders": borders,
-        "num_digits": num_digits,
-        "num_frames": num_frames,
-        "seed": seed,
-        "digits": "mnist" if mnist_dir else "scikit-learn",
-        "counts": {split: counts[split] for split in SPLITS},
-    }
-    write_videos(out, world, draw_split, num_processes=num_processes, overwrite=overwrite)
+    facts = {"world": WORLD, "borders": borders, "num_digits": num_digits, "num_frames": num_frames}
+    write_digits(
+        out, facts, counts, sample, mnist_dir=mnist_dir, seed=seed, num_processes=num_processes, overwrite=overwrite
+    )
 
 
 def label_rows(sprites: Sprites, videos: Videos) -> list[dict[str, Any]]:

@@ -15,18 +15,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipelines.batches import Batch, BatchStream
-from data_pipelines.splits import SPLITS, Split
+from data_pipelines.splits import Split
 from data_pipelines.transforms import on_device
-from data_pipelines.worlds.digits import Sprites, load_sprites, pixel_centroid, render
+from data_pipelines.worlds.digits import Sprites, pixel_centroid, render
 from data_pipelines.worlds.fresh import batch_generator, share_of_rank
 from data_pipelines.worlds.law import ClipFormat, Quantity
-from data_pipelines.worlds.written import WorldSplit, write_videos
+from data_pipelines.worlds.written import DrawnVideos, write_digits
 
 WORLD = "moving_mnist"
 CENTRE_RANGE_PX = (8.0, 16.0)
@@ -273,28 +272,20 @@ def write_moving_mnist(
     counts: videos per split; usually VIDEO_COUNTS.
 
     Raises:
-        UserError: as write_videos; the files of MNIST cannot be read.
+        UserError: as write_digits.
     """
 
-    def draw_split(split: Split) -> WorldSplit:
-        sprites = load_sprites(split, mnist_dir)
-        generator = torch.Generator().manual_seed(1000 * seed + SPLITS.index(split))
-        trajectories = sample_trajectories(sprites, counts[split], setting, generator)
+    def sample(sprites: Sprites, count: int, generator: torch.Generator) -> DrawnVideos:
+        trajectories = sample_trajectories(sprites, count, setting, generator)
         labels = {name: values.tolist() for name, values in trajectories.labels().items()}
-        rows = [{name: values[row] for name, values in labels.items()} | {"seed": seed} for row in range(counts[split])]
 
-        def draw(chosen: list[int]) -> np.ndarray:
-            part = trajectories.rows(chosen)
-            frames = render(sprites.images[part.sprite], centre_path(part))
-            return (frames * 255).round().byte()[:, :, 0].numpy()
+        def draw(rows: list[int]) -> Tensor:
+            part = trajectories.rows(rows)
+            return render(sprites.images[part.sprite], centre_path(part))
 
-        return WorldSplit(sprites, rows, draw)
+        return [{name: values[row] for name, values in labels.items()} for row in range(count)], draw
 
-    world = {
-        "world": WORLD,
-        "setting": setting,
-        "seed": seed,
-        "digits": "mnist" if mnist_dir else "scikit-learn",
-        "counts": {split: counts[split] for split in SPLITS},
-    }
-    write_videos(out, world, draw_split, num_processes=num_processes, overwrite=overwrite)
+    facts = {"world": WORLD, "setting": setting}
+    write_digits(
+        out, facts, counts, sample, mnist_dir=mnist_dir, seed=seed, num_processes=num_processes, overwrite=overwrite
+    )

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from tqdm import tqdm
 
 from data_pipelines.errors import UserError
 from data_pipelines.splits import SPLITS, Split
-from data_pipelines.worlds.digits import Sprites
+from data_pipelines.worlds.digits import Sprites, load_sprites
 
 WORLD_NAME = "world.json"
 METADATA_NAME = "metadata.jsonl"
@@ -37,6 +39,50 @@ class WorldSplit:
     sprites: Sprites
     labels: Sequence[Mapping[str, Any]]
     render: Callable[[list[int]], np.ndarray]
+
+
+DrawnVideos = tuple[Sequence[Mapping[str, Any]], Callable[[list[int]], Tensor]]
+"""A row of labels for each video of a split, and its pixels on demand: rows -> float [n, T, 1, H, W] in [0, 1]."""
+
+
+def write_digits(
+    out: Path,
+    facts: Mapping[str, Any],
+    counts: Mapping[Split, int],
+    sample: Callable[[Sprites, int, torch.Generator], DrawnVideos],
+    *,
+    mnist_dir: Path | None,
+    seed: int,
+    num_processes: int,
+    overwrite: bool = False,
+) -> None:
+    """Write the videos of a world of digits, with labels, as H.264 files in out/train and so on.
+
+    facts: the name of the world and its parameters, for world.json.
+    counts: videos per split.
+    sample: draws that many videos of a split from its sprites.
+
+    Raises:
+        UserError: as write_videos; the files of MNIST cannot be read.
+    """
+
+    def draw_split(split: Split) -> WorldSplit:
+        sprites = load_sprites(split, mnist_dir)
+        generator = torch.Generator().manual_seed(1000 * seed + SPLITS.index(split))
+        labels, draw = sample(sprites, counts[split], generator)
+
+        def render(rows: list[int]) -> np.ndarray:
+            return (draw(rows) * 255).round().byte()[:, :, 0].numpy()
+
+        return WorldSplit(sprites, [{**row, "seed": seed} for row in labels], render)
+
+    world = {
+        **facts,
+        "seed": seed,
+        "digits": "mnist" if mnist_dir else "scikit-learn",
+        "counts": {split: counts[split] for split in SPLITS},
+    }
+    write_videos(out, world, draw_split, num_processes=num_processes, overwrite=overwrite)
 
 
 def write_videos(
