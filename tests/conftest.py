@@ -1,10 +1,17 @@
 """A tiny written world and small configs that many tests share."""
 
+import io
 import os
+import runpy
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -123,21 +130,67 @@ def run_script(name: str, *arguments: str, timeout_s: float = 120) -> subprocess
     )
 
 
+def run_here(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script as `run_script` does, but in this process, which has imported torch. Log messages are not captured.
+
+    For tests of what a command prints and writes: a fresh process takes two seconds to import torch.
+    """
+    script = str(REPO / name if "/" in name else REPO / "scripts" / name)
+    out, errors, num_threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
+    code: str | int | None = 0
+    with (
+        redirect_stdout(out),
+        redirect_stderr(errors),
+        patch.object(sys, "argv", [script, *arguments]),
+        patch("worldmodel.commands.process.keep_freed_memory"),  # would be for all tests to come
+        patch("worldmodel.commands.evaluate.keep_freed_memory"),
+    ):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        finally:
+            torch.set_num_threads(num_threads)
+    assert isinstance(code, int) or code is None
+    return subprocess.CompletedProcess([script, *arguments], code or 0, out.getvalue(), errors.getvalue())
+
+
 def run_processes(
     count: int, *arguments: str, timeout_s: float = 300, environment: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """A script, or -m and a module, in so many processes (`accelerate launch` starts one on a CPU)."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    done = subprocess.run(
-        [*torchrun, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        cwd=REPO,
-        env=script_environment() | dict(environment or {}),
-    )
-    assert done.returncode == 0, done.stderr[-9000:]
-    return done
+) -> str:
+    """Run -m and a module, or a script, in so many processes of one training. Return what they print.
+
+    They get the variables that torchrun would set. The launchers themselves are tested in test_launch.py.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(port), **(environment or {})}
+    with tempfile.TemporaryFile("w+") as output:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, *arguments],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=REPO,
+                env=script_environment() | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(count)
+        ]
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            while None in (codes := [process.poll() for process in processes]) and not any(codes):
+                assert time.monotonic() < deadline_s, f"{arguments} takes more than {timeout_s} s"
+                time.sleep(0.02)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        output.seek(0)
+        text = output.read()
+    assert not any(codes), text[-9000:]
+    return text
 
 
 def script_environment() -> dict[str, str]:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPO, run_script
+from tests.conftest import REPO, run_here
 from tests.worldmodel.commands.test_scripts import assert_one_line
 
 REDUCED = ["--queries", "2", "--samples", "4", "--steps", "2", "--repeats", "1"]
@@ -11,7 +11,7 @@ REDUCED = ["--queries", "2", "--samples", "4", "--steps", "2", "--repeats", "1"]
 
 def test_reports_latency_and_the_ratio_of_batch_and_loop(trained_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    done = run_script("benchmarks/rollout.py", "--run", str(trained_run), *REDUCED, "--out", str(out))
+    done = run_here("benchmarks/rollout.py", "--run", str(trained_run), *REDUCED, "--out", str(out))
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert result["clip"] == [3, 1, 64, 64] and result["latency_ms"] > 0

@@ -10,7 +10,7 @@ import yaml
 
 from data_pipelines.errors import UserError
 from data_pipelines.shards.packing import pack_videos
-from tests.conftest import run_script, videos_of
+from tests.conftest import run_here, run_script, videos_of
 from tests.data_pipelines.shard_server import ShardServer
 from worldmodel.commands.shared import check_remote
 from worldmodel.config import MovingMnistConfig
@@ -41,7 +41,7 @@ def test_a_run_that_names_a_url_is_refused(
     trained_run: Path, tmp_path: Path, server: ShardServer, arguments: list[str]
 ) -> None:
     run = _copy(trained_run, tmp_path / "run", server.url.replace("//", "//me:secret@"))
-    done = run_script(*arguments, "--run", str(run))
+    done = run_here(*arguments, "--run", str(run))
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert errors == [

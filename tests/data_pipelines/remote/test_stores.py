@@ -23,7 +23,7 @@ from data_pipelines.remote import http_bodies, stores
 from data_pipelines.remote.http_bodies import is_public
 from data_pipelines.remote.stores import MAX_INDEX_BYTES, MIN_BYTES_PER_S, SCHEMES, Store, check_url, host_of
 from data_pipelines.shards.index_file import SHARDS_NAME
-from tests.conftest import REPO, run_script
+from tests.conftest import REPO, run_here
 from tests.data_pipelines.shard_server import ShardServer
 
 TEXT = b'{"format": "worldmodel-shards", "version": 1}\n' * 10
@@ -100,7 +100,7 @@ def test_the_schemes_that_are_documented_are_accepted() -> None:
 
 def test_a_script_refuses_another_scheme_with_exit_code_2(tiny_overrides: list[str]) -> None:
     config = str(REPO / "configs" / "demo.yaml")
-    done = run_script("train.py", "--config", config, *tiny_overrides, "data.root=reference://::file:///tmp/a")
+    done = run_here("train.py", "--config", config, *tiny_overrides, "data.root=reference://::file:///tmp/a")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "error: 'reference://::file:///tmp/a/train' is not opened" in done.stderr
 

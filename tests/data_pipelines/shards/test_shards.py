@@ -20,7 +20,7 @@ from data_pipelines.shards import packing
 from data_pipelines.shards.index_file import SHARDS_NAME
 from data_pipelines.shards.packing import pack_videos
 from data_pipelines.shards.scan import index_shards
-from tests.conftest import run_script
+from tests.conftest import run_here, run_script
 from tests.data_pipelines.conftest import DECODERS
 
 NUM_VIDEOS = 12
@@ -291,6 +291,6 @@ def test_the_script_packs_splits_and_indexes(source: Path, tmp_path: Path) -> No
     written = (tmp_path / "out" / "test" / SHARDS_NAME).read_bytes()
     assert len(load_videos(tmp_path / "out" / "test", progress=False).videos) == NUM_VIDEOS
     (tmp_path / "out" / "test" / SHARDS_NAME).unlink()
-    done = run_script("make_shards.py", "--index", str(tmp_path / "out" / "test"))
+    done = run_here("make_shards.py", "--index", str(tmp_path / "out" / "test"))
     assert done.returncode == 0 and done.stdout.startswith("12 videos in"), done.stderr
     assert written != (tmp_path / "out" / "test" / SHARDS_NAME).read_bytes()  # keys instead of the files' names

@@ -19,7 +19,7 @@ from data_pipelines.worlds.digits import pixel_centroid
 from data_pipelines.worlds.recorder import Recording, record
 from data_pipelines.worlds.two_rooms import ENV_ID
 from data_pipelines.worlds.two_rooms_law import move, step_of_action
-from tests.conftest import REPO, TINY, run_script, script_environment
+from tests.conftest import REPO, TINY, run_here, run_script, script_environment
 from tests.data_pipelines.conftest import DECODERS
 from tests.data_pipelines.streams import make_stream, read_clips
 from worldmodel.config import load_config
@@ -255,7 +255,7 @@ def test_there_are_episodes_in_every_split_and_processes_to_record_them(tmp_path
 )
 def test_the_script_tells_mistakes_in_one_line(arguments: list[str], tells: str, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("not a recording")
-    done = run_script("record_env.py", "--out", str(tmp_path), *arguments)
+    done = run_here("record_env.py", "--out", str(tmp_path), *arguments)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert len(errors) == 1 and tells in errors[0], done.stderr

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from data_pipelines.errors import UserError
-from tests.conftest import REPO, TINY, run_script, script_environment
+from tests.conftest import REPO, TINY, run_here, run_script, script_environment
 from tests.worldmodel.commands.test_script_mistakes import parsed
 from worldmodel.commands import compare
 from worldmodel.commands.grid import check_same_configs, is_done, keep_threads, make_grid
@@ -37,7 +37,7 @@ def tiny(world: Path) -> list[str]:
 
 
 def assert_one_line(*arguments: str, tells: str) -> None:
-    done = run_script("compare.py", *arguments)
+    done = run_here("compare.py", *arguments)
     assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
     assert len(done.stderr.splitlines()) == 1 and tells in done.stderr, done.stderr
 

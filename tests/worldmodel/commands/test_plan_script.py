@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from data_pipelines.worlds.recorder import Recording, record
-from tests.conftest import REPO, TINY, run_script
+from tests.conftest import REPO, TINY, run_here, run_script
 from tests.worldmodel.report.samples import undeclared
 from worldmodel.config import External, IcemConfig, PlanningConfig, load_config
 from worldmodel.evaluation.illustrations import load_records
@@ -93,7 +93,7 @@ def test_the_report_has_the_planning_by_itself_and_beside_the_forecasts(planner:
         (["plan.py", *arguments, "planning.iterations=1"], ["Planning"]),
         (["evaluate.py", "--run", str(run)], ["Forecasts", "Planning"]),
     ):
-        done = run_script(*script)
+        done = run_here(*script)
         assert done.returncode == 0, done.stderr
         page = (run / "report.html").read_text()
         assert [name for name in ("Forecasts", "Planning") if f">{name}</h2>" in page] == headings
@@ -116,7 +116,7 @@ def test_the_report_has_the_planning_by_itself_and_beside_the_forecasts(planner:
 
 def test_several_counts_of_labels_make_a_curve(passive: Path) -> None:
     arguments = ["--run", str(passive), "--env", ENV, "--seeds", "2", "--episodes", "2", "--budget", "2"]
-    done = run_script("plan.py", *arguments, "--labels", "40", "20", "--checkpoint", "latest")
+    done = run_here("plan.py", *arguments, "--labels", "40", "20", "--checkpoint", "latest")
     assert done.returncode == 0, done.stderr
     result = json.loads((passive / "planning.json").read_text())
     assert undeclared({"planning": result}) == []
@@ -138,7 +138,7 @@ def test_several_counts_of_labels_make_a_curve(passive: Path) -> None:
     ],
 )
 def test_counts_of_labels_that_cannot_be(passive: Path, labels: list[str], tells: str) -> None:
-    done = run_script("plan.py", "--run", str(passive), "--env", ENV, "--labels", *labels)
+    done = run_here("plan.py", "--run", str(passive), "--env", ENV, "--labels", *labels)
     assert done.returncode == 2 and tells in done.stderr, done.stderr
 
 
@@ -153,13 +153,13 @@ def test_counts_of_labels_that_cannot_be(passive: Path, labels: list[str], tells
     ],
 )
 def test_mistakes_are_told_in_one_line(planner: Path, arguments: list[str], tells: str) -> None:
-    done = run_script("plan.py", "--run", str(planner), *arguments)
+    done = run_here("plan.py", "--run", str(planner), *arguments)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and len(errors) == 1 and tells in errors[0], done.stderr
 
 
 def test_a_passive_run_cannot_plan(trained_run: Path) -> None:
-    done = run_script("plan.py", "--run", str(trained_run), "--env", ENV)
+    done = run_here("plan.py", "--run", str(trained_run), "--env", ENV)
     assert done.returncode == 2 and "is not conditioned on actions" in done.stderr
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from data_pipelines.errors import UserError
-from tests.conftest import REPO, run_script, videos_of
+from tests.conftest import REPO, run_here, videos_of
 from worldmodel.commands import compare, grid, jobs, main
 from worldmodel.config import Config, to_yaml
 
@@ -92,7 +92,7 @@ def test_a_video_whose_name_looks_like_a_formula(trained_run: Path, long_video: 
     video = tmp_path / "a$\\frac{$ \x1b[2J 日:1.mp4"
     shutil.copy(long_video, video)
     out = tmp_path / "cost $\\x$"
-    done = run_script("surprise.py", "--run", str(trained_run), "--video", str(video), "--out", str(out))
+    done = run_here("surprise.py", "--run", str(trained_run), "--video", str(video), "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert (out / "surprise.png").read_bytes().startswith(b"\x89PNG") and (out / "surprise.webp").is_file()
     assert "\x1b[2J" not in done.stdout + done.stderr and "missing from" not in done.stderr
@@ -132,7 +132,7 @@ def test_runs_with_odd_names_are_compared(tiny_config: Callable[..., Config], tm
     ]
     runs = [evaluated(tmp_path / name.replace("/", ""), tiny_config()) for name in names]
     out = tmp_path / os.fsdecode(b"out \xe9 $")
-    done = run_script("compare.py", "--runs", *map(str, runs), "--out", str(out))
+    done = run_here("compare.py", "--runs", *map(str, runs), "--out", str(out))
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert "missing from" not in done.stderr and "\x1b" not in done.stdout
     table = (out / "comparison.md").read_text()

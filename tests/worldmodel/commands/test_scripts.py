@@ -1,4 +1,4 @@
-"""The commands in fresh processes: their output, and one line for a user's mistake."""
+"""The commands, most of them in fresh processes: their output, and one line for a user's mistake."""
 
 import json
 import shutil
@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import REPO, run_script
+from tests.conftest import REPO, run_here, run_script
 
 DEMO = ["--config", str(REPO / "configs" / "demo.yaml")]
 
 
 def assert_one_line(script: str, *arguments: str, tells: str) -> None:
-    done = run_script(script, *arguments)
+    done = run_here(script, *arguments)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
@@ -22,16 +22,11 @@ def assert_one_line(script: str, *arguments: str, tells: str) -> None:
 
 def test_train_evaluate_and_roll_out(tiny_overrides: list[str], world: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert run_script("train.py", *DEMO, *tiny_overrides).returncode == 0
-    twin = run_script(
-        "train.py",
-        "--config",
-        str(REPO / "configs" / "demo_byol.yaml"),
-        *tiny_overrides,
-        f"run_dir={tmp_path / 'byol'}",
-    )
-    assert twin.returncode == 0, twin.stderr
-    assert run_script("evaluate.py", "--run", str(tmp_path / "byol")).returncode == 0
+    trained = run_script("train.py", *DEMO, *tiny_overrides)
+    assert trained.returncode == 0, trained.stderr
+    byol = ["--config", str(REPO / "configs" / "demo_byol.yaml"), *tiny_overrides, f"run_dir={tmp_path / 'byol'}"]
+    assert run_here("train.py", *byol).returncode == 0
+    assert run_here("evaluate.py", "--run", str(tmp_path / "byol")).returncode == 0
     evaluated = run_script("evaluate.py", "--run", str(run), "--compare", str(tmp_path / "byol"))
     assert evaluated.returncode == 0, evaluated.stderr
     metrics = json.loads((run / "metrics.json").read_text())
@@ -123,9 +118,9 @@ def test_one_s_own_folder_of_videos(tiny_overrides: list[str], world: Path, tmp_
     for number, path in enumerate(sorted(world.glob("*/*.mp4"))):
         shutil.copy(path, root / f"{number}.mp4")
     run = tmp_path / "run"
-    trained = run_script("train.py", *DEMO, *tiny_overrides, f"data.root={root}")
+    trained = run_here("train.py", *DEMO, *tiny_overrides, f"data.root={root}")
     assert trained.returncode == 0, trained.stderr
-    evaluated = run_script("evaluate.py", "--run", str(run))
+    evaluated = run_here("evaluate.py", "--run", str(run))
     assert evaluated.returncode == 0, evaluated.stderr
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["space"] == "embedding"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipelines.worlds.causal import NUM_FACTORS, CausalWorld
-from tests.conftest import REPO, run_script
+from tests.conftest import REPO, run_here
 from tests.data_pipelines.worlds.test_causal import unmix
 from tests.worldmodel.report.samples import undeclared
 from worldmodel.build import clip_layout
@@ -95,12 +95,12 @@ def test_tree_importance_finds_which_dimension_tells_of_which_factor() -> None:
 def test_training_and_evaluating_by_the_scripts(tmp_path: Path) -> None:
     run = tmp_path / "run"
     few = ["train.steps=30", "train.eval_every=30", "tracking.wandb=disabled", f"run_dir={run}"]
-    trained = run_script("train.py", "--config", str(CAUSAL), *few, *SIZES)
+    trained = run_here("train.py", "--config", str(CAUSAL), *few, *SIZES)
     assert trained.returncode == 0, trained.stderr
-    evaluated = run_script("evaluate.py", "--run", str(run))
+    evaluated = run_here("evaluate.py", "--run", str(run))
     assert evaluated.returncode == 0, evaluated.stderr
     assert "linear R² of the factors, out of distribution" in evaluated.stdout
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["factors"]["in_distribution_r2"] > 0.2 and metrics["kl_nats"] > 0
-    compared = run_script("evaluate.py", "--run", str(run), "--compare", str(run))
+    compared = run_here("evaluate.py", "--run", str(run), "--compare", str(run))
     assert compared.returncode == 2 and "compare runs on their known factors" in compared.stderr

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from data_pipelines.errors import UserError
 from data_pipelines.worlds import kicked_mnist
 from data_pipelines.worlds.planted import EVENTS, Planted
-from tests.conftest import REPO, TINY, run_script
+from tests.conftest import REPO, TINY, run_here
 from tests.worldmodel.commands.test_scripts import assert_one_line
 from worldmodel import load
 from worldmodel.config import load_config
@@ -77,7 +77,7 @@ def test_detects_on_a_run_deterministically(kicked_run: Path) -> None:
 
 def test_the_script_writes_and_prints_the_table(kicked_run: Path, tmp_path: Path) -> None:
     shutil.copytree(kicked_run, tmp_path / "run")
-    done = run_script("benchmarks/surprise.py", "--run", str(tmp_path / "run"), "--num-videos", "2")
+    done = run_here("benchmarks/surprise.py", "--run", str(tmp_path / "run"), "--num-videos", "2")
     assert done.returncode == 0, done.stderr
     stored = json.loads((tmp_path / "run" / "surprise_events.json").read_text())
     assert stored["num_videos"] == 2 and stored["seed"] == 0 and stored["step"] == 6

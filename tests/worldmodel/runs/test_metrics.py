@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data_pipelines.errors import UserError
-from tests.conftest import run_script
+from tests.conftest import run_here
 from tests.worldmodel.report.samples import make_metrics, make_planning, make_unlabelled_metrics, undeclared
 from worldmodel.config import Config, to_yaml
 from worldmodel.report.comparison import RunScores, comparison_markdown, flat_numbers, num_steps
@@ -183,7 +183,7 @@ def test_the_samples_of_the_reports_tests_hold_nothing_else() -> None:
 
 def test_the_scripts_that_read_another_run(run: Path, tmp_path: Path) -> None:
     (run / "metrics.json").write_text(json.dumps({"forecasts": {"model": {"energy_score": {"999999999": 1}}}}))
-    done = run_script("compare.py", "--runs", str(run), "--out", str(tmp_path / "out"))
+    done = run_here("compare.py", "--runs", str(run), "--out", str(tmp_path / "out"))
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith(f"error: {run / 'metrics.json'} is damaged") and "energy_score" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ import pytest
 import wandb
 
 from data_pipelines.errors import UserError
-from tests.conftest import REPO, run_script
+from tests.conftest import REPO, run_here
 from worldmodel.runs import wandb_tracking
 from worldmodel.runs.tracking import Tracker, read_history
 from worldmodel.runs.wandb_tracking import WandbRun, start_wandb, wandb_mode
@@ -96,7 +96,7 @@ def test_a_mistake_is_told_before_there_is_a_run_folder(
     tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "garbage")
-    done = run_script("train.py", "--config", str(REPO / "configs" / "demo.yaml"), *tiny_overrides)
+    done = run_here("train.py", "--config", str(REPO / "configs" / "demo.yaml"), *tiny_overrides)
     assert done.returncode == 2 and "error: WANDB_MODE='garbage'" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 

@@ -4,19 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
 from data_pipelines.errors import UserError
-from tests.conftest import TINY, normal, run_processes
+from tests.conftest import REPO, TINY, normal, run_processes
 from tests.worldmodel import training_jobs
 from tests.worldmodel.training.test_loop import rows
-from worldmodel.config import TeacherObjective, choices
+from worldmodel.config import TeacherObjective, choices, load_config
 from worldmodel.nets.parallel import all_gather, global_batch, multinomial_rows, num_clips, randn_rows
 from worldmodel.runs.checkpoint import load_checkpoint
 from worldmodel.training import distributed
 from worldmodel.training.distributed import GlobalBatchNorm, SharedBatchNorm, globalise_batch_norm
 from worldmodel.training.launch import check_launch_environment
+from worldmodel.training.loop import train
 
 CAUSAL = [
     "causal/heteroscedastic.yaml",
@@ -68,7 +70,8 @@ def updates(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     cases = {name: [path, *shared, *overrides] for name, (path, *overrides) in CASES.items()}
     (folder / "cases.json").write_text(json.dumps(cases))
     (folder / "in_shards.json").write_text(json.dumps({name: cases[name] for name in IN_SHARDS}))
-    launch(1, "three_updates", str(folder / "one"), str(folder / "cases.json"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    training_jobs.three_updates(folder / "one", cases)
     launch(2, "three_updates", str(folder / "two"), str(folder / "cases.json"))
     launch(2, "three_updates", str(folder / "shards"), str(folder / "in_shards.json"), shards=True)
     return {name: folder / name for name in ("one", "two", "shards")}
@@ -142,28 +145,26 @@ def test_a_run_of_two_processes_continues_with_one_and_with_four(tmp_path: Path)
 
 
 def test_checkpoints_do_not_depend_on_sharding(tmp_path: Path) -> None:
-    """Stopped after step 3 of 6 by a signal to the last process, at once although no row is due. It continues with the
-    other sharding; the losses are those of one process."""
-
-    def overrides(name: str) -> list[str]:
-        path, *of_case = CASES["jepa_mixture"]
-        return [path, *TINY, f"run_dir={tmp_path / name}", *of_case, "evaluation.queries=64"]
-
-    def go(num_processes: int, name: str, step: int, how: str, shards: bool, rows_every: int = 1) -> None:
-        arguments = [str(tmp_path / f"seen_{name}"), str(step), how, *overrides(name), f"train.log_every={rows_every}"]
-        launch(num_processes, "run_until", *arguments, shards=shards)
-
-    go(1, "whole", 6, "anew", shards=False)
-    for number, first_in_shards in enumerate((True, False)):
-        name = f"run_{number}"
-        go(2, name, 3, "anew", shards=first_in_shards, rows_every=1000)
-        assert all(len(json.loads(path.read_text())) == 3 for path in (tmp_path / f"seen_{name}").iterdir())
-        go(2, name, 6, "resume", shards=not first_in_shards)
-        losses = [row["loss"] for row in rows(tmp_path / name)]
-        assert losses == pytest.approx([row["loss"] for row in rows(tmp_path / "whole")][3:], abs=1e-4)
-        checkpoints = (load_checkpoint(tmp_path / run) for run in ("whole", name))
-        one, two = (checkpoint.optimizer for checkpoint in checkpoints if checkpoint)
-        assert {key: value.shape for key, value in one.items()} == {key: value.shape for key, value in two.items()}
+    """Stopped after steps 2 and 4 of 6 by a signal to the last process, at first although no row is due. It continues
+    with the other sharding each time; the losses are those of one process."""
+    path, *of_case = CASES["jepa_mixture"]
+    overrides = [*TINY, *of_case, "evaluation.queries=64", "train.checkpoint_every=1000"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train(load_config(REPO / "configs" / path, [*overrides, f"run_dir={whole}"]))
+    expected = load_checkpoint(whole)
+    assert expected is not None
+    for stop, how, shards, rows_every in ((2, "anew", True, 1000), (4, "resume", False, 1), (6, "resume", True, 1)):
+        seen = tmp_path / f"seen_{stop}"
+        arguments = [str(seen), str(stop), how, path, *overrides, f"run_dir={run}", f"train.log_every={rows_every}"]
+        launch(2, "run_until", *arguments, shards=shards)
+        assert [len(json.loads(clips.read_text())) for clips in seen.iterdir()] == [2, 2]
+        found = load_checkpoint(run)
+        assert found is not None and found.state["step"] == stop
+        for part in ("model", "teacher", "optimizer"):
+            one, two = ({key: value.shape for key, value in getattr(of, part).items()} for of in (expected, found))
+            assert one == two
+    losses = [row["loss"] for row in rows(run)]
+    assert losses == pytest.approx([row["loss"] for row in rows(whole)][2:], abs=1e-4)
 
 
 def test_by_one_process_a_batch_is_its_own() -> None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from data_pipelines.batches import Batch
 from data_pipelines.errors import UserError
-from tests.conftest import REPO, TINY, normal, run_script, script_environment
+from tests.conftest import REPO, TINY, normal, run_here, script_environment
 from tests.worldmodel.runs.test_checkpoint import make
 from tests.worldmodel.training.test_loop import DEMO, assert_same_weights, rows
 from worldmodel import load
@@ -164,7 +164,7 @@ def test_a_stop_after_a_bad_step_saves_nothing(
 def test_a_learning_rate_that_is_too_high_is_one_line_and_no_checkpoint(
     tiny_overrides: list[str], tmp_path: Path
 ) -> None:
-    done = run_script("train.py", *DEMO, *tiny_overrides, *RARE, "train.clip_norm=0", "train.lr=1e30")
+    done = run_here("train.py", *DEMO, *tiny_overrides, *RARE, "train.clip_norm=0", "train.lr=1e30")
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert len(lines) == 1 and "is not finite" in lines[0] and "embedder.encoder.layers." in lines[0]
@@ -196,7 +196,7 @@ def test_weights_that_are_not_finite_are_not_loaded(trained_copy: Path) -> None:
             UserError, match=rf"checkpoint .*{name} holds weights that are not finite, first in {message}"
         ):
             load(trained_copy)
-    done = run_script("evaluate.py", "--run", str(trained_copy))
+    done = run_here("evaluate.py", "--run", str(trained_copy))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "holds weights that are not finite" in done.stderr.splitlines()[-1]
 
