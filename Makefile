@@ -40,9 +40,10 @@ demo: $(RUNTIME) ## write videos, train AdaSSL-V and BYOL on them, forecast, rep
 	$(BIN)/worldmodel evaluate --run runs/demo_byol
 	$(BIN)/worldmodel evaluate --run runs/demo --compare runs/demo_byol
 
-# Most tests use one core. The tests of a file run in one process, which creates their shared fixtures once.
+# Most tests use one core. The tests of a file run in one process, which creates their shared fixtures once. Files start in
+# the order of tests/conftest.py, the longest first.
 test: $(TESTS) ## run the fast tests on two cores, and list the 20 slowest
-	$(BIN)/python -m pytest -q -m "not slow" --durations=20 --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not slow" --durations=20 --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(TESTS) ## run the slow tests
 	$(BIN)/python -m pytest -q -m slow --durations=20

@@ -1,6 +1,6 @@
 """What the tests start as several processes of one training: `python -m tests.worldmodel.training_jobs JOB OUT ...`.
 
-three_updates OUT CASES    of each case, a config and overrides: losses, gradients, teacher, running statistics
+few_updates OUT CASES      of each case, a config and overrides: losses, gradients, teacher, running statistics
 evaluate OUT CASES         of each case: the scores of an untrained model, refined where it says so; who saw which clips
 run_until OUT STEP anew|resume CONFIG OVERRIDE...    train; the last process gets SIGTERM after a step; keeps the clips
                                                      of each step
@@ -32,8 +32,10 @@ from worldmodel.training.loop import train
 from worldmodel.training.session import Interrupted, Session
 from worldmodel.training.trainer import Trainer
 
+NUM_UPDATES = 2  # the second has the weights, teacher and statistics that the first has left
 
-def three_updates(out: Path, cases: dict[str, list[str]]) -> None:
+
+def few_updates(out: Path, cases: dict[str, list[str]]) -> None:
     """Saves OUT/CASE.safetensors, by the first process. The batch norm of cases in parts stays as it is; untrained
     encoders with batch norm make 1e-3 of fp32's 1e-7, so their cases are computed in double precision."""
     out.mkdir(exist_ok=True)
@@ -71,7 +73,7 @@ def updates(name: str, path: str, overrides: list[str], out: Path) -> dict[str, 
     trainer.optimizer.optimizer.register_step_pre_hook(keep)
     batches = stream.batches(0)
     found: dict[str, torch.Tensor] = {}
-    for step in range(3):
+    for step in range(NUM_UPDATES):
         trainer.log.restart()
         trainer.update(batches)
         means = trainer.log.means()
@@ -162,8 +164,8 @@ def run_until(out: Path, last_step: int, path: str, overrides: list[str], resume
 
 if __name__ == "__main__":
     job, folder, *rest = sys.argv[1:]
-    if job == "three_updates":
-        three_updates(Path(folder), json.loads(Path(rest[0]).read_text()))
+    if job == "few_updates":
+        few_updates(Path(folder), json.loads(Path(rest[0]).read_text()))
     elif job == "evaluate":
         evaluate(Path(folder), json.loads(Path(rest[0]).read_text()))
     else:

@@ -64,16 +64,16 @@ def launch(num_processes: int, *arguments: str, shards: bool = False) -> None:
 
 @pytest.fixture(scope="module")
 def updates(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What three updates of each case left, by one process, by two, and by two with the weights in shards."""
+    """What two updates of each case left, by one process, by two, and by two with the weights in shards."""
     folder = tmp_path_factory.mktemp("updates")
     shared = [*TINY, f"data.root={world}", f"run_dir={folder / 'run'}", "objective.ema_momentum=0.9"]
     cases = {name: [path, *shared, *overrides] for name, (path, *overrides) in CASES.items()}
     (folder / "cases.json").write_text(json.dumps(cases))
     (folder / "in_shards.json").write_text(json.dumps({name: cases[name] for name in IN_SHARDS}))
     AcceleratorState._reset_state(reset_partial_state=True)
-    training_jobs.three_updates(folder / "one", cases)
-    launch(2, "three_updates", str(folder / "two"), str(folder / "cases.json"))
-    launch(2, "three_updates", str(folder / "shards"), str(folder / "in_shards.json"), shards=True)
+    training_jobs.few_updates(folder / "one", cases)
+    launch(2, "few_updates", str(folder / "two"), str(folder / "cases.json"))
+    launch(2, "few_updates", str(folder / "shards"), str(folder / "in_shards.json"), shards=True)
     return {name: folder / name for name in ("one", "two", "shards")}
 
 

@@ -15,7 +15,7 @@ from tests.worldmodel.training.test_loop import rows
 from worldmodel.config import choices, load_config
 from worldmodel.training.loop import train
 
-SMALL = [*TINY, "train.steps=3", "train.eval_every=3", "evaluation.selection_clips=8", "evaluation.fit_clips=16"]
+SMALL = [*TINY, "train.steps=2", "train.eval_every=2", "evaluation.selection_clips=8", "evaluation.fit_clips=16"]
 FRESH = ["demo.yaml", "data.source=moving_mnist"]
 STEPS = ["data.num_segments=2", "data.num_frames=1", "objective.rollout_steps=2", "objective.smoothness_weight=1"]
 REFINED = ["train.refine_steps=3", "train.refine_clips=16", "model.scene_dim=2", "model.distance_dim=2"]
