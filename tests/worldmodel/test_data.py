@@ -18,12 +18,12 @@ from data_pipelines.transforms import split_segments
 from data_pipelines.worlds.kicked_mnist import KickedMnistLaw
 from data_pipelines.worlds.law import Law
 from data_pipelines.worlds.moving_mnist import MovingMnistLaw
-from data_pipelines.worlds.written import write_whole
+from data_pipelines.worlds.written import encode_h264, write_whole
 from tests.conftest import REPO, videos_of
 from tests.data_pipelines.shard_server import ShardServer
-from worldmodel.config import Config, load_config
+from worldmodel.config import Config, VideosConfig, load_config
 from worldmodel.sources import make_source
-from worldmodel.sources.videos import VideosSource
+from worldmodel.sources.videos import VideosSource, video_number
 from worldmodel.training.loop import train
 
 CAUSAL = REPO / "configs" / "causal" / "isotropic.yaml"
@@ -319,3 +319,31 @@ def write_long(path: Path, num_frames: int) -> None:
     frames[np.arange(num_frames), :, np.arange(num_frames) % 64] = 255
     path.parent.mkdir(parents=True)
     write_whole(path, frames, 10)
+
+
+def test_clips_have_their_places_in_videos_that_splits_share(tmp_path: Path) -> None:
+    """Frame numbers are painted into the pixels: the upper half shows the video, the lower half the frame."""
+    for video in range(2):
+        frames = np.full((200, 32, 32), 60 + 100 * video, np.uint8)
+        frames[:, 16:] = (20 + np.arange(200))[:, None, None]
+        encode_h264(tmp_path / f"{video}.mp4", frames)
+    data = VideosConfig(root=str(tmp_path), size_px=32, channels=1, num_frames=2, clip_step=4, num_workers=0)
+    source = VideosSource(data, seed=0, evaluation_seed=0)
+    numbers: dict[int, set[int]] = {0: set(), 1: set()}
+    for split in ("train", "selection", "test"):
+        (batch,) = source.evaluation_batches(split, 100, horizon=2)
+        places = source.clip_places(split, batch["clip_id"], 2)
+        shown = batch["video"][:, 0, 0].float()
+        torch.testing.assert_close(
+            shown[:, 20:, 4:-4].mean(dim=(1, 2)) - 20, places.first_frame.float(), atol=2.5, rtol=0
+        )
+        assert places.span_frames == batch["video"].shape[1] == 8
+        for number, level in zip(places.video.tolist(), shown[:, 4:12].mean(dim=(1, 2)).tolist(), strict=True):
+            numbers[int(level > 110)].add(number)
+    assert len(numbers[0]) == len(numbers[1]) == 1 and numbers[0] != numbers[1]
+    assert numbers[0] == {video_number("0.mp4", "")}
+
+
+def test_each_clip_of_a_generated_world_is_a_video_of_its_own(tiny_config: Callable[..., Config]) -> None:
+    places = make_source(tiny_config("data.source=moving_mnist")).clip_places("test", torch.arange(5), 1)
+    assert len(places.video.unique()) == 5 and not places.first_frame.any()

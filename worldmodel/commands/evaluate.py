@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from worldmodel.evaluation.evaluate import evaluate
     from worldmodel.evaluation.factors import factors_table
+    from worldmodel.report.headline import verdict
     from worldmodel.report.run_page import report_of_run
     from worldmodel.report.tables import markdown_table
     from worldmodel.runs.folder import RunFolder
@@ -39,5 +40,5 @@ def run(args: argparse.Namespace) -> None:
     if "factors" in metrics:
         print(f"\n{factors_table(metrics)}\n")
     else:
-        print(f"\n{markdown_table(metrics)}\n\n{report_of_run(args.run)}")
+        print(f"{verdict(metrics)}\n\n{markdown_table(metrics)}\n\n{report_of_run(args.run)}")
     print(RunFolder(args.run).metrics)

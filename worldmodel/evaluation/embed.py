@@ -21,7 +21,7 @@ from data_pipelines.splits import Split
 from data_pipelines.worlds.law import Law
 from worldmodel.data import ClipLayout, actions_of, oracle_r, segments_of
 from worldmodel.nets.world_model import WorldModel
-from worldmodel.sources.source import EVALUATION_BATCH, MIN_CLIPS, Source
+from worldmodel.sources.source import EVALUATION_BATCH, MIN_CLIPS, ClipPlaces, Source
 from worldmodel.training.losses import TrainingModel
 
 
@@ -109,7 +109,7 @@ class EmbeddedSplit:
     of each later segment in the space of targets. r [N, R] is inferred as in training; its penalty [N] is None if the
     latent has none. actions [N, horizon, A] condition the model; A is 0 for a passive one. frames uint8
     [<= N, (1 + horizon) * T, C, H, W] are the pixels of the first clips. extrapolated [N, horizon, K] continues the
-    motion seen in the pixels of the context; None without a law.
+    motion seen in the pixels of the context; None without a law. places are those of the clips in their videos.
     """
 
     state: Tensor
@@ -120,6 +120,7 @@ class EmbeddedSplit:
     penalty: Tensor | None
     actions: Tensor
     clip_id: Tensor
+    places: ClipPlaces
     labels: dict[str, Tensor]
     frames: Tensor
     extrapolated: Tensor | None
@@ -194,6 +195,7 @@ def embed_split(
         penalty=penalty,
         actions=parts["actions"],
         clip_id=parts["clip_id"],
+        places=networks.source.clip_places(split, parts["clip_id"], horizon),
         labels=labels,
         frames=parts.get("frames", torch.empty(0))[:num_framed],
         extrapolated=parts.get("extrapolated"),

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from data_pipelines.splits import Split
 from data_pipelines.stream import share_of_pass
 from data_pipelines.worlds.law import Law, Quantity
 from worldmodel.config import EvaluationConfig
@@ -33,6 +32,7 @@ from worldmodel.evaluation.embed import (
     mean_penalty,
 )
 from worldmodel.evaluation.futures import (
+    ForecastClips,
     all_forecasts,
     climatology,
     num_forecasts,
@@ -40,10 +40,17 @@ from worldmodel.evaluation.futures import (
     roll_out_share,
 )
 from worldmodel.evaluation.illustrations import Illustrations, Latents
+from worldmodel.evaluation.intervals import add_skill, interval_facts, resample
 from worldmodel.evaluation.probes import probe_clips
-from worldmodel.evaluation.quantity import ScoredQuantity, draw, fitted_readout, known_truth, quantity_of
+from worldmodel.evaluation.quantity import CLIMATOLOGIES, ScoredQuantity, draw, fitted_readout, known_truth, quantity_of
 from worldmodel.evaluation.readout import Readout
-from worldmodel.evaluation.scores import effective_rank, energy_score, forecast_scores, retrieval_scores
+from worldmodel.evaluation.scores import (
+    effective_rank,
+    energy_score,
+    energy_scores,
+    forecast_scores,
+    retrieval_scores,
+)
 from worldmodel.runs.metrics import (
     Embedding,
     Forecasts,
@@ -72,50 +79,16 @@ class Evaluation:
     quantity: Quantity | None
 
 
-@dataclass(frozen=True)
-class ForecastSettings:
-    """The extent of the protocol: its split, its numbers of clips, and its share of the work."""
-
-    split: Split
-    num_queries: int
-    num_fit: int
-    horizon: int
-    seed: int
-    num_framed: int = 0
-    share: Share = ALONE
-    progress: bool = True
-
-    @classmethod
-    def of_evaluation(cls, config: EvaluationConfig) -> "ForecastSettings":
-        """Return the settings that metrics.json is made with."""
-        return cls("test", config.queries, config.fit_clips, config.horizon, config.seed, num_framed=NUM_EXAMPLES)
-
-    @classmethod
-    def of_development(cls, config: EvaluationConfig, share: Share) -> "ForecastSettings":
-        """Return the settings of the quick scores during training, on selection identities."""
-        num_queries = min(DEVELOPMENT_QUERIES, config.selection_clips)
-        num_fit = min(DEVELOPMENT_FIT_CLIPS, config.fit_clips)
-        return cls("selection", num_queries, num_fit, config.horizon, config.seed, share=share, progress=False)
-
-
-@dataclass(frozen=True)
-class ForecastClips:
-    """The law of the queries, if it is known; the embedded queries; and clips to fit a readout on, if one is needed."""
-
-    law: Law | None
-    queries: EmbeddedSplit
-    fit: EmbeddedSplit | None
-
-
-def embed_forecast_clips(networks: Networks, settings: ForecastSettings, *, label: str | None) -> ForecastClips:
-    """Embed the clips that the settings ask for. `label` is the label to forecast if no law is known."""
-    law = networks.source.known_law(settings.split, settings.horizon)
-    embed = partial(embed_split, networks, seed=settings.seed, progress=settings.progress, share=settings.share)
-    queries = embed(
-        settings.split, settings.num_queries, horizon=settings.horizon, law=law, num_framed=settings.num_framed
+def embed_forecast_clips(networks: Networks, config: EvaluationConfig) -> ForecastClips:
+    """Embed the clips of the protocol."""
+    law = networks.source.known_law("test", config.horizon)
+    embed = partial(embed_split, networks, seed=config.seed)
+    return ForecastClips(
+        law=law,
+        queries=embed("test", config.queries, horizon=config.horizon, law=law, num_framed=NUM_EXAMPLES),
+        fit=embed("train", config.fit_clips),
+        selection=embed("selection", config.selection_clips, num_framed=BANK_CLIPS),
     )
-    fit = embed("train", settings.num_fit) if law or label else None
-    return ForecastClips(law, queries, fit)
 
 
 def evaluate_forecasts(networks: Networks, config: EvaluationConfig) -> Evaluation:
@@ -128,29 +101,33 @@ def evaluate_forecasts(networks: Networks, config: EvaluationConfig) -> Evaluati
     check_splits(networks.source, layout.labels | ({label} if label else set()), evaluation_uses(config.horizon))
     num_samples = num_futures(networks.model, config.num_samples)
     with frozen(networks.model, networks.target_encoder):
-        clips = embed_forecast_clips(networks, ForecastSettings.of_evaluation(config), label=label)
-        law, queries, fit = clips.law, clips.queries, clips.fit
-        selection = embed_split(networks, "selection", config.selection_clips, seed=config.seed, num_framed=BANK_CLIPS)
+        clips = embed_forecast_clips(networks, config)
+        law, queries = clips.law, clips.queries
         generator = torch.Generator().manual_seed(config.seed)
         quantity, scored = None, None
-        if fit and (known := known_truth(law, label, layout.num_frames)):
+        if known := known_truth(law, label, layout.num_frames):
             quantity = quantity_of(known, queries.labels)
             draws = {"law_samples": config.law_samples, "num_samples": config.num_samples}
-            scored = ScoredQuantity.fitted(known, fit, selection, queries, generator, **draws)
+            scored = ScoredQuantity.fitted(known, clips.fit, clips.selection, queries, generator, **draws)
         forecasts = tqdm(
-            all_forecasts(networks, law, queries, num_samples, generator),
+            all_forecasts(networks, clips, num_samples, generator),
             desc="scoring forecasts",
             unit="forecast",
             total=num_forecasts(law),
         )
         found = _score_all(forecasts, queries, scored)
+    resampling = resample(queries.places, torch.Generator().manual_seed(config.seed))
+    add_skill(found.in_embedding, found.energy, resampling)
     metrics = _metrics(networks, queries, num_samples, found)
-    if scored is None or quantity is None or fit is None:
+    metrics["intervals"] = interval_facts(resampling)
+    if scored is None or quantity is None:
         metrics["space"], metrics["quantity"], metrics["forecasts"] = "embedding", None, found.in_embedding
     else:
-        _add_quantity(metrics, quantity, scored, found)
-        metrics["probes"] = probe_clips(law, fit, selection, queries)
-    neighbours, steps = nearest_segments(selection, found.shown, layout.num_frames)
+        forecasts_of_quantity, energy = scored.scores(found.values, generator)
+        add_skill(forecasts_of_quantity, energy, resampling)
+        _add_quantity(metrics, quantity, scored, found, forecasts_of_quantity)
+        metrics["probes"] = probe_clips(law, clips.fit, clips.selection, queries)
+    neighbours, steps = nearest_segments(clips.selection, found.shown, layout.num_frames)
     illustrations = Illustrations(
         frames=queries.frames.numpy(),
         num_frames=layout.num_frames,
@@ -167,10 +144,12 @@ def evaluate_forecasts(networks: Networks, config: EvaluationConfig) -> Evaluati
 class _Found:
     """Scores of all forecasts in embedding space; values [Q, S, horizon, K] of the quantity by forecast.
 
-    shown [Q, P, horizon, D] are samples of the model for the first queries. beyond_fit is empty without a quantity.
+    energy [Q, horizon] are the Energy Scores of each query in embedding space, by forecast. shown [Q, P, horizon, D]
+    are samples of the model for the first queries. beyond_fit is empty without a quantity.
     """
 
     in_embedding: Forecasts
+    energy: dict[str, Tensor]
     retrievals: dict[str, RetrievalScores]
     values: dict[str, Tensor]
     shown: Tensor
@@ -180,15 +159,16 @@ class _Found:
 def _score_all(
     forecasts: Iterable[tuple[str, Tensor]], queries: EmbeddedSplit, scored: ScoredQuantity | None
 ) -> _Found:
-    found = _Found({}, {}, {}, torch.empty(0), [])
+    found = _Found({}, {}, {}, {}, torch.empty(0), [])
     targets = queries.targets[:, None]
     for name, samples in forecasts:
-        found.in_embedding[name] = forecast_scores(samples, targets, mean_over_dimensions=True)
+        energy = found.energy[name] = energy_scores(samples, targets)
+        found.in_embedding[name] = forecast_scores(samples, targets, energy=energy, mean_over_dimensions=True)
         found.retrievals[name] = retrieval_scores(samples, queries.targets)
         if name == "model":
             found.shown = samples[: len(queries.frames), :NUM_NEIGHBOURS].clone()
             found.beyond_fit = scored.beyond_fit(samples) if scored else []
-        if scored and name != "climatology":
+        if scored and name not in CLIMATOLOGIES:
             found.values[name] = scored.readout(samples)
     return found
 
@@ -212,10 +192,12 @@ def _metrics(networks: Networks, queries: EmbeddedSplit, num_samples: int, found
     return metrics
 
 
-def _add_quantity(metrics: Metrics, quantity: Quantity, scored: ScoredQuantity, found: _Found) -> None:
+def _add_quantity(
+    metrics: Metrics, quantity: Quantity, scored: ScoredQuantity, found: _Found, forecasts: Forecasts
+) -> None:
     metrics["space"] = f"{quantity.name}, {quantity.unit}" if quantity.unit else quantity.name
     metrics["quantity"] = QuantityFacts(name=quantity.name, unit=quantity.unit, dimensions=list(quantity.dimensions))
-    metrics["forecasts"] = scored.scores(found.values)
+    metrics["forecasts"] = forecasts
     metrics["beyond_fit_norm_99"] = [*found.beyond_fit]
     metrics["readout"] = ReadoutFacts(strength=scored.readout.strength, r2=scored.readout_r2)
 
@@ -228,9 +210,12 @@ def development_scores(networks: Networks, config: EvaluationConfig, share: Shar
 
     All processes call it. Each decodes, encodes and forecasts its share of the clips, and all get the same scores.
     """
+    law = networks.source.known_law("selection", config.horizon)
+    embed = partial(embed_split, networks, seed=config.seed, progress=False, share=share)
     with frozen(networks.model, networks.target_encoder):
-        clips = embed_forecast_clips(networks, ForecastSettings.of_development(config, share), label=None)
-        law, queries, fit = clips.law, clips.queries, clips.fit
+        num_queries = min(DEVELOPMENT_QUERIES, config.selection_clips)
+        queries = embed("selection", num_queries, horizon=config.horizon, law=law)
+        fit = embed("train", min(DEVELOPMENT_FIT_CLIPS, config.fit_clips)) if law else None
         if len(queries) < share.world_size:
             share = ALONE  # each process forecasts all queries
         rows = share_of_pass(len(queries), share.rank, share.world_size)

@@ -5,6 +5,7 @@ Legend: Q queries, S samples, D embedding dimensions, Z numbers of a scene code,
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from einops import repeat
@@ -12,24 +13,37 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from data_pipelines.worlds.law import Law
+from worldmodel.evaluation.baselines import MAX_MOMENTS, LinearGaussian, other_clips, training_clips
 from worldmodel.evaluation.embed import EmbeddedSplit, Networks
 from worldmodel.nets.parallel import global_batch
 from worldmodel.nets.world_model import WorldModel
 
 ROLLOUT_BATCH = 512
-MAX_CLIMATOLOGY = 64
 # The encode-decode oracle renders and encodes every future. Its score is unbiased for any number of them.
 ENCODE_DECODE_SAMPLES = 16
 
 
+@dataclass(frozen=True)
+class ForecastClips:
+    """The law of the queries, if it is known; the queries; and the clips on which readouts and baselines are fitted.
+
+    `fit` are training clips, and the strength of a fit is chosen on `selection`.
+    """
+
+    law: Law | None
+    queries: EmbeddedSplit
+    fit: EmbeddedSplit
+    selection: EmbeddedSplit
+
+
 def all_forecasts(
-    networks: Networks, law: Law | None, queries: EmbeddedSplit, num_samples: int, generator: torch.Generator
+    networks: Networks, clips: ForecastClips, num_samples: int, generator: torch.Generator
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and the samples [Q, S, horizon, D] of each forecast, one at a time because they are large.
 
     `num_samples` is S of the model's futures.
     """
-    model, device = networks.model, networks.device
+    model, device, law, queries = networks.model, networks.device, clips.law, clips.queries
     yield "model", roll_out(networks, queries.state, queries.actions, num_samples, generator)
     if model.latent.latent_dim:
         yield "shuffled_r", roll_out(networks, queries.state, queries.actions, num_samples, generator, shuffle=True)
@@ -39,11 +53,16 @@ def all_forecasts(
     yield "climatology", climatology(queries, generator)
     if law:
         yield "encode_decode_oracle", encode_decode(networks, law, queries, generator)
+    yield "training_climatology", training_climatology(clips.fit, queries, generator)
+    yield (
+        "linear_gaussian",
+        linear_gaussian(clips).roll_out(queries.persistence, queries.actions, MAX_MOMENTS, generator),
+    )
 
 
 def num_forecasts(law: Law | None) -> int:
     """Return the largest number of forecasts that `all_forecasts` yields."""
-    return 5 + (law is not None)
+    return 7 + (law is not None)
 
 
 def num_futures(model: WorldModel, num_samples: int) -> int:
@@ -93,10 +112,21 @@ def roll_out_share(
 
 def climatology(queries: EmbeddedSplit, generator: torch.Generator) -> Tensor:
     """Return targets of other queries at the same horizon step, [Q, S, horizon, D]."""
-    count = len(queries)
-    num_others = min(MAX_CLIMATOLOGY, count - 1)
-    shift = 1 + torch.randint(count - 1, (count, num_others), generator=generator)
-    return queries.targets[(torch.arange(count)[:, None] + shift) % count]
+    return queries.targets[other_clips(queries.places, generator)]
+
+
+def training_climatology(fit: EmbeddedSplit, queries: EmbeddedSplit, generator: torch.Generator) -> Tensor:
+    """Return targets of training clips for each query, drawn anew at each horizon step, [Q, S, horizon, D]."""
+    steps = [training_clips(fit.places, queries.places, MAX_MOMENTS, generator) for _ in range(queries.horizon)]
+    return fit.targets[torch.stack(steps, dim=2), 0]
+
+
+def linear_gaussian(clips: ForecastClips) -> LinearGaussian:
+    """Fit the linear-Gaussian forecast to training clips, and choose it on selection clips."""
+    parts = []
+    for split in (clips.fit, clips.selection):
+        parts += [torch.cat([split.persistence, split.actions[:, 0]], dim=1), split.targets[:, 0]]
+    return LinearGaussian.fitted(*parts)
 
 
 def encode_decode(networks: Networks, law: Law, queries: EmbeddedSplit, generator: torch.Generator) -> Tensor:

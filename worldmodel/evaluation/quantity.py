@@ -15,11 +15,16 @@ from torch import Tensor
 
 from data_pipelines.errors import UserError
 from data_pipelines.worlds.law import Law, Quantity
+from worldmodel.evaluation.baselines import MAX_MOMENTS, constant_velocity, other_clips, training_clips
 from worldmodel.evaluation.embed import EmbeddedSplit
 from worldmodel.evaluation.illustrations import Fans
 from worldmodel.evaluation.readout import RIDGE_STRENGTHS, Readout, choose_readout
-from worldmodel.evaluation.scores import forecast_scores, r_squared
+from worldmodel.evaluation.scores import energy_scores, forecast_scores, r_squared
 from worldmodel.runs.metrics import Forecasts
+from worldmodel.sources.source import ClipPlaces
+
+CLIMATOLOGIES = ("climatology", "training_climatology")
+"""Forecasts by real moments. They have true values, which no readout must read."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,14 @@ class FrameLabel:
     def origin(self, labels: dict[str, Tensor]) -> Tensor:
         """Return the values in the last context frame, [N, K]."""
         return labels[self.name].float()[:, self.num_frames - 1]
+
+    def baselines(self, labels: dict[str, Tensor], horizon: int) -> dict[str, Tensor]:
+        """Return the forecasts that the label's values in the context allow, [N, 1, horizon, K] each."""
+        context = labels[self.name].float()[:, : self.num_frames]
+        found = {"label_persistence": context[:, -1:, None].expand(-1, -1, horizon, -1)}
+        if self.num_frames > 1:
+            found["constant_velocity"] = constant_velocity(context, horizon)[:, None]
+        return found
 
 
 KnownTruth = Law | FrameLabel
@@ -87,8 +100,10 @@ def draw(law: Law, labels: dict[str, Tensor], horizon: int, num_draws: int, gene
 class ScoredQuantity:
     """The readout of the quantity, and the values that forecasts of the queries are scored against.
 
-    observed [Q, M, horizon, K] are draws of the law, or the one future that followed. oracle [Q, S, horizon, K] are
-    further draws of the law. origin [Q, K] is the quantity in the last context frame.
+    baselines [Q, S, horizon, K] are forecasts without a readout, by name, from the labels of the context. past [N, K]
+    are the true values after the training clips at `past_places`. observed [Q, M, horizon, K] are draws of the law, or
+    the one future that followed. oracle [Q, S, horizon, K] are further draws of the law. origin [Q, K] is the quantity
+    in the last context frame.
     """
 
     law: Law | None
@@ -100,6 +115,9 @@ class ScoredQuantity:
     oracle: Tensor | None
     truth: Tensor
     origin: Tensor
+    baselines: dict[str, Tensor]
+    past: Tensor
+    past_places: ClipPlaces
 
     @classmethod
     def fitted(
@@ -119,8 +137,13 @@ class ScoredQuantity:
         labels, horizon = queries.labels, queries.horizon
         truth = known.truth(labels, horizon)
         law, observed, oracle = None, truth[:, None], None
-        if not isinstance(known, FrameLabel):
+        baselines = {}
+        if isinstance(known, FrameLabel):
+            baselines = known.baselines(labels, horizon)
+        else:
             law = known
+            if queries.extrapolated is not None:
+                baselines["pixel_constant_velocity"] = queries.extrapolated[:, None]
             observed = draw(law, labels, horizon, law_samples, generator)
             oracle = draw(law, labels, horizon, num_samples, generator)
         return cls(
@@ -133,18 +156,32 @@ class ScoredQuantity:
             oracle=oracle,
             truth=truth,
             origin=known.origin(labels),
+            baselines=baselines,
+            past=known.truth(fit.labels, 1)[:, 0],
+            past_places=fit.places,
         )
 
-    def scores(self, values: dict[str, Tensor]) -> Forecasts:
-        """Score forecasts that were read, [Q, S, horizon, K] each, and the forecasts that need no readout."""
-        forecasts = dict(values)
-        oracle_score = None
+    def scores(self, values: dict[str, Tensor], generator: torch.Generator) -> tuple[Forecasts, dict[str, Tensor]]:
+        """Score forecasts that were read, [Q, S, horizon, K] each, and those that need no readout.
+
+        Returns: the scores of each forecast, and its Energy Score of each query [Q, horizon].
+        """
+        forecasts = values | self.baselines | self._climatologies(generator)
         if self.oracle is not None:
             forecasts["simulator_oracle"] = self.oracle
-            oracle_score = forecast_scores(self.oracle, self.observed)["energy_score"]
-        if self.queries.extrapolated is not None:
-            forecasts["pixel_constant_velocity"] = self.queries.extrapolated[:, None]
-        return {name: forecast_scores(part, self.observed, oracle_score) for name, part in forecasts.items()}
+        energy = {name: energy_scores(part, self.observed) for name, part in forecasts.items()}
+        oracle = None if self.oracle is None else energy["simulator_oracle"].mean(dim=0).tolist()
+        scores = {
+            name: forecast_scores(part, self.observed, oracle, energy=energy[name]) for name, part in forecasts.items()
+        }
+        return scores, energy
+
+    def _climatologies(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return real values of other queries, and of training clips, [Q, S, horizon, K] each."""
+        places, horizon = self.queries.places, self.truth.shape[1]
+        past = [training_clips(self.past_places, places, MAX_MOMENTS, generator) for _ in range(horizon)]
+        found = self.truth[other_clips(places, generator)], self.past[torch.stack(past, dim=2)]
+        return dict(zip(CLIMATOLOGIES, found, strict=True))
 
     def beyond_fit(self, samples: Tensor) -> list[float]:
         """Return the share of predicted embeddings [Q, S, horizon, D] longer than 99% of those of the fit, per step."""

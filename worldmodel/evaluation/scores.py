@@ -21,21 +21,28 @@ RETRIEVAL_QUERIES = 64
 
 
 def forecast_scores(
-    samples: Tensor, observed: Tensor, oracle: Sequence[Any] | None = None, *, mean_over_dimensions: bool = False
+    samples: Tensor,
+    observed: Tensor,
+    oracle: Sequence[Any] | None = None,
+    *,
+    energy: Tensor | None = None,
+    mean_over_dimensions: bool = False,
 ) -> Forecast:
     """Compute every score of a probability forecast at each horizon step, as plain numbers.
 
-    samples [Q, S, horizon, K], observed [Q, M, horizon, K]. oracle [horizon] is the Energy Score of the true law and
-    adds ratio_to_oracle. Scores per dimension are `[horizon][K]`, or `[horizon][1]` with `mean_over_dimensions`, for
-    many nameless dimensions. coverage, width, spread_skill and rank_histogram of a single sample are None.
+    samples [Q, S, horizon, K], observed [Q, M, horizon, K]. energy [Q, horizon] is the result of `energy_scores`, if it
+    is known already. oracle [horizon] is the Energy Score of the true law and adds ratio_to_oracle. Scores of each
+    dimension are `[horizon][K]`, or `[horizon][1]` with `mean_over_dimensions`, for many nameless dimensions. coverage,
+    width, spread_skill and rank_histogram of a single sample are None.
     """
     # One step at a time: in embedding space a copy of all steps is half a gigabyte.
     steps = [
         _step_scores(samples[:, :, step], observed[:, :, step], mean_over_dimensions)
         for step in range(samples.shape[2])
     ]
+    energy = energy_scores(samples, observed) if energy is None else energy
     scores = Forecast(
-        energy_score=[step["energy_score"] for step in steps],
+        energy_score=energy.mean(dim=0).tolist(),
         crps=[step["crps"] for step in steps],
         best_of=[step["best_of"] for step in steps],
         coverage=None,
@@ -49,8 +56,8 @@ def forecast_scores(
         scores["spread_skill"] = [step["spread_skill"] for step in steps]
         scores["rank_histogram"] = [step["rank_histogram"] for step in steps]
     if oracle is not None:
-        energy = (step["energy_score"] for step in steps)
-        scores["ratio_to_oracle"] = [score / reference for score, reference in zip(energy, oracle, strict=True)]
+        own = energy.mean(dim=0).tolist()
+        scores["ratio_to_oracle"] = [score / reference for score, reference in zip(own, oracle, strict=True)]
     return scores
 
 
@@ -62,7 +69,6 @@ def _step_scores(samples: Tensor, observed: Tensor, mean_over_dimensions: bool) 
 
     ordered = _ordered(samples)
     scores: dict[str, Any] = {
-        "energy_score": float(energy_score(samples, observed).mean()),
         "crps": by_dimension(_crps(ordered, observed).mean(dim=0)),
         "best_of": float(best_of(samples, observed).mean()),
     }
@@ -75,6 +81,12 @@ def _step_scores(samples: Tensor, observed: Tensor, mean_over_dimensions: bool) 
         "spread_skill": spread_skill(samples, observed),
         "rank_histogram": _rank_shares(ordered, observed, RANK_BINS).tolist(),
     }
+
+
+def energy_scores(samples: Tensor, observed: Tensor) -> Tensor:
+    """Return the Energy Score of each query at each step: [Q, S, horizon, K], [Q, M, horizon, K] -> [Q, horizon]."""
+    steps = zip(samples.unbind(2), observed.unbind(2), strict=True)
+    return torch.stack([energy_score(forecast, truth) for forecast, truth in steps], dim=1)
 
 
 def energy_score(forecasts: Tensor, observed: Tensor) -> Tensor:

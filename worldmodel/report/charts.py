@@ -38,12 +38,17 @@ class Line:
 # Colour, dashes and width of each forecast.
 FORECAST_LINES: dict[str, tuple[str, str | tuple[int, tuple[float, ...]], float]] = {
     "model": ("model", "-", 2.6),
+    "model_recalibrated": ("model", (0, (4, 2)), 2.0),
     "prior_mean": ("violet", "-", 1.4),
     "shuffled_r": ("sky", "-", 1.4),
     "no_latent": ("pink", "-", 1.4),
     "pixel_constant_velocity": ("teal", "-", 1.4),
+    "constant_velocity": ("teal", "-", 1.4),
+    "label_persistence": ("brown", (0, (1, 1)), 1.4),
     "persistence": ("brown", "-", 1.4),
     "climatology": ("olive", "-", 1.4),
+    "training_climatology": ("olive", (0, (1, 1)), 1.4),
+    "linear_gaussian": ("truth", "-", 1.4),
     "encode_decode_oracle": ("text", (0, (4, 2)), 1.4),
     "simulator_oracle": ("text", "-", 1.8),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from worldmodel.report.numbers import (
@@ -12,6 +12,7 @@ from worldmodel.report.numbers import (
     between,
     dimensions,
     duration,
+    forecast_names,
     horizon,
     joined,
     label,
@@ -21,8 +22,9 @@ from worldmodel.report.numbers import (
     numbers_at,
     score,
     unit,
+    worse_than,
 )
-from worldmodel.runs.metrics import RunMetrics, value_at
+from worldmodel.runs.metrics import BASELINES, OWN_FORECASTS, Metrics, RunMetrics, value_at
 
 FACTS = (("embedding", "effective_rank"), ("embedding", "std"), ("readout", "strength"), ("readout", "r2"))
 
@@ -30,10 +32,47 @@ FACTS = (("embedding", "effective_rank"), ("embedding", "std"), ("readout", "str
 def headline(metrics: RunMetrics) -> list[Number]:
     """Return the message of the page in parts.
 
-    It has the score, its ratio to the oracle or otherwise to a baseline, and the success rate of planning.
+    It begins with the baselines that are better than the run, if there are any. Then it has the score, its ratio to the
+    oracle or otherwise to a baseline, and the success rate of planning.
     """
-    sentences = [part for part in (_forecast_sentence(metrics), planning_sentence(metrics)) if part]
+    worse = [Number(sentence) for sentence in [" ".join(_defeats(metrics))] if sentence]
+    sentences = [part for part in (worse, _forecast_sentence(metrics), planning_sentence(metrics)) if part]
     return joined(sentences, " ") or [Number("This run has no forecast score.")]
+
+
+def verdict(metrics: Metrics) -> str:
+    """Return in a line which baselines are better than the run, in each space; empty without a forecast."""
+    compared = any(name in BASELINES for name in forecast_names(metrics))
+    if not compared or not math.isfinite(score(metrics, "model")):
+        return ""
+    return " ".join(_defeats(metrics)) or "This run is better than every baseline at every horizon (Energy Score)."
+
+
+def _defeats(metrics: Metrics) -> list[str]:
+    """Return a sentence for each space and forecast of the run that some baseline beats."""
+    spaces = {"forecasts": unit(metrics), "embedding.forecasts": "embedding space"}
+    if spaces["forecasts"] == "embedding space":
+        del spaces["embedding.forecasts"]
+    found = []
+    for own in OWN_FORECASTS:
+        for folder, space in spaces.items():
+            if worse := worse_than(metrics, own, folder):
+                names = "; ".join(f"{label(name, inside=True)} at {_horizons(steps)}" for name, steps in worse.items())
+                found.append(f"{label(own)} is worse than {names} (Energy Score, {space}).")
+    return found
+
+
+def _horizons(steps: Sequence[int]) -> str:
+    """Return 'horizon 2' or 'horizons 1 to 3 and 5'."""
+    runs: list[list[int]] = []
+    for step in steps:
+        if runs and runs[-1][-1] == step - 1:
+            runs[-1].append(step)
+        else:
+            runs.append([step])
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
+    *first, last = texts
+    return ("horizon " if len(steps) == 1 else "horizons ") + (f"{', '.join(first)} and {last}" if first else last)
 
 
 def _forecast_sentence(metrics: RunMetrics) -> list[Number]:

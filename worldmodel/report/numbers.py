@@ -12,13 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from worldmodel.runs.metrics import Metrics, value_at
+from worldmodel.runs.metrics import BASELINES, Metrics, value_at
 
 DASH = "–"
 
 # Label and explanation of each forecast, in the order of the tables.
 FORECASTS = {
     "model": ("This run", "Futures from draws of the latent's prior."),
+    "model_recalibrated": (
+        "This run, recalibrated",
+        "The same futures with another spread, and some of them replaced by training climatology; both were fitted to "
+        "selection clips.",
+    ),
     "prior_mean": (
         "Prior mean",
         "The same model with the latent fixed at its prior's mean: a single future.",
@@ -32,13 +37,28 @@ FORECASTS = {
         "Constant velocity",
         "The motion measured in the pixels of the context continues unchanged.",
     ),
+    "constant_velocity": (
+        "Constant velocity of the label",
+        "The motion of the label in the frames of the context continues unchanged.",
+    ),
+    "label_persistence": ("Persistence of the label", "The label keeps its value in the last frame of the context."),
     "persistence": (
         "Persistence",
         "Nothing changes: the embedding of the context is used as that of the target.",
     ),
     "climatology": (
         "Climatology",
-        "Real futures of other clips: a forecast that ignores the context.",
+        "Real futures of other test clips, of the same video if it has enough: it ignores the context, but knows the "
+        "time of the test.",
+    ),
+    "training_climatology": (
+        "Training climatology",
+        "Real futures of training clips, of the same video if it has enough: it knows only what came before.",
+    ),
+    "linear_gaussian": (
+        "Linear-Gaussian",
+        "A linear forecast of the next embedding with normal errors, fitted to training clips and repeated over the "
+        "horizon.",
     ),
     "encode_decode_oracle": (
         "Encode-decode oracle",
@@ -191,9 +211,16 @@ def forecast_names(metrics: Metrics, folder: str = "forecasts") -> list[str]:
     ]
 
 
-def label(name: str) -> str:
-    """Return the label of a forecast, score, target or representation."""
-    return FORECASTS[name][0] if name in FORECASTS else LABELS.get(name, name.replace("_", " ").capitalize())
+def label(name: str, *, inside: bool = False) -> str:
+    """Return the label of a forecast, score, target or representation; `inside` of a sentence in lower case."""
+    text = FORECASTS[name][0] if name in FORECASTS else LABELS.get(name, name.replace("_", " ").capitalize())
+    return text[:1].lower() + text[1:] if inside else text
+
+
+def interval_words(metrics: Metrics) -> str:
+    """Return '90% interval', by the level of the intervals of skill scores."""
+    level = value_at(metrics, "intervals.level")
+    return f"{level:.0%} interval" if isinstance(level, int | float) and 0 < level < 1 else "interval"
 
 
 def score(metrics: Metrics, name: str, step: int = 0, folder: str = "forecasts") -> float:
@@ -202,12 +229,26 @@ def score(metrics: Metrics, name: str, step: int = 0, folder: str = "forecasts")
     return float(scores[step]) if -len(scores) <= step < len(scores) else math.nan
 
 
-def best_forecast(metrics: Metrics, folder: str = "forecasts") -> str | None:
-    """Return the name with the lowest mean score over the horizon, without the oracles, which know the law."""
-    means = {
-        name: float(series(metrics, f"{folder}.{name}.energy_score").mean())
-        for name in forecast_names(metrics, folder)
-        if name not in ORACLES and len(series(metrics, f"{folder}.{name}.energy_score"))
+def best_at(metrics: Metrics, key: str, folder: str = "forecasts") -> str | None:
+    """Return the forecast with the lowest value of a score, such as "energy_score.0"; None if there is none.
+
+    Oracles do not take part: they know the law.
+    """
+    values = {name: value_at(metrics, f"{folder}.{name}.{key}") for name in forecast_names(metrics, folder)}
+    finite = {
+        name: value
+        for name, value in values.items()
+        if name not in ORACLES and isinstance(value, int | float) and math.isfinite(value)
     }
-    finite = {name: mean for name, mean in means.items() if math.isfinite(mean)}
     return min(finite, key=lambda name: finite[name]) if finite else None
+
+
+def worse_than(metrics: Metrics, own: str = "model", folder: str = "forecasts") -> dict[str, list[int]]:
+    """Return the baselines with a lower Energy Score than the run's forecast, and at which horizon steps, from 1."""
+    steps = range(horizon(metrics))
+    worse = {
+        name: [step + 1 for step in steps if score(metrics, own, step, folder) > score(metrics, name, step, folder)]
+        for name in forecast_names(metrics, folder)
+        if name in BASELINES
+    }
+    return {name: at for name, at in worse.items() if at}

@@ -14,33 +14,39 @@ from worldmodel.report.numbers import (
     ORACLES,
     Number,
     Numbers,
-    best_forecast,
+    best_at,
     dimensions,
     forecast_names,
     horizon,
+    interval_words,
     label,
     mapping,
     marked_steps,
     number,
+    number_at,
     numbers_at,
     score,
     text_of,
     unit,
 )
-from worldmodel.runs.metrics import Metrics, Planning, RunMetrics, value_at
+from worldmodel.runs.metrics import OWN_FORECASTS, Metrics, Planning, RunMetrics, value_at
 
 NOT_OF_CURVE = ("path_ratio", "steps")  # points of the curve of planning lack these
+LOWER_IS_BETTER = ("energy_score", "ratio_to_oracle")
 PROBES = ("linear", "knn", "mlp", "few_shot_1", "few_shot_5", "few_shot_10")
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row with its cells; `kind` is "model", "oracle" or empty. The bar shows the score of a single horizon step."""
+    """A row with its cells; `kind` is "model", "oracle" or empty. The bar shows the score of a single horizon step.
+
+    best: the numbers of the cells that are the best of their column.
+    """
 
     label: str
     cells: Sequence[Numbers]
     kind: str = ""
-    best: bool = False
+    best: frozenset[int] = frozenset()
     bar_percent: float | None = None
 
 
@@ -85,35 +91,57 @@ def aligned_table(rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
 
 
 def markdown_table(metrics: Metrics) -> str:
-    """Format the forecasts, the best in bold: one table, or one per score over a horizon of several steps."""
+    """Format the forecasts: one table, or one per score over a horizon of several steps, then the skill scores.
+
+    The lowest Energy Score and ratio of each column are bold, without those of oracles. Coverage has no best: forecasts
+    that know nothing cover as well.
+    """
     steps = range(horizon(metrics))
     kinds = {
         f"Energy Score, {unit(metrics)}": ("energy_score", 3),
         "x oracle": ("ratio_to_oracle", 2),
         f"90% coverage{dimensions(metrics)}": ("coverage.90", 2),
     }
-    names, best = forecast_names(metrics), best_forecast(metrics)
+    names = forecast_names(metrics)
     cells = {
-        title: {
-            name: [text_of(numbers_at(metrics, f"forecasts.{name}.{key}.{step}", digits)) for step in steps]
-            for name in names
-        }
+        title: {name: [_bold_if_best(metrics, name, f"{key}.{step}", digits) for step in steps] for name in names}
         for title, (key, digits) in kinds.items()
     }
-    for title, (key, _) in kinds.items():
-        if key == "energy_score" and best is not None:
-            cells[title][best] = [f"**{text}**" for text in cells[title][best]]
     labels = {name: label(name) for name in names}
     if len(steps) == 1 or not names:
-        return aligned_table(
-            [["forecast", *kinds], *([labels[name], *(cells[title][name][0] for title in kinds)] for name in names)]
-        )
+        rows = [[labels[name], *(cells[title][name][0] for title in kinds)] for name in names]
+        return "\n\n".join([aligned_table([["forecast", *kinds], *rows]), *_skill_tables(metrics)])
     tables = []
     for title, by_name in cells.items():
         rows = [[labels[name], *texts] for name, texts in by_name.items() if set(texts) != {DASH}]
         if rows:
             tables.append(aligned_table([[title, *(f"h = {step + 1}" for step in steps)], *rows]))
-    return "\n\n".join(tables)
+    return "\n\n".join(tables + _skill_tables(metrics))
+
+
+def _bold_if_best(metrics: Metrics, name: str, key: str, digits: int) -> str:
+    text = text_of(numbers_at(metrics, f"forecasts.{name}.{key}", digits))
+    return f"**{text}**" if key.startswith(LOWER_IS_BETTER) and best_at(metrics, key) == name else text
+
+
+def _skill_tables(metrics: Metrics) -> list[str]:
+    """Return a table of the run's skill over each baseline with its interval, for each of the run's forecasts."""
+    steps = range(horizon(metrics))
+    tables = []
+    for own in OWN_FORECASTS:
+        rows = [
+            [label(name), *(_skill_text(metrics, f"forecasts.{own}.skill.{name}", step) for step in steps)]
+            for name in forecast_names(metrics, f"forecasts.{own}.skill")
+        ]
+        title = f"Skill of {label(own, inside=True)} over ({interval_words(metrics)})"
+        if rows:
+            tables.append(aligned_table([[title, *(f"h = {step + 1}" for step in steps)], *rows]))
+    return tables
+
+
+def _skill_text(metrics: Metrics, folder: str, step: int) -> str:
+    value, low, high = (number_at(metrics, f"{folder}.{key}.{step}", 2).text for key in ("value", "low", "high"))
+    return DASH if value == DASH else f"{value} ({low} to {high})"
 
 
 # -------------------------------------------------------------------------------------------------------------- page
@@ -143,7 +171,8 @@ def score_table(metrics: Metrics, folder: str = "forecasts") -> Table:
         for title, key, digits, steps in wanted
         for step in steps
     ]
-    names, best = forecast_names(metrics, folder), best_forecast(metrics, folder)
+    names = forecast_names(metrics, folder)
+    best = [best_at(metrics, key, folder) if key.startswith(LOWER_IS_BETTER) else None for _, _, key, _ in columns]
     longest = max((s for name in names if math.isfinite(s := score(metrics, name, 0, folder))), default=0.0)
     return table_of_numbers(
         [(group, title) for group, title, _, _ in columns],
@@ -151,11 +180,31 @@ def score_table(metrics: Metrics, folder: str = "forecasts") -> Table:
             TableRow(
                 label(name),
                 [numbers_at(metrics, f"{folder}.{name}.{key}", digits) for _, _, key, digits in columns],
-                kind="model" if name == "model" else "oracle" if name in ORACLES else "",
-                best=name == best,
+                kind="model" if name in OWN_FORECASTS else "oracle" if name in ORACLES else "",
+                best=frozenset(i for i, best_name in enumerate(best) if best_name == name),
                 bar_percent=None if last or not longest else _percent(score(metrics, name, 0, folder), longest),
             )
             for name in names
+        ],
+    )
+
+
+def skill_table(metrics: Metrics, folder: str = "forecasts") -> Table:
+    """Return a row per forecast of the run and baseline: skill at the marked horizon steps, with its interval."""
+    steps = marked_steps(horizon(metrics))
+    ends = (("skill", "value"), ("from", "low"), ("to", "high"))
+    columns = [
+        (f"h = {step + 1}, {interval_words(metrics)}", title, key, step) for step in steps for title, key in ends
+    ]
+    return table_of_numbers(
+        [(group, title) for group, title, _, _ in columns],
+        [
+            TableRow(
+                f"{label(own)} over {label(name, inside=True)}",
+                [numbers_at(metrics, f"{folder}.{own}.skill.{name}.{key}.{step}", 2) for _, _, key, step in columns],
+            )
+            for own in OWN_FORECASTS
+            for name in forecast_names(metrics, f"{folder}.{own}.skill")
         ],
     )
 
@@ -208,7 +257,13 @@ def table_of_numbers(columns: Sequence[tuple[str, str]], rows: Sequence[TableRow
     return Table(
         [columns[i] for i in kept],
         [
-            TableRow(row.label, [row.cells[i] for i in kept], row.kind, row.best, row.bar_percent)
+            TableRow(
+                row.label,
+                [row.cells[i] for i in kept],
+                row.kind,
+                frozenset(place for place, i in enumerate(kept) if i in row.best),
+                row.bar_percent,
+            )
             for row in rows
             if any(text_of(cell) != DASH for cell in row.cells)
         ],

@@ -48,6 +48,20 @@ Series = Annotated[list[Score | Scores], Field(max_length=MAX_HORIZON)]
 Levels = Annotated[dict[str, Series], Field(max_length=MAX_NAMES)]
 
 
+OWN_FORECASTS = ("model", "model_recalibrated")
+"""The names of the forecasts that the run itself makes."""
+BASELINES = (
+    "persistence",
+    "label_persistence",
+    "constant_velocity",
+    "pixel_constant_velocity",
+    "climatology",
+    "training_climatology",
+    "linear_gaussian",
+)
+"""The names of the forecasts that need no world model, which the run must beat."""
+
+
 class _Part(TypedDict, total=False):
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
@@ -55,11 +69,32 @@ class _Part(TypedDict, total=False):
 # ------------------------------------------------------------------------------------------------------ metrics.json
 
 
+class Skill(_Part, total=False):
+    """1 - ES / ES of a baseline at each horizon step, and the ends of its interval; None if the baseline never errs."""
+
+    value: Series
+    low: Series
+    high: Series
+
+
+class Intervals(_Part, total=False):
+    """How the intervals of skill scores were made: by resampling blocks of successive queries.
+
+    num_blocks blocks of at most block_clips queries of one video hold all queries. level is the nominal coverage.
+    """
+
+    level: Score
+    block_clips: Whole
+    num_blocks: Whole
+    resamples: Whole
+
+
 class Forecast(_Part, total=False):
     """Scores of one forecast at each horizon step.
 
     crps [H][K], coverage and width {level: [H][K]} have K = 1 in embedding space. spread_skill, coverage, width and
-    rank_histogram are None for a single sample. ratio_to_oracle needs a known law.
+    rank_histogram are None for a single sample. ratio_to_oracle needs a known law. skill is that over each baseline, by
+    the baseline's name; only the run's own forecasts have it.
     """
 
     energy_score: Series
@@ -70,6 +105,7 @@ class Forecast(_Part, total=False):
     spread_skill: Series | None
     rank_histogram: Annotated[list[Scores | None], Field(max_length=MAX_HORIZON)] | None
     ratio_to_oracle: Series | None
+    skill: Annotated[dict[str, Skill], Field(max_length=MAX_NAMES)] | None
 
 
 Forecasts = Annotated[dict[str, Forecast], Field(max_length=MAX_NAMES)]
@@ -96,6 +132,20 @@ class Embedding(_Part, total=False):
     retrieval: Retrieval | None
     effective_rank: Score
     std: Score
+
+
+class RecalibrationFacts(_Part, total=False):
+    """The factor of the spread and the weight of climatology at each horizon step."""
+
+    spread: Series
+    weight: Series
+
+
+class Recalibrations(_Part, total=False):
+    """The recalibration in each space; quantity is None if there is none."""
+
+    embedding: RecalibrationFacts
+    quantity: RecalibrationFacts | None
 
 
 class QuantityFacts(_Part, total=False):
@@ -153,6 +203,7 @@ class Metrics(_Part, total=False):
     num_samples: Whole
     horizon: Annotated[int, Field(strict=True, ge=1)]
     segment_frames: Whole
+    intervals: Intervals
     kl_nats: Score
     expected_l0: Score
     embedding: Embedding
@@ -161,6 +212,7 @@ class Metrics(_Part, total=False):
     forecasts: Forecasts
     beyond_fit_norm_99: Series
     readout: ReadoutFacts | None
+    recalibration: Recalibrations | None
     probes: Annotated[dict[str, Targets], Field(max_length=MAX_NAMES)]
     factors: FactorScores
     dci: Dci

@@ -1,10 +1,12 @@
 """The protocol of a source of clips."""
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from data_pipelines.batches import Batch, BatchStream
 from data_pipelines.contents import Contents
@@ -24,6 +26,19 @@ class FactorWorld(Protocol):
 
     def draw_batch(self, count: int, generator: torch.Generator, width: float = 1.0) -> Batch:
         """Draw "video" [B, S, C, 1, 1] and "labels", among them the factors [B, F] of standard deviation `width`."""
+
+
+@dataclass(frozen=True)
+class ClipPlaces:
+    """The place of each of N clips in its video: int64 `video` [N] and `first_frame` [N].
+
+    A video has the same number in all splits that share it. span_frames: source frames from the first frame of a clip
+    to its last one, inclusive.
+    """
+
+    video: Tensor
+    first_frame: Tensor
+    span_frames: int
 
 
 class Source(Protocol):
@@ -75,6 +90,9 @@ class Source(Protocol):
             UserError: the data cannot be read.
         """
 
+    def clip_places(self, split: Split, clip_id: Tensor, horizon: int = 1) -> ClipPlaces:
+        """Return the places of the clips with these ids [N] that `evaluation_batches` yields for the same horizon."""
+
     def known_law(self, split: Split, horizon: int) -> Law | None:
         """Return the true law of a split's clips; None if it is unknown or does not hold for these clips."""
 
@@ -103,6 +121,10 @@ class Generated:
 
     def check_split(self, split: Split, steps: int, labels: Collection[str], keys: str) -> None:
         """A generated world has any number of clips, and valid labels."""
+
+    def clip_places(self, split: Split, clip_id: Tensor, horizon: int = 1) -> ClipPlaces:
+        """Each clip of a generated world is a video of its own."""
+        return ClipPlaces(clip_id, torch.zeros_like(clip_id), 1)
 
     def contents(self, labels: Collection[str]) -> None:
         return None

@@ -1,9 +1,13 @@
 """Videos in files: a folder, tar shards, a LeRobot data set or a URL."""
 
+import hashlib
+import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from data_pipelines.batches import Batch
 from data_pipelines.clip_decoder import clips_of
@@ -23,7 +27,7 @@ from data_pipelines.worlds.moving_mnist import MovingMnistLaw
 from data_pipelines.worlds.written import RECORDED, read_sprites, read_world
 from worldmodel import parts
 from worldmodel.config import VideosConfig
-from worldmodel.sources.source import EVALUATION_BATCH, MIN_CLIPS, Content
+from worldmodel.sources.source import EVALUATION_BATCH, MIN_CLIPS, ClipPlaces, Content
 
 
 class VideosSource:
@@ -111,6 +115,19 @@ class VideosSource:
         batches = read_all(self.index(split), spec, settings, max_clips=num_clips, rank=rank, world_size=world_size)
         yield from (batch for batch in batches if len(batch["video"]))
 
+    def clip_places(self, split: Split, clip_id: Tensor, horizon: int = 1) -> ClipPlaces:
+        index, spec = self.index(split), self.clip_spec(horizon)
+        table, clips = clips_of(index, spec), clip_id.numpy()
+        rows = table.videos_of(clips)
+        folder = index.root.name if self.url else os.path.relpath(index.root, self._data.root)
+        numbers = np.zeros(len(index.videos), dtype=np.int64)
+        for row in np.unique(rows).tolist():
+            video = index.videos[row]
+            episode = () if index.episodes is None else index.episodes[row]
+            numbers[row] = video_number(os.path.normpath(os.path.join(folder, video.path)), video.shard, *episode)
+        first_frame = torch.from_numpy(table.starts_of(clips))
+        return ClipPlaces(torch.from_numpy(numbers[rows]), first_frame, spec.span)
+
     def known_law(self, split: Split, horizon: int) -> Law | None:
         """Return the law of a written world; None for other videos, or if clips are not cut as its labels require."""
         root = self._data.root
@@ -168,3 +185,11 @@ class VideosSource:
 def _format(data: VideosConfig) -> Format | None:
     """Return the format that the config names; None if it is to be detected. Raises UserError: it cannot be loaded."""
     return None if data.format is None else parts.make("data.format", data.format, {}, Format)
+
+
+def video_number(name: str, *part: object) -> int:
+    """Return a number of 63 bits for a video: a hash of its path below the root of the data, its shard and its episode.
+
+    It is the same in all splits, and on all machines.
+    """
+    return int.from_bytes(hashlib.sha256(os.fsencode("\0".join(map(str, (name, *part))))).digest()[:8], "big") >> 1

@@ -24,6 +24,7 @@ from tests.worldmodel.report.samples import (
     make_metrics,
     make_planning,
     make_unlabelled_metrics,
+    undeclared,
 )
 from worldmodel.config import load_config, to_yaml
 from worldmodel.evaluation.illustrations import NO_ILLUSTRATIONS, Fans, Illustrations, save_records
@@ -31,7 +32,7 @@ from worldmodel.planning.planned_episodes import PlannedEpisode
 from worldmodel.report.animations import animation, imagined_paths, path_until, planning_animation
 from worldmodel.report.charts import principal_components, spread_labels
 from worldmodel.report.drawing import Picture
-from worldmodel.report.headline import headline, protocol_facts
+from worldmodel.report.headline import headline, protocol_facts, verdict
 from worldmodel.report.numbers import duration, marked_steps, number, text_of
 from worldmodel.report.run_page import report_of_run, write_report
 from worldmodel.report.tables import markdown_table, planning_table, score_table
@@ -186,11 +187,62 @@ def test_without_an_oracle_the_headline_prefers_climatology() -> None:
 def test_the_best_forecast_is_marked_and_an_oracle_never_is() -> None:
     metrics = make_metrics(1)
     (bold,) = [line for line in markdown_table(metrics).splitlines() if "**" in line]
-    assert bold.startswith("| This run") and "**0.659**" in bold
-    metrics["forecasts"]["model"]["energy_score"] = [0.9]
+    assert bold.startswith("| This run") and "**0.659**" in bold and "**1.10**" in bold
+    metrics["forecasts"]["model"] |= {"energy_score": [0.9], "ratio_to_oracle": [1.5]}
     (bold,) = [line for line in markdown_table(metrics).splitlines() if "**" in line]
     assert "Shuffled r" in bold
     assert [row.label for row in score_table(metrics).rows if row.best] == ["Shuffled r"]
+
+
+def test_the_best_of_each_column_is_bold() -> None:
+    """The lowest mean over the horizon must not be bold where another row is lower."""
+    metrics = make_unlabelled_metrics(3)
+    metrics["forecasts"] = {
+        "model": {"energy_score": [1.0, 2.0, 9.0]},
+        "climatology": {"energy_score": [3.0, 3.0, 3.0]},
+        "simulator_oracle": {"energy_score": [0.1, 0.1, 0.1]},
+    }
+    rows = {line.split("|")[1].strip(): line for line in markdown_table(metrics).splitlines()}
+    assert rows["This run"].count("**") == 4 and "**1.000**" in rows["This run"] and "**2.000**" in rows["This run"]
+    assert rows["Climatology"].count("**") == 2 and "**" not in rows["Simulator oracle"]
+    assert [sorted(row.best) for row in score_table(metrics).rows] == [[0, 1], [2], []]
+
+
+def test_a_run_that_a_baseline_beats_says_so_first(tmp_path: Path, no_charts: None) -> None:
+    metrics = make_metrics(4)
+    assert verdict(metrics) == "This run is better than every baseline at every horizon (Energy Score)."
+    model, baselines = metrics["forecasts"]["model"]["energy_score"], metrics["forecasts"]
+    baselines["climatology"] = {"energy_score": [model[0], model[1] - 0.1, model[2] - 0.1, model[3] - 0.1]}
+    baselines["linear_gaussian"] = {"energy_score": [model[0] - 0.1, model[1] + 0.1, model[2] - 0.1, model[3] + 0.1]}
+    baselines["encode_decode_oracle"]["energy_score"] = [0.0] * 4  # knows the law
+    metrics["embedding"]["forecasts"]["persistence"]["energy_score"][3] = 0.0
+    sentence = (
+        "This run is worse than climatology at horizons 2 to 4; linear-Gaussian at horizons 1 and 3 "
+        "(Energy Score, px). "
+        "This run is worse than persistence at horizon 4 (Energy Score, embedding space)."
+    )
+    assert verdict(metrics) == sentence
+    assert text_of_headline(metrics).startswith(f"{sentence} Forecasts reach an Energy Score of ")
+    assert sentence in report(tmp_path / "report.html", metrics=metrics)[1].text
+    assert verdict({}) == "" and verdict({"forecasts": {"model": {"energy_score": [1.0]}}}) == ""
+
+
+def test_skill_scores_have_their_intervals(tmp_path: Path, no_charts: None) -> None:
+    metrics = make_unlabelled_metrics(2)
+    metrics["intervals"] = {"level": 0.9, "block_clips": 15, "num_blocks": 7, "resamples": 2000}
+    skill = {"value": [0.25, None], "low": [-0.5, None], "high": [0.75, None]}
+    metrics["forecasts"]["model"]["skill"] = {"climatology": skill}
+    assert undeclared(metrics) == []
+    table = [line for line in markdown_table(metrics).splitlines() if line.startswith(("| Skill", "| Climatology"))][
+        -2:
+    ]
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table] == [
+        ["Skill of this run over (90% interval)", "h = 1", "h = 2"],
+        ["Climatology", "0.25 (-0.50 to 0.75)", "–"],
+    ]
+    shown = report(tmp_path / "report.html", metrics=metrics)[1]
+    assert shown.metrics["forecasts.model.skill.climatology.low.0"] == {"-0.50"}
+    assert "This run over climatology" in shown.text
 
 
 def test_markdown_of_one_step_is_one_aligned_table() -> None:
@@ -198,7 +250,7 @@ def test_markdown_of_one_step_is_one_aligned_table() -> None:
     assert len({len(line) for line in lines}) == 1
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
     assert cells[0] == ["forecast", "Energy Score, px", "x oracle", "90% coverage x / y"]
-    assert ["This run", "**0.659**", "1.10", "0.88 / 0.89"] in cells
+    assert ["This run", "**0.659**", "**1.10**", "0.88 / 0.89"] in cells
     assert ["Persistence", "1.619", "2.71", "–"] in cells
     assert len(markdown_table({}).splitlines()) == 2
 
