@@ -194,7 +194,11 @@ def training_uses(rollout_steps: int, refine_horizon: int | None) -> Uses:
     return uses
 
 
-def evaluation_uses(horizon: int) -> Uses:
-    """Return the splits and steps that evaluations need, for check_splits: of forecasts, and of fits of one step."""
+def evaluation_uses(horizon: int, recalibrate: bool) -> Uses:
+    """Return the splits and steps that evaluations need, for check_splits: of forecasts, and of fits.
+
+    Fits need one step of training clips, a recalibration all.
+    """
     keys = f"evaluation.horizon, {CUT_KEYS}"
-    return {("train", 1): CUT_KEYS, ("selection", horizon): keys, ("test", horizon): keys}
+    past: Uses = {("train", horizon): keys} if recalibrate else {}
+    return past | {("train", 1): CUT_KEYS, ("selection", horizon): keys, ("test", horizon): keys}

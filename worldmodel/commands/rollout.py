@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--start-frame", type=int, default=0, metavar="N", help="first frame of the context segment (default: 0)"
     )
+    parser.add_argument(
+        "--recalibrate",
+        action="store_true",
+        help="change spread and share of climatology as fitted by an evaluation with evaluation.recalibrate",
+    )
     add_seed(parser, "seed of the samples")
 
 
@@ -56,7 +61,9 @@ def run(args: argparse.Namespace) -> None:
     check_video(args.video)
     check_out_file(args.out, ".npz")
     context = read_context(trained, args.video, args.start_frame)
-    futures = trained.rollout(context, args.horizon, args.num_samples, args.seed)[0]
+    futures = trained.rollout(
+        context, args.horizon, args.num_samples, args.seed, recalibrate=args.recalibrate, video=args.video
+    )[0]
     save(args.out, trained.encode(context)[0], futures)
     spread = futures.std(dim=0).mean(dim=-1).tolist() if len(futures) > 1 else [0.0] * args.horizon
     print(f"{args.out}: futures {list(futures.shape)} = [samples, horizon, embedding]")

@@ -95,6 +95,9 @@ class EvaluationConfig:
     """Training clips on which the readout is fitted."""
     selection_clips: CountFrom2 = 2048
     """Clips on which the regularisation of the readout is selected."""
+    recalibrate: bool = False
+    """Fit the spread of forecasts, and their pool with the climatology of training clips, to the selection clips, and
+    score the recalibrated forecasts too."""
     seed: Seed = 20_000
     """Seed of the queries, the draws of the law and the sampled futures."""
 

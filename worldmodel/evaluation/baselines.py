@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from worldmodel.evaluation.readout import Readout, choose_readout
+from worldmodel.evaluation.readout import Readout, fit_ridges
+from worldmodel.evaluation.scores import energy_scores
 from worldmodel.sources.source import ClipPlaces
 
 MAX_MOMENTS = 64
@@ -19,6 +20,8 @@ MIN_MOMENTS = 16
 STRENGTHS = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 """Ridge strengths of the linear-Gaussian forecast. The largest one forecasts little more than the mean."""
 
+CHOICE_SAMPLES = 32
+"""Futures per selection clip by which the strength is chosen."""
 VELOCITY_FRAMES = 5
 """Last frames of a context from which the velocity of a label is estimated."""
 
@@ -45,6 +48,11 @@ def other_clips(places: ClipPlaces, generator: torch.Generator) -> Tensor:
         drawn[rows] = candidates[(at + shift) % len(candidates)]
     assert (drawn != everybody[:, None]).all()
     return drawn
+
+
+def moments_for(num_samples: int) -> int:
+    """Return the number of draws of training climatology to pool with samples: one each, or MAX_MOMENTS with one."""
+    return num_samples if num_samples > 1 else MAX_MOMENTS
 
 
 def training_clips(bank: ClipPlaces, places: ClipPlaces, num_moments: int, generator: torch.Generator) -> Tensor:
@@ -88,25 +96,27 @@ class LinearGaussian:
 
     @classmethod
     def fitted(
-        cls, context: Tensor, target: Tensor, selection_context: Tensor, selection_target: Tensor
+        cls, context: Tensor, target: Tensor, start: Tensor, actions: Tensor, futures: Tensor
     ) -> "LinearGaussian":
         """Fit the forecast of target [N, D] from context [N, D + A] to training clips; choose it on selection clips.
 
-        f is the ridge whose strength has the smallest squared error on selection clips. C has the shape of the
-        covariance of the residuals on training clips, shrunk (Ledoit and Wolf 2004, "A well-conditioned estimator for
-        large-dimensional covariance matrices"), and the size of the residuals on selection clips: those on training
-        clips are too small if the fit or the embedding has learned the clips by heart.
+        f is a ridge, and its strength has the lowest mean Energy Score of the futures [M, horizon, D] of selection
+        clips, which begin at `start` [M, D] under actions [M, horizon, A]. C has the shape of the covariance of the
+        residuals on training clips, shrunk (Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional
+        covariance matrices"), and the size of the residuals on selection clips: those on training clips are too small
+        if the fit or the embedding has learned the clips by heart.
         """
-        from sklearn.covariance import ledoit_wolf
-
-        mean = choose_readout(context, target, selection_context, selection_target, STRENGTHS)
-        residuals, held_out = target - mean(context), selection_target - mean(selection_context)
-        if not (residuals.isfinite().all() and held_out.isfinite().all()):
-            return cls(mean, torch.full((target.shape[1],) * 2, torch.nan))
-        covariance = torch.from_numpy(ledoit_wolf(residuals.double().numpy(), assume_centered=True)[0])
-        size = held_out.double().square().mean() / covariance.diagonal().mean().clamp(min=1e-12)
-        values, vectors = torch.linalg.eigh(covariance * size)
-        return cls(mean, (vectors * values.clamp(min=0).sqrt()).float())
+        best: tuple[float, LinearGaussian] | None = None
+        for mean in fit_ridges(context, target, STRENGTHS):
+            held_out = futures[:, 0] - mean(torch.cat([start, actions[:, 0]], dim=1))
+            forecast = cls(mean, _root_of_covariance(target - mean(context), held_out))
+            generator = torch.Generator().manual_seed(0)
+            samples = forecast.roll_out(start, actions, CHOICE_SAMPLES, generator)
+            score = float(energy_scores(samples, futures[:, None]).mean())
+            if best is None or score < best[0]:
+                best = score, forecast
+        assert best is not None
+        return best[1]
 
     def roll_out(self, start: Tensor, actions: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
         """Draw futures of embeddings [Q, D] under actions [Q, horizon, A]: [Q, num_samples, horizon, D]."""
@@ -116,6 +126,18 @@ class LinearGaussian:
             state = self.mean(torch.cat([state, action], dim=2)) + noise
             futures.append(state)
         return torch.stack(futures, dim=2)
+
+
+def _root_of_covariance(residuals: Tensor, held_out: Tensor) -> Tensor:
+    """Return a root [D, D] of the shrunk covariance of residuals [N, D], as large as those that were held out."""
+    from sklearn.covariance import ledoit_wolf
+
+    if not (residuals.isfinite().all() and held_out.isfinite().all()):
+        return torch.full((residuals.shape[1],) * 2, torch.nan)
+    covariance = torch.from_numpy(ledoit_wolf(residuals.double().numpy(), assume_centered=True)[0])
+    size = held_out.double().square().mean() / covariance.diagonal().mean().clamp(min=1e-12)
+    values, vectors = torch.linalg.eigh(covariance * size)
+    return (vectors * values.clamp(min=0).sqrt()).float()
 
 
 # ------------------------------------------------------------------------------------------------------------ labels

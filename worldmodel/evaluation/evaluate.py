@@ -8,6 +8,7 @@ from worldmodel.evaluation.factors import evaluate_factors
 from worldmodel.evaluation.forecast import evaluate_forecasts
 from worldmodel.evaluation.illustrations import save_records
 from worldmodel.evaluation.readout import save_readout
+from worldmodel.evaluation.recalibration import save_recalibration
 from worldmodel.evaluation.surprise import Timeline, why_unsupported
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import Metrics, Training, read_metrics, write_metrics
@@ -41,7 +42,7 @@ def evaluate(run: TrainedRun, *, compare: Path | None = None) -> Metrics:
 
 
 def _evaluate_videos(run: TrainedRun, compare: Path | None) -> Metrics:
-    """Return the metrics of forecasts; write the readout and the illustrations."""
+    """Return the metrics of forecasts; write the readout, the recalibration and the illustrations."""
     folder = RunFolder(run.folder)
     compared = None if compare is None else compared_metrics(compare)  # mistakes show before minutes of work
     evaluation = evaluate_forecasts(run.networks, run.config.evaluation)
@@ -52,6 +53,8 @@ def _evaluate_videos(run: TrainedRun, compare: Path | None) -> Metrics:
         metrics["forecasts"]["no_latent"] = compared["forecasts"]["model"]
     if evaluation.readout is not None and evaluation.quantity is not None:
         save_readout(run.folder, evaluation.readout, evaluation.quantity, run.state["step"])
+    if evaluation.recalibrated:
+        save_recalibration(run.folder, evaluation.recalibrated, run.state["step"])
     illustrations = dataclasses.replace(evaluation.illustrations, timeline=timeline_of_test_video(run))
     save_records(folder.illustrations, [illustrations])
     return metrics

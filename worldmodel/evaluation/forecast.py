@@ -37,13 +37,23 @@ from worldmodel.evaluation.futures import (
     climatology,
     num_forecasts,
     num_futures,
+    roll_out,
     roll_out_share,
 )
 from worldmodel.evaluation.illustrations import Illustrations, Latents
 from worldmodel.evaluation.intervals import add_skill, interval_facts, resample
 from worldmodel.evaluation.probes import probe_clips
-from worldmodel.evaluation.quantity import CLIMATOLOGIES, ScoredQuantity, draw, fitted_readout, known_truth, quantity_of
+from worldmodel.evaluation.quantity import (
+    CLIMATOLOGIES,
+    KnownTruth,
+    ScoredQuantity,
+    draw,
+    fitted_readout,
+    known_truth,
+    quantity_of,
+)
 from worldmodel.evaluation.readout import Readout
+from worldmodel.evaluation.recalibration import Recalibrated
 from worldmodel.evaluation.scores import (
     effective_rank,
     energy_score,
@@ -57,11 +67,13 @@ from worldmodel.runs.metrics import (
     Metrics,
     QuantityFacts,
     ReadoutFacts,
+    Recalibrations,
     Retrieval,
     RetrievalScores,
 )
 
 BANK_CLIPS = 512
+MAX_FUTURES = 512
 NUM_EXAMPLES = 6
 NUM_NEIGHBOURS = 4
 DEVELOPMENT_FIT_CLIPS = 2048
@@ -71,23 +83,30 @@ DEVELOPMENT_STRENGTHS = (1.0,)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores, arrays for the report, and the readout of the quantity; the last two are None without labels."""
+    """Scores, arrays for the report, the readout of the quantity, and the recalibration in each space.
+
+    readout and quantity are None without labels. recalibrated is empty without evaluation.recalibrate.
+    """
 
     metrics: Metrics
     illustrations: Illustrations
     readout: Readout | None
     quantity: Quantity | None
+    recalibrated: dict[str, Recalibrated]
 
 
 def embed_forecast_clips(networks: Networks, config: EvaluationConfig) -> ForecastClips:
     """Embed the clips of the protocol."""
     law = networks.source.known_law("test", config.horizon)
     embed = partial(embed_split, networks, seed=config.seed)
+    selection = embed("selection", config.selection_clips, num_framed=BANK_CLIPS)
+    num_futures = min(MAX_FUTURES, config.selection_clips)
     return ForecastClips(
         law=law,
         queries=embed("test", config.queries, horizon=config.horizon, law=law, num_framed=NUM_EXAMPLES),
         fit=embed("train", config.fit_clips),
-        selection=embed("selection", config.selection_clips, num_framed=BANK_CLIPS),
+        selection=selection,
+        selection_futures=selection if config.horizon == 1 else embed("selection", num_futures, horizon=config.horizon),
     )
 
 
@@ -98,14 +117,16 @@ def evaluate_forecasts(networks: Networks, config: EvaluationConfig) -> Evaluati
         UserError: a split has too few clips, or lacks the label evaluation.label.
     """
     layout, label = networks.layout, config.label
-    check_splits(networks.source, layout.labels | ({label} if label else set()), evaluation_uses(config.horizon))
+    uses = evaluation_uses(config.horizon, config.recalibrate)
+    check_splits(networks.source, layout.labels | ({label} if label else set()), uses)
     num_samples = num_futures(networks.model, config.num_samples)
     with frozen(networks.model, networks.target_encoder):
         clips = embed_forecast_clips(networks, config)
         law, queries = clips.law, clips.queries
         generator = torch.Generator().manual_seed(config.seed)
         quantity, scored = None, None
-        if known := known_truth(law, label, layout.num_frames):
+        known = known_truth(law, label, layout.num_frames)
+        if known:
             quantity = quantity_of(known, queries.labels)
             draws = {"law_samples": config.law_samples, "num_samples": config.num_samples}
             scored = ScoredQuantity.fitted(known, clips.fit, clips.selection, queries, generator, **draws)
@@ -116,6 +137,13 @@ def evaluate_forecasts(networks: Networks, config: EvaluationConfig) -> Evaluati
             total=num_forecasts(law),
         )
         found = _score_all(forecasts, queries, scored)
+        recalibrated = {}
+        if config.recalibrate:
+            apart = torch.Generator().manual_seed(config.seed)  # the other forecasts are the same without it
+            recalibrated = fit_recalibrations(networks, config, clips.selection_futures, known, scored, apart)
+            # With the same draws of climatology as that row, a weight of 1 has exactly its score.
+            pooled = recalibrated["embedding"].fitted(found.samples, found.past, apart)
+            _score_embedding("model_recalibrated", pooled, queries, found)
     resampling = resample(queries.places, torch.Generator().manual_seed(config.seed))
     add_skill(found.in_embedding, found.energy, resampling)
     metrics = _metrics(networks, queries, num_samples, found)
@@ -123,10 +151,17 @@ def evaluate_forecasts(networks: Networks, config: EvaluationConfig) -> Evaluati
     if scored is None or quantity is None:
         metrics["space"], metrics["quantity"], metrics["forecasts"] = "embedding", None, found.in_embedding
     else:
-        forecasts_of_quantity, energy = scored.scores(found.values, generator)
+        forecasts_of_quantity, energy = scored.scores(
+            found.values, generator, recalibrated["quantity"].fitted if recalibrated else None
+        )
         add_skill(forecasts_of_quantity, energy, resampling)
         _add_quantity(metrics, quantity, scored, found, forecasts_of_quantity)
         metrics["probes"] = probe_clips(law, clips.fit, clips.selection, queries)
+    if recalibrated:
+        metrics["recalibration"] = Recalibrations(
+            embedding=recalibrated["embedding"].facts,
+            quantity=recalibrated["quantity"].facts if "quantity" in recalibrated else None,
+        )
     neighbours, steps = nearest_segments(clips.selection, found.shown, layout.num_frames)
     illustrations = Illustrations(
         frames=queries.frames.numpy(),
@@ -137,21 +172,51 @@ def evaluate_forecasts(networks: Networks, config: EvaluationConfig) -> Evaluati
         latents=latents_to_draw(law, queries),
         timeline=None,
     )
-    return Evaluation(metrics, illustrations, scored.readout if scored else None, quantity)
+    return Evaluation(metrics, illustrations, scored.readout if scored else None, quantity, recalibrated)
+
+
+def fit_recalibrations(
+    networks: Networks,
+    config: EvaluationConfig,
+    selection: EmbeddedSplit,
+    known: KnownTruth | None,
+    scored: ScoredQuantity | None,
+    generator: torch.Generator,
+) -> dict[str, Recalibrated]:
+    """Fit the recalibration in embedding space, and in that of the quantity, to selection clips alone.
+
+    The climatology is that of at most MAX_FUTURES training clips. All clips have the whole horizon.
+    """
+    num_past = min(MAX_FUTURES, config.fit_clips)
+    past = embed_split(networks, "train", num_past, seed=config.seed, horizon=config.horizon)
+    num_samples = num_futures(networks.model, config.num_samples)
+    samples = roll_out(networks, selection.state, selection.actions, num_samples, generator)
+    num_blocks = resample(selection.places, generator, 1).num_blocks
+    parts = {"embedding": (samples, selection.targets, past.targets)}
+    if scored and known:
+        values = [known.truth(clips.labels, config.horizon) for clips in (selection, past)]
+        parts["quantity"] = (scored.readout(samples), values[0], values[1])
+    return {
+        space: Recalibrated.fit(forecast, observed, selection.places, futures, past.places, num_blocks, generator)
+        for space, (forecast, observed, futures) in parts.items()
+    }
 
 
 @dataclass
 class _Found:
     """Scores of all forecasts in embedding space; values [Q, S, horizon, K] of the quantity by forecast.
 
-    energy [Q, horizon] are the Energy Scores of each query in embedding space, by forecast. shown [Q, P, horizon, D]
-    are samples of the model for the first queries. beyond_fit is empty without a quantity.
+    energy [Q, horizon] are the Energy Scores of each query in embedding space, by forecast. samples [Q, S, horizon, D]
+    are those of the model, past those of training climatology, shown [Q, P, horizon, D] some of the model for the first
+    queries. beyond_fit is empty without a quantity.
     """
 
     in_embedding: Forecasts
     energy: dict[str, Tensor]
     retrievals: dict[str, RetrievalScores]
     values: dict[str, Tensor]
+    samples: Tensor
+    past: Tensor
     shown: Tensor
     beyond_fit: list[float]
 
@@ -159,18 +224,25 @@ class _Found:
 def _score_all(
     forecasts: Iterable[tuple[str, Tensor]], queries: EmbeddedSplit, scored: ScoredQuantity | None
 ) -> _Found:
-    found = _Found({}, {}, {}, {}, torch.empty(0), [])
-    targets = queries.targets[:, None]
+    found = _Found({}, {}, {}, {}, torch.empty(0), torch.empty(0), torch.empty(0), [])
     for name, samples in forecasts:
-        energy = found.energy[name] = energy_scores(samples, targets)
-        found.in_embedding[name] = forecast_scores(samples, targets, energy=energy, mean_over_dimensions=True)
-        found.retrievals[name] = retrieval_scores(samples, queries.targets)
+        _score_embedding(name, samples, queries, found)
         if name == "model":
+            found.samples = samples
             found.shown = samples[: len(queries.frames), :NUM_NEIGHBOURS].clone()
             found.beyond_fit = scored.beyond_fit(samples) if scored else []
+        if name == "training_climatology":
+            found.past = samples
         if scored and name not in CLIMATOLOGIES:
             found.values[name] = scored.readout(samples)
     return found
+
+
+def _score_embedding(name: str, samples: Tensor, queries: EmbeddedSplit, found: _Found) -> None:
+    targets = queries.targets[:, None]
+    energy = found.energy[name] = energy_scores(samples, targets)
+    found.in_embedding[name] = forecast_scores(samples, targets, energy=energy, mean_over_dimensions=True)
+    found.retrievals[name] = retrieval_scores(samples, queries.targets)
 
 
 def _metrics(networks: Networks, queries: EmbeddedSplit, num_samples: int, found: _Found) -> Metrics:

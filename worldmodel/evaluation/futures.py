@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from data_pipelines.worlds.law import Law
-from worldmodel.evaluation.baselines import MAX_MOMENTS, LinearGaussian, other_clips, training_clips
+from worldmodel.evaluation.baselines import MAX_MOMENTS, LinearGaussian, moments_for, other_clips, training_clips
 from worldmodel.evaluation.embed import EmbeddedSplit, Networks
 from worldmodel.nets.parallel import global_batch
 from worldmodel.nets.world_model import WorldModel
@@ -27,13 +27,15 @@ ENCODE_DECODE_SAMPLES = 16
 class ForecastClips:
     """The law of the queries, if it is known; the queries; and the clips on which readouts and baselines are fitted.
 
-    `fit` are training clips, and the strength of a fit is chosen on `selection`.
+    `fit` are training clips with one later segment, and the strength of a fit is chosen on `selection`. Fits of whole
+    forecasts are chosen on `selection_futures`, which have the horizon of the queries.
     """
 
     law: Law | None
     queries: EmbeddedSplit
     fit: EmbeddedSplit
     selection: EmbeddedSplit
+    selection_futures: EmbeddedSplit
 
 
 def all_forecasts(
@@ -53,7 +55,7 @@ def all_forecasts(
     yield "climatology", climatology(queries, generator)
     if law:
         yield "encode_decode_oracle", encode_decode(networks, law, queries, generator)
-    yield "training_climatology", training_climatology(clips.fit, queries, generator)
+    yield "training_climatology", training_climatology(clips.fit, queries, moments_for(num_samples), generator)
     yield (
         "linear_gaussian",
         linear_gaussian(clips).roll_out(queries.persistence, queries.actions, MAX_MOMENTS, generator),
@@ -115,18 +117,21 @@ def climatology(queries: EmbeddedSplit, generator: torch.Generator) -> Tensor:
     return queries.targets[other_clips(queries.places, generator)]
 
 
-def training_climatology(fit: EmbeddedSplit, queries: EmbeddedSplit, generator: torch.Generator) -> Tensor:
-    """Return targets of training clips for each query, drawn anew at each horizon step, [Q, S, horizon, D]."""
-    steps = [training_clips(fit.places, queries.places, MAX_MOMENTS, generator) for _ in range(queries.horizon)]
+def training_climatology(
+    fit: EmbeddedSplit, queries: EmbeddedSplit, num_moments: int, generator: torch.Generator
+) -> Tensor:
+    """Return targets of training clips for each query, drawn anew at each step: [Q, num_moments, horizon, D]."""
+    steps = [training_clips(fit.places, queries.places, num_moments, generator) for _ in range(queries.horizon)]
     return fit.targets[torch.stack(steps, dim=2), 0]
 
 
 def linear_gaussian(clips: ForecastClips) -> LinearGaussian:
     """Fit the linear-Gaussian forecast to training clips, and choose it on selection clips."""
-    parts = []
-    for split in (clips.fit, clips.selection):
-        parts += [torch.cat([split.persistence, split.actions[:, 0]], dim=1), split.targets[:, 0]]
-    return LinearGaussian.fitted(*parts)
+    fit, selection = clips.fit, clips.selection_futures
+    context = torch.cat([fit.persistence, fit.actions[:, 0]], dim=1)
+    return LinearGaussian.fitted(
+        context, fit.targets[:, 0], selection.persistence, selection.actions, selection.targets
+    )
 
 
 def encode_decode(networks: Networks, law: Law, queries: EmbeddedSplit, generator: torch.Generator) -> Tensor:

@@ -17,7 +17,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from worldmodel.runs.metrics import BASELINES, OWN_FORECASTS, Forecasts, Intervals, Skill
+from worldmodel.runs.metrics import BASELINES, OWN_FORECASTS, Forecasts, Intervals, Series, Skill
 from worldmodel.sources.source import ClipPlaces
 
 LEVEL = 0.9
@@ -117,5 +117,5 @@ def interval_facts(resampling: Resampling) -> Intervals:
     )
 
 
-def _plain(values: Tensor) -> list[float | None]:
+def _plain(values: Tensor) -> Series:
     return [float(value) if math.isfinite(value) else None for value in values]

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from data_pipelines.errors import UserError
 from data_pipelines.worlds.law import Law, Quantity
-from worldmodel.evaluation.baselines import MAX_MOMENTS, constant_velocity, other_clips, training_clips
+from worldmodel.evaluation.baselines import constant_velocity, moments_for, other_clips, training_clips
 from worldmodel.evaluation.embed import EmbeddedSplit
 from worldmodel.evaluation.illustrations import Fans
 from worldmodel.evaluation.readout import RIDGE_STRENGTHS, Readout, choose_readout
+from worldmodel.evaluation.recalibration import Recalibration
 from worldmodel.evaluation.scores import energy_scores, forecast_scores, r_squared
 from worldmodel.runs.metrics import Forecasts
 from worldmodel.sources.source import ClipPlaces
@@ -161,12 +162,19 @@ class ScoredQuantity:
             past_places=fit.places,
         )
 
-    def scores(self, values: dict[str, Tensor], generator: torch.Generator) -> tuple[Forecasts, dict[str, Tensor]]:
+    def scores(
+        self, values: dict[str, Tensor], generator: torch.Generator, recalibration: Recalibration | None = None
+    ) -> tuple[Forecasts, dict[str, Tensor]]:
         """Score forecasts that were read, [Q, S, horizon, K] each, and those that need no readout.
+
+        recalibration: adds the model's forecast recalibrated with it, pooled with the scored training climatology.
 
         Returns: the scores of each forecast, and its Energy Score of each query [Q, horizon].
         """
-        forecasts = values | self.baselines | self._climatologies(generator)
+        forecasts = values | self.baselines | self._climatologies(values["model"].shape[1], generator)
+        if recalibration:
+            moments = forecasts["training_climatology"]
+            forecasts["model_recalibrated"] = recalibration(values["model"], moments, generator)
         if self.oracle is not None:
             forecasts["simulator_oracle"] = self.oracle
         energy = {name: energy_scores(part, self.observed) for name, part in forecasts.items()}
@@ -176,10 +184,10 @@ class ScoredQuantity:
         }
         return scores, energy
 
-    def _climatologies(self, generator: torch.Generator) -> dict[str, Tensor]:
+    def _climatologies(self, num_samples: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Return real values of other queries, and of training clips, [Q, S, horizon, K] each."""
         places, horizon = self.queries.places, self.truth.shape[1]
-        past = [training_clips(self.past_places, places, MAX_MOMENTS, generator) for _ in range(horizon)]
+        past = [training_clips(self.past_places, places, moments_for(num_samples), generator) for _ in range(horizon)]
         found = self.truth[other_clips(places, generator)], self.past[torch.stack(past, dim=2)]
         return dict(zip(CLIMATOLOGIES, found, strict=True))
 

@@ -58,7 +58,8 @@ def _defeats(metrics: Metrics) -> list[str]:
         for folder, space in spaces.items():
             if worse := worse_than(metrics, own, folder):
                 names = "; ".join(f"{label(name, inside=True)} at {_horizons(steps)}" for name, steps in worse.items())
-                found.append(f"{label(own)} is worse than {names} (Energy Score, {space}).")
+                comma = "," if "," in label(own) else ""
+                found.append(f"{label(own)}{comma} is worse than {names} (Energy Score, {space}).")
     return found
 
 

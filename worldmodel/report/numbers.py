@@ -15,6 +15,7 @@ import numpy as np
 from worldmodel.runs.metrics import BASELINES, Metrics, value_at
 
 DASH = "–"
+FEW_BLOCKS = 10  # fewer give intervals that are too narrow
 
 # Label and explanation of each forecast, in the order of the tables.
 FORECASTS = {
@@ -218,9 +219,11 @@ def label(name: str, *, inside: bool = False) -> str:
 
 
 def interval_words(metrics: Metrics) -> str:
-    """Return '90% interval', by the level of the intervals of skill scores."""
-    level = value_at(metrics, "intervals.level")
-    return f"{level:.0%} interval" if isinstance(level, int | float) and 0 < level < 1 else "interval"
+    """Return '90% interval', by the level of the intervals of skill scores, with a warning if blocks are few."""
+    level, blocks = value_at(metrics, "intervals.level"), value_at(metrics, "intervals.num_blocks")
+    words = f"{level:.0%} interval" if isinstance(level, int | float) and 0 < level < 1 else "interval"
+    few = isinstance(blocks, int) and blocks < FEW_BLOCKS
+    return f"{words}, too narrow: {blocks} block{'s' * (blocks != 1)}" if few else words
 
 
 def score(metrics: Metrics, name: str, step: int = 0, folder: str = "forecasts") -> float:

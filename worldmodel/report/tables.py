@@ -133,7 +133,8 @@ def _skill_tables(metrics: Metrics) -> list[str]:
             [label(name), *(_skill_text(metrics, f"forecasts.{own}.skill.{name}", step) for step in steps)]
             for name in forecast_names(metrics, f"forecasts.{own}.skill")
         ]
-        title = f"Skill of {label(own, inside=True)} over ({interval_words(metrics)})"
+        comma = "," if "," in label(own) else ""
+        title = f"Skill of {label(own, inside=True)}{comma} over ({interval_words(metrics)})"
         if rows:
             tables.append(aligned_table([[title, *(f"h = {step + 1}" for step in steps)], *rows]))
     return tables

@@ -10,6 +10,7 @@ run/profile/, run/wandb/         a profile of training; files of wandb
 run/metrics.json                 scores of the evaluation
 run/forecasts.md                 the forecasts in metrics.json as a Markdown table
 run/readout.safetensors          the ridge readout that the evaluation chose
+run/recalibration.safetensors    how the evaluation recalibrates forecasts, with the climatology for it
 run/illustrations.safetensors    arrays for the pictures of the report
 run/planning.json                success rates of planning, with its protocol
 run/planning.safetensors         the planned episodes that the report shows
@@ -39,6 +40,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.json"
         self.forecasts = self.path / "forecasts.md"
         self.readout = self.path / "readout.safetensors"
+        self.recalibration = self.path / "recalibration.safetensors"
         self.illustrations = self.path / "illustrations.safetensors"
         self.planning = self.path / "planning.json"
         self.planned_episodes = self.path / "planning.safetensors"
@@ -49,8 +51,10 @@ class RunFolder:
     def files(self) -> frozenset[Path]:
         """All files that a run may hold at the top level, except the lock."""
         training = {self.config, self.history, self.contents}
-        evaluation = {self.metrics, self.forecasts, self.readout, self.illustrations, self.surprise_events}
-        return frozenset(training | evaluation | {self.planning, self.planned_episodes, self.report})
+        evaluation = {self.metrics, self.forecasts, self.readout, self.recalibration, self.illustrations}
+        return frozenset(
+            training | evaluation | {self.surprise_events, self.planning, self.planned_episodes, self.report}
+        )
 
     @property
     def folders(self) -> frozenset[Path]:

@@ -16,16 +16,18 @@ from torch import Tensor, nn
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.transforms import to_float
 from worldmodel.build import build_training_model, clip_layout
-from worldmodel.config import Config, GaussianConfig, PretrainedConfig, check_trust, outside_names
+from worldmodel.config import Config, GaussianConfig, PretrainedConfig, VideosConfig, check_trust, outside_names
 from worldmodel.evaluation.embed import Networks
 from worldmodel.evaluation.readout import load_readout
+from worldmodel.evaluation.recalibration import load_recalibrations
 from worldmodel.evaluation.surprise import SurpriseOptions, Timeline, clip_surprise, video_surprise
 from worldmodel.nets.teacher import Teacher
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.runs.checkpoint import Checkpoint, load_checkpoint, load_run_config
 from worldmodel.runs.hub import download, is_repository_name
 from worldmodel.sources import make_source
-from worldmodel.sources.source import Source
+from worldmodel.sources.source import ClipPlaces, Source
+from worldmodel.sources.videos import number_of_file
 from worldmodel.training.losses import TrainingModel
 
 
@@ -83,15 +85,33 @@ class TrainedRun:
 
     @torch.no_grad()
     def rollout(
-        self, clip: Tensor, horizon: int, num_samples: int, seed: int = 0, *, actions: Tensor | None = None
+        self,
+        clip: Tensor,
+        horizon: int,
+        num_samples: int,
+        seed: int = 0,
+        *,
+        actions: Tensor | None = None,
+        recalibrate: bool = False,
+        video: str | Path | None = None,
     ) -> Tensor:
         """Sampled futures of context segments: [B, T, C, H, W] -> embeddings [B, S, horizon, D].
 
-        actions [B, horizon, A] are given if and only if the run is conditioned on actions.
+        Args:
+            actions: [B, horizon, A], given if and only if the run is conditioned on actions.
+            recalibrate: change the spread of the samples, and replace some of them by futures of training clips, as an
+                evaluation with evaluation.recalibrate has fitted it. The other samples are those without it.
+            video: the file that all clips are from. If the run was trained on its earlier part, the futures for
+                `recalibrate` are of this video.
 
         Raises:
-            UserError: horizon or num_samples is below 1, or actions are missing, unexpected or of another shape.
+            UserError: horizon or num_samples is below 1, or actions are missing, unexpected or of another shape; with
+                `recalibrate`, the run has no recalibration for this checkpoint or horizon.
         """
+        futures = self._rollout(clip, horizon, num_samples, seed, actions)
+        return self._recalibrated("embedding", futures, seed, video) if recalibrate else futures
+
+    def _rollout(self, clip: Tensor, horizon: int, num_samples: int, seed: int, actions: Tensor | None) -> Tensor:
         for name, value in (("horizon", horizon), ("num_samples", num_samples)):
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
@@ -103,18 +123,46 @@ class TrainedRun:
         taken = None if actions is None else actions.float().to(self.device)
         return self.model.rollout(self._segments(clip), horizon, num_samples, generator, actions=taken)
 
+    def _recalibrated(self, space: str, samples: Tensor, seed: int, video: str | Path | None) -> Tensor:
+        """Recalibrate samples [B, S, horizon, K] in a space. Raises UserError: there is no recalibration for them."""
+        spaces = load_recalibrations(self.folder, self.state["step"])
+        if space not in spaces:
+            raise UserError(
+                f"the run {self.folder} has no recalibration: set evaluation.recalibrate to true in its config.yaml, "
+                "and evaluate it"
+            )
+        largest = len(spaces[space].fitted.spread)
+        if samples.shape[2] > largest:
+            raise UserError(f"horizon={samples.shape[2]}: the recalibration of {self.folder} reaches to {largest}")
+        data = self.config.data
+        number = number_of_file(data.root, video) if video is not None and isinstance(data, VideosConfig) else -1
+        places = ClipPlaces(torch.full((len(samples),), number), torch.zeros(len(samples), dtype=torch.int64), 1)
+        generator = torch.Generator().manual_seed(seed)
+        return spaces[space](samples.cpu(), places, generator).to(samples.device)
+
+    @torch.no_grad()
     def forecast(
-        self, clip: Tensor, horizon: int, num_samples: int, seed: int = 0, *, actions: Tensor | None = None
+        self,
+        clip: Tensor,
+        horizon: int,
+        num_samples: int,
+        seed: int = 0,
+        *,
+        actions: Tensor | None = None,
+        recalibrate: bool = False,
+        video: str | Path | None = None,
     ) -> Tensor:
         """Sampled futures of the labelled quantity: [B, T, C, H, W] -> [B, S, horizon, K], in the quantity's unit.
 
         The samples are those of `rollout` with the same seed, read by the ridge readout that the evaluation fitted.
+        With `recalibrate` they are recalibrated after they are read; the arguments are those of `rollout`.
 
         Raises:
             UserError: as `rollout`, or the run was not evaluated at this checkpoint, or its videos have no labels.
         """
         readout, _ = load_readout(self.folder, self.state["step"], self.device)
-        return readout(self.rollout(clip, horizon, num_samples, seed, actions=actions))
+        values = readout(self._rollout(clip, horizon, num_samples, seed, actions))
+        return self._recalibrated("quantity", values, seed, video) if recalibrate else values
 
     def surprise(
         self, video: str | Path | Tensor, *, num_peaks: int = 5, step_frames: int | None = None, progress: bool = False

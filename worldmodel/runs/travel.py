@@ -4,7 +4,8 @@ An exported run is a run folder with what inference needs:
 
     config.yaml                       without the private paths of this machine
     checkpoints/                      one checkpoint without optimiser state
-    metrics.json, readout.safetensors if the run was evaluated at this checkpoint
+    metrics.json, readout.safetensors, recalibration.safetensors
+                                      if the run was evaluated at this checkpoint
     README.md                         a model card
     encoder.pt2, rollout_step.pt2     on request, the networks as programs (worldmodel/runs/programs.py)
 """
@@ -18,6 +19,7 @@ from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.files import write_text
 from worldmodel.config import Config, MovingMnistConfig, PretrainedConfig, TrackingConfig, VideosConfig, to_yaml
 from worldmodel.evaluation.readout import load_readout, save_readout
+from worldmodel.evaluation.recalibration import load_recalibrations, save_recalibration
 from worldmodel.runs.checkpoint import Checkpoint, export_checkpoint
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.hub import check_upload, upload
@@ -91,6 +93,8 @@ def _export(run: TrainedRun, folder: Path, name: str, programs: bool) -> Path:
             write_metrics(folder, metrics)
             if RunFolder(run.folder).readout.is_file():
                 save_readout(folder, *load_readout(run.folder, run.state["step"]), run.state["step"])
+            if spaces := load_recalibrations(run.folder, run.state["step"]):
+                save_recalibration(folder, spaces, run.state["step"])
         write_text(folder / "README.md", model_card(run, config, metrics, name, left_out))
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error

@@ -187,6 +187,11 @@ def _format(data: VideosConfig) -> Format | None:
     return None if data.format is None else parts.make("data.format", data.format, {}, Format)
 
 
+def number_of_file(root: str, video: str | Path) -> int:
+    """Return the number that a plain video file has in a data set with this root, if it is one of its videos."""
+    return video_number(os.path.normpath(os.path.relpath(video, root)), "")
+
+
 def video_number(name: str, *part: object) -> int:
     """Return a number of 63 bits for a video: a hash of its path below the root of the data, its shard and its episode.
 

@@ -135,7 +135,8 @@ def open_run_and_stream(
     rank, world_size = accelerator.process_index, accelerator.num_processes
     labels, scored_label = clip_layout(config).labels, config.evaluation.label
     refine_horizon = config.train.refine_horizon if config.train.refine_steps else None
-    uses = training_uses(config.objective.rollout_steps, refine_horizon) | evaluation_uses(config.evaluation.horizon)
+    uses = training_uses(config.objective.rollout_steps, refine_horizon)
+    uses |= evaluation_uses(config.evaluation.horizon, config.evaluation.recalibrate)
     with accelerator.main_process_first(), accelerator.local_main_process_first():
         source = make_source(config)
         check_splits(source, labels | ({scored_label} if scored_label else set()), uses)

@@ -82,6 +82,7 @@ def test_devices_and_numbers(refused: Call, trained_run: Path, long_video: Path,
     npz = ["--out", tmp_path / "f.npz"]
     assert "--num-samples times --horizon" in refused("rollout", *given, *npz, "--num-samples", 10**6, "--horizon", 99)
     assert "--horizon must be at most" in refused("rollout", *given, *npz, "--horizon", 10**18)
+    assert "has no recalibration: set evaluation.recalibrate" in refused("rollout", *given, *npz, "--recalibrate")
     assert "--seed must be from 0" in refused("rollout", *given, *npz, "--seed", -1)
     assert "it has 36 frames" in refused("rollout", *given, *npz, "--start-frame", -5)
     assert "it has 36 frames" in refused("rollout", *given, *npz, "--start-frame", 10**30)

@@ -59,7 +59,9 @@ def law(start: Tensor, num_samples: int, draw: torch.Generator) -> Tensor:
 
 def test_linear_gaussian_scores_as_the_law_of_an_autoregression_does() -> None:
     train, selection, test = (ar_paths(count, seed) for count, seed in ((4000, 1), (1000, 2), (1500, 3)))
-    forecast = LinearGaussian.fitted(train[:, 0], train[:, 1], selection[:, 0], selection[:, 1])
+    forecast = LinearGaussian.fitted(
+        train[:, 0], train[:, 1], selection[:, 0], passive(1000, HORIZON), selection[:, 1:]
+    )
     torch.testing.assert_close(forecast.factor @ forecast.factor.T, ROOT @ ROOT.T, atol=0.15, rtol=0.05)
     samples = forecast.roll_out(test[:, 0], passive(1500, HORIZON), 64, generator())
     truth = law(test[:, 0], 64, generator(1))
@@ -75,7 +77,7 @@ def test_linear_gaussian_has_the_score_of_a_normal_law_in_closed_form() -> None:
     start = torch.randn(6000, 1, generator=draw)
     after = 0.6 * start + 0.8 * torch.randn(6000, 1, generator=draw)
     parts = start.split(2000), after.split(2000)
-    forecast = LinearGaussian.fitted(parts[0][0], parts[1][0], parts[0][1], parts[1][1])
+    forecast = LinearGaussian.fitted(parts[0][0], parts[1][0], parts[0][1], passive(2000), parts[1][1][:, None])
     samples = forecast.roll_out(parts[0][2], passive(2000), 64, draw)[:, :, 0]
     score = float(energy_score(samples, parts[1][2][:, None]).mean())
     assert score == pytest.approx(0.8 / math.sqrt(math.pi), rel=0.03)
@@ -86,7 +88,7 @@ def test_linear_gaussian_knows_the_actions_of_a_model_that_is_conditioned_on_the
     start, action = torch.randn(3000, 2, generator=draw), torch.randn(3000, 1, generator=draw)
     after = 0.5 * start + action * torch.tensor([2.0, -1.0]) + 0.01 * torch.randn(3000, 2, generator=draw)
     inputs = torch.cat([start, action], dim=1)
-    forecast = LinearGaussian.fitted(inputs[:2000], after[:2000], inputs[2000:], after[2000:])
+    forecast = LinearGaussian.fitted(inputs[:2000], after[:2000], start[2000:], action[2000:, None], after[2000:, None])
     samples = forecast.roll_out(start[:4], torch.stack([action[:4], -action[:4]], dim=1), 8, draw)
     second = 0.5 * after[:4] - action[:4] * torch.tensor([2.0, -1.0])
     torch.testing.assert_close(samples.mean(dim=1), torch.stack([after[:4], second], dim=1), atol=0.06, rtol=0)
@@ -96,7 +98,7 @@ def test_clips_learned_by_heart_do_not_make_linear_gaussian_overconfident() -> N
     """With as many dimensions as clips the fit is exact on the clips of the fit, and wrong on all others."""
     draw = generator()
     clips = [torch.randn(40, 40, generator=draw) for _ in range(4)]
-    forecast = LinearGaussian.fitted(*clips)
+    forecast = LinearGaussian.fitted(clips[0], clips[1], clips[2], passive(40), clips[3][:, None])
     samples = forecast.roll_out(torch.randn(300, 40, generator=draw), passive(300), 64, draw)[:, :, 0]
     observed = torch.randn(300, 40, generator=draw)
     inside = (samples.quantile(0.05, dim=1) < observed) & (observed < samples.quantile(0.95, dim=1))
@@ -105,7 +107,9 @@ def test_clips_learned_by_heart_do_not_make_linear_gaussian_overconfident() -> N
 
 def test_linear_gaussian_of_a_collapsed_embedding_is_that_embedding() -> None:
     same = torch.full((50, 4), 0.3)
-    samples = LinearGaussian.fitted(same, same, same, same).roll_out(same[:3], passive(3, 2), 5, generator())
+    samples = LinearGaussian.fitted(same, same, same, passive(50), same[:, None]).roll_out(
+        same[:3], passive(3, 2), 5, generator()
+    )
     torch.testing.assert_close(samples, torch.full((3, 5, 2, 4), 0.3))
 
 
@@ -113,7 +117,9 @@ def test_linear_gaussian_of_numbers_that_are_not_finite_is_not_finite() -> None:
     clips = torch.randn(50, 4, generator=generator())
     broken = clips.clone()
     broken[3, 1] = math.nan
-    samples = LinearGaussian.fitted(clips, broken, clips, clips).roll_out(clips[:3], passive(3, 2), 5, generator())
+    samples = LinearGaussian.fitted(clips, broken, clips, passive(50), clips[:, None]).roll_out(
+        clips[:3], passive(3, 2), 5, generator()
+    )
     assert samples.shape == (3, 5, 2, 4) and samples.isnan().any()
 
 

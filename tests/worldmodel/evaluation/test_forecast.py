@@ -19,9 +19,11 @@ from worldmodel.config import Config, EvaluationConfig
 from worldmodel.evaluation.embed import Networks, embed_split
 from worldmodel.evaluation.forecast import development_scores, evaluate_forecasts
 from worldmodel.evaluation.probes import label_targets
+from worldmodel.evaluation.recalibration import Recalibration, save_recalibration
 from worldmodel.nets.latents import Inference, NoLatent
 from worldmodel.nets.scene import NoScene
 from worldmodel.nets.teacher import Teacher
+from worldmodel.runs.folder import RunFolder
 from worldmodel.sources import make_source
 from worldmodel.sources.videos import VideosSource
 from worldmodel.training.loop import train
@@ -176,6 +178,56 @@ def test_a_label_of_frames_is_forecast_where_no_law_is_known(kicked: Any, tiny_c
         UserError, match=r"evaluation.label='digit' is not a per-frame label: these videos have centre, "
     ):
         evaluate_forecasts(*labelled("digit"))
+
+
+def test_recalibrated_forecasts_stand_beside_the_raw_ones(kicked: Any, tmp_path: Path) -> None:
+    plain, config = evaluate_forecasts(kicked.networks, kicked.config.evaluation), kicked.config.evaluation
+    result = evaluate_forecasts(kicked.networks, replace(config, recalibrate=True))
+    metrics: Any = result.metrics
+    assert undeclared(metrics) == [] and plain.recalibrated == {}
+    for name in ("embedding", "quantity"):
+        facts = metrics["recalibration"][name]
+        assert len(facts["spread"]) == len(facts["weight"]) == 4 and all(0 <= w <= 1 for w in facts["weight"])
+    without: Any = plain.metrics
+    for now, before in (
+        (metrics["forecasts"], without["forecasts"]),
+        (metrics["embedding"]["forecasts"], without["embedding"]["forecasts"]),
+    ):
+        recalibrated = now.pop("model_recalibrated")
+        assert now == before  # nothing else has changed
+        assert len(recalibrated["energy_score"]) == len(recalibrated["coverage"]["90"]) == 4
+        assert set(recalibrated["skill"]) == set(now["model"]["skill"]) >= {"climatology", "linear_gaussian"}
+        # Six updates learn nothing: climatology is much better, and the recalibrated forecast nearly as good.
+        assert recalibrated["energy_score"][0] < now["model"]["energy_score"][0]
+
+    save_recalibration(kicked.folder, result.recalibrated, kicked.state["step"])
+    clip = torch.rand(2, 3, 1, 64, 64)
+    raw, changed = (kicked.rollout(clip, 4, 16, recalibrate=change) for change in (False, True))
+    assert raw.shape == changed.shape == (2, 16, 4, 16) and not torch.equal(raw, changed)
+    past = result.recalibrated["embedding"].past
+    from_past = torch.cdist(changed[:, :, 0].flatten(0, 1), past[:, 0]).amin(dim=1) == 0
+    weight = result.recalibrated["embedding"].fitted.weight[0]
+    assert float(from_past.float().mean()) == pytest.approx(weight, abs=0.3)
+    assert torch.equal(changed, kicked.rollout(clip, 4, 16, recalibrate=True))
+    with pytest.raises(UserError, match=r"horizon=5: the recalibration of .* reaches to 4"):
+        kicked.rollout(clip, 5, 16, recalibrate=True)
+    RunFolder(kicked.folder).recalibration.unlink()
+    with pytest.raises(UserError, match=r"has no recalibration: set evaluation.recalibrate to true in its config.yaml"):
+        kicked.rollout(clip, 4, 16, recalibrate=True)
+
+
+def test_a_forecast_that_is_recalibrated_into_climatology_has_its_score(
+    kicked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a forecast is never worse than training climatology where its weight is 1."""
+    only_climatology = Recalibration((2.0,) * 4, (1.0,) * 4)
+    monkeypatch.setattr("worldmodel.evaluation.recalibration.fit_recalibration", lambda *_: only_climatology)
+    config = replace(kicked.config.evaluation, recalibrate=True)
+    metrics: Any = evaluate_forecasts(kicked.networks, config).metrics
+    for forecasts in (metrics["forecasts"], metrics["embedding"]["forecasts"]):
+        recalibrated, climatology = forecasts["model_recalibrated"], forecasts["training_climatology"]
+        assert recalibrated["skill"]["training_climatology"]["value"] == [0, 0, 0, 0]
+        assert recalibrated["coverage"] == climatology["coverage"]
 
 
 def test_development_scores_leave_the_networks_training(tiny_config: Callable[..., Config]) -> None:

@@ -229,7 +229,7 @@ def test_a_run_that_a_baseline_beats_says_so_first(tmp_path: Path, no_charts: No
 
 def test_skill_scores_have_their_intervals(tmp_path: Path, no_charts: None) -> None:
     metrics = make_unlabelled_metrics(2)
-    metrics["intervals"] = {"level": 0.9, "block_clips": 15, "num_blocks": 7, "resamples": 2000}
+    metrics["intervals"] = {"level": 0.9, "block_clips": 15, "num_blocks": 40, "resamples": 2000}
     skill = {"value": [0.25, None], "low": [-0.5, None], "high": [0.75, None]}
     metrics["forecasts"]["model"]["skill"] = {"climatology": skill}
     assert undeclared(metrics) == []
@@ -241,6 +241,8 @@ def test_skill_scores_have_their_intervals(tmp_path: Path, no_charts: None) -> N
         ["Climatology", "0.25 (-0.50 to 0.75)", "–"],
     ]
     shown = report(tmp_path / "report.html", metrics=metrics)[1]
+    metrics["intervals"]["num_blocks"] = 1
+    assert "Skill of this run over (90% interval, too narrow: 1 block)" in markdown_table(metrics)
     assert shown.metrics["forecasts.model.skill.climatology.low.0"] == {"-0.50"}
     assert "This run over climatology" in shown.text
 
