@@ -5,6 +5,7 @@ Nothing in this folder imports networks, objectives or streams: they take their 
 
 from worldmodel.config.checks import cautions
 from worldmodel.config.data import (
+    AugmentConfig,
     CausalConfig,
     DataConfig,
     ExternalData,
@@ -72,6 +73,7 @@ from worldmodel.config.sections import (
 from worldmodel.config.trees import apply_override, flatten
 
 __all__ = [
+    "AugmentConfig",
     "ByolConfig",
     "CausalConfig",
     "CemConfig",

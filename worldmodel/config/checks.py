@@ -19,6 +19,7 @@ from worldmodel.config.sections import CemConfig, Config, IcemConfig
 def contradictions(config: Config) -> Iterator[str]:
     """Yield what is wrong with a config whose keys are valid one by one, as phrases that name keys and values."""
     yield from _of_data(config)
+    yield from _of_augmentation(config)
     yield from _of_encoder(config)
     yield from _of_latent_and_editor(config)
     yield from _of_steps(config)
@@ -45,6 +46,32 @@ def _of_data(config: Config) -> Iterator[str]:
         yield (
             f"data.batch_size={data.batch_size} is too small for train.grad_accumulation={accumulation} micro-batches "
             "of at least 2 clips"
+        )
+
+
+def _of_augmentation(config: Config) -> Iterator[str]:
+    data, model, augment = config.data, config.model, config.data.augment
+    if augment.changes_chroma and data.channels != 3:
+        changes = " and ".join(f"data.augment.{key}" for key in ("saturation", "hue") if getattr(augment, key))
+        yield f"{changes}: colour needs data.channels=3, not {data.channels}"
+    for name, (left, right, top, bottom) in augment.position_labels.items():
+        if left == right or top == bottom:
+            yield (
+                f"data.augment.position_labels: {shown(name)} has the same value at two opposite edges of the frame: "
+                "give its values at the left, right, top and bottom edge"
+            )
+    listed = "list the label in data.augment.position_labels if it holds positions in the frame, otherwise"
+    actions = data.action_label if isinstance(data, VideosConfig) and model.action_dim else None
+    if actions and augment.flip != "none" and actions not in augment.position_labels:
+        yield (
+            f"data.augment.flip={augment.flip} mirrors the frames but not the actions, the label {shown(actions)}: "
+            f"{listed} set data.augment.flip=none"
+        )
+    r = (model.latent.label or data.oracle_label) if isinstance(model.latent, OracleConfig) else None
+    if r and augment.changes_geometry and r not in augment.position_labels:
+        yield (
+            f"data.augment moves pixels but not the r of model.latent=oracle, the label {shown(r)}: {listed} set "
+            "data.augment.crop_min_scale=1 and data.augment.flip=none"
         )
 
 

@@ -22,7 +22,58 @@ from worldmodel.config.kinds import (
 )
 
 ImageSize = Annotated[int, Field(strict=True, ge=8, le=4_096)]
+CropScale = Annotated[float, Field(strict=True, ge=0.05, le=1)]
+HueShift = Annotated[float, Field(strict=True, ge=0, le=0.5)]
+BlurWidth = Annotated[float, Field(strict=True, ge=0, le=16)]
+Edge = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 MAX_FPS = 1_000
+
+
+@dataclass(frozen=True, config=KEYS)
+class AugmentConfig:
+    """Random changes of training clips, off by default. All frames of a clip are changed alike, and only the noise
+    differs between pixels and frames. Evaluation, refinement and rollouts see the clips as they are. Sources with a
+    known law have no augmentation."""
+
+    crop_min_scale: CropScale = 1.0
+    """Least side of a square crop, as a fraction of the frame's side. The side is uniform between it and 1, and the
+    crop is resized to the frame. 1: no crop."""
+    flip: Literal["none", "horizontal", "vertical", "both"] = "none"
+    """Axes along which a clip is mirrored, each with probability 1/2. horizontal: left and right change places."""
+    brightness: Fraction = 0.0
+    """Greatest relative change of all values: they are multiplied by 1 - brightness to 1 + brightness."""
+    contrast: Fraction = 0.0
+    """Greatest relative change of the differences from the clip's mean luma."""
+    saturation: Fraction = 0.0
+    """Greatest relative change of the differences of a pixel's channels from its luma. Needs three channels."""
+    hue: HueShift = 0.0
+    """Greatest rotation of the hue, in turns: 0.5 reaches the complementary colour. Needs three channels."""
+    blur: BlurWidth = 0.0
+    """Greatest standard deviation of a Gaussian blur, in pixels of the resized frame."""
+    noise: Fraction = 0.0
+    """Greatest standard deviation of Gaussian noise, independent at each pixel and frame. White is 1."""
+    position_labels: Annotated[dict[Text, tuple[Edge, Edge, Edge, Edge]], Field(max_length=1_000)] = dataclasses.field(
+        default_factory=dict
+    )
+    """Labels that are positions in the frame, pairs of x and y. Crop and flip move them with the pixels. A label has
+    its values at the left, right, top and bottom edge of the resized and cropped frame: `{state: [0, 1, 0, 1]}`.
+    Counted in its pixels, of which the first is 0, a 64 px frame has the edges `[-0.5, 63.5, -0.5, 63.5]`."""
+
+    @property
+    def changes_geometry(self) -> bool:
+        """True if pixels move."""
+        return self.crop_min_scale < 1 or self.flip != "none"
+
+    @property
+    def changes_chroma(self) -> bool:
+        """True if the channels of a pixel are mixed."""
+        return self.saturation > 0 or self.hue > 0
+
+    @property
+    def active(self) -> dict[str, float | str]:
+        """The keys that change clips, with their values; empty if augmentation is off."""
+        off = vars(AugmentConfig())
+        return {key: value for key, value in vars(self).items() if key != "position_labels" and value != off[key]}
 
 
 @dataclass(frozen=True, config=KEYS)
@@ -89,6 +140,8 @@ class VideosConfig:
     action_label: Text = "action"
     """Per-frame label with the action taken at each frame, which leads to the next frame. Read with
     `model.action_dim`."""
+    augment: AugmentConfig = AugmentConfig()
+    """Random changes of training clips."""
 
 
 @dataclass(frozen=True, config=KEYS)
@@ -104,6 +157,7 @@ class MovingMnistConfig:
     num_segments: ClassVar[int] = 3
     num_frames: ClassVar[int] = 3
     frame_stride: ClassVar[int] = 1
+    augment: ClassVar[AugmentConfig] = AugmentConfig()
 
     source: Literal["moving_mnist"] = "moving_mnist"
     """Name of the source."""
@@ -128,6 +182,7 @@ class CausalConfig:
     num_segments: ClassVar[int] = 3
     num_frames: ClassVar[int] = 1
     frame_stride: ClassVar[int] = 1
+    augment: ClassVar[AugmentConfig] = AugmentConfig()
 
     source: Literal["causal"] = "causal"
     """Name of the source."""
@@ -162,6 +217,8 @@ class ExternalData:
     """Source frames from one frame of a segment to the next."""
     batch_size: SamplesFrom2 = 128
     """Clips per global batch, over all processes."""
+    augment: AugmentConfig = AugmentConfig()
+    """Random changes of training clips."""
 
     @property
     def built_by(self) -> str:

@@ -23,6 +23,7 @@ from worldmodel.runs.tracking import RowLostError
 from worldmodel.runs.wandb_tracking import wandb_mode
 from worldmodel.sources import make_source
 from worldmodel.sources.source import Source
+from worldmodel.training.augment import check_augmentation
 from worldmodel.training.finite import NotFiniteStep
 from worldmodel.training.launch import check_ranks_agree, is_lost_connection, launched
 from worldmodel.training.profiling import profiled
@@ -133,13 +134,15 @@ def open_run_and_stream(
         UserError: the videos do not fit the config, or the run folder cannot be used.
     """
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    labels, scored_label = clip_layout(config).labels, config.evaluation.label
+    labels = clip_layout(config).labels | set(config.data.augment.position_labels)
+    labels |= {config.evaluation.label} if config.evaluation.label else set()
     refine_horizon = config.train.refine_horizon if config.train.refine_steps else None
     uses = training_uses(config.objective.rollout_steps, refine_horizon)
     uses |= evaluation_uses(config.evaluation.horizon, config.evaluation.recalibrate)
     with accelerator.main_process_first(), accelerator.local_main_process_first():
         source = make_source(config)
-        check_splits(source, labels | ({scored_label} if scored_label else set()), uses)
+        check_splits(source, labels, uses)
+        check_augmentation(source, config)
         stream = source.training_stream(
             config.objective.rollout_steps, rank=rank, world_size=world_size, device=accelerator.device
         )

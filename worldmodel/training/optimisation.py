@@ -12,6 +12,8 @@ from torch import nn
 
 STEP = 0
 """Separates the seeds of steps from those of batches, which also have a seed and a number."""
+AUGMENT = 1
+"""Separates the seeds of a step's augmentation from those of its other draws."""
 
 
 def learning_rate(step: int, peak: float, warmup_steps: int, num_steps: int) -> float:
@@ -52,7 +54,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
-    """Return the random generator of one step. It is the same on all processes."""
-    mixed = np.random.SeedSequence([seed, step, STEP]).generate_state(1, np.uint64)[0]
+def step_generator(seed: int, step: int, device: torch.device, purpose: int = STEP) -> torch.Generator:
+    """Return the random generator of one step for one purpose. It is the same on all processes."""
+    mixed = np.random.SeedSequence([seed, step, purpose]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(mixed >> np.uint64(1)))

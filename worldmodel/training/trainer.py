@@ -18,6 +18,7 @@ from worldmodel.data import training_inputs
 from worldmodel.nets.teacher import Teacher
 from worldmodel.runs.checkpoint import check_finite
 from worldmodel.training import full_state, sharding
+from worldmodel.training.augment import augmented
 from worldmodel.training.distributed import globalise_batch_norm
 from worldmodel.training.finite import Guard, NotFiniteStep, first_overflow, overflowed_gradients
 from worldmodel.training.gradients import Losses, compute_gradients, micro_batches, snapshot_buffers
@@ -131,7 +132,7 @@ class Trainer:
         """Compute the losses and gradients of the next step, on the next batch."""
         config, accelerator, timed = self.config, self.accelerator, self.log.times
         with timed("step"), timed("data"):
-            batch = next(batches)
+            batch = augmented(next(batches), config, self.step, accelerator.device)
             rows = on_device(batch["row"], accelerator.device)
             inputs = training_inputs(batch, self.layout, config.objective.rollout_steps, accelerator.device)
             parts = micro_batches(inputs, rows, config.train.grad_accumulation)
