@@ -96,7 +96,7 @@ def _lines(key: str, kind: Any, heading: str) -> Iterator[str]:
         yield f"{heading}# {name}\n"
         yield f"{_one_line(member.__doc__)}\n"
         yield from _lines_of_keys(member, f"{key}.")
-    for name, hint in _groups_of(members.values()).items():
+    for name, hint in _groups_of(members_of(kind).values()).items():
         yield from _lines(f"{key}.{name}", hint, f"{heading}#")
 
 

@@ -55,6 +55,16 @@ def test_overrides_replace_values_and_numbers_may_have_exponents(tmp_path: Path)
         ("data.fps=0", ["data.fps=0", "greater than 0"]),
         ("data.decoder=ffmpeg", ["data.decoder", "'ffmpeg'", "'auto'", "'pyav'", "'decord'", "'torchcodec'"]),
         ("data.channels=2", ["data.channels=2", "1 or 3"]),
+        ("data.augment.crop_min_scale=0", ["data.augment.crop_min_scale=0", "greater than or equal to 0.05"]),
+        ("data.augment.crop_min_scale=.nan", ["data.augment.crop_min_scale=nan"]),
+        ("data.augment.flip=true", ["data.augment.flip='true'", "'none', 'horizontal', 'vertical' or 'both'"]),
+        ("data.augment.hue=0.7", ["data.augment.hue=0.7", "less than or equal to 0.5"]),
+        ("data.augment.blur=1e3", ["data.augment.blur=1000.0", "less than or equal to 16"]),
+        ("data.augment.noise=-1", ["data.augment.noise=-1", "greater than or equal to 0"]),
+        ("data.augment.zoom=2", ["unknown key data.augment.zoom=2", "crop_min_scale, flip, brightness"]),
+        ("data.augment.position_labels=[a]", ["data.augment.position_labels=['a']", "dictionary"]),
+        ("data.augment.position_labels.a=[0, 1]", ["data.augment.position_labels.a"]),
+        ("data.augment.position_labels.a=[0, 1, .inf, 0]", ["data.augment.position_labels.a", "finite number"]),
         ("objective.ema_momentum=1.5", ["objective.ema_momentum", "1.5", "less than or equal to 1"]),
         ("data=5", ["data", "5"]),
         ("data.batch_size=100", ["data.batch_size=100", "data.num_lanes=32"]),
@@ -173,6 +183,27 @@ def test_a_key_that_resembles_none_has_no_hint() -> None:
         (["model.scene_dim=4", "train.refine_steps=1", "model.editor=low_rank"], "takes no scene code"),
         (["model.distance_dim=4"], "model.distance_dim=4 is learned in refinement: it needs train.refine_steps"),
         (["objective.distance_error_weight=1"], "objective.distance_error_weight weighs errors by a distance"),
+        (
+            ["data.augment.hue=0.1", "data.augment.saturation=0.1", "data.channels=1"],
+            "data.augment.saturation and data.augment.hue: colour needs data.channels=3, not 1",
+        ),
+        (
+            ["data.augment.position_labels={a: [1, 1, 0, 2]}"],
+            "data.augment.position_labels: 'a' has the same value at two opposite edges of the frame",
+        ),
+        (
+            ["model.action_dim=2", "data.augment.flip=both", "data.frame_stride=1"],
+            "data.augment.flip=both mirrors the frames but not the actions, the label 'action': list the label in "
+            "data.augment.position_labels if it holds positions in the frame, otherwise set data.augment.flip=none",
+        ),
+        (
+            ["model.latent=oracle", "data.augment.crop_min_scale=0.5"],
+            "data.augment moves pixels but not the r of model.latent=oracle, the label 'velocity_change': list",
+        ),
+        (
+            ["data.source=moving_mnist", "data.augment.noise=0.1"],
+            "unknown key data.augment={'noise': 0.1}; allowed here: source, mnist_dir",
+        ),
         (["planning.distance=steps"], "planning.distance=steps plans by a distance in steps"),
         (["model.latent=oracle", "train.refine_horizon=2"], "knows the r of one step"),
         (
@@ -203,6 +234,9 @@ def test_what_makes_sense_is_not_refused() -> None:
         ["objective.name=vicreg", "model.embedding_norm=standard"],
         ["model.latent=gaussian", "model.latent.prior=flow"],
         ["model.editor=sum", "model.latent=none"],
+        ["data.augment={flip: both, crop_min_scale: 1, noise: 0}", "data.channels=1"],
+        ["data.augment.brightness=1", "data.augment.contrast=0.5", "model.latent=oracle"],
+        ["model.action_dim=2", "data.augment={flip: both, position_labels: {action: [0, 512, 0, 512]}}"],
     ):
         load_config(REPO / "configs" / "demo.yaml", overrides)
 

@@ -9,7 +9,8 @@ import yaml
 
 from data_pipelines.errors import UserError
 from tests.conftest import REPO
-from worldmodel.config import choices, flatten, load_config, to_dict, validate
+from worldmodel.config import AugmentConfig, choices, flatten, load_config, to_dict, validate
+from worldmodel.config.kinds import keys_of
 from worldmodel.config.old import MOVED
 from worldmodel.runs.checkpoint import load_run_config
 
@@ -59,7 +60,7 @@ CHANGED = {
     "planning.noise_beta": 1.5,
     "planning.temperature": 0.4,
 }
-NEW = {"data.format"}
+NEW = {"data.format"} | {f"data.augment.{key}" for key in keys_of(AugmentConfig)}
 TAGS = {
     "data.source": "data",
     "model.encoder": "model.encoder",

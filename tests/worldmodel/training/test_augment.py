@@ -14,6 +14,7 @@ from data_pipelines.batches import Batch
 from data_pipelines.errors import UserError
 from tests.worldmodel.training.test_refine import embedded
 from worldmodel import build_model
+from worldmodel.build import clip_layout
 from worldmodel.config import AugmentConfig, Config, validate
 from worldmodel.data import training_inputs
 from worldmodel.evaluation.embed import Networks, embed_split
@@ -27,7 +28,7 @@ SIZE = 8
 GEOMETRY: dict[str, Any] = {"crop_min_scale": 0.5, "flip": "both"}
 COLOUR: dict[str, Any] = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.6, "hue": 0.2}
 EVERYTHING: dict[str, Any] = {**GEOMETRY, **COLOUR, "blur": 1.0, "noise": 0.1}
-KNOWN_LAW_ENDS = "data.channels=3"
+NO_LAW = "data.channels=3"
 """The law of a written world holds for one channel."""
 
 
@@ -147,8 +148,8 @@ def drawn(**augment: Any) -> tuple[AugmentConfig, Draws]:
 
 
 def test_a_flip_mirrors_the_frames() -> None:
-    settings, draws = drawn(flip="both")
-    video = random_video() / 255
+    settings = AugmentConfig(flip="both")
+    draws, video = draw(settings, 0, 0, 32), random_video(32) / 255
     for clip, changed, scale in zip(video, change(video, settings, draws), draws.scale, strict=True):
         axes = [axis for axis, mirrors in ((3, scale[0] < 0), (2, scale[1] < 0)) if mirrors]
         torch.testing.assert_close(changed, clip.flip(axes), rtol=0, atol=1e-4)
@@ -174,13 +175,13 @@ def test_the_blur_is_that_of_scipy() -> None:
     assert settings.blur * 3 == draws.blur.shape[1] - 1
     video = random_video(frames=2) / 255
     changed = change(video, settings, draws)
-    for clip, weights in enumerate(draws.blur):
-        std = float((0.5 / (weights[0] / weights[1]).log()).sqrt())  # weights 0 and 1 differ by exp(1 / (2 std^2))
-        if not math.isfinite(std) or std < 0.25:
-            continue
+    weights = draws.blur
+    stds = (0.5 / (weights[:, 0] / weights[:, 1]).log()).sqrt()  # the first two differ by the factor exp(1 / (2 std^2))
+    assert stds.max() < 2 and (stds > 0.5).sum() >= 4
+    for clip, std in enumerate(stds.tolist()):
         expected = video[clip, 1, 2].numpy().astype(float)
         for axis in (0, 1):
-            expected = ndimage.gaussian_filter1d(expected, std, axis, mode="nearest", radius=6)
+            expected = ndimage.gaussian_filter1d(expected, max(std, 0.1), axis, mode="nearest", radius=6)
         np.testing.assert_allclose(changed[clip, 1, 2].numpy(), expected, atol=1e-4)
 
 
@@ -221,6 +222,22 @@ def test_contrast_is_about_the_mean_luma_of_the_clip_and_brightness_about_black(
     torch.testing.assert_close(change(video, settings, draws), middle + gain * (video - middle))
     settings, draws = drawn(brightness=0.3)
     torch.testing.assert_close(change(video, settings, draws), draws.gain[:, None, None, None, None] * video)
+
+
+def test_colour_changes_follow_one_another() -> None:
+    """Brightness, contrast, then saturation and hue. Each is drawn with the others' strengths at 0, and so alike."""
+    video = 0.4 + 0.1 * random_video() / 255
+    one_by_one = video
+    for keys in ({"brightness": 0.3}, {"contrast": 0.4}, {"saturation": 0.4, "hue": 0.1}):
+        one_by_one = change(one_by_one, *drawn(**keys))
+    at_once = change(video, *drawn(brightness=0.3, contrast=0.4, saturation=0.4, hue=0.1))
+    torch.testing.assert_close(at_once, one_by_one)
+
+
+def test_crops_and_blurs_at_the_edges_do_not_darken() -> None:
+    settings = AugmentConfig(crop_min_scale=0.9, flip="both", blur=1.0)
+    white = torch.ones(64, 2, 3, 16, 16)
+    torch.testing.assert_close(change(white, settings, draw(settings, 0, 0, 64)), white)
 
 
 def test_values_stay_between_black_and_white() -> None:
@@ -268,7 +285,7 @@ def test_labels_of_positions_follow_the_dot(unit: str) -> None:
     assert inside.double().mean() > 0.7
     off = (found(batch["video"]) - moved).norm(dim=-1)[inside]
     assert off.max() < 0.5, off.max()
-    assert (moved - place).norm(dim=-1).min() > 0.5 or (moved - place).norm(dim=-1).mean() > 3, "dots moved"
+    assert (moved - place).norm(dim=-1).mean() > 3, "dots move"
     assert torch.equal(batch["labels"]["other"], label)
 
 
@@ -289,7 +306,7 @@ def test_actions_that_are_positions_move_before_a_model_is_given_them() -> None:
         config_of(action_dim=2, flip="horizontal")
     config = config_of(action_dim=2, flip="horizontal", position_labels={"action": [0.0, 1.0, 0.0, 1.0]})
     batch = batch_of(random_video(), action=torch.full((SIZE, 9, 2), 0.25))
-    actions = training_inputs(augmented(batch, config, 0, CPU), config, 1, CPU).actions
+    actions = training_inputs(augmented(batch, config, 0, CPU), clip_layout(config), 1, CPU).actions
     assert actions.shape == (SIZE, 1, 6)
     for clip, mirrored in enumerate(draw(config.data.augment, 0, 0, SIZE).scale[:, 0] < 0):
         assert actions[clip].tolist() == [pytest.approx([0.75 if mirrored else 0.25, 0.25] * 3)]
@@ -323,7 +340,7 @@ def test_a_world_with_a_known_law_is_refused_before_the_first_step(tiny_config: 
 def test_evaluation_and_refinement_see_the_clips_as_they_are(tiny_config: Callable[..., Config]) -> None:
     strengths = "data.augment={flip: both, crop_min_scale: 0.3, brightness: 1.0, noise: 0.5}"
     plain, changed = (
-        tiny_config(KNOWN_LAW_ENDS, "train.refine_clips=12", "train.refine_steps=1", *more) for more in ([], [strengths])
+        tiny_config(NO_LAW, "train.refine_clips=12", "train.refine_steps=1", *more) for more in ([], [strengths])
     )
     torch.manual_seed(0)
     model = build_model(plain).eval()
@@ -332,7 +349,7 @@ def test_evaluation_and_refinement_see_the_clips_as_they_are(tiny_config: Callab
     refined = [embedded(config, model, model.embedder).own for config in (plain, changed)]
     assert torch.equal(*refined)
     splits = [
-        embed_split(Networks(config, model, model.embedder, CPU, make_source(config)), "test", 12)
+        embed_split(Networks(model, model.embedder, CPU, make_source(config), clip_layout(config)), "test", 12, seed=0)
         for config in (plain, changed)
     ]
     assert torch.equal(splits[0].state, splits[1].state) and torch.equal(splits[0].targets, splits[1].targets)

@@ -11,7 +11,7 @@ from torch import nn
 from data_pipelines.errors import UserError
 from tests.conftest import REPO, TINY, normal, run_processes
 from tests.worldmodel import training_jobs
-from tests.worldmodel.training.test_loop import rows
+from tests.worldmodel.training.test_loop import AUGMENTED, rows
 from worldmodel.config import TeacherObjective, choices, load_config
 from worldmodel.nets.parallel import all_gather, global_batch, multinomial_rows, num_clips, randn_rows
 from worldmodel.runs.checkpoint import load_checkpoint
@@ -44,6 +44,7 @@ CASES: dict[str, list[str]] = {
     "hinfonce_in_parts": [*CAUSAL, "objective.name=hinfonce", "train.grad_accumulation=3"],
     "byol_in_parts": [*CAUSAL, "objective.name=byol", "train.grad_accumulation=2", "train.clip_norm=0.1"],
     "byol_video_double": ["demo.yaml"],
+    "byol_augmented_double": ["demo.yaml", *AUGMENTED],
     "vicreg_video_double": ["demo.yaml", "objective.name=vicreg", "model.embedding_norm=standard", *STEPS, *TERMS],
     "byol_vit_double": [*VIT, "train.clip_norm=0.1", "model.encoder.checkpoint_activations=true"],
 }
