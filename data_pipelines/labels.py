@@ -51,11 +51,11 @@ def read_labels(root: Path, videos: Sequence[Video], class_names: Sequence[str],
     without pyarrow.
     """
     folders = {folder for video in videos for folder in PurePosixPath(video.path).parents}
-    metadata = [path for folder in sorted(folders) if (path := _metadata_in(root / folder)) is not None]
+    metadata = [path for folder in sorted(folders) if (path := metadata_in(root / folder)) is not None]
     rows: dict[str, dict[str, Any]] = {}
-    if is_split and (above := _metadata_in(root.parent)) is not None:
+    if is_split and (above := metadata_in(root.parent)) is not None:
         prefix = f"{root.name}/"
-        for name, row in _read_metadata(above).items():
+        for name, row in read_metadata(above).items():
             if name.startswith(prefix):
                 rows[name.removeprefix(prefix)] = row
         if metadata:
@@ -67,7 +67,7 @@ def read_labels(root: Path, videos: Sequence[Video], class_names: Sequence[str],
         if path.parent == root.parent and is_split:
             continue
         prefix = path.parent.relative_to(root).as_posix()
-        found = _read_metadata(path)
+        found = read_metadata(path)
         rows |= {posixpath.normpath(posixpath.join(prefix, name)): row for name, row in found.items()}
     missing = [video.path for video in videos if video.path not in rows]
     if missing:
@@ -148,15 +148,16 @@ def _labels_of_classes(videos: Sequence[Video], class_names: Sequence[str]) -> d
     return {"label": torch.tensor([number_of[parent] for parent in parents])}
 
 
-def _metadata_in(folder: Path) -> Path | None:
+def metadata_in(folder: Path) -> Path | None:
+    """Return the metadata file in a folder; None if there is none. Raises UserError: there are several."""
     found = [path for path in (folder / f"metadata{suffix}" for suffix in _READERS) if path.is_file()]
     if len(found) > 1:
         raise UserError(f"'{folder}' holds {' and '.join(path.name for path in found)}: keep one")
     return found[0] if found else None
 
 
-def _read_metadata(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the fields of each line by its normalised file_name. Raises UserError."""
+def read_metadata(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the fields of each line of a metadata file by its normalised file_name. Raises UserError: it is broken."""
     rows: dict[str, dict[str, Any]] = {}
     try:
         for name, row in _READERS[path.suffix](path):
