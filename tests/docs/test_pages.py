@@ -79,7 +79,7 @@ def parser_of(name: str, page: Path) -> argparse.ArgumentParser:
     """Return the parser of a command."""
     assert name in COMMANDS, f"{page_name(page)}: worldmodel {name}"
     parser = argparse.ArgumentParser(exit_on_error=False)
-    import_module(f"worldmodel.commands.{name}").add_arguments(parser)
+    import_module(f"worldmodel.commands.{name.replace('-', '_')}").add_arguments(parser)
     return parser
 
 

@@ -1,8 +1,8 @@
 """The `worldmodel` command: find the named command, parse its arguments and run it.
 
 To add a command, write a module in this folder with a docstring that contains an example, `add_arguments(parser)` and
-`run(args)`, and add a line to COMMANDS. A module imports torch, and everything that imports torch, inside `run`:
-`--help` must answer within a second.
+`run(args)`, and add a line to COMMANDS; `label-motion` is the module `label_motion`. A module imports torch, and
+everything that imports torch, inside `run`: `--help` must answer within a second.
 """
 
 import argparse
@@ -20,6 +20,7 @@ COMMANDS = {
     "record": "record a Gymnasium environment as videos with actions and states",
     "index": "index a folder of videos, in parts if it is large",
     "shards": "pack a folder of videos into tar shards for streaming",
+    "label-motion": "label videos with the positions of what moves in them",
     "inspect": "describe videos, shards, a LeRobot data set or a run; list runs",
     "config": "print the reference of the config keys",
     "train": "train a model from a config",
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         if name not in COMMANDS:
             hint = did_you_mean(name, COMMANDS)
             raise UserError(f"{name!r} is not a command{hint}: `worldmodel --help` lists the commands")
-        module = import_module(f"worldmodel.commands.{name}")
+        module = import_module(f"worldmodel.commands.{name.replace('-', '_')}")
         parser = argparse.ArgumentParser(
             prog=f"worldmodel {name}",
             description=module.__doc__,
@@ -76,7 +77,7 @@ def overview() -> str:
             "",
             "Train stochastic world models on video, forecast and plan with them.",
             "",
-            *(f"  {name:<9} {summary}" for name, summary in COMMANDS.items()),
+            *(f"  {name:<12} {summary}" for name, summary in COMMANDS.items()),
             "",
             "worldmodel COMMAND --help describes a command and shows an example.",
         ]
