@@ -162,7 +162,10 @@ def _read_episodes(root: Path, camera: str | None) -> _Episodes:
         labels["task_index"] = torch.from_numpy(data["task_index"][first])
     files = zip(chunk.tolist(), file.tolist(), strict=True)
     return _Episodes(
-        paths=[_video_path(root, info["video_path"], camera, *numbers) for numbers in files],
+        paths=[
+            path_of(root, "video_path", info["video_path"], video_key=camera, chunk_index=chunk, file_index=file)
+            for chunk, file in files
+        ],
         fps=info["fps"],
         starts_s=from_s,
         lengths=stop - first,
@@ -198,7 +201,7 @@ def _read_info(root: Path) -> dict[str, Any]:
         if not version.startswith("v3."):
             raise UserError(
                 f"LeRobot data set '{root}' is of version {version!r}, and only v3.0 is read: convert it with "
-                "LeRobot's convert_dataset_v21_to_v30"
+                "`worldmodel convert`, or LeRobot's convert_dataset_v21_to_v30"
             )
         fps, features = info["fps"], {name: {"dtype": str(entry["dtype"])} for name, entry in info["features"].items()}
         if not (isinstance(fps, int | float) and 0 < fps < math.inf):
@@ -219,16 +222,16 @@ def _choose_camera(root: Path, info: dict[str, Any], camera: str | None) -> str:
     return camera or cameras[0]
 
 
-def _video_path(root: Path, template: str, camera: str, chunk: int, file: int) -> str:
-    """Return the path of a file, relative to the root.
+def path_of(root: Path, key: str, template: str, **values: str | int) -> str:
+    """Return the path of a file, relative to the root, by a template of meta/info.json.
 
-    The template comes from strangers. Raises UserError: it has other fields than the three, or leads out of the root.
+    The template comes from strangers. Raises UserError: it has other fields than `values`, or leads out of the root.
     """
+    fields = ", ".join(f"{{{name}}}" for name in values)
     refusal = UserError(
-        f"LeRobot data set '{root}': video_path={template[:200]!r} in meta/info.json is refused: it must be a path in "
-        "the data set, of {video_key}, {chunk_index} and {file_index}"
+        f"LeRobot data set '{root}': {key}={template[:200]!r} in meta/info.json is refused: it must be a path in the "
+        f"data set, of {fields}"
     )
-    values = {"video_key": camera, "chunk_index": chunk, "file_index": file}
     try:
         for _, name, spec, conversion in Formatter().parse(template):
             if name is not None and (name not in values or conversion or not re.fullmatch(r"(0?\d?d)?", spec or "")):
@@ -272,7 +275,7 @@ def _read_tables(
             raise UserError(f"'{path}' is not a table of a LeRobot data set: {one_line(error)}") from None
         for name in columns:
             try:
-                parts[name].append(_to_array(read[name], float_type))
+                parts[name].append(to_array(read[name], float_type))
             except (ArrowException, ValueError, KeyError) as error:  # KeyError: there are two columns of this name
                 fault = f"column {shown(name)} of '{path.relative_to(root)}': {one_line(error)}"
                 if faults is None:
@@ -297,10 +300,10 @@ def _numbers_in(path: Path) -> list[tuple[str, int]]:
     return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", path.as_posix())]
 
 
-def _to_array(column: Any, float_type: type[np.floating[Any]]) -> NDArray[Any]:
+def to_array(column: Any, float_type: type[np.floating[Any]], *, finite: bool = True) -> NDArray[Any]:
     """Return a column of numbers, or of equally long (nested) lists of numbers, as int64 or float_type [rows, ...].
 
-    Raises ValueError: other values, or one that is missing, not finite or too large, with its row.
+    Raises ValueError: other values, or one that is missing, too large or (if `finite`) not finite, with its row.
     """
     from pyarrow import compute
 
@@ -324,7 +327,7 @@ def _to_array(column: Any, float_type: type[np.floating[Any]]) -> NDArray[Any]:
         raise ValueError(f"row {int(array.argmax()) // per_row} is {array.max()}, which needs more than 63 bits")
     with np.errstate(over="ignore"):  # the next test finds it
         array = array.astype(float_type if array.dtype.kind == "f" else np.int64)
-    if not np.isfinite(array).all():
+    if finite and not np.isfinite(array).all():
         place = int(np.flatnonzero(~np.isfinite(array))[0])
         raise ValueError(f"row {place // per_row} is {array[place]}, not a finite number")
     return array.reshape(shape)

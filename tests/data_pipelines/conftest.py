@@ -30,7 +30,7 @@ def _is_usable(decoder: str) -> bool:
 DECODERS = list(filter(_is_usable, ("pyav", "decord", "torchcodec")))
 
 
-def _paint(video: int, frame: int, height: int, width: int) -> Image:
+def paint(video: int, frame: int, height: int, width: int) -> Image:
     """Two rows of blocks, white for 1: the bits of the video's number, then (below) those of the frame's."""
     image = np.full((height, width), 96, dtype=np.uint8)
     per_row = min(width // BLOCK_PX, NUM_BITS)
@@ -60,7 +60,7 @@ def _write_video(
 
     num_frames = num_frames if times_ms is None else len(times_ms)
 
-    images = images or [_paint(video, frame, *size) for frame in range(num_frames)]
+    images = images or [paint(video, frame, *size) for frame in range(num_frames)]
     path.parent.mkdir(parents=True, exist_ok=True)
     if codec == "libx264":
         options = {"preset": "veryfast", "crf": "15"} | (options or {})

@@ -1,0 +1,124 @@
+"""The files of an output folder: settings, rows of finished episodes, shards.
+
+An output folder holds `convert.json`, the settings, and in it or in each split the videos and their `metadata.jsonl`.
+Until a split is finished, its rows are appended to `.metadata.jsonl.partial`. A row states where the episode comes from
+and a digest of its frames.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.convert.episodes import PROVENANCE
+from data_pipelines.errors import UserError
+from data_pipelines.files import bounded_lines, read_text, replacing, write_text
+from data_pipelines.shards.index_file import SHARDS_NAME
+from data_pipelines.shards.packing import pack_videos
+from data_pipelines.splits import SPLITS
+
+SETTINGS_NAME = "convert.json"
+METADATA_NAME = "metadata.jsonl"
+PARTIAL_NAME = ".metadata.jsonl.partial"
+ROWS_NAME = ".converted.jsonl"  # of the videos in shards
+SETTINGS_BYTES = 2**20
+
+Row = dict[str, Any]
+
+
+def start_output(place: Path, out: Path, facts: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Make the folder with its convert.json, or find the same one. Raises UserError: it holds something else."""
+    if overwrite:
+        for folder in {place, out}:
+            if (folder / SETTINGS_NAME).is_file():
+                _remove(folder)
+    begun = (place / SETTINGS_NAME).is_file()
+    for folder in () if begun else {place, out}:
+        if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+            raise UserError(f"'{folder}' is not empty and holds no conversion: name another folder")
+    path = place / SETTINGS_NAME
+    if begun:
+        try:
+            stored = json.loads(read_text(path, SETTINGS_BYTES))
+        except (ValueError, RecursionError):
+            stored = None
+        if stored != facts:
+            raise UserError(
+                f"'{place}' holds a conversion with other settings: name another folder, or overwrite it ({path.name})"
+            )
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(facts, indent=1) + "\n")
+
+
+def _remove(folder: Path) -> None:
+    """Remove what a conversion wrote: the videos that its rows name, the rows, shards, and its settings."""
+    for split in ("", *SPLITS):
+        for name in (METADATA_NAME, PARTIAL_NAME, ROWS_NAME):
+            for row in read_rows(folder / split / name):
+                with suppress(OSError):
+                    _video_path(folder / split, row).unlink()
+            (folder / split / name).unlink(missing_ok=True)
+        if (folder / split / SHARDS_NAME).is_file():
+            for path in [*(folder / split).glob("shard-*.tar"), folder / split / SHARDS_NAME]:
+                path.unlink()
+    (folder / SETTINGS_NAME).unlink()
+
+
+def _video_path(folder: Path, row: Row) -> Path:
+    """Return the path of the video of a row. Raises OSError: the row names a file elsewhere."""
+    path = folder / row["file_name"]
+    if not path.resolve().is_relative_to(folder.resolve()) or path.suffix != ".mp4":
+        raise OSError("leads out of the folder")
+    return path
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a metadata.jsonl, or of the written part of one. An incomplete last line is dropped."""
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        for line in bounded_lines(file):
+            try:
+                row = json.loads(line)
+                if isinstance(row["file_name"], str) and all(isinstance(row[key], str) for key in PROVENANCE[:4]):
+                    yield row
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[Callable[[Row], None]]:
+    """Open a file of rows, and return the function that appends one. A line that a kill left incomplete is ended."""
+    if path.is_symlink():
+        path.unlink()
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+        def note(row: Row) -> None:
+            file.write(f"{json.dumps(row)}\n".encode())
+            file.flush()
+
+        yield note
+
+
+def write_rows(folder: Path, name: str, rows: Iterable[Row]) -> None:
+    """Replace a file of rows, in place of the one that was appended to. Raises OSError."""
+    with replacing(folder / name) as file:
+        file.writelines(f"{json.dumps(row)}\n".encode() for row in rows)
+    (folder / PARTIAL_NAME).unlink(missing_ok=True)
+
+
+def pack_output(place: Path, out: Path, splits: Sequence[str], shard_mb: float) -> None:
+    """Pack the videos of a finished conversion into shards, and remove them; the rows remain with the shards."""
+    for split in splits:
+        if not (out / split / SHARDS_NAME).is_file():
+            siblings = [place / name for name in splits] if split else []
+            pack_videos(place / split, out / split, siblings=siblings, shard_mb=shard_mb)
+        shutil.copyfile(place / split / METADATA_NAME, out / split / ROWS_NAME)
+    os.replace(place / SETTINGS_NAME, out / SETTINGS_NAME)
+    shutil.rmtree(place)
