@@ -46,10 +46,12 @@ BOUNDS_NAMES = (
     ("dones",), ("done",), ("is_last",),
 )  # fmt: skip
 NUMBER_NAMES = frozenset({"episode_idx", "ep_idx", "episode_index", "episode_id"})
+MARK_NAMES = frozenset({"terminals", "timeouts", "terminated", "truncated", "dones", "done", "is_last"})
 MIN_SIDE_PX = 8  # of pictures that are found without being named
 READ_BYTES = 2**24
 MAX_ROWS = 2**28
 CHANNELS = (1, 3)
+OTHER = np.dtype("V1")  # the type of columns that hold neither numbers nor pictures
 
 Bounds = list[tuple[int, int]]  # rows [start, stop) of each episode
 
@@ -249,7 +251,9 @@ def find_bounds(table: Columns, columns: Mapping[str, Column], num_rows: int, ke
     if missing := [name for name in names if name not in columns]:
         raise UserError(f"it has no array {shown(missing[0])} of bounds: {_listed(columns)}")
     arrays = [_bounds_column(table, columns[name], name) for name in names]
-    bounds = _bounds_of(arrays, num_rows, are_numbers=names[0].rpartition("/")[2] in NUMBER_NAMES)
+    usual = names[0].rpartition("/")[2]
+    are_marks = usual in MARK_NAMES or columns[names[0]].dtype == bool
+    bounds = _bounds_of(arrays, num_rows, are_numbers=usual in NUMBER_NAMES, are_marks=are_marks)
     stated = " and ".join(map(shown, names))
     if bounds is None:
         raise UserError(f"{stated} does not state the bounds of episodes in {num_rows} rows")
@@ -273,12 +277,12 @@ def _bounds_column(table: Columns, column: Column, name: str) -> NDArray[np.int6
     return whole
 
 
-def _bounds_of(arrays: list[NDArray[np.int64]], num_rows: int, *, are_numbers: bool) -> Bounds | None:
+def _bounds_of(arrays: list[NDArray[np.int64]], num_rows: int, *, are_numbers: bool, are_marks: bool) -> Bounds | None:
     """Tell by their content what the arrays state: see the module's docstring. None: nothing that is known."""
     first, *others = arrays
     is_per_row = all(len(array) == num_rows for array in arrays)
-    ascends = bool((np.diff(first) >= 0).all())
-    if is_per_row and not others and (are_numbers or (ascends and first.sum() > 1) or first.max(initial=0) > 1):
+    seem_numbers = first.max(initial=0) > 1 or (first.sum() > 1 and bool((np.diff(first) >= 0).all()))
+    if is_per_row and not others and (are_numbers or (seem_numbers and not are_marks)):
         stops = np.flatnonzero(np.diff(first)) + 1
     elif is_per_row:
         stops = np.flatnonzero(np.any(arrays, axis=0)) + 1
@@ -297,7 +301,7 @@ def _bounds_of(arrays: list[NDArray[np.int64]], num_rows: int, *, are_numbers: b
 
 
 def _described(column: Column) -> str:
-    kind = "bytes" if column.dtype == object else str(column.dtype)
+    kind = {"O": "bytes", "V": "no numbers"}.get(column.dtype.kind, str(column.dtype))
     return f"{kind} [{', '.join(map(str, column.shape))}]"
 
 

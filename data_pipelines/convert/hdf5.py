@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.convert.columns import Column, Table
+from data_pipelines.convert.columns import OTHER, Column, Table
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.files import check_regular
 from data_pipelines.text_files import shown
@@ -155,13 +155,13 @@ def _checked(data: Any, name: str) -> Any:
 
 
 def _column_of(data: Any) -> Column:
-    """Return shape and type; object for encoded pictures (bytes of any number), and text for all that is no number."""
+    """Return shape and type; object for encoded pictures (bytes of any number), and OTHER for texts."""
     import h5py
 
     kind = data.dtype
     if kind.hasobject:
         inner = h5py.check_vlen_dtype(kind)
-        kind = kind if inner in (np.dtype(np.uint8), np.dtype(np.int8)) else np.dtype("S1")
+        kind = kind if inner in (np.dtype(np.uint8), np.dtype(np.int8)) else OTHER
     return Column(data.shape, kind)
 
 

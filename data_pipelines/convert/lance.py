@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.convert.columns import Column, RowsEpisode, table_episodes
+from data_pipelines.convert.columns import OTHER, Column, RowsEpisode, table_episodes
 from data_pipelines.convert.episodes import ALL_KEYS, Keys
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.formats.lerobot import to_array
@@ -100,10 +100,10 @@ def _manifest(path: Path) -> Path:
 
 
 def _dtype_of(kind: Any) -> np.dtype[Any]:
-    """Return object for bytes, "S1" for all that is no number."""
+    """Return object for bytes, OTHER for all that is no number."""
     from pyarrow import types
 
     if types.is_binary(kind) or types.is_large_binary(kind):
         return np.dtype(object)
     is_number = types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)
-    return np.dtype(kind.to_pandas_dtype()) if is_number else np.dtype("S1")
+    return np.dtype(kind.to_pandas_dtype()) if is_number else OTHER

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from data_pipelines.convert.columns import READ_BYTES, Column, Table
+from data_pipelines.convert.columns import OTHER, READ_BYTES, Column, Table
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.files import check_regular
 from data_pipelines.text_files import shown
@@ -34,11 +34,17 @@ class Arrays:
         self._open: dict[str, tuple[IO[bytes], int]] = {}  # the file of an array, and the row it is at
 
     def columns(self) -> Mapping[str, Column]:
-        return {name: column for name, column in self._columns.items() if column.shape}
+        return {
+            name: Column(column.shape, OTHER if column.dtype.hasobject else column.dtype)
+            for name, column in self._columns.items()
+            if column.shape
+        }
 
     def read(self, name: str, start: int, stop: int) -> Any:
         column = self._columns[name]
         row_bytes = math.prod(column.shape[1:]) * column.dtype.itemsize
+        if column.dtype.hasobject:
+            raise UserError(f"{shown(name)} holds Python objects, which are not unpickled")
         stop = min(stop, column.shape[0])
         if (stop - start) * row_bytes > MAX_READ_BYTES:
             raise UserError(f"{shown(name)} is refused: {stop - start:,} rows of {row_bytes:,} bytes")
@@ -57,7 +63,7 @@ class Arrays:
 
 @contextmanager
 def open_npz(path: Path) -> Iterator[Arrays]:
-    """Open an archive; the last one stays open. Raises UserError: it cannot be read, or holds Python objects."""
+    """Open an archive; the last one stays open. Raises UserError: it cannot be read."""
     try:
         status = path.stat()
         arrays = _opened(path, status.st_size, status.st_mtime_ns)
@@ -74,8 +80,6 @@ def _opened(path: Path, size_bytes: int, mtime_ns: int) -> Arrays:
 def _read_header(archive: zipfile.ZipFile, name: str) -> Column:
     with archive.open(name) as file:
         shape, is_fortran, dtype = _read_npy_header(file)
-    if dtype.hasobject:
-        raise ValueError(f"{shown(name)} holds Python objects, which are not unpickled")
     if is_fortran and len(shape) > 1:
         raise ValueError(f"{shown(name)} is in Fortran order: save np.ascontiguousarray of it")
     return Column(shape, dtype)

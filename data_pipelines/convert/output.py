@@ -31,13 +31,12 @@ Row = dict[str, Any]
 
 def start_output(place: Path, out: Path, facts: Mapping[str, Any], *, overwrite: bool) -> None:
     """Make the folder with its convert.json, or find the same one. Raises UserError: it holds something else."""
-    if overwrite:
-        for folder in {place, out}:
-            if (folder / SETTINGS_NAME).is_file():
-                _remove(folder)
+    ours = [folder for folder in dict.fromkeys([place, out]) if overwrite and (folder / SETTINGS_NAME).is_file()]
+    for folder in ours:
+        _remove(folder)
     begun = (place / SETTINGS_NAME).is_file()
-    for folder in () if begun else {place, out}:
-        if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+    for folder in {place, out} - ({place} if place in ours else set()):
+        if not begun and folder.exists() and (folder.is_file() or any(folder.iterdir())):
             raise UserError(f"'{folder}' is not empty and holds no conversion: name another folder")
     path = place / SETTINGS_NAME
     if begun:
@@ -66,6 +65,9 @@ def _remove(folder: Path) -> None:
             for path in [*(folder / split).glob("shard-*.tar"), folder / split / SHARDS_NAME]:
                 path.unlink()
     (folder / SETTINGS_NAME).unlink()
+    for split in SPLITS:
+        with suppress(OSError):  # it is not there, or holds other files
+            (folder / split).rmdir()
 
 
 def _video_path(folder: Path, row: Row) -> Path:

@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
 from tests.data_pipelines.conftest import paint
-
-h5py = pytest.importorskip("h5py")
 
 LENGTHS = (9, 12, 10, 11)
 SIZE = (48, 64)
@@ -158,7 +157,7 @@ def write_lerobot(root: Path, write_video: Any, *, pictures: bool = False, versi
             CAMERA: {"dtype": "image" if pictures else "video", "shape": [*SIZE, 3]},
             "action": {"dtype": "float32", "shape": [2]}, "state": {"dtype": "float32", "shape": [3]},
             "reward": {"dtype": "float32", "shape": [1]}, "language": {"dtype": "string", "shape": [1]},
-            **{name: {"dtype": "int64", "shape": [1]} for name in ("frame_index", "episode_index", "index", "task_index")},
+            **{key: {"dtype": "int64"} for key in ("frame_index", "episode_index", "index", "task_index")},
         },
     }  # fmt: skip
     (root / "meta").mkdir(parents=True)
@@ -195,7 +194,9 @@ WRITERS: dict[str, Callable[[Path, Any], Path]] = {
     "lerobot": lambda root, write_video: write_lerobot(root / "lerobot", write_video),
     "lerobot images": lambda root, write_video: write_lerobot(root / "lerobot", write_video, pictures=True),
 }
-LOSSLESS = [name for name in WRITERS if name not in ("lerobot", "gif")]  # those sources whose frames are the painted ones
+LOSSLESS = [
+    name for name in WRITERS if name not in ("lerobot", "gif")
+]  # those sources whose frames are the painted ones
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from data_pipelines.decoders import read_frames
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
 from tests.data_pipelines.conftest import DECODERS, ReadNumbers
-from tests.data_pipelines.convert.conftest import CAMERA, LENGTHS, LOSSLESS, WRITERS, columns_of, encoded, h5py, painted
+from tests.data_pipelines.convert.conftest import CAMERA, LENGTHS, LOSSLESS, WRITERS, columns_of, encoded, painted
 from tests.data_pipelines.streams import make_stream, read_clips
 
 WITH_LABELS = [name for name in WRITERS if name not in ("gif", "webp")]
@@ -138,7 +139,9 @@ BOUNDS: dict[str, Any] = {
 @pytest.mark.parametrize("kind", BOUNDS)
 def test_bounds_are_told_by_their_content(kind: str, tmp_path: Path) -> None:
     columns = columns_of()
-    np.savez(tmp_path / "a.npz", rgb=columns["pixels"], moves=columns["action"], other=columns["pixels"], b=BOUNDS[kind])
+    np.savez(
+        tmp_path / "a.npz", rgb=columns["pixels"], moves=columns["action"], other=columns["pixels"], b=BOUNDS[kind]
+    )
     keys = Keys(frames="rgb", actions="moves", bounds=("b",))
     convert(tmp_path / "a.npz", tmp_path / "out", Conversion(keys=keys))
     index = index_of(tmp_path / "out")

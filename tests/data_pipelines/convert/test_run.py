@@ -1,0 +1,318 @@
+"""Conversions that are stopped, repeated, or begun again: nothing is done twice, and a changed source is noticed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines.convert import run
+from data_pipelines.convert.output import METADATA_NAME, PARTIAL_NAME, read_rows
+from data_pipelines.convert.run import Conversion, convert
+from data_pipelines.errors import UserError
+from data_pipelines.split_folders import load_split
+from data_pipelines.stream import open_videos
+from tests.conftest import REPO, script_environment
+from tests.data_pipelines.conftest import ReadNumbers
+from tests.data_pipelines.convert.conftest import (
+    LENGTHS,
+    columns_of,
+    painted,
+    write_image_folders,
+    write_lerobot,
+    write_npz,
+    write_robomimic,
+    write_stable_worldmodel,
+)
+from tests.data_pipelines.convert.test_layouts import frames_of, index_of
+
+Source = Callable[[str], Path]
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
+
+
+def without_index(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: content for name, content in files.items() if name.endswith((".mp4", ".jsonl", ".json"))}
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the videos that are written from now on."""
+    names: list[str] = []
+    write = run.write_clip
+
+    def note(path: Path, *arguments: Any) -> Any:
+        names.append(path.name)
+        return write(path, *arguments)
+
+    monkeypatch.setattr(run, "write_clip", note)
+    return names
+
+
+def test_finished_episodes_are_kept(source_of: Source, tmp_path: Path, counted: list[str]) -> None:
+    source, out = source_of("stable-worldmodel"), tmp_path / "out"
+    assert convert(source, out, Conversion()).num_kept == 0 and len(counted) == 4
+    before = contents(out)
+    assert convert(source, out, Conversion()).num_kept == 4 and len(counted) == 4
+    assert contents(out) == before
+    (out / "000001.mp4").unlink()
+    (out / "000002.mp4").write_bytes(b"half")
+    assert convert(source, out, Conversion()).num_kept == 2
+    assert counted[4:] == ["000001.mp4", "000002.mp4"] and contents(out) == before
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from data_pipelines.convert import run
+from data_pipelines.convert.video_files import write_clip
+
+def slow(*arguments):
+    done = write_clip(*arguments)
+    print("written", flush=True)
+    time.sleep(0.5)
+    return done
+
+run.write_clip = slow
+run.convert(Path(sys.argv[1]), Path(sys.argv[2]), run.Conversion())
+"""
+
+
+def test_a_kill_in_the_middle_costs_nothing_but_time(source_of: Source, tmp_path: Path, counted: list[str]) -> None:
+    source = source_of("robomimic")
+    convert(source, tmp_path / "whole", Conversion())
+    child = subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(source), str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=REPO,
+        env=script_environment() | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert child.stdout is not None
+    for _ in range(3):  # two are noted, the third is being noted
+        assert child.stdout.readline() == b"written\n"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    rows = list(read_rows(tmp_path / "out" / PARTIAL_NAME))
+    assert len(rows) == 2 and not (tmp_path / "out" / METADATA_NAME).exists()
+    with open(tmp_path / "out" / PARTIAL_NAME, "ab") as file:
+        file.write(b'{"file_name": "demo_2.mp4", "sou')  # what a kill while writing a row leaves
+    counted.clear()
+    assert convert(source, tmp_path / "out", Conversion()).num_kept == 2
+    assert counted == ["demo_2.mp4", "demo_3.mp4"]
+    assert without_index(contents(tmp_path / "out")) == without_index(contents(tmp_path / "whole"))
+
+
+def test_a_source_that_changed_is_noticed(tmp_path: Path, counted: list[str]) -> None:
+    source, out = write_image_folders(tmp_path / "images"), tmp_path / "out"
+    convert(source, out, Conversion())
+    counted.clear()
+    os.utime(source / "clip_1" / "003.png", (time.time() + 10, time.time() + 10))
+    assert convert(source, out, Conversion()).num_kept == 3 and not counted  # it was only touched
+    assert convert(source, out, Conversion()).num_kept == 4
+    Image.fromarray(painted(1)[4]).save(source / "clip_1" / "003.png")
+    with pytest.raises(
+        UserError, match=r"the source has changed .*: 'clip_1' has other frames or labels\. Name another"
+    ):
+        convert(source, out, Conversion())
+    counted.clear()
+    assert convert(source, out, Conversion(overwrite=True)).num_videos == 4 and len(counted) == 4
+    assert np.array_equal(frames_of(out / "clip_1.mp4")[3], painted(1)[4])
+    shutil.rmtree(source / "clip_2")
+    with pytest.raises(UserError, match=r"the source has changed .*: it no longer has the episode of 'clip_2.mp4'"):
+        convert(source, out, Conversion())
+
+
+def test_labels_that_changed_are_noticed(tmp_path: Path) -> None:
+    source, out = write_stable_worldmodel(tmp_path / "a.h5"), tmp_path / "out"
+    convert(source, out, Conversion())
+    with h5py.File(source, "r+") as file:
+        file["action"][LENGTHS[0] + 2, 0] += 1
+    with pytest.raises(UserError, match=r"'a.h5:9-21' has other frames or labels"):
+        convert(source, out, Conversion())
+
+
+def test_a_source_may_grow(tmp_path: Path, counted: list[str]) -> None:
+    source, out = write_image_folders(tmp_path / "images"), tmp_path / "out"
+    shutil.move(source / "clip_3", tmp_path / "later")
+    convert(source, out, Conversion())
+    shutil.move(tmp_path / "later", source / "clip_3")
+    counted.clear()
+    assert convert(source, out, Conversion()).num_videos == 4 and counted == ["clip_3.mp4"]
+    assert index_of(out).labels["number"].tolist() == [0, 1, 2, 3]
+
+
+def test_several_processes_write_the_same_bytes(source_of: Source, tmp_path: Path) -> None:
+    for count in (1, 2):
+        convert(source_of("npz"), tmp_path / str(count), Conversion(num_processes=count))
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_other_settings_or_files_are_not_touched(source_of: Source, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(source_of("npz"), out, Conversion())
+    before = contents(out)
+    with pytest.raises(UserError, match="holds a conversion with other settings: name another folder, or overwrite it"):
+        convert(source_of("npz"), out, Conversion(crf=20))
+    assert contents(out) == before
+    (out / "mine.txt").write_text("mine")
+    convert(source_of("npz"), out, Conversion(crf=20, overwrite=True))
+    assert (out / "mine.txt").read_text() == "mine"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.mp4").write_bytes(b"mine")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="is not empty and holds no conversion: name another folder"):
+            convert(source_of("npz"), tmp_path / "other", Conversion(overwrite=overwrite))
+    assert (tmp_path / "other" / "mine.mp4").read_bytes() == b"mine"
+
+
+def test_rows_that_name_files_elsewhere_remove_nothing(source_of: Source, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(source_of("npz"), out, Conversion())
+    (tmp_path / "mine.mp4").write_bytes(b"mine")
+    rows = list(read_rows(out / METADATA_NAME))
+    with open(out / METADATA_NAME, "a") as file:
+        for name in ("../mine.mp4", str(tmp_path / "mine.mp4")):
+            file.write(json.dumps(rows[0] | {"file_name": name}) + "\n")
+    convert(source_of("npz"), out, Conversion(overwrite=True))
+    assert (tmp_path / "mine.mp4").read_bytes() == b"mine" and len(index_of(out).videos) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------- quality
+
+
+def test_lossy_quality_is_measured(source_of: Source, tmp_path: Path) -> None:
+    qualities = {}
+    for crf in (5, 45):
+        result = convert(source_of("robomimic"), tmp_path / str(crf), Conversion(crf=crf))
+        qualities[crf] = result.psnr_db
+        for place, psnr_db in result.psnr_db.items():
+            episode = int(place[-1])
+            difference = frames_of(tmp_path / str(crf) / f"demo_{episode}.mp4").astype(float) - painted(episode)
+            assert psnr_db == pytest.approx(20 * np.log10(255 / np.sqrt(np.square(difference).mean())), abs=0.01)
+    assert len(qualities[5]) == 4 and all(qualities[5][place] > qualities[45][place] > 15 for place in qualities[5])
+
+
+def test_a_video_that_does_not_decode_to_its_source_is_an_error(
+    source_of: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_pipelines.convert.video_files.LOSSLESS", {"crf": "30"})
+    with pytest.raises(UserError, match=r"4 of 4 episodes cannot be converted; .*frame 0 of the written file does not"):
+        convert(source_of("npz"), tmp_path / "out", Conversion())
+    assert not list((tmp_path / "out").glob("*.mp4"))
+
+
+# ----------------------------------------------------------------------------------------------- splits and shards
+
+
+def test_splits_of_the_source_are_kept(tmp_path: Path, write_video: Any, read_numbers: ReadNumbers) -> None:
+    convert(write_robomimic(tmp_path / "a.hdf5", masks=True), tmp_path / "masks", Conversion())
+    assert {path.relative_to(tmp_path / "masks").as_posix() for path in (tmp_path / "masks").rglob("*.mp4")} == {
+        "train/demo_0.mp4", "train/demo_3.mp4", "selection/demo_2.mp4",
+    }  # fmt: skip
+    source = write_lerobot(tmp_path / "lerobot", write_video)
+    info = json.loads((source / "meta" / "info.json").read_text())
+    info["splits"] = {"train": "0:2", "val": "2:3", "test": "3:4"}
+    (source / "meta" / "info.json").write_text(json.dumps(info))
+    convert(source, tmp_path / "ranges", Conversion())
+    root = tmp_path / "splits"
+    for split, episodes in {"train": [0, 1], "test": [2, 3]}.items():
+        (root / split).mkdir(parents=True)
+        np.savez(root / split / "a.npz", **columns_of(episodes), ends=np.cumsum([LENGTHS[e] for e in episodes]))
+    from data_pipelines.convert.episodes import Keys
+
+    convert(root, tmp_path / "folders", Conversion(keys=Keys(bounds=("ends",), labels=("number",))))
+    for out in ("ranges", "folders"):
+        found = {split: load_split(str(tmp_path / out), split) for split in ("train", "test")}
+        numbers = {
+            split: {read_numbers(frames_of(index.root / video.path)[0].transpose(2, 0, 1))[0] for video in index.videos}
+            for split, index in found.items()
+        }
+        assert numbers["test"] == ({3} if out == "ranges" else {2, 3}) and numbers["train"] <= {0, 1}
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_shards_hold_the_same_frames_and_labels(
+    splits: bool, tmp_path: Path, read_numbers: ReadNumbers, counted: list[str]
+) -> None:
+    source, out = write_robomimic(tmp_path / "a.hdf5", masks=splits), tmp_path / "shards"
+    settings = Conversion(in_shards=True)
+    num_videos = convert(source, out, settings).num_videos
+    assert num_videos == (3 if splits else 4) and not (tmp_path / ".shards.videos").exists()
+    stream = open_videos(
+        out, split="train" if splits else None, num_frames=3, batch_size=2, size_px=None, num_workers=0
+    )
+    for _, batch in zip(range(5), stream, strict=False):
+        for clip, video in enumerate(batch["video"]):
+            numbers = [read_numbers(frame) for frame in video]
+            action = batch["labels"]["action"][clip].tolist()
+            assert action == [[frame, episode] for episode, frame in numbers]
+    before = contents(out)
+    counted.clear()
+    assert convert(source, out, settings).num_kept == num_videos and not counted and contents(out) == before
+    with h5py.File(source, "r+") as file:
+        file["data/demo_0/actions"][0, 0] += 1
+    with pytest.raises(UserError, match=r"'a.hdf5:data/demo_0' has other frames or labels"):
+        convert(source, out, settings)
+
+
+def test_packing_that_was_stopped_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from data_pipelines.convert import output
+
+    source, out = write_robomimic(tmp_path / "a.hdf5", masks=True), tmp_path / "shards"
+    pack = output.pack_videos
+
+    def stop_at_second(folder: Path, *arguments: Any, **options: Any) -> Any:
+        if folder.name == "selection":
+            raise KeyboardInterrupt
+        return pack(folder, *arguments, **options)
+
+    monkeypatch.setattr(output, "pack_videos", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, out, Conversion(in_shards=True))
+    monkeypatch.setattr(output, "pack_videos", pack)
+    assert convert(source, out, Conversion(in_shards=True)).num_kept == 3
+    assert len(load_split(str(out), "train").videos) == 2
+
+
+# --------------------------------------------------------------------------------------------------------- bad data
+
+
+def test_bad_episodes_are_named_and_may_be_left_out(tmp_path: Path, counted: list[str]) -> None:
+    source, out = write_image_folders(tmp_path / "images"), tmp_path / "out"
+    (source / "clip_2" / "005.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"^1 of 4 episodes cannot be converted; the first is 'clip_2' \("):
+        convert(source, out, Conversion())
+    assert not (out / METADATA_NAME).exists()
+    counted.clear()
+    result = convert(source, out, Conversion(skip_bad=True))
+    assert list(result.bad) == ["clip_2"] and result.num_videos == 3 and result.num_kept == 3
+    assert counted in ([], ["clip_2.mp4"]) and len(index_of(out).videos) == 3
+
+
+def test_the_disk_is_full(source_of: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "write_clip", full)
+    with pytest.raises(UserError, match=r"cannot write to '.*out': No space left on device"):
+        convert(source_of("npz"), tmp_path / "out", Conversion())
+
+
+def test_the_output_is_not_in_the_source(source_of: Source, tmp_path: Path) -> None:
+    write_npz(tmp_path / "a.npz")
+    for out in (tmp_path, tmp_path / "out"):
+        with pytest.raises(UserError, match="is in the source"):
+            convert(tmp_path, out, Conversion())
