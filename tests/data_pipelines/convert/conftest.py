@@ -88,7 +88,7 @@ def write_robomimic(path: Path, *, masks: bool = False) -> Path:
 def write_npz(path: Path, *, compressed: bool = True) -> Path:
     columns = columns_of()
     save: Callable[..., None] = np.savez_compressed if compressed else np.savez
-    save(path, **{"frames": columns.pop("pixels"), **columns, "episode_ends": np.cumsum(LENGTHS)})  # type: ignore[arg-type]
+    save(path, **{"frames": columns.pop("pixels"), **columns, "episode_ends": np.cumsum(LENGTHS)})
     return path
 
 

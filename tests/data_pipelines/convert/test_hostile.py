@@ -6,7 +6,7 @@ import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import h5py
 import numpy as np
@@ -190,7 +190,12 @@ def test_archives_are_read_as_a_stream(tmp_path: Path, monkeypatch: pytest.Monke
     np.savez_compressed(tmp_path / "a.npz", values=values)
     skipped: list[int] = []
     skip = npz._skip
-    monkeypatch.setattr(npz, "_skip", lambda file, count: (skipped.append(count), skip(file, count)))
+
+    def noted(file: IO[bytes], count: int) -> None:
+        skipped.append(count)
+        skip(file, count)
+
+    monkeypatch.setattr(npz, "_skip", noted)
     with open_npz(tmp_path / "a.npz") as table:
         for start, stop in ((0, 10), (10, 20), (50, 60), (5, 7)):
             assert np.array_equal(table.read("values", start, stop), values[start:stop])
@@ -232,7 +237,8 @@ def test_a_demo_whose_name_leads_out_is_refused(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_impossible_bounds_are_one_line(bounds: dict[str, Any], message: str, tmp_path: Path) -> None:
     assert sum(LENGTHS) == 42
-    np.savez(tmp_path / "a.npz", pixels=columns_of()["pixels"], **{k: np.array(v) for k, v in bounds.items()})
+    arrays: dict[str, Any] = {name: np.array(values) for name, values in bounds.items()}
+    np.savez(tmp_path / "a.npz", pixels=columns_of()["pixels"], **arrays)
     assert message in refusal(tmp_path / "a.npz", tmp_path / "out")
 
 

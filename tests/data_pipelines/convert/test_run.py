@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines.convert import run
+from data_pipelines.convert.episodes import Keys
 from data_pipelines.convert.output import METADATA_NAME, PARTIAL_NAME, read_rows
 from data_pipelines.convert.run import Conversion, convert
 from data_pipelines.errors import UserError
@@ -77,6 +78,7 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from data_pipelines.convert import run
+from data_pipelines.convert.episodes import Keys
 from data_pipelines.convert.video_files import write_clip
 
 def slow(*arguments):
@@ -230,9 +232,8 @@ def test_splits_of_the_source_are_kept(tmp_path: Path, write_video: Any, read_nu
     root = tmp_path / "splits"
     for split, episodes in {"train": [0, 1], "test": [2, 3]}.items():
         (root / split).mkdir(parents=True)
-        np.savez(root / split / "a.npz", **columns_of(episodes), ends=np.cumsum([LENGTHS[e] for e in episodes]))
-    from data_pipelines.convert.episodes import Keys
-
+        arrays: dict[str, Any] = columns_of(episodes) | {"ends": np.cumsum([LENGTHS[e] for e in episodes])}
+        np.savez(root / split / "a.npz", **arrays)
     convert(root, tmp_path / "folders", Conversion(keys=Keys(bounds=("ends",), labels=("number",))))
     for out in ("ranges", "folders"):
         found = {split: load_split(str(tmp_path / out), split) for split in ("train", "test")}

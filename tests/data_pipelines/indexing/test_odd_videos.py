@@ -19,7 +19,7 @@ from data_pipelines.facts import BadFile, Video
 from data_pipelines.indexing.h264 import may_have_fields
 from data_pipelines.indexing.probe import index_file
 from tests.conftest import REPO
-from tests.data_pipelines.conftest import DECODERS, _paint
+from tests.data_pipelines.conftest import DECODERS, paint
 from tests.data_pipelines.odd_streams import field_pictures
 
 B_FRAMES = {"g": "12", "bf": "2", "sc_threshold": "0"}
@@ -72,7 +72,7 @@ def _repack(
 @pytest.mark.parametrize("name", ["v.MTS", "v.ts", "v.mkv", "v.mp4"])
 def test_two_fields_are_one_frame(tmp_path: Path, read_numbers: Any, name: str) -> None:
     raw = tmp_path / "fields.h264"
-    raw.write_bytes(field_pictures([_paint(5, i, 64, 64) for i in range(30)]))
+    raw.write_bytes(field_pictures([paint(5, i, 64, 64) for i in range(30)]))
     path = _repack(raw, tmp_path / name, times_ms=lambda field: 20 * field, options={"framerate": "50"})
     video = _indexed(path)
     assert (video.num_frames, video.fps) == (30, pytest.approx(25, rel=1e-3))
@@ -129,7 +129,7 @@ def _with_stills(path: Path, *, attached: bool, stills: int, frames: int, still_
             still = add_still()
         for stream, count, size in ((still, stills, (48, 80)), (video, frames, (48, 64))):
             for number in range(count):
-                frame = av.VideoFrame.from_ndarray(_paint(5, number, *size), format="gray")
+                frame = av.VideoFrame.from_ndarray(paint(5, number, *size), format="gray")
                 out.mux(stream.encode(frame.reformat(format=stream.pix_fmt)))
             if count:
                 out.mux(stream.encode())
@@ -163,7 +163,7 @@ def test_music_with_a_cover_is_not_a_video(tmp_path: Path) -> None:
         sound: Any = out.add_stream("aac", rate=48_000, layout="mono")
         silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         silence.sample_rate = 48_000
-        picture = av.VideoFrame.from_ndarray(_paint(5, 0, 48, 80), format="gray").reformat(format="yuvj420p")
+        picture = av.VideoFrame.from_ndarray(paint(5, 0, 48, 80), format="gray").reformat(format="yuvj420p")
         for stream, frame in ((cover, picture), (sound, silence)):
             out.mux(stream.encode(frame))
             out.mux(stream.encode())
