@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -73,7 +73,12 @@ def clips_of(index: VideoIndex, spec: ClipSpec) -> ClipTable:
     if spec.fps is not None:
         ranges, keyframes = resample(index.videos, ranges, spec.fps)
     table = make_clip_table(ranges, keyframes, spec)
-    return with_shards(table, [video.shard for video in index.videos]) if index.videos[0].shard else table
+    if index.parts:
+        first_rows = [*(part.first_row for part in index.parts), len(index.videos)]
+        weights = tuple(part.weight for part in index.parts)
+        table = replace(table, first_clip_of_root=table.first_clip[first_rows], weights=weights)
+    shards = [video.shard for video in index.videos]
+    return with_shards(table, shards) if any(shards) else table
 
 
 class ClipDecoder:

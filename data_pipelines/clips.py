@@ -106,6 +106,7 @@ class ClipTable:
     first_clip: [videos + 1], the id of each video's first clip, then the number of clips.
     first_clip_of_group: [groups + 1], the same for groups.
     first_clip_of_shard: [shards + 1], the same for the shards that hold the videos; None for plain files.
+    first_clip_of_root: [roots + 1], the same for several roots, with their weights; None for one root.
     """
 
     step: int
@@ -113,6 +114,8 @@ class ClipTable:
     first_clip: Ints
     first_clip_of_group: Ints
     first_clip_of_shard: Ints | None = None
+    first_clip_of_root: Ints | None = None
+    weights: tuple[float, ...] = ()
 
     @property
     def num_clips(self) -> int:
@@ -274,7 +277,7 @@ def epoch_order(
     else:
         shards = np.searchsorted(first_clip_of_shard, first_clip_of_group[:-1], side="right") - 1
         groups = np.lexsort((keys, rng.random(len(first_clip_of_shard) - 1)[shards]))
-    clips = _concatenate_ranges(first_clip_of_group[:-1][groups], np.diff(first_clip_of_group)[groups])
+    clips = concatenate_ranges(first_clip_of_group[:-1][groups], np.diff(first_clip_of_group)[groups])
     decoded = clips[: num_lanes * lane_clips].reshape(num_lanes, lane_clips)
     noise = rng.random((num_lanes, lane_clips))
     return EpochOrder(decoded, pool_shuffle(noise, max(1, pool_clips // num_lanes)))
@@ -292,7 +295,7 @@ def pool_shuffle(noise: NDArray[np.float64], pool: int) -> Ints:
     return np.argsort(keys, axis=1, kind="stable")
 
 
-def _concatenate_ranges(starts: Ints, counts: Ints) -> Ints:
+def concatenate_ranges(starts: Ints, counts: Ints) -> Ints:
     """Return [s0, s0 + 1, ..., s0 + c0 - 1, s1, ...]."""
     before = np.cumsum(counts) - counts
     return np.arange(int(counts.sum())) + np.repeat(starts - before, counts)

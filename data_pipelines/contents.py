@@ -40,9 +40,11 @@ def shard_stamps(index: VideoIndex) -> dict[str, Stamp]:
     """Return the stamps of local shards that are no newer than their index; a newer one may be another shard."""
     if index.remote is not None:
         return {}
-    written = _stamp_of(index.root / SHARDS_NAME)
     found = {name: _stamp_of(index.root / name) for name in {video.shard for video in index.videos} if name}
-    return {name: stamp for name, stamp in found.items() if stamp and written and stamp[1] <= written[1]}
+    folders = {name: (index.root / name).parent for name in found}
+    written = {folder: _stamp_of(folder / SHARDS_NAME) for folder in set(folders.values())}
+    times = {name: index_stamp[1] if (index_stamp := written[folder]) else 0 for name, folder in folders.items()}
+    return {name: stamp for name, stamp in found.items() if stamp and stamp[1] <= times[name]}
 
 
 def why_changed(index: VideoIndex, stamps: Mapping[str, Stamp], row: int, faults: Faults) -> str:
@@ -127,7 +129,7 @@ def contents_of(index: VideoIndex, labels: Collection[str]) -> Contents:
     """Return the contents of an index. labels: the names of those that the run uses; unknown ones are ignored."""
     found = index.labels | index.frame_labels
     return Contents(
-        videos={video.path: content_of(video) for video in index.videos},
+        videos={name: content_of(video) for name, video in zip(index.names, index.videos, strict=True)},
         labels={name: _hash_of_tensor(found[name]) for name in sorted(found.keys() & set(labels))},
         bad={entry.path: entry.reason for entry in index.bad},
     )

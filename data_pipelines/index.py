@@ -21,6 +21,16 @@ LIMIT_KEY = "data.max_frame_px"
 
 
 @dataclass(frozen=True)
+class IndexPart:
+    """One of several roots in an index: its first row, its folder below the index's root ("" or "a/b/"), its weight."""
+
+    first_row: int
+    prefix: str
+    weight: float
+    content_hash: str
+
+
+@dataclass(frozen=True)
 class VideoIndex:
     """The rows of a data set, N of them. Each is a video, or an episode within a video.
 
@@ -34,6 +44,7 @@ class VideoIndex:
     frame_label_offsets: int64 [N]; frame f of a row's video has the row offset + f of frame_labels.
     remote: fetches the shards that hold the videos into root; None: they are there.
     label_faults: labels that are left out, and the reasons.
+    parts: the roots, if they are several (roots.py); root is then a folder above all of them.
     """
 
     root: Path
@@ -46,6 +57,17 @@ class VideoIndex:
     frame_label_offsets: torch.Tensor | None = None
     remote: "RemoteShards | None" = None
     label_faults: Mapping[str, str] = field(default_factory=dict)
+    parts: Sequence[IndexPart] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """The name of each row's video: its path, for several roots "1:path", counted from the first root."""
+        names = [video.path for video in self.videos]
+        stops = [part.first_row for part in self.parts[1:]] + [len(names)]
+        for number, (part, stop) in enumerate(zip(self.parts, stops, strict=False), start=1):
+            for row in range(part.first_row, stop):
+                names[row] = f"{number}:{names[row].removeprefix(part.prefix)}"
+        return names
 
     @property
     def frame_ranges(self) -> list[tuple[int, int]]:
@@ -57,6 +79,9 @@ class VideoIndex:
     @cached_property
     def content_hash(self) -> str:
         """A hash that changes if a video or episode is added, removed, renamed or has another size or frame count."""
+        if self.parts:
+            facts = [(part.content_hash, part.weight) for part in self.parts]
+            return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
         digest = hashlib.sha256(repr(self.share).encode())
         for video in self.videos:
             digest.update(f"{video.path}\0{video.size_bytes}\0{video.num_frames}\n".encode("utf-8", "surrogateescape"))
@@ -68,6 +93,7 @@ class VideoIndex:
 
     def rows(self, rows: Sequence[int]) -> "VideoIndex":
         """Return an index of these rows only."""
+        assert not self.parts, "the rows of one root"
         offsets = self.frame_label_offsets
         return replace(
             self,

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,8 +36,10 @@ from data_pipelines.clip_decoder import (
 from data_pipelines.clips import ClipSpec, ClipTable, EpochOrder, Ints, check_lanes, epoch_order, lanes_of_worker
 from data_pipelines.errors import UserError
 from data_pipelines.index import VideoIndex
+from data_pipelines.mixing import mixed_epoch_order
 from data_pipelines.processes import environment_int
 from data_pipelines.remote.cache import HeldShards
+from data_pipelines.roots import WeightedRoot, load_roots
 from data_pipelines.split_folders import REMOTE_CACHE_MB, load_split
 from data_pipelines.splits import Split
 from data_pipelines.workers import DECODE_TIMEOUT_S, OTHER_WORK_S, Failures, Faults, Part, run_workers
@@ -101,6 +104,8 @@ class OrderSettings:
 
     def of_epoch(self, table: ClipTable, epoch: int) -> EpochOrder:
         """Return the order of the clips in one epoch."""
+        if table.first_clip_of_root is not None:
+            return mixed_epoch_order(table, epoch=epoch, **asdict(self))
         return epoch_order(
             table.first_clip_of_group, epoch=epoch, first_clip_of_shard=table.first_clip_of_shard, **asdict(self)
         )
@@ -124,6 +129,8 @@ class VideoStream(BatchStream):
         self._clip_set = _clip_set(index, spec, settings)
         num_clips, num_lanes = self._clip_set.table.num_clips, settings.num_lanes
         check_lanes(num_clips, batch_size=settings.batch_size, num_lanes=num_lanes, world_size=world_size)
+        if self._clip_set.table.first_clip_of_root is not None:
+            settings.order.of_epoch(self._clip_set.table, 0)  # it raises before workers are started
         self._settings, self._rank, self._world_size = settings, rank, world_size
         self._num_workers = min(settings.num_workers, num_lanes // world_size)
         self._failures = Failures(index, settings.max_bad_fraction)
@@ -150,7 +157,7 @@ class VideoStream(BatchStream):
 
 
 def open_videos(
-    root: str | Path,
+    root: str | Path | Sequence[WeightedRoot],
     *,
     split: Split | None = None,
     num_frames: int = 16,
@@ -179,7 +186,8 @@ def open_videos(
     Decoding runs in `num_workers` processes of the stream. In a DataLoader the stream needs
     DataLoader(stream, batch_size=None, num_workers=0).
 
-    root: a folder of videos (searched recursively) or of tar shards, a LeRobot data set, or the URL of shards.
+    root: a folder of videos (searched recursively) or of tar shards, a LeRobot data set, or the URL of shards. Several
+        folders are given with weights: [WeightedRoot("a", 2), WeightedRoot("b", 1)].
     split: "train", "selection" or "test": the videos of that subfolder, or a share of all videos. None: all videos.
     num_frames: frames in a clip (T).
     frame_stride: source frames from one frame of a clip to the next.
@@ -199,7 +207,9 @@ def open_videos(
             or `world_size` does not divide `batch_size`.
     """
     cache = Path(remote_cache_dir) if remote_cache_dir else None
-    index = load_split(str(root), split, camera=camera, cache_dir=cache, cache_mb=remote_cache_mb)
+    options: Any = {"camera": camera, "cache_dir": cache, "cache_mb": remote_cache_mb}
+    several = None if isinstance(root, str | Path) else root
+    index = load_split(str(root), split, **options) if several is None else load_roots(several, split, **options)
     spec = ClipSpec(1, num_frames, frame_stride, clip_step, fps)
     num_lanes = _lanes_for(batch_size, world_size)
     settings = StreamSettings(

@@ -165,10 +165,15 @@ def _scalar(loader: _Loader, node: yaml.ScalarNode, kind: Any) -> Any:
 
 
 def is_text(kind: Any) -> bool:
-    """Return True if a field of this type holds text: str, Path, a Literal of str, or one of these or None."""
+    """Return True if a scalar of a field of this type is text: str, Path, a Literal of str, one of these or None.
+
+    A field may hold a list instead.
+    """
     kind = _plain(kind)
     if get_origin(kind) in (Union, UnionType):
-        return all(is_text(option) for option in get_args(kind) if option is not NoneType)
+        scalars = [option for option in get_args(kind) if get_origin(_plain(option)) not in (list, tuple)]
+        options = [option for option in scalars if option is not NoneType]
+        return bool(options) and all(map(is_text, options))
     if get_origin(kind) is Literal:
         return all(isinstance(choice, str) for choice in get_args(kind))
     return isinstance(kind, type) and issubclass(kind, str | Path)

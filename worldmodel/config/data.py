@@ -1,6 +1,7 @@
 """The source of clips: the section `data`, a choice by `data.source`."""
 
 import dataclasses
+import os
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -19,6 +20,7 @@ from worldmodel.config.kinds import (
     SamplesFrom2,
     Seconds,
     Text,
+    TextOrList,
 )
 
 ImageSize = Annotated[int, Field(strict=True, ge=8, le=4_096)]
@@ -77,6 +79,19 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, config=KEYS)
+class RootConfig:
+    """One of several roots."""
+
+    path: Text
+    """A folder, as `data.root`. No URL."""
+    weight: Annotated[float, Field(strict=True, gt=0, le=1e6)] = 1.0
+    """Share of the training clips, relative to the weights of the other roots."""
+
+
+Roots = Annotated[Text | tuple[RootConfig, ...], TextOrList()]
+
+
+@dataclass(frozen=True, config=KEYS)
 class VideosConfig:
     """Clips of video files.
 
@@ -91,9 +106,10 @@ class VideosConfig:
 
     source: Literal["videos"] = "videos"
     """Name of the source."""
-    root: Text = "data/videos"
+    root: Roots = "data/videos"
     """A folder of video files or of tar shards, a LeRobot data set, or the URL of shards (http, s3, ...). Its
-    subfolders train/, selection/ (or validation/ or val/) and test/ are the splits where they exist."""
+    subfolders train/, selection/ (or validation/ or val/) and test/ are the splits where they exist. Several folders
+    are a list with weights: `[{path: a, weight: 2}, {path: b}]`."""
     format: OutsideName | None = None
     """`package.module:Class`, a format of data sets in the user's own code. null: the format is detected."""
     camera: Text | None = None
@@ -142,6 +158,21 @@ class VideosConfig:
     `model.action_dim`."""
     augment: AugmentConfig = AugmentConfig()
     """Random changes of training clips."""
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths of all roots."""
+        return [self.root] if isinstance(self.root, str) else [root.path for root in self.root] or [""]
+
+    @property
+    def base(self) -> str:
+        """The folder or URL that all videos are in: the root, or what the paths of several roots have in common."""
+        return self.root if isinstance(self.root, str) else os.path.commonpath(map(os.path.abspath, self.paths))
+
+    @property
+    def place(self) -> str:
+        """The root as messages show it; several are joined by commas."""
+        return ", ".join(self.paths)
 
 
 @dataclass(frozen=True, config=KEYS)

@@ -82,6 +82,24 @@ class Choice:
         return None if name is None else as_key(name)
 
 
+@dataclasses.dataclass(frozen=True)
+class TextOrList:
+    """Marks a key that is a text or a list: `Annotated[Text | tuple[Item, ...], TextOrList()]`."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        text, items = map(handler.generate_schema, get_args(source))
+        schemas: dict[Any, CoreSchema] = {"text": text, "list": items}
+        return core_schema.tagged_union_schema(
+            schemas, lambda value: "list" if isinstance(value, list | tuple) else "text"
+        )
+
+
+def list_of(kind: Any) -> Any:
+    """Return the type of the list of a key that is a text or a list; None for other types."""
+    is_marked = any(isinstance(mark, TextOrList) for mark in getattr(kind, "__metadata__", ()))
+    return get_args(get_args(kind)[0])[1] if is_marked else None
+
+
 def as_key(name: Any) -> str:
     """Return the name of a choice, or OUTSIDE for the name of outside code."""
     return OUTSIDE if isinstance(name, str) and ":" in name else str(name)

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from data_pipelines.errors import UserError, did_you_mean
-from data_pipelines.text_files import kind_of_key, shown
-from worldmodel.config.kinds import OUTSIDE, choice_of, dotted_keys, keys_of, members_of
+from data_pipelines.text_files import kind_of_items, kind_of_key, shown
+from worldmodel.config.kinds import OUTSIDE, Text, choice_of, dotted_keys, keys_of, list_of, members_of
 from worldmodel.config.old import MOVED
 from worldmodel.config.sections import Config
 from worldmodel.config.trees import flatten
@@ -102,7 +102,8 @@ def _texts_of(kind: Any) -> list[str]:
 def _place(location: Sequence[Any]) -> tuple[list[str], Any, Any]:
     """Return the keys of an error's location, the type that has the last key, and the type of its value.
 
-    In a location the key of a choice is followed by the choice's name, which is no key.
+    In a location the key of a choice is followed by the choice's name, and that of a text or list by which of them it
+    is; neither is a key.
     """
     keys: list[str] = []
     owner: Any = Config
@@ -110,6 +111,11 @@ def _place(location: Sequence[Any]) -> tuple[list[str], Any, Any]:
     for part in map(str, location):
         if choice_of(kind) is not None:
             kind = members_of(kind)[part]
+        elif list_of(kind) is not None and part in ("text", "list"):
+            kind = list_of(kind) if part == "list" else Text
+        elif part.isdecimal() and owner is not Config:
+            keys.append(part)
+            owner, kind = kind, kind_of_items(kind)
         else:
             keys.append(part)
             owner, kind = kind, kind_of_key(kind, part)

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from data_pipelines.errors import UserError
 from data_pipelines.text_files import kind_of_key, read_yaml, shown
 from worldmodel.config.checks import contradictions
+from worldmodel.config.data import VideosConfig
 from worldmodel.config.kinds import OUTSIDE, Text, members_of
 from worldmodel.config.mistakes import Problem, explained, refusal
 from worldmodel.config.old import converted
@@ -120,6 +121,8 @@ def validate(tree: Mapping[str, Any], source: str, overrides: Sequence[str] = ()
         problems = [explained(entry) for entry in error.errors(include_url=False)]
         raise refusal(source, overrides, problems) from error
     empty = [f"{key} is empty: give it a value" for key, value in flatten(to_dict(config)).items() if value == ""]
+    if isinstance(config.data, VideosConfig) and not all(config.data.paths):
+        empty = ["data.root is empty, or has an empty path: give it a value"]
     if phrases := [*empty, *contradictions(config)]:
         raise refusal(source, overrides, [Problem.of_phrase(phrase) for phrase in phrases])
     return config

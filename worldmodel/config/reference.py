@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from data_pipelines.errors import UserError, did_you_mean
 from data_pipelines.text_files import shown
-from worldmodel.config.kinds import OUTSIDE, choice_of, dotted_keys, keys_of, members_of
+from worldmodel.config.kinds import OUTSIDE, choice_of, dotted_keys, keys_of, list_of, members_of
 from worldmodel.config.sections import Config
 
 HEADER = """# Configuration
@@ -144,6 +144,11 @@ def _default(field: Any, hint: Any) -> str:
 
 def _type(hint: Any) -> str:
     """Return a type and its range in words."""
+    if list_of(hint) is not None:
+        return f"text, or {_type(list_of(hint))}"
+    if dataclasses.is_dataclass(hint):
+        kinds = get_type_hints(hint, include_extras=True)
+        return ", ".join(f"`{name}`: {_type(kind)}" for name, kind in kinds.items())
     if choice_of(hint) is not None:
         return "choice: " + ", ".join(f"`{name}`" for name in members_of(hint))
     limits: list[Any] = []

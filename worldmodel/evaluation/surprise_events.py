@@ -38,6 +38,7 @@ def detect_events(run: TrainedRun, num_videos: int, seed: int) -> dict[str, dict
             f"events are planted in the kicked world with bouncing borders, but the run {run.folder} has other videos "
             "or another clip format: train one on the kicked world"
         )
+    assert isinstance(data.root, str), "several roots have no known law"
     world = read_world(Path(data.root))
     assert world is not None
     num_digits, num_frames = world["num_digits"], world["num_frames"]

@@ -135,7 +135,7 @@ class TrainedRun:
         if samples.shape[2] > largest:
             raise UserError(f"horizon={samples.shape[2]}: the recalibration of {self.folder} reaches to {largest}")
         data = self.config.data
-        number = number_of_file(data.root, video) if video is not None and isinstance(data, VideosConfig) else -1
+        number = number_of_file(data.base, video) if video is not None and isinstance(data, VideosConfig) else -1
         places = ClipPlaces(torch.full((len(samples),), number), torch.zeros(len(samples), dtype=torch.int64), 1)
         generator = torch.Generator().manual_seed(seed)
         return spaces[space](samples.cpu(), places, generator).to(samples.device)

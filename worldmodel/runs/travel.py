@@ -125,12 +125,19 @@ def portable_config(config: Config, name: str) -> tuple[Config, list[str]]:
     """
     data, left_out = config.data, []
     if isinstance(data, VideosConfig):
-        data = dataclasses.replace(data, root=public_path(data.root), remote_cache_dir=None)
+        root = data.root
+        public = (
+            public_path(root)
+            if isinstance(root, str)
+            else tuple(dataclasses.replace(part, path=public_path(part.path)) for part in root)
+        )
+        data = dataclasses.replace(data, root=public, remote_cache_dir=None)
     elif isinstance(data, MovingMnistConfig) and data.mnist_dir is not None:
         data = dataclasses.replace(data, mnist_dir=public_path(data.mnist_dir))
     for key in ("root", "mnist_dir"):
         if getattr(data, key, None) != getattr(config.data, key, None):
-            left_out.append(f"the private part of data.{key}, which is now {getattr(data, key)}")
+            now = data.place if isinstance(data, VideosConfig) else getattr(data, key)
+            left_out.append(f"the private part of data.{key}, which is now {now}")
     encoder = config.model.encoder
     if isinstance(encoder, PretrainedConfig) and encoder.path is not None and public_path(encoder.path) != encoder.path:
         log.warning("model.encoder.path=%s stays in config.yaml, because loading needs it", encoder.path)

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.formats.base import Format
 from data_pipelines.index import VideoIndex
 from data_pipelines.remote.stores import is_url
+from data_pipelines.roots import WeightedRoot, load_roots
 from data_pipelines.split_folders import load_split
 from data_pipelines.splits import Split
 from data_pipelines.stream import ReadSettings, StreamSettings, VideoStream, read_all
@@ -50,7 +52,8 @@ class VideosSource:
 
     @property
     def url(self) -> str | None:
-        return self._data.root if is_url(self._data.root) else None
+        root = self._data.root
+        return root if isinstance(root, str) and is_url(root) else None
 
     def index(self, split: Split) -> VideoIndex:
         """Return the index of a split's videos: those of its folder, or a share of all videos.
@@ -60,16 +63,19 @@ class VideosSource:
         """
         if split not in self._indexes:
             data = self._data
-            self._indexes[split] = load_split(
-                data.root,
-                split,
-                format=_format(data),
-                camera=data.camera,
-                max_bad_fraction=data.max_bad_fraction,
-                max_frame_px=data.max_frame_px,
-                cache_dir=Path(data.remote_cache_dir) if data.remote_cache_dir else None,
-                cache_mb=data.remote_cache_mb,
-            )
+            options: dict[str, Any] = {
+                "format": _format(data),
+                "camera": data.camera,
+                "max_bad_fraction": data.max_bad_fraction,
+                "max_frame_px": data.max_frame_px,
+                "cache_dir": Path(data.remote_cache_dir) if data.remote_cache_dir else None,
+                "cache_mb": data.remote_cache_mb,
+            }
+            if isinstance(data.root, str):
+                self._indexes[split] = load_split(data.root, split, **options)
+            else:
+                roots = [WeightedRoot(root.path, root.weight) for root in data.root]
+                self._indexes[split] = load_roots(roots, split, **options)
         return self._indexes[split]
 
     def clip_spec(self, steps: int, clip_step: int | None = None) -> ClipSpec:
@@ -101,7 +107,7 @@ class VideosSource:
     def evaluation_batches(
         self, split: Split, num_clips: int, horizon: int = 1, *, rank: int = 0, world_size: int = 1
     ) -> Iterator[Batch]:
-        """Clips are spread evenly over the split."""
+        """Clips are spread evenly over the split: over all clips of several roots, whatever their weights."""
         data = self._data
         settings = ReadSettings(
             batch_size=EVALUATION_BATCH,
@@ -119,7 +125,7 @@ class VideosSource:
         index, spec = self.index(split), self.clip_spec(horizon)
         table, clips = clips_of(index, spec), clip_id.numpy()
         rows = table.videos_of(clips)
-        folder = index.root.name if self.url else os.path.relpath(index.root, self._data.root)
+        folder = index.root.name if self.url else os.path.relpath(index.root, self._data.base)
         numbers = np.zeros(len(index.videos), dtype=np.int64)
         for row in np.unique(rows).tolist():
             video = index.videos[row]
@@ -131,7 +137,9 @@ class VideosSource:
     def known_law(self, split: Split, horizon: int) -> Law | None:
         """Return the law of a written world; None for other videos, or if clips are not cut as its labels require."""
         root = self._data.root
-        if self.url or (world := read_world(Path(root))) is None or world["world"] == RECORDED:
+        if not isinstance(root, str) or self.url:
+            return None
+        if (world := read_world(Path(root))) is None or world["world"] == RECORDED:
             return None
         sprites = read_sprites(Path(root) / split)
         law: Law
@@ -157,7 +165,7 @@ class VideosSource:
         return self.clip_spec(horizon).step % cut.num_frames == 0
 
     def check_split(self, split: Split, steps: int, labels: Collection[str], keys: str) -> None:
-        index, spec, root = self.index(split), self.clip_spec(steps), self._data.root
+        index, spec, root = self.index(split), self.clip_spec(steps), self._data.place
         for name in sorted(index.label_faults.keys() & labels):
             raise UserError(f"the label {name!r} cannot be used: {index.label_faults[name]}")
         try:

@@ -95,7 +95,7 @@ def check_augmentation(source: Source, config: Config) -> None:
     if source.content != "frames":
         raise UserError(f"{keys}: data.source={config.data.source} has no pictures to change: leave these keys out")
     if source.known_law("train", config.evaluation.horizon) is not None:
-        place = config.data.root if isinstance(config.data, VideosConfig) else config.data.source
+        place = config.data.place if isinstance(config.data, VideosConfig) else config.data.source
         raise UserError(f"{keys}: {place} has a known law, which holds for unchanged clips: leave these keys out")
 
 
