@@ -18,6 +18,7 @@ from data_pipelines.index import IndexPart, VideoIndex
 from data_pipelines.remote.stores import is_url
 from data_pipelines.split_folders import load_split
 from data_pipelines.splits import Split
+from data_pipelines.text_files import shown
 
 log = one_line_logger(__name__)
 
@@ -61,6 +62,8 @@ def merge_indexes(indexes: Sequence[VideoIndex], weights: Sequence[float]) -> Vi
     first_rows = np.cumsum([0, *counts[:-1]]).tolist()
     labels, faults = _merged_labels([index.labels for index in indexes], indexes)
     frame_labels, frame_faults = _merged_labels([index.frame_labels for index in indexes], indexes)
+    if left_out := sorted((faults | frame_faults).keys()):
+        log.warning("labels that not all roots have alike are left out: %s", ", ".join(map(shown, left_out)))
     return VideoIndex(
         root=base,
         videos=[
@@ -109,8 +112,6 @@ def _merged_labels(
             continue
         is_float = any(tensor.is_floating_point() for tensor in tensors)
         merged[name] = torch.cat([tensor.float() if is_float else tensor for tensor in tensors])
-    for name, fault in faults.items():
-        log.warning("the label %r is left out: %s", name, fault)
     return merged, faults
 
 
