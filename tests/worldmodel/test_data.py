@@ -183,7 +183,7 @@ def test_split_folders_go_by_several_names(tmp_path: Path, name: str) -> None:
 
 
 def test_classes_have_the_same_number_in_every_split(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
-    world = Path(videos_of(tiny_config()).root)
+    world = Path(videos_of(tiny_config()).place)
     for split, name in (("train", "train"), ("selection", "val"), ("test", "test")):
         for folder in ("ape", "cat") if split == "train" else ("cat",):
             (tmp_path / "classes" / name / folder).mkdir(parents=True)
@@ -260,7 +260,7 @@ def test_splits_in_capitals_or_without_one_folder(
     shared: str | None,
 ) -> None:
     caplog.set_level("INFO")
-    world = Path(videos_of(tiny_config()).root)
+    world = Path(videos_of(tiny_config()).place)
     counts = {"train": 24, "test": 10}
     for folder in folders:
         (tmp_path / "v" / folder).mkdir(parents=True)
@@ -302,7 +302,7 @@ def test_short_splits_are_found_out_before_the_first_step(
 
 
 def test_a_label_that_is_asked_for_must_be_sound(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
-    world = Path(videos_of(tiny_config()).root)
+    world = Path(videos_of(tiny_config()).place)
     shutil.copytree(world, tmp_path / "w")
     metadata = tmp_path / "w" / "train" / "metadata.jsonl"
     rows = [json.loads(line) for line in metadata.read_text().splitlines()]

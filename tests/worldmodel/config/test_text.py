@@ -105,7 +105,7 @@ def test_a_file_needs_no_quotes_for_text(text: str, tmp_path: Path) -> None:
 def test_a_name_that_no_file_can_have_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="run_dir="):
         validate({"run_dir": text}, "here")
-    assert videos_of(load_config(DEMO, [f"data.root=https://host/{'x' * 300}"])).root.endswith("xxx")
+    assert videos_of(load_config(DEMO, [f"data.root=https://host/{'x' * 300}"])).place.endswith("xxx")
 
 
 def test_several_ways_of_a_mistake_are_short() -> None:
