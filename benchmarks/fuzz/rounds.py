@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.fuzz import archive_kinds, run_kinds, table_kinds, video_kinds
+from benchmarks.fuzz import archive_kinds, convert_kinds, run_kinds, table_kinds, video_kinds
 from benchmarks.fuzz.kinds import Kind
 from benchmarks.fuzz.sandbox import Outcome, Verdict, prepare_in_child, run_case
 from data_pipelines.decoders import resolve_decoder
@@ -23,7 +23,7 @@ from worldmodel.report.tables import aligned_table
 
 KINDS: Mapping[str, Kind] = {
     kind.name: kind
-    for kinds in (video_kinds.KINDS, table_kinds.KINDS, archive_kinds.KINDS, run_kinds.KINDS)
+    for kinds in (video_kinds.KINDS, table_kinds.KINDS, archive_kinds.KINDS, convert_kinds.KINDS, run_kinds.KINDS)
     for kind in kinds
 }
 SAVED_OF_A_SORT = 3  # findings with the same place or reason that are saved
@@ -72,6 +72,7 @@ class Workplace:
 def _import_early() -> None:
     """Import modules that every round would import otherwise; child processes are forks of this one."""
     import av
+    import h5py  # noqa: F401  # it asks the system for its processor once
     import matplotlib.font_manager
 
     for name in ("decord", "torchcodec"):
