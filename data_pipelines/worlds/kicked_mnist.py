@@ -200,7 +200,7 @@ class KickedMnistLaw:
         """Return centroids at the ends of segments, [B, M, H, 2] px, of centres [B, M, H * 3, N, 2] px."""
         return centroid(self._images(labels), centres[:, :, SEGMENT_FRAMES - 1 :: SEGMENT_FRAMES])
 
-    def extrapolate(self, context: Tensor, horizon: int) -> Tensor:
+    def extrapolate(self, labels: dict[str, Tensor], context: Tensor, horizon: int) -> Tensor:
         """Continue the motion of the pixels' centroid, reflected as digits are: [B, 3, 1, H, W] -> [B, H, 2] px."""
         seen = pixel_centroid(context[:, :, 0])
         frames = SEGMENT_FRAMES * torch.arange(1, horizon + 1, device=context.device)

@@ -46,7 +46,10 @@ class Law(Protocol):
         """The number of segments that can be forecast; None: any number."""
 
     def sample(self, labels: dict[str, Tensor], horizon: int, num_samples: int, generator: torch.Generator) -> Tensor:
-        """Draw futures given the state of each clip: centres of the digits [B, num_samples, H * F, N, 2] px."""
+        """Draw futures given the state of each clip: centres of the digits [B, num_samples, H * F, N, 2] px.
+
+        Only `measure` and `render` interpret them. Worlds without digits draw other numbers, [B, num_samples, ...].
+        """
 
     def truth(self, labels: dict[str, Tensor], horizon: int) -> Tensor:
         """Return the observed quantity, [B, H, K]."""
@@ -54,17 +57,20 @@ class Law(Protocol):
     def measure(self, labels: dict[str, Tensor], centres: Tensor) -> Tensor:
         """Return the quantity in futures: centres [B, M, H * F, N, 2] px -> [B, M, H, K]."""
 
-    def extrapolate(self, context: Tensor, horizon: int) -> Tensor:
-        """Continue the motion seen in the pixels of the context: [B, F, 1, 64, 64] in [0, 1] -> [B, H, K]."""
+    def extrapolate(self, labels: dict[str, Tensor], context: Tensor, horizon: int) -> Tensor:
+        """Continue the motion seen in the context, frames [B, F, C, 64, 64] in [0, 1] or their labels -> [B, H, K]."""
 
     def render(self, labels: dict[str, Tensor], centres: Tensor) -> Tensor:
         """Draw futures: centres [B, M, H * F, N, 2] px -> float32 [B, M, H * F, 1, 64, 64] in [0, 1]."""
 
     def origin(self, labels: dict[str, Tensor]) -> Tensor:
-        """Return the position of the digits in the last context frame, [B, 2] px."""
+        """Return the position of the digits in the last context frame, as `positions` does: [B, P] px."""
 
     def positions(self, labels: dict[str, Tensor], values: Tensor) -> Tensor:
-        """Return the position of the digits after each segment, [B, S, H, 2] px, from the quantity [B, S, H, K]."""
+        """Return the position of the digits after each segment, [B, S, H, P] px, from the quantity [B, S, H, K].
+
+        The first two of several numbers are a place (x, y) on the frames.
+        """
 
     def probe_targets(self, labels: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the targets of probes: int64 [B] is a class, float32 [B, K] a measure."""

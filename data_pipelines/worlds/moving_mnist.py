@@ -209,7 +209,7 @@ class MovingMnistLaw:
         """Return the velocity [B, M, 1, 2] px/frame of centres [B, M, 3, 1, 2] px."""
         return (centres[:, :, -1] - centres[:, :, 0]) / (SEGMENT_FRAMES - 1)
 
-    def extrapolate(self, context: Tensor, horizon: int) -> Tensor:
+    def extrapolate(self, labels: dict[str, Tensor], context: Tensor, horizon: int) -> Tensor:
         """Return the velocity seen in the pixels: context [B, 3, 1, H, W] in [0, 1] -> [B, 1, 2] px/frame."""
         assert horizon <= self.max_horizon
         return centroid_velocity(context)[:, None]

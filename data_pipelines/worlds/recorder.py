@@ -14,9 +14,7 @@ is the same whichever process records it.
 import contextlib
 import importlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -33,15 +31,7 @@ from data_pipelines.errors import UserError, one_line
 from data_pipelines.splits import SPLITS, Split
 from data_pipelines.text_files import parse_yaml
 from data_pipelines.worlds.policies import Policy, drift, smooth_walk, uniform
-from data_pipelines.worlds.written import (
-    RECORDED,
-    ending_pool,
-    finish_split,
-    run_chunks,
-    start_world,
-    video_names,
-    write_whole,
-)
+from data_pipelines.worlds.written import RECORDED, check_counts, write_episodes
 
 PolicyName = Literal["own", "random", "drift", "uniform"]
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
@@ -49,8 +39,6 @@ POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 MAX_STATE_NUMBERS = 64
 DEFAULT_FPS = 10
 OWN_LABELS = frozenset({"file_name", "seed", "action", "applied_action", "state"})
-ROWS_NAME = ".rows"  # folder of the labels of recorded episodes, while others are missing
-EPISODES_PER_JOB = 8
 
 
 @dataclass(frozen=True)
@@ -96,33 +84,27 @@ def record(
         UserError: the environment cannot be made or renders no pictures; it has no such policy; `out` holds other
             files, or another recording and `overwrite` is not given.
     """
-    for split in SPLITS:
-        if counts[split] < 1:
-            raise UserError(f"{counts[split]} {split} episodes: there must be at least one")
-    if num_processes < 1:
-        raise UserError(f"num_processes={num_processes} must be at least 1")
+    check_counts(counts, num_processes)  # before an environment is made
     facts = json.dumps(asdict(_tried(recording)))
     world = {"world": RECORDED, **json.loads(facts), "counts": {split: counts[split] for split in SPLITS}}
-    unfinished = start_world(out, world, overwrite=overwrite)
-    if unfinished:
-        with ending_pool(num_processes) as pool:
-            for split in unfinished:
-                folder, names = out / split, video_names(counts[split])
-                (folder / ROWS_NAME).mkdir(parents=True, exist_ok=True)
+    write_episodes(out, world, counts, RecordedEpisodes(facts), num_processes=num_processes, overwrite=overwrite)
 
-                def start(episodes: list[int], folder: Path = folder) -> Future[None]:
-                    return pool.submit(_record_episodes, facts, folder, episodes)
 
-                missing = [
-                    episode
-                    for episode, name in enumerate(names)
-                    if not ((folder / name).is_file() and _row_path(folder, episode).is_file())
-                ]
-                run_chunks(start, missing, len(names), split, chunk_size=EPISODES_PER_JOB)
-                rows = (json.loads(_row_path(folder, episode).read_text()) for episode in range(len(names)))
-                finish_split(folder, names, rows)
-    for split in SPLITS:
-        shutil.rmtree(out / split / ROWS_NAME, ignore_errors=True)
+@dataclass(frozen=True)
+class RecordedEpisodes:
+    """Episodes of an environment (data_pipelines.worlds.written.Episodes). facts: a Recording as JSON."""
+
+    facts: str
+
+    @property
+    def fps(self) -> int:
+        env, _ = _env_of_process(self.facts)
+        return max(1, round(env.metadata.get("render_fps") or DEFAULT_FPS))
+
+    def play(self, split: Split, episode: int) -> tuple[np.ndarray, dict[str, Any]]:
+        """Return the frames of an episode, RGB uint8 [T, H, W, 3], and its row of labels."""
+        env, recording = _env_of_process(self.facts)
+        return record_episode(env, recording, split, episode)
 
 
 def _tried(recording: Recording) -> Recording:
@@ -265,24 +247,6 @@ def _env_of_process(facts: str) -> tuple[gymnasium.Env, Recording]:
     return make_env(
         recording.env, recording.kwargs, num_steps=recording.num_steps, imports=recording.imports
     ), recording
-
-
-def _record_episodes(facts: str, folder: Path, episodes: Sequence[int]) -> None:
-    torch.set_num_threads(1)
-    env, recording = _env_of_process(facts)
-    fps = max(1, round(env.metadata.get("render_fps") or DEFAULT_FPS))
-    names = video_names(max(episodes) + 1)
-    for episode in episodes:
-        frames, row = record_episode(env, recording, folder.name, episode)  # type: ignore[arg-type]
-        path = _row_path(folder, episode)
-        aside = path.with_suffix(".partial")
-        aside.write_text(json.dumps(row), encoding="utf-8")
-        aside.replace(path)
-        write_whole(folder / names[episode], frames, fps)
-
-
-def _row_path(folder: Path, episode: int) -> Path:
-    return folder / ROWS_NAME / f"{episode:06d}.json"
 
 
 def parse_kwargs(texts: Sequence[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ METADATA_NAME = "metadata.jsonl"
 SPRITES_NAME = "sprites.safetensors"
 RECORDED = "recorded"  # a recorded environment in world.json; it has neither sprites nor a law
 MAX_PENDING_CHUNKS = 16
+ROWS_NAME = ".rows"  # folder of the labels of recorded episodes, while others are missing
+EPISODES_PER_JOB = 8
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,81 @@ def _write_split(folder: Path, split: WorldSplit, pool: ProcessPoolExecutor) -> 
     images = (split.sprites.images * 255).round().byte()
     save_file({"images": images, "digits": split.sprites.digits}, folder / SPRITES_NAME)
     finish_split(folder, names, split.labels)
+
+
+class Episodes(Protocol):
+    """Episodes that are recorded by worker processes, to which it is sent by pickle. An episode is one video."""
+
+    @property
+    def fps(self) -> int:
+        """Frames per second of the videos."""
+
+    def play(self, split: Split, episode: int) -> tuple[np.ndarray, Mapping[str, Any]]:
+        """Return the frames of an episode as encode_h264 takes them, and its row of labels."""
+
+
+def write_episodes(
+    out: Path,
+    world: Mapping[str, Any],
+    counts: Mapping[Split, int],
+    episodes: Episodes,
+    *,
+    num_processes: int,
+    overwrite: bool = False,
+) -> None:
+    """Record episodes into out/train, out/selection and out/test, each with its metadata.jsonl.
+
+    `world` is the content of world.json. An interrupted recording is continued. A complete one is left unchanged.
+
+    Raises:
+        UserError: a number is below 1; `out` holds other files, or another recording and `overwrite` is not given.
+    """
+    check_counts(counts, num_processes)
+    unfinished = start_world(out, world, overwrite=overwrite)
+    if unfinished:
+        with ending_pool(num_processes) as pool:
+            for split in unfinished:
+                folder, names = out / split, video_names(counts[split])
+                (folder / ROWS_NAME).mkdir(parents=True, exist_ok=True)
+
+                def start(numbers: list[int], folder: Path = folder, split: Split = split) -> Future[None]:
+                    return pool.submit(_record_chunk, episodes, folder, split, numbers)
+
+                missing = [
+                    episode
+                    for episode, name in enumerate(names)
+                    if not ((folder / name).is_file() and _row_path(folder, episode).is_file())
+                ]
+                run_chunks(start, missing, len(names), split, chunk_size=EPISODES_PER_JOB)
+                rows = (json.loads(_row_path(folder, episode).read_text()) for episode in range(len(names)))
+                finish_split(folder, names, rows)
+    for split in SPLITS:
+        shutil.rmtree(out / split / ROWS_NAME, ignore_errors=True)
+
+
+def check_counts(counts: Mapping[Split, int], num_processes: int) -> None:
+    """Raise UserError if a split has no episodes, or there are no processes."""
+    for split in SPLITS:
+        if counts[split] < 1:
+            raise UserError(f"{counts[split]} {split} episodes: there must be at least one")
+    if num_processes < 1:
+        raise UserError(f"num_processes={num_processes} must be at least 1")
+
+
+def _record_chunk(episodes: Episodes, folder: Path, split: Split, numbers: Sequence[int]) -> None:
+    torch.set_num_threads(1)
+    names = video_names(max(numbers) + 1)
+    for episode in numbers:
+        frames, row = episodes.play(split, episode)
+        path = _row_path(folder, episode)
+        aside = path.with_suffix(".partial")
+        aside.write_text(json.dumps(row), encoding="utf-8")
+        aside.replace(path)
+        write_whole(folder / names[episode], frames, episodes.fps)
+
+
+def _row_path(folder: Path, episode: int) -> Path:
+    return folder / ROWS_NAME / f"{episode:06d}.json"
 
 
 def video_names(count: int) -> list[str]:

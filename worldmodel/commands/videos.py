@@ -3,11 +3,16 @@
   moving-mnist   digits that move for 9 frames, with one random change of motion
   kicked-mnist   digits that move for 60 frames and are kicked every 3 frames
   two-rooms      an agent in two rooms joined by a door, with its actions and states
+  freeway, breakout, pong
+                 Atari games with sticky actions, played by simple policies, with positions from the console's memory
+  highway        a motorway with drivers who change speed and lane at random, with positions of cars
 
-The test and selection splits contain other digits than the training split.
+The test and selection splits contain other digits, or other episodes, than the training split. Games need
+pip install 'worldmodel[games]'.
 
-example:
+examples:
   worldmodel videos moving-mnist --out data/moving_mnist
+  worldmodel videos pong --out data/pong
 """
 
 import argparse
@@ -21,15 +26,18 @@ from worldmodel.commands.shared import add_env_kwargs, add_out, add_overwrite, a
 if TYPE_CHECKING:
     from data_pipelines.splits import Split
 
+GAMES = ("freeway", "breakout", "pong", "highway")  # those of data_pipelines.worlds.games, which imports torch
 COUNTS: "dict[str, dict[Split, int]]" = {
     "moving-mnist": {"train": 16_384, "selection": 2_048, "test": 1_024},
     "kicked-mnist": {"train": 12_000, "selection": 512, "test": 512},
     "two-rooms": {"train": 4_000, "selection": 100, "test": 100},
+    **{game: {"train": 200, "selection": 40, "test": 40} for game in GAMES},
 }
 OWN_OPTIONS = {
     "moving-mnist": ("setting", "mnist_dir"),
     "kicked-mnist": ("num_frames", "num_digits", "borders", "mnist_dir"),
     "two-rooms": ("env_kwargs",),
+    **dict.fromkeys(GAMES, ("num_frames",)),
 }
 TWO_ROOMS = "data_pipelines.worlds.two_rooms:worldmodel/TwoRooms-v0"
 
@@ -51,8 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     moving = parser.add_argument_group("moving-mnist")
     moving.add_argument("--setting", choices=["A", "B"], help="distribution of the changed axis (default: A)")
+    long = parser.add_argument_group("kicked-mnist and games")
+    long.add_argument(
+        "--num-frames",
+        type=int,
+        metavar="N",
+        help="frames per video (default: kicked-mnist 60, a multiple of 3; games 250)",
+    )
     kicked = parser.add_argument_group("kicked-mnist")
-    kicked.add_argument("--num-frames", type=int, metavar="N", help="frames per video, a multiple of 3 (default: 60)")
     kicked.add_argument("--num-digits", type=int, choices=[1, 2], help="digits per video (default: 1)")
     kicked.add_argument(
         "--borders", choices=["bounce", "crop"], help="whether digits bounce off the borders or leave (default: bounce)"
@@ -71,6 +85,18 @@ def run(args: argparse.Namespace) -> None:
         kwargs = parse_kwargs(options.get("env_kwargs", []))
         recording = Recording(env=TWO_ROOMS, kwargs=kwargs, past_end=True, seed=args.seed)
         record(args.out, counts, recording, num_processes=num_processes, overwrite=args.overwrite)
+    elif args.world in GAMES:
+        from data_pipelines.worlds.games import write_game
+
+        write_game(
+            args.out,
+            args.world,
+            counts,
+            **options,
+            seed=args.seed,
+            num_processes=num_processes,
+            overwrite=args.overwrite,
+        )
     else:
         from data_pipelines.worlds import kicked_mnist, moving_mnist
 
@@ -95,10 +121,13 @@ def own_options(args: argparse.Namespace) -> dict[str, Any]:
         if name not in OWN_OPTIONS[args.world]:
             raise UserError(f"--{name.replace('_', '-')} {value} is not an option of {args.world}")
     least = 2 * SEGMENT_FRAMES
+    if args.world in GAMES:
+        return given
     if (num_frames := given.get("num_frames", least)) < least or num_frames % SEGMENT_FRAMES:
         raise UserError(f"--num-frames {num_frames} must be a multiple of {SEGMENT_FRAMES}, at least {least}")
     return given
 
 
 def _defaults(split: "Split") -> str:
-    return "default: " + ", ".join(f"{world} {counts[split]:,}" for world, counts in COUNTS.items())
+    names = {world: "games" if world in GAMES else world for world in COUNTS}
+    return "default: " + ", ".join(dict.fromkeys(f"{names[world]} {COUNTS[world][split]:,}" for world in COUNTS))

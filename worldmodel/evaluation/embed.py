@@ -109,7 +109,7 @@ class EmbeddedSplit:
     of each later segment in the space of targets. r [N, R] is inferred as in training; its penalty [N] is None if the
     latent has none. actions [N, horizon, A] condition the model; A is 0 for a passive one. frames uint8
     [<= N, (1 + horizon) * T, C, H, W] are the pixels of the first clips. extrapolated [N, horizon, K] continues the
-    motion seen in the pixels of the context; None without a law. places are those of the clips in their videos.
+    motion seen in the context; None without a law. places are those of the clips in their videos.
     """
 
     state: Tensor
@@ -232,7 +232,7 @@ def _parts_of(
             add("frames", (video * 255).round().byte())
             num_kept += len(video)
         if law:
-            add("extrapolated", law.extrapolate(segments[:, 0], horizon))
+            add("extrapolated", law.extrapolate(batch["labels"], segments[:, 0], horizon))
         for name, values in batch["labels"].items():
             labels.setdefault(name, []).append(values)
     return parts, labels

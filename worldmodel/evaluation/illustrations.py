@@ -28,8 +28,8 @@ class Fans:
     """Forecasts of a physical quantity at the last frame of each future segment.
 
     samples [Q, S, horizon, K]; law [Q, M, horizon, K], draws of the true law, or None if it is not known; true
-    [Q, horizon, K]; origin [Q, K], the quantity in the last context frame. `on_frames`: the quantity is a position
-    (x, y) in pixels of the frames, x right and y down, pixel centres at integers.
+    [Q, horizon, K]; origin [Q, K], the quantity in the last context frame. `on_frames`: the first two
+    dimensions are a position (x, y) in pixels of the frames, x right and y down, pixel centres at integers.
     """
 
     samples: np.ndarray

@@ -210,5 +210,5 @@ class ScoredQuantity:
             law=shown(self.observed) if self.law else None,
             true=shown(self.truth[:, None])[:, 0],
             origin=self.origin[:count].numpy(),
-            on_frames=self.law is not None,
+            on_frames=self.law is not None and self.origin.shape[1] > 1,
         )

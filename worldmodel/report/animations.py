@@ -117,8 +117,8 @@ def path_until(origin: np.ndarray, ends: np.ndarray, segments: float) -> np.ndar
 def animation(frames: np.ndarray, num_frames: int, alt: str, *, fans: Fans | None = None, query: int = 0) -> Picture:
     """Animate a context segment and the segments that followed, uint8 [T, C, H, W], with a still of the end.
 
-    Sampled paths of `fans`, positions on the frames, grow frame by frame over the future. A bar at the bottom fills
-    with the segments, starting with the context.
+    Sampled paths of `fans`, positions on the frames, grow frame by frame over the future: the first two dimensions. A
+    bar at the bottom fills with the segments, starting with the context.
     """
     total = len(frames)
     images, durations_ms = [], []
@@ -135,8 +135,9 @@ def animation(frames: np.ndarray, num_frames: int, alt: str, *, fans: Fans | Non
             future = index >= num_frames
             if fans is not None and future:
                 segments = (index + 1 - num_frames) / num_frames
-                truth = path_until(fans.origin[query], fans.true[query], segments)
-                draw_paths(path_until(fans.origin[query], fans.samples[query], segments))
+                origin = fans.origin[query, :2]
+                truth = path_until(origin, fans.true[query, ..., :2], segments)
+                draw_paths(path_until(origin, fans.samples[query, ..., :2], segments))
                 trace.set_data(truth[:, 0], truth[:, 1])
                 ring.set_data(truth[-1:, 0], truth[-1:, 1])
             left = index // num_frames * num_frames

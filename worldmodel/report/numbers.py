@@ -36,7 +36,7 @@ FORECASTS = {
     "no_latent": ("No latent", "The compared run, trained without a latent: one forecast for each query."),
     "pixel_constant_velocity": (
         "Constant velocity",
-        "The motion measured in the pixels of the context continues unchanged.",
+        "The motion seen in the context continues unchanged.",
     ),
     "constant_velocity": (
         "Constant velocity of the label",

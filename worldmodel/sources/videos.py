@@ -23,6 +23,8 @@ from data_pipelines.split_folders import load_split
 from data_pipelines.splits import Split
 from data_pipelines.stream import ReadSettings, StreamSettings, VideoStream, read_all
 from data_pipelines.worlds import kicked_mnist, moving_mnist
+from data_pipelines.worlds.game_law import GameLaw
+from data_pipelines.worlds.games import GAMES, SIZE_PX, Recording
 from data_pipelines.worlds.kicked_mnist import KickedMnistLaw
 from data_pipelines.worlds.law import Law
 from data_pipelines.worlds.moving_mnist import MovingMnistLaw
@@ -141,6 +143,8 @@ class VideosSource:
             return None
         if (world := read_world(Path(root))) is None or world["world"] == RECORDED:
             return None
+        if world["world"] in GAMES:
+            return self._game_law(Recording.of_world(world), split)
         sprites = read_sprites(Path(root) / split)
         law: Law
         if world["world"] == moving_mnist.WORLD:
@@ -150,6 +154,13 @@ class VideosSource:
         else:
             raise UserError(f"{root} holds an unknown world: {world['world']!r}")
         return law if self._fits(law, horizon) else None
+
+    def _game_law(self, recording: Recording, split: Split) -> GameLaw | None:
+        """Return the law of a recorded game; None if frames are shown in another size, or clips are cut by time."""
+        data = self._data
+        if data.size_px != SIZE_PX or data.fps is not None:
+            return None
+        return GameLaw(Path(data.root), recording, split, data.num_frames, data.frame_stride, data.channels)
 
     def _fits(self, law: Law, horizon: int) -> bool:
         """Return whether clips are cut and shown as the labels of the law require."""

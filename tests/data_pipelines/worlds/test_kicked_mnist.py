@@ -136,7 +136,7 @@ def test_extrapolation_reads_the_pixels_and_reflects(sprites: Sprites) -> None:
     context = render_digits(sprites.images[:1, None], centres[:, :, None])
     seen = pixel_centroid(context[:, -1:, 0])
     expected = reflect(seen + torch.tensor([[[3.0, 6.0], [6.0, 12.0]]]))
-    torch.testing.assert_close(law.extrapolate(context, 2), expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(law.extrapolate({}, context, 2), expected, atol=1e-3, rtol=0)
 
 
 def test_written_videos_hold_what_their_labels_say(kicked_world: Path) -> None:
