@@ -15,7 +15,6 @@ ends starts anew.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -168,7 +167,9 @@ class Atari:
         self.ale = ALEInterface()
         self.ale.setInt("random_seed", 0)
         self.ale.setFloat("repeat_action_probability", 0.0)
-        self.ale.loadROM(roms.get_rom_path(rom))
+        path = roms.get_rom_path(rom)
+        assert path is not None, "the package holds the ROMs of all games"
+        self.ale.loadROM(path)
         self._rules = rules
         self._start = self.ale.cloneState()
         self._held, self._intention = Action.NOOP, rules.start
@@ -210,18 +211,20 @@ class Atari:
     def picture(self) -> Picture:
         """Return the cut in gray. Every pixel is the mean over its area of the screen."""
         cut = self._rules.cut
-        screen = self.ale.getScreenGrayscale()[cut.top : cut.bottom, cut.left : cut.right].astype(np.float32)
-        small = area_weights(screen.shape[0], SIZE_PX) @ screen @ area_weights(screen.shape[1], SIZE_PX).T
-        return small.round().astype(np.uint8)
+        screen = self.ale.getScreenGrayscale()[cut.top : cut.bottom, cut.left : cut.right].astype(np.float64)
+        return area_means(area_means(screen, SIZE_PX).T, SIZE_PX).T.round().astype(np.uint8)
 
 
-@lru_cache
-def area_weights(num_source: int, num_target: int) -> NDArray[np.float32]:
-    """Return the share of each source pixel in the mean over each target pixel's area, [num_target, num_source]."""
-    edges = np.arange(num_target + 1) * (num_source / num_target)
-    source = np.arange(num_source)
-    overlap = np.minimum(edges[1:, None], source + 1) - np.maximum(edges[:-1, None], source)
-    return (overlap.clip(min=0) * (num_target / num_source)).astype(np.float32)
+def area_means(values: NDArray[np.float64], num_target: int) -> NDArray[np.float64]:
+    """Return means over num_target equal parts of the first axis: [N, ...] -> [num_target, ...].
+
+    It is the difference of integrals. A product with a matrix would start threads for every picture.
+    """
+    edges = np.arange(num_target + 1) * (len(values) / num_target)
+    whole = np.minimum(edges.astype(int), len(values) - 1)
+    integral = np.concatenate([np.zeros_like(values[:1]), values.cumsum(axis=0)])
+    until = integral[whole] + (edges - whole).reshape(-1, *[1] * (values.ndim - 1)) * values[whole]
+    return np.diff(until, axis=0) * (num_target / len(values))
 
 
 def simulator(name: str) -> Atari:
