@@ -144,7 +144,7 @@ class VideosSource:
         if (world := read_world(Path(root))) is None or world["world"] == RECORDED:
             return None
         if world["world"] in GAMES:
-            return self._game_law(Recording.of_world(world), split)
+            return self._game_law(Path(root), Recording.of_world(world), split)
         sprites = read_sprites(Path(root) / split)
         law: Law
         if world["world"] == moving_mnist.WORLD:
@@ -155,12 +155,12 @@ class VideosSource:
             raise UserError(f"{root} holds an unknown world: {world['world']!r}")
         return law if self._fits(law, horizon) else None
 
-    def _game_law(self, recording: Recording, split: Split) -> GameLaw | None:
+    def _game_law(self, root: Path, recording: Recording, split: Split) -> GameLaw | None:
         """Return the law of a recorded game; None if frames are shown in another size, or clips are cut by time."""
         data = self._data
         if data.size_px != SIZE_PX or data.fps is not None:
             return None
-        return GameLaw(Path(data.root), recording, split, data.num_frames, data.frame_stride, data.channels)
+        return GameLaw(root, recording, split, data.num_frames, data.frame_stride, data.channels)
 
     def _fits(self, law: Law, horizon: int) -> bool:
         """Return whether clips are cut and shown as the labels of the law require."""
