@@ -28,6 +28,7 @@ COMMANDS = {
     "evaluate": "score the forecasts of a run and write its report",
     "rollout": "sample futures of a video, as embeddings",
     "surprise": "score every transition of a video by its surprise",
+    "decode": "train a decoder, and show sampled futures as pictures",
     "plan": "reach goal images in an environment by planning with a run",
     "export": "export a run into a folder that loads on any machine",
     "push": "upload a run to the Hugging Face Hub",

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from data_pipelines.errors import UserError
+from worldmodel.evaluation.decoded import store_futures, stored_facts
 from worldmodel.evaluation.factors import evaluate_factors
 from worldmodel.evaluation.forecast import evaluate_forecasts
 from worldmodel.evaluation.illustrations import save_records
@@ -57,6 +58,8 @@ def _evaluate_videos(run: TrainedRun, compare: Path | None) -> Metrics:
         save_recalibration(run.folder, evaluation.recalibrated, run.state["step"])
     illustrations = dataclasses.replace(evaluation.illustrations, timeline=timeline_of_test_video(run))
     save_records(folder.illustrations, [illustrations])
+    if stored_facts(run.folder, run.state["step"]) is not None:
+        store_futures(run.folder, run.networks, run.state["step"])
     return metrics
 
 

@@ -75,6 +75,14 @@ class Screen:
 def moving_picture(
     images: Sequence[PillowImage], durations_ms: Sequence[int], still: PillowImage, alt: str, *, max_bytes: int
 ) -> Picture:
+    """Return images as an animation for the page, with the best quality that fits into `max_bytes`."""
+    end = BytesIO()
+    still.save(end, format="webp", quality=82)
+    uri = data_uri(moving_bytes(images, durations_ms, max_bytes=max_bytes))
+    return Picture(uri, uri, alt, *images[0].size, still=data_uri(end.getvalue()))
+
+
+def moving_bytes(images: Sequence[PillowImage], durations_ms: Sequence[int], *, max_bytes: int) -> bytes:
     """Encode images as an animated WebP, with the best quality that fits into `max_bytes`."""
     for quality, shrink in ((72, 1), (45, 1), (30, 2), (30, 4)):
         moving, sized = BytesIO(), [image.reduce(shrink) for image in images]
@@ -89,10 +97,7 @@ def moving_picture(
         )
         if moving.tell() <= max_bytes:
             break
-    end = BytesIO()
-    still.save(end, format="webp", quality=82)
-    uri = data_uri(moving.getvalue())
-    return Picture(uri, uri, alt, *images[0].size, still=data_uri(end.getvalue()))
+    return moving.getvalue()
 
 
 def spread_over(total: int, most: int) -> np.ndarray:

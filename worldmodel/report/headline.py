@@ -27,6 +27,12 @@ from worldmodel.report.numbers import (
 from worldmodel.runs.metrics import BASELINES, OWN_FORECASTS, Metrics, RunMetrics, value_at
 
 FACTS = (("embedding", "effective_rank"), ("embedding", "std"), ("readout", "strength"), ("readout", "r2"))
+DECODER_ERRORS = {
+    "mse": "Decoder, squared error per pixel of test clips",
+    "mean_picture_mse": "Mean picture",
+    "last_frame_mse": "Last frame before the segment",
+    "other_embedding_mse": "Decoder, with embeddings of other clips",
+}
 
 
 def headline(metrics: RunMetrics) -> list[Number]:
@@ -182,6 +188,11 @@ def facts(metrics: RunMetrics) -> list[tuple[str, list[Number]]]:
     elif "beyond_fit_norm_99" in metrics:
         found.append((label("beyond_fit_norm_99"), beyond))
     return found
+
+
+def decoder_facts(metrics: RunMetrics) -> list[tuple[str, list[Number]]]:
+    """Return the mean squared errors of the decoder and of simple pictures, as label and number."""
+    return [(name, numbers_at(metrics, f"decoder.{key}", 5)) for key, name in DECODER_ERRORS.items()]
 
 
 def protocol_facts(metrics: RunMetrics) -> list[tuple[str, str]]:

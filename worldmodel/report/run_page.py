@@ -12,14 +12,16 @@ import numpy as np
 from data_pipelines.errors import one_line_logger
 from data_pipelines.files import write_text
 from worldmodel.config import to_yaml
+from worldmodel.evaluation.decoded import DecodedFutures
 from worldmodel.evaluation.illustrations import NO_ILLUSTRATIONS, Illustrations, load_records
 from worldmodel.planning.planned_episodes import PlannedEpisode
 from worldmodel.report import headline, numbers, run_charts, run_pictures, tables
 from worldmodel.report.charts import latent_charts
+from worldmodel.report.decoded_pictures import decoded_pictures
 from worldmodel.report.page import plain, write_page
 from worldmodel.runs.checkpoint import load_run_config
 from worldmodel.runs.folder import RunFolder
-from worldmodel.runs.metrics import RunMetrics, read_metrics, read_planning
+from worldmodel.runs.metrics import RunMetrics, read_decoder_facts, read_metrics, read_planning, value_at
 from worldmodel.runs.tracking import read_history, versions
 
 logger = one_line_logger(__name__)
@@ -29,7 +31,7 @@ def report_of_run(run: Path) -> Path:
     """Write report.html into a run folder from the results of evaluations; return its path.
 
     The evaluation left metrics.json and illustrations.safetensors, planning left planning.json and
-    planning.safetensors. The report leaves out missing files. The forecasts are also written to forecasts.md.
+    planning.safetensors, the decoder left decoder.json and decoded.safetensors. The report leaves out missing files. The forecasts are also written to forecasts.md.
 
     Raises:
         UserError: one of the files is damaged.
@@ -45,6 +47,11 @@ def report_of_run(run: Path) -> Path:
         write_text(folder.forecasts, tables.markdown_table(shown) + "\n")
     if planning:
         shown["planning"] = planning
+    decoded = [
+        each for each in load_records(folder.decoded, DecodedFutures) if each.step == value_at(shown, "train.steps")
+    ]
+    if decoded and (facts := read_decoder_facts(run)):
+        shown["decoder"] = facts
     write_report(
         folder.report,
         title=run.name,
@@ -53,6 +60,7 @@ def report_of_run(run: Path) -> Path:
         history=read_history(run),
         illustrations=drawn[0] if drawn else NO_ILLUSTRATIONS,
         episodes=load_records(folder.planned_episodes, PlannedEpisode) if planning else [],
+        decoded=decoded,
         versions=versions(),
     )
     return folder.report
@@ -68,6 +76,7 @@ def write_report(
     illustrations: Illustrations,
     versions: Mapping[str, str],
     episodes: Sequence[PlannedEpisode] = (),
+    decoded: Sequence[DecodedFutures] = (),
 ) -> None:
     """Write the report of a run to `path`, one self-contained HTML file.
 
@@ -93,6 +102,9 @@ def write_report(
         has_oracle="simulator_oracle" in numbers.forecast_names(metrics),
         futures=run_pictures.future_pictures(illustrations, metrics),
         fans=illustrations.fans,
+        decoded=[pair for futures in decoded for pair in decoded_pictures(futures)],
+        num_decoded=decoded[0].num_samples if decoded else 0,
+        decoder=headline.decoder_facts(metrics),
         horizon_charts=run_charts.horizon_cards(metrics),
         calibration=run_charts.calibration_cards(metrics),
         latents=latent_charts(latents) if latents is not None else [],

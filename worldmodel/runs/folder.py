@@ -12,6 +12,10 @@ run/forecasts.md                 the forecasts in metrics.json as a Markdown tab
 run/readout.safetensors          the ridge readout that the evaluation chose
 run/recalibration.safetensors    how the evaluation recalibrates forecasts, with the climatology for it
 run/illustrations.safetensors    arrays for the pictures of the report
+run/decoder.safetensors          a decoder from embeddings to frames
+run/decoder.json                 its training and its errors
+run/decoded.safetensors          decoded futures for the pictures of the report
+run/futures/                     the same as files: .webp animations and .png stills
 run/planning.json                success rates of planning, with its protocol
 run/planning.safetensors         the planned episodes that the report shows
 run/surprise_events.json         how well surprise detects planted events
@@ -42,6 +46,10 @@ class RunFolder:
         self.readout = self.path / "readout.safetensors"
         self.recalibration = self.path / "recalibration.safetensors"
         self.illustrations = self.path / "illustrations.safetensors"
+        self.decoder = self.path / "decoder.safetensors"
+        self.decoder_facts = self.path / "decoder.json"
+        self.decoded = self.path / "decoded.safetensors"
+        self.futures = self.path / "futures"
         self.planning = self.path / "planning.json"
         self.planned_episodes = self.path / "planning.safetensors"
         self.surprise_events = self.path / "surprise_events.json"
@@ -52,14 +60,14 @@ class RunFolder:
         """All files that a run may hold at the top level, except the lock."""
         training = {self.config, self.history, self.contents}
         evaluation = {self.metrics, self.forecasts, self.readout, self.recalibration, self.illustrations}
-        return frozenset(
-            training | evaluation | {self.surprise_events, self.planning, self.planned_episodes, self.report}
-        )
+        decoding = {self.decoder, self.decoder_facts, self.decoded}
+        planning = {self.planning, self.planned_episodes}
+        return frozenset(training | evaluation | decoding | planning | {self.surprise_events, self.report})
 
     @property
     def folders(self) -> frozenset[Path]:
         """All folders that a run may hold."""
-        return frozenset({self.checkpoints, self.profile, self.wandb})
+        return frozenset({self.checkpoints, self.profile, self.wandb, self.futures})
 
     def check_writable(self) -> None:
         """Raise UserError if no file can be written into the folder, before hours of work depend on it."""

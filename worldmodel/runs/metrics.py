@@ -1,4 +1,4 @@
-"""metrics.json and planning.json of a run folder: their records, and the functions that write and read them.
+"""metrics.json, planning.json and decoder.json of a run folder: their records, and the functions that write and read them.
 
 The evaluation builds these records; reports and comparisons read them. A value deep inside has a place, its dotted path
 such as "forecasts.model.energy_score.0". `value_at` and `place` accept only places that the records declare, so that a
@@ -263,10 +263,34 @@ class Planning(Planned, total=False):
     curve: Annotated[list[PlannedWithLabels], Field(max_length=1_000)]
 
 
+# ------------------------------------------------------------------------------------------------------ decoder.json
+
+
+class DecoderFacts(_Part, total=False):
+    """The content of decoder.json.
+
+    step is the number of updates of the run's checkpoint, decoder_steps that of the decoder. The others are mean squared
+    errors of held-out frames in [0, 1]: of the decoder, of the mean picture, of the last frame before, and of the
+    decoder on embeddings of other clips.
+    """
+
+    step: Whole
+    decoder_steps: Whole
+    clips: Whole
+    seed: Whole
+    seconds: Score
+    held_out_clips: Whole
+    mse: Score
+    mean_picture_mse: Score
+    last_frame_mse: Score
+    other_embedding_mse: Score
+
+
 class RunMetrics(Metrics, total=False):
-    """The content of a report: metrics.json, with planning.json as "planning"."""
+    """The content of a report: metrics.json, with planning.json as "planning" and decoder.json as "decoder"."""
 
     planning: Planning
+    decoder: DecoderFacts
 
 
 # ------------------------------------------------------------------------------------------------------------ places
@@ -328,6 +352,11 @@ def write_planning(run: Path, planning: Planning) -> None:
     _write(RunFolder(run).planning, planning)
 
 
+def write_decoder_facts(run: Path, facts: DecoderFacts) -> None:
+    """Write decoder.json. Raises UserError if it cannot be written."""
+    _write(RunFolder(run).decoder_facts, facts)
+
+
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     try:
         write_text(path, json.dumps(content, indent=1) + "\n")
@@ -351,6 +380,15 @@ def read_planning(run: Path) -> Planning | None:
         UserError: the file is not JSON of the types above.
     """
     return cast(Planning | None, _read(RunFolder(run).planning, Planning))
+
+
+def read_decoder_facts(run: Path) -> DecoderFacts | None:
+    """Return the content of a run's decoder.json; None if there is no such file.
+
+    Raises:
+        UserError: the file is not JSON of the types above.
+    """
+    return cast(DecoderFacts | None, _read(RunFolder(run).decoder_facts, DecoderFacts))
 
 
 def _read(path: Path, kind: Any) -> Any:

@@ -17,6 +17,7 @@ from data_pipelines.errors import UserError, one_line
 from data_pipelines.transforms import to_float
 from worldmodel.build import build_training_model, clip_layout
 from worldmodel.config import Config, GaussianConfig, PretrainedConfig, VideosConfig, check_trust, outside_names
+from worldmodel.evaluation.decoded import decode_paths, load_decoder
 from worldmodel.evaluation.embed import Networks
 from worldmodel.evaluation.readout import load_readout
 from worldmodel.evaluation.recalibration import load_recalibrations
@@ -28,6 +29,7 @@ from worldmodel.runs.hub import download, is_repository_name
 from worldmodel.sources import make_source
 from worldmodel.sources.source import ClipPlaces, Source
 from worldmodel.sources.videos import number_of_file
+from worldmodel.training.decoding import resized
 from worldmodel.training.losses import TrainingModel
 
 
@@ -163,6 +165,29 @@ class TrainedRun:
         readout, _ = load_readout(self.folder, self.state["step"], self.device)
         values = readout(self._rollout(clip, horizon, num_samples, seed, actions))
         return self._recalibrated("quantity", values, seed, video) if recalibrate else values
+
+    def decode(self, clip: Tensor, futures: Tensor) -> Tensor:
+        """Show futures of context segments [B, T, C, H, W] as pictures, by the decoder of `worldmodel decode`.
+
+        futures [B, S, horizon, D] are embeddings from `rollout` of the same clips.
+
+        Returns: frames [B, S, horizon, T, C, H, W] in [0, 1], on the CPU. Frames above 128 px are decoded at 128 px and
+            enlarged.
+
+        Raises:
+            UserError: futures of another shape, or the run has no decoder for this checkpoint.
+        """
+        context = self._segments(clip)
+        dim = self.model.embedding_dim
+        if futures.ndim != 4 or len(futures) != len(clip) or futures.shape[-1] != dim or not futures.numel():
+            raise UserError(
+                f"futures of shape {list(futures.shape)} do not fit {len(clip)} clips of the run {self.folder}: it "
+                f"takes [{len(clip)}, S, horizon, {dim}]"
+            )
+        decoder = load_decoder(self.folder, self.config, self.state["step"], self.device)
+        before = resized(context[:, -1:], decoder.side_px)[:, 0]
+        frames = decode_paths(decoder, futures.float(), before)
+        return resized(frames.flatten(0, 2), context.shape[-1]).unflatten(0, frames.shape[:3])
 
     def surprise(
         self, video: str | Path | Tensor, *, num_peaks: int = 5, step_frames: int | None = None, progress: bool = False
