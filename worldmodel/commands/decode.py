@@ -36,7 +36,7 @@ log = one_line_logger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser, "a trained run on videos")
-    parser.add_argument("--steps", type=int, default=1000, metavar="N", help="updates of the decoder (default: 1000)")
+    parser.add_argument("--steps", type=int, default=600, metavar="N", help="updates of the decoder (default: 600)")
     parser.add_argument(
         "--clips", type=int, default=3000, metavar="N", help="training clips to embed, at most (default: 3000)"
     )
@@ -80,8 +80,9 @@ def table_of_errors(facts: DecoderFacts) -> str:
     """Return the mean squared errors on test clips, and their ratios to that of the mean picture."""
     from worldmodel.report.headline import DECODER_ERRORS
     from worldmodel.report.numbers import number
+    from worldmodel.runs.metrics import value_at
 
-    errors = {name: facts.get(key) for key, name in DECODER_ERRORS.items()}
+    errors = {name: value_at({"decoder": facts}, f"decoder.{key}") for key, name in DECODER_ERRORS.items()}
     mean = facts.get("mean_picture_mse") or float("nan")
     width = max(map(len, errors))
     lines = [f"{'mean squared error':<{width}}  {'value':>8}  {'to mean picture':>15}"]

@@ -189,7 +189,7 @@ def load_decoder(run: str | Path, config: Config, step: int, device: str | torch
         advice = f"run `worldmodel decode --run {run} --overwrite`"
         raise UserError(f"{path} is damaged, {advice}: {one_line(error)}") from error
     decoder.load_state_dict(tensors)
-    return decoder.to(device, memory_format=torch.channels_last).eval()
+    return decoder.to(device).eval()
 
 
 def _check_tensors(decoder: Decoder, tensors: Mapping[str, Tensor]) -> None:

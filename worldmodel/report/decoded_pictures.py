@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,10 +21,11 @@ from worldmodel.runs.folder import RunFolder
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
 
-MOVING_TILE_PX, STILL_TILE_PX = 112, 64
+MOVING_TILE_PX = 112
+STILL_TILES_PX, STILL_WIDTH_PX = (64, 112), 760  # a still of few frames has larger tiles
 GAP_PX, LABEL_PX, FONT_PX = 4, 16, 11
 STUB_PX = 86  # width of the names of the rows
-MAX_COLUMNS = 8
+MAX_SEEN, MAX_COLUMNS = 3, 8  # frames of the context and of the future in a still
 MAX_MOVING_BYTES, MAX_STILL_BYTES = 150_000, 120_000
 SPREAD_GAIN = 2
 """A standard deviation of 0.5, the largest of values in [0, 1], is shown as white."""
@@ -69,7 +70,7 @@ def write_futures(run: Path, futures: DecodedFutures) -> list[Path]:
 
 
 def moving_images(futures: DecodedFutures, clip: int) -> tuple[list[PillowImage], list[int]]:
-    """Draw the images of an animation and their durations: the context in each panel, then what came and the samples."""
+    """Draw the images of an animation, with their durations: first the context in each panel, then what came."""
     context = futures.context[clip]
     blank = np.zeros_like(context[0])
     panels = [futures.real[clip], futures.mean[clip], _brightened(futures.spread[clip]), *futures.samples[clip]]
@@ -130,22 +131,23 @@ def still_image(futures: DecodedFutures, clip: int) -> PillowImage:
     """
     from PIL import Image, ImageDraw
 
-    seen = [int(i) for i in spread_over(len(futures.context[clip]), 3)]
+    seen = [int(i) for i in spread_over(len(futures.context[clip]), MAX_SEEN)]
     columns = [int(i) for i in spread_over(len(futures.frame_numbers), MAX_COLUMNS)]
     whole = Image.new("RGB", _still_size(futures), BACKGROUND)
-    draw, step = ImageDraw.Draw(whole), STILL_TILE_PX + GAP_PX
+    draw, tile_px = ImageDraw.Draw(whole), _still_tile_px(futures)
+    step = tile_px + GAP_PX
     begin = STUB_PX + len(seen) * step + 2 * GAP_PX
     draw.text((STUB_PX, 1), "seen", INK, _font())
     for place, i in enumerate(columns):
         draw.text((begin + place * step, 1), f"+{futures.frame_numbers[i]}", INK, _font())
     for row, (name, frames) in enumerate(_rows(futures, clip)):
         top = LABEL_PX + row * step
-        draw.text((2, top + STILL_TILE_PX // 2 - FONT_PX), name, INK, _font())
+        draw.text((2, top + tile_px // 2 - FONT_PX), name, INK, _font())
         if row == 0:
             for place, i in enumerate(seen):
-                whole.paste(_tile(futures.context[clip, i], STILL_TILE_PX), (STUB_PX + place * step, top))
+                whole.paste(_tile(futures.context[clip, i], tile_px), (STUB_PX + place * step, top))
         for place, i in enumerate(columns):
-            whole.paste(_tile(frames[i], STILL_TILE_PX), (begin + place * step, top))
+            whole.paste(_tile(frames[i], tile_px), (begin + place * step, top))
     return whole
 
 
@@ -161,9 +163,17 @@ def _rows(futures: DecodedFutures, clip: int) -> list[tuple[str, np.ndarray]]:
 
 
 def _still_size(futures: DecodedFutures) -> tuple[int, int]:
-    step, num_rows = STILL_TILE_PX + GAP_PX, 4 + futures.samples.shape[1]
-    num_columns = min(3, futures.context.shape[1]) + min(MAX_COLUMNS, len(futures.frame_numbers))
-    return STUB_PX + num_columns * step + 2 * GAP_PX, LABEL_PX + num_rows * step
+    step, num_rows = _still_tile_px(futures) + GAP_PX, 4 + futures.samples.shape[1]
+    return STUB_PX + _num_columns(futures) * step + 2 * GAP_PX, LABEL_PX + num_rows * step
+
+
+def _still_tile_px(futures: DecodedFutures) -> int:
+    least, most = STILL_TILES_PX
+    return min(most, max(least, STILL_WIDTH_PX // _num_columns(futures) - GAP_PX))
+
+
+def _num_columns(futures: DecodedFutures) -> int:
+    return min(MAX_SEEN, futures.context.shape[1]) + min(MAX_COLUMNS, len(futures.frame_numbers))
 
 
 def _brightened(spread: np.ndarray) -> np.ndarray:
@@ -179,7 +189,7 @@ def _tile(frame: np.ndarray, side_px: int) -> PillowImage:
     return image.resize((side_px, side_px), resample)
 
 
-def _font() -> object:
+def _font() -> Any:
     from PIL import ImageFont
 
     return ImageFont.load_default(FONT_PX)

@@ -31,7 +31,8 @@ def report_of_run(run: Path) -> Path:
     """Write report.html into a run folder from the results of evaluations; return its path.
 
     The evaluation left metrics.json and illustrations.safetensors, planning left planning.json and
-    planning.safetensors, the decoder left decoder.json and decoded.safetensors. The report leaves out missing files. The forecasts are also written to forecasts.md.
+    planning.safetensors, decoding left decoder.json and decoded.safetensors. The report leaves out missing files. The
+    forecasts are also written to forecasts.md.
 
     Raises:
         UserError: one of the files is damaged.
@@ -47,9 +48,8 @@ def report_of_run(run: Path) -> Path:
         write_text(folder.forecasts, tables.markdown_table(shown) + "\n")
     if planning:
         shown["planning"] = planning
-    decoded = [
-        each for each in load_records(folder.decoded, DecodedFutures) if each.step == value_at(shown, "train.steps")
-    ]
+    step = value_at(shown, "train.steps")
+    decoded = [futures for futures in load_records(folder.decoded, DecodedFutures) if futures.step == step]
     if decoded and (facts := read_decoder_facts(run)):
         shown["decoder"] = facts
     write_report(

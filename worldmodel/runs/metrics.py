@@ -1,4 +1,4 @@
-"""metrics.json, planning.json and decoder.json of a run folder: their records, and the functions that write and read them.
+"""metrics.json, planning.json and decoder.json of a run folder: their records, and how they are written and read.
 
 The evaluation builds these records; reports and comparisons read them. A value deep inside has a place, its dotted path
 such as "forecasts.model.energy_score.0". `value_at` and `place` accept only places that the records declare, so that a
@@ -269,8 +269,8 @@ class Planning(Planned, total=False):
 class DecoderFacts(_Part, total=False):
     """The content of decoder.json.
 
-    step is the number of updates of the run's checkpoint, decoder_steps that of the decoder. The others are mean squared
-    errors of held-out frames in [0, 1]: of the decoder, of the mean picture, of the last frame before, and of the
+    step is the number of updates of the run's checkpoint, decoder_steps that of the decoder. The errors are mean
+    squared ones of held-out frames in [0, 1]: of the decoder, of the mean picture, of the last frame before, and of the
     decoder on embeddings of other clips.
     """
 

@@ -12,7 +12,7 @@ decoded side, D embedding dimensions, B examples.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -114,7 +114,7 @@ def transitions_of(config: Config) -> int:
     return 1 + max(0, missing) if config.evaluation.horizon > 1 else 1
 
 
-def embed_examples(networks: Networks, batches: Iterator[Batch], count: int, title: str) -> DecodingExamples:
+def embed_examples(networks: Networks, batches: Iterable[Batch], count: int, title: str) -> DecodingExamples:
     """Embed up to `count` clips of a stream, fewer if their frames would take more than MAX_PIXEL_BYTES.
 
     Raises:
@@ -125,19 +125,19 @@ def embed_examples(networks: Networks, batches: Iterator[Batch], count: int, tit
     side_px = decoded_px(size_px)
     embeddings: list[Tensor] = []
     frames: list[Tensor] = []
-    missing = count
     with frozen(networks.target_encoder), tqdm(total=count, desc=title, unit="clip") as bar:
-        while missing > 0 and (batch := next(batches, None)) is not None:
+        for batch in batches:
             total = batch["video"].shape[1] // num_frames
             bytes_each = (1 + (total - 1) * num_frames) * channels * side_px**2
-            missing = min(missing, max(1, MAX_PIXEL_BYTES // bytes_each) - sum(map(len, frames)))
-            segments = segments_of(batch, total, device)[: max(0, missing)]
+            most = min(count, max(1, MAX_PIXEL_BYTES // bytes_each))
+            segments = segments_of(batch, total, device)[: most - sum(map(len, frames))]
             targets = segments[:, 1:].flatten(0, 1).split(AT_ONCE)
             encoded = torch.cat([networks.target_encoder(part).float() for part in targets])
             embeddings.append(encoded.unflatten(0, (-1, total - 1)))
             frames.append(as_bytes(resized(segments.flatten(1, 2)[:, num_frames - 1 :], side_px)).cpu())
-            missing -= len(segments)
             bar.update(len(segments))
+            if sum(map(len, frames)) == most:
+                break
     if not embeddings:
         raise UserError("the test split has no clip: add videos")
     return DecodingExamples(torch.cat(embeddings), torch.cat(frames))
@@ -199,7 +199,7 @@ def new_decoder(examples: DecodingExamples, seed: int) -> Decoder:
     decoder.mean_picture.copy_(total / (255 * len(every)))
     decoder.centre.copy_(every.mean(dim=0))
     decoder.scale.copy_(every.std(dim=0, correction=0).clamp(min=1e-6))
-    return decoder.to(examples.embeddings.device, memory_format=torch.channels_last)
+    return decoder.to(examples.embeddings.device)
 
 
 def draw_examples(
