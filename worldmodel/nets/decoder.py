@@ -101,7 +101,7 @@ class Movers(nn.Module):
         logits = self.logits(hidden).float().unflatten(1, self.shape)
         with torch.autocast(before.device.type, enabled=False):  # 8 bits of a pixel are too few
             moves = logits.softmax(dim=-1)[..., self.places]
-            moves = moves / (moves.sum(dim=-1, keepdim=True) + 1e-3)  # what comes from outside is not dark
+            moves = moves / (moves.sum(dim=-1, keepdim=True) + 1e-4)  # what comes from outside is not dark
             along_x, along_y = moves[:, :, :, None].unbind(4)
             return along_y @ before[:, None, None] @ along_x.mT
 
