@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MAX_FRAMES_MOVING, MAX_STEPS_MOVING = 32, 64  # of an animation: of a video, of an episode of planning
 ANIMATION_PX = 320
-MAX_ANIMATION_BYTES, MAX_EPISODE_BYTES = 250_000, 120_000
+MAX_ANIMATION_BYTES, MAX_EPISODE_BYTES = 200_000, 120_000
 CONTEXT_MS, FUTURE_MS, STEP_MS, PAUSE_MS = 300, 160, 200, 1800
 BAR_PX = 12  # height of the progress bar below an animation
 DIMMED = 0.6  # brightness of frames under paths

@@ -14,7 +14,7 @@ import numpy as np
 
 from data_pipelines.files import write_bytes
 from worldmodel.evaluation.decoded import DecodedFutures
-from worldmodel.report.animations import CONTEXT_MS, FUTURE_MS, PAUSE_MS, moving_bytes, moving_picture, spread_over
+from worldmodel.report.animations import CONTEXT_MS, FUTURE_MS, PAUSE_MS, moving_bytes, spread_over
 from worldmodel.report.drawing import Picture, data_uri, pixels
 from worldmodel.runs.folder import RunFolder
 
@@ -26,7 +26,7 @@ STILL_TILES_PX, STILL_WIDTH_PX = (64, 112), 760  # a still of few frames has lar
 GAP_PX, LABEL_PX, FONT_PX = 4, 16, 11
 STUB_PX = 86  # width of the names of the rows
 MAX_SEEN, MAX_COLUMNS = 3, 8  # frames of the context and of the future in a still
-MAX_MOVING_BYTES, MAX_STILL_BYTES = 150_000, 120_000
+MAX_MOVING_BYTES, MAX_STILL_BYTES = 100_000, 70_000
 SPREAD_GAIN = 2
 """A standard deviation of 0.5, the largest of values in [0, 1], is shown as white."""
 BACKGROUND, INK = "#0b0e12", "#c9d1d9"
@@ -38,12 +38,12 @@ def decoded_pictures(futures: DecodedFutures) -> list[tuple[Picture, Picture]]:
     for clip in range(len(futures.context)):
         images, durations_ms = moving_images(futures, clip)
         shown = f"what came, {_counted(futures)}, and the mean and the spread of all {futures.num_samples:,}"
-        moving = moving_picture(
-            images, durations_ms, images[-1], f"Clip {clip + 1}, moving: {shown}.", max_bytes=MAX_MOVING_BYTES
-        )
-        uri = data_uri(still_bytes(futures, clip))
-        still = Picture(uri, uri, f"Clip {clip + 1}, frame by frame: {shown}.", *_still_size(futures))
-        pictures.append((moving, still))
+        side_by_side = data_uri(still_bytes(futures, clip))
+        moving = data_uri(moving_bytes(images, durations_ms, max_bytes=MAX_MOVING_BYTES))
+        words, size = f"Clip {clip + 1}, moving: {shown}.", images[0].size
+        animation = Picture(moving, moving, words, *size, still=side_by_side)
+        words, size = f"Clip {clip + 1}, frame by frame: {shown}.", _still_size(futures)
+        pictures.append((animation, Picture(side_by_side, side_by_side, words, *size)))
     return pictures
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from worldmodel.evaluation.decoded import DecodedFutures
 from worldmodel.evaluation.illustrations import Fans, Illustrations, Latents
 from worldmodel.evaluation.surprise import Timeline
 from worldmodel.planning.planned_episodes import PlannedEpisode
@@ -248,6 +249,28 @@ def make_illustrations(
             if queries
             else np.zeros((2, 2 * num_frames, channels, size_px, size_px), dtype=np.uint8),
         ),
+    )
+
+
+def make_decoded(
+    clips: int = 1, *, samples: int = 6, future: int = 6, context: int = 3, channels: int = 1, side_px: int = 16
+) -> DecodedFutures:
+    """Random pixels, in every frame others."""
+    rng = np.random.default_rng(0)
+
+    def pixels(*shape: int) -> np.ndarray:
+        return rng.integers(0, 256, (clips, *shape, channels, side_px, side_px), dtype=np.uint8)
+
+    return DecodedFutures(
+        step=1200,
+        num_samples=64,
+        frame_numbers=np.arange(future) + 1,
+        context=pixels(context),
+        real=pixels(future),
+        decoded_real=pixels(future),
+        samples=pixels(samples, future),
+        mean=pixels(future),
+        spread=pixels(future),
     )
 
 

@@ -18,6 +18,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
 from tests.conftest import REPO
 from tests.worldmodel.report.samples import (
+    make_decoded,
     make_episodes,
     make_history,
     make_illustrations,
@@ -27,10 +28,12 @@ from tests.worldmodel.report.samples import (
     undeclared,
 )
 from worldmodel.config import load_config, to_yaml
+from worldmodel.evaluation.decoded import DecodedFutures
 from worldmodel.evaluation.illustrations import NO_ILLUSTRATIONS, Fans, Illustrations, save_records
 from worldmodel.planning.planned_episodes import PlannedEpisode
 from worldmodel.report.animations import animation, imagined_paths, path_until, planning_animation
 from worldmodel.report.charts import principal_components, spread_labels
+from worldmodel.report.decoded_pictures import decoded_pictures, still_image
 from worldmodel.report.drawing import Picture
 from worldmodel.report.headline import headline, protocol_facts, verdict
 from worldmodel.report.numbers import duration, marked_steps, number, text_of
@@ -92,6 +95,7 @@ def report(
     illustrations: Illustrations | None = None,
     config_yaml: str = "seed: 17\n",
     episodes: Sequence[PlannedEpisode] = (),
+    decoded: Sequence[DecodedFutures] = (),
 ) -> tuple[str, Page]:
     write_report(
         path,
@@ -102,6 +106,7 @@ def report(
         illustrations=illustrations or make_illustrations(queries=0, num_steps=2),
         versions={"torch": "2.13.0"},
         episodes=episodes,
+        decoded=decoded,
     )
     html = path.read_text(encoding="utf-8")
     return html, Page(html)
@@ -385,8 +390,37 @@ def test_six_queries_of_restless_colour_stay_under_the_limit(tmp_path: Path) -> 
     metrics = {"planning": make_planning(())}
     restless = make_episodes(1, size_px=128, num_steps=50, texture=True)
     planned, _ = report(tmp_path / "planned.html", metrics=metrics, illustrations=NO_ILLUSTRATIONS, episodes=restless)
-    # Six queries and four episodes are the most that are drawn.
-    assert 6 * len(html.encode()) + 4 * len(planned.encode()) < 5_000_000
+    colours = [make_decoded(future=32, channels=3, side_px=128)]
+    futures, _ = report(tmp_path / "futures.html", metrics={}, illustrations=NO_ILLUSTRATIONS, decoded=colours)
+    # Six queries, four episodes and three clips with decoded futures are the most that are drawn.
+    assert 6 * len(html.encode()) + 4 * len(planned.encode()) + 3 * len(futures.encode()) < 5_000_000
+
+
+def test_decoded_futures_are_shown_with_the_errors_of_the_decoder(tmp_path: Path) -> None:
+    metrics = {"decoder": {"mse": 0.00123, "mean_picture_mse": 0.01, "last_frame_mse": 0.009}}
+    decoded = make_decoded(2, samples=1, future=4)
+    _, page = report(tmp_path / "report.html", metrics=metrics, illustrations=NO_ILLUSTRATIONS, decoded=[decoded])
+    assert "Futures as pictures" in page.text and page.metrics["decoder.mse"] == {"0.00123"}
+    assert "those of 64 sampled futures" in page.text
+    words = "what came, a sampled future, and the mean and the spread of all 64."
+    alts = [image["alt"] for image in page.images]
+    assert alts == [f"Clip {clip}, {kind}: {words}" for clip in (1, 2) for kind in ("moving", "frame by frame")]
+    (moving, still), _ = decoded_pictures(decoded)
+    with moving_image(moving) as image:
+        assert image.n_frames == 3 + 4 and image.size == (moving.width_px, moving.height_px)
+    with moving_image(still) as image:
+        assert image.size == (still.width_px, still.height_px)
+
+
+def test_tiles_of_a_still_are_the_frames(tmp_path: Path) -> None:
+    decoded = make_decoded(samples=2, future=3, side_px=112)
+    image = np.asarray(still_image(decoded, 0))[..., 0]
+    rows = [decoded.real, decoded.decoded_real, decoded.samples[:, 0], decoded.samples[:, 1], decoded.mean]
+    for row, frames in enumerate(rows):
+        for column in range(3):
+            top, left = 16 + 116 * row, 86 + 116 * (3 + column) + 8
+            np.testing.assert_array_equal(image[top : top + 112, left : left + 112], frames[0, column, 0])
+    np.testing.assert_array_equal(image[16 : 16 + 112, 86 : 86 + 112], decoded.context[0, 0, 0])
 
 
 def moving_image(picture: Picture) -> Any:
