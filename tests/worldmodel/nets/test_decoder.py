@@ -47,7 +47,8 @@ def test_a_frame_is_composed_of_its_sources() -> None:
     decoder = Decoder(8, 2, 1, 16)
     with torch.no_grad():
         for layer in (decoder.drawn, decoder.weights[1]):
-            layer.weight.zero_(), layer.bias.zero_()
+            for parameter in layer.parameters():
+                parameter.zero_()
         decoder.movers.logits.weight.zero_()
         still = torch.full((NUM_MOVERS, 2, 2, 31), -100.0)
         still[..., 15] = 0

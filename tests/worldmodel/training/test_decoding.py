@@ -9,8 +9,11 @@ import torch
 import worldmodel
 from data_pipelines.errors import UserError
 from tests.conftest import REPO, normal
+from worldmodel.build import build_model
 from worldmodel.config import Config, load_config
 from worldmodel.data import segments_of
+from worldmodel.evaluation.embed import Networks
+from worldmodel.sources import make_source
 from worldmodel.training import decoding
 from worldmodel.training.decoding import (
     DecoderSettings,
@@ -119,12 +122,7 @@ def test_clips_have_two_transitions_if_futures_have_several(tiny_config: Callabl
 
 def test_a_world_without_frames_is_refused(tmp_path: Path) -> None:
     config = load_config(REPO / "configs" / "causal" / "isotropic.yaml", [f"run_dir={tmp_path / 'run'}"])
-    networks = worldmodel.evaluation.embed.Networks(  # type: ignore[attr-defined]
-        config,
-        None,
-        None,
-        torch.device("cpu"),
-        worldmodel.sources.make_source(config),  # type: ignore[attr-defined]
-    )
+    module = torch.nn.Identity()
+    networks = Networks(config, build_model(config), module, torch.device("cpu"), make_source(config))
     with pytest.raises(UserError, match="causal world has no frames to decode"):
         fit_decoder(networks, DecoderSettings(1, 1), step=0)
