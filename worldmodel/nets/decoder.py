@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-MAX_DECODED_PX = 128
+MAX_DECODED_PX = 64
 FIRST_SIDE_PX = 4
 HIDDEN_DIM = 512
-CHANNELS = (128, 96, 64, 32, 24, 24)
+CHANNELS = (128, 96, 64, 32)
 """Channels of the feature map with the first side, and after each doubling."""
 NORM_GROUPS = 8
 NUM_MOVERS = 3
@@ -29,7 +29,7 @@ NUM_MOVERS = 3
 class Decoder(nn.Module):
     """Decode embeddings [B, D] into the frames [B, T, C, P, P] of the segments that they are of.
 
-    P is `decoded_px(size_px)`: frames above 128 px are decoded at 128 px. The buffers are set before training and
+    P is `decoded_px(size_px)`: frames above 64 px are decoded at 64 px. The buffers are set before training and
     belong to the weights: the mean picture, and the mean and the standard deviation of each embedding dimension.
     """
 

@@ -171,7 +171,7 @@ class TrainedRun:
 
         futures [B, S, horizon, D] are embeddings from `rollout` of the same clips.
 
-        Returns: frames [B, S, horizon, T, C, H, W] in [0, 1], on the CPU. Frames above 128 px are decoded at 128 px and
+        Returns: frames [B, S, horizon, T, C, H, W] in [0, 1], on the CPU. Frames above 64 px are decoded at 64 px and
             enlarged.
 
         Raises:

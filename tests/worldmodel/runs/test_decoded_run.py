@@ -71,6 +71,16 @@ def test_a_decoder_is_kept_until_it_is_overwritten(
     assert json.loads(RunFolder(run).decoder_facts.read_text())["decoder_steps"] == 2
 
 
+def test_an_evaluation_renews_the_pictures(decoded_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(decoded_run, run)
+    path = RunFolder(run).decoded
+    before = path.read_bytes()
+    path.unlink()
+    worldmodel.evaluate(worldmodel.load(run))
+    assert path.read_bytes() == before
+
+
 def test_decode_in_python(decoded_run: Path) -> None:
     run = worldmodel.load(decoded_run)
     futures = run.rollout(CLIP, 2, 3)
