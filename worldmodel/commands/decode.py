@@ -36,7 +36,7 @@ log = one_line_logger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser, "a trained run on videos")
-    parser.add_argument("--steps", type=int, default=600, metavar="N", help="updates of the decoder (default: 600)")
+    parser.add_argument("--steps", type=int, default=500, metavar="N", help="updates of the decoder (default: 500)")
     parser.add_argument(
         "--clips", type=int, default=3000, metavar="N", help="training clips to embed, at most (default: 3000)"
     )
