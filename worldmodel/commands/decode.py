@@ -61,11 +61,12 @@ def run(args: argparse.Namespace) -> None:
     folder.check_writable()
     facts = stored_facts(trained.folder, step)
     if facts is None or args.overwrite:
-        decoder, facts = fit_decoder(trained.networks, DecoderSettings(args.steps, args.clips, args.seed), step=step)
+        settings = DecoderSettings(args.steps, args.clips, args.seed)
+        decoder, facts = fit_decoder(trained.networks, settings, step=step, horizon=trained.config.evaluation.horizon)
         save_decoder(trained.folder, decoder, facts)
     else:
         log.info("%s holds a decoder of this checkpoint: --overwrite trains it anew", trained.folder)
-    futures = store_futures(trained.folder, trained.networks, step)
+    futures = store_futures(trained.folder, trained.networks, trained.config, step)
     try:
         paths = write_futures(trained.folder, futures)
     except OSError as error:

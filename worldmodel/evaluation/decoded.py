@@ -17,9 +17,9 @@ from torch import Tensor
 
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.files import check_regular, remove, write_bytes
-from worldmodel.config import Config
+from worldmodel.config import Config, EvaluationConfig
 from worldmodel.evaluation.embed import Networks, embed_split, frozen
-from worldmodel.evaluation.futures import roll_out
+from worldmodel.evaluation.futures import num_futures, roll_out
 from worldmodel.evaluation.illustrations import save_records
 from worldmodel.nets.decoder import Decoder
 from worldmodel.runs.folder import RunFolder
@@ -63,18 +63,20 @@ class DecodedFutures:
             raise ValueError(f"samples of shape {self.samples.shape} do not fit {clips} clips of {frames}")
 
 
-def decode_futures(networks: Networks, decoder: Decoder, step: int) -> DecodedFutures:
+def decode_futures(networks: Networks, decoder: Decoder, step: int, sizes: EvaluationConfig) -> DecodedFutures:
     """Sample futures of a few test clips, spread evenly over the split, and decode them.
 
     Raises:
         UserError: the test split has too few clips.
     """
-    config = networks.config
-    horizon, seed = config.evaluation.horizon, config.evaluation.seed
+    seed, num_samples = sizes.seed, num_futures(networks.model, sizes.num_samples)
     with frozen(networks.model, networks.target_encoder):
-        clips = embed_split(networks, "test", NUM_CLIPS, horizon=horizon, num_framed=NUM_CLIPS, progress=False)
-        futures = roll_out(networks, clips.state, clips.actions, torch.Generator().manual_seed(seed))
-    num_frames = config.data.num_frames
+        clips = embed_split(
+            networks, "test", NUM_CLIPS, seed=seed, horizon=sizes.horizon, num_framed=NUM_CLIPS, progress=False
+        )
+        generator = torch.Generator().manual_seed(seed)
+        futures = roll_out(networks, clips.state, clips.actions, num_samples, generator)
+    num_frames = networks.layout.num_frames
     context, real = resized(clips.frames / 255, decoder.side_px).tensor_split([num_frames], dim=1)
     kept = torch.linspace(0, real.shape[1] - 1, min(real.shape[1], MAX_FUTURE_FRAMES)).round().long()
 
@@ -119,13 +121,13 @@ def decode_paths(decoder: Decoder, embeddings: Tensor, before: Tensor) -> Tensor
     return torch.cat(decoded).unflatten(0, (-1, num_samples))
 
 
-def store_futures(run: Path, networks: Networks, step: int) -> DecodedFutures:
+def store_futures(run: Path, networks: Networks, config: Config, step: int) -> DecodedFutures:
     """Decode futures by the decoder in a run folder, write them there for the report, and return them.
 
     Raises:
         UserError: the run has no decoder for the checkpoint at `step`, or the file cannot be written.
     """
-    futures = decode_futures(networks, load_decoder(run, networks.config, step, networks.device), step)
+    futures = decode_futures(networks, load_decoder(run, config, step, networks.device), step, config.evaluation)
     path = RunFolder(run).decoded
     try:
         save_records(path, [futures])

@@ -59,7 +59,7 @@ def _evaluate_videos(run: TrainedRun, compare: Path | None) -> Metrics:
     illustrations = dataclasses.replace(evaluation.illustrations, timeline=timeline_of_test_video(run))
     save_records(folder.illustrations, [illustrations])
     if stored_facts(run.folder, run.state["step"]) is not None:
-        store_futures(run.folder, run.networks, run.state["step"])
+        store_futures(run.folder, run.networks, run.config, run.state["step"])
     return metrics
 
 

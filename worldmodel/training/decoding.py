@@ -24,7 +24,6 @@ from tqdm.auto import tqdm
 from data_pipelines.batches import Batch
 from data_pipelines.errors import UserError
 from data_pipelines.transforms import on_device, to_float
-from worldmodel.config import Config
 from worldmodel.data import segments_of
 from worldmodel.evaluation.embed import Networks, frozen
 from worldmodel.nets.decoder import Decoder, decoded_px
@@ -80,10 +79,12 @@ class DecodingExamples:
         return self.embeddings[clips.to(device), transitions.to(device)], frames[:, 0], frames[:, 1:]
 
 
-def fit_decoder(networks: Networks, settings: DecoderSettings, *, step: int) -> tuple[Decoder, DecoderFacts]:
+def fit_decoder(
+    networks: Networks, settings: DecoderSettings, *, step: int, horizon: int
+) -> tuple[Decoder, DecoderFacts]:
     """Train a decoder on the run's training clips, and compare its errors on test clips with those of simple pictures.
 
-    step: the number of updates of the run's checkpoint, which the facts state.
+    step: the number of updates of the run's checkpoint, which the facts state. horizon: that of the futures to decode.
 
     Raises:
         UserError: the run is not of videos, the data cannot be read, or the decoder's loss is not finite.
@@ -91,7 +92,7 @@ def fit_decoder(networks: Networks, settings: DecoderSettings, *, step: int) -> 
     source, device, started_s = networks.source, networks.device, time.monotonic()
     if source.content != "frames":
         raise UserError("a run on a causal world has no frames to decode: decode a run on videos")
-    steps = transitions_of(networks.config)
+    steps = transitions_of(networks.layout.num_segments, horizon)
     with closing(source.training_stream(steps, rank=0, world_size=1, device=device).batches(0)) as batches:
         examples = embed_examples(networks, batches, settings.clips, "embedding")
     held_out = embed_examples(networks, source.evaluation_batches("test", HELD_OUT_CLIPS), HELD_OUT_CLIPS, "test")
@@ -108,10 +109,9 @@ def fit_decoder(networks: Networks, settings: DecoderSettings, *, step: int) -> 
     return decoder, facts
 
 
-def transitions_of(config: Config) -> int:
+def transitions_of(num_segments: int, horizon: int) -> int:
     """Return the steps of prediction that training clips have segments for: two transitions if futures have several."""
-    missing = 3 - config.data.num_segments
-    return 1 + max(0, missing) if config.evaluation.horizon > 1 else 1
+    return 1 + max(0, 3 - num_segments) if horizon > 1 else 1
 
 
 def embed_examples(networks: Networks, batches: Iterable[Batch], count: int, title: str) -> DecodingExamples:
@@ -120,7 +120,7 @@ def embed_examples(networks: Networks, batches: Iterable[Batch], count: int, tit
     Raises:
         UserError: there are no clips.
     """
-    device, num_frames = networks.device, networks.config.data.num_frames
+    device, num_frames = networks.device, networks.layout.num_frames
     channels, size_px, _ = networks.source.frame_shape
     side_px = decoded_px(size_px)
     embeddings: list[Tensor] = []

@@ -9,7 +9,7 @@ import torch
 import worldmodel
 from data_pipelines.errors import UserError
 from tests.conftest import REPO, normal
-from worldmodel.build import build_model
+from worldmodel.build import build_model, clip_layout
 from worldmodel.config import Config, load_config
 from worldmodel.data import segments_of
 from worldmodel.evaluation.embed import Networks
@@ -113,7 +113,8 @@ def test_frames_are_resized() -> None:
 
 def test_clips_have_two_transitions_if_futures_have_several(tiny_config: Callable[..., Config]) -> None:
     def steps(*overrides: str) -> int:
-        return transitions_of(tiny_config(*overrides))
+        config = tiny_config(*overrides)
+        return transitions_of(config.data.num_segments, config.evaluation.horizon)
 
     assert steps() == 1 and steps("evaluation.horizon=2") == 1  # three segments
     two = "data.num_segments=2", "model.latent=none", "objective.beta=null"
@@ -123,6 +124,6 @@ def test_clips_have_two_transitions_if_futures_have_several(tiny_config: Callabl
 def test_a_world_without_frames_is_refused(tmp_path: Path) -> None:
     config = load_config(REPO / "configs" / "causal" / "isotropic.yaml", [f"run_dir={tmp_path / 'run'}"])
     module = torch.nn.Identity()
-    networks = Networks(config, build_model(config), module, torch.device("cpu"), make_source(config))
+    networks = Networks(build_model(config), module, torch.device("cpu"), make_source(config), clip_layout(config))
     with pytest.raises(UserError, match="causal world has no frames to decode"):
-        fit_decoder(networks, DecoderSettings(1, 1), step=0)
+        fit_decoder(networks, DecoderSettings(1, 1), step=0, horizon=1)
