@@ -9,17 +9,18 @@ from collections.abc import Iterable
 from typing import Any
 
 MAX_MISSPELT = 80  # characters of a name that is compared with others
+MAX_MESSAGE = 4_000  # characters of an error or a log message
 
 
 class UserError(Exception):
     """A mistake that the user can correct. The message is one line: what is wrong, the value, what to do.
 
     Commands print it without a traceback and exit with code 2. It may quote names and texts of strangers: characters
-    that a terminal would act on are escaped.
+    that a terminal would act on are escaped, and the middle of a very long message is left out.
     """
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return bounded(printable(super().__str__()))
 
 
 def printable(name: object) -> str:
@@ -29,6 +30,14 @@ def printable(name: object) -> str:
     """
     text = str(name)
     return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def bounded(message: str) -> str:
+    """Return a message without its middle if it is longer than MAX_MESSAGE, as one that quotes a damaged file may be."""
+    if len(message) <= MAX_MESSAGE:
+        return message
+    half = MAX_MESSAGE // 2 - 20
+    return f"{message[:half]} ... {len(message) - 2 * half:,} characters ... {message[-half:]}"
 
 
 def one_line(error: BaseException) -> str:
@@ -46,14 +55,14 @@ def did_you_mean(name: Any, names: Iterable[str], prefix: str = "") -> str:
 
 
 def one_line_logger(name: str) -> logging.Logger:
-    """Return the logger of a module, whose messages quote names of strangers as `printable` shows them."""
+    """Return the logger of a module, whose messages quote texts of strangers as those of `UserError` do."""
     logger = logging.getLogger(name)
     logger.addFilter(_escape)
     return logger
 
 
 def _escape(record: logging.LogRecord) -> bool:
-    record.msg, record.args = printable(record.getMessage()), ()
+    record.msg, record.args = bounded(printable(record.getMessage())), ()
     return True
 
 

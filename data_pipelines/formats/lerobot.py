@@ -200,12 +200,12 @@ def _read_info(root: Path) -> dict[str, Any]:
         version = str(info.get("codebase_version"))
         if not version.startswith("v3."):
             raise UserError(
-                f"LeRobot data set '{root}' is of version {version!r}, and only v3.0 is read: convert it with "
+                f"LeRobot data set '{root}' is of version {shown(version)}, and only v3.0 is read: convert it with "
                 "`worldmodel convert`, or LeRobot's convert_dataset_v21_to_v30"
             )
         fps, features = info["fps"], {name: {"dtype": str(entry["dtype"])} for name, entry in info["features"].items()}
         if not (isinstance(fps, int | float) and 0 < fps < math.inf):
-            raise UserError(f"'{path}' has fps={fps!r}: it must be a positive number")
+            raise UserError(f"'{path}' has fps={shown(fps)}: it must be a positive number")
         return {"fps": fps, "features": features, "video_path": str(info.get("video_path"))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"'{path}' is not the info.json of a LeRobot data set ({one_line(error)})") from None

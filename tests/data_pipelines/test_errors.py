@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from data_pipelines.errors import UserError, one_line_logger, printable
+from data_pipelines.errors import MAX_MESSAGE, UserError, one_line_logger, printable
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,12 @@ def test_names_are_shown_on_one_line(name: str, shown: str) -> None:
 def test_log_messages_are_one_line_too(caplog: pytest.LogCaptureFixture) -> None:
     one_line_logger("data_pipelines.anywhere").warning("'%s' and %d more", "a\n\x1b[2J", 3)
     assert caplog.messages == [r"'a\n\x1b[2J' and 3 more"]
+
+
+def test_the_middle_of_a_very_long_message_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    text = f"fps={'x' * 100_000}: it must be a number"
+    one_line_logger("data_pipelines.anywhere").warning(text)
+    for message in (str(UserError(text)), *caplog.messages):
+        assert message.startswith("fps=xxx") and message.endswith("x: it must be a number")
+        assert "96,0" in message and len(message) <= MAX_MESSAGE
+    assert str(UserError("x" * MAX_MESSAGE)) == "x" * MAX_MESSAGE

@@ -269,9 +269,7 @@ class Planning(Planned, total=False):
 class DecoderFacts(_Part, total=False):
     """The content of decoder.json.
 
-    step is the number of updates of the run's checkpoint, decoder_steps that of the decoder. The errors are mean
-    squared ones of held-out frames in [0, 1]: of the decoder, of the mean picture, of the last frame before, and of the
-    decoder on embeddings of other clips.
+    step counts the updates of the run's checkpoint. Errors are mean squared ones of held-out frames in [0, 1].
     """
 
     step: Whole
