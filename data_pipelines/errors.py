@@ -33,7 +33,7 @@ def printable(name: object) -> str:
 
 
 def bounded(message: str) -> str:
-    """Return a message without its middle if it is longer than MAX_MESSAGE, as one that quotes a damaged file may be."""
+    """Return a message without its middle if it is longer than MAX_MESSAGE, as that of a damaged file may be."""
     if len(message) <= MAX_MESSAGE:
         return message
     half = MAX_MESSAGE // 2 - 20
