@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "stream.py"
 
 
+@pytest.mark.slow
 def test_it_measures_the_stream_against_decoding_in_order(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     command = [sys.executable, str(SCRIPT), "--out", str(out), "--data", str(tmp_path / "videos")]

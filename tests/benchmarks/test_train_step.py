@@ -52,6 +52,7 @@ def test_our_step_in_fp32_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> N
     assert min(moved) > 1e-3, "every weight has learned"
 
 
+@pytest.mark.slow
 def test_it_times_both_and_compares_their_losses(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     done = run_script(

@@ -19,7 +19,7 @@ COMMANDS = {
     "videos": "write a known world: moving-mnist, kicked-mnist or two-rooms",
     "record": "record a Gymnasium environment as videos with actions and states",
     "index": "index a folder of videos, in parts if it is large",
-    "convert": "convert image folders, HDF5, npz, GIF, Lance or LeRobot v2 to videos",
+    "convert": "convert images, HDF5, npz, GIF, Lance or LeRobot v2 to videos",
     "shards": "pack a folder of videos into tar shards for streaming",
     "label-motion": "label videos with the positions of what moves in them",
     "inspect": "describe videos, shards, a LeRobot data set or a run; list runs",

@@ -99,7 +99,7 @@ SCORED: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("shards", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_processes_share_an_evaluation_and_score_as_one(shards: bool, world: Path, tmp_path: Path) -> None:
     cases = {name: ["demo.yaml", *TINY, f"data.root={world}", *of_case] for name, of_case in SCORED.items()}
     (tmp_path / "cases.json").write_text(json.dumps(cases))
@@ -145,6 +145,7 @@ def test_a_run_of_two_processes_continues_with_one_and_with_four(tmp_path: Path)
         assert losses == pytest.approx([row["loss"] for row in whole], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_checkpoints_do_not_depend_on_sharding(tmp_path: Path) -> None:
     """Stopped after steps 2 and 4 of 6 by a signal to the last process, at first although no row is due. It continues
     with the other sharding each time; the losses are those of one process."""

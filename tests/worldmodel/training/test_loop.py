@@ -145,7 +145,9 @@ def test_other_settings_train_evaluate_and_load(
     assert trained.model.rollout(clip, 3, 4).shape == (2, 4, 3, 16)
 
 
-@pytest.mark.parametrize("changes", [[], AUGMENTED], ids=["plain", "augmented"])
+@pytest.mark.parametrize(
+    "changes", [pytest.param([], id="plain"), pytest.param(AUGMENTED, id="augmented", marks=pytest.mark.slow)]
+)
 def test_a_killed_run_resumes_bit_for_bit(changes: list[str], tiny_overrides: list[str], tmp_path: Path) -> None:
     """SIGKILL at a random step, resumed in a fresh process, across the end of epochs (4 batches each)."""
     steps = ["train.steps=18", "train.checkpoint_every=3", "train.eval_every=9", "data.num_workers=1", *changes]
