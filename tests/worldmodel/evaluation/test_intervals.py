@@ -71,10 +71,11 @@ def test_the_interval_of_independent_queries_is_the_classical_one() -> None:
     assert found["high"][0] == pytest.approx(1 - float(ratio) + 1.6449 * error, abs=0.1 * error)
 
 
-def test_the_interval_of_neighbours_in_time_is_wider_and_holds_the_truth() -> None:
+@pytest.mark.parametrize(("num_series", "least"), [(20, 12), pytest.param(60, 46, marks=pytest.mark.slow)])
+def test_the_interval_of_neighbours_in_time_is_wider_and_holds_the_truth(num_series: int, least: int) -> None:
     """Scores with an autocorrelation of 0.8: their mean varies by a factor of (1 + 0.8) / (1 - 0.8) = 9 more."""
     inside, widths = 0, []
-    for seed in range(20):
+    for seed in range(num_series):
         x = 10 + autocorrelated(600, 0.8, seed)
         y = torch.full((600,), 10.0)
         found = skill(x[:, None], y[:, None], resample(one_video(600, span=25), generator(seed)))
@@ -82,8 +83,8 @@ def test_the_interval_of_neighbours_in_time_is_wider_and_holds_the_truth() -> No
         assert isinstance(low, float) and isinstance(high, float)
         inside += low <= 0 <= high
         widths.append((high - low) / width(x, y, own_videos(600)))
-    assert 14 <= inside <= 20  # 90% of 20 is 18; short blocks cover a little less
-    assert 2.2 < sum(widths) / 20 < 3.2  # the root of 9, less what a block of 25 misses
+    assert inside >= least  # 90% would be 18 and 54; blocks of 25 cover less
+    assert 2.2 < sum(widths) / num_series < 3.2  # the root of 9, less what a block of 25 misses
 
 
 def test_a_baseline_that_never_errs_has_no_skill_score() -> None:
