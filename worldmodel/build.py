@@ -97,6 +97,8 @@ def build_training_model(config: Config) -> TrainingModel:
         step_weights=objective.step_weights or (1.0,) * objective.rollout_steps,
         beta=objective.beta,
         distance_error_weight=objective.distance_error_weight,
+        energy_weight=config.train.refine_energy_weight,
+        energy_samples=config.train.refine_samples,
     )
 
 

@@ -186,11 +186,11 @@ def check_splits(source: Source, labels: Collection[str], uses: Mapping[tuple[Sp
 CUT_KEYS = "data.num_segments, data.num_frames or data.frame_stride"
 
 
-def training_uses(rollout_steps: int, refine_horizon: int | None) -> Uses:
-    """Return the splits and steps that training and refinement need, for check_splits; None: without refinement."""
+def training_uses(rollout_steps: int, refine_steps: int | None) -> Uses:
+    """Return the splits and steps of prediction that training and refinement need; None: without refinement."""
     uses: Uses = {("train", rollout_steps): f"objective.rollout_steps, {CUT_KEYS}"}
-    if refine_horizon is not None:
-        uses["train", refine_horizon] = f"train.refine_horizon, {CUT_KEYS}"
+    if refine_steps is not None:
+        uses["train", refine_steps] = f"train.refine_horizon, train.refine_rollout_steps, {CUT_KEYS}"
     return uses
 
 

@@ -120,7 +120,7 @@ def _of_latent_and_editor(config: Config) -> Iterator[str]:
 
 def _of_steps(config: Config) -> Iterator[str]:
     data, objective = config.data, config.objective
-    trained = max(objective.rollout_steps, config.train.refine_horizon)
+    trained = max(objective.rollout_steps, config.train.refine_horizon, config.train.refine_rollout_steps or 1)
     if data.max_steps is not None and max(trained, config.evaluation.horizon) > data.max_steps:
         yield (
             f"data.source={data.source} has one step: objective.rollout_steps, train.refine_horizon and "

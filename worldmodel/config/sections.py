@@ -51,6 +51,19 @@ class TrainConfig:
     """Embedded clips per refinement update. null: `data.batch_size`."""
     refine_lr: PositiveFloat = 1e-3
     """Largest learning rate of refinement."""
+    refine_rollout_steps: Repeat | None = None
+    """Segments predicted in sequence in refinement. null: `objective.rollout_steps`."""
+    refine_energy_weight: NonNegativeFloat = 0.0
+    """Weight, in refinement, of the Energy Score of futures sampled from the prior. Editor and prior then learn from it
+    alone, and the posterior from the other losses. 0: they all learn from the other losses."""
+    refine_samples: SamplesFrom2 = 8
+    """Sampled futures per clip for this score."""
+    refine_noise: NonNegativeFloat = 0.0
+    """Standard deviation of the noise that is added to contexts in refinement, relative to that of each dimension of
+    the embeddings. It keeps a forecast from memorising few clips."""
+    refine_eval_every: CountFrom0 = 0
+    """Updates of refinement from one score on the selection split to the next. The best weights are kept. 0: the last
+    weights are kept."""
     clip_norm: NonNegativeFloat = 0.0
     """Limit of the norm of the gradient. 0: no limit."""
     grad_accumulation: Samples = 1

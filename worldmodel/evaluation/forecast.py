@@ -9,9 +9,9 @@ steps that are shown, P neighbours, T frames of a segment, C channels, H = W pix
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -311,6 +311,28 @@ def development_scores(networks: Networks, config: EvaluationConfig, share: Shar
         "energy_score": score,
         "relative_energy_score": score / max(reference, 1e-9),
     }
+
+
+def selection_scorer(networks: Networks, config: EvaluationConfig) -> Callable[[], float]:
+    """Return a function that scores the forecasts of selection clips by the networks as they are, in embedding space.
+
+    It returns the mean Energy Score over the horizon. The clips are embedded once, when it is first called; the
+    embedders must not change.
+    """
+
+    @cache
+    def queries() -> EmbeddedSplit:
+        num_queries = min(DEVELOPMENT_QUERIES, config.selection_clips)
+        return embed_split(networks, "selection", num_queries, seed=config.seed, horizon=config.horizon, progress=False)
+
+    def score() -> float:
+        with frozen(networks.model, networks.target_encoder):
+            clips, generator = queries(), torch.Generator().manual_seed(config.seed)
+            num_samples = num_futures(networks.model, config.num_samples)
+            futures = roll_out(networks, clips.state, clips.actions, num_samples, generator)
+            return mean_score(futures, clips.targets[:, None])
+
+    return score
 
 
 def mean_score(samples: Tensor, observed: Tensor, world_size: int = 1) -> float:

@@ -225,14 +225,15 @@ class WorldModel(nn.Module):
     ) -> Tensor:
         """Sample futures of a state [B, D + Z], with a fresh draw of the prior per step: embeddings [B, S, horizon, D].
 
-        actions [B, horizon, A] condition the model, if it takes any. `shuffle` gives each row the r that was drawn for
-        another clip, as a control.
+        actions [B, horizon, A] condition the model, if it takes any. `shuffle` gives each clip the r that was drawn
+        for the clip half the batch away, as a control: in a video, the next clip may be nearly the same.
         """
 
         def choose_r(state: Tensor, action: Tensor) -> Tensor:
             r = self.sample(state, generator, action=action)
-            return r.roll(num_samples, dims=0) if shuffle else r
+            return r.roll(shift, dims=0) if shuffle else r
 
+        shift = num_samples * max(1, len(state) // 2)
         taken = _taken(actions, state, horizon).repeat_interleave(num_samples, dim=0)
         states = self.steps(state.repeat_interleave(num_samples, dim=0), taken, choose_r)
         futures = torch.stack([self.embedding_of(each) for each in states], dim=1)

@@ -27,7 +27,7 @@ from worldmodel.training.augment import check_augmentation
 from worldmodel.training.finite import NotFiniteStep
 from worldmodel.training.launch import check_ranks_agree, is_lost_connection, launched
 from worldmodel.training.profiling import profiled
-from worldmodel.training.refine import refinement_stream
+from worldmodel.training.refine import refinement_stream, steps_of
 from worldmodel.training.session import Session, Stop
 from worldmodel.training.trainer import Trainer
 
@@ -136,8 +136,7 @@ def open_run_and_stream(
     rank, world_size = accelerator.process_index, accelerator.num_processes
     labels = clip_layout(config).labels | set(config.data.augment.position_labels)
     labels |= {config.evaluation.label} if config.evaluation.label else set()
-    refine_horizon = config.train.refine_horizon if config.train.refine_steps else None
-    uses = training_uses(config.objective.rollout_steps, refine_horizon)
+    uses = training_uses(config.objective.rollout_steps, steps_of(config) if config.train.refine_steps else None)
     uses |= evaluation_uses(config.evaluation.horizon, config.evaluation.recalibrate)
     with accelerator.main_process_first(), accelerator.local_main_process_first():
         source = make_source(config)
@@ -146,7 +145,7 @@ def open_run_and_stream(
         stream = source.training_stream(
             config.objective.rollout_steps, rank=rank, world_size=world_size, device=accelerator.device
         )
-        if refine_horizon is not None:
+        if config.train.refine_steps:
             refinement_stream(source, config, accelerator.device)  # reports missing videos before hours of training
         if accelerator.is_main_process:
             run = Path(config.run_dir)

@@ -9,7 +9,9 @@ K steps of prediction, D embedding dimensions, Z numbers of a scene code, F feat
 an action, I pairs of segments.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -108,6 +110,8 @@ class TrainingModel(nn.Module):
         step_weights: the relative weights of the K predicted steps in the loss.
         beta: the weight of the latent's penalty after its warm-up. None: the objective's default.
         distance_error_weight: in refinement, the weight of prediction errors as a temporal distance measures them.
+        energy_weight: in refinement, the weight of `mean_energy_score`.
+        energy_samples: sampled futures per clip for this score.
     """
 
     model: WorldModel
@@ -121,6 +125,8 @@ class TrainingModel(nn.Module):
         step_weights: Sequence[float] = (1.0,),
         beta: float | None = None,
         distance_error_weight: float = 0.0,
+        energy_weight: float = 0.0,
+        energy_samples: int = 2,
     ) -> None:
         super().__init__()
         object.__setattr__(self, "model", model)
@@ -134,6 +140,7 @@ class TrainingModel(nn.Module):
         self.beta = objective.default_beta if beta is None else beta
         self.step_weights = [weight / sum(step_weights) for weight in step_weights]
         self.distance_error_weight = distance_error_weight
+        self.energy_weight, self.energy_samples = energy_weight, energy_samples
 
     def train(self, mode: bool = True) -> "TrainingModel":
         """Set training or evaluation mode, also of `model`."""
@@ -236,14 +243,39 @@ class TrainingModel(nn.Module):
 
         With `examples`, they include those of the temporal distance.
         """
-        predictions, states = self.model.predict(embedded, known_r, actions, generator)
+        with self.fixed_forecast() if self.energy_weight else nullcontext():
+            predictions, states = self.model.predict(embedded, known_r, actions, generator)
         losses = self.batch_losses(predictions, self.beta, generator)
+        if self.energy_weight:
+            futures = self.model.rollout_embedding(
+                states[:, 0], actions.shape[1], self.energy_samples, generator, actions=actions
+            )
+            with torch.autocast(states.device.type, enabled=False):
+                score = mean_energy_score(futures.float(), predictions.real[:, 1:].float())
+            losses["loss"] = losses["loss"] + self.energy_weight * score
+            losses["energy_score"] = score.detach()
         if examples is not None:
             with torch.autocast(states.device.type, enabled=False):
                 terms = distance_losses(self.model, embedded, states, examples, self.distance_error_weight)
             losses["loss"] = losses["loss"] + sum(terms.values())
             losses |= {name: value.detach() for name, value in terms.items()}
         return losses
+
+    @contextmanager
+    def fixed_forecast(self) -> Iterator[None]:
+        """Let no gradient reach the editor and the prior: what is computed meanwhile trains the posterior alone."""
+        parameters = [*self.editor.parameters(), *self.prior_parameters()]
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+
+    def prior_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the prior, if it is a network."""
+        return self.latent.prior.parameters() if isinstance(self.latent.prior, nn.Module) else iter(())
 
     def _over_steps(self, of_steps: Sequence[Tensor]) -> Tensor:
         """Return the mean of K scalars by the weights of steps."""
@@ -278,6 +310,24 @@ def step_losses(
         # I(f(x); f(x+)) = I(f(x), r; f(x+)) - I(r; f(x+) | f(x)), and the KL bounds the second term from above.
         terms["information_nats"] = terms["information_nats"] - terms["kl_nats"]
     return {"loss": loss} | terms
+
+
+def mean_energy_score(futures: Tensor, targets: Tensor) -> Tensor:
+    """Return the Energy Score of futures [B, S, K, D] for targets [B, K, D], a mean over clips and steps, by sqrt(D).
+
+    ES = mean |X - y| - (1/2) mean_{s != s'} |X_s - X_s'|, the unbiased estimate (Gneiting and Raftery 2007, eq. 22). As
+    a training loss it fits the spread of the samples along with their mean (arXiv 2606.12997).
+    """
+    num_samples = futures.shape[1]
+    by_step = futures.transpose(1, 2)  # [B, K, S, D]
+    to_truth = _lengths(by_step - targets[:, :, None]).mean()
+    within = _lengths(by_step[:, :, :, None] - by_step[:, :, None]).sum(dim=(2, 3)).mean()
+    return (to_truth - within / (2 * num_samples * (num_samples - 1))) / math.sqrt(futures.shape[-1])
+
+
+def _lengths(differences: Tensor) -> Tensor:
+    """Return the Euclidean lengths [...] of differences [..., D], with a finite gradient at zero."""
+    return differences.square().sum(dim=-1).add(1e-12).sqrt()
 
 
 def distance_losses(

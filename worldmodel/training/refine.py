@@ -8,6 +8,7 @@ Legend: N clips of L segments, B clips of an update, T frames, C channels, H = W
 embedding dimensions, F features, R latent dimensions, A numbers of an action, M similar clips, I pairs of segments.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, fields
@@ -85,7 +86,12 @@ def refinement_stream(source: Source, config: Config, device: torch.device) -> B
 
 def steps_of(config: Config) -> int:
     """Return the number of prediction steps that a refined clip has segments for."""
-    return config.train.refine_horizon + config.objective.rollout_steps - 1
+    return config.train.refine_horizon + rollout_steps_of(config) - 1
+
+
+def rollout_steps_of(config: Config) -> int:
+    """Return the number of steps that refinement predicts in sequence."""
+    return config.train.refine_rollout_steps or config.objective.rollout_steps
 
 
 def embed_refinement_clips(
@@ -139,6 +145,8 @@ def draw_batch(
 ) -> RefinementBatch:
     """Draw a batch of clips with replacement, and for each the step that its prediction starts from.
 
+    Noise of train.refine_noise is added to the embeddings of the contexts.
+
     The scene code of FRESH_SHARE of the clips is read from the context, that of the others from any segment up to the
     context. With `similar` [N, M], the most similar clips of each clip, examples for a temporal distance are drawn.
     """
@@ -153,9 +161,13 @@ def draw_batch(
     def successive(values: Tensor, begin: int) -> Tensor:
         return values[clip[:, None], first[:, None] + torch.arange(begin, begin + num_steps, device=device)]
 
+    context = clips.own[clip, first]
+    if config.train.refine_noise:
+        spread = config.train.refine_noise * clips.own.std(dim=(0, 1))
+        context = context + spread * torch.randn(context.shape, generator=generator, device=device)
     seen = successive(clips.own, model.seen_at)
     embedded = Embedded(
-        real=torch.cat([clips.own[clip, first][:, None], successive(clips.targets, 0)], dim=1),
+        real=torch.cat([context[:, None], successive(clips.targets, 0)], dim=1),
         seen=seen if model.latent.sees_later else seen[..., :0],
         features=clips.features[clip, read_at],
         age=first - read_at,
@@ -211,12 +223,16 @@ def refine(
     autocast: Autocast,
     log: Callable[[int, dict[str, float]], None],
     stop: Callable[[], int],
+    score: Callable[[], float],
 ) -> int:
     """Train all networks but the embedder on embedded clips, for train.refine_steps updates.
+
+    With train.refine_eval_every, the weights with the lowest score are kept.
 
     Args:
         log: takes the number of updates and the mean losses since its last call, every train.log_every updates.
         stop: returns the number of a signal that came, or 0.
+        score: scores the networks as they are; lower is better.
 
     Returns: the number of the signal that ended refinement early, or 0.
 
@@ -225,6 +241,8 @@ def refine(
     """
     train, model = config.train, training.model
     model.embedder.requires_grad_(False)
+    if train.refine_rollout_steps:
+        training.step_weights = [1 / train.refine_rollout_steps] * train.refine_rollout_steps
     model.scene.learn(clips.features)
     similar = None
     if model.distance.num_values:
@@ -250,6 +268,7 @@ def refine(
                 "or set train.clip_norm, and train into another run_dir; the checkpoint before refinement is intact"
             )
 
+    best_score, best_weights = math.inf, {}
     sums: dict[str, Tensor] = {}
     signal_number = 0
     for step in tqdm(range(train.refine_steps), desc="refining", unit="step"):
@@ -268,7 +287,16 @@ def refine(
             check_finite(step + 1)
             log(step + 1, {name: float(value) / train.log_every for name, value in sums.items()})
             sums = {}
+        if train.refine_eval_every and ((step + 1) % train.refine_eval_every == 0 or step + 1 == train.refine_steps):
+            check_finite(step + 1)
+            found = score()
+            log(step + 1, {"selection_energy_score": found})
+            if found < best_score:
+                best_score = found
+                best_weights = {name: value.clone() for name, value in training.state_dict().items()}
     else:
         check_finite(train.refine_steps)
+    if best_weights:
+        training.load_state_dict(best_weights)
     model.embedder.requires_grad_(True)
     return signal_number

@@ -221,7 +221,9 @@ class Session:
                 networks = student.model, target_encoder
                 clips = embed_refinement_clips(config, *networks, batches, device, autocast, self.stop)
             precise = nullcontext if self.accelerator.scaler else autocast  # fp16 would need scaled gradients
-            caught = refine(config, student, clips, device, precise, self.write_refinement_row, self.stop)
+            layout = self.trainer.layout
+            score = forecast.selection_scorer(Networks(*networks, device, self.source, layout), config.evaluation)
+            caught = refine(config, student, clips, device, precise, self.write_refinement_row, self.stop, score)
         if signal_number := from_main_process(self.accelerator, caught):
             raise Interrupted(signal_number)
         if self.accelerator.num_processes > 1:

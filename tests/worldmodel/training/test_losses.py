@@ -1,9 +1,10 @@
 import torch
 from torch import Tensor
 
+from worldmodel.evaluation.scores import energy_score
 from worldmodel.nets.latents import PRIOR_NLL
 from worldmodel.nets.world_model import Predictions
-from worldmodel.training.losses import CachedGradient, SequenceTerms, step_losses
+from worldmodel.training.losses import CachedGradient, SequenceTerms, mean_energy_score, step_losses
 from worldmodel.training.objectives import InfoNce, Vicreg
 
 
@@ -76,3 +77,18 @@ def test_sequence_terms_equal_loops_over_clips_and_steps() -> None:
 def test_sequence_terms_without_weight_are_left_out() -> None:
     terms = SequenceTerms({"smoothness": 0.0, "inverse_dynamics": 0.0, "time_variance": 0.0}, 3, 8, 0)
     assert terms(batch(0, 5, 4, 3), batch(1, 5, 3, 0)) == {} and terms.total({}) == 0 and not list(terms.parameters())
+
+
+def test_the_energy_score_is_that_of_evaluations_and_lowest_for_the_law() -> None:
+    futures, targets = batch(0, 5, 7, 2, 3), batch(1, 5, 2, 3)
+    of_steps = [energy_score(futures[:, :, k], targets[:, None, k]).mean() for k in range(2)]
+    torch.testing.assert_close(mean_energy_score(futures, targets), sum(of_steps) / 2 / 3**0.5)
+    drawn, truth = batch(2, 4000, 8, 1, 2), batch(3, 4000, 1, 2)
+    scores = {scale: float(mean_energy_score(scale * drawn, truth)) for scale in (0.5, 1.0, 2.0)}
+    assert scores[1.0] < min(scores[0.5], scores[2.0]) - 0.01
+
+
+def test_the_energy_score_of_equal_futures_has_a_finite_gradient() -> None:
+    futures = torch.zeros(2, 3, 1, 4, requires_grad=True)
+    mean_energy_score(futures, torch.zeros(2, 1, 4)).backward()
+    assert futures.grad is not None and futures.grad.isfinite().all()

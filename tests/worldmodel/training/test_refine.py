@@ -38,6 +38,10 @@ def never() -> int:
     return 0
 
 
+def no_score() -> float:
+    raise AssertionError("nothing is scored without train.refine_eval_every")
+
+
 def full_precision() -> torch.autocast:
     return torch.autocast("cpu", enabled=False)
 
@@ -145,7 +149,10 @@ def test_a_temporal_distance_is_learned_in_refinement(tiny_config: Callable[...,
     assert similar.shape == (12, 8 if scene_dim else 1)
     before = {name: value.clone() for name, value in training.state_dict().items()}
     logged: list[dict[str, float]] = []
-    assert refine(config, training, clips, CPU, full_precision, lambda _, values: logged.append(values), never) == 0
+    assert (
+        refine(config, training, clips, CPU, full_precision, lambda _, values: logged.append(values), never, no_score)
+        == 0
+    )
     weights = {name: value for name, value in model.distance.named_parameters() if value.ndim > 1}
     assert all(not torch.equal(value, before[f"distance.{name}"]) for name, value in weights.items())
     assert logged[-1]["distance_nearness"] < logged[0]["distance_nearness"]
@@ -164,13 +171,76 @@ def test_refinement_lowers_the_loss_and_moves_all_but_the_encoder(tiny_config: C
     def log(updates: int, values: dict[str, float]) -> None:
         logged.append((updates, values))
 
-    assert refine(config, training, clips, CPU, full_precision, log, never) == 0
+    assert refine(config, training, clips, CPU, full_precision, log, never, no_score) == 0
     moved = {name for name, value in training.named_parameters() if not torch.equal(value, before[name])}
     assert moved == {name for name, _ in training.named_parameters() if not name.startswith("embedder.")}
     assert all(torch.equal(before[name], value) for name, value in training.state_dict().items() if "embedder." in name)
     assert [updates for updates, _ in logged] == [20, 40, 60]
     assert logged[-1][1]["loss"] < logged[0][1]["loss"] - 0.05
     assert all(parameter.requires_grad for parameter in model.embedder.parameters())
+
+
+def test_the_energy_score_alone_trains_editor_and_prior(tiny_config: Callable[..., Config]) -> None:
+    """With other losses of weight zero, the posterior alone differs from a refinement by all losses."""
+    energy = ["train.refine_steps=60", "train.refine_clips=12", "train.log_every=20", "train.refine_energy_weight=1"]
+    weights: list[dict[str, torch.Tensor]] = []
+    for beta in (0.0, 10.0):
+        config = tiny_config(*energy, f"objective.beta={beta}", "train.refine_samples=4")
+        torch.manual_seed(0)
+        training = build_training_model(config)
+        clips = embedded(config, training.model, training.embedder)
+        logged: list[dict[str, float]] = []
+
+        def log(_: int, values: dict[str, float], logged: list[dict[str, float]] = logged) -> None:
+            logged.append(values)
+
+        assert refine(config, training, clips, CPU, full_precision, log, never, no_score) == 0
+        assert logged[-1]["energy_score"] < 0.8 * logged[0]["energy_score"]
+        weights.append({name: value.detach().clone() for name, value in training.named_parameters()})
+    differing = {name.split(".")[1] for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
+    assert differing == {"posterior_net"}
+
+
+def test_the_best_weights_of_a_refinement_are_kept(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config("train.refine_steps=6", "train.refine_clips=12", "train.refine_eval_every=2")
+    training = build_training_model(config)
+    clips = embedded(config, training.model, training.embedder)
+    scores = iter([0.5, 0.3, 0.4])
+    seen: list[dict[str, torch.Tensor]] = []
+    logged: list[tuple[int, dict[str, float]]] = []
+
+    def score() -> float:
+        seen.append({name: value.clone() for name, value in training.state_dict().items()})
+        return next(scores)
+
+    def log(updates: int, values: dict[str, float]) -> None:
+        logged.append((updates, values))
+
+    assert refine(config, training, clips, CPU, full_precision, log, never, score) == 0
+    assert all(torch.equal(value, seen[1][name]) for name, value in training.state_dict().items())
+    assert not all(torch.equal(seen[1][name], seen[2][name]) for name in seen[1])
+    told = [(updates, values["selection_energy_score"]) for updates, values in logged if "loss" not in values]
+    assert told == [(2, 0.5), (4, 0.3), (6, 0.4)]
+
+
+def test_noise_is_added_to_contexts_alone(tiny_config: Callable[..., Config]) -> None:
+    training = build_training_model(tiny_config("train.refine_clips=12"))
+    clips = embedded(tiny_config("train.refine_clips=12"), training.model, training.embedder)
+    plain, noisy = (
+        draw_batch(clips, tiny_config(f"train.refine_noise={noise}"), training, torch.Generator().manual_seed(0))
+        for noise in (0.0, 0.5)
+    )
+    assert torch.equal(plain.embedded.real[:, 1:], noisy.embedded.real[:, 1:])
+    added = (noisy.embedded.real - plain.embedded.real)[:, 0] / clips.own.std(dim=(0, 1))
+    assert added.std() == pytest.approx(0.5, rel=0.3)
+
+
+def test_a_run_that_is_refined_by_the_energy_score_keeps_the_best_on_selection_clips(
+    tiny_config: Callable[..., Config],
+) -> None:
+    run = train(tiny_config(*REFINED, "train.refine_energy_weight=1", "train.refine_eval_every=2"))
+    scored = [row for row in rows(run, "refinement") if "selection_energy_score" in row]
+    assert len(scored) == 2 and all(row["selection_energy_score"] > 0 for row in scored)
 
 
 def test_a_signal_ends_refinement(tiny_config: Callable[..., Config]) -> None:
@@ -183,7 +253,7 @@ def test_a_signal_ends_refinement(tiny_config: Callable[..., Config]) -> None:
     def third_time() -> int:
         return 15 if next(calls) == 2 else 0
 
-    assert refine(config, training, clips, CPU, full_precision, lambda *_: None, third_time) == 15
+    assert refine(config, training, clips, CPU, full_precision, lambda *_: None, third_time, no_score) == 15
 
 
 def test_a_run_is_refined_once_and_an_interrupted_refinement_begins_anew(
