@@ -121,6 +121,7 @@ def test_slips_are_labelled(tmp_path: Path) -> None:
         torch.testing.assert_close(moved, state[1:], atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_an_interrupted_recording_goes_on_to_the_same_end(rooms: Path, tmp_path: Path) -> None:
     """Ctrl-C while videos are written; then one that was killed amid a file."""
     out = tmp_path / "rooms"

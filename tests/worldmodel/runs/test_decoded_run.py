@@ -58,6 +58,7 @@ def test_the_report_shows_them_below_its_limit(decoded_run: Path) -> None:
     assert 'data-metric="decoder.mse"' in page and len(page) < 5_000_000
 
 
+@pytest.mark.slow
 def test_a_decoder_is_kept_until_it_is_overwritten(
     decoded_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

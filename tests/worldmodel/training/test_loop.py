@@ -179,6 +179,7 @@ def test_a_killed_run_resumes_bit_for_bit(changes: list[str], tiny_overrides: li
     assert without_timing[0] == without_timing[1]
 
 
+@pytest.mark.slow
 def test_a_profiled_run_learns_the_same(
     tiny_overrides: list[str], tiny_config: Callable[..., Config], tmp_path: Path
 ) -> None:
