@@ -2,7 +2,7 @@
 
 An epoch has as many batches as all clips together fill. Every lane takes the same number of clips from each root, in
 proportion to the weights, rounded to whole clips. The clips of one root are those at successive positions of an endless
-sequence: its clips permuted, then permuted anew, and so on. An epoch takes up the sequence where the last one left it.
+sequence: its clips permuted, then permuted anew, and so on. An epoch continues the sequence of the last one.
 So no clip of a root comes again before every other clip of it has come, and the number of times that they have come
 differs by at most one after each epoch.
 

@@ -7,7 +7,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,6 +38,25 @@ def environment_int(name: str, default: int, least: int = 0) -> int:
 def worker_context() -> Any:
     """Return the multiprocessing context of workers: on Linux they are forked, so a script needs no __main__ guard."""
     return get_context("fork" if sys.platform == "linux" else "spawn")
+
+
+def spawned_pool(num_processes: int) -> ProcessPoolExecutor:
+    """Return a pool of fresh processes, which ignore Ctrl-C."""
+    return ProcessPoolExecutor(
+        num_processes,
+        mp_context=get_context("spawn"),
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    )
+
+
+@contextmanager
+def ending(pool: Executor) -> Iterator[Executor]:
+    """Use a pool. After an error its workers end when their current jobs are done."""
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)

@@ -278,7 +278,7 @@ def _bounds_column(table: Columns, column: Column, name: str) -> NDArray[np.int6
 
 
 def _bounds_of(arrays: list[NDArray[np.int64]], num_rows: int, *, are_numbers: bool, are_marks: bool) -> Bounds | None:
-    """Tell by their content what the arrays state: see the module's docstring. None: nothing that is known."""
+    """Recognise by their content the kind of bounds of the arrays (module docstring); None if it is none of them."""
     first, *others = arrays
     is_per_row = all(len(array) == num_rows for array in arrays)
     seem_numbers = first.max(initial=0) > 1 or (first.sum() > 1 and bool((np.diff(first) >= 0).all()))

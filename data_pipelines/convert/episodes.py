@@ -1,4 +1,4 @@
-"""What a layout yields: episodes, each of which opens as a clip of frames and labels; and the row of labels of a clip.
+"""Episodes, which a layout yields: each opens as a clip of frames and labels. Also the row of labels of a clip.
 
 Legend: T frames of a clip, K numbers of a label of one frame.
 """

@@ -100,7 +100,7 @@ def _manifest(path: Path) -> Path:
 
 
 def _dtype_of(kind: Any) -> np.dtype[Any]:
-    """Return object for bytes, OTHER for all that is no number."""
+    """Return object for bytes, and OTHER for a type that is not a number."""
     from pyarrow import types
 
     if types.is_binary(kind) or types.is_large_binary(kind):

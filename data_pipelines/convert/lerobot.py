@@ -114,7 +114,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_info(root: Path) -> dict[str, Any]:
-    """Return what is needed of meta/info.json. Raises UserError: something is missing or not valid."""
+    """Return the needed parts of meta/info.json. Raises UserError: one is missing or not valid."""
     path = root / "meta" / "info.json"
     info = _read_json(path)
     try:

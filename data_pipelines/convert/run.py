@@ -5,13 +5,10 @@ then by its frames and labels.
 """
 
 import json
-import multiprocessing
-import signal
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -37,6 +34,7 @@ from data_pipelines.convert.video_files import source_digest, write_clip
 from data_pipelines.errors import UserError, one_line, one_line_logger, printable
 from data_pipelines.files import MAX_LINE_BYTES
 from data_pipelines.indexing.probe import stamp_of
+from data_pipelines.processes import ending, spawned_pool
 
 log = one_line_logger(__name__)
 
@@ -156,14 +154,14 @@ class _Job(NamedTuple):
 
     @property
     def has_video(self) -> bool:
-        """Whether the video of the row is there."""
+        """True if the video of the row exists."""
         path = self.folder / self.name
         is_file = self.row is not None and path.is_file() and str(path.stat().st_size) == self.row["video_bytes"]
         return self.in_shards or is_file
 
     @property
     def is_done(self) -> bool:
-        """Whether the episode is finished, and its files have their old sizes and times."""
+        """True if the episode is finished, and its files have their old sizes and times."""
         return self.row is not None and self.row["source_stamp"] == _stamp(self.episode) and self.has_video
 
 
@@ -173,7 +171,8 @@ def _convert_all(
     bad: dict[str, str] = {}
     all_rows: list[Row] = []
     num_kept = 0
-    with _pool(settings.num_processes) as pool:
+    count = settings.num_processes
+    with ending(ThreadPoolExecutor(1) if count == 1 else spawned_pool(count)) as pool:
         for split, group in episodes.items():
             rows, kept, failed = _convert_split(pool, place / split, group, settings, rows_name, split or "all")
             all_rows += rows
@@ -192,7 +191,7 @@ def _convert_all(
 def _convert_split(
     pool: Executor, folder: Path, episodes: Sequence[Episode], settings: Conversion, rows_name: str, title: str
 ) -> tuple[list[Row], int, dict[str, str]]:
-    """Convert what is missing. Returns the rows, the number of those that were there, and the bad episodes."""
+    """Convert the missing episodes. Return the rows, the number of those kept from before, and the bad episodes."""
     folder.mkdir(exist_ok=True)
     rows = {row["file_name"]: row for name in (rows_name, PARTIAL_NAME) for row in read_rows(folder / name)}
     fps, in_shards = Fraction(settings.fps).limit_denominator(100_000), rows_name == ROWS_NAME
@@ -218,24 +217,6 @@ def _convert_split(
     if ordered and (pending or not (folder / rows_name).is_file()) and (settings.skip_bad or not bad):
         write_rows(folder, rows_name, ordered)
     return ordered, len(jobs) - len(pending), bad
-
-
-@contextmanager
-def _pool(num_processes: int) -> Iterator[Executor]:
-    """Start the workers: processes, which ignore Ctrl-C, or for one a thread of this process."""
-    if num_processes == 1:
-        pool: Executor = ThreadPoolExecutor(1)
-    else:
-        pool = ProcessPoolExecutor(
-            num_processes,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=signal.signal,
-            initargs=(signal.SIGINT, signal.SIG_IGN),
-        )
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _results(pool: Executor, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, tuple[Row | None, str]]]:

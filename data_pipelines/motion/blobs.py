@@ -83,7 +83,7 @@ def blob_of_places(places: NDArray[np.float32], weights: Picture) -> Blob:
 
 
 def typical_objects(samples: Sequence[Picture], background: Background, num_objects: int) -> Typical | None:
-    """Return what the largest blobs of sampled pictures are like; None if nothing differs from the background."""
+    """Return the medians over the largest blobs of sampled pictures; None if nothing differs from the background."""
     largest = [find_blobs(sample, background)[:num_objects] for sample in samples]
     objects = [blob for blobs in largest for blob in blobs]
     if not objects:

@@ -18,7 +18,7 @@ from data_pipelines.motion.blobs import CONTRAST_SHARE, LEAST_MASS_SHARE, Typica
 from data_pipelines.motion.tracks import Positions, Tracker
 
 NUM_SAMPLES = 64  # frames for a background
-WINDOW_FRAMES = 9_000  # five minutes at 30 frames per second; the background is estimated anew in each window
+WINDOW_FRAMES = 9_000  # five minutes at 30 frames per second; each window has a background of its own
 SURVEYED = 5  # windows from which the typical object of a video is known
 LEAST_FOUND = 3  # frames in which an object must be found
 OUTLIER_SIDES = 3.0  # distance from the median of five frames, in sides of a typical object

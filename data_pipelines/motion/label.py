@@ -30,7 +30,7 @@ DECIMALS = 2
 
 @dataclass(frozen=True)
 class Labelled:
-    """What became of a video.
+    """The result for a video.
 
     positions: float [F, N, 2], as the label states them; None: it has no label.
     motion: None if it was labelled before, or has no label.

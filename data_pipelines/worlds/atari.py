@@ -50,7 +50,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Rules:
-    """What distinguishes a game.
+    """The rules of one game.
 
     start: the intention of the player at the start, a number that `decide` interprets.
     decide: (memory, intention, chance) -> the new intention and an action: the policy.

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError, one_line, one_line_logger
+from data_pipelines.processes import ending, spawned_pool
 from data_pipelines.splits import Split
 from data_pipelines.worlds.games import (
     GAMES,
@@ -37,7 +38,6 @@ from data_pipelines.worlds.games import (
     version_of,
 )
 from data_pipelines.worlds.law import ClipFormat, Quantity
-from data_pipelines.worlds.written import ending_pool
 
 DRAWS_NAME = ".law"  # folder of drawn positions, in that of the videos
 QUERIES_PER_JOB = 8
@@ -158,7 +158,7 @@ class GameLaw:
                     parts[number] = play_futures(*arguments[number])
                     bar.update(len(job))
             else:
-                with ending_pool(num_processes) as pool:
+                with ending(spawned_pool(num_processes)) as pool:
                     numbers = {pool.submit(play_futures, *job): number for number, job in enumerate(arguments)}
                     for done in as_completed(numbers):
                         parts[numbers[done]] = done.result()

@@ -1,13 +1,10 @@
 """Worlds written as video files: H.264, a metadata.jsonl per split, and a world.json that identifies the world."""
 
 import json
-import multiprocessing
 import shutil
-import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_pipelines.errors import UserError
+from data_pipelines.processes import ending, spawned_pool
 from data_pipelines.splits import SPLITS, Split
 from data_pipelines.worlds.digits import Sprites, load_sprites
 
@@ -105,7 +103,7 @@ def write_videos(
     unfinished = start_world(out, world, overwrite=overwrite)
     if not unfinished:
         return
-    with ending_pool(num_processes) as pool:
+    with ending(spawned_pool(num_processes)) as pool:
         for split in unfinished:
             _write_split(out / split, draw_split(split), pool)
 
@@ -129,21 +127,6 @@ def start_world(out: Path, world: Mapping[str, Any], *, overwrite: bool) -> list
     return [split for split in SPLITS if not (out / split / METADATA_NAME).is_file()]
 
 
-@contextmanager
-def ending_pool(num_processes: int) -> Iterator[ProcessPoolExecutor]:
-    """Start worker processes, which ignore Ctrl-C. After an error they end when their current jobs are done."""
-    pool = ProcessPoolExecutor(
-        num_processes,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
-    )
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def read_world(root: Path) -> dict[str, Any] | None:
     """Return the content of a folder's world.json; None if there is none."""
     marker = root / WORLD_NAME
@@ -156,7 +139,7 @@ def read_sprites(folder: Path) -> Sprites:
     return Sprites(stored["images"].float() / 255, stored["digits"])
 
 
-def _write_split(folder: Path, split: WorldSplit, pool: ProcessPoolExecutor) -> None:
+def _write_split(folder: Path, split: WorldSplit, pool: Executor) -> None:
     folder.mkdir(exist_ok=True)
     names = video_names(len(split.labels))
     missing = [row for row, name in enumerate(names) if not (folder / name).is_file()]
@@ -200,7 +183,7 @@ def write_episodes(
     check_counts(counts, num_processes)
     unfinished = start_world(out, world, overwrite=overwrite)
     if unfinished:
-        with ending_pool(num_processes) as pool:
+        with ending(spawned_pool(num_processes)) as pool:
             for split in unfinished:
                 folder, names = out / split, video_names(counts[split])
                 (folder / ROWS_NAME).mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the tests start as several processes of one training: `python -m tests.worldmodel.training_jobs JOB OUT ...`.
+"""Jobs that tests start as several processes of one training: `python -m tests.worldmodel.training_jobs JOB OUT ...`.
 
 few_updates OUT CASES      of each case, a config and overrides: losses, gradients, teacher, running statistics
 evaluate OUT CASES         of each case: the scores of an untrained model, refined where it says so; who saw which clips

@@ -104,39 +104,41 @@ class SslHsicConfig(TeacherObjective):
 
 
 @dataclass(frozen=True, config=KEYS)
-class InfoNceConfig(AnyObjective):
+class ContrastiveObjective(AnyObjective):
+    """Keys of objectives that contrast a clip with the others of its batch."""
+
+    temperature: PositiveFloat = 0.1
+    """Divisor of the similarities."""
+
+
+@dataclass(frozen=True, config=KEYS)
+class InfoNceConfig(ContrastiveObjective):
     """Contrast with the other clips of a batch: InfoNCE (arXiv 2002.05709)."""
 
     built_by: ClassVar[str] = "worldmodel.training.objectives:InfoNce"
 
     name: Literal["infonce"] = "infonce"
     """Name of the objective."""
-    temperature: PositiveFloat = 0.1
-    """Divisor of the similarities."""
 
 
 @dataclass(frozen=True, config=KEYS)
-class AnInfoNceConfig(AnyObjective):
+class AnInfoNceConfig(ContrastiveObjective):
     """InfoNCE with a learned diagonal metric: AnInfoNCE (arXiv 2407.00143)."""
 
     built_by: ClassVar[str] = "worldmodel.training.objectives:AnInfoNce"
 
     name: Literal["aninfonce"] = "aninfonce"
     """Name of the objective."""
-    temperature: PositiveFloat = 0.1
-    """Divisor of the similarities."""
 
 
 @dataclass(frozen=True, config=KEYS)
-class HInfoNceConfig(AnyObjective):
+class HInfoNceConfig(ContrastiveObjective):
     """InfoNCE with a metric predicted from the context: H-InfoNCE (arXiv 2602.02381)."""
 
     built_by: ClassVar[str] = "worldmodel.training.objectives:HInfoNce"
 
     name: Literal["hinfonce"] = "hinfonce"
     """Name of the objective."""
-    temperature: PositiveFloat = 0.1
-    """Divisor of the similarities."""
 
 
 @dataclass(frozen=True, config=KEYS)

@@ -65,7 +65,7 @@ def launch(num_processes: int, *arguments: str, shards: bool = False) -> None:
 
 @pytest.fixture(scope="module")
 def updates(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What two updates of each case left, by one process, by two, and by two with the weights in shards."""
+    """The files of two updates of each case, by one process, by two, and by two with the weights in shards."""
     folder = tmp_path_factory.mktemp("updates")
     shared = [*TINY, f"data.root={world}", f"run_dir={folder / 'run'}", "objective.ema_momentum=0.9"]
     cases = {name: [path, *shared, *overrides] for name, (path, *overrides) in CASES.items()}
