@@ -15,7 +15,7 @@ FINDINGS: dict[str, tuple[int, ...]] = {
     "metadata": (7302, 7492, 412932),
     "tar": (7284, 7414, 22934, 104624, 104954, 104964),
 }
-RUN_FINDINGS = (24419, 806939, 815119)
+RUN_FINDINGS = (24419, 806939, 815119, 1506889)
 
 
 @pytest.fixture(scope="module")

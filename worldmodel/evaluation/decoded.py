@@ -7,6 +7,7 @@ P pixels of a decoded side.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from data_pipelines.files import check_regular, remove, write_bytes
 from worldmodel.config import Config, EvaluationConfig
 from worldmodel.evaluation.embed import Networks, embed_split, frozen
 from worldmodel.evaluation.futures import num_futures, roll_out
-from worldmodel.evaluation.illustrations import save_records
+from worldmodel.evaluation.records import Axes, save_records
 from worldmodel.nets.decoder import Decoder
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import DecoderFacts, read_decoder_facts, write_decoder_facts
@@ -45,22 +46,13 @@ class DecodedFutures:
 
     step: int
     num_samples: int
-    frame_numbers: np.ndarray
-    context: np.ndarray
-    real: np.ndarray
-    decoded_real: np.ndarray
-    samples: np.ndarray
-    mean: np.ndarray
-    spread: np.ndarray
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for arrays that do not fit each other, as in a damaged file."""
-        clips, frames = len(self.context), (len(self.frame_numbers), *self.context.shape[2:])
-        for name in ("real", "decoded_real", "mean", "spread"):
-            if getattr(self, name).shape != (clips, *frames):
-                raise ValueError(f"{name} of shape {getattr(self, name).shape}, not {(clips, *frames)}")
-        if self.samples.shape != (clips, *self.samples.shape[1:2], *frames) or not self.samples.shape[1]:
-            raise ValueError(f"samples of shape {self.samples.shape} do not fit {clips} clips of {frames}")
+    frame_numbers: Annotated[np.ndarray, Axes("i", "frame")]
+    context: Annotated[np.ndarray, Axes("u", "clip segment_frame channel height width")]
+    real: Annotated[np.ndarray, Axes("u", "clip frame channel height width")]
+    decoded_real: Annotated[np.ndarray, Axes("u", "clip frame channel height width")]
+    samples: Annotated[np.ndarray, Axes("u", "clip sample frame channel height width")]
+    mean: Annotated[np.ndarray, Axes("u", "clip frame channel height width")]
+    spread: Annotated[np.ndarray, Axes("u", "clip frame channel height width")]
 
 
 def decode_futures(networks: Networks, decoder: Decoder, step: int, sizes: EvaluationConfig) -> DecodedFutures:

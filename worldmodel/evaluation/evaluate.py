@@ -7,9 +7,9 @@ from data_pipelines.errors import UserError
 from worldmodel.evaluation.decoded import store_futures, stored_facts
 from worldmodel.evaluation.factors import evaluate_factors
 from worldmodel.evaluation.forecast import evaluate_forecasts
-from worldmodel.evaluation.illustrations import save_records
 from worldmodel.evaluation.readout import save_readout
 from worldmodel.evaluation.recalibration import save_recalibration
+from worldmodel.evaluation.records import save_records
 from worldmodel.evaluation.surprise import Timeline, why_unsupported
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import Metrics, Training, read_metrics, write_metrics

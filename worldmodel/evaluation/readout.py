@@ -103,6 +103,7 @@ def load_readout(run: str | Path, step: int, device: str | torch.device = "cpu")
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
         readout = Readout(**tensors, strength=float(metadata["strength"]))
         quantity = Quantity(metadata["name"], metadata["unit"], tuple(json.loads(metadata["dimensions"])))
+        _check_sizes(readout, len(quantity.dimensions))
         evaluated_step = int(metadata["step"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged, evaluate the run again: {one_line(error)}") from error
@@ -112,3 +113,13 @@ def load_readout(run: str | Path, step: int, device: str | torch.device = "cpu")
             "evaluate that checkpoint"
         )
     return readout, quantity
+
+
+def _check_sizes(readout: Readout, num_outputs: int) -> None:
+    """Raise ValueError for a stored readout [D] -> [K] whose tensors do not fit each other, or K outputs."""
+    num_inputs = len(readout.centre)
+    wanted = {"centre": (num_inputs,), "scale": (num_inputs,), "weight": (num_inputs, num_outputs)}
+    for name, shape in (wanted | {"bias": (num_outputs,)}).items():
+        tensor = getattr(readout, name)
+        if tensor.shape != shape or not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not a float of {shape}")

@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.transforms import to_float
 from worldmodel.config import DataConfig, VideosConfig
 from worldmodel.evaluation.embed import Networks, embed_batches
+from worldmodel.evaluation.records import Axes
 from worldmodel.nets.distributions import kl_divergence
 from worldmodel.nets.latents import GaussianLatent, NoLatent
 from worldmodel.nets.scene import NoScene
@@ -83,15 +84,20 @@ class Timeline:
     """
 
     video: str
-    frame: np.ndarray
-    time_s: np.ndarray | None
+    frame: Annotated[np.ndarray, Axes("i", "moment*")]
+    time_s: Annotated[np.ndarray, Axes("f", "moment*")] | None
     unit: str
-    surprise: np.ndarray
-    kl_nats: np.ndarray | None
-    prediction_error: np.ndarray
-    scene_nats: np.ndarray | None
-    peaks: np.ndarray
-    peak_frames: np.ndarray
+    surprise: Annotated[np.ndarray, Axes("f", "moment*")]
+    kl_nats: Annotated[np.ndarray, Axes("f", "moment*")] | None
+    prediction_error: Annotated[np.ndarray, Axes("f", "moment*")]
+    scene_nats: Annotated[np.ndarray, Axes("f", "moment*")] | None
+    peaks: Annotated[np.ndarray, Axes("i", "peak*")]
+    peak_frames: Annotated[np.ndarray, Axes("u", "peak* peak_frame channel height width")]
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for peaks at other moments, as in a damaged file."""
+        if not ((self.peaks >= 0) & (self.peaks < len(self.frame))).all():
+            raise ValueError(f"peaks {self.peaks} of {len(self.frame)} moments")
 
     @property
     def measures(self) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ import gymnasium
 
 from data_pipelines.errors import UserError
 from worldmodel.config import PlanningConfig
-from worldmodel.evaluation.illustrations import save_records
+from worldmodel.evaluation.records import save_records
 from worldmodel.planning.controls import PrivilegedPolicy, RandomPolicy
 from worldmodel.planning.imagination import LatentPolicy
 from worldmodel.planning.latent_actions import ActionDecoder, fit_action_decoder

@@ -6,6 +6,7 @@ pixels.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from torch import Tensor
@@ -14,6 +15,7 @@ from data_pipelines.errors import UserError, one_line_logger
 from worldmodel.evaluation.embed import embed_split, frozen
 from worldmodel.evaluation.quantity import FrameLabel, fitted_readout
 from worldmodel.evaluation.readout import Readout
+from worldmodel.evaluation.records import Axes
 from worldmodel.planning.imagination import LatentPolicy
 from worldmodel.planning.protocol import EpisodeResults
 from worldmodel.runs.trained_run import TrainedRun
@@ -39,11 +41,16 @@ class PlannedEpisode:
 
     number: int
     success: bool
-    frames: np.ndarray
-    goal: np.ndarray
-    way_px: np.ndarray | None
-    goal_px: np.ndarray | None
-    imagined_px: np.ndarray | None
+    frames: Annotated[np.ndarray, Axes("u", "moment channel height width")]
+    goal: Annotated[np.ndarray, Axes("u", "channel height width")]
+    way_px: Annotated[np.ndarray, Axes("f", "moment 2")] | None
+    goal_px: Annotated[np.ndarray, Axes("f", "2")] | None
+    imagined_px: Annotated[np.ndarray, Axes("f", "decision future horizon 2")] | None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for imagined paths of other decisions, as in a damaged file."""
+        if self.imagined_px is not None and len(self.imagined_px) != len(self.frames) - 1:
+            raise ValueError(f"{len(self.imagined_px)} decisions imagined in {len(self.frames)} frames")
 
 
 def planned_episodes(

@@ -13,7 +13,8 @@ from data_pipelines.errors import one_line_logger
 from data_pipelines.files import write_text
 from worldmodel.config import to_yaml
 from worldmodel.evaluation.decoded import DecodedFutures
-from worldmodel.evaluation.illustrations import NO_ILLUSTRATIONS, Illustrations, load_records
+from worldmodel.evaluation.illustrations import NO_ILLUSTRATIONS, Illustrations
+from worldmodel.evaluation.records import load_records
 from worldmodel.planning.planned_episodes import PlannedEpisode
 from worldmodel.report import headline, numbers, run_charts, run_pictures, tables
 from worldmodel.report.charts import latent_charts

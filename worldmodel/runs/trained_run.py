@@ -136,6 +136,8 @@ class TrainedRun:
         largest = len(spaces[space].fitted.spread)
         if samples.shape[2] > largest:
             raise UserError(f"horizon={samples.shape[2]}: the recalibration of {self.folder} reaches to {largest}")
+        if spaces[space].past.shape[2] != samples.shape[3]:
+            raise UserError(f"the recalibration of {self.folder} is damaged: evaluate the run again")
         data = self.config.data
         number = number_of_file(data.base, video) if video is not None and isinstance(data, VideosConfig) else -1
         places = ClipPlaces(torch.full((len(samples),), number), torch.zeros(len(samples), dtype=torch.int64), 1)
@@ -163,6 +165,8 @@ class TrainedRun:
             UserError: as `rollout`, or the run was not evaluated at this checkpoint, or its videos have no labels.
         """
         readout, _ = load_readout(self.folder, self.state["step"], self.device)
+        if len(readout.centre) != self.model.embedding_dim:
+            raise UserError(f"the readout of {self.folder} is of another model: evaluate the run again")
         values = readout(self._rollout(clip, horizon, num_samples, seed, actions))
         return self._recalibrated("quantity", values, seed, video) if recalibrate else values
 

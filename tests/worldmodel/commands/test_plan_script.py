@@ -17,7 +17,7 @@ from data_pipelines.worlds.recorder import Recording, record
 from tests.conftest import REPO, TINY, run_here, run_script
 from tests.worldmodel.report.samples import undeclared
 from worldmodel.config import External, IcemConfig, PlanningConfig, load_config
-from worldmodel.evaluation.illustrations import load_records
+from worldmodel.evaluation.records import load_records
 from worldmodel.planning.controls import PrivilegedPolicy, RandomPolicy
 from worldmodel.planning.planned_episodes import PlannedEpisode
 from worldmodel.planning.planners import Cost, Plan

@@ -222,7 +222,7 @@ def make_illustrations(
             axis=1,
         )
         if queries
-        else np.zeros((0, 1, 1, num_frames, channels, size_px, size_px), dtype=np.uint8)
+        else np.zeros((0, len(steps_shown), 1, num_frames, channels, size_px, size_px), dtype=np.uint8)
     )
     change = rng.normal(0, 1, (300, 2))
     r = change @ rng.normal(0, 1, (2, 8)) + rng.normal(0, 0.4, (300, 8))

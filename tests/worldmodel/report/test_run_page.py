@@ -29,7 +29,8 @@ from tests.worldmodel.report.samples import (
 )
 from worldmodel.config import load_config, to_yaml
 from worldmodel.evaluation.decoded import DecodedFutures
-from worldmodel.evaluation.illustrations import NO_ILLUSTRATIONS, Fans, Illustrations, save_records
+from worldmodel.evaluation.illustrations import NO_ILLUSTRATIONS, Fans, Illustrations
+from worldmodel.evaluation.records import save_records
 from worldmodel.planning.planned_episodes import PlannedEpisode
 from worldmodel.report.animations import animation, imagined_paths, path_until, planning_animation
 from worldmodel.report.charts import principal_components, spread_labels
@@ -378,7 +379,7 @@ def test_any_part_of_the_metrics_may_be_missing(tmp_path: Path, no_charts: None,
 
 def test_nothing_to_show_still_makes_a_page(tmp_path: Path) -> None:
     empty = make_illustrations(queries=0, labels=False)
-    bare = Illustrations(empty.frames, 3, None, empty.neighbours, (), None, None)
+    bare = Illustrations(empty.frames, 3, None, empty.neighbours[:, :0], (), None, None)
     _, page = report(tmp_path / "report.html", metrics={}, illustrations=bare)
     assert page.images == [] and "This run has no forecast score." in page.text
 

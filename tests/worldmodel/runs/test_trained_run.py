@@ -1,5 +1,7 @@
 import re
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +89,25 @@ def test_a_forecast_needs_an_evaluation_of_the_same_checkpoint_with_labels(train
     (run.folder / "metrics.json").write_text("{}")
     with pytest.raises(UserError, match="have no labels"):
         run.forecast(x, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "tells"),
+    [
+        (lambda x: {"centre": x.centre[1:]}, "scale is torch.float32 of shape"),
+        (lambda x: {"weight": x.weight[:, :1]}, "weight is torch.float32 of shape"),
+        (lambda x: {"weight": x.weight[0]}, "weight is torch.float32 of shape"),
+        (lambda x: {"bias": x.bias.long()}, "bias is torch.int64"),
+        (lambda x: {"centre": x.centre[1:], "scale": x.scale[1:], "weight": x.weight[1:]}, "is of another model"),
+    ],
+)
+def test_a_readout_of_other_sizes_is_one_line(
+    trained_run: Path, tmp_path: Path, change: Callable[[Readout], dict[str, torch.Tensor]], tells: str
+) -> None:
+    run = evaluated(trained_run, tmp_path)
+    save_readout(run.folder, replace(readout(), **change(readout())), CENTROID, run.state["step"])
+    with pytest.raises(UserError, match=tells):
+        run.forecast(clip(1, 3, 1, 64, 64), 1, 2)
 
 
 @pytest.mark.parametrize(
