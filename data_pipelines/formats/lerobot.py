@@ -28,6 +28,7 @@ from data_pipelines.text_files import shown
 log = one_line_logger(__name__)
 
 NUMERIC = re.compile(r"bool|u?int\d+|float\d+")
+FAR_FRAMES = 2**31  # behind the end of any file
 BOOKKEEPING = ("index", "episode_index", "task_index")  # the latter two are labels of episodes
 
 
@@ -186,7 +187,7 @@ def frames_of_episode(start_s: float, length: int, shown_s: NDArray[np.float64])
     start = min(near, key=lambda frame: abs(float(shown_s[frame]) - start_s))
     step_s = float(shown_s[-1]) / max(1, len(shown_s) - 1)
     if after == len(shown_s) and step_s:  # after the last frame, by this many
-        start += round((start_s - float(shown_s[-1])) / step_s)
+        start += round(min((start_s - float(shown_s[-1])) / step_s, FAR_FRAMES))
     if start + length == len(shown_s) + 1 and start:
         start -= 1
     return start, start + length

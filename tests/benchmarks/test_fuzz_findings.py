@@ -11,7 +11,7 @@ from benchmarks.fuzz.rounds import KINDS, Workplace
 FINDINGS: dict[str, tuple[int, ...]] = {
     "config": (802258,),
     "labels": (817135,),
-    "lerobot": (22193, 22243, 23073, 23163, 23613, 24763, 1302363),
+    "lerobot": (22193, 22243, 23073, 23163, 23613, 24763, 1302363, 1516078),
     "metadata": (7302, 7492, 412932),
     "tar": (7284, 7414, 22934, 104624, 104954, 104964),
 }
