@@ -13,6 +13,7 @@ from data_pipelines.containers import video_url
 from data_pipelines.contents import Stamp, shard_stamps, why_changed
 from data_pipelines.decoders import DecodeError, Frame, VideoReader, open_video, resolve_decoder
 from data_pipelines.errors import UserError
+from data_pipelines.facts import Video
 from data_pipelines.index import VideoIndex
 from data_pipelines.workers import Faults
 
@@ -23,6 +24,7 @@ Clip = tuple[int, Sequence[Frame] | None]  # id and frames; None: its file does 
 class ClipSet:
     """All clips of an index, and the form in which frames are delivered.
 
+    channels: of each camera.
     shard_stamps: the result of contents.shard_stamps at the time when the set was made.
     """
 
@@ -43,17 +45,17 @@ class ClipSet:
         """T, C, H, W of a clip."""
         first = self.index.videos[0]
         height, width = (self.size_px, self.size_px) if self.size_px else (first.height, first.width)
-        return self.spec.length, self.channels, height, width
+        return self.spec.length, self.channels * self.index.num_cameras, height, width
 
 
 def make_clip_set(index: VideoIndex, spec: ClipSpec, *, size_px: int | None, channels: int, decoder: str) -> ClipSet:
-    """Return the clips of an index.
+    """Return the clips of an index. channels: of each camera.
 
     Raises UserError: the decoder is not installed, videos differ in size and size_px is None, clips are longer than
     every video, or `spec.fps` is set and a video states no frame rate.
     """
     if size_px is None:
-        sizes = {(video.width, video.height): video.path for video in reversed(index.videos)}
+        sizes = {(video.width, video.height): video.path for video in reversed(index.all_videos)}
         if len(sizes) > 1:
             (a, path_a), (b, path_b) = sorted(sizes.items(), key=lambda item: item[1])[:2]
             raise UserError(
@@ -81,66 +83,91 @@ def clips_of(index: VideoIndex, spec: ClipSpec) -> ClipTable:
     return with_shards(table, shards) if any(shards) else table
 
 
-class ClipDecoder:
-    """Decodes clips that come in order of time within each group. Opens the file of a group once.
+@dataclass
+class _CameraVideo:
+    """What one camera shows of the open group.
 
-    A clip is delivered if and only if decoding succeeds from the keyframe at or before it through its last frame.
-    So the delivered clips do not depend on which clips were decoded before. No clip is delivered from a file whose
-    content has changed since it was indexed.
+    number: that of the video in the index (VideoIndex.all_videos).
+    shift: frame f of the clip's video is frame f + shift here.
+    failed_frame: the last frame that did not decode.
+    """
+
+    number: int
+    facts: Video
+    shift: int
+    failed_frame: int = -1
+    reader: VideoReader | None = None
+
+    def is_known_to_fail(self, first: int, last: int, faults: Faults) -> bool:
+        """Return whether decoding the frames `first` to `last` of the clip's video would fail at the same frame."""
+        first, last = first + self.shift, last + self.shift
+        keyframe = self.facts.keyframes[bisect_right(self.facts.keyframes, first) - 1]
+        return keyframe <= self.failed_frame or faults.is_known_fatal(self.number, keyframe, last + 1)
+
+    def close(self) -> None:
+        if self.reader is not None:
+            self.reader.close()
+        self.reader = None
+
+
+class ClipDecoder:
+    """Decodes clips that come in order of time within each group. Opens the files of a group once.
+
+    A clip is delivered if and only if decoding succeeds, in each camera, from the keyframe at or before it through its
+    last frame. So the delivered clips do not depend on which clips were decoded before. No clip is delivered from a
+    file whose content has changed since it was indexed.
     """
 
     def __init__(self, clip_set: ClipSet, faults: Faults, hold: Callable[[str], None]) -> None:
         self._clip_set, self._faults, self._hold = clip_set, faults, hold
         self._group = -1
-        self._reader: VideoReader | None = None
+        self._cameras: list[_CameraVideo] = []
         self._source_frames = np.empty(0, dtype=np.int64)  # by number of the resampled frame
         self._recent: dict[int, Frame] = {}  # source frames that overlapping clips share
-        self._failed_frame = -1
 
     def close(self) -> None:
-        if self._reader is not None:
-            self._reader.close()
-        self._reader, self._recent = None, {}
+        for camera in self._cameras:
+            camera.close()
+        self._recent = {}
 
     def decode(self, video: int, group: int, start: int) -> list[Frame] | None:
         """Return the frames of the clip of `video` from (resampled) frame `start` on; None if they do not decode."""
-        spec = self._clip_set.spec
-        facts = self._clip_set.index.videos[video]
+        spec, index = self._clip_set.spec, self._clip_set.index
         if group != self._group:
             self.close()
-            self._group, self._failed_frame = group, -1
-            self._source_frames = frames_on_screen(facts, spec.fps)
+            self._group = group
+            self._cameras = [
+                _CameraVideo(number, index.video(number), shift) for number, shift in index.cameras_of(video)
+            ]
+            self._source_frames = frames_on_screen(index.videos[video], spec.fps)
         shown = self._source_frames[start : start + spec.span]
         passed = shown[:: spec.grid].tolist()
-        keyframe = facts.keyframes[bisect_right(facts.keyframes, passed[0]) - 1]
-        if keyframe <= self._failed_frame or self._faults.is_known_fatal(video, keyframe, passed[-1] + 1):
-            return None  # decoding would fail at the same frame again
+        if any(camera.is_known_to_fail(passed[0], passed[-1], self._faults) for camera in self._cameras):
+            return None
         progress = self._faults.progress
-        if self._reader is None:
+        if any(camera.reader is None for camera in self._cameras):
             progress.work(math.inf)  # may wait for the network: this is not a hanging decoder
-            self._hold(facts.shard)
+            self._hold(index.videos[video].shard)
         progress.decode(video)
+        camera = self._cameras[0]
         try:
-            if self._reader is None:
-                self._refuse_changed(video)
-                progress.decode(video)
-                self._reader = open_video(
-                    video_url(self._clip_set.index.root, facts),
-                    facts,
-                    channels=self._clip_set.channels,
-                    size_px=self._clip_set.size_px,
-                    decoder=self._clip_set.decoder,
-                )
+            for camera in self._cameras:
+                self._open(camera)
             recent = {frame: array for frame, array in self._recent.items() if frame >= passed[0]}
             for frame in passed:
                 if frame not in recent:
-                    progress.at_frame(frame)
-                    recent[frame] = self._reader.read(frame)
-            self._refuse_changed(video)  # it may have changed while it was read
+                    pictures = []
+                    for camera in self._cameras:
+                        assert camera.reader is not None
+                        progress.at_frame(camera.number, frame + camera.shift)
+                        pictures.append(camera.reader.read(frame + camera.shift))
+                    recent[frame] = pictures[0] if len(pictures) == 1 else np.concatenate(pictures)
+            for camera in self._cameras:
+                self._refuse_changed(camera)  # it may have changed while it was read
         except DecodeError as error:
-            reason = self._clip_set.why_changed(video, self._faults) or f"does not decode ({error})"
-            self._faults.found.setdefault(video, reason)
-            self._failed_frame = error.frame
+            reason = self._clip_set.why_changed(camera.number, self._faults) or f"does not decode ({error})"
+            self._faults.found.setdefault(camera.number, reason)
+            camera.failed_frame = error.frame
             self.close()
             return None
         finally:
@@ -148,8 +175,21 @@ class ClipDecoder:
         self._recent = recent
         return [recent[frame] for frame in shown[:: spec.frame_stride].tolist()]
 
-    def _refuse_changed(self, video: int) -> None:
-        if reason := self._clip_set.why_changed(video, self._faults):
+    def _open(self, camera: _CameraVideo) -> None:
+        """Open the file of a camera, unless it is open. Raises DecodeError."""
+        if camera.reader is None:
+            self._refuse_changed(camera)
+            self._faults.progress.decode(camera.number)
+            camera.reader = open_video(
+                video_url(self._clip_set.index.root, camera.facts),
+                camera.facts,
+                channels=self._clip_set.channels,
+                size_px=self._clip_set.size_px,
+                decoder=self._clip_set.decoder,
+            )
+
+    def _refuse_changed(self, camera: _CameraVideo) -> None:
+        if reason := self._clip_set.why_changed(camera.number, self._faults):
             raise DecodeError(reason)
 
 

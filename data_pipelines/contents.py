@@ -47,21 +47,23 @@ def shard_stamps(index: VideoIndex) -> dict[str, Stamp]:
     return {name: stamp for name, stamp in found.items() if stamp and stamp[1] <= times[name]}
 
 
-def why_changed(index: VideoIndex, stamps: Mapping[str, Stamp], row: int, faults: Faults) -> str:
-    """Return, as a predicate, why the file of a row is not the one that was indexed; "" if it is, or is missing.
+def why_changed(index: VideoIndex, stamps: Mapping[str, Stamp], number: int, faults: Faults) -> str:
+    """Return, as a predicate, why the file of a video is not the one that was indexed; "" if it is, or is missing.
+
+    number: that of the video in the index (VideoIndex.all_videos).
 
     stamps: as shard_stamps returned them. Shards from a URL were compared with their checksums when they were fetched.
     """
     if index.remote is not None:
         return ""
-    video = index.videos[row]
+    video = index.video(number)
     expected = stamps.get(video.shard) if video.shard else (video.size_bytes, video.mtime_ns)
     found = _stamp_of(f"{index.root}/{video.shard or video.path}")
     if found is None or found == expected:
         return ""
     judged = faults.judged.get(video.path)
     if judged is None or judged[0] != found:
-        faults.progress.decode(row, extra_s=found[0] / SLOWEST_BYTES_PER_S)
+        faults.progress.decode(number, extra_s=found[0] / SLOWEST_BYTES_PER_S)
         difference = difference_of(video, probe_again(index.root, video))
         reason = f"has changed since it was indexed ({difference})" if difference else ""
         judged = faults.judged[video.path] = found, reason
@@ -129,7 +131,7 @@ def contents_of(index: VideoIndex, labels: Collection[str]) -> Contents:
     """Return the contents of an index. labels: the names of those that the run uses; unknown ones are ignored."""
     found = index.labels | index.frame_labels
     return Contents(
-        videos={name: content_of(video) for name, video in zip(index.names, index.videos, strict=True)},
+        videos={name: content_of(video) for name, video in zip(index.names, index.all_videos, strict=True)},
         labels={name: _hash_of_tensor(found[name]) for name in sorted(found.keys() & set(labels))},
         bad={entry.path: entry.reason for entry in index.bad},
     )

@@ -31,6 +31,18 @@ class IndexPart:
 
 
 @dataclass(frozen=True)
+class View:
+    """The rows of an index as a further camera shows them.
+
+    videos: the camera's video of each row.
+    shifts: frame f of a row's video shows the same moment as frame f + shift of this camera's video.
+    """
+
+    videos: Sequence[Video]
+    shifts: Sequence[int]
+
+
+@dataclass(frozen=True)
 class VideoIndex:
     """The rows of a data set, N of them. Each is a video, or an episode within a video.
 
@@ -45,6 +57,7 @@ class VideoIndex:
     remote: fetches the shards that hold the videos into root; None: they are there.
     label_faults: labels that are left out, and the reasons.
     parts: the roots, if they are several (roots.py); root is then a folder above all of them.
+    views: the same rows in further cameras. The channels of their frames follow those of `videos`, camera by camera.
     """
 
     root: Path
@@ -58,15 +71,38 @@ class VideoIndex:
     remote: "RemoteShards | None" = None
     label_faults: Mapping[str, str] = field(default_factory=dict)
     parts: Sequence[IndexPart] = ()
+    views: Sequence[View] = ()
+
+    @property
+    def num_cameras(self) -> int:
+        """The number of cameras whose frames lie side by side in the channels of a clip."""
+        return 1 + len(self.views)
+
+    @property
+    def all_videos(self) -> list[Video]:
+        """The videos of all rows, camera after camera: row r of camera c has the number c * N + r."""
+        return [*self.videos, *(video for view in self.views for video in view.videos)]
+
+    def cameras_of(self, row: int) -> list[tuple[int, int]]:
+        """Return the number of a row's video in each camera, and the shift of its frames."""
+        shifts = [0, *(view.shifts[row] for view in self.views)]
+        return [(camera * len(self.videos) + row, shift) for camera, shift in enumerate(shifts)]
+
+    def video(self, number: int) -> Video:
+        """Return the video with a number, counted as in `all_videos`."""
+        camera, row = divmod(number, len(self.videos))
+        return (self.views[camera - 1] if camera else self).videos[row]
 
     @property
     def names(self) -> list[str]:
-        """The name of each row's video: its path, for several roots "1:path", counted from the first root."""
-        names = [video.path for video in self.videos]
-        stops = [part.first_row for part in self.parts[1:]] + [len(names)]
+        """The name of each of `all_videos`: its path, for several roots "1:path", counted from the first root."""
+        names = [video.path for video in self.all_videos]
+        num_rows = len(self.videos)
+        stops = [part.first_row for part in self.parts[1:]] + [num_rows]
         for number, (part, stop) in enumerate(zip(self.parts, stops, strict=False), start=1):
-            for row in range(part.first_row, stop):
-                names[row] = f"{number}:{names[row].removeprefix(part.prefix)}"
+            for first in range(0, len(names), max(1, num_rows)):
+                for place in range(first + part.first_row, first + stop):
+                    names[place] = f"{number}:{names[place].removeprefix(part.prefix)}"
         return names
 
     @property
@@ -89,6 +125,9 @@ class VideoIndex:
                 digest.update(f"{video.shard}\0{video.offset_bytes}\n".encode())
         if self.episodes is not None:
             digest.update(repr(list(self.episodes)).encode())
+        for view in self.views:
+            files = [(video.path, video.size_bytes, video.num_frames) for video in view.videos]
+            digest.update(repr((files, list(view.shifts))).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:16]
 
     def rows(self, rows: Sequence[int]) -> "VideoIndex":
@@ -101,6 +140,7 @@ class VideoIndex:
             labels={name: values[rows] for name, values in self.labels.items()},
             episodes=None if self.episodes is None else [self.episodes[row] for row in rows],
             frame_label_offsets=None if offsets is None else offsets[rows],
+            views=[View([view.videos[row] for row in rows], [view.shifts[row] for row in rows]) for view in self.views],
         )
 
 

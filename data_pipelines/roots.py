@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.errors import UserError, one_line_logger
-from data_pipelines.index import IndexPart, VideoIndex
+from data_pipelines.index import IndexPart, VideoIndex, View
 from data_pipelines.remote.stores import is_url
 from data_pipelines.split_folders import load_split
 from data_pipelines.splits import Split
@@ -81,7 +81,23 @@ def merge_indexes(indexes: Sequence[VideoIndex], weights: Sequence[float]) -> Vi
             IndexPart(row, prefix, weight, index.content_hash)
             for row, prefix, weight, index in zip(first_rows, prefixes, weights, indexes, strict=True)
         ],
+        views=_merged_views(indexes, prefixes),
     )
+
+
+def _merged_views(indexes: Sequence[VideoIndex], prefixes: Sequence[str]) -> list[View]:
+    """Return the further cameras of all rows. Raises UserError: not every root has the same number."""
+    if differing := [index for index in indexes if index.num_cameras != indexes[0].num_cameras]:
+        raise UserError(
+            f"the root '{indexes[0].root}' has {indexes[0].num_cameras} cameras and '{differing[0].root}' "
+            f"{differing[0].num_cameras}: several roots need the same cameras"
+        )
+    merged = []
+    for of_roots in zip(*(index.views for index in indexes), strict=True):
+        pairs = zip(of_roots, prefixes, strict=True)
+        videos = [_moved(video, prefix) for view, prefix in pairs for video in view.videos]
+        merged.append(View(videos, [shift for view in of_roots for shift in view.shifts]))
+    return merged
 
 
 def _prefix(base: Path, index: VideoIndex) -> str:

@@ -28,7 +28,7 @@ def load_split(
     split: Split | None,
     *,
     format: Format | None = None,
-    camera: str | None = None,
+    camera: str | Sequence[str] | None = None,
     max_bad_fraction: float = 0.1,
     max_frame_px: int = MAX_FRAME_PX,
     cache_dir: Path | None = None,

@@ -55,7 +55,7 @@ class ReadSettings:
 
     batch_size: clips in a batch, over all ranks of a stream.
     size_px: the short side is resized to it and the long side cropped; None: frames keep their size.
-    channels: 1 for luma, 3 for RGB.
+    channels: 1 for luma, 3 for RGB, of each camera.
     num_workers: decoding processes; 0: decode in this process.
     max_bad_fraction: share of videos that may fail before UserError is raised.
     decode_timeout_s: a worker that takes longer for one clip is replaced, and the frame at which it hung is left out.
@@ -172,7 +172,7 @@ def open_videos(
     num_workers: int = 1,
     rank: int = 0,
     world_size: int = 1,
-    camera: str | None = None,
+    camera: str | Sequence[str] | None = None,
     remote_cache_dir: str | Path | None = None,
     remote_cache_mb: int = REMOTE_CACHE_MB,
 ) -> VideoStream:
@@ -195,10 +195,11 @@ def open_videos(
     fps: frames per second to which videos are resampled first; None: frames as they are stored.
     batch_size: clips in a batch, over all ranks.
     size_px: side of the square frames; None: frames keep their size, which all videos must share.
-    channels: 1 for luma, 3 for RGB.
+    channels: 1 for luma, 3 for RGB, of each camera.
     shuffle: False: clips come in the same order in each epoch.
     rank, world_size: of a distributed job. A rank gets its batch_size / world_size clips of every batch.
-    camera: of a LeRobot data set; None: the first by name.
+    camera: of a LeRobot data set; None: the first by name. Several names: the frames of all of them, with C channels
+        for each camera, in this order.
     remote_cache_dir, remote_cache_mb: the folder for shards from a URL, and its size limit in MiB; None: in the user's
         cache.
 

@@ -24,7 +24,7 @@ from data_pipelines.processes import POLL_S, Parent, Patience, is_stopped, worke
 
 log = one_line_logger(__name__)
 
-Place = tuple[int, int]  # a video's position in the index, and a frame
+Place = tuple[int, int]  # a video's number in the index (VideoIndex.all_videos), and a frame
 
 OPENING = -1  # instead of a frame
 NO_VIDEO = -1
@@ -51,8 +51,8 @@ class Part(NamedTuple):
 class Progress:
     """The current task of a worker, in memory that the main process watches.
 
-    The memory holds the position of the video in the index or NO_VIDEO, the frame or OPENING, the number of the task,
-    and the seconds that the task may take in addition to decode_timeout_s.
+    The memory holds the number of the video in the index or NO_VIDEO, the frame or OPENING, the number of the task, and
+    the seconds that the task may take in addition to decode_timeout_s.
     """
 
     BLANK = (NO_VIDEO, OPENING, 0, OTHER_WORK_S)
@@ -61,11 +61,12 @@ class Progress:
         self._shared: Numbers = list(self.BLANK) if shared is None else shared
 
     def decode(self, video: int, extra_s: float = 0.0) -> None:
-        """Begin to decode a clip of the video at this position in the index."""
+        """Begin to decode a clip of the video with this number in the index."""
         self._begin(video, extra_s)
 
-    def at_frame(self, frame: int) -> None:
-        """Begin to decode a frame of the same clip."""
+    def at_frame(self, video: int, frame: int) -> None:
+        """Begin to decode a frame of the same clip, in one of its cameras."""
+        self._shared[0] = video
         self._shared[1] = frame
 
     def work(self, extra_s: float = OTHER_WORK_S) -> None:
@@ -94,7 +95,7 @@ class Progress:
 class Faults:
     """The videos that one worker cannot use.
 
-    found: the reason, as a predicate, by the position of the video in the index.
+    found: the reason, as a predicate, by the number of the video in the index.
     judged: by path, for files whose size or time stamp differs from the index: both, and the change or "".
     fatal: (video, frame) pairs at which an earlier worker hung or crashed.
     """
@@ -131,13 +132,14 @@ class Failures:
             if video in self._failed:
                 continue
             self._failed.add(video)
-            path = self._index.videos[video].path
+            path, num_rows = self._index.video(video).path, len(self._index.videos)
             if path not in self._named:
                 self._named.add(path)
                 log.warning("video '%s' %s: its clips are left out", path, reason)
-            if len(self._failed) > self._max_bad_fraction * len(self._index.videos):
+            num_failed = len({number % num_rows for number in self._failed})
+            if num_failed > self._max_bad_fraction * num_rows:
                 raise UserError(
-                    f"{len(self._failed)} of {len(self._index.videos)} videos do not decode or have changed, more than "
+                    f"{num_failed} of {num_rows} videos do not decode or have changed, more than "
                     f"max_bad_fraction={self._max_bad_fraction:g} allows; the last is '{path}', which {reason}"
                 )
 

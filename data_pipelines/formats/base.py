@@ -14,7 +14,8 @@ from data_pipelines.remote.stores import Store
 class LoadOptions:
     """Options of load_videos. A format reads those that concern it.
 
-    camera: which camera's videos to take, for formats with several; None: the first by name.
+    camera: the camera whose videos to take, for formats with several; None: the first by name. Several names: the
+        videos of these cameras together, in this order (VideoIndex.views).
     siblings: folders of the other splits: classes are numbered over all of them.
     max_bad_fraction: a larger fraction of unreadable files is an error; a smaller one is named in a warning.
     max_frame_px: files with larger frames are bad files.
@@ -25,7 +26,7 @@ class LoadOptions:
     progress: show progress bars.
     """
 
-    camera: str | None = None
+    camera: str | Sequence[str] | None = None
     siblings: Sequence[Path] = ()
     max_bad_fraction: float = 0.1
     max_frame_px: int = MAX_FRAME_PX
@@ -35,12 +36,23 @@ class LoadOptions:
     store: Store | None = None
     progress: bool = True
 
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """The named cameras; none: the first by name."""
+        return named_cameras(self.camera)
+
+
+def named_cameras(camera: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the names in an option that is one name, several, or None: no name."""
+    return () if camera is None else (camera,) if isinstance(camera, str) else tuple(camera)
+
 
 class Format(Protocol):
     """A format of data sets.
 
     name: a noun phrase with its article, such as "a LeRobot data set".
-    has_cameras: whether a data set may hold the same episodes as seen by several cameras, chosen by options.camera.
+    has_cameras: whether a data set may hold the same episodes as seen by several cameras, chosen by options.camera. A
+        format that cannot take several together raises UserError for several names.
     """
 
     @property

@@ -254,14 +254,14 @@ def test_mistakes_are_one_line(own: Path, tmp_path: Path, write_video: Any) -> N
     write_video(tmp_path / "plain" / "a.mp4")
     with pytest.raises(UserError, match=r"camera='top': .*plain' is a folder of video files, which has no cameras"):
         _index(tmp_path / "plain", camera="top")
-    _edit_info(own, codebase_version="v2.1")
-    with pytest.raises(UserError, match=r"is of version 'v2.1', and only v3.0 is read: convert it with"):
+    _edit_info(own, codebase_version="v1.6")
+    with pytest.raises(UserError, match=r"is of version 'v1.6', and only v2 and v3 are read: convert it by LeRobot's"):
         _index(own)
     _edit_info(own, fps=0)
     with pytest.raises(UserError, match=r"has fps=0: it must be a positive number"):
         _index(own)
     _edit_info(own, features={"action": {"dtype": "float32"}})
-    with pytest.raises(UserError, match="has no videos: none of its features is of dtype video"):
+    with pytest.raises(UserError, match="has no camera: none of its features is of dtype video"):
         _index(own)
     (own / "meta" / "info.json").write_text("[]")
     with pytest.raises(UserError, match=r"info.json' is not the info.json of a LeRobot data set"):
