@@ -7,7 +7,16 @@ from typing import Any
 
 from data_pipelines.errors import UserError
 from worldmodel import parts
-from worldmodel.config import Config, External, GaussianConfig, OracleConfig, SparseConfig, VideosConfig
+from worldmodel.config import (
+    Config,
+    External,
+    GaussianConfig,
+    OracleConfig,
+    SparseConfig,
+    VideosConfig,
+    frame_channels,
+    num_cameras,
+)
 from worldmodel.data import ClipLayout
 from worldmodel.nets.distance import Distance, NoDistance, TemporalDistance
 from worldmodel.nets.editors import Editor
@@ -104,7 +113,7 @@ def build_training_model(config: Config) -> TrainingModel:
 
 def _embedder(config: Config, *, learned_scale: bool) -> Embedder:
     model, data = config.model, config.data
-    shape = {"channels": data.channels, "num_frames": data.num_frames, "size_px": data.size_px}
+    shape = {"channels": frame_channels(data), "num_frames": data.num_frames, "size_px": data.size_px}
     encoder = parts.build_module("model.encoder.name", model.encoder, Encoder, **shape)
     hidden = [model.hidden_dim] * model.projector_layers
     return Embedder(encoder, hidden, model.embedding_dim, model.embedding_norm, learned_scale=learned_scale)
@@ -129,4 +138,5 @@ def clip_layout(config: Config) -> ClipLayout:
         r_dim=oracle.dim if oracle else 0,
         action_label=data.action_label if isinstance(data, VideosConfig) else None,
         action_dim=config.model.action_dim,
+        num_cameras=num_cameras(data),
     )

@@ -17,6 +17,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
 from data_pipelines.splits import Split
 from data_pipelines.transforms import on_device, split_segments, to_float
+from worldmodel.config import DataConfig, num_cameras
 from worldmodel.runs.checkpoint import VideosChangedError
 from worldmodel.runs.folder import RunFolder
 from worldmodel.sources.source import Source
@@ -40,6 +41,7 @@ class ClipLayout:
         r_dim: size of this label.
         action_label: per-frame label with the actions; None for a source that has none.
         action_dim: size of the actions that the model is conditioned on; 0 for a passive model.
+        num_cameras: cameras whose frames are the channels of a frame, one after the other.
     """
 
     num_segments: int
@@ -49,6 +51,7 @@ class ClipLayout:
     r_dim: int = 0
     action_label: str | None = None
     action_dim: int = 0
+    num_cameras: int = 1
 
     def segments_for(self, steps: int) -> int:
         """Return the number of segments in a clip for `steps` steps of prediction."""
@@ -147,6 +150,19 @@ def actions_of(batch: Batch, layout: ClipLayout, steps: int, device: torch.devic
 
 
 # ------------------------------------------------------------------------------------------------- checks of a run
+
+
+def check_one_camera(data: DataConfig, video: str | Path) -> None:
+    """Check that a video file can show the frames of a run.
+
+    Raises:
+        UserError: the run sees several cameras.
+    """
+    if (count := num_cameras(data)) > 1:
+        raise UserError(
+            f"video '{video}' shows one camera, and the run sees {count} (data.camera): give clips with the channels "
+            "of all of them, in Python"
+        )
 
 
 def check_contents(source: Source, labels: Collection[str], run: Path) -> None:

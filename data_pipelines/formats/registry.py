@@ -40,6 +40,7 @@ def load_videos(root: str | Path, *, format: Format | None = None, **options: An
     package that the format needs is not installed; the data set has no such camera, or none at all.
     """
     chosen, loading = format or detect_format(str(root)), LoadOptions(**options)
-    if loading.camera is not None and not chosen.has_cameras:
-        raise UserError(f"camera={loading.camera!r}: '{root}' is {chosen.name}, which has no cameras: leave camera out")
+    if loading.cameras and not chosen.has_cameras:
+        named = ", ".join(map(repr, loading.cameras))
+        raise UserError(f"camera={named}: '{root}' is {chosen.name}, which has no cameras: leave camera out")
     return chosen.load(str(root), loading)

@@ -1,4 +1,4 @@
-"""A contact sheet: frames of some videos of a data set, one row per video."""
+"""A contact sheet: frames of some videos of a data set, one row per video. Several cameras are side by side."""
 
 import io
 from collections.abc import Sequence
@@ -28,7 +28,8 @@ def write_sheet(out: Path, indexes: Sequence[VideoIndex]) -> Path:
         raise UserError(f"--sheet {out}: there is no video to show")
     chosen = [rows[number] for number in spread(len(rows), MAX_VIDEOS)]
     height = FRAME_PX + TEXT_PX + GAP_PX
-    sheet = Image.new("RGB", (NUM_FRAMES * (FRAME_PX + GAP_PX), len(chosen) * height), "white")
+    width = max(index.num_cameras for index, _ in chosen) * FRAME_PX + GAP_PX
+    sheet = Image.new("RGB", (NUM_FRAMES * width, len(chosen) * height), "white")
     draw = ImageDraw.Draw(sheet)
     for line, (index, row) in enumerate(chosen):
         video, (start, stop) = index.videos[row], index.frame_ranges[row]
@@ -42,7 +43,7 @@ def write_sheet(out: Path, indexes: Sequence[VideoIndex]) -> Path:
         name = f"{video.path}  frames {start} to {stop - 1}"
         draw.text((0, top), name.encode("ascii", "backslashreplace").decode(), fill="black")
         for column, frame in enumerate(frames):
-            sheet.paste(Image.fromarray(frame), (column * (FRAME_PX + GAP_PX), top + TEXT_PX))
+            sheet.paste(Image.fromarray(frame), (column * width, top + TEXT_PX))
     content = io.BytesIO()
     sheet.save(content, "PNG")
     try:
@@ -53,15 +54,18 @@ def write_sheet(out: Path, indexes: Sequence[VideoIndex]) -> Path:
 
 
 def read(index: VideoIndex, row: int, numbers: Sequence[int]) -> list[np.ndarray]:
-    """Decode frames of one row of an index: uint8 [FRAME_PX, FRAME_PX, 3] each. Raises DecodeError."""
-    video = index.videos[row]
-    reader = open_video(
-        video_url(index.root, video), video, channels=3, size_px=FRAME_PX, decoder=resolve_decoder("auto")
-    )
-    try:
-        return [np.ascontiguousarray(np.moveaxis(np.asarray(reader.read(number)), 0, -1)) for number in numbers]
-    finally:
-        reader.close()
+    """Decode frames of one row of an index: uint8 [FRAME_PX, cameras * FRAME_PX, 3] each. Raises DecodeError."""
+    of_cameras = []
+    for number, shift in index.cameras_of(row):
+        video = index.video(number)
+        reader = open_video(
+            video_url(index.root, video), video, channels=3, size_px=FRAME_PX, decoder=resolve_decoder("auto")
+        )
+        try:
+            of_cameras.append([np.moveaxis(np.asarray(reader.read(frame + shift)), 0, -1) for frame in numbers])
+        finally:
+            reader.close()
+    return [np.concatenate(frames, axis=1) for frames in zip(*of_cameras, strict=True)]
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -1,9 +1,9 @@
 """Convert a data set of another program into a folder of videos with labels, or into shards.
 
 SOURCE is a folder of image folders, of GIF or WebP files, HDF5 or .npz files with frames and bounds of episodes (also
-those of stable-worldmodel, robomimic and D4RL), a Lance table, or a LeRobot data set of version 2. Actions, states and
-rewards become labels of the frames. Every video is decoded and compared with its source. The same command continues an
-interrupted conversion.
+those of stable-worldmodel, robomimic and D4RL), a Lance table, or a LeRobot data set of version 2, of which one camera
+is converted. Actions, states and rewards become labels of the frames. Every video is decoded and compared with its
+source. The same command continues an interrupted conversion.
 
 examples:
   worldmodel convert pusht.h5 data/pusht
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="SOURCE", help="a file or folder")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
     keys = parser.add_argument_group("keys", "names of arrays, for those that are not found by their usual names")
-    keys.add_argument("--frames", metavar="KEY", help="the frames, or the camera")
+    keys.add_argument("--frames", metavar="KEY", help="the frames, or the one camera of LeRobot")
     keys.add_argument("--actions", metavar="KEY", help="the label 'action'")
     keys.add_argument("--states", metavar="KEY", help="the label 'state'")
     keys.add_argument("--rewards", metavar="KEY", help="the label 'reward'")

@@ -36,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sheet", type=Path, metavar="FILE", help="write a contact sheet of some videos into this PNG file"
     )
+    parser.add_argument(
+        "--camera",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="cameras of a LeRobot data set, compared with each other (default: the first by name)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -49,11 +56,15 @@ def run(args: argparse.Namespace) -> None:
         if runs:
             if args.sheet:
                 raise UserError(f"--sheet: {args.path} holds no videos: it is a run, or a folder of runs")
+            if args.camera:
+                raise UserError(f"--camera: {args.path} has no cameras: it is a run, or a folder of runs")
             print(describe_run(args.path) if runs == [args.path] else describe_runs(args.path, runs))
             return
         if args.sheet:
             check_out_file(args.sheet, ".png", "--sheet")
-        with opened(args.path) as splits:
+        if args.camera and not args.path.is_dir():
+            raise UserError(f"--camera: {args.path} has no cameras: it is a file")
+        with opened(args.path, args.camera) as splits:
             for name, index in splits.items():
                 print(describe_videos(name, index))
                 if args.path.is_dir() and (stored := index_file(index.root)):
@@ -67,8 +78,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[dict[str, VideoIndex]]:
+def opened(path: Path, cameras: Sequence[str] = ()) -> Iterator[dict[str, VideoIndex]]:
     """Index a data set, and yield the index of each split by its heading. The files can be read inside the block.
+
+    cameras: those to take, for data sets with cameras; none: the first by name.
 
     Raises:
         UserError: the data set cannot be used.
@@ -87,7 +100,7 @@ def opened(path: Path) -> Iterator[dict[str, VideoIndex]]:
             places.setdefault(folder, []).append(split)
         yield {
             ", ".join(filter(None, (" and ".join(names), folder))): load_videos(
-                folder, siblings=siblings if len(folders) > 1 else (), max_bad_fraction=1.0
+                folder, camera=cameras, siblings=siblings if len(folders) > 1 else (), max_bad_fraction=1.0
             )
             for folder, names in places.items()
         }
@@ -111,7 +124,7 @@ def index_file(folder: Path) -> Path | None:
 
 def describe_videos(name: str, index: VideoIndex) -> str:
     """Describe the videos, labels and bad files of an index, below a heading."""
-    files = {(video.shard, video.path): video for video in index.videos}.values()
+    files = {(video.shard, video.path): video for video in index.all_videos}.values()
     starts_stops = index.frame_ranges
     lengths = [stop - start for start, stop in starts_stops]
     size_mb = sum(video.size_bytes for video in files) / 2**20
@@ -119,6 +132,8 @@ def describe_videos(name: str, index: VideoIndex) -> str:
     lines = [name, f"  files     {len(files):,}, {size_mb:,.2f} MiB, {hours:,.2f} hours, {sum(lengths):,} frames"]
     if index.episodes is not None:
         lines.append(f"  episodes  {len(index.episodes):,}")
+    if index.num_cameras > 1:
+        lines.append(f"  cameras   {index.num_cameras}, side by side in the channels of a frame")
     if shards := {video.shard for video in files if video.shard}:
         lines.append(f"  shards    {len(shards):,}")
     if lengths:

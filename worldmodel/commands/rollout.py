@@ -82,8 +82,10 @@ def read_context(trained: TrainedRun, video: Path, start_frame: int) -> Tensor:
     from data_pipelines.decoders import read_frames
     from data_pipelines.transforms import to_float
     from worldmodel.config import VideosConfig
+    from worldmodel.data import check_one_camera
 
     data = trained.config.data
+    check_one_camera(data, video)
     fps, decoder = (data.fps, data.decoder) if isinstance(data, VideosConfig) else (None, "auto")
     span = (data.num_frames - 1) * data.frame_stride + 1
     frames = read_frames(

@@ -11,6 +11,8 @@ from worldmodel.config.data import (
     ExternalData,
     MovingMnistConfig,
     VideosConfig,
+    frame_channels,
+    num_cameras,
 )
 from worldmodel.config.model import (
     Conv3dConfig,
@@ -125,7 +127,9 @@ __all__ = [
     "choices",
     "dump",
     "flatten",
+    "frame_channels",
     "load_config",
+    "num_cameras",
     "outside_names",
     "read_tree",
     "read_with_bases",

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from data_pipelines.text_files import shown
-from worldmodel.config.data import VideosConfig
+from worldmodel.config.data import VideosConfig, frame_channels, num_cameras
 from worldmodel.config.model import (
     External,
     NoLatentConfig,
@@ -40,6 +40,11 @@ def cautions(config: Config) -> Iterator[str]:
 
 def _of_data(config: Config) -> Iterator[str]:
     data, accumulation = config.data, config.train.grad_accumulation
+    if isinstance(data, VideosConfig):
+        if isinstance(data.camera, tuple) and not (data.camera and all(data.camera)):
+            yield "data.camera is empty, or has an empty name: give it the names of cameras, or null"
+        if twice := [name for name in data.cameras if data.cameras.count(name) > 1]:
+            yield f"data.camera={shown(list(data.cameras))} has {shown(twice[0])} twice: name each camera once"
     if isinstance(data, VideosConfig) and data.batch_size % data.num_lanes:
         yield f"data.batch_size={data.batch_size} must be a multiple of data.num_lanes={data.num_lanes}"
     if data.batch_size < 2 * accumulation:
@@ -85,6 +90,9 @@ def _of_encoder(config: Config) -> Iterator[str]:
     if isinstance(encoder, VitConfig) and data.size_px % encoder.patch_px:
         yield f"{name}: data.size_px={data.size_px} must be a multiple of model.encoder.patch_px={encoder.patch_px}"
     if isinstance(encoder, PretrainedConfig):
+        if num_cameras(data) > 1 or frame_channels(data) not in (1, 3):
+            cameras = f"{num_cameras(data)} cameras of " if num_cameras(data) > 1 else ""
+            yield f"{name} takes frames of 1 or 3 channels, not {cameras}{data.channels}: choose another encoder"
         if not encoder.path:
             yield f"{name} needs model.encoder.path: a folder of safetensors, or a model's name on the Hugging Face hub"
         if encoder.checkpoint_activations and encoder.freeze:

@@ -89,6 +89,7 @@ class RootConfig:
 
 
 Roots = Annotated[Text | tuple[RootConfig, ...], TextOrList()]
+Cameras = Annotated[Text | Annotated[tuple[Text, ...], Field(max_length=64)] | None, TextOrList()]
 
 
 @dataclass(frozen=True, config=KEYS)
@@ -112,8 +113,9 @@ class VideosConfig:
     are a list with weights: `[{path: a, weight: 2}, {path: b}]`."""
     format: OutsideName | None = None
     """`package.module:Class`, a format of data sets in the user's own code. null: the format is detected."""
-    camera: Text | None = None
-    """Camera of a LeRobot data set whose videos are read. null: the first by name."""
+    camera: Cameras = None
+    """Camera of a LeRobot data set whose videos are read. null: the first by name. A list, such as `[front, wrist]`: the
+    frames of several cameras at the same time, as the channels of one frame, camera after camera in this order."""
     remote_cache_dir: Text | None = None
     """Folder in which shards from a URL are stored. null: in the user's cache."""
     remote_cache_mb: Count = 16_384
@@ -121,7 +123,7 @@ class VideosConfig:
     size_px: ImageSize = 64
     """Side of the square frames, pixels: the short side is resized to it, the centre is cropped."""
     channels: Literal[1, 3] = 3
-    """1 is luma, 3 is RGB."""
+    """1 is luma, 3 is RGB, of each camera: a frame of n cameras has n times as many."""
     num_segments: Literal[2, 3] = 3
     """Segments per prediction step: context and target (2), plus a later one (3). Each further rollout step needs one
     more."""
@@ -168,6 +170,11 @@ class VideosConfig:
     def base(self) -> str:
         """The folder or URL that all videos are in: the root, or what the paths of several roots have in common."""
         return self.root if isinstance(self.root, str) else os.path.commonpath(map(os.path.abspath, self.paths))
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """The named cameras; none: the first by name, or videos without cameras."""
+        return () if self.camera is None else (self.camera,) if isinstance(self.camera, str) else self.camera
 
     @property
     def place(self) -> str:
@@ -258,3 +265,13 @@ class ExternalData:
 
 
 DataConfig = VideosConfig | MovingMnistConfig | CausalConfig | ExternalData
+
+
+def num_cameras(data: DataConfig) -> int:
+    """Return the number of cameras whose frames are the channels of a frame, one after the other."""
+    return max(1, len(data.cameras)) if isinstance(data, VideosConfig) else 1
+
+
+def frame_channels(data: DataConfig) -> int:
+    """Return the number of channels of a frame, over all cameras."""
+    return data.channels * num_cameras(data)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from types import NoneType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from pydantic import BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
@@ -84,14 +85,19 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class TextOrList:
-    """Marks a key that is a text or a list: `Annotated[Text | tuple[Item, ...], TextOrList()]`."""
+    """Marks a key that is a text or a list: `Annotated[Text | tuple[Item, ...], TextOrList()]`.
+
+    With a third option it may be null: `Annotated[Text | tuple[Item, ...] | None, TextOrList()]`.
+    """
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        text, items = map(handler.generate_schema, get_args(source))
+        options = get_args(source)
+        text, items = map(handler.generate_schema, options[:2])
         schemas: dict[Any, CoreSchema] = {"text": text, "list": items}
-        return core_schema.tagged_union_schema(
+        schema: CoreSchema = core_schema.tagged_union_schema(
             schemas, lambda value: "list" if isinstance(value, list | tuple) else "text"
         )
+        return core_schema.nullable_schema(schema) if NoneType in options else schema
 
 
 def list_of(kind: Any) -> Any:

@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Le
 from pydantic.fields import FieldInfo
 
 from data_pipelines.errors import UserError, did_you_mean
-from data_pipelines.text_files import shown
+from data_pipelines.text_files import is_optional, shown
 from worldmodel.config.kinds import OUTSIDE, choice_of, dotted_keys, keys_of, list_of, members_of
 from worldmodel.config.sections import Config
 
@@ -145,7 +145,8 @@ def _default(field: Any, hint: Any) -> str:
 def _type(hint: Any) -> str:
     """Return a type and its range in words."""
     if list_of(hint) is not None:
-        return f"text, or {_type(list_of(hint))}"
+        options = ["text", _type(list_of(hint)), *(["null"] if is_optional(hint) else [])]
+        return f"{', '.join(options[:-1])}, or {options[-1]}"
     if dataclasses.is_dataclass(hint):
         kinds = get_type_hints(hint, include_extras=True)
         return ", ".join(f"`{name}`: {_type(kind)}" for name, kind in kinds.items())

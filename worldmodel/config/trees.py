@@ -1,5 +1,6 @@
 """Configurations as nested dicts, before they are validated: short forms, bases, overrides."""
 
+import dataclasses
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, get_type_hints
@@ -7,7 +8,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from data_pipelines.errors import UserError
-from data_pipelines.text_files import is_optional, is_text, kind_of_key, parse_yaml, shown
+from data_pipelines.text_files import is_optional, is_text, kind_of_items, kind_of_key, parse_yaml, shown
 from worldmodel.config.kinds import as_key, choice_of, keys_of, list_of, members_of
 from worldmodel.config.old import MOVED
 from worldmodel.config.sections import Config
@@ -55,9 +56,10 @@ def renamed(tree: Mapping[str, Any], name: Any, kind: Any) -> dict[str, Any]:
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one key of nested dicts from "a.b=value".
 
-    The value of a key that holds text is that text, whatever it would be in YAML; where it may also be a list, a list
-    of keys and values is that list. For a key that may be null, `null` and the empty text are null. Any other value is
-    YAML. A choice takes its name: "model.encoder=resnet" keeps the keys that resnet has, and drops the others.
+    The value of a key that holds text is that text, whatever it would be in YAML. Where it may also be a list, a list
+    of valid items, which are texts or keys with values, is that list. For a key that may be null, `null` and the empty
+    text are null. Any other value is YAML. A choice takes its name: "model.encoder=resnet" keeps the keys that resnet
+    has, and drops the others.
 
     Raises:
         UserError: the override has another form, the key has moved, or the value is not valid YAML.
@@ -90,7 +92,8 @@ def _override_value(override: str, text: str, kind: Any) -> Any:
     if list_of(kind) is not None and text.startswith("["):
         with suppress(yaml.YAMLError):
             value = parse_yaml(text, kind)
-            if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            item = dict if dataclasses.is_dataclass(kind_of_items(kind)) else str
+            if isinstance(value, list) and value and all(isinstance(part, item) for part in value):
                 return value
     if is_text(kind):
         return None if is_optional(kind) and text in ("", "null") else text

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.files import check_regular, remove, write_bytes
-from worldmodel.config import Config, EvaluationConfig
+from worldmodel.config import Config, EvaluationConfig, frame_channels
 from worldmodel.evaluation.embed import Networks, embed_split, frozen
 from worldmodel.evaluation.futures import num_futures, roll_out
+from worldmodel.evaluation.illustrations import side_by_side
 from worldmodel.evaluation.records import Axes, save_records
 from worldmodel.nets.decoder import Decoder
 from worldmodel.runs.folder import RunFolder
@@ -37,6 +38,8 @@ MAX_DECODER_BYTES = 2**30
 @dataclass(frozen=True)
 class DecodedFutures:
     """Q held-out clips, their real futures and sampled futures as pictures, uint8 with P pixels a side.
+
+    The frames of several cameras are side by side: pictures are then [C, P, cameras * P].
 
     context [Q, T, C, P, P], which the model saw; real [Q, L, C, P, P], the frames that followed; decoded_real
     [Q, L, C, P, P], the same after encoder and decoder; samples [Q, at most 6, L, C, P, P]; mean and spread
@@ -83,13 +86,12 @@ def decode_futures(networks: Networks, decoder: Decoder, step: int, sizes: Evalu
         pictures["samples"].append(samples[:NUM_SAMPLES_SHOWN])
         pictures["mean"].append(samples.mean(dim=0))
         pictures["spread"].append(samples.std(dim=0, correction=0))
+    shown = {"context": context, "real": real[:, kept], **{name: torch.stack(each) for name, each in pictures.items()}}
     return DecodedFutures(
         step=step,
         num_samples=futures.shape[1],
         frame_numbers=kept.numpy() + 1,
-        context=as_bytes(context).numpy(),
-        real=as_bytes(real[:, kept]).numpy(),
-        **{name: as_bytes(torch.stack(parts)).numpy() for name, parts in pictures.items()},
+        **{name: side_by_side(as_bytes(frames), networks.layout.num_cameras) for name, frames in shown.items()},
     )
 
 
@@ -172,7 +174,7 @@ def load_decoder(run: str | Path, config: Config, step: int, device: str | torch
             f"{step}: run `worldmodel decode --run {run}`"
         )
     path, data = RunFolder(run).decoder, config.data
-    decoder = Decoder(config.model.embedding_dim, data.num_frames, data.channels, data.size_px)
+    decoder = Decoder(config.model.embedding_dim, data.num_frames, frame_channels(data), data.size_px)
     try:
         check_regular(path)
         if path.stat().st_size > MAX_DECODER_BYTES:

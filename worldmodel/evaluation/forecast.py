@@ -40,7 +40,7 @@ from worldmodel.evaluation.futures import (
     roll_out,
     roll_out_share,
 )
-from worldmodel.evaluation.illustrations import Illustrations, Latents
+from worldmodel.evaluation.illustrations import Illustrations, Latents, side_by_side
 from worldmodel.evaluation.intervals import add_skill, interval_facts, resample
 from worldmodel.evaluation.probes import probe_clips
 from worldmodel.evaluation.quantity import (
@@ -164,10 +164,10 @@ def evaluate_forecasts(networks: Networks, config: EvaluationConfig) -> Evaluati
         )
     neighbours, steps = nearest_segments(clips.selection, found.shown, layout.num_frames)
     illustrations = Illustrations(
-        frames=queries.frames.numpy(),
+        frames=side_by_side(queries.frames, layout.num_cameras),
         num_frames=layout.num_frames,
         fans=scored.fans(found.values["model"], len(queries.frames)) if scored else None,
-        neighbours=neighbours.numpy(),
+        neighbours=side_by_side(neighbours, layout.num_cameras),
         neighbour_steps=steps,
         latents=latents_to_draw(law, queries),
         timeline=None,

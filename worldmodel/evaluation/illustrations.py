@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
+from einops import rearrange
+from torch import Tensor
 
 from worldmodel.evaluation.records import Axes
 from worldmodel.evaluation.surprise import Timeline
@@ -47,7 +49,7 @@ class Illustrations:
 
     frames uint8 [Q, (1 + horizon) * T, C, H, W], C 1 or 3: the context segment and those that followed; T is
     num_frames. neighbours uint8 [Q, L, P, T, C, H, W]: the real segments nearest to P sampled futures, at each of the
-    horizon steps `neighbour_steps`, counted from 1.
+    horizon steps `neighbour_steps`, counted from 1. The frames of several cameras are side by side, W = cameras * H.
     """
 
     frames: Annotated[np.ndarray, Axes("u", "query* frame channel height width")]
@@ -66,6 +68,11 @@ class Illustrations:
         fits = self.neighbours.shape[1] == len(steps) and self.neighbours.shape[3] == self.num_frames
         if not fits or not all(1 <= step <= num_steps for step in steps):
             raise ValueError(f"neighbours of shape {self.neighbours.shape} at the steps {steps} of {num_steps}")
+
+
+def side_by_side(frames: Tensor, num_cameras: int) -> np.ndarray:
+    """Return frames [..., num_cameras * C, H, W] as pictures [..., C, H, num_cameras * W], one beside the other."""
+    return rearrange(frames, "... (n c) h w -> ... c h (n w)", n=num_cameras).numpy()
 
 
 NO_ILLUSTRATIONS = Illustrations(

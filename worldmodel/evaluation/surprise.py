@@ -43,6 +43,7 @@ from data_pipelines.decoders import Frame, read_facts, read_frames
 from data_pipelines.errors import UserError
 from data_pipelines.transforms import to_float
 from worldmodel.config import DataConfig, VideosConfig
+from worldmodel.data import check_one_camera
 from worldmodel.evaluation.embed import Networks, embed_batches
 from worldmodel.evaluation.records import Axes
 from worldmodel.nets.distributions import kl_divergence
@@ -126,13 +127,14 @@ def video_surprise(
     step_frames counts frames after resampling with data.fps. Memory grows by 2 D numbers per segment.
 
     Raises:
-        UserError: the model cannot score videos (`why_unsupported`); the video is missing, unreadable, or too short for
-            one transition.
+        UserError: the model cannot score videos (`why_unsupported`), or sees several cameras; the video is missing,
+            unreadable, or too short for one transition.
     """
     layout, options = networks.layout, options or SurpriseOptions()
     check_model(networks.model)
     if networks.source.content != "frames":
         raise UserError(f"surprise of a video file needs a run on videos: this one has data.source={data.source}")
+    check_one_camera(data, path)
     fps, decoder = (data.fps, data.decoder) if isinstance(data, VideosConfig) else (None, "auto")
     video = read_facts(path)
     on_screen = frames_on_screen(video, fps)

@@ -1,6 +1,8 @@
 """Decoded futures as pictures: an animation of a clip with its sampled futures, and the same frames side by side.
 
-Legend: L frames of the future, N frames, C channels, P pixels of a side.
+The frames of several cameras are side by side, so a frame may be wider than high.
+
+Legend: L frames of the future, N frames, C channels, P pixels of a side, W = cameras * P pixels of the width.
 """
 
 from __future__ import annotations
@@ -91,20 +93,21 @@ def _names(futures: DecodedFutures) -> list[str]:
     return [f"sample {number + 1}" for number in range(futures.samples.shape[1])]
 
 
-def _moving_size(num_samples: int) -> tuple[int, int]:
+def _moving_size(num_samples: int, cameras: int) -> tuple[int, int]:
     """Return the width and the height of an animation: a row of three panels, and samples in rows of three."""
     rows = 1 + -(-num_samples // 3)
-    return 3 * (MOVING_TILE_PX + GAP_PX) - GAP_PX, rows * (MOVING_TILE_PX + LABEL_PX)
+    return 3 * (cameras * MOVING_TILE_PX + GAP_PX) - GAP_PX, rows * (MOVING_TILE_PX + LABEL_PX)
 
 
 def _panels(frames: Sequence[np.ndarray], names: Sequence[str]) -> PillowImage:
-    """Draw frames uint8 [C, P, P] in rows of three, each below its name."""
+    """Draw frames uint8 [C, P, W] in rows of three, each below its name."""
     from PIL import Image, ImageDraw
 
-    whole = Image.new("RGB", _moving_size(len(frames) - 3), BACKGROUND)
+    cameras = _cameras_in(frames[0])
+    whole = Image.new("RGB", _moving_size(len(frames) - 3, cameras), BACKGROUND)
     draw = ImageDraw.Draw(whole)
     for place, (frame, name) in enumerate(zip(frames, names, strict=True)):
-        left, top = place % 3 * (MOVING_TILE_PX + GAP_PX), place // 3 * (MOVING_TILE_PX + LABEL_PX)
+        left, top = place % 3 * (cameras * MOVING_TILE_PX + GAP_PX), place // 3 * (MOVING_TILE_PX + LABEL_PX)
         draw.text((left + 2, top + 1), name, INK, _font())
         whole.paste(_tile(frame, MOVING_TILE_PX), (left, top + LABEL_PX))
     return whole
@@ -135,24 +138,24 @@ def still_image(futures: DecodedFutures, clip: int) -> PillowImage:
     columns = [int(i) for i in spread_over(len(futures.frame_numbers), MAX_COLUMNS)]
     whole = Image.new("RGB", _still_size(futures), BACKGROUND)
     draw, tile_px = ImageDraw.Draw(whole), _still_tile_px(futures)
-    step = tile_px + GAP_PX
-    begin = STUB_PX + len(seen) * step + 2 * GAP_PX
+    across, down = _steps(futures)
+    begin = STUB_PX + len(seen) * across + 2 * GAP_PX
     draw.text((STUB_PX, 1), "seen", INK, _font())
     for place, i in enumerate(columns):
-        draw.text((begin + place * step, 1), f"+{futures.frame_numbers[i]}", INK, _font())
+        draw.text((begin + place * across, 1), f"+{futures.frame_numbers[i]}", INK, _font())
     for row, (name, frames) in enumerate(_rows(futures, clip)):
-        top = LABEL_PX + row * step
+        top = LABEL_PX + row * down
         draw.text((2, top + tile_px // 2 - FONT_PX), name, INK, _font())
         if row == 0:
             for place, i in enumerate(seen):
-                whole.paste(_tile(futures.context[clip, i], tile_px), (STUB_PX + place * step, top))
+                whole.paste(_tile(futures.context[clip, i], tile_px), (STUB_PX + place * across, top))
         for place, i in enumerate(columns):
-            whole.paste(_tile(frames[i], tile_px), (begin + place * step, top))
+            whole.paste(_tile(frames[i], tile_px), (begin + place * across, top))
     return whole
 
 
 def _rows(futures: DecodedFutures, clip: int) -> list[tuple[str, np.ndarray]]:
-    """Return the name and the frames uint8 [L, C, P, P] of each row."""
+    """Return the name and the frames uint8 [L, C, P, W] of each row."""
     return [
         ("what came", futures.real[clip]),
         ("... decoded", futures.decoded_real[clip]),
@@ -163,13 +166,25 @@ def _rows(futures: DecodedFutures, clip: int) -> list[tuple[str, np.ndarray]]:
 
 
 def _still_size(futures: DecodedFutures) -> tuple[int, int]:
-    step, num_rows = _still_tile_px(futures) + GAP_PX, 4 + futures.samples.shape[1]
-    return STUB_PX + _num_columns(futures) * step + 2 * GAP_PX, LABEL_PX + num_rows * step
+    (across, down), num_rows = _steps(futures), 4 + futures.samples.shape[1]
+    return STUB_PX + _num_columns(futures) * across + 2 * GAP_PX, LABEL_PX + num_rows * down
+
+
+def _steps(futures: DecodedFutures) -> tuple[int, int]:
+    """Return the pixels from a tile of a still to the next, across and down."""
+    tile_px = _still_tile_px(futures)
+    return _cameras_in(futures.context) * tile_px + GAP_PX, tile_px + GAP_PX
+
+
+def _cameras_in(frames: np.ndarray) -> int:
+    """Return the number of cameras that are side by side in frames [..., P, W]."""
+    return frames.shape[-1] // frames.shape[-2]
 
 
 def _still_tile_px(futures: DecodedFutures) -> int:
     least, most = STILL_TILES_PX
-    return min(most, max(least, STILL_WIDTH_PX // _num_columns(futures) - GAP_PX))
+    across_px = STILL_WIDTH_PX // _num_columns(futures) - GAP_PX
+    return min(most, max(least, across_px // _cameras_in(futures.context)))
 
 
 def _num_columns(futures: DecodedFutures) -> int:
@@ -181,12 +196,12 @@ def _brightened(spread: np.ndarray) -> np.ndarray:
 
 
 def _tile(frame: np.ndarray, side_px: int) -> PillowImage:
-    """Draw a frame uint8 [C, P, P] as a square; single pixels of a small one stay visible."""
+    """Draw a frame uint8 [C, P, W] with `side_px` pixels of height; single pixels of a small one stay visible."""
     from PIL import Image
 
     image = Image.fromarray(pixels(frame)).convert("RGB")
-    resample = Image.Resampling.NEAREST if side_px % image.width == 0 else Image.Resampling.BICUBIC
-    return image.resize((side_px, side_px), resample)
+    resample = Image.Resampling.NEAREST if side_px % image.height == 0 else Image.Resampling.BICUBIC
+    return image.resize((_cameras_in(frame) * side_px, side_px), resample)
 
 
 def _font() -> Any:

@@ -176,13 +176,16 @@ def shown_frames(num_frames: int) -> list[int]:
 
 
 def strip(frames: np.ndarray, alt: str, *, max_px: int = 96) -> Picture:
-    """Draw frames uint8 [N, C, H, W] side by side, each at most `max_px` wide; the page enlarges small ones."""
+    """Draw frames uint8 [N, C, H, W] side by side, each at most `max_px` high; the page enlarges small ones.
+
+    W is H, or that of several cameras side by side.
+    """
     from PIL import Image
 
     tiles = []
     for frame in frames:
         image = Image.fromarray(pixels(frame)).convert("RGBA")
-        image.thumbnail((max_px, max_px))
+        image.thumbnail((max_px * max(1, image.width // image.height), max_px))
         tiles.append(image)
     width, height = tiles[0].size
     gap = max(1, width // 24)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipelines.errors import UserError, one_line
-from worldmodel.config import DataConfig
+from worldmodel.config import DataConfig, frame_channels
 from worldmodel.nets.world_model import WorldModel
 
 ENCODER, ROLLOUT_STEP = "encoder.pt2", "rollout_step.pt2"
@@ -52,7 +52,7 @@ def write_programs(folder: Path, model: WorldModel, data: DataConfig) -> None:
         UserError: torch.export cannot trace the networks, or the files cannot be written.
     """
     model = copy.deepcopy(model).cpu().eval()
-    clip = torch.rand(2, data.num_frames, data.channels, data.size_px, data.size_px)
+    clip = torch.rand(2, data.num_frames, frame_channels(data), data.size_px, data.size_px)
     with torch.no_grad():
         state = model.observe(clip)
     action = (torch.zeros(2, model.action_dim),) if model.action_dim else ()

@@ -9,7 +9,7 @@ from typing import get_args
 
 from data_pipelines.errors import UserError
 from worldmodel import parts
-from worldmodel.config import Config
+from worldmodel.config import Config, frame_channels
 from worldmodel.sources.source import Content, Source
 
 
@@ -23,7 +23,7 @@ def make_source(config: Config) -> Source:
     source: Source = parts.build("data.source", data, Source, data=data, **seeds)
     if source.content not in get_args(Content):
         raise UserError(f"data.source={data.source}: content={source.content!r} must be one of {get_args(Content)}")
-    described, shape = (data.channels, data.size_px, data.size_px), tuple(source.frame_shape)
+    described, shape = (frame_channels(data), data.size_px, data.size_px), tuple(source.frame_shape)
     if shape != described:
         raise UserError(
             f"data.source={data.source} has frames of C, H, W = {shape}, the config describes {described}: set "

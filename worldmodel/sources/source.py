@@ -109,7 +109,10 @@ class Source(Protocol):
         """Return hashes of the training videos and of `labels`; None for a source without files."""
 
     def video_files(self, split: Split, steps: int) -> Iterator[Path]:
-        """Yield the plain video files of a split that are as long as one clip for `steps` steps of prediction."""
+        """Yield the plain video files of a split that are as long as one clip for `steps` steps of prediction.
+
+        There are none for frames of several cameras, which no single file holds.
+        """
 
 
 class Generated:

@@ -30,7 +30,7 @@ from data_pipelines.worlds.law import Law
 from data_pipelines.worlds.moving_mnist import MovingMnistLaw
 from data_pipelines.worlds.written import RECORDED, read_sprites, read_world
 from worldmodel import parts
-from worldmodel.config import VideosConfig
+from worldmodel.config import VideosConfig, frame_channels, num_cameras
 from worldmodel.sources.source import EVALUATION_BATCH, MIN_CLIPS, ClipPlaces, Content
 
 
@@ -50,7 +50,7 @@ class VideosSource:
 
     @property
     def frame_shape(self) -> tuple[int, int, int]:
-        return self._data.channels, self._data.size_px, self._data.size_px
+        return frame_channels(self._data), self._data.size_px, self._data.size_px
 
     @property
     def url(self) -> str | None:
@@ -195,6 +195,8 @@ class VideosSource:
         return contents_of(self.index("train"), set(labels))
 
     def video_files(self, split: Split, steps: int) -> Iterator[Path]:
+        if num_cameras(self._data) > 1:
+            return
         index, span = self.index(split), self.clip_spec(steps).span
         for video in index.videos:
             if not video.shard and video.num_frames >= span:

@@ -4,7 +4,8 @@ A clip is changed as a whole: one draw holds for all of its segments and frames,
 of r changes within it. Noise alone differs between pixels and frames, as that of a camera does. The draw of a clip is a
 function of (seed, step, its place in the global batch). It depends neither on the number of processes nor on resumes.
 
-The changes of a clip follow one another as in a camera: geometry, blur, colour, noise.
+The changes of a clip follow one another as in a camera: geometry, blur, colour, noise. Several cameras of a clip are
+changed alike; the mean luma and the colours are those of each camera.
 
 Legend: N places of the global batch, B clips of this process, T frames of a clip, C channels, H = W pixels, K numbers
 of a label. Places in the frame are (x, y) from -1 at the left and top edge to 1 at the right and bottom edge.
@@ -21,7 +22,7 @@ from torch import Tensor
 from data_pipelines.batches import Batch
 from data_pipelines.errors import UserError
 from data_pipelines.transforms import on_device, to_float
-from worldmodel.config import AugmentConfig, Config, VideosConfig
+from worldmodel.config import AugmentConfig, Config, VideosConfig, num_cameras
 from worldmodel.sources.source import Source
 from worldmodel.training.optimisation import AUGMENT, step_generator
 
@@ -78,7 +79,7 @@ def augmented(batch: Batch, config: Config, step: int, device: torch.device) -> 
             has = ", ".join(sorted(labels)) or "none"
             raise UserError(f"data.augment.position_labels: these videos have no label {name!r}: they have {has}")
         labels[name] = move_positions(name, labels[name], draws, edges)
-    video = change(to_float(on_device(batch["video"], device)), settings, draws)
+    video = change(to_float(on_device(batch["video"], device)), settings, draws, num_cameras(config.data))
     return {**batch, "video": video, "labels": labels}
 
 
@@ -157,17 +158,20 @@ def chroma_matrix(saturation: Tensor, angle: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------------- the changes
 
 
-def change(video: Tensor, settings: AugmentConfig, draws: Draws) -> Tensor:
+def change(video: Tensor, settings: AugmentConfig, draws: Draws, num_cameras: int = 1) -> Tensor:
     """Return clips [B, T, C, H, W] with values in [0, 1], changed by the draws of B clips.
 
-    Each clip is computed from itself alone, in operations that do not depend on B.
+    The cameras of a clip are changed alike, each from its own C / num_cameras channels. Each clip is computed from
+    itself alone, in operations that do not depend on B.
     """
     if settings.changes_geometry:
         video = moved(video, draws)
     if settings.blur:
         video = blurred(video, on_device(draws.blur, video.device))
     if settings.brightness or settings.contrast or settings.changes_chroma:
-        video = recoloured(video, draws, mixes=settings.changes_chroma)
+        cameras = video.chunk(num_cameras, dim=2)
+        changed = [recoloured(camera, draws, mixes=settings.changes_chroma) for camera in cameras]
+        video = changed[0] if num_cameras == 1 else torch.cat(changed, dim=2)
     if settings.noise:
         video = noisy(video, draws)
     return video

@@ -63,8 +63,8 @@ def test_the_keys_of_text_are_found_by_their_types() -> None:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_an_override_of_text_is_taken_as_it_is(text: str) -> None:
-    config = load_config(DEMO, [f"run_dir={text}", f"data.camera={text}", f"tracking.project={text}"])
-    assert (config.run_dir, videos_of(config).camera, config.tracking.project) == (text, text, text)
+    config = load_config(DEMO, [f"run_dir={text}", f"data.action_label={text}", f"tracking.project={text}"])
+    assert (config.run_dir, videos_of(config).action_label, config.tracking.project) == (text, text, text)
 
 
 @pytest.mark.parametrize("text", TEXTS)
