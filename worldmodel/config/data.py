@@ -114,7 +114,7 @@ class VideosConfig:
     format: OutsideName | None = None
     """`package.module:Class`, a format of data sets in the user's own code. null: the format is detected."""
     camera: Cameras = None
-    """Camera of a LeRobot data set whose videos are read. null: the first by name. A list, such as `[front, wrist]`: the
+    """Camera of a LeRobot data set whose videos are read. null: the first by name. A list such as `[front, wrist]`: the
     frames of several cameras at the same time, as the channels of one frame, camera after camera in this order."""
     remote_cache_dir: Text | None = None
     """Folder in which shards from a URL are stored. null: in the user's cache."""
