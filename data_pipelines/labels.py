@@ -18,6 +18,9 @@ from data_pipelines.text_files import shown
 
 log = one_line_logger(__name__)
 
+METADATA_NAME = "metadata.jsonl"
+"""The metadata that this project writes. metadata.csv and metadata.parquet are read, too."""
+
 Row = tuple[str, dict[str, Any]]  # file_name and the other fields
 
 

@@ -16,13 +16,13 @@ from typing import Any
 from data_pipelines.convert.episodes import PROVENANCE
 from data_pipelines.errors import UserError
 from data_pipelines.files import bounded_lines, read_text, replacing, write_text
+from data_pipelines.labels import METADATA_NAME
 from data_pipelines.shards.index_file import SHARDS_NAME
 from data_pipelines.shards.packing import pack_videos
 from data_pipelines.splits import SPLITS
 
 SETTINGS_NAME = "convert.json"
-METADATA_NAME = "metadata.jsonl"
-PARTIAL_NAME = ".metadata.jsonl.partial"
+PARTIAL_NAME = f".{METADATA_NAME}.partial"
 ROWS_NAME = ".converted.jsonl"  # of the videos in shards
 SETTINGS_BYTES = 2**20
 

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from data_pipelines.convert.episodes import PROVENANCE, Episode, Keys, Layout, label_fields
 from data_pipelines.convert.output import (
-    METADATA_NAME,
     PARTIAL_NAME,
     ROWS_NAME,
     SETTINGS_NAME,
@@ -34,6 +33,7 @@ from data_pipelines.convert.video_files import source_digest, write_clip
 from data_pipelines.errors import UserError, one_line, one_line_logger, printable
 from data_pipelines.files import MAX_LINE_BYTES
 from data_pipelines.indexing.probe import stamp_of
+from data_pipelines.labels import METADATA_NAME
 from data_pipelines.processes import ending, spawned_pool
 
 log = one_line_logger(__name__)

@@ -9,9 +9,7 @@ from typing import Any
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.facts import Video
 from data_pipelines.files import write_text
-from data_pipelines.labels import metadata_in, read_metadata
-
-METADATA_NAME = "metadata.jsonl"
+from data_pipelines.labels import METADATA_NAME, metadata_in, read_metadata
 
 
 class Metadata:

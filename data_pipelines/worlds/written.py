@@ -16,12 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_pipelines.errors import UserError
+from data_pipelines.labels import METADATA_NAME
 from data_pipelines.processes import ending, spawned_pool
 from data_pipelines.splits import SPLITS, Split
 from data_pipelines.worlds.digits import Sprites, load_sprites
 
 WORLD_NAME = "world.json"
-METADATA_NAME = "metadata.jsonl"
 SPRITES_NAME = "sprites.safetensors"
 RECORDED = "recorded"  # a recorded environment in world.json; it has neither sprites nor a law
 MAX_PENDING_CHUNKS = 16

@@ -283,11 +283,12 @@ def development_scores(networks: Networks, config: EvaluationConfig, share: Shar
     All processes call it. Each decodes, encodes and forecasts its share of the clips, and all get the same scores.
     """
     law = networks.source.known_law("selection", config.horizon)
-    embed = partial(embed_split, networks, seed=config.seed, progress=False, share=share)
     with frozen(networks.model, networks.target_encoder):
-        num_queries = min(DEVELOPMENT_QUERIES, config.selection_clips)
-        queries = embed("selection", num_queries, horizon=config.horizon, law=law)
-        fit = embed("train", min(DEVELOPMENT_FIT_CLIPS, config.fit_clips)) if law else None
+        queries = selection_queries(networks, config, law, share)
+        fit = None
+        if law:
+            num_fit = min(DEVELOPMENT_FIT_CLIPS, config.fit_clips)
+            fit = embed_split(networks, "train", num_fit, seed=config.seed, progress=False, share=share)
         if len(queries) < share.world_size:
             share = ALONE  # each process forecasts all queries
         rows = share_of_pass(len(queries), share.rank, share.world_size)
@@ -320,10 +321,7 @@ def selection_scorer(networks: Networks, config: EvaluationConfig) -> Callable[[
     embedders must not change.
     """
 
-    @cache
-    def queries() -> EmbeddedSplit:
-        num_queries = min(DEVELOPMENT_QUERIES, config.selection_clips)
-        return embed_split(networks, "selection", num_queries, seed=config.seed, horizon=config.horizon, progress=False)
+    queries = cache(partial(selection_queries, networks, config))
 
     def score() -> float:
         with frozen(networks.model, networks.target_encoder):
@@ -333,6 +331,22 @@ def selection_scorer(networks: Networks, config: EvaluationConfig) -> Callable[[
             return mean_score(futures, clips.targets[:, None])
 
     return score
+
+
+def selection_queries(
+    networks: Networks, config: EvaluationConfig, law: Law | None = None, share: Share = ALONE
+) -> EmbeddedSplit:
+    """Embed the selection clips that scores during training are of; `law` and `share` as for embed_split."""
+    return embed_split(
+        networks,
+        "selection",
+        min(DEVELOPMENT_QUERIES, config.selection_clips),
+        seed=config.seed,
+        horizon=config.horizon,
+        law=law,
+        progress=False,
+        share=share,
+    )
 
 
 def mean_score(samples: Tensor, observed: Tensor, world_size: int = 1) -> float:

@@ -18,9 +18,10 @@ from PIL import Image
 
 from data_pipelines.convert import run
 from data_pipelines.convert.episodes import Keys
-from data_pipelines.convert.output import METADATA_NAME, PARTIAL_NAME, read_rows
+from data_pipelines.convert.output import PARTIAL_NAME, read_rows
 from data_pipelines.convert.run import Conversion, convert
 from data_pipelines.errors import UserError
+from data_pipelines.labels import METADATA_NAME
 from data_pipelines.split_folders import load_split
 from data_pipelines.stream import open_videos
 from tests.conftest import REPO, script_environment
