@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data_pipelines.errors import UserError
 from data_pipelines.transforms import to_float
-from worldmodel.config import PlanningConfig
+from worldmodel.config import PlanningConfig, num_cameras
 from worldmodel.nets.distance import steps_between
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.planning.latent_actions import ActionDecoder
@@ -113,7 +113,7 @@ class LatentPolicy:
 
     Raises:
         UserError: the run is not conditioned on actions and there is no decoder; the run sees more than one frame at a
-            time; planning.distance=steps, but the run has no temporal distance.
+            time, or several cameras; planning.distance=steps, but the run has no temporal distance.
     """
 
     def __init__(
@@ -132,6 +132,8 @@ class LatentPolicy:
             )
         if run.config.data.num_frames != 1:
             raise UserError(f"the run {run.folder} has data.num_frames={run.config.data.num_frames}: planning needs 1")
+        if (cameras := num_cameras(run.config.data)) > 1:
+            raise UserError(f"the run {run.folder} sees {cameras} cameras (data.camera): planning needs 1")
         if config.distance == "steps" and not run.model.distance.num_values:
             raise UserError(f"the run {run.folder} has no temporal distance: train it with model.distance_dim")
         self.run, self.config, self.seed = run, config, seed

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from data_pipelines import decoders
 from data_pipelines.batches import Batch
+from data_pipelines.clip_decoder import ClipDecoder, make_clip_set
 from data_pipelines.clips import ClipSpec
 from data_pipelines.contents import contents_of
 from data_pipelines.errors import UserError
@@ -21,6 +23,7 @@ from data_pipelines.index import VideoIndex
 from data_pipelines.roots import WeightedRoot, load_roots
 from data_pipelines.splits import SPLITS, split_index
 from data_pipelines.stream import open_videos
+from data_pipelines.workers import Faults
 from tests.data_pipelines.formats.lerobot_sets import (
     FPS,
     FRONT,
@@ -319,3 +322,24 @@ def test_a_file_of_version_2_with_more_frames_than_rows_is_bad(
     index = _index(own, WRIST, max_bad_fraction=0.5)
     assert index.labels["episode_index"].tolist() == [1, 2, 3, 4] and "has 31 frames, but the table" in caplog.text
     assert np.array_equal(index.labels["episode_index"], torch.arange(1, 5))
+
+
+def test_a_frame_at_which_a_process_hung_is_left_out_in_its_camera_alone(root: Path) -> None:
+    """The workers name the video and the frame of the camera that was being decoded, as the file counts it."""
+    index, row = _index(root), 1
+    (_, _), (number, shift) = index.cameras_of(row)
+    keyframes, first_frame = index.video(number).keyframes, index.frame_ranges[row][0]
+    clip_set = make_clip_set(index, SPEC, size_px=None, channels=1, decoder="pyav")
+    table, fatal = clip_set.table, first_frame + shift + 100
+    clips = np.arange(table.first_clip[row], table.first_clip[row + 1])
+    delivered = []
+    with closing(ClipDecoder(clip_set, Faults({(number, fatal)}), lambda shard: None)) as decoder:
+        for group, start in zip(table.groups_of(clips).tolist(), table.starts_of(clips).tolist(), strict=True):
+            if decoder.decode(row, group, start) is not None:
+                delivered.append(start)
+    expected = []
+    for start in table.starts_of(clips).tolist():
+        keyframe = max(frame for frame in keyframes if frame <= start + shift)
+        if not keyframe <= fatal <= start + shift + SPEC.span - 1:
+            expected.append(start)
+    assert delivered == expected and 0 < len(clips) - len(delivered) < 10

@@ -353,3 +353,34 @@ def test_evaluation_and_refinement_see_the_clips_as_they_are(tiny_config: Callab
         for config in (plain, changed)
     ]
     assert torch.equal(splits[0].state, splits[1].state) and torch.equal(splits[0].targets, splits[1].targets)
+
+
+# ------------------------------------------------------------------------------------------------------------- cameras
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_all_cameras_of_a_clip_are_changed_alike_and_each_as_if_it_were_alone(channels: int) -> None:
+    chroma = COLOUR if channels == 3 else {key: COLOUR[key] for key in ("brightness", "contrast")}
+    settings, draws = drawn(**GEOMETRY, **chroma, blur=1.0)
+    video = random_video(channels=2 * channels) / 255
+    video[:, :, :channels] *= 0.3  # a dark camera: contrast is about the mean luma of each
+    both = change(video, settings, draws, num_cameras=2)
+    for camera in (slice(channels), slice(channels, None)):
+        assert torch.equal(both[:, :, camera], change(video[:, :, camera].contiguous(), settings, draws))
+    noisy, plain = (drawn(noise=strength)[0] for strength in (0.2, 0.0))
+    noise = change(video, noisy, drawn(noise=0.2)[1], num_cameras=2) - change(video, plain, draws, num_cameras=2)
+    assert not torch.equal(noise[:, :, :channels], noise[:, :, channels:]), "each pixel has noise of its own"
+
+
+def test_a_batch_of_two_cameras_is_changed_camera_by_camera() -> None:
+    data = {"size_px": 16, "batch_size": SIZE, "num_lanes": 1, "camera": ["a", "b"], "augment": {**GEOMETRY, **COLOUR}}
+    config = validate({"run_dir": "r", "data": data}, "here")
+    video = random_video(channels=6)
+    expected = [shown(config_of(**GEOMETRY, **COLOUR), batch_of(half)) for half in video.split(3, dim=2)]
+    assert torch.equal(shown(config, batch_of(video)), torch.cat(expected, dim=2))
+
+
+def test_colour_of_gray_cameras_is_refused_however_many_they_are() -> None:
+    data = {"channels": 1, "camera": ["a", "b", "c"], "augment": {"hue": 0.1}}
+    with pytest.raises(UserError, match=r"data.augment.hue: colour needs data.channels=3, not 1"):
+        validate({"run_dir": "r", "data": data}, "here")
