@@ -1,8 +1,11 @@
 """A run on two cameras of a LeRobot data set: training, evaluation, decoder and pictures; one line for a mistake."""
 
 import signal
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from worldmodel.commands.main import main
 from worldmodel.config import Config, load_config
 from worldmodel.evaluation.decoded import DecodedFutures
 from worldmodel.evaluation.illustrations import Illustrations, load_records
+from worldmodel.planning.imagination import LatentPolicy
 from worldmodel.report.decoded_pictures import moving_images, still_image
 from worldmodel.runs.checkpoint import VideosChangedError
 from worldmodel.runs.folder import RunFolder
@@ -86,6 +90,11 @@ def test_ten_steps_of_training_see_the_channels_of_both_cameras(run: Path) -> No
     assert trained.rollout(clip, 2, 3).shape == (2, 3, 2, 16)
     with pytest.raises(UserError, match=r"a clip of shape \[2, 3, 3, 48, 48\] does not fit"):
         trained.encode(clip[:, :, :3])
+    assert trained.decode(clip, trained.rollout(clip, 2, 3)).shape == (2, 3, 2, 3, 6, SIZE_PX, SIZE_PX)
+    assert len(trained.surprise(torch.cat([clip[0], clip[1], clip[0]])).surprise) > 0
+    decoder: Any = SimpleNamespace(action_dim=2)
+    with pytest.raises(UserError, match=r"sees 2 cameras \(data.camera\): planning needs 1"):
+        LatentPolicy(trained, replace(trained.config.planning, num_samples=0), 0, decoder)
 
 
 def test_a_run_that_continues_has_the_weights_of_one_that_was_not_interrupted(

@@ -130,10 +130,10 @@ class LatentPolicy:
                 f"planning.num_samples={config.num_samples}: with a decoder, r is given by the action and not drawn: "
                 "set it to 0"
             )
-        if run.config.data.num_frames != 1:
-            raise UserError(f"the run {run.folder} has data.num_frames={run.config.data.num_frames}: planning needs 1")
         if (cameras := num_cameras(run.config.data)) > 1:
             raise UserError(f"the run {run.folder} sees {cameras} cameras (data.camera): planning needs 1")
+        if run.config.data.num_frames != 1:
+            raise UserError(f"the run {run.folder} has data.num_frames={run.config.data.num_frames}: planning needs 1")
         if config.distance == "steps" and not run.model.distance.num_values:
             raise UserError(f"the run {run.folder} has no temporal distance: train it with model.distance_dim")
         self.run, self.config, self.seed = run, config, seed
