@@ -32,6 +32,7 @@ log = one_line_logger(__name__)
 
 FAR_FRAMES = 2**31  # behind the end of any file
 
+
 class LeRobot:
     """A LeRobot data set; the videos of one camera, or of several."""
 

@@ -21,7 +21,8 @@ from tests.worldmodel.training.test_loop import assert_same_weights
 from worldmodel.commands.main import main
 from worldmodel.config import Config, load_config
 from worldmodel.evaluation.decoded import DecodedFutures
-from worldmodel.evaluation.illustrations import Illustrations, load_records
+from worldmodel.evaluation.illustrations import Illustrations, side_by_side
+from worldmodel.evaluation.records import load_records
 from worldmodel.planning.imagination import LatentPolicy
 from worldmodel.report.decoded_pictures import moving_images, still_image
 from worldmodel.runs.checkpoint import VideosChangedError
@@ -128,6 +129,22 @@ def test_pictures_of_an_evaluation_show_the_cameras_side_by_side(run: Path) -> N
     assert np.array_equal(shown.frames[..., :SIZE_PX], clips[:, :, :3])
     assert np.array_equal(shown.frames[..., SIZE_PX:], clips[:, :, 3:])
     assert (run / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("channels", "cameras", "shape"), [(3, 1, (3, 4)), (3, 3, (1, 12)), (6, 2, (3, 8)), (1, 1, (1, 4))]
+)
+def test_cameras_are_put_beside_each_other(channels: int, cameras: int, shape: tuple[int, int]) -> None:
+    frames = torch.arange(2 * channels * 16, dtype=torch.uint8).view(2, channels, 4, 4)
+    pictures = side_by_side(frames, cameras)
+    assert pictures.shape == (2, shape[0], 4, shape[1])
+    for camera, part in enumerate(frames.chunk(cameras, dim=1)):
+        assert np.array_equal(pictures[..., 4 * camera : 4 * camera + 4], part)
+
+
+def test_frames_that_are_neither_gray_nor_rgb_are_shown_as_gray_pictures() -> None:
+    assert side_by_side(torch.zeros(2, 5, 4, 4), 1).shape == (2, 1, 4, 20)
+    assert side_by_side(torch.zeros(2, 100, 4, 4), 1).shape == (2, 1, 4, 32)
 
 
 def test_decoded_futures_show_the_cameras_side_by_side(run: Path) -> None:

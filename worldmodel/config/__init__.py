@@ -5,6 +5,7 @@ Nothing in this folder imports networks, objectives or streams: they take their 
 
 from worldmodel.config.checks import cautions
 from worldmodel.config.data import (
+    MAX_CAMERAS,
     AugmentConfig,
     CausalConfig,
     DataConfig,
@@ -75,6 +76,7 @@ from worldmodel.config.sections import (
 from worldmodel.config.trees import apply_override, flatten
 
 __all__ = [
+    "MAX_CAMERAS",
     "AugmentConfig",
     "ByolConfig",
     "CausalConfig",

@@ -29,6 +29,7 @@ HueShift = Annotated[float, Field(strict=True, ge=0, le=0.5)]
 BlurWidth = Annotated[float, Field(strict=True, ge=0, le=16)]
 Edge = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 MAX_FPS = 1_000
+MAX_CAMERAS = 16
 
 
 @dataclass(frozen=True, config=KEYS)
@@ -89,7 +90,7 @@ class RootConfig:
 
 
 Roots = Annotated[Text | tuple[RootConfig, ...], TextOrList()]
-Cameras = Annotated[Text | Annotated[tuple[Text, ...], Field(max_length=64)] | None, TextOrList()]
+Cameras = Annotated[Text | Annotated[tuple[Text, ...], Field(max_length=MAX_CAMERAS)] | None, TextOrList()]
 
 
 @dataclass(frozen=True, config=KEYS)
@@ -114,8 +115,9 @@ class VideosConfig:
     format: OutsideName | None = None
     """`package.module:Class`, a format of data sets in the user's own code. null: the format is detected."""
     camera: Cameras = None
-    """Camera of a LeRobot data set whose videos are read. null: the first by name. A list such as `[front, wrist]`: the
-    frames of several cameras at the same time, as the channels of one frame, camera after camera in this order."""
+    """Camera of a LeRobot data set whose videos are read. null: the first by name. A list of up to 16, such as
+    `[front, wrist]`: the frames of several cameras at the same time, as the channels of one frame, camera after camera
+    in this order."""
     remote_cache_dir: Text | None = None
     """Folder in which shards from a URL are stored. null: in the user's cache."""
     remote_cache_mb: Count = 16_384

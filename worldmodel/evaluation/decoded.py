@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.files import check_regular, remove, write_bytes
-from worldmodel.config import Config, EvaluationConfig, frame_channels
+from worldmodel.config import MAX_CAMERAS, Config, EvaluationConfig, frame_channels
 from worldmodel.evaluation.embed import Networks, embed_split, frozen
 from worldmodel.evaluation.futures import num_futures, roll_out
 from worldmodel.evaluation.illustrations import side_by_side
@@ -39,7 +39,7 @@ MAX_DECODER_BYTES = 2**30
 class DecodedFutures:
     """Q held-out clips, their real futures and sampled futures as pictures, uint8 with P pixels a side.
 
-    The frames of several cameras are side by side: pictures are then [C, P, cameras * P].
+    The frames of several cameras are side by side: pictures are then [C, P, cameras * P], C 1 or 3.
 
     context [Q, T, C, P, P], which the model saw; real [Q, L, C, P, P], the frames that followed; decoded_real
     [Q, L, C, P, P], the same after encoder and decoder; samples [Q, at most 6, L, C, P, P]; mean and spread
@@ -56,6 +56,12 @@ class DecodedFutures:
     samples: Annotated[np.ndarray, Axes("u", "clip sample frame channel height width")]
     mean: Annotated[np.ndarray, Axes("u", "clip frame channel height width")]
     spread: Annotated[np.ndarray, Axes("u", "clip frame channel height width")]
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for frames that are not those of cameras side by side, as in a damaged file."""
+        channels, height, width = self.context.shape[-3:]
+        if channels not in (1, 3) or width % height or width > MAX_CAMERAS * height:
+            raise ValueError(f"frames of shape {[channels, height, width]}, not squares side by side")
 
 
 def decode_futures(networks: Networks, decoder: Decoder, step: int, sizes: EvaluationConfig) -> DecodedFutures:

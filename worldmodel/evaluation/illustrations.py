@@ -70,8 +70,19 @@ class Illustrations:
             raise ValueError(f"neighbours of shape {self.neighbours.shape} at the steps {steps} of {num_steps}")
 
 
+MAX_GRAY = 8
+"""Channels that are shown of frames that are neither gray nor RGB."""
+
+
 def side_by_side(frames: Tensor, num_cameras: int) -> np.ndarray:
-    """Return frames [..., num_cameras * C, H, W] as pictures [..., C, H, num_cameras * W], one beside the other."""
+    """Return frames [..., num_cameras * C, H, W] as pictures [..., C, H, num_cameras * W], one beside the other.
+
+    Pictures have one or three channels. Of frames with other channels, the first few are shown as gray pictures.
+    """
+    channels = frames.shape[-3]
+    if channels // num_cameras not in (1, 3):
+        num_cameras = min(channels, MAX_GRAY)
+        frames = frames[..., :num_cameras, :, :]
     return rearrange(frames, "... (n c) h w -> ... c h (n w)", n=num_cameras).numpy()
 
 
