@@ -158,6 +158,8 @@ def test_decoded_futures_show_the_cameras_side_by_side(run: Path) -> None:
     with Image.open(RunFolder(run).futures / "clip_1.png") as written:
         assert written.size == still.size
     assert "Futures as pictures" in (run / "report.html").read_text()
+    with pytest.raises(ValueError, match=r"frames of shape \[3, 48, 50\], not squares side by side"):
+        replace(futures, context=futures.context[..., :50])
 
 
 def test_a_contact_sheet_shows_the_cameras_side_by_side(
