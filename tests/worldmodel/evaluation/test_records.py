@@ -88,7 +88,8 @@ def put(record: Any, path: tuple[str, ...], value: Any) -> Any:
 
 def damages(value: Any) -> list[Any]:
     if not isinstance(value, np.ndarray):
-        return [wrong for wrong in ("3", 1.5, [1], {}) if type(wrong) is not type(value) and type(value) is not tuple]
+        others: tuple[Any, ...] = ("3", 1.5, [1], {})
+        return [wrong for wrong in others if type(wrong) is not type(value) and type(value) is not tuple]
     other_kind = value.astype(np.float32 if value.dtype.kind != "f" else np.int64)
     rows = [value[1:], np.concatenate([value, value[:1]])] if len(value) and value.shape != (2,) else []
     return [value[..., None], value[0] if value.ndim > 1 and len(value) else np.array(value.sum()), other_kind, *rows]

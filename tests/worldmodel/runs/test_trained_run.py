@@ -3,6 +3,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def test_a_forecast_needs_an_evaluation_of_the_same_checkpoint_with_labels(train
     ],
 )
 def test_a_readout_of_other_sizes_is_one_line(
-    trained_run: Path, tmp_path: Path, change: Callable[[Readout], dict[str, torch.Tensor]], tells: str
+    trained_run: Path, tmp_path: Path, change: Callable[[Readout], dict[str, Any]], tells: str
 ) -> None:
     run = evaluated(trained_run, tmp_path)
     save_readout(run.folder, replace(readout(), **change(readout())), CENTROID, run.state["step"])
