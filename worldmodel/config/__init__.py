@@ -35,6 +35,7 @@ from worldmodel.config.model import (
     ResNetConfig,
     SparseConfig,
     SumEditorConfig,
+    TokenPooling,
     VitConfig,
 )
 from worldmodel.config.objective import (
@@ -117,6 +118,7 @@ __all__ = [
     "SslHsicConfig",
     "SumEditorConfig",
     "TeacherObjective",
+    "TokenPooling",
     "TrackingConfig",
     "TrainConfig",
     "VicregConfig",

@@ -10,6 +10,7 @@ from worldmodel.config.kinds import KEYS, Choice, Flag, Options, OutsideName, Pi
 
 Width = Annotated[float, Field(strict=True, gt=0, le=64, allow_inf_nan=False)]
 Pooling = Literal["mean", "moments"]
+TokenPooling = Literal["mean", "attention"]
 Norm = Literal["batch", "layer", "none"]
 
 
@@ -95,8 +96,8 @@ class VitConfig:
 
 @dataclass(frozen=True, config=KEYS)
 class PretrainedConfig:
-    """A pretrained image model, applied to each frame (worldmodel/nets/pretrained.py). Needs the package
-    transformers."""
+    """A pretrained image model on each frame, or a video model on each segment (worldmodel/nets/pretrained.py). Needs
+    the package transformers."""
 
     built_by: ClassVar[str] = "worldmodel.nets.pretrained:PretrainedEncoder"
     content: ClassVar[str] = "frames"
@@ -107,7 +108,11 @@ class PretrainedConfig:
     """Folder with config.json and model.safetensors, or name of a model on the Hugging Face hub; required. The weights
     are read from it whenever the run is loaded."""
     freeze: Flag = False
-    """Freeze the encoder: only the networks after it are trained."""
+    """Freeze the model: only the pooling by attention and the networks after it are trained."""
+    pooling: TokenPooling = "mean"
+    """Features from the last tokens. mean: over the patches of each frame, or of each tubelet of a video model; what
+    moved where is lost in part. attention: learned queries read all patches of the segment with their places and times,
+    for a frozen model above all."""
     checkpoint_activations: Flag = False
     """Recompute activations in the backward pass instead of storing them: far less memory for one extra forward pass of
     the encoder."""

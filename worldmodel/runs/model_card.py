@@ -115,7 +115,7 @@ def _limitations(config: Config) -> list[str]:
     if isinstance(config.model.latent, GaussianConfig):
         found.append("Sampled futures are as varied as those of the training data, which may miss rare events.")
     if isinstance(config.model.encoder, PretrainedConfig):
-        found.append(f"Loading needs the image model of `model.encoder.path`: {_plain(config.model.encoder.path)}.")
+        found.append(f"Loading needs the model of `model.encoder.path`: {_plain(config.model.encoder.path)}.")
     if outside := outside_names(config):
         found.append(f"Loading needs code that is not part of the package: {_plain(', '.join(outside.values()))}.")
     return found

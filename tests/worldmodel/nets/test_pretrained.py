@@ -61,7 +61,7 @@ def test_features_of_each_frame_alone(
     features = encoder(video).unflatten(1, (frames, -1))
     assert encoder.num_features == frames * num_features == features.shape[1] * features.shape[2]
     for frame in range(frames):
-        torch.testing.assert_close(features[:, frame], encoder.image_features(video[:, frame]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(features[:, frame], encoder(video[:, frame : frame + 1]), atol=1e-5, rtol=1e-5)
 
 
 def test_a_transformers_features_are_the_mean_of_its_patches(models: Path, transformers: Any) -> None:
@@ -71,7 +71,7 @@ def test_a_transformers_features_are_the_mean_of_its_patches(models: Path, trans
     tokens = model(((images.movedim(1, -1) - mean) / std).movedim(-1, 1)).last_hidden_state
     assert tokens.shape == (2, 17, 24)
     encoder = PretrainedEncoder(str(models / "vit"), 3, 1, 32).eval()
-    torch.testing.assert_close(encoder.image_features(images), tokens[:, 1:].mean(dim=1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoder(images[:, None]), tokens[:, 1:].mean(dim=1), atol=1e-5, rtol=1e-5)
 
 
 def test_frames_are_normalised_as_the_model_says_and_grey_is_repeated(models: Path, tmp_path: Path) -> None:
@@ -86,8 +86,8 @@ def test_frames_are_normalised_as_the_model_says_and_grey_is_repeated(models: Pa
     shifted = torch.cat([(images - m) / s for m, s in zip(*settings.values(), strict=True)], dim=1)
     (folder / "preprocessor_config.json").write_text('{"do_normalize": false}')
     plain = PretrainedEncoder(str(folder), 3, 1, 32).eval()
-    torch.testing.assert_close(own.image_features(images), plain.image_features(shifted), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(own.image_features(images), plain.image_features(images), atol=1e-2)
+    torch.testing.assert_close(own(images[:, None]), plain(shifted[:, None]), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(own(images[:, None]), plain(images[:, None]), atol=1e-2)
 
 
 def test_every_weight_that_learns_has_a_gradient(models: Path) -> None:
@@ -168,7 +168,7 @@ def test_what_cannot_be_loaded_is_told(models: Path, transformers: Any, tmp_path
     text = tmp_path / "text"
     bert = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     transformers.BertModel(bert).save_pretrained(text)
-    assert "is a BertModel, which takes input_ids: give a model of images alone" in told(text)
+    assert "is a BertModel, which takes input_ids: give a model of images or of videos alone" in told(text)
     assert "takes no frames of data.size_px=4" in told(models / "vit", size_px=4)
 
 
