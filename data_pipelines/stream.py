@@ -118,6 +118,8 @@ class VideoStream(BatchStream):
     num_clips % batch_size clips, different ones in each epoch. The clips of a file that does not decode are dropped and
     not replaced, so some batches are smaller.
 
+    clip_set: the clips of the index.
+
     Raises UserError: sizes do not divide each other, there are fewer clips than one batch, clips are longer than every
     video, videos differ in size without size_px, a decoder is not installed.
     """
@@ -126,11 +128,11 @@ class VideoStream(BatchStream):
         self, index: VideoIndex, spec: ClipSpec, settings: StreamSettings, *, rank: int = 0, world_size: int = 1
     ) -> None:
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
-        self._clip_set = _clip_set(index, spec, settings)
-        num_clips, num_lanes = self._clip_set.table.num_clips, settings.num_lanes
+        self.clip_set = _clip_set(index, spec, settings)
+        num_clips, num_lanes = self.clip_set.table.num_clips, settings.num_lanes
         check_lanes(num_clips, batch_size=settings.batch_size, num_lanes=num_lanes, world_size=world_size)
-        if self._clip_set.table.first_clip_of_root is not None:
-            settings.order.of_epoch(self._clip_set.table, 0)  # it raises before workers are started
+        if self.clip_set.table.first_clip_of_root is not None:
+            settings.order.of_epoch(self.clip_set.table, 0)  # it raises before workers are started
         self._settings, self._rank, self._world_size = settings, rank, world_size
         self._num_workers = min(settings.num_workers, num_lanes // world_size)
         self._failures = Failures(index, settings.max_bad_fraction)
@@ -147,13 +149,25 @@ class VideoStream(BatchStream):
         Closing the generator ends the workers at once. Raises UserError: too many videos do not decode.
         """
         assert start_batch >= 0, f"start_batch={start_batch}"
-        make_parts = partial(
-            _parts_of_stream, self._clip_set, self._settings, self._rank, self._world_size, start_batch
-        )
+        make_parts = partial(_parts_of_stream, self.clip_set, self._settings, self._rank, self._world_size, start_batch)
         parts = run_workers(make_parts, self._num_workers, self._settings.decode_timeout_s, self._failures)
         with closing(parts):
             while True:
-                yield _batch_of(self._clip_set, [next(parts) for _ in range(max(1, self._num_workers))], self._failures)
+                yield _batch_of(self.clip_set, [next(parts) for _ in range(max(1, self._num_workers))], self._failures)
+
+    def places(self, start_batch: int = 0) -> Iterator[tuple[Ints, Ints]]:
+        """Yield the ids and rows of this rank's clips of each batch, from number start_batch on, decoded or not."""
+        settings, table = self._settings, self.clip_set.table
+        lanes = np.arange(settings.num_lanes)[self._rank :: self._world_size]
+        per_lane = settings.batch_size // settings.num_lanes
+        rows = (lanes[:, None] * per_lane + np.arange(per_lane)).ravel()
+        epoch, first_batch = divmod(start_batch, self.batches_per_epoch)
+        while True:
+            order = settings.order.of_epoch(table, epoch)
+            clips = np.take_along_axis(order.decoded[lanes], order.delivered[lanes], axis=1)
+            for number in range(first_batch, self.batches_per_epoch):
+                yield clips[:, number * per_lane : (number + 1) * per_lane].ravel(), rows
+            epoch, first_batch = epoch + 1, 0
 
 
 def open_videos(
@@ -241,19 +255,32 @@ def read_all(
     A rank gets its share (share_of_pass); rank after rank, the shares are all clips. Errors: as VideoStream.batches.
     """
     clip_set = _clip_set(index, spec, settings)
-    total = clip_set.table.num_clips
-    num_clips = total if max_clips is None else min(max_clips, total)
-    clips = np.arange(num_clips) * total // max(1, num_clips)
-    clips = clips[share_of_pass(num_clips, rank, world_size)]
+    clips = clips_of_pass(clip_set.table.num_clips, max_clips, rank, world_size)
+    yield from read_clips(clip_set, clips, settings, ranks=world_size)
+
+
+def read_clips(clip_set: ClipSet, clips: Ints, settings: ReadSettings, *, ranks: int = 1) -> Generator[Batch]:
+    """Yield the clips with these ids, which ascend. The last batch may be short. Errors: as VideoStream.batches.
+
+    ranks: how many processes read clips at the same time.
+    """
+    index = clip_set.index
     failures = Failures(index, settings.max_bad_fraction)
     num_workers = min(settings.num_workers, -(-len(clips) // settings.batch_size))
     if index.remote is not None:
-        index.remote.check_room(_ranks_here(world_size) * 2 * max(1, num_workers))
+        index.remote.check_room(_ranks_here(ranks) * 2 * max(1, num_workers))
     make_parts = partial(_parts_of_pass, clip_set, settings.batch_size, clips)
     parts = run_workers(make_parts, num_workers, settings.decode_timeout_s, failures)
     with closing(parts):
         for part in parts:
             yield _batch_of(clip_set, [part], failures)
+
+
+def clips_of_pass(total: int, max_clips: int | None, rank: int, world_size: int) -> Ints:
+    """Return the ids of the clips that a rank takes in one pass over `total` clips, or over max_clips of them."""
+    num_clips = total if max_clips is None else min(max_clips, total)
+    clips = np.arange(num_clips) * total // max(1, num_clips)
+    return clips[share_of_pass(num_clips, rank, world_size)]
 
 
 def share_of_pass(num_clips: int, rank: int, world_size: int) -> slice:

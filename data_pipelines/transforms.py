@@ -20,8 +20,8 @@ def to_float(video: torch.Tensor) -> torch.Tensor:
 
 
 def split_segments(video: torch.Tensor, num_segments: int) -> torch.Tensor:
-    """Split clips [B, S * T, C, H, W] into S = num_segments consecutive segments, [B, S, T, C, H, W]."""
+    """Split clips [B, S * T, ...] into S = num_segments consecutive segments, [B, S, T, ...]."""
     assert video.shape[1] % num_segments == 0, (
         f"{video.shape[1]} frames do not divide into {num_segments} equal segments"
     )
-    return rearrange(video, "b (s t) c h w -> b s t c h w", s=num_segments)
+    return rearrange(video, "b (s t) ... -> b s t ...", s=num_segments)

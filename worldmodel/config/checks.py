@@ -21,6 +21,7 @@ def contradictions(config: Config) -> Iterator[str]:
     yield from _of_data(config)
     yield from _of_augmentation(config)
     yield from _of_encoder(config)
+    yield from _of_encoder_cache(config)
     yield from _of_latent_and_editor(config)
     yield from _of_steps(config)
     yield from _of_refinement(config)
@@ -100,6 +101,19 @@ def _of_encoder(config: Config) -> Iterator[str]:
                 "model.encoder.checkpoint_activations saves nothing with model.encoder.freeze, which stores no "
                 "activations"
             )
+
+
+def _of_encoder_cache(config: Config) -> Iterator[str]:
+    data, encoder = config.data, config.model.encoder
+    if config.train.encoder_cache is None:
+        return
+    key = "train.encoder_cache"
+    if not (isinstance(encoder, PretrainedConfig) and encoder.freeze):
+        yield f"{key} is for a frozen encoder: it needs model.encoder=pretrained and model.encoder.freeze=true"
+    if not isinstance(data, VideosConfig):
+        yield f"{key} needs data.source=videos: data.source={data.source} has no files whose segments come again"
+    if active := ", ".join(f"data.augment.{name}={value}" for name, value in data.augment.active.items()):
+        yield f"{key} stores segments as they are: leave out {active}, or this key"
 
 
 def _of_latent_and_editor(config: Config) -> Iterator[str]:

@@ -82,9 +82,17 @@ class PretrainedEncoder(nn.Module):
         self.train()
 
     def forward(self, video: Tensor) -> Tensor:
-        """Encode video [B, T, C, H, W] in [0, 1]: features [B, F]."""
-        tokens = self.tokens(video)
+        """Encode video [B, T, C, H, W] in [0, 1], or its `frozen_part` [B, G, P, E]: features [B, F]."""
+        tokens = video if video.ndim == 4 else self.tokens(video)
         return self.pool(tokens) if self.pool else tokens.mean(dim=2).flatten(1)
+
+    def frozen_part(self, video: Tensor) -> Tensor:
+        """Return what pooling needs of video [B, T, C, H, W] in [0, 1], for a cache: [B, G, P, E].
+
+        For attention these are all tokens in fp16, otherwise their mean over space in fp32, with P = 1.
+        """
+        tokens = self.tokens(video)
+        return tokens.half() if self.pool else tokens.mean(dim=2, keepdim=True).float()
 
     def tokens(self, video: Tensor) -> Tensor:
         """Return the backbone's last tokens [B, G, P, E] of video [B, T, C, H, W] in [0, 1]: G times of P patches."""

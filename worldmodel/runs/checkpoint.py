@@ -44,6 +44,7 @@ RESUMABLE_CHANGES = frozenset(
         "train.keep_checkpoints",
         "train.timeout_s",
         "train.compile",
+        "train.encoder_cache_gb",
         "tracking.wandb",
         "tracking.project",
     }

@@ -125,7 +125,7 @@ def portable_config(config: Config, name: str) -> tuple[Config, list[str]]:
     """Return the config without the private paths of this machine, and a list of what is left out.
 
     Of an absolute path only the last folder remains. A URL loses its user, password and query. `run_dir` becomes
-    `name`, and the tracking settings the defaults.
+    `name`, `train.encoder_cache` null, and the tracking settings the defaults.
     """
     data, left_out = config.data, []
     if isinstance(data, VideosConfig):
@@ -145,7 +145,8 @@ def portable_config(config: Config, name: str) -> tuple[Config, list[str]]:
     encoder = config.model.encoder
     if isinstance(encoder, PretrainedConfig) and encoder.path is not None and public_path(encoder.path) != encoder.path:
         log.warning("model.encoder.path=%s stays in config.yaml, because loading needs it", encoder.path)
-    return dataclasses.replace(config, run_dir=name, data=data, tracking=TrackingConfig()), left_out
+    train = dataclasses.replace(config.train, encoder_cache=None)
+    return dataclasses.replace(config, run_dir=name, data=data, train=train, tracking=TrackingConfig()), left_out
 
 
 def public_path(path: str) -> str:

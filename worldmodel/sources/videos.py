@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.batches import Batch
-from data_pipelines.clip_decoder import clips_of
+from data_pipelines.batches import Batch, BatchStream
+from data_pipelines.clip_decoder import ClipSet, clips_of, make_clip_set
 from data_pipelines.clips import ClipSpec
 from data_pipelines.contents import Contents, contents_of
 from data_pipelines.errors import UserError
@@ -86,9 +86,33 @@ class VideosSource:
         num_segments = data.num_segments + steps - 1
         return ClipSpec(num_segments, data.num_frames, data.frame_stride, clip_step or data.clip_step, data.fps)
 
+    def clip_set(self, split: Split, steps: int) -> ClipSet:
+        """Return all clips of a split for `steps` steps of prediction."""
+        data = self._data
+        shown: Any = {"size_px": data.size_px, "channels": data.channels, "decoder": data.decoder}
+        return make_clip_set(self.index(split), self.clip_spec(steps), **shown)
+
+    def read_settings(self, batch_size: int) -> ReadSettings:
+        """Return how clips are decoded in one pass."""
+        data = self._data
+        return ReadSettings(
+            batch_size=batch_size,
+            size_px=data.size_px,
+            channels=data.channels,
+            decoder=data.decoder,
+            num_workers=data.num_workers,
+            decode_timeout_s=data.decode_timeout_s,
+        )
+
     def training_stream(
         self, steps: int, *, rank: int, world_size: int, device: torch.device, clip_step: int | None = None
+    ) -> BatchStream:
+        return self.video_stream(steps, rank=rank, world_size=world_size, clip_step=clip_step)
+
+    def video_stream(
+        self, steps: int, *, rank: int = 0, world_size: int = 1, clip_step: int | None = None
     ) -> VideoStream:
+        """Return the stream of one process's training batches, with pixels. Arguments as in `training_stream`."""
         data = self._data
         settings = StreamSettings(
             batch_size=data.batch_size,
@@ -110,15 +134,7 @@ class VideosSource:
         self, split: Split, num_clips: int, horizon: int = 1, *, rank: int = 0, world_size: int = 1
     ) -> Iterator[Batch]:
         """Clips are spread evenly over the split: over all clips of several roots, whatever their weights."""
-        data = self._data
-        settings = ReadSettings(
-            batch_size=EVALUATION_BATCH,
-            size_px=data.size_px,
-            channels=data.channels,
-            decoder=data.decoder,
-            num_workers=data.num_workers,
-            decode_timeout_s=data.decode_timeout_s,
-        )
+        settings = self.read_settings(EVALUATION_BATCH)
         spec = self.clip_spec(horizon)
         batches = read_all(self.index(split), spec, settings, max_clips=num_clips, rank=rank, world_size=world_size)
         yield from (batch for batch in batches if len(batch["video"]))

@@ -24,6 +24,7 @@ from worldmodel.runs.wandb_tracking import wandb_mode
 from worldmodel.sources import make_source
 from worldmodel.sources.source import Source
 from worldmodel.training.augment import check_augmentation
+from worldmodel.training.cached_videos import cached_videos
 from worldmodel.training.finite import NotFiniteStep
 from worldmodel.training.launch import check_ranks_agree, is_lost_connection, launched
 from worldmodel.training.profiling import profiled
@@ -66,6 +67,7 @@ def train(
         source, stream, fingerprint = open_run_and_stream(config, accelerator, held, resume=resume, overwrite=overwrite)
         settings = flatten(to_dict(config)) | {"resume": resume, "fingerprint of the videos": fingerprint}
         check_ranks_agree(settings)
+        source = cached_videos(config, source, accelerator, stop)
         trainer = Trainer(config, accelerator)
         session = Session(trainer, run, source, stream.fingerprint, stop)
         if resume:
@@ -73,6 +75,8 @@ def train(
         accelerator.print(session.summary())
         for caution in cautions(config) if accelerator.is_main_process else ():
             logger.warning(caution)
+        if config.train.encoder_cache:
+            stream = training_stream(config, source, accelerator)
         trainer.log.times.labelled = profiles = profile and accelerator.is_main_process
         profiler = profiled(run, accelerator.device, train_config.steps - trainer.step) if profiles else nullcontext()
         with (
@@ -133,7 +137,6 @@ def open_run_and_stream(
     Raises:
         UserError: the videos do not fit the config, or the run folder cannot be used.
     """
-    rank, world_size = accelerator.process_index, accelerator.num_processes
     labels = clip_layout(config).labels | set(config.data.augment.position_labels)
     labels |= {config.evaluation.label} if config.evaluation.label else set()
     uses = training_uses(config.objective.rollout_steps, steps_of(config) if config.train.refine_steps else None)
@@ -142,9 +145,7 @@ def open_run_and_stream(
         source = make_source(config)
         check_splits(source, labels, uses)
         check_augmentation(source, config)
-        stream = source.training_stream(
-            config.objective.rollout_steps, rank=rank, world_size=world_size, device=accelerator.device
-        )
+        stream = training_stream(config, source, accelerator)
         if config.train.refine_steps:
             refinement_stream(source, config, accelerator.device)  # reports missing videos before hours of training
         if accelerator.is_main_process:
@@ -155,6 +156,12 @@ def open_run_and_stream(
             check_contents(source, labels, run)
     contents = source.contents(labels)
     return source, stream, stream.fingerprint + (f"-{contents.hash()}" if contents else "")
+
+
+def training_stream(config: Config, source: Source, accelerator: Accelerator) -> BatchStream:
+    """Open this process's stream of training batches."""
+    steps, rank, world_size = config.objective.rollout_steps, accelerator.process_index, accelerator.num_processes
+    return source.training_stream(steps, rank=rank, world_size=world_size, device=accelerator.device)
 
 
 @contextmanager
