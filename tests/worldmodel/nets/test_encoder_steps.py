@@ -12,7 +12,7 @@ from worldmodel.config import choices, load_config
 from worldmodel.nets.vit import VIT_SIZES
 
 SIZES_PX = (32, 64, 96, 128, 160, 224, 256)
-PRETRAINED = ("pretrained_vit", "pretrained_resnet")
+PRETRAINED = ("pretrained_vit", "pretrained_resnet", "pretrained_vjepa2")
 SHAPES = (
     {"conv3d": (3, 4), "resnet": (3, 4)} | {name: (2, 1) for name in VIT_SIZES} | {name: (2, 2) for name in PRETRAINED}
 )
@@ -21,7 +21,7 @@ SHAPES = (
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """pretrained_vit/ and pretrained_resnet/, image models of tiny size with random weights."""
+    """pretrained_vit/, pretrained_resnet/ and pretrained_vjepa2/, models of tiny size with random weights."""
     transformers = pytest.importorskip("transformers")
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
@@ -30,6 +30,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformers.ViTModel(vit).save_pretrained(root / "pretrained_vit")
     resnet = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
     transformers.ResNetModel(resnet).save_pretrained(root / "pretrained_resnet")
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 16}
+    predictor = {"pred_hidden_size": 24, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1}
+    vjepa2 = transformers.VJEPA2Config(**sizes, **predictor, crop_size=64)
+    transformers.VJEPA2Model(vjepa2).save_pretrained(root / "pretrained_vjepa2")
     return root
 
 
@@ -59,8 +63,9 @@ def test_a_step_of_an_encoder(case: Step) -> None:
     assert exit_code(case) == 0
 
 
-def test_a_step_of_a_pretrained_encoder(models: Path) -> None:
-    assert exit_code(step(models, "pretrained_vit", 256, "bf16")) == 0
+@pytest.mark.parametrize("encoder", ["pretrained_vit", "pretrained_vjepa2"])
+def test_a_step_of_a_pretrained_encoder(models: Path, encoder: str) -> None:
+    assert exit_code(step(models, encoder, 256, "bf16")) == 0
 
 
 @pytest.mark.slow

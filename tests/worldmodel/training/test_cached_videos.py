@@ -265,21 +265,21 @@ def test_clips_of_a_broken_video_are_left_out_as_in_pixels(
 
 
 @pytest.mark.slow
-def test_processes_share_the_pass(
-    overrides: list[str], tiny_overrides: list[str], tiny_config: Callable[..., Config], tmp_path: Path
-) -> None:
-    lines = {}
-    for count in (1, 2):
-        keys = [*tiny_overrides, *overrides, f"run_dir={tmp_path / str(count)}"]
-        keys += [f"train.encoder_cache={tmp_path / f'cache{count}'}", "data.num_lanes=4"]
-        run_processes(count, "-m", "worldmodel", "train", "--config", str(REPO / "configs" / "demo.yaml"), *keys)
-        [folder] = (tmp_path / f"cache{count}").iterdir()
-        stored = [np.load(path, allow_pickle=False) for path in sorted(folder.glob("*.npy"))]
-        lines[count] = np.sort(np.concatenate([part["key"] for part in stored]))
-        assert len(stored) >= count
-    assert np.array_equal(lines[1], lines[2])
-    losses = [[row["loss"] for row in rows_of(tmp_path / str(count)) if "loss" in row] for count in (1, 2)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+def test_processes_share_the_pass(overrides: list[str], tiny_overrides: list[str], tmp_path: Path) -> None:
+    cases = {"one": (1, {}), "two": (2, {}), "shards": (2, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})}
+    keys, losses = {}, {}
+    for name, (count, environment) in cases.items():
+        changes = [*tiny_overrides, *overrides, f"run_dir={tmp_path / name}"]
+        changes.append(f"train.encoder_cache={tmp_path / f'cache_{name}'}")
+        arguments = "-m", "worldmodel", "train", "--config", str(REPO / "configs" / "demo.yaml"), *changes
+        run_processes(count, *arguments, environment=environment)
+        [folder] = (tmp_path / f"cache_{name}").iterdir()
+        stored = [np.load(path, allow_pickle=False)["key"] for path in folder.glob("*.npy")]
+        keys[name] = np.sort(np.concatenate(stored)).tolist()
+        losses[name] = [row["loss"] for row in rows_of(tmp_path / name) if "loss" in row]
+    assert keys["one"] == keys["two"] == keys["shards"] and len(losses["one"]) == 6
+    assert losses["one"] == pytest.approx(losses["two"], abs=1e-4)
+    assert losses["one"] == pytest.approx(losses["shards"], abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
