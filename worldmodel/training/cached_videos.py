@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Generator, Iterator
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -162,11 +163,10 @@ class CachedVideos(VideosSource):
         """Store the tokens of missing segments. Ranks wait for each other after every part."""
         per_part = max(1, PART_BYTES // self._store.bytes_per_segment)
         rounds = -(-len(missing) // world_size // per_part)  # of the largest share
-        with closing(
-            self._parts(segments, missing[share_of_pass(len(missing), rank, world_size)], per_part, stop)
-        ) as parts:
+        own = missing[share_of_pass(len(missing), rank, world_size)]
+        with closing(self._parts(segments, own, per_part, stop)) as computed:
             for _ in range(rounds):
-                if part := next(parts, None):
+                if part := next(computed, None):
                     self._store.add(*part)
                 caught = max_over_processes(stop()) if world_size > 1 else stop()
                 if caught:
@@ -175,19 +175,17 @@ class CachedVideos(VideosSource):
 
     def _parts(self, segments: Segments, ids: Ints, per_part: int, stop: Stop) -> Generator[tuple[Keys, NDArray[Any]]]:
         """Yield the keys and tokens of segments, `per_part` at a time; after a signal, those that are done."""
-        settings = self.read_settings(SEGMENTS_AT_ONCE)
+        settings = replace(self.read_settings(SEGMENTS_AT_ONCE), max_bad_fraction=self._data.max_bad_fraction)
         keys: list[Keys] = []
         tokens: list[NDArray[Any]] = []
+        batches = read_clips(segments.alone, ids, settings, ranks=self._accelerator.num_processes)
         shown = tqdm(total=len(ids), desc="caching", unit="segment", disable=not self._accelerator.is_main_process)
-        with (
-            shown,
-            closing(read_clips(segments.alone, ids, settings, ranks=self._accelerator.num_processes)) as batches,
-        ):
+        with shown, closing(batches):
             for batch in batches:
                 if len(batch["video"]):
                     keys.append(segments.keys(batch["clip_id"].numpy()))
                     tokens.append(self._encode(batch))
-                shown.update(SEGMENTS_AT_ONCE)
+                shown.update(len(batch["video"]))
                 if sum(map(len, keys)) >= per_part or (keys and stop()):
                     yield np.concatenate(keys), np.concatenate(tokens)
                     keys, tokens = [], []

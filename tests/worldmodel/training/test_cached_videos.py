@@ -248,7 +248,7 @@ def test_clips_of_a_broken_video_are_left_out_as_in_pixels(
         (tmp_path / "videos" / split).mkdir(parents=True)
         for path in (world / split).glob("*.mp4"):
             (tmp_path / "videos" / split / path.name).write_bytes(path.read_bytes())
-    broken = config(f"data.root={tmp_path / 'videos'}", "data.max_bad_fraction=0.5")
+    broken = config(f"data.root={tmp_path / 'videos'}", "data.max_bad_fraction=0.02")  # one of 64
     source = make_source(broken)
     reader = cached_videos(broken, source, Accelerator(cpu=True), lambda: 0)
     victim = sorted((tmp_path / "videos" / "train").iterdir())[5]
@@ -262,6 +262,12 @@ def test_clips_of_a_broken_video_are_left_out_as_in_pixels(
         assert all(torch.equal(values, found["labels"][key]) for key, values in expected["labels"].items())
         sizes.append(len(found["row"]))
     assert min(sizes) < 16 == max(sizes)
+    strict = config(f"data.root={tmp_path / 'videos'}", "data.max_bad_fraction=0.01", "data.size_px=40")
+    refusing = cached_videos(strict, make_source(strict), Accelerator(cpu=True), lambda: 0)
+    assert isinstance(refusing, CachedVideos)
+    refusing._indexes = reader._indexes  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"1 of 64 videos do not decode or have changed"):
+        refusing.training_stream(2, rank=0, world_size=1, device=CPU)
 
 
 @pytest.mark.slow
