@@ -9,8 +9,8 @@ from data_pipelines.errors import UserError
 from worldmodel import parts
 from worldmodel.config import (
     Config,
-    External,
     GaussianConfig,
+    Norm,
     OracleConfig,
     SparseConfig,
     VideosConfig,
@@ -56,7 +56,7 @@ def build_training_model(config: Config) -> TrainingModel:
     embedder = _embedder(config, learned_scale=model.embedding_norm == "sphere" or not kind.needs_teacher)
     scene: Scene = NoScene()
     if model.scene_dim:
-        norm = "batch" if isinstance(model.editor, External) else model.editor.norm
+        norm: Norm = getattr(model.editor, "norm", "batch")
         scene = SceneCode(embedder.num_features, model.hidden_dim, model.scene_dim, norm)
     action_dim = model.action_dim * config.data.num_frames
     latent: Any = parts.build_module(

@@ -6,6 +6,7 @@ from data_pipelines.text_files import shown
 from worldmodel.config.data import VideosConfig, frame_channels, num_cameras
 from worldmodel.config.model import (
     External,
+    LinearEditorConfig,
     NoLatentConfig,
     OracleConfig,
     PretrainedConfig,
@@ -129,15 +130,17 @@ def _of_latent_and_editor(config: Config) -> Iterator[str]:
     if isinstance(editor, External):
         return
     if model.action_dim and not editor.takes_conditions:
-        yield f"model.editor={editor.name} takes no actions: with model.action_dim it must be mlp or residual"
+        yield f"model.editor={editor.name} takes no actions: with model.action_dim it must be mlp, residual or linear"
     if model.scene_dim and not editor.takes_conditions:
-        yield f"model.editor={editor.name} takes no scene code: with model.scene_dim it must be mlp or residual"
+        yield f"model.editor={editor.name} takes no scene code: with model.scene_dim it must be mlp, residual or linear"
     dim = None if isinstance(latent, NoLatentConfig | External) else latent.dim
-    if isinstance(editor, SumEditorConfig) and dim not in (None, model.embedding_dim):
+    if isinstance(editor, SumEditorConfig | LinearEditorConfig) and dim not in (None, model.embedding_dim):
         yield (
-            f"model.editor=sum adds r to the embedding: model.latent.dim={dim} must equal "
+            f"model.editor={editor.name} adds r to the embedding: model.latent.dim={dim} must equal "
             f"model.embedding_dim={model.embedding_dim}"
         )
+    if isinstance(editor, LinearEditorConfig) and isinstance(latent, NoLatentConfig):
+        yield "model.editor=linear changes the embedding by r alone: it needs a latent"
 
 
 def _of_steps(config: Config) -> Iterator[str]:

@@ -66,6 +66,19 @@ class ResNetConfig:
 
 
 @dataclass(frozen=True, config=KEYS)
+class DeviationConfig:
+    """Moments of the deviation from the mean frame, for videos of a fixed camera (worldmodel/nets/deviation.py)."""
+
+    built_by: ClassVar[str] = "worldmodel.nets.deviation:DeviationEncoder"
+    content: ClassVar[str] = "frames"
+
+    name: Literal["deviation"] = "deviation"
+    """Name of the encoder."""
+    maps: SizeFrom0 = 0
+    """Learned maps of which moments are taken, besides the deviation itself."""
+
+
+@dataclass(frozen=True, config=KEYS)
 class MlpConfig:
     """A multilayer perceptron for the factors of `data.source=causal`, and only for them."""
 
@@ -118,7 +131,7 @@ class PretrainedConfig:
     the encoder."""
 
 
-EncoderConfig = Conv3dConfig | ResNetConfig | MlpConfig | VitConfig | PretrainedConfig | External
+EncoderConfig = Conv3dConfig | ResNetConfig | DeviationConfig | MlpConfig | VitConfig | PretrainedConfig | External
 
 
 # -------------------------------------------------------------------------------------------------------- latents
@@ -136,8 +149,10 @@ class GaussianConfig:
     """Dimensions of r."""
     posterior_sees: Literal["later", "target"] = "later"
     """Segment from which r is inferred, besides x. later: x++. target: x+ itself."""
-    prior: Literal["mixture", "flow"] = "mixture"
-    """Prior of r. mixture: of Gaussians. flow: a conditional normalising flow, which needs the package zuko."""
+    prior: Literal["mixture", "flow", "linear"] = "mixture"
+    """Prior of r. mixture: of Gaussians. flow: a conditional normalising flow, which needs the package zuko. linear: a
+    Gaussian whose mean is linear in the context plus a small MLP; with `model.editor=linear`, refinement starts it at
+    the linear-Gaussian forecast."""
     prior_components: Repeat = 1
     """Components of a mixture; the paper has one."""
 
@@ -244,7 +259,21 @@ class LowRankEditorConfig:
     """Layers of the predictor that some objectives add: batch norm and ReLU, layer norm and GELU, or ReLU alone."""
 
 
-EditorConfig = MlpEditorConfig | ResidualEditorConfig | SumEditorConfig | LowRankEditorConfig | External
+@dataclass(frozen=True, config=KEYS)
+class LinearEditorConfig:
+    """t(z, r) is z plus a linear map of r, so that r holds all that changes. `model.latent.dim` is
+    `model.embedding_dim`."""
+
+    built_by: ClassVar[str] = "worldmodel.nets.editors:LinearEditor"
+    takes_conditions: ClassVar[bool] = True
+
+    name: Literal["linear"] = "linear"
+    """Name of the editor."""
+
+
+EditorConfig = (
+    LinearEditorConfig | MlpEditorConfig | ResidualEditorConfig | SumEditorConfig | LowRankEditorConfig | External
+)
 
 
 @dataclass(frozen=True, config=KEYS)

@@ -157,6 +157,8 @@ def kl_divergence(posterior: Gaussian, prior: Distribution, r: Tensor) -> Tensor
 
     The closed form is used for a single Gaussian as prior, otherwise log q(r) - log p(r) at a draw r [B, R] of q.
     """
+    if isinstance(prior, Gaussian):
+        return gaussian_kl(posterior, prior)
     if isinstance(prior, Mixture) and prior.log_weights.shape[1] == 1:
         return gaussian_kl(posterior, Gaussian(prior.components.mean.squeeze(1), prior.components.scale.squeeze(1)))
     return posterior.log_density(r) - prior.log_density(r)

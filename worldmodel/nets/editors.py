@@ -44,6 +44,21 @@ class ResidualEditor(nn.Module):
         return context + self.net(torch.cat([context, r], dim=-1))
 
 
+class LinearEditor(nn.Module):
+    """t = f(x) + W r: r holds all that changes, and W how the changes of dimensions go together. W starts as identity.
+
+    The plain sum of AdaSSL (arXiv 2602.02381) has no W.
+    """
+
+    def __init__(self, embedding_dim: int, latent_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(embedding_dim, latent_dim))
+
+    def forward(self, context: Tensor, r: Tensor) -> Tensor:
+        """Add W r to context [B, D], for r [B, R]: [B, D]."""
+        return context + r @ self.weight.T
+
+
 class SumEditor(nn.Module):
     """t = f(x) + r, the plain sum (AdaSSL, arXiv 2602.02381). R is D, or 0 without a latent."""
 

@@ -6,6 +6,7 @@ A latent infers r in training (Gaussian, sparse, oracle) and has a prior p(r | f
 Legend: B clips, D context dimensions, R latent dimensions, K components of a prior.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -45,6 +46,45 @@ class MixturePrior(nn.Module):
         """Return p(r | f(x)) for context [B, D]."""
         log_weights, rest = _split_weights(self.net(context).float(), self.num_weights)
         return Mixture(log_weights, _gaussian(rearrange(rest, "b (k r) -> b k r", k=self.num_components)))
+
+
+class LinearPrior(nn.Module):
+    """p(r | f(x)) = N(A x + b + m(x), diag s(x)^2), with log-linear scales and a small MLP m, s that starts at zero.
+
+    x is the context, standardised by `centre` and `spread`, which are 0 and 1 until `start` sets them.
+    """
+
+    centre: Tensor
+    spread: Tensor
+
+    def __init__(self, context_dim: int, hidden_dim: int, latent_dim: int) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.register_buffer("centre", torch.zeros(context_dim))
+        self.register_buffer("spread", torch.ones(context_dim))
+        self.linear = nn.Linear(context_dim, 2 * latent_dim)
+        self.hidden = nn.Linear(context_dim, hidden_dim)
+        self.out = nn.Linear(hidden_dim, 2 * latent_dim, bias=False)
+        for weight in (self.linear.weight, self.linear.bias, self.out.weight):
+            nn.init.zeros_(weight)
+
+    def forward(self, context: Tensor) -> Gaussian:
+        """Return p(r | f(x)) for context [B, D]."""
+        x = (context - self.centre) / self.spread
+        return _gaussian((self.linear(x) + self.out(F.gelu(self.hidden(x)))).float())
+
+    @torch.no_grad()
+    def start(self, centre: Tensor, spread: Tensor, weight: Tensor, bias: Tensor, scale: float) -> None:
+        """Become N(weight x + bias, scale^2), where x is the context standardised by centre and spread [D].
+
+        weight [R, D]; bias [R].
+        """
+        self.centre.copy_(centre)
+        self.spread.copy_(spread)
+        self.linear.weight.zero_()[: self.latent_dim] = weight
+        raw = math.log(math.expm1(scale))  # softplus of which is scale
+        self.linear.bias.copy_(torch.cat([bias, torch.full_like(bias, raw)]))
+        self.out.weight.zero_()
 
 
 class SpikeAndSlabPrior(nn.Module):
@@ -152,16 +192,18 @@ class GaussianLatent(nn.Module):
         embedding_dim: int,
         hidden_dim: int,
         dim: int,
-        prior: Literal["mixture", "flow"] = "mixture",
+        prior: Literal["mixture", "flow", "linear"] = "mixture",
         prior_components: int = 1,
     ) -> None:
         super().__init__()
         self.latent_dim = dim
-        self.prior = (
-            FlowPrior(context_dim, hidden_dim, dim)
-            if prior == "flow"
-            else MixturePrior(context_dim, hidden_dim, dim, prior_components)
-        )
+        self.prior: nn.Module
+        if prior == "flow":
+            self.prior = FlowPrior(context_dim, hidden_dim, dim)
+        elif prior == "linear":
+            self.prior = LinearPrior(context_dim, hidden_dim, dim)
+        else:
+            self.prior = MixturePrior(context_dim, hidden_dim, dim, prior_components)
         self.posterior_net = mlp([context_dim + embedding_dim, hidden_dim, 2 * dim])
 
     def posterior(self, context: Tensor, later: Tensor) -> Gaussian:

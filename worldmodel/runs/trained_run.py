@@ -306,7 +306,7 @@ def _check_before_building(config: Config, checkpoint: Checkpoint, run: str | Pa
     # A flow cannot be built on the meta device. Its sizes follow from the others.
     latent = config.model.latent
     is_flow = isinstance(latent, GaussianConfig) and latent.prior == "flow"
-    if isinstance(latent, GaussianConfig):
+    if isinstance(latent, GaussianConfig) and is_flow:
         latent = dataclasses.replace(latent, prior="mixture")
     model = dataclasses.replace(config.model, latent=latent)
     try:

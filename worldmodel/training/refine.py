@@ -29,6 +29,7 @@ from worldmodel.nets.scene import NoScene
 from worldmodel.nets.world_model import Embedded, WorldModel
 from worldmodel.sources.source import Source
 from worldmodel.training.finite import Guard, first_overflow
+from worldmodel.training.linear_start import start_linear, starts_linear
 from worldmodel.training.losses import DistanceExamples, TrainingModel
 from worldmodel.training.optimisation import learning_rate, parameter_groups, set_lr, step_generator
 
@@ -232,7 +233,8 @@ def refine(
     Args:
         log: takes the number of updates and the mean losses since its last call, every train.log_every updates.
         stop: returns the number of a signal that came, or 0.
-        score: scores the networks as they are; lower is better.
+        score: scores the networks as they are; lower is better. Used with train.refine_eval_every, and to choose a
+            linear start.
 
     Returns: the number of the signal that ended refinement early, or 0.
 
@@ -244,6 +246,10 @@ def refine(
     if train.refine_rollout_steps:
         training.step_weights = [1 / train.refine_rollout_steps] * train.refine_rollout_steps
     model.scene.learn(clips.features)
+    if starts_linear(model):
+        num_steps = clips.actions.shape[1]
+        contexts, targets = clips.own[:, :num_steps], clips.targets[:, :num_steps]
+        start_linear(model, contexts.flatten(0, 1), targets.flatten(0, 1), clips.actions.flatten(0, 1), score)
     similar = None
     if model.distance.num_values:
         similar = most_similar(model, clips)

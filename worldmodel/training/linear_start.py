@@ -1,0 +1,66 @@
+"""Start a forecast at the linear-Gaussian one, so that refinement only has to learn what is missing there.
+
+Legend: N pairs of segments, D embedding dimensions, Z numbers of a scene code, A numbers of an action.
+"""
+
+from collections.abc import Callable
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from worldmodel.nets.editors import LinearEditor
+from worldmodel.nets.latents import GaussianLatent, LinearPrior
+from worldmodel.nets.world_model import WorldModel
+
+STRENGTHS = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
+"""Ridge strengths to choose from."""
+SPREADS = (0.5, 0.7, 1.0, 1.4)
+"""Standard deviations of r to choose from. That of residuals on training clips is 1; held-out clips may be calmer."""
+LEAST_VARIANCE = 1e-5
+"""Added to the variance of residuals, in units of the embedding's."""
+
+
+def starts_linear(model: WorldModel) -> bool:
+    """Return True for a model whose editor and prior are linear."""
+    latent = model.latent
+    return (
+        isinstance(model.editor, LinearEditor)
+        and isinstance(latent, GaussianLatent)
+        and isinstance(latent.prior, LinearPrior)
+    )
+
+
+@torch.no_grad()
+def start_linear(
+    model: WorldModel, contexts: Tensor, targets: Tensor, actions: Tensor, score: Callable[[], float]
+) -> None:
+    """Make a model of `starts_linear` the best linear-Gaussian forecast of targets from contexts [N, D].
+
+    y = x + f(x, a) + e for actions a [N, A]: f is a ridge, and e is normal with the shape L L' of the residuals'
+    covariance. Then r = L^-1 (y - x) has equal and uncorrelated residuals, and the editor is z + L r. Strength and size
+    have the lowest `score` of the model. Of a scene code, nothing is used.
+    """
+    editor, prior = model.editor, model.latent.prior
+    assert isinstance(editor, LinearEditor) and isinstance(prior, LinearPrior)
+    dim = contexts.shape[1]
+    code = contexts.new_zeros(len(contexts), len(prior.centre) - dim - actions.shape[1])
+    inputs = torch.cat([contexts, code, actions], dim=1).double()
+    centre, spread = inputs.mean(dim=0), inputs.std(dim=0) + 1e-6
+    x, y = (inputs - centre) / spread, (targets - contexts).double() / spread[:dim]
+    bias = y.mean(dim=0)
+    gram, moment, eye = x.T @ x, x.T @ (y - bias), torch.eye(x.shape[1]).to(x)
+
+    def become(strength: float, size: float) -> None:
+        weight = torch.linalg.solve(gram + strength * eye, moment)
+        residuals = y - bias - x @ weight
+        root = torch.linalg.cholesky(residuals.T @ residuals / len(y) + LEAST_VARIANCE * eye[:dim, :dim])
+        in_r = torch.linalg.solve_triangular(root, torch.cat([weight, bias[None]]).T, upper=False)
+        prior.start(centre, spread, in_r[:, :-1], in_r[:, -1], size)
+        editor.weight.zero_()[:, :dim] = spread[:dim, None] * root
+
+    scores = {}
+    for choice in product(STRENGTHS, SPREADS):
+        become(*choice)
+        scores[choice] = score()
+    become(*min(scores, key=lambda choice: scores[choice]))
