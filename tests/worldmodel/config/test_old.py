@@ -61,6 +61,7 @@ CHANGED = {
     "planning.temperature": 0.4,
 }
 NEW = {"data.format"} | {f"data.augment.{key}" for key in keys_of(AugmentConfig)}
+NEW_CHOICES = {("model.encoder", "deviation"), ("model.editor", "linear")}
 TAGS = {
     "data.source": "data",
     "model.encoder": "model.encoder",
@@ -81,12 +82,12 @@ def flat_config(**changes: Any) -> dict[str, Any]:
 
 
 def cases() -> list[dict[str, Any]]:
-    """Every name of every choice."""
+    """Every name of every choice that earlier versions had."""
     return [
         {tag: name, **(FORMATS.get(name, {}) if tag == "data.source" else {})}
         for tag, key in TAGS.items()
         for name in choices(key)
-        if name != "mlp" or tag != "model.encoder"  # which is for causal
+        if (tag, name) not in NEW_CHOICES and (tag, name) != ("model.encoder", "mlp")  # which is for causal
     ]
 
 
