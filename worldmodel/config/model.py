@@ -74,8 +74,6 @@ class DeviationConfig:
 
     name: Literal["deviation"] = "deviation"
     """Name of the encoder."""
-    maps: SizeFrom0 = 0
-    """Learned maps of which moments are taken, besides the deviation itself."""
 
 
 @dataclass(frozen=True, config=KEYS)

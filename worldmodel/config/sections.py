@@ -47,6 +47,10 @@ class TrainConfig:
     segment: use more than 1 with `model.scene_dim`, so that a code still holds after many steps."""
     refine_clips: CountFrom2 = 65_536
     """Clips that are embedded for refinement."""
+    refine_clip_step: Repeat | None = None
+    """Frames from the start of one embedded clip to that of the next in the same video, in place of `data.clip_step`.
+    null: each segment is embedded about once, so that many videos are seen. 1 for minutes of video: a clip starts at
+    every frame."""
     refine_batch_size: SamplesFrom2 | None = None
     """Embedded clips per refinement update. null: `data.batch_size`."""
     refine_lr: PositiveFloat = 1e-3
@@ -59,8 +63,8 @@ class TrainConfig:
     refine_samples: SamplesFrom2 = 8
     """Sampled futures per clip for this score."""
     refine_noise: NonNegativeFloat = 0.0
-    """Standard deviation of the noise that is added to contexts in refinement, relative to that of each dimension of
-    the embeddings. It keeps a forecast from memorising few clips."""
+    """Standard deviation of the noise that is added to contexts in refinement, relative to that of each dimension's
+    change in a step. It keeps a forecast from memorising few clips."""
     refine_eval_every: CountFrom0 = 0
     """Updates of refinement from one score on the selection split to the next. The best weights are kept. 0: the last
     weights are kept."""

@@ -317,8 +317,8 @@ def development_scores(networks: Networks, config: EvaluationConfig, share: Shar
 def selection_scorer(networks: Networks, config: EvaluationConfig) -> Callable[[], float]:
     """Return a function that scores the forecasts of selection clips by the networks as they are, in embedding space.
 
-    It returns the mean Energy Score over the horizon. The clips are embedded once, when it is first called; the
-    embedders must not change.
+    It returns the geometric mean of the Energy Scores of the steps, in which far steps count no more than near ones.
+    The clips are embedded once, when it is first called; the embedders must not change.
     """
 
     queries = cache(partial(selection_queries, networks, config))
@@ -328,7 +328,9 @@ def selection_scorer(networks: Networks, config: EvaluationConfig) -> Callable[[
             clips, generator = queries(), torch.Generator().manual_seed(config.seed)
             num_samples = num_futures(networks.model, config.num_samples)
             futures = roll_out(networks, clips.state, clips.actions, num_samples, generator)
-            return mean_score(futures, clips.targets[:, None])
+            steps = zip(futures.unbind(2), clips.targets[:, None].unbind(2), strict=True)
+            scores = torch.stack([energy_score(forecast, truth).mean() for forecast, truth in steps])
+            return float(scores.clamp(min=1e-12).log().mean().exp())
 
     return score
 

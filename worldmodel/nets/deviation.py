@@ -1,6 +1,6 @@
 """An encoder for videos of a fixed camera: where, and how widely spread, frames differ from the mean frame.
 
-Legend: B clips, T frames, C channels, H = W pixels, I = B * T images, M maps, F features.
+Legend: B clips, T frames, C channels, H = W pixels, I = B * T images, F features.
 """
 
 import torch
@@ -14,14 +14,10 @@ from worldmodel.nets.parallel import all_gather
 class DeviationEncoder(nn.Module):
     """Moments of the deviation of each frame from the mean frame of training.
 
-    The first map is the mean absolute deviation over channels, and `maps` further ones are the absolute values of
-    learned 5x5 convolutions of the deviation. Of each map, to the powers 2 and 4, the mean, the centre and the second
-    moments are kept, and standardised: F = 12 T (1 + maps). A high power makes the centre of a map that of what differs
-    most. These features hold positions to a fraction of a pixel after minutes of video, and with several frames also
-    velocities; a convolutional network needs far more video for that (docs/experiments.md).
-
-    Args:
-        maps: number of learned maps; more for more video.
+    The map of a frame is its absolute deviation, a mean over channels. Of its powers 2 and 4, the mean, the centre and
+    the second moments are kept, and standardised: F = 12 T. A high power makes the centre that of what differs most.
+    These features have no weights to learn. They hold positions to a fraction of a pixel from a minute of video on, and
+    with several frames also velocities; convolutional networks need far more video for that (docs/experiments.md).
     """
 
     POWERS = (2, 4)
@@ -33,12 +29,11 @@ class DeviationEncoder(nn.Module):
     mean_frame: Tensor
     num_batches: Tensor
 
-    def __init__(self, channels: int, num_frames: int, size_px: int, maps: int = 0) -> None:
+    def __init__(self, channels: int, num_frames: int, size_px: int) -> None:
         super().__init__()
         self.register_buffer("mean_frame", torch.zeros(channels, size_px, size_px))
         self.register_buffer("num_batches", torch.zeros((), dtype=torch.int64))
-        self.filters = nn.Conv2d(channels, maps, 5, padding=2, bias=False) if maps else None
-        self.num_features = 6 * len(self.POWERS) * (1 + maps) * num_frames
+        self.num_features = 6 * len(self.POWERS) * num_frames
         self.standardise = nn.BatchNorm1d(self.num_features, affine=False)
 
     def forward(self, video: Tensor) -> Tensor:
@@ -50,10 +45,7 @@ class DeviationEncoder(nn.Module):
             video = video.float()
             if self.training:
                 self._update(video)
-            deviation = rearrange(video - self.mean_frame, "b t c h w -> (b t) c h w")
-            maps = deviation.abs().mean(dim=1, keepdim=True)
-            if self.filters is not None:
-                maps = torch.cat([maps, self.filters(deviation).abs()], dim=1)
+            maps = rearrange((video - self.mean_frame).abs().mean(dim=2), "b t h w -> (b t) h w")
             moments = torch.cat([_moments(maps, power, self.FAINT) for power in self.POWERS], dim=1)
             return self.standardise(rearrange(moments, "(b t) f -> b (t f)", b=len(video)))
 
@@ -65,15 +57,14 @@ class DeviationEncoder(nn.Module):
 
 
 def _moments(maps: Tensor, power: int, faint: float) -> Tensor:
-    """Return mean, centre and second moments of maps [I, M, H, W] >= 0, relative to their maximum, to a power.
-
-    Returns: [I, 6 * M].
-    """
-    height, width = maps.shape[2:]
-    pixels = maps.flatten(2)
-    weights = (pixels / (pixels.amax(dim=2, keepdim=True) + faint)) ** power
+    """Return mean, centre and second moments of a power of maps [I, H, W] >= 0, relative to their maximum: [I, 6]."""
+    height, width = maps.shape[1:]
+    pixels = maps.flatten(1)
+    weights = (pixels / (pixels.amax(dim=1, keepdim=True) + faint)) ** power
     coordinates = pixel_weights(height, width, "moments", maps.device)[1:]
-    even = 0.02 / (height * width)  # of an empty map, the centre is in the middle
-    mass = weights.mean(dim=2, keepdim=True)
-    shares = (weights + even) / (weights + even).sum(dim=2, keepdim=True)
-    return torch.cat([mass, shares @ coordinates.T], dim=2).flatten(1)
+    even = weights + EVEN / (height * width)
+    return torch.cat([weights.mean(dim=1, keepdim=True), even / even.sum(dim=1, keepdim=True) @ coordinates.T], dim=1)
+
+
+EVEN = 0.02
+"""Mass that is spread evenly over a map, so that the centre of an empty one is in the middle."""

@@ -110,7 +110,7 @@ class TrainingModel(nn.Module):
         step_weights: the relative weights of the K predicted steps in the loss.
         beta: the weight of the latent's penalty after its warm-up. None: the objective's default.
         distance_error_weight: in refinement, the weight of prediction errors as a temporal distance measures them.
-        energy_weight: in refinement, the weight of `mean_energy_score`.
+        energy_weight: in refinement, the weight of the `relative_scores` of its `step_energy_scores`.
         energy_samples: sampled futures per clip for this score.
     """
 
@@ -251,9 +251,9 @@ class TrainingModel(nn.Module):
                 states[:, 0], actions.shape[1], self.energy_samples, generator, actions=actions
             )
             with torch.autocast(states.device.type, enabled=False):
-                score = mean_energy_score(futures.float(), predictions.real[:, 1:].float())
-            losses["loss"] = losses["loss"] + self.energy_weight * score
-            losses["energy_score"] = score.detach()
+                scores = step_energy_scores(futures.float(), predictions.real[:, 1:].float())
+            losses["loss"] = losses["loss"] + self.energy_weight * relative_scores(scores).mean()
+            losses["energy_score"] = scores.detach().mean()
         if examples is not None:
             with torch.autocast(states.device.type, enabled=False):
                 terms = distance_losses(self.model, embedded, states, examples, self.distance_error_weight)
@@ -312,17 +312,25 @@ def step_losses(
     return {"loss": loss} | terms
 
 
-def mean_energy_score(futures: Tensor, targets: Tensor) -> Tensor:
-    """Return the Energy Score of futures [B, S, K, D] for targets [B, K, D], a mean over clips and steps, by sqrt(D).
+def step_energy_scores(futures: Tensor, targets: Tensor) -> Tensor:
+    """Return the Energy Score of futures [B, S, K, D] for targets [B, K, D], a mean over clips, by sqrt(D): [K].
 
     ES = mean |X - y| - (1/2) mean_{s != s'} |X_s - X_s'|, the unbiased estimate (Gneiting and Raftery 2007, eq. 22). As
     a training loss it fits the spread of the samples along with their mean (arXiv 2606.12997).
     """
     num_samples = futures.shape[1]
     by_step = futures.transpose(1, 2)  # [B, K, S, D]
-    to_truth = _lengths(by_step - targets[:, :, None]).mean()
-    within = _lengths(by_step[:, :, :, None] - by_step[:, :, None]).sum(dim=(2, 3)).mean()
+    to_truth = _lengths(by_step - targets[:, :, None]).mean(dim=(0, 2))
+    within = _lengths(by_step[:, :, :, None] - by_step[:, :, None]).sum(dim=(2, 3)).mean(dim=0)
     return (to_truth - within / (2 * num_samples * (num_samples - 1))) / math.sqrt(futures.shape[-1])
+
+
+def relative_scores(scores: Tensor) -> Tensor:
+    """Divide scores [K] by their size, so that the gradient is that of their logarithm: [K], each 1 or -1.
+
+    Far steps, whose scores are larger, then count no more than near ones. An estimate from few samples may be negative.
+    """
+    return scores / scores.detach().abs().clamp(min=1e-3)
 
 
 def _lengths(differences: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from worldmodel.nets.scene import NoScene
 from worldmodel.nets.world_model import Embedded, WorldModel
 from worldmodel.sources.source import Source
 from worldmodel.training.finite import Guard, first_overflow
-from worldmodel.training.linear_start import start_linear, starts_linear
+from worldmodel.training.linear_start import keep_share, start_linear, starts_linear
 from worldmodel.training.losses import DistanceExamples, TrainingModel
 from worldmodel.training.optimisation import learning_rate, parameter_groups, set_lr, step_generator
 
@@ -78,10 +78,10 @@ class RefinementBatch:
 def refinement_stream(source: Source, config: Config, device: torch.device) -> BatchStream:
     """Open the stream of clips to embed, each with segments for `steps_of` steps.
 
-    A clip starts where the refined steps of the one before it end, whatever data.clip_step is. Each segment is then
+    Without train.refine_clip_step, a clip starts where the refined steps of the one before it end. Each segment is then
     embedded about once, and many videos are seen.
     """
-    clip_step = config.train.refine_horizon * clip_layout(config).span
+    clip_step = config.train.refine_clip_step or config.train.refine_horizon * clip_layout(config).span
     return source.training_stream(steps_of(config), rank=0, world_size=1, device=device, clip_step=clip_step)
 
 
@@ -164,7 +164,7 @@ def draw_batch(
 
     context = clips.own[clip, first]
     if config.train.refine_noise:
-        spread = config.train.refine_noise * clips.own.std(dim=(0, 1))
+        spread = config.train.refine_noise * (clips.own[:, 1:] - clips.own[:, :-1]).std(dim=(0, 1))
         context = context + spread * torch.randn(context.shape, generator=generator, device=device)
     seen = successive(clips.own, model.seen_at)
     embedded = Embedded(
@@ -250,6 +250,7 @@ def refine(
         num_steps = clips.actions.shape[1]
         contexts, targets = clips.own[:, :num_steps], clips.targets[:, :num_steps]
         start_linear(model, contexts.flatten(0, 1), targets.flatten(0, 1), clips.actions.flatten(0, 1), score)
+    start = {name: value.clone() for name, value in training.state_dict().items()} if starts_linear(model) else None
     similar = None
     if model.distance.num_values:
         similar = most_similar(model, clips)
@@ -304,5 +305,7 @@ def refine(
         check_finite(train.refine_steps)
     if best_weights:
         training.load_state_dict(best_weights)
+    if start is not None:
+        keep_share(training, start)
     model.embedder.requires_grad_(True)
     return signal_number

@@ -163,6 +163,11 @@ def test_the_kl_to_a_single_component_does_not_depend_on_the_draw() -> None:
 # ------------------------------------------------------------------------------------------------- Bernoulli mask
 
 
+def test_the_kl_to_a_gaussian_is_the_closed_form() -> None:
+    q, p = Gaussian(normal(0, 5, 3), normal(1, 5, 3).exp()), Gaussian(normal(2, 5, 3), normal(3, 5, 3).exp())
+    torch.testing.assert_close(kl_to_prior(q, p, q.draw()), kl_divergence(independent(q), independent(p)))
+
+
 def test_mask_is_exactly_zero_or_one() -> None:
     mask = bernoulli_mask(normal(0, 100_000), torch.Generator().manual_seed(0))
     assert mask.unique().tolist() == [0.0, 1.0]

@@ -3,12 +3,27 @@ from typing import Any
 import torch
 
 from worldmodel import parts
-from worldmodel.config import LowRankEditorConfig, MlpEditorConfig, ResidualEditorConfig, SumEditorConfig
-from worldmodel.nets.editors import Editor, LowRankEditor, MlpEditor, ResidualEditor, SumEditor, WithPredictor
+from worldmodel.config import (
+    LinearEditorConfig,
+    LowRankEditorConfig,
+    MlpEditorConfig,
+    ResidualEditorConfig,
+    SumEditorConfig,
+)
+from worldmodel.nets.editors import (
+    Editor,
+    LinearEditor,
+    LowRankEditor,
+    MlpEditor,
+    ResidualEditor,
+    SumEditor,
+    WithPredictor,
+)
 
 CONFIGS: dict[str, Any] = {
     "mlp": MlpEditorConfig,
     "residual": ResidualEditorConfig,
+    "linear": LinearEditorConfig,
     "sum": SumEditorConfig,
     "low_rank": LowRankEditorConfig,
 }
@@ -66,6 +81,14 @@ def test_low_rank_starts_as_the_identity_and_a_zero_coordinate_does_nothing() ->
     torch.testing.assert_close(editor(context, torch.zeros(5, 3)), context)
 
 
+def test_the_linear_editor_adds_a_linear_map_of_r_that_starts_as_identity() -> None:
+    editor = LinearEditor(3, 5)
+    context, r = batch(0, 4, 3), batch(1, 4, 5)
+    torch.testing.assert_close(editor(context, r), context + r[:, :3])
+    torch.nn.init.normal_(editor.weight)
+    torch.testing.assert_close(editor(context, r), context + torch.stack([editor.weight @ each for each in r]))
+
+
 def test_with_layer_norm_no_clip_depends_on_the_others() -> None:
     torch.manual_seed(0)
     context, r = batch(0, 5, 6), batch(1, 5, 3)
@@ -80,11 +103,12 @@ def test_the_name_in_the_config_makes_the_editor() -> None:
     sizes: dict[str, Any] = {"embedding_dim": 6, "hidden_dim": 8}
     kinds = {
         (name, predictor): type(make_editor(CONFIGS[name](), **sizes, latent_dim=6, predictor=predictor))
-        for name in ("mlp", "residual", "sum", "low_rank")
+        for name in ("mlp", "residual", "linear", "sum", "low_rank")
         for predictor in (False, True)
     }
     assert kinds["mlp", False] is kinds["mlp", True] is MlpEditor
     assert kinds["residual", False] is kinds["residual", True] is ResidualEditor
+    assert kinds["linear", False] is kinds["linear", True] is LinearEditor
     assert kinds["sum", False] is SumEditor and kinds["low_rank", False] is LowRankEditor
     assert kinds["sum", True] is kinds["low_rank", True] is WithPredictor
     assert type(make_editor(LowRankEditorConfig(), **sizes, latent_dim=0, predictor=False)) is SumEditor

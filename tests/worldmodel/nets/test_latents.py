@@ -11,6 +11,7 @@ from worldmodel.nets.latents import (
     FlowPrior,
     GaussianLatent,
     Latent,
+    LinearPrior,
     MixturePrior,
     NoLatent,
     OracleLatent,
@@ -43,6 +44,7 @@ def no_r(batch: int) -> Tensor:
     [
         ("gaussian", "mixture", GaussianLatent, MixturePrior),
         ("gaussian", "flow", GaussianLatent, FlowPrior),
+        ("gaussian", "linear", GaussianLatent, LinearPrior),
         ("sparse", "mixture", SparseLatent, SpikeAndSlabPrior),
         ("oracle", "mixture", OracleLatent, SpikeAndSlabPrior),
     ],
@@ -51,6 +53,19 @@ def test_the_name_in_the_config_makes_the_latent_and_its_prior(name: str, prior:
     made = make(name, prior)
     assert type(made) is latent and type(made.prior) is kind
     assert made.latent_dim == 3 and made.prior(normal(0, 5, 8)).draw().shape == (5, 3)
+
+
+def test_a_linear_prior_starts_as_it_is_told() -> None:
+    prior = LinearPrior(4, 8, 2)
+    torch.nn.init.normal_(prior.out.weight)
+    centre, spread, bias = torch.arange(4.0), torch.tensor([1.0, 2.0, 0.5, 4.0]), torch.tensor([0.3, -2.0])
+    weight, context = normal(0, 2, 4), normal(1, 6, 4)
+    prior.start(centre, spread, weight, bias, scale=1.4)
+    drawn = prior(context)
+    torch.testing.assert_close(drawn.mean, ((context - centre) / spread) @ weight.T + bias)
+    torch.testing.assert_close(drawn.scale, torch.full((6, 2), 1.4))
+    prior(context).mean.sum().backward()
+    assert prior.out.weight.grad is not None and prior.out.weight.grad.abs().sum() > 0
 
 
 def test_no_latent_is_made_of_none() -> None:
@@ -84,7 +99,7 @@ def test_a_spike_and_slab_prior_has_normalised_weights_and_no_slab_on_a_point(nu
     torch.testing.assert_close(prior.log_weights.exp().sum(dim=1), torch.ones(5))
 
 
-@pytest.mark.parametrize(("prior", "num_components"), [("mixture", 1), ("mixture", 2), ("flow", 1)])
+@pytest.mark.parametrize(("prior", "num_components"), [("mixture", 1), ("mixture", 2), ("flow", 1), ("linear", 1)])
 def test_gaussian_latent_draws_from_its_posterior_and_pays_the_kl(prior: str, num_components: int) -> None:
     latent = make("gaussian", prior, prior_components=num_components).eval()
     assert isinstance(latent, GaussianLatent)

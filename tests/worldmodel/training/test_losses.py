@@ -4,7 +4,7 @@ from torch import Tensor
 from worldmodel.evaluation.scores import energy_score
 from worldmodel.nets.latents import PRIOR_NLL
 from worldmodel.nets.world_model import Predictions
-from worldmodel.training.losses import CachedGradient, SequenceTerms, mean_energy_score, step_losses
+from worldmodel.training.losses import CachedGradient, SequenceTerms, relative_scores, step_energy_scores, step_losses
 from worldmodel.training.objectives import InfoNce, Vicreg
 
 
@@ -82,13 +82,21 @@ def test_sequence_terms_without_weight_are_left_out() -> None:
 def test_the_energy_score_is_that_of_evaluations_and_lowest_for_the_law() -> None:
     futures, targets = batch(0, 5, 7, 2, 3), batch(1, 5, 2, 3)
     of_steps = [energy_score(futures[:, :, k], targets[:, None, k]).mean() for k in range(2)]
-    torch.testing.assert_close(mean_energy_score(futures, targets), sum(of_steps) / 2 / 3**0.5)
+    torch.testing.assert_close(step_energy_scores(futures, targets), torch.stack(of_steps) / 3**0.5)
     drawn, truth = batch(2, 4000, 8, 1, 2), batch(3, 4000, 1, 2)
-    scores = {scale: float(mean_energy_score(scale * drawn, truth)) for scale in (0.5, 1.0, 2.0)}
+    scores = {scale: float(step_energy_scores(scale * drawn, truth)) for scale in (0.5, 1.0, 2.0)}
     assert scores[1.0] < min(scores[0.5], scores[2.0]) - 0.01
+
+
+def test_relative_scores_have_the_gradient_of_the_mean_logarithm() -> None:
+    scores = torch.tensor([0.2, 3.0, -0.5, 1e-6], requires_grad=True)
+    relative_scores(scores).mean().backward()
+    assert scores.grad is not None
+    expected = torch.tensor([1 / 0.2, 1 / 3.0, 1 / 0.5, 1 / 1e-3]) / 4  # an estimate may be negative, or almost zero
+    torch.testing.assert_close(scores.grad, expected)
 
 
 def test_the_energy_score_of_equal_futures_has_a_finite_gradient() -> None:
     futures = torch.zeros(2, 3, 1, 4, requires_grad=True)
-    mean_energy_score(futures, torch.zeros(2, 1, 4)).backward()
+    step_energy_scores(futures, torch.zeros(2, 1, 4)).sum().backward()
     assert futures.grad is not None and futures.grad.isfinite().all()

@@ -1,0 +1,93 @@
+"""The linear start against the law of a linear-Gaussian process."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data_pipelines.errors import UserError
+from worldmodel.build import build_training_model
+from worldmodel.config import Config, validate
+from worldmodel.nets.world_model import WorldModel
+from worldmodel.training.linear_start import KEPT, keep_share, start_linear, starts_linear
+
+DIM = 3
+
+
+def linear_config(*, action_dim: int = 0, **changes: Any) -> Config:
+    model = {
+        "embedding_dim": DIM,
+        "embedding_norm": "standard",
+        "hidden_dim": 8,
+        "latent": {"name": "gaussian", "dim": DIM, "prior": "linear"},
+        "editor": {"name": "linear"},
+        "action_dim": action_dim,
+    }
+    data = {"source": "videos", "root": "x", "num_frames": 1, "channels": 1, "frame_stride": 1}
+    return validate(
+        {"run_dir": "x", "data": data, "model": model | changes, "objective": {"name": "vicreg"}}, source="test"
+    )
+
+
+def law(generator: torch.Generator, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y = A x + B a + b + e with a full covariance of e: contexts, targets, actions, and the mean of y."""
+    a, b = torch.tensor([[0.9, 0.2, 0.0], [0.0, 0.7, 0.1], [0.1, 0.0, 0.5]]), torch.tensor([[0.5], [0.0], [-0.3]])
+    x = torch.randn(count, DIM, generator=generator) * torch.tensor([1.0, 3.0, 0.5])
+    action = torch.randn(count, 1, generator=generator)
+    mean = x @ a.T + action @ b.T + torch.tensor([0.2, -1.0, 0.0])
+    return x, mean + torch.randn(count, DIM, generator=generator) @ FACTOR.T, action, mean
+
+
+FACTOR = torch.tensor([[0.3, 0.0, 0.0], [0.2, 0.4, 0.0], [-0.1, 0.1, 0.2]])
+
+
+def started(num_pairs: int) -> WorldModel:
+    model = build_training_model(linear_config(action_dim=1)).model.eval()
+    assert starts_linear(model)
+    x, y, action, _ = law(torch.Generator().manual_seed(0), num_pairs)
+    held = law(torch.Generator().manual_seed(1), 500)
+
+    def score() -> float:
+        drawn = model.rollout_embedding(held[0], 1, 2, torch.Generator().manual_seed(2), actions=held[2][:, None])
+        first, second = drawn[:, :, 0].unbind(1)
+        return float((first - held[1]).norm(dim=1).mean() - 0.5 * (first - second).norm(dim=1).mean())
+
+    start_linear(model, x, y, action, score)
+    return model
+
+
+@torch.no_grad()
+def test_the_start_has_mean_and_covariance_of_the_law() -> None:
+    model = started(20_000)
+    x, _, action, mean = law(torch.Generator().manual_seed(3), 200)
+    futures = model.rollout_embedding(x, 1, 4000, torch.Generator().manual_seed(4), actions=action[:, None])[:, :, 0]
+    assert (futures.mean(dim=1) - mean).abs().max() < 0.05
+    residuals = (futures - futures.mean(dim=1, keepdim=True)).flatten(0, 1)
+    torch.testing.assert_close(residuals.T @ residuals / len(residuals), FACTOR @ FACTOR.T, atol=0.01, rtol=0.05)
+
+
+def test_other_models_do_not_start_linear() -> None:
+    for changes in ({"editor": {"name": "residual"}}, {"latent": {"name": "gaussian", "dim": DIM}}):
+        assert not starts_linear(build_training_model(linear_config(**changes)).model)
+
+
+def test_a_share_of_the_change_is_kept() -> None:
+    training = build_training_model(linear_config())
+    start = {name: torch.zeros_like(value) for name, value in training.state_dict().items()}
+    trained = {name: value.clone() for name, value in training.state_dict().items()}
+    keep_share(training, start)
+    for name, value in training.state_dict().items():
+        torch.testing.assert_close(value, KEPT * trained[name] if value.is_floating_point() else trained[name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "tells"),
+    [
+        ({"latent": {"name": "gaussian", "dim": 2, "prior": "linear"}}, "model.latent.dim=2 must equal"),
+        ({"latent": {"name": "none"}}, "model.editor=linear changes the embedding by r alone: it needs a latent"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], tells: str) -> None:
+    with pytest.raises(UserError, match=tells):
+        linear_config(**changes)
