@@ -42,7 +42,7 @@ class DeviationEncoder(nn.Module):
         In training the mean frame is updated first, by the clips of the ambient `global_batch`.
         """
         with torch.autocast(video.device.type, enabled=False):
-            video = video.float()
+            video = video.to(self.mean_frame.dtype)
             if self.training:
                 self._update(video)
             maps = rearrange((video - self.mean_frame).abs().mean(dim=2), "b t h w -> (b t) h w")
@@ -61,7 +61,7 @@ def _moments(maps: Tensor, power: int, faint: float) -> Tensor:
     height, width = maps.shape[1:]
     pixels = maps.flatten(1)
     weights = (pixels / (pixels.amax(dim=1, keepdim=True) + faint)) ** power
-    coordinates = pixel_weights(height, width, "moments", maps.device)[1:]
+    coordinates = pixel_weights(height, width, "moments", maps.device)[1:].to(maps)
     even = weights + EVEN / (height * width)
     return torch.cat([weights.mean(dim=1, keepdim=True), even / even.sum(dim=1, keepdim=True) @ coordinates.T], dim=1)
 

@@ -91,3 +91,14 @@ def test_features_are_float32_under_autocast_and_have_no_weights() -> None:
         features = encoder(scene(walks(4, 0)).bfloat16())
     assert features.dtype == torch.float32 and features.shape == (4, encoder.num_features) == (4, 36)
     assert not list(encoder.parameters())
+
+
+@pytest.mark.parametrize("size_px", [32, 96, 224, 256])
+@pytest.mark.parametrize("channels", [1, 3, 6])
+def test_features_do_not_depend_on_the_number_of_pixels(channels: int, size_px: int) -> None:
+    encoder = DeviationEncoder(channels, 1, size_px).eval()
+    x = torch.linspace(-1, 1, size_px)
+    blob = torch.exp(-((x - 0.3) ** 2 + (x[:, None] + 0.5) ** 2) / 0.02).expand(1, 1, channels, -1, -1)
+    found = encoder(blob)[0]
+    expected = torch.tensor([0.3, -0.5])
+    torch.testing.assert_close(found[7:9], expected, atol=0.02, rtol=0)  # the centre of the fourth power

@@ -46,6 +46,15 @@ CASES: dict[str, list[str]] = {
     "byol_video_double": ["demo.yaml"],
     "byol_augmented_double": ["demo.yaml", *AUGMENTED],
     "vicreg_video_double": ["demo.yaml", "objective.name=vicreg", "model.embedding_norm=standard", *STEPS, *TERMS],
+    "vicreg_deviation_double": [
+        "demo.yaml",
+        "model.encoder=deviation",
+        "model.projector_layers=0",
+        "objective.name=vicreg",
+        *WHITE,
+        "model.latent={name: gaussian, dim: 6, prior: linear}",
+        "model.editor=linear",
+    ],
     "byol_vit_double": [*VIT, "train.clip_norm=0.1", "model.encoder.checkpoint_activations=true"],
 }
 IN_SHARDS = [name for name in CASES if name not in ("sigreg_in_parts", "hinfonce_in_parts")]
