@@ -134,9 +134,9 @@ def _of_latent_and_editor(config: Config) -> Iterator[str]:
     if model.scene_dim and not editor.takes_conditions:
         yield f"model.editor={editor.name} takes no scene code: with model.scene_dim it must be mlp, residual or linear"
     dim = None if isinstance(latent, NoLatentConfig | External) else latent.dim
-    if isinstance(editor, SumEditorConfig | LinearEditorConfig) and dim not in (None, model.embedding_dim):
+    if isinstance(editor, SumEditorConfig) and dim not in (None, model.embedding_dim):
         yield (
-            f"model.editor={editor.name} adds r to the embedding: model.latent.dim={dim} must equal "
+            f"model.editor=sum adds r to the embedding: model.latent.dim={dim} must equal "
             f"model.embedding_dim={model.embedding_dim}"
         )
     if isinstance(editor, LinearEditorConfig) and isinstance(latent, NoLatentConfig):

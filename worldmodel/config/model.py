@@ -259,8 +259,8 @@ class LowRankEditorConfig:
 
 @dataclass(frozen=True, config=KEYS)
 class LinearEditorConfig:
-    """t(z, r) is z plus a linear map of r, so that r holds all that changes. `model.latent.dim` is
-    `model.embedding_dim`."""
+    """t(z, r) is z plus a linear map of r, so that r holds all that changes. `model.latent.dim` should be
+    `model.embedding_dim`: with fewer dimensions, r holds the principal components of changes."""
 
     built_by: ClassVar[str] = "worldmodel.nets.editors:LinearEditor"
     takes_conditions: ClassVar[bool] = True

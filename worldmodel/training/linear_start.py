@@ -43,7 +43,8 @@ def start_linear(
 
     y = f(x, a) + e for actions a [N, A]: f is a ridge, and e is normal with the shape L L' of the residuals'
     covariance, shrunk (Ledoit and Wolf 2004). Then r = L^-1 (y - x) has equal and uncorrelated residuals, and the
-    editor is z + L r. Strength and size have the lowest `score` of the model. Of a scene code, nothing is used.
+    editor is z + L r. If r has fewer than D dimensions, it holds the principal components of y - x; if more, the others
+    are not used. Strength and size have the lowest `score` of the model. Of a scene code, nothing is used.
     """
     from sklearn.covariance import ledoit_wolf
 
@@ -56,16 +57,20 @@ def start_linear(
     x, y = (inputs - centre) / spread, (targets - centre[:dim]).double() / spread[:dim]
     bias = y.mean(dim=0)
     gram, moment, eye = x.T @ x, x.T @ (y - bias), torch.eye(x.shape[1]).to(x)
+    rank = min(dim, prior.latent_dim)
+    directions = eye[:dim, :dim] if rank == dim else torch.linalg.svd(y - x[:, :dim], full_matrices=False).Vh[:rank].T
 
     def become(strength: float, size: float) -> None:
         weight = torch.linalg.solve(gram + strength * eye, moment)
         residuals = y - bias - x @ weight
         covariance = torch.from_numpy(ledoit_wolf(residuals.cpu().numpy(), assume_centered=True)[0]).to(x)
-        root = torch.linalg.cholesky(covariance + LEAST_VARIANCE * eye[:dim, :dim])
-        change = torch.cat([weight - eye[:, :dim], bias[None]])
-        in_r = torch.linalg.solve_triangular(root, change.T, upper=False)
+        covariance = directions.T @ covariance @ directions
+        root = torch.linalg.cholesky(covariance + LEAST_VARIANCE * eye[:rank, :rank])
+        change = torch.cat([weight - eye[:, :dim], bias[None]]) @ directions
+        in_r = torch.zeros(prior.latent_dim, len(change)).to(x)
+        in_r[:rank] = torch.linalg.solve_triangular(root, change.T, upper=False)
         prior.start(centre, spread, in_r[:, :-1], in_r[:, -1], size)
-        editor.weight.zero_()[:, :dim] = spread[:dim, None] * root
+        editor.weight.zero_()[:, :rank] = spread[:dim, None] * (directions @ root)
 
     scores = {}
     for choice in product(STRENGTHS, SPREADS):
