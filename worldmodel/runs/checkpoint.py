@@ -152,7 +152,7 @@ def _foreign_in(checkpoints: Path) -> list[Path]:
     return [
         path
         for path in (sorted(checkpoints.iterdir()) if checkpoints.is_dir() else [])
-        if not re.fullmatch(rf"\.?({STEP_NAME.pattern}|index\.json)(\.partial)?", path.name)
+        if not re.fullmatch(rf"\.?({STEP_NAME.pattern}|index\.json)(\.partial|\.replaced)?", path.name)
     ]
 
 
@@ -191,13 +191,16 @@ def lasting_changes(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[
 def save_checkpoint(run: Path, checkpoint: Checkpoint, *, keep: int, is_best: bool) -> Path:
     """Write a checkpoint under a temporary name and rename it. Then remove all but the last `keep` and the best.
 
+    One of the same step, as before refinement, is kept under another name until the index is written:
+    `remove_leftovers` puts it back after a kill in between.
+
     Raises:
         UserError: a value is not finite, or the disk is full or not writable. Earlier checkpoints stay intact.
     """
     check_finite(checkpoint.state["step"], **{part: getattr(checkpoint, part) for part in _WEIGHT_FILES})
     folder = RunFolder(run).checkpoints
     name = f"step_{checkpoint.state['step']:08d}"
-    aside = folder / f".{name}.partial"
+    aside, replaced = folder / f".{name}.partial", folder / f".{name}.replaced"
     if folder.is_symlink():
         raise UserError(f"{folder} is a link, and checkpoints are not written through links: replace it by a folder")
     try:
@@ -205,7 +208,9 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, *, keep: int, is_best: bo
         aside.mkdir(parents=True)
         _write_parts(aside, checkpoint, _WEIGHT_FILES)
         final = folder / name
-        remove(final)
+        if os.path.lexists(final):
+            remove(replaced)
+            final.rename(replaced)
         aside.rename(final)
         index = _read_index(run)
         kept = [*(other for other in index["kept"] if other != name), name]
@@ -216,14 +221,27 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, *, keep: int, is_best: bo
     except OSError as error:
         with suppress(OSError):
             remove(aside)
+            _put_back(replaced)
         before = _read_index(run)["latest"]
         intact = f"; the checkpoint {before} is intact" if before else ""
         raise UserError(f"cannot save a checkpoint in {folder}: {error.strerror or error}{intact}") from error
+    with suppress(OSError):
+        remove(replaced)
     for other in doomed:
         if _is_checkpoint(folder / other):
             with suppress(OSError):
                 remove(folder / other)
     return final
+
+
+def _put_back(replaced: Path) -> None:
+    """Undo a save that was to replace a checkpoint of the same step, unless it had begun to remove the old one."""
+    names = [*(f"{part}.safetensors" for part in _WEIGHT_FILES), "state.json"]
+    if not all((replaced / name).is_file() for name in names):
+        return
+    final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced"))
+    remove(final)
+    replaced.rename(final)
 
 
 def export_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
@@ -269,7 +287,8 @@ def _is_checkpoint(path: Path) -> bool:
 def remove_leftovers(run: Path) -> None:
     """Remove the leftovers of a kill from a run folder: temporary files, and checkpoints that the index does not name.
 
-    Call it while no training writes there. If the latest checkpoint of the index is missing, all checkpoints stay.
+    A checkpoint whose replacement was not completed is put back. Call it while no training writes there. If the latest
+    checkpoint of the index is missing, all checkpoints stay.
 
     Raises:
         UserError: the index is damaged.
@@ -279,6 +298,10 @@ def remove_leftovers(run: Path) -> None:
     leftovers = [path for path in aside if path.is_file() and not path.is_symlink()]
     if folder.is_dir() and not folder.is_symlink():
         index = _read_index(run)
+        for path in sorted(folder.glob(".step_*.replaced")):
+            if re.fullmatch(rf"\.{STEP_NAME.pattern}\.replaced", path.name) and _holds_parts_only(path):
+                with suppress(OSError):
+                    _put_back(path)
         named = {index["latest"], index["best"], *index["kept"]}
         has_latest = index["latest"] is not None and _is_checkpoint(folder / index["latest"])
         for path in folder.iterdir():
@@ -299,7 +322,8 @@ def _is_partial(path: Path) -> bool:
     """Return True if this is a file or folder that a run began to write."""
     if path.name == ".index.json.partial":
         return path.is_file() and not path.is_symlink()
-    return re.fullmatch(rf"\.{STEP_NAME.pattern}\.partial", path.name) is not None and _holds_parts_only(path)
+    is_named = re.fullmatch(rf"\.{STEP_NAME.pattern}\.(partial|replaced)", path.name) is not None
+    return is_named and _holds_parts_only(path)
 
 
 def _holds_parts_only(path: Path) -> bool:

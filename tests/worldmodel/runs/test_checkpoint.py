@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from worldmodel.runs.checkpoint import (
     Checkpoint,
     OtherConfigError,
     RunExistsError,
+    checkpoint_name,
     load_checkpoint,
     open_run,
+    remove_leftovers,
     save_checkpoint,
 )
 
@@ -297,3 +300,69 @@ def test_state_holds_numbers_that_json_can_say(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, Checkpoint({}, {}, {}, state), keep=1, is_best=False)
     loaded = load_checkpoint(tmp_path)
     assert loaded is not None and loaded.state == state
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(call: int, monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> bool:
+    """Do the work, and stop before the n-th change of files, counted from 0. Returns True if it was stopped."""
+    calls = 0
+
+    def counted(change: Callable[..., object]) -> Callable[..., object]:
+        def wrapped(*arguments: Any, **options: Any) -> object:
+            nonlocal calls
+            if calls == call:
+                raise Killed
+            calls += 1
+            return change(*arguments, **options)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        for owner, name in ((os, "unlink"), (os, "rmdir"), (os, "rename"), (os, "replace"), (Path, "unlink")):
+            patch.setattr(owner, name, counted(getattr(owner, name)))
+        patch.setattr(Path, "rename", counted(Path.rename))
+        patch.setattr(Path, "replace", counted(Path.replace))
+        try:
+            work()
+        except Killed:
+            return True
+    return False
+
+
+def test_a_kill_at_any_moment_of_replacing_a_checkpoint_leaves_the_old_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refined checkpoint has the step of the one before it. A second kill may come while the first is mended."""
+    old, new = make(6), replace(make(6), model={"w": torch.full((3,), 9.0)}, state=make_state(6) | {"best_score": 0.5})
+    ends: set[tuple[bool, str]] = set()
+    for call in range(100):
+        for again in (None, 0, 1, 2, 3):
+            run = tmp_path / f"run_{call}_{again}"
+            save_checkpoint(run, make(5), keep=2, is_best=True)
+            save_checkpoint(run, old, keep=2, is_best=False)
+            stopped = killed_at(call, monkeypatch, lambda: save_checkpoint(run, new, keep=2, is_best=True))  # noqa: B023
+            if again is not None:
+                killed_at(again, monkeypatch, lambda: remove_leftovers(run))  # noqa: B023
+            remove_leftovers(run)
+            loaded = load_checkpoint(run)
+            assert loaded is not None
+            is_new = bool(torch.equal(loaded.model["w"], new.model["w"]))
+            assert is_new or torch.equal(loaded.model["w"], old.model["w"])
+            best = checkpoint_name(run, "best")
+            assert best == "step_00000006" or not is_new  # a new one is never there without its place in the index
+            assert load_checkpoint(run, "best") is not None
+            assert {path.name for path in (run / "checkpoints").iterdir()} - {"index.json"} <= {
+                "step_00000005",
+                "step_00000006",
+            }
+            # The training repeats the save.
+            save_checkpoint(run, new, keep=2, is_best=True)
+            repeated = load_checkpoint(run, "best")
+            assert repeated is not None and torch.equal(repeated.model["w"], new.model["w"])
+            ends.add((stopped, "new" if is_new else "old"))
+        if not stopped:
+            break
+    assert ends >= {(True, "old"), (True, "new"), (False, "new")}
