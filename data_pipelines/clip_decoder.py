@@ -85,7 +85,7 @@ def clips_of(index: VideoIndex, spec: ClipSpec) -> ClipTable:
 
 @dataclass
 class _CameraVideo:
-    """What one camera shows of the open group.
+    """The video of one camera in the open group.
 
     number: that of the video in the index (VideoIndex.all_videos).
     shift: frame f of the clip's video is frame f + shift here.

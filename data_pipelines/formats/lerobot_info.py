@@ -120,7 +120,7 @@ def read_info(root: Path) -> Info:
 
 
 def version_of(root: Path) -> str:
-    """Return the version that meta/info.json states; "" if there is no such file, or it cannot be read."""
+    """Return the version that meta/info.json states, or "" if the file is missing or cannot be read."""
     try:
         return str(json.loads(read_text(_path_of_info(root))).get("codebase_version", ""))
     except (OSError, ValueError, AttributeError, RecursionError):

@@ -80,8 +80,8 @@ class TrainConfig:
     """Mode of torch.compile for the encoder, which takes nearly all of the time. max-autotune is slow to start and
     replays CUDA graphs. auto: default on a single GPU, otherwise none."""
     encoder_cache: Text | None = None
-    """Folder in which what a frozen pretrained encoder gives for each segment is stored, for this and other runs: the
-    mean of its tokens in fp32, for pooling by attention all tokens in fp16. It is computed once, before training;
+    """Folder that stores the output of a frozen pretrained encoder for each segment, for this and other runs: the mean
+    of its tokens in fp32, for pooling by attention all tokens in fp16. It is computed once, before training;
     training, its evaluations and refinement then decode no video and run no backbone. Needs `model.encoder.freeze`.
     null: no cache."""
     encoder_cache_gb: Count = 64

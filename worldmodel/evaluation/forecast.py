@@ -328,8 +328,7 @@ def selection_scorer(networks: Networks, config: EvaluationConfig) -> Callable[[
             clips, generator = queries(), torch.Generator().manual_seed(config.seed)
             num_samples = num_futures(networks.model, config.num_samples)
             futures = roll_out(networks, clips.state, clips.actions, num_samples, generator)
-            steps = zip(futures.unbind(2), clips.targets[:, None].unbind(2), strict=True)
-            scores = torch.stack([energy_score(forecast, truth).mean() for forecast, truth in steps])
+            scores = energy_scores(futures, clips.targets[:, None]).mean(dim=0)
             return float(scores.clamp(min=1e-12).log().mean().exp())
 
     return score

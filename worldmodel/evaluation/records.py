@@ -18,7 +18,7 @@ Record = TypeVar("Record")
 
 
 class Axes(NamedTuple):
-    """What an array of a record must be, as the annotation of its field: `Annotated[np.ndarray, Axes(...)]`.
+    """Kind and axes of an array of a record, as the annotation of its field: `Annotated[np.ndarray, Axes(...)]`.
 
     kind: of its numbers, as in numpy: "u" for unsigned integers, "i" for integers, "f" for floating point.
     names: of its axes, separated by spaces. Axes of one name are equally long in all arrays of a record; those whose

@@ -51,6 +51,7 @@ RESUMABLE_CHANGES = frozenset(
 )
 MAX_CHANGES = 8  # of a config, in a message
 _WEIGHT_FILES = ("model", "teacher", "optimizer")
+_PART_NAMES = frozenset({*(f"{part}.safetensors" for part in _WEIGHT_FILES), "state.json"})
 EXPORTED_FILES = ("model.safetensors", "teacher.safetensors", "state.json")
 """The files of a checkpoint that inference needs."""
 
@@ -236,8 +237,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, *, keep: int, is_best: bo
 
 def _put_back(replaced: Path) -> None:
     """Undo a save that was to replace a checkpoint of the same step, unless it had begun to remove the old one."""
-    names = [*(f"{part}.safetensors" for part in _WEIGHT_FILES), "state.json"]
-    if not all((replaced / name).is_file() for name in names):
+    if not all((replaced / name).is_file() for name in _PART_NAMES):
         return
     final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced"))
     remove(final)
@@ -298,8 +298,8 @@ def remove_leftovers(run: Path) -> None:
     leftovers = [path for path in aside if path.is_file() and not path.is_symlink()]
     if folder.is_dir() and not folder.is_symlink():
         index = _read_index(run)
-        for path in sorted(folder.glob(".step_*.replaced")):
-            if re.fullmatch(rf"\.{STEP_NAME.pattern}\.replaced", path.name) and _holds_parts_only(path):
+        for path in list(folder.glob("*.replaced")):
+            if _is_partial(path):
                 with suppress(OSError):
                     _put_back(path)
         named = {index["latest"], index["best"], *index["kept"]}
@@ -328,9 +328,10 @@ def _is_partial(path: Path) -> bool:
 
 def _holds_parts_only(path: Path) -> bool:
     """Return True for a folder that holds parts of a checkpoint only, complete or not."""
-    names = {f"{part}.safetensors" for part in _WEIGHT_FILES} | {"state.json"}
     is_folder = path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK | os.X_OK)
-    return is_folder and all(inner.name.removeprefix(".").removesuffix(".partial") in names for inner in path.iterdir())
+    return is_folder and all(
+        inner.name.removeprefix(".").removesuffix(".partial") in _PART_NAMES for inner in path.iterdir()
+    )
 
 
 def checkpoint_name(run: Path, which: Literal["latest", "best"] = "latest") -> str | None:

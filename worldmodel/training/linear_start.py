@@ -4,6 +4,7 @@ Legend: N pairs of segments, D embedding dimensions, Z numbers of a scene code, 
 """
 
 from collections.abc import Callable
+from functools import cache
 from itertools import product
 
 import torch
@@ -60,7 +61,9 @@ def start_linear(
     rank = min(dim, prior.latent_dim)
     directions = eye[:dim, :dim] if rank == dim else torch.linalg.svd(y - x[:, :dim], full_matrices=False).Vh[:rank].T
 
-    def become(strength: float, size: float) -> None:
+    @cache
+    def fitted(strength: float) -> tuple[Tensor, Tensor]:
+        """Return the map from inputs and 1 to the mean of r, [R, X + 1], and the editor's first columns [D, `rank`]."""
         weight = torch.linalg.solve(gram + strength * eye, moment)
         residuals = y - bias - x @ weight
         covariance = torch.from_numpy(ledoit_wolf(residuals.cpu().numpy(), assume_centered=True)[0]).to(x)
@@ -69,8 +72,12 @@ def start_linear(
         change = torch.cat([weight - eye[:, :dim], bias[None]]) @ directions
         in_r = torch.zeros(prior.latent_dim, len(change)).to(x)
         in_r[:rank] = torch.linalg.solve_triangular(root, change.T, upper=False)
+        return in_r, spread[:dim, None] * (directions @ root)
+
+    def become(strength: float, size: float) -> None:
+        in_r, columns = fitted(strength)
         prior.start(centre, spread, in_r[:, :-1], in_r[:, -1], size)
-        editor.weight.zero_()[:, :rank] = spread[:dim, None] * (directions @ root)
+        editor.weight.zero_()[:, :rank] = columns
 
     scores = {}
     for choice in product(STRENGTHS, SPREADS):

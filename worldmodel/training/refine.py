@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, fields
+from functools import cached_property
 from operator import itemgetter
 
 import torch
@@ -59,6 +60,11 @@ class RefinementClips:
     features: Tensor
     known_r: Tensor
     actions: Tensor
+
+    @cached_property
+    def change_spread(self) -> Tensor:
+        """The standard deviation of each dimension's change in a step, [D]."""
+        return (self.own[:, 1:] - self.own[:, :-1]).std(dim=(0, 1))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "RefinementClips":
         """Apply a function to each tensor."""
@@ -164,7 +170,7 @@ def draw_batch(
 
     context = clips.own[clip, first]
     if config.train.refine_noise:
-        spread = config.train.refine_noise * (clips.own[:, 1:] - clips.own[:, :-1]).std(dim=(0, 1))
+        spread = config.train.refine_noise * clips.change_spread
         context = context + spread * torch.randn(context.shape, generator=generator, device=device)
     seen = successive(clips.own, model.seen_at)
     embedded = Embedded(
@@ -246,11 +252,12 @@ def refine(
     if train.refine_rollout_steps:
         training.step_weights = [1 / train.refine_rollout_steps] * train.refine_rollout_steps
     model.scene.learn(clips.features)
+    start = None
     if starts_linear(model):
         num_steps = clips.actions.shape[1]
         contexts, targets = clips.own[:, :num_steps], clips.targets[:, :num_steps]
         start_linear(model, contexts.flatten(0, 1), targets.flatten(0, 1), clips.actions.flatten(0, 1), score)
-    start = {name: value.clone() for name, value in training.state_dict().items()} if starts_linear(model) else None
+        start = copied_state(training)
     similar = None
     if model.distance.num_values:
         similar = most_similar(model, clips)
@@ -300,7 +307,7 @@ def refine(
             log(step + 1, {"selection_energy_score": found})
             if found < best_score:
                 best_score = found
-                best_weights = {name: value.clone() for name, value in training.state_dict().items()}
+                best_weights = copied_state(training)
     else:
         check_finite(train.refine_steps)
     if best_weights:
@@ -309,3 +316,8 @@ def refine(
         keep_share(training, start)
     model.embedder.requires_grad_(True)
     return signal_number
+
+
+def copied_state(training: TrainingModel) -> dict[str, Tensor]:
+    """Return a copy of all weights and buffers by name."""
+    return {name: value.clone() for name, value in training.state_dict().items()}
