@@ -77,6 +77,22 @@ class DeviationConfig:
 
 
 @dataclass(frozen=True, config=KEYS)
+class ObjectsConfig:
+    """Shares and centres of what moves before a fixed camera, assigned to objects by a small network
+    (worldmodel/nets/objects.py)."""
+
+    built_by: ClassVar[str] = "worldmodel.nets.objects:ObjectsEncoder"
+    content: ClassVar[str] = "frames"
+
+    name: Literal["objects"] = "objects"
+    """Name of the encoder."""
+    num_objects: Size = 16
+    """Objects, a few more than move at a time."""
+    width: Width = 1.0
+    """Factor for the numbers of channels."""
+
+
+@dataclass(frozen=True, config=KEYS)
 class MlpConfig:
     """A multilayer perceptron for the factors of `data.source=causal`, and only for them."""
 
@@ -129,7 +145,9 @@ class PretrainedConfig:
     the encoder."""
 
 
-EncoderConfig = Conv3dConfig | ResNetConfig | DeviationConfig | MlpConfig | VitConfig | PretrainedConfig | External
+EncoderConfig = (
+    Conv3dConfig | ResNetConfig | DeviationConfig | ObjectsConfig | MlpConfig | VitConfig | PretrainedConfig | External
+)
 
 
 # -------------------------------------------------------------------------------------------------------- latents

@@ -21,8 +21,6 @@ class DeviationEncoder(nn.Module):
     """
 
     POWERS = (2, 4)
-    MOMENTUM = 0.01
-    """Least weight of a new batch in the mean frame. Until then each batch counts alike."""
     FAINT = 0.01
     """A map is divided by its largest value plus this. Below, a difference is as likely to be noise."""
 
@@ -44,16 +42,25 @@ class DeviationEncoder(nn.Module):
         with torch.autocast(video.device.type, enabled=False):
             video = video.to(self.mean_frame.dtype)
             if self.training:
-                self._update(video)
+                self.num_batches += 1
+                follow_mean(self.mean_frame, video, self.num_batches)
             maps = rearrange((video - self.mean_frame).abs().mean(dim=2), "b t h w -> (b t) h w")
             moments = torch.cat([_moments(maps, power, self.FAINT) for power in self.POWERS], dim=1)
             return self.standardise(rearrange(moments, "(b t) f -> b (t f)", b=len(video)))
 
-    @torch.no_grad()
-    def _update(self, video: Tensor) -> None:
-        batch_mean = all_gather(video.mean(dim=1)).mean(dim=0)
-        self.num_batches += 1
-        self.mean_frame.lerp_(batch_mean, (1 / self.num_batches).clamp(min=self.MOMENTUM))
+
+@torch.no_grad()
+def follow_mean(mean: Tensor, frames: Tensor, num_batches: Tensor) -> None:
+    """Move the mean frame [C, H, W] to that of `frames` [B, T, C, H, W] of all processes, batch number `num_batches`.
+
+    Batches count alike, until the weight of a new one is MOMENTUM.
+    """
+    of_batch = all_gather(frames.mean(dim=1)).mean(dim=0)
+    mean.lerp_(of_batch, (1 / num_batches).clamp(min=MOMENTUM))
+
+
+MOMENTUM = 0.01
+"""Least weight of a new batch in the mean frame."""
 
 
 def _moments(maps: Tensor, power: int, faint: float) -> Tensor:

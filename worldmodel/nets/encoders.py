@@ -141,6 +141,9 @@ class Encoder(Protocol):
     (worldmodel/config/model.py). Classes are offered channels=C, num_frames=T and size_px=H (worldmodel/parts.py).
 
     num_features: F.
+
+    An encoder that learns by a loss of its own also has `with_loss`, from a video to its features [B, F] and this loss
+    of each clip [B] (worldmodel/nets/objects.py). It is added to the others in training.
     """
 
     num_features: int
@@ -215,6 +218,12 @@ class Embedder(nn.Module):
     def features(self, video: Tensor) -> Tensor:
         """Return the encoder's features [B, F] of video [B, T, C, H, W] in [0, 1], before the projector."""
         return self.encoder(video)
+
+    def features_and_loss(self, video: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return `features`, and the loss of the encoder's own of each clip [B]; None if it has none."""
+        if hasattr(self.encoder, "with_loss"):
+            return cast(tuple[Tensor, Tensor], self.encoder.with_loss(video))
+        return self.encoder(video), None
 
     def project(self, features: Tensor) -> Tensor:
         """Embed the encoder's features [B, F]: float32 [B, D]."""

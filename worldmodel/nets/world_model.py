@@ -14,7 +14,7 @@ without a latent), A numbers of an action (0 without actions), K steps of predic
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
@@ -34,12 +34,14 @@ class Embedded:
     seen: [B, K, D], the embeddings that the posterior sees at each step; [B, K, 0] if it sees none.
     features: [B, F], the features of the segment that the scene code is read from.
     age: [B], how many steps that segment is before the context.
+    costs: [B, K] each, the encoder's own losses by name.
     """
 
     real: Tensor
     seen: Tensor
     features: Tensor
     age: Tensor
+    costs: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Predictions:
 
     real: [B, K + 1, D], the embeddings of the context and of the K targets.
     edited: [B, K, D], the predicted embeddings.
-    costs: [B, K] each, those of r by name (`Inference.costs`).
+    costs: [B, K] each, those of r (`Inference.costs`) and of the encoder by name.
     actions: [B, K, A].
     """
 
@@ -262,7 +264,7 @@ class WorldModel(nn.Module):
         if self.latent.sees_later:
             clips["seen"] = flatten_steps(segments[:, self.seen_at :][:, :num_steps])
         # One call for all: batch statistics over all segments, and one pass through the encoder.
-        features = self.embedder.features(torch.cat(list(clips.values())))
+        features, own_loss = self.embedder.features_and_loss(torch.cat(list(clips.values())))
         parts = self.embedder.project(features).split([len(clip) for clip in clips.values()])
         embeddings = dict(zip(clips, parts, strict=True))
         context = embeddings["context"]
@@ -274,6 +276,7 @@ class WorldModel(nn.Module):
             seen=torch.stack(embeddings.get("seen", nothing).chunk(num_steps), dim=1),
             features=self.scene.select(features[: len(context)]),
             age=context.new_zeros(len(context)),
+            costs={} if own_loss is None else {ENCODER_LOSS: _per_step(own_loss, num_steps, len(context))},
         )
 
     def predict(
@@ -295,7 +298,16 @@ class WorldModel(nn.Module):
         context = concat(embedded.real[:, 0], self.scene(embedded.features, embedded.age))
         states = torch.stack([context, *self.steps(context, actions, choose_r)], dim=1)
         costs = {name: torch.stack([each.costs[name] for each in inferences], dim=1) for name in inferences[0].costs}
-        return Predictions(embedded.real, self.embedding_of(states[:, 1:]), costs, actions), states
+        return Predictions(embedded.real, self.embedding_of(states[:, 1:]), embedded.costs | costs, actions), states
+
+
+ENCODER_LOSS = "encoder_loss"
+"""The name, among the costs of a step, of the loss of an encoder's own."""
+
+
+def _per_step(own_loss: Tensor, num_steps: int, num_clips: int) -> Tensor:
+    """Return the mean over the segments of each clip, [B, K] alike, for the losses [S * B] of segments, by segment."""
+    return own_loss.unflatten(0, (-1, num_clips)).mean(dim=0)[:, None].expand(-1, num_steps)
 
 
 def flatten_steps(of_clips: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from worldmodel.nets.distance import STEP_WEIGHT, excess_steps, nearness
 from worldmodel.nets.encoders import mlp
 from worldmodel.nets.latents import PRIOR_NLL
 from worldmodel.nets.parallel import all_gather, is_shared
-from worldmodel.nets.world_model import Embedded, Predictions, WorldModel, concat
+from worldmodel.nets.world_model import ENCODER_LOSS, Embedded, Predictions, WorldModel, concat
 from worldmodel.training.objectives import Objective, variance_hinge
 
 
@@ -298,14 +298,14 @@ def step_losses(
 
     Args:
         edited, target, context: [B, D], where context is the embedding of the segment that the step starts from.
-        costs: [B] each, those of r by name (`Inference.costs`).
+        costs: [B] each, those of r (`Inference.costs`) and of the encoder by name.
     """
     terms = objective(edited, target, context, generator)
     loss = terms["prediction_loss"]
     terms["alignment"] = F.cosine_similarity(edited, target, dim=-1).mean()
     for name, cost in costs.items():
         terms[name] = cost.mean()
-        loss = loss + (terms[name] if name == PRIOR_NLL else beta * terms[name])
+        loss = loss + (terms[name] if name in (PRIOR_NLL, ENCODER_LOSS) else beta * terms[name])
     if "information_nats" in terms and "kl_nats" in terms:
         # I(f(x); f(x+)) = I(f(x), r; f(x+)) - I(r; f(x+) | f(x)), and the KL bounds the second term from above.
         terms["information_nats"] = terms["information_nats"] - terms["kl_nats"]

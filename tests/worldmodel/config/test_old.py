@@ -61,7 +61,7 @@ CHANGED = {
     "planning.temperature": 0.4,
 }
 NEW = {"data.format"} | {f"data.augment.{key}" for key in keys_of(AugmentConfig)}
-NEW_CHOICES = {("model.encoder", "deviation"), ("model.editor", "linear")}
+NEW_CHOICES = {("model.encoder", "deviation"), ("model.encoder", "objects"), ("model.editor", "linear")}
 TAGS = {
     "data.source": "data",
     "model.encoder": "model.encoder",

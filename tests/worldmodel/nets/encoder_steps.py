@@ -70,8 +70,10 @@ def gradient(encoder: nn.Module, video: Tensor, in_bf16: bool) -> Tensor:
     """The gradients of all weights, each divided by its norm so that every layer counts, as one vector."""
     encoder.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
-        features = encoder(video)
+        features, own_loss = (
+            encoder.with_loss(video) if hasattr(encoder, "with_loss") else (encoder(video), torch.zeros(()))
+        )
     direction = torch.randn(features.shape, generator=torch.Generator().manual_seed(1))
-    (features.float() * direction).sum().backward()
+    ((features.float() * direction).sum() + own_loss.sum()).backward()
     gradients = [weights.grad.flatten() for weights in encoder.parameters() if weights.grad is not None]
     return torch.cat([values / values.norm() if len(values) > 1 else values for values in gradients])

@@ -14,7 +14,7 @@ from worldmodel.nets.vit import VIT_SIZES
 SIZES_PX = (32, 64, 96, 128, 160, 224, 256)
 PRETRAINED = ("pretrained_vit", "pretrained_resnet", "pretrained_vjepa2")
 SHAPES = (
-    {"conv3d": (3, 4), "resnet": (3, 4)} | {name: (2, 1) for name in VIT_SIZES} | {name: (2, 2) for name in PRETRAINED}
+    {"conv3d": (3, 4), "resnet": (3, 4), "objects": (3, 4)} | {name: (2, 1) for name in VIT_SIZES} | {name: (2, 2) for name in PRETRAINED}
 )
 """Frames and clips of a batch."""
 
@@ -54,6 +54,7 @@ def test_every_encoder_is_tried() -> None:
         Step("conv3d", 256, "bf16"),
         Step("conv3d", 64, "bf16", num_frames=2),
         Step("resnet", 256, "bf16"),
+        Step("objects", 224, "bf16"),
         Step("resnet", 16, "bf16"),
         Step("resnet", 224, "fp32", width=0.125),
         Step("vit_tiny", 256, "bf16", num_frames=2, batch=1),

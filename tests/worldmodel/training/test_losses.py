@@ -3,7 +3,7 @@ from torch import Tensor
 
 from worldmodel.evaluation.scores import energy_score
 from worldmodel.nets.latents import PRIOR_NLL
-from worldmodel.nets.world_model import Predictions
+from worldmodel.nets.world_model import ENCODER_LOSS, Predictions
 from worldmodel.training.losses import CachedGradient, SequenceTerms, relative_scores, step_energy_scores, step_losses
 from worldmodel.training.objectives import InfoNce, Vicreg
 
@@ -12,12 +12,13 @@ def batch(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_beta_weights_the_penalty_and_not_the_fit_of_a_prior() -> None:
+def test_beta_weights_the_penalty_and_neither_the_fit_of_a_prior_nor_an_encoders_own_loss() -> None:
     edited, target, context = (batch(seed, 5, 3) for seed in range(3))
-    costs = {"expected_l0": batch(3, 5), PRIOR_NLL: batch(4, 5)}
+    costs = {"expected_l0": batch(3, 5), PRIOR_NLL: batch(4, 5), ENCODER_LOSS: batch(5, 5)}
     objective = Vicreg((1.0, 0.0, 0.0))
     losses = step_losses(objective, edited, target, context, costs, 0.3, None)
     expected = (edited - target).square().mean() + 0.3 * costs["expected_l0"].mean() + costs[PRIOR_NLL].mean()
+    expected = expected + costs[ENCODER_LOSS].mean()
     torch.testing.assert_close(losses["loss"], expected)
     torch.testing.assert_close(losses["expected_l0"], costs["expected_l0"].mean())
 
