@@ -5,7 +5,7 @@ Legend: B clips, T frames, C channels, H = W pixels, F features, D embedding dim
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -142,14 +142,21 @@ class Encoder(Protocol):
 
     num_features: F.
 
-    An encoder that learns by a loss of its own also has `with_loss`, from a video to its features [B, F] and this loss
-    of each clip [B] (worldmodel/nets/objects.py). It is added to the others in training.
+    One that learns by a loss of its own is also a `SelfTaught`.
     """
 
     num_features: int
 
     def forward(self, video: Tensor) -> Tensor:
         """Encode video [B, T, C, H, W], frames in [0, 1] or factors: features [B, F]."""
+
+
+@runtime_checkable
+class SelfTaught(Protocol):
+    """An encoder with a loss of its own, which is added to the others in training (worldmodel/nets/objects.py)."""
+
+    def with_loss(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode video [B, T, C, H, W]: features [B, F], and the encoder's own loss of each clip [B]."""
 
 
 def mlp(
@@ -221,8 +228,8 @@ class Embedder(nn.Module):
 
     def features_and_loss(self, video: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return `features`, and the loss of the encoder's own of each clip [B]; None if it has none."""
-        if hasattr(self.encoder, "with_loss"):
-            return cast(tuple[Tensor, Tensor], self.encoder.with_loss(video))
+        if isinstance(self.encoder, SelfTaught):
+            return self.encoder.with_loss(video)
         return self.encoder(video), None
 
     def project(self, features: Tensor) -> Tensor:

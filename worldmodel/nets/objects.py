@@ -34,7 +34,8 @@ class ObjectsEncoder(nn.Module):
     FLOOR = 0.5
     """Added to the variance of a pixel, relative to the mean over pixels: noise where nothing moves stays faint."""
     HALF = 2.0
-    """Squared deviation, in variances, at half of the largest energy: a strong object does not drown out a faint one."""
+    """Squared deviation, in variances, that has half of the largest energy: strong objects do not drown out faint ones.
+    """
     PLACE = 0.3
     """Weight of places against looks before training. At 1, places may be all that is ever learned."""
     LARGEST = 5.0
@@ -114,7 +115,9 @@ def _clusters(shares: Tensor, energy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     weights = pixel_weights(height, width, "moments", energy.device).to(energy).unflatten(1, (height, width))
     x, y = weights[1:3]
     of_pixels = torch.stack([torch.ones_like(x), x, y, x * x + y * y])  # [4, H, W]
-    cells = F.adaptive_avg_pool2d(energy[:, None] * of_pixels, shares.shape[2:]).flatten(2)  # [I, 4, h * w]
+    cells = F.adaptive_avg_pool2d(energy[:, None] * of_pixels, (shares.shape[2], shares.shape[3])).flatten(
+        2
+    )  # [I, 4, h * w]
     cells = cells / (cells[:, :1].sum(dim=2, keepdim=True) + 1e-6)
     moments = shares.flatten(2) @ cells.transpose(1, 2)  # [I, K, 4]
     mass = moments[:, :, 0]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from worldmodel import parts
 from worldmodel.config import ModelConfig
-from worldmodel.nets.encoders import Encoder
+from worldmodel.nets.encoders import Encoder, SelfTaught
 
 TIMEOUT_S = 240
 MIN_COSINE = 0.7
@@ -71,7 +71,7 @@ def gradient(encoder: nn.Module, video: Tensor, in_bf16: bool) -> Tensor:
     encoder.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
         features, own_loss = (
-            encoder.with_loss(video) if hasattr(encoder, "with_loss") else (encoder(video), torch.zeros(()))
+            encoder.with_loss(video) if isinstance(encoder, SelfTaught) else (encoder(video), torch.zeros(()))
         )
     direction = torch.randn(features.shape, generator=torch.Generator().manual_seed(1))
     ((features.float() * direction).sum() + own_loss.sum()).backward()

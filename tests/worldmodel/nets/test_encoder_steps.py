@@ -14,7 +14,9 @@ from worldmodel.nets.vit import VIT_SIZES
 SIZES_PX = (32, 64, 96, 128, 160, 224, 256)
 PRETRAINED = ("pretrained_vit", "pretrained_resnet", "pretrained_vjepa2")
 SHAPES = (
-    {"conv3d": (3, 4), "resnet": (3, 4), "objects": (3, 4)} | {name: (2, 1) for name in VIT_SIZES} | {name: (2, 2) for name in PRETRAINED}
+    {name: (3, 4) for name in ("conv3d", "resnet", "objects")}
+    | {name: (2, 1) for name in VIT_SIZES}
+    | {name: (2, 2) for name in PRETRAINED}
 )
 """Frames and clips of a batch."""
 
