@@ -104,6 +104,7 @@ def test_restoring_goes_back_to_the_whole_state(name: str) -> None:
     assert played(after) == straight
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_burn_in")
 def test_two_sets_of_draws_have_one_law_and_the_truth_is_one_more_draw(name: str, tmp_path: Path) -> None:
     """The score of the truths of many clips is that of other draws, within four standard errors; that of draws for

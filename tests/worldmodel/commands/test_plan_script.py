@@ -85,6 +85,7 @@ def test_the_script_prints_and_writes_success_its_controls_and_the_protocol(plan
     assert "curve" not in result and str(planner / "report.html") in done.stdout
 
 
+@pytest.mark.slow
 def test_the_report_has_the_planning_by_itself_and_beside_the_forecasts(planner: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(planner, run)

@@ -37,7 +37,7 @@ def trained(steps: int) -> tuple[ObjectsEncoder, list[float]]:
     optimizer = torch.optim.Adam(encoder.parameters(), 3e-3)
     losses = []
     for seed in range(steps):
-        loss = encoder.with_loss(scene(places_of(32, seed)))[1].mean()
+        loss = encoder.with_loss(scene(places_of(16, seed)))[1].mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -196,6 +196,7 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(config: Callable[..., Conf
     assert sum(counted) == 64 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_parts")
 def test_a_killed_pass_keeps_whole_parts_and_no_other(
     overrides: list[str], tiny_overrides: list[str], counted: list[int]
