@@ -107,6 +107,7 @@ def test_every_key_of_every_shipped_config_is_read(
         for name in ("two_rooms.yaml", "two_rooms_random.yaml"):
             plan_once(load_config(REPO / "configs" / name, ["planning.candidates=40", "planning.iterations=2"]))
         build_training_model(load_config(REPO / "configs" / "video_vit.yaml", ["model.encoder=vit_tiny"]))
+        build_training_model(load_config(REPO / "configs" / "games.yaml"))
     for path in CONFIGS:
         unread = set(flatten(read_with_bases(path))) - reads - TAGS
         assert not unread, f"{path.name} sets keys that nothing reads: {sorted(unread)}"
