@@ -253,6 +253,7 @@ def test_an_override_of_a_plan_names_code_with_the_flag_alone(read: Read) -> Non
     assert planning_config(tree, overrides, trust_code=True).planner.name == "my_planner:RandomShooting"
 
 
+@pytest.mark.slow
 def test_two_processes_train_with_classes_from_outside(read: Read, tmp_path: Path) -> None:
     config = read(*NETWORKS, "my_world", overrides=FEW)
     (tmp_path / "mine.yaml").write_text(to_yaml(config), encoding="utf-8")

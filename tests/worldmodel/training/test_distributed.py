@@ -57,12 +57,12 @@ CASES: dict[str, list[str]] = {
     ],
     "vicreg_objects_in_parts_double": [
         "demo.yaml",
-        "model.encoder={name: objects, num_objects: 3}",
+        "model.encoder={name: objects, num_objects: 4, width: 0.25}",
         "objective.name=vicreg",
         "model.embedding_norm=standard",
         "train.grad_accumulation=2",
     ],
-    "byol_objects_double": ["demo.yaml", "model.encoder={name: objects, num_objects: 3}"],
+    "byol_objects_double": ["demo.yaml", "model.encoder={name: objects, num_objects: 4, width: 0.25}"],
     "byol_vit_double": [*VIT, "train.clip_norm=0.1", "model.encoder.checkpoint_activations=true"],
 }
 COMPARED_IN_PARTS = ("sigreg_in_parts", "hinfonce_in_parts", "vicreg_objects_in_parts_double")
