@@ -17,12 +17,11 @@ from worldmodel.nets.encoders import pixel_weights
 class ObjectsEncoder(nn.Module):
     """Assigns what differs from the mean frame to K objects, and keeps the share and the centre of each.
 
-    The energy of a pixel is its squared deviation d from the mean frame of training, by that pixel's variance, and
-    bounded: d / (d + HALF). A small
-    convolutional network assigns each place to one of K objects (softmax). The encoder's own loss is the mean squared
-    distance of energy from the centre of its object: k-means in every frame, with a network that assigns
-    (MacQueen 1967). One network for all frames must tell objects apart by how they look and where they can be.
-    That makes an object the same one in the next frame. Other losses do not reach the network.
+    The energy of a pixel is d / (d + HALF), where d is its squared deviation from the mean frame of training, by that
+    pixel's variance. A small convolutional network assigns each place to one of K objects (softmax). The encoder's own
+    loss is the mean squared distance of energy from the centre of its object: k-means (MacQueen 1967) in every frame,
+    with a network that assigns. One network for all frames must tell objects apart by how they look and where they can
+    be, so that an object is the same one in the next frame. Other losses do not reach the network.
 
     F = 3 K T features, not standardised: share, x and y of each object in each frame. An object that is absent has its
     centre in the middle. Frames above 64 px are first reduced to 64 px.
@@ -48,7 +47,6 @@ class ObjectsEncoder(nn.Module):
     def __init__(self, channels: int, num_frames: int, size_px: int, num_objects: int, width: float) -> None:
         super().__init__()
         self.size_px = min(size_px, self.LARGEST_PX)
-        self.num_objects = num_objects
         self.register_buffer("mean_frame", torch.zeros(channels, self.size_px, self.size_px))
         self.register_buffer("mean_square", torch.zeros(channels, self.size_px, self.size_px))
         self.register_buffer("num_batches", torch.zeros((), dtype=torch.int64))
