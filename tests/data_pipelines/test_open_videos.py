@@ -103,7 +103,10 @@ def test_a_loader_with_workers_is_refused(mixed_folder: Path) -> None:
         next(iter(loader))
 
 
-@pytest.mark.parametrize(("batch_size", "world_size", "num_lanes"), [(12, 1, 12), (96, 4, 32), (7, 1, 7), (74, 2, 2)])
+@pytest.mark.parametrize(
+    ("batch_size", "world_size", "num_lanes"),
+    [(12, 1, 12), pytest.param(64, 1, 32, marks=pytest.mark.slow), (96, 4, 32), (7, 1, 7), (74, 2, 2)],
+)
 def test_lanes_divide_a_batch_and_ranks_divide_the_lanes(
     mixed_folder: Path, batch_size: int, world_size: int, num_lanes: int
 ) -> None:

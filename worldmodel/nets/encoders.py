@@ -230,7 +230,7 @@ class Embedder(nn.Module):
         """Return `features`, and the loss of the encoder's own of each clip [B]; None if it has none."""
         if isinstance(self.encoder, SelfTaught):
             return self.encoder.with_loss(video)
-        return self.encoder(video), None
+        return self.features(video), None
 
     def project(self, features: Tensor) -> Tensor:
         """Embed the encoder's features [B, F]: float32 [B, D]."""

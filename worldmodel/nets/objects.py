@@ -111,8 +111,8 @@ def _clusters(shares: Tensor, energy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     height, width = energy.shape[1:]
     weights = pixel_weights(height, width, "moments", energy.device).to(energy).unflatten(1, (height, width))
-    x, y = weights[1:3]
-    of_pixels = torch.stack([torch.ones_like(x), x, y, x * x + y * y])  # [4, H, W]
+    one, x, y, xx, _, yy = weights
+    of_pixels = torch.stack([one, x, y, xx + yy])  # [4, H, W]
     cells = F.adaptive_avg_pool2d(energy[:, None] * of_pixels, (shares.shape[2], shares.shape[3])).flatten(
         2
     )  # [I, 4, h * w]

@@ -306,7 +306,7 @@ ENCODER_LOSS = "encoder_loss"
 
 
 def _per_step(own_loss: Tensor, num_steps: int, num_clips: int) -> Tensor:
-    """Return the mean over the segments of each clip, [B, K] alike, for the losses [S * B] of segments, by segment."""
+    """Average losses [S * B], ordered by segment, over the segments of each clip: [B, K], the same at each step."""
     return own_loss.unflatten(0, (-1, num_clips)).mean(dim=0)[:, None].expand(-1, num_steps)
 
 
