@@ -137,6 +137,18 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         """Return the observation with the dot at the goal, uint8 [64, 64, 3]."""
         return self._picture(self._goal)
 
+    def set_state(self, state: Any) -> dict[str, Any]:
+        """Put the dot at a state [2] px, and return info."""
+        point = self._point({"state": state}, "state")
+        self._state = self._state if point is None else point
+        return self._info()
+
+    def set_goal(self, state: Any) -> dict[str, Any]:
+        """Make a state [2] px the goal, and return info."""
+        point = self._point({"goal": state}, "goal")
+        self._goal = self._goal if point is None else point
+        return self._info()
+
     def shortest_path_px(self) -> float:
         """Return the length of the shortest path from the current state to the goal's radius."""
         whole = float(shortest_path_px(self._state, self._goal, self._wall_x, self._door_y))

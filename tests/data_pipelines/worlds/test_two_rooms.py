@@ -68,6 +68,18 @@ def tensors(arrays: Arrays) -> Iterator[torch.Tensor]:
     return (torch.tensor(values, dtype=torch.float32) for values in arrays)
 
 
+def test_a_state_and_a_goal_can_be_set() -> None:
+    env = TwoRoomsEnv()
+    env.reset(seed=0)
+    start, goal = np.array([10.5, 12.25], np.float32), np.array([50.0, 40.0], np.float32)
+    assert env.set_state(start)["state"].tolist() == start.tolist()
+    info = env.set_goal(goal)
+    assert info["goal"].tolist() == goal.tolist() and not info["is_success"]
+    assert env.set_state(goal)["is_success"]
+    with pytest.raises(UserError, match=r"state=\[31.5, 50\] must be"):
+        env.set_state([31.5, 50])
+
+
 def test_moving_is_crawling_and_never_leads_through_a_wall() -> None:
     arrays = scenes(6_000)
     state, step, wall_x, door_y = arrays
