@@ -23,7 +23,8 @@ from worldmodel.planning.protocol import (
     summary,
 )
 from worldmodel.runs.folder import RunFolder
-from worldmodel.runs.metrics import Planned, PlannedWithLabels, Planning, ProtocolFacts, read_metrics, write_planning
+from worldmodel.runs.metrics import read_metrics, write_planning
+from worldmodel.runs.planning_metrics import Planned, PlannedWithLabels, Planning, ProtocolFacts
 from worldmodel.runs.trained_run import TrainedRun
 
 CEILING_CANDIDATES, CEILING_HORIZON = 100, 12  # the true simulator is slow, and its distances see around corners

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from data_pipelines.errors import UserError
 from data_pipelines.worlds.recorder import make_env
 from worldmodel.evaluation.scores import wilson_interval
-from worldmodel.runs.metrics import Planned
+from worldmodel.runs.planning_metrics import Planned
 
 
 class GoalPolicy(Protocol):

@@ -12,7 +12,8 @@ from worldmodel.report import charts, numbers
 from worldmodel.report.charts import Line
 from worldmodel.report.drawing import Picture
 from worldmodel.report.page import CURVES, HORIZON_LABEL, LEVELS, Card, history_series, line_words
-from worldmodel.runs.metrics import Planning, RunMetrics, value_at
+from worldmodel.runs.metrics import RunMetrics, value_at
+from worldmodel.runs.planning_metrics import Planning
 
 
 def forecast_lines(metrics: RunMetrics, key: str, folder: str = "forecasts") -> list[Line]:

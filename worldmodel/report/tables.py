@@ -29,7 +29,8 @@ from worldmodel.report.numbers import (
     text_of,
     unit,
 )
-from worldmodel.runs.metrics import OWN_FORECASTS, Metrics, Planning, RunMetrics, value_at
+from worldmodel.runs.metrics import OWN_FORECASTS, Metrics, RunMetrics, value_at
+from worldmodel.runs.planning_metrics import Planning
 
 NOT_OF_CURVE = ("path_ratio", "steps")  # points of the curve of planning lack these
 LOWER_IS_BETTER = ("energy_score", "ratio_to_oracle")

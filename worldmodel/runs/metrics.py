@@ -11,42 +11,35 @@ Legend: H horizon steps, K dimensions of the quantity.
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Required, cast, get_args, get_origin
+from typing import Annotated, Any, cast, get_args, get_origin
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict, get_type_hints, is_typeddict
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import get_type_hints, is_typeddict
 
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
 from data_pipelines.text_files import read_small, shown
 from worldmodel.runs.folder import RunFolder
+from worldmodel.runs.planning_metrics import Planning
+from worldmodel.runs.record_types import (
+    MAX_HORIZON,
+    MAX_NAMES,
+    Levels,
+    Part,
+    Score,
+    Scores,
+    Series,
+    Short,
+    Whole,
+)
 
 MAX_BYTES, MAX_DEPTH, MAX_VALUES = 16 << 20, 16, 2**20
-MAX_INT, MAX_SCORE = 2**63, 1e100
-MAX_HORIZON, MAX_NAMES = 1_024, 100
-
-
-def _drawable(value: float) -> float:
-    if math.isfinite(value) and abs(value) > MAX_SCORE:
-        raise ValueError(f"a score is at most {MAX_SCORE:g}")
-    return value
-
-
-Score = Annotated[float, Field(strict=True), AfterValidator(_drawable)] | None
-Rate = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
-Whole = Annotated[int, Field(strict=True)] | None
-Short = Annotated[str, Field(strict=True, max_length=1_000)]
-Scores = Annotated[list[Score], Field(max_length=MAX_HORIZON)]
-Series = Annotated[list[Score | Scores], Field(max_length=MAX_HORIZON)]
-"""A score for each horizon step, or at each step one for each dimension."""
-Levels = Annotated[dict[str, Series], Field(max_length=MAX_NAMES)]
-
+MAX_INT = 2**63
 
 OWN_FORECASTS = ("model", "model_recalibrated")
 """The names of the forecasts that the run itself makes."""
@@ -62,14 +55,10 @@ BASELINES = (
 """The names of the forecasts that need no world model, which the run must beat."""
 
 
-class _Part(TypedDict, total=False):
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-
-
 # ------------------------------------------------------------------------------------------------------ metrics.json
 
 
-class Skill(_Part, total=False):
+class Skill(Part, total=False):
     """1 - ES / ES of a baseline at each horizon step, and the ends of its interval; None if the baseline never errs."""
 
     value: Series
@@ -77,7 +66,7 @@ class Skill(_Part, total=False):
     high: Series
 
 
-class Intervals(_Part, total=False):
+class Intervals(Part, total=False):
     """How the intervals of skill scores were made: by resampling blocks of successive queries.
 
     num_blocks blocks of at most block_clips queries of one video hold all queries. level is the nominal coverage.
@@ -89,7 +78,7 @@ class Intervals(_Part, total=False):
     resamples: Whole
 
 
-class Forecast(_Part, total=False):
+class Forecast(Part, total=False):
     """Scores of one forecast at each horizon step.
 
     crps [H][K], coverage and width {level: [H][K]} have K = 1 in embedding space. spread_skill, coverage, width and
@@ -111,7 +100,7 @@ class Forecast(_Part, total=False):
 Forecasts = Annotated[dict[str, Forecast], Field(max_length=MAX_NAMES)]
 
 
-class RetrievalScores(_Part, total=False):
+class RetrievalScores(Part, total=False):
     """Rank of the real future among the targets of all queries, at each horizon step."""
 
     mrr: Series
@@ -120,12 +109,12 @@ class RetrievalScores(_Part, total=False):
     hit_10: Series
 
 
-class Retrieval(_Part, total=False):
+class Retrieval(Part, total=False):
     distractors: Whole
     forecasts: Annotated[dict[str, RetrievalScores], Field(max_length=MAX_NAMES)]
 
 
-class Embedding(_Part, total=False):
+class Embedding(Part, total=False):
     """Scores in embedding space; std is the mean standard deviation of the target embeddings."""
 
     forecasts: Forecasts
@@ -134,47 +123,47 @@ class Embedding(_Part, total=False):
     std: Score
 
 
-class RecalibrationFacts(_Part, total=False):
+class RecalibrationFacts(Part, total=False):
     """The factor of the spread and the weight of climatology at each horizon step."""
 
     spread: Series
     weight: Series
 
 
-class Recalibrations(_Part, total=False):
+class Recalibrations(Part, total=False):
     """The recalibration in each space; quantity is None if there is none."""
 
     embedding: RecalibrationFacts
     quantity: RecalibrationFacts | None
 
 
-class QuantityFacts(_Part, total=False):
+class QuantityFacts(Part, total=False):
     name: Short
     unit: Short | None
     dimensions: Annotated[list[Short], Field(max_length=MAX_HORIZON)]
 
 
-class Training(_Part, total=False):
+class Training(Part, total=False):
     seconds: Score
     steps: Whole
 
 
-class ReadoutFacts(_Part, total=False):
+class ReadoutFacts(Part, total=False):
     strength: Score
     r2: Score | Scores
 
 
-class FactorScores(_Part, total=False):
+class FactorScores(Part, total=False):
     in_distribution_r2: Score
     out_of_distribution_r2: Score
 
 
-class Dci(_Part, total=False):
+class Dci(Part, total=False):
     disentanglement: Score
     completeness: Score
 
 
-class ProbeScores(_Part, total=False):
+class ProbeScores(Part, total=False):
     """Accuracy of a class, or R^2 of a measure, by each probe."""
 
     linear: Score
@@ -188,7 +177,7 @@ class ProbeScores(_Part, total=False):
 Targets = Annotated[dict[str, ProbeScores], Field(max_length=MAX_NAMES)]
 
 
-class Metrics(_Part, total=False):
+class Metrics(Part, total=False):
     """The content of metrics.json.
 
     A run on videos has forecasts, a run on a causal world has factors and dci. kl_nats or expected_l0 is the mean
@@ -218,55 +207,10 @@ class Metrics(_Part, total=False):
     dci: Dci
 
 
-# ----------------------------------------------------------------------------------------------------- planning.json
-
-
-class Planned(_Part, total=False):
-    """Success over the episodes of all seeds of one policy."""
-
-    success_rate: Score
-    ci95: Annotated[list[Score], Field(min_length=2, max_length=2)]
-    per_seed: Annotated[list[Score], Field(max_length=10_000)]
-    path_ratio: Score
-    steps: Score
-    ms_per_decision: Score
-
-
-class PlannedWithLabels(_Part, total=False):
-    """A point of the curve of success against the number of labelled transitions."""
-
-    labels: Required[Annotated[int, Field(strict=True, ge=1)]]
-    success_rate: Required[Rate]
-    ci95: Required[tuple[Rate, Rate]]
-    per_seed: Annotated[list[Score], Field(max_length=10_000)]
-    ms_per_decision: Score
-
-
-class ProtocolFacts(_Part, total=False):
-    env: Short
-    env_kwargs: dict[str, Any]
-    seeds: Whole
-    episodes: Whole
-    budget: Whole
-    first_seed: Whole
-    planning: dict[str, Any]
-    step: Whole
-    labels: Whole
-
-
-class Planning(Planned, total=False):
-    """The content of planning.json."""
-
-    random_floor: Planned | None
-    oracle_ceiling: Planned | None
-    protocol: ProtocolFacts
-    curve: Annotated[list[PlannedWithLabels], Field(max_length=1_000)]
-
-
 # ------------------------------------------------------------------------------------------------------ decoder.json
 
 
-class DecoderFacts(_Part, total=False):
+class DecoderFacts(Part, total=False):
     """The content of decoder.json.
 
     step counts the updates of the run's checkpoint. Errors are mean squared ones of held-out frames in [0, 1].
