@@ -72,6 +72,8 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+    reset_facts = ("wall_x_px", "door_y_px")
+    """The numbers of info that fix an episode beside state and goal, and that `reset` takes as options."""
 
     def __init__(
         self,

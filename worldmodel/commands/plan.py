@@ -7,6 +7,9 @@ config's section planning.
 examples:
   worldmodel plan --run runs/two_rooms --env data_pipelines.worlds.two_rooms:worldmodel/TwoRooms-v0 planning.horizon=12
 
+starts and goals from recorded episodes:
+  worldmodel plan --run runs/two_rooms --protocol recorded --offset 25 --env ...
+
 a run without actions, with r as a latent action:
   worldmodel plan --run runs/two_rooms_latent --labels 100 1000 --env ...
 """
@@ -14,6 +17,7 @@ a run without actions, with r as a latent action:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -35,6 +39,8 @@ from worldmodel.commands.shared import (
 if TYPE_CHECKING:
     from worldmodel.config import PlanningConfig
 
+OFFSET = 25
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser, "a run that is conditioned on actions, or of one with --labels")
@@ -47,6 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="for a run without actions: labelled transitions that decode r into actions; of several numbers, all give "
         "a point of the curve and the last is the run's result",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=("drawn", "recorded"),
+        default="drawn",
+        help="starts and goals: drawn by the environment (default), or frames of episodes of the run's test split",
+    )
+    parser.add_argument(
+        "--offset", type=int, metavar="N", help=f"recorded: frames from start to goal (default: {OFFSET})"
     )
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds of the planner (default: 5)")
     parser.add_argument(
@@ -63,14 +78,20 @@ def run(args: argparse.Namespace) -> None:
     from worldmodel.config import to_dict
     from worldmodel.planning.plan import plan
     from worldmodel.planning.protocol import PlanningProtocol
+    from worldmodel.planning.recorded import recorded_starts
     from worldmodel.report.run_page import report_of_run
     from worldmodel.report.tables import success_table
     from worldmodel.runs.folder import RunFolder
 
     check_counts(args, "seeds", "episodes", "budget")
     check_seed(args, "first_seed")
+    recorded = args.protocol == "recorded"
+    if args.offset is not None:
+        if not recorded:
+            raise UserError(f"--offset={args.offset} is of --protocol recorded")
+        check_counts(args, "offset")
     trained = load_run(args)
-    if args.labels:
+    if args.labels or recorded:
         check_remote(trained.source.url, args.allow_remote)
     protocol = PlanningProtocol(
         env=args.env,
@@ -80,6 +101,9 @@ def run(args: argparse.Namespace) -> None:
         budget=args.budget,
         first_seed=args.first_seed,
     )
+    if recorded:
+        starts = recorded_starts(trained, protocol, OFFSET if args.offset is None else args.offset)
+        protocol = dataclasses.replace(protocol, starts=starts)
     config = planning_config(to_dict(trained.config), args.overrides, args.trust_code)
     result = plan(trained, protocol, config, labels=args.labels or ())
     print(f"\n{success_table(result)}\n\n{json.dumps(result['protocol'])}\n")

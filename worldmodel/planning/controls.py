@@ -1,4 +1,6 @@
-"""Policies that bound a success rate: random actions as the floor, planning on the true simulator as the ceiling.
+"""Policies that bound a success rate.
+
+Floors are random actions and none at all. Ceilings are planning on the true simulator, and the recorded actions.
 
 Legend: E episodes, N candidates, A numbers of an action, C channels, H = W pixels.
 """
@@ -29,6 +31,28 @@ class RandomPolicy:
 
     def keep(self, is_running: Tensor) -> None:
         pass
+
+
+class ReplayPolicy:
+    """Repeats recorded actions [E, T, A], then actions of zero: the ceiling if nothing is left to chance.
+
+    Without recorded actions, T = 0, it does nothing: what a success rate owes to the start and to chance.
+    """
+
+    def __init__(self, actions: np.ndarray) -> None:
+        self.actions = torch.from_numpy(actions)
+
+    def begin(self, goals: Tensor) -> None:
+        self.remaining = self.actions
+
+    def act(self, frames: Tensor) -> Tensor:
+        if not self.remaining.shape[1]:
+            return self.remaining.new_zeros(len(self.remaining), self.remaining.shape[2])
+        now, self.remaining = self.remaining[:, 0], self.remaining[:, 1:]
+        return now
+
+    def keep(self, is_running: Tensor) -> None:
+        self.remaining = self.remaining[is_running]
 
 
 class PrivilegedPolicy:

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import gymnasium
+import numpy as np
 
 from data_pipelines.errors import UserError
 from worldmodel.config import PlanningConfig
 from worldmodel.evaluation.records import save_records
-from worldmodel.planning.controls import PrivilegedPolicy, RandomPolicy
+from worldmodel.planning.controls import PrivilegedPolicy, RandomPolicy, ReplayPolicy
 from worldmodel.planning.imagination import LatentPolicy
 from worldmodel.planning.latent_actions import ActionDecoder, fit_action_decoder
 from worldmodel.planning.planned_episodes import planned_episodes
@@ -22,6 +23,7 @@ from worldmodel.planning.protocol import (
     run_seeds,
     summary,
 )
+from worldmodel.planning.recorded import RecordedStarts
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import read_metrics, write_planning
 from worldmodel.runs.planning_metrics import Planned, PlannedWithLabels, Planning, ProtocolFacts
@@ -55,6 +57,9 @@ def plan(
     planning = Planning(**last.scores)
     planning["random_floor"] = evaluate_policy(protocol, _random, label="random")
     planning["oracle_ceiling"] = _ceiling(protocol, config)
+    if isinstance(protocol.starts, RecordedStarts):
+        planning["do_nothing"] = _replayed(protocol, protocol.starts, 0, label="doing nothing")
+        planning["replay"] = _replayed(protocol, protocol.starts, protocol.starts.offset, label="recorded actions")
     planning["protocol"] = protocol_facts(protocol, config, run, labels)
     if labels:
         planning["curve"] = [_with_labels(count, one.scores) for count, one in zip(labels, planned, strict=True)]
@@ -104,6 +109,15 @@ def _ceiling(protocol: PlanningProtocol, config: PlanningConfig) -> Planned | No
     return evaluate_policy(protocol, privileged, label="privileged")
 
 
+def _replayed(protocol: PlanningProtocol, starts: RecordedStarts, num_steps: int, *, label: str) -> Planned:
+    """Return the scores of the first recorded actions of each episode, and of none after them."""
+
+    def replay(seed: int, envs: Sequence[gymnasium.Env]) -> GoalPolicy:
+        return ReplayPolicy(np.stack([episode.actions[:num_steps] for episode in starts.episodes[seed]]))
+
+    return evaluate_policy(protocol, replay, label=label)
+
+
 def _with_labels(count: int, scores: Planned) -> PlannedWithLabels:
     rate, low, high = scores["success_rate"], *scores["ci95"]
     assert rate is not None and low is not None and high is not None
@@ -121,6 +135,7 @@ def protocol_facts(
 ) -> ProtocolFacts:
     """Return everything that a success rate depends on, besides the weights of the checkpoint."""
     return ProtocolFacts(
+        **protocol.starts.facts,
         env=protocol.env,
         env_kwargs=dict(protocol.env_kwargs),
         seeds=protocol.seeds,

@@ -18,12 +18,12 @@ from worldmodel.evaluation.readout import Readout
 from worldmodel.evaluation.records import Axes
 from worldmodel.planning.imagination import LatentPolicy
 from worldmodel.planning.protocol import EpisodeResults
+from worldmodel.planning.recorded import STATE_LABEL
 from worldmodel.runs.trained_run import TrainedRun
 
 logger = one_line_logger(__name__)
 
 NUM_SHOWN = 4
-STATE_LABEL = "state"  # of recorded videos: the content of info["state"]
 
 StatePx = Callable[[np.ndarray], np.ndarray]
 """An environment's state_px: states [..., K] -> positions in px of its frames [..., 2]."""

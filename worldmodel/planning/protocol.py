@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from data_pipelines.errors import UserError
 from data_pipelines.worlds.recorder import make_env
 from worldmodel.evaluation.scores import wilson_interval
-from worldmodel.runs.planning_metrics import Planned
+from worldmodel.runs.planning_metrics import Planned, ProtocolFacts
 
 
 class GoalPolicy(Protocol):
@@ -37,6 +37,29 @@ class GoalPolicy(Protocol):
         """Drop the episodes that have ended: bool [E]."""
 
 
+class Starts(Protocol):
+    """How the episodes of a protocol begin: DrawnStarts, or RecordedStarts of recorded.py."""
+
+    def begin(self, env: gymnasium.Env, seed: int, number: int, env_seed: int) -> Mapping[str, Any]:
+        """Reset an environment for an episode of a seed, and return its info. env_seed is that of its own chance."""
+
+    @property
+    def facts(self) -> ProtocolFacts:
+        """What a result states about its starts."""
+
+
+@dataclass(frozen=True)
+class DrawnStarts:
+    """The environment draws starts and goals."""
+
+    def begin(self, env: gymnasium.Env, seed: int, number: int, env_seed: int) -> Mapping[str, Any]:
+        return env.reset(seed=env_seed)[1]
+
+    @property
+    def facts(self) -> ProtocolFacts:
+        return ProtocolFacts(protocol="drawn")
+
+
 @dataclass(frozen=True)
 class PlanningProtocol:
     """Episodes of an environment, each of at most `budget` steps, with a seed for each episode."""
@@ -47,6 +70,7 @@ class PlanningProtocol:
     episodes: int
     budget: int
     first_seed: int
+    starts: Starts = DrawnStarts()
 
     def episode_seeds(self, seed: int) -> list[int]:
         """Return the environment's seed for each episode of one seed of the protocol."""
@@ -67,7 +91,8 @@ class EpisodeResults:
     """Results of E episodes.
 
     success [E]; steps [E], the budget if the goal was not reached. path [E] is the length of the way, shortest [E] that
-    of the shortest way, NaN if the environment does not state it. states holds [steps + 1, K] per episode.
+    of the shortest way, NaN if the environment does not state it. Both are in px if the environment has state_px.
+    states holds [steps + 1, K] per episode.
 
     goals uint8 [E, C, H, W] are the goal images, and goal_states their states, None if the environment does not state
     them. frames holds the frames of each episode, uint8 [steps + 1, C, H, W]; it is empty if they were not kept.
@@ -88,9 +113,8 @@ class EpisodeResults:
 class _Episode:
     """One running episode and its record."""
 
-    def __init__(self, env: gymnasium.Env, env_seed: int, *, keep_frames: bool) -> None:
-        self.env, self.keep_frames = env, keep_frames
-        _, self.first_info = env.reset(seed=env_seed)
+    def __init__(self, env: gymnasium.Env, first_info: Mapping[str, Any], *, keep_frames: bool) -> None:
+        self.env, self.first_info, self.keep_frames = env, first_info, keep_frames
         self.success = False
 
     def start(self) -> None:
@@ -100,6 +124,12 @@ class _Episode:
         self.frame: Any = self.env.render()
         self.frames = [np.array(self.frame)]
         self.shortest = float(getattr(self.env.unwrapped, "shortest_path_px", lambda: np.nan)())
+
+    @property
+    def path(self) -> float:
+        """The length of the way, in px if the environment maps its states to pixels."""
+        state_px = getattr(self.env.unwrapped, "state_px", lambda states: states)
+        return float(np.linalg.norm(np.diff(state_px(np.stack(self.states)), axis=0), axis=1).sum())
 
     def step(self, action: np.ndarray) -> None:
         _, _, self.success, _, info = self.env.step(action)
@@ -123,10 +153,11 @@ def run_episodes(
         UserError: the environment renders no goal image.
     """
     envs = [protocol.make_env() for _ in range(protocol.episodes)]
-    seeds = zip(envs, protocol.episode_seeds(seed), strict=True)
-    episodes = [_Episode(env, number, keep_frames=keep_frames) for env, number in seeds]
     if not all(hasattr(env.unwrapped, "goal_frame") for env in envs):
         raise UserError(f"the environment {protocol.env} has no goal_frame(): there is no goal to plan for")
+    seeds = enumerate(zip(envs, protocol.episode_seeds(seed), strict=True))
+    infos = [protocol.starts.begin(env, seed, number, env_seed) for number, (env, env_seed) in seeds]
+    episodes = [_Episode(env, info, keep_frames=keep_frames) for env, info in zip(envs, infos, strict=True)]
     policy = make_policy(envs)
     goals = _pictures([env.unwrapped.goal_frame() for env in envs])  # type: ignore[attr-defined]
     policy.begin(goals)
@@ -151,7 +182,7 @@ def run_episodes(
     return EpisodeResults(
         success=np.array([episode.success for episode in episodes], bool),
         steps=np.array([len(way) - 1 for way in ways]),
-        path=np.array([np.linalg.norm(np.diff(way, axis=0), axis=1).sum() for way in ways]),
+        path=np.array([episode.path for episode in episodes]),
         shortest=np.array([episode.shortest for episode in episodes]),
         states=ways,
         goals=goals.numpy(),
@@ -202,7 +233,7 @@ def evaluate_policy(protocol: PlanningProtocol, make_policy: MakePolicy, *, labe
 
 
 def env_hook(protocol: PlanningProtocol, name: str) -> Any:
-    """Return the attribute `name` of the environment's class, which Gymnasium does not define; None if it is missing.
+    """Return the attribute `name` of the environment, which Gymnasium does not define; None if it is missing.
 
     - privileged_cost(envs): see PrivilegedPolicy.
     - state_px(states): positions (x, y) in px of its frames, float [..., 2], x right and y down, pixel centres at
@@ -210,7 +241,7 @@ def env_hook(protocol: PlanningProtocol, name: str) -> Any:
     """
     env = protocol.make_env()
     env.close()
-    return getattr(type(env.unwrapped), name, None)
+    return getattr(env.unwrapped, name, None)
 
 
 def _pictures(frames: Sequence[np.ndarray]) -> Tensor:

@@ -272,14 +272,22 @@ def table_of_numbers(columns: Sequence[tuple[str, str]], rows: Sequence[TableRow
     )
 
 
+CONTROLS = {
+    "random_floor": ("random", "Random actions", ""),
+    "do_nothing": ("do nothing", "Actions of zero", ""),
+    "oracle_ceiling": ("privileged", "Privileged planner", "oracle"),
+    "replay": ("recorded actions", "Recorded actions", "oracle"),
+}
+"""Policies beside the run in planning.json: their names on a console and in the report, and the kind of row."""
+
+
 def planning_table(metrics: RunMetrics) -> Table:
-    """Return a row for the run, or one per number of labels, then the floor and the ceiling."""
+    """Return a row for the run, or one per number of labels, then the floors and the ceilings."""
     curve = value_at(metrics, "planning.curve") or []
     rows = [
         *((_with_labels(entry.get("labels")), f"planning.curve.{i}", "") for i, entry in enumerate(curve[:-1])),
         (_with_labels(value_at(metrics, "planning.protocol.labels")), "planning", "model"),
-        ("Random actions", "planning.random_floor", ""),
-        ("Privileged planner", "planning.oracle_ceiling", "oracle"),
+        *((name, f"planning.{key}", kind) for key, (_, name, kind) in CONTROLS.items()),
     ]
     columns = [
         ("", "Success", "success_rate", 3),
@@ -309,13 +317,13 @@ def planning_table(metrics: RunMetrics) -> Table:
 
 
 def success_table(planning: Planning) -> str:
-    """Format the success of the run, the floor and the ceiling for a console."""
+    """Format the success of the run, the floors and the ceilings for a console."""
     lines = [f"{'policy':<19} {'success':>8} {'95 % interval':>16} {'steps':>6} {'path':>6} {'ms':>7}  per seed"]
     metrics = RunMetrics(planning=planning)
     rows = [(f"{entry['labels']} labels", f"planning.curve.{i}") for i, entry in enumerate(planning.get("curve", []))]
     labels = value_at(metrics, "planning.protocol.labels")
     rows = [*rows[:-1], ("model" if labels is None else f"{labels} labels", "planning")]
-    rows += [("random", "planning.random_floor"), ("privileged", "planning.oracle_ceiling")]
+    rows += [(name, f"planning.{key}") for key, (name, _, _) in CONTROLS.items()]
     for name, part in rows:
         low, high, success, ms = (
             value_at(metrics, f"{part}.{key}") for key in ("ci95.0", "ci95.1", "success_rate", "ms_per_decision")

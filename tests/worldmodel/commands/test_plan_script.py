@@ -82,6 +82,7 @@ def test_the_script_prints_and_writes_success_its_controls_and_the_protocol(plan
     assert result["protocol"]["planning"]["candidates"] == 16 and result["protocol"]["step"] == 6
     assert {"random_floor", "oracle_ceiling"} <= result.keys()
     assert f"{result['success_rate']:.3f}" in done.stdout and '"budget": 4' in done.stdout
+    assert result["protocol"]["protocol"] == "drawn" and not {"replay", "do_nothing"} & result.keys()
     assert "curve" not in result and str(planner / "report.html") in done.stdout
 
 
@@ -130,6 +131,24 @@ def test_several_counts_of_labels_make_a_curve(passive: Path) -> None:
     assert "40 labels" in done.stdout
 
 
+def test_starts_from_recorded_episodes_have_their_own_floor_and_ceiling(planner: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(planner, run)
+    arguments = ["--run", str(run), "--env", ENV, "--protocol", "recorded", "--offset", "12", "--budget", "13"]
+    done = run_here("plan.py", *arguments, "--seeds", "2", "--episodes", "3", "planning.iterations=1")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run / "planning.json").read_text())
+    assert undeclared({"planning": result}) == []
+    assert result["replay"]["success_rate"] == 1 and result["do_nothing"]["success_rate"] == 0
+    assert result["replay"]["steps"] <= 12 and result["do_nothing"]["steps"] == 13
+    facts = result["protocol"]
+    assert facts["protocol"] == "recorded" and facts["offset"] == 12 and facts["left_out"] >= 0
+    page = (run / "report.html").read_text()
+    for words in ("Random actions", "Actions of zero", "Privileged planner", "Recorded actions", "left_out"):
+        assert words in page
+    assert "do nothing" in done.stdout and "recorded actions" in done.stdout and '"offset": 12' in done.stdout
+
+
 @pytest.mark.parametrize(
     ("labels", "tells"),
     [
@@ -151,6 +170,9 @@ def test_counts_of_labels_that_cannot_be(passive: Path, labels: list[str], tells
         (["--env", ENV, "model.encoder.width=2"], "only planning.KEY=VALUE"),
         (["--env", ENV, "planning.planner.elites=99"], "elites"),
         (["--env", ENV, "--env-kwargs", "slip=2"], "slip=2"),
+        (["--env", ENV, "--offset", "5"], "--offset=5 is of --protocol recorded"),
+        (["--env", ENV, "--protocol", "recorded", "--offset", "0"], "--offset must be at least 1, not 0"),
+        (["--env", ENV, "--protocol", "recorded", "--offset", "33"], "--offset=33: the longest episode"),
     ],
 )
 def test_mistakes_are_told_in_one_line(planner: Path, arguments: list[str], tells: str) -> None:
