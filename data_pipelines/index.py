@@ -130,6 +130,18 @@ class VideoIndex:
             digest.update(repr((files, list(view.shifts))).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:16]
 
+    def with_blocks(self, name: str, length: int) -> "VideoIndex":
+        """Return the index with a label of frames [F, K] in blocks of successive frames, [F, length * K].
+
+        A frame has the values of itself and of the frames after it. The last length - 1 frames of a video have no block
+        of their own: theirs runs into the next video. An index without the label is returned as it is.
+        """
+        if length == 1 or name not in self.frame_labels:
+            return self
+        values = self.frame_labels[name]
+        following = (torch.arange(len(values))[:, None] + torch.arange(length)).clamp(max=len(values) - 1)
+        return replace(self, frame_labels=self.frame_labels | {name: values[following].flatten(1)})
+
     def rows(self, rows: Sequence[int]) -> "VideoIndex":
         """Return an index of these rows only."""
         assert not self.parts, "the rows of one root"

@@ -58,7 +58,7 @@ def build_training_model(config: Config) -> TrainingModel:
     if model.scene_dim:
         norm: Norm = getattr(model.editor, "norm", "batch")
         scene = SceneCode(embedder.num_features, model.hidden_dim, model.scene_dim, norm)
-    action_dim = model.action_dim * config.data.num_frames
+    action_dim = model.action_dim * config.data.num_frames * config.data.frame_stride
     latent: Any = parts.build_module(
         "model.latent.name",
         model.latent,

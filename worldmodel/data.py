@@ -39,8 +39,9 @@ class ClipLayout:
         frame_stride: source frames from one frame of a segment to the next.
         r_label: label that holds the true r of an oracle latent; None for other latents.
         r_dim: size of this label.
-        action_label: per-frame label with the actions; None for a source that has none.
-        action_dim: size of the actions that the model is conditioned on; 0 for a passive model.
+        action_label: per-frame label with the actions; None for a source that has none. Of a delivered frame, a batch
+            has the actions up to the next delivered one, one after the other.
+        action_dim: size of the action of one source frame; 0 for a passive model. The model takes `span` of them.
         num_cameras: cameras whose frames are the channels of a frame, one after the other.
     """
 
@@ -120,8 +121,8 @@ def oracle_r(batch: Batch, layout: ClipLayout, device: torch.device) -> Tensor:
 def labelled_actions(batch: Batch, layout: ClipLayout, steps: int) -> Tensor:
     """Return the actions between the first segments of each clip, float32 [B, steps, A].
 
-    The actions of a step are those of a segment's last frame up to the next segment's last but one. They lead from one
-    segment to the next.
+    The actions of a step are those of all source frames from a segment's last frame up to, but without, the next
+    segment's last one. They lead from one segment to the next.
 
     Raises:
         UserError: the videos have no such label of frames.
@@ -143,7 +144,7 @@ def actions_of(batch: Batch, layout: ClipLayout, steps: int, device: torch.devic
     if not layout.action_dim:
         return torch.empty(len(batch["video"]), steps, 0, device=device)
     actions = labelled_actions(batch, layout, steps)
-    size = actions.shape[2] // layout.num_frames
+    size = actions.shape[2] // layout.span
     if size != layout.action_dim:
         raise UserError(f"the label {layout.action_label!r} has {size} numbers: set model.action_dim={size}")
     return on_device(actions, device)

@@ -122,10 +122,9 @@ def _of_latent_and_editor(config: Config) -> Iterator[str]:
     latent, editor = model.latent, model.editor
     if isinstance(latent, OracleConfig) and latent.label is None and data.oracle_label is None:
         yield f"model.latent=oracle needs model.latent.label, the label of data.source={data.source} that holds r"
-    if model.action_dim and not (isinstance(data, VideosConfig) and (data.frame_stride, data.fps) == (1, None)):
+    if model.action_dim and not (isinstance(data, VideosConfig) and data.fps is None):
         yield (
-            f"model.action_dim={model.action_dim} needs the action at every frame: data.source=videos with "
-            "data.frame_stride=1 and without data.fps"
+            f"model.action_dim={model.action_dim} needs the action at every frame: data.source=videos, without data.fps"
         )
     if isinstance(editor, External):
         return

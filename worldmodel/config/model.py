@@ -313,8 +313,9 @@ class ModelConfig:
     projector_layers: Annotated[int, Field(strict=True, ge=0, le=64)] = 2
     """Hidden layers of the projector. 0: the embedding is linear in the features of the encoder."""
     action_dim: SizeFrom0 = 0
-    """Size of the action vector (per-frame label `data.action_label`) that conditions editor, prior and posterior. 0:
-    learn from video alone."""
+    """Size of the action vector (per-frame label `data.action_label`) that conditions editor, prior and posterior. A
+    step of the model takes those of all its source frames: `data.num_frames` times `data.frame_stride`. 0: learn from
+    video alone."""
     scene_dim: SizeFrom0 = 0
     """Size of each part of a scene code, which conditions editor, prior and posterior. It is read from the features of
     the context: one part for the next step, one that is kept over a rollout, for what is constant in a clip. Learned in

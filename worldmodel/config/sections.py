@@ -175,7 +175,7 @@ class PlanningConfig:
     planner: Annotated[PlannerConfig, Choice("icem")] = IcemConfig()
     """Search over sequences of actions."""
     horizon: Repeat = 20
-    """Actions in a sequence."""
+    """Steps of the model in a sequence. A step has `data.frame_stride` actions."""
     candidates: Samples = 300
     """Sequences that are compared in one iteration."""
     iterations: Repeat = 5

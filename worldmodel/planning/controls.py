@@ -27,7 +27,7 @@ class RandomPolicy:
         pass
 
     def act(self, frames: Tensor) -> Tensor:
-        return torch.from_numpy(np.stack([self.space.sample() for _ in frames]))
+        return torch.from_numpy(np.stack([self.space.sample() for _ in frames]))[:, None]
 
     def keep(self, is_running: Tensor) -> None:
         pass
@@ -46,10 +46,8 @@ class ReplayPolicy:
         self.remaining = self.actions
 
     def act(self, frames: Tensor) -> Tensor:
-        if not self.remaining.shape[1]:
-            return self.remaining.new_zeros(len(self.remaining), self.remaining.shape[2])
-        now, self.remaining = self.remaining[:, 0], self.remaining[:, 1:]
-        return now
+        now, self.remaining = self.remaining[:, :1], self.remaining[:, 1:]
+        return now if now.shape[1] else now.new_zeros(len(now), 1, now.shape[2])
 
     def keep(self, is_running: Tensor) -> None:
         self.remaining = self.remaining[is_running]
@@ -75,7 +73,7 @@ class PrivilegedPolicy:
     def act(self, frames: Tensor) -> Tensor:
         plan, actions, _ = self.planner.improve(self.config, self.plan, self.cost, self.generator)
         self.plan = shift(plan)
-        return actions[:, 0]
+        return actions[:, :1]
 
     def keep(self, is_running: Tensor) -> None:
         self.plan = Plan(*(part[is_running] for part in self.plan))

@@ -9,6 +9,7 @@ embedding dimensions, Z numbers of a scene code, L numbers of a temporal distanc
 decisions.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,13 +18,16 @@ from torch import Tensor
 
 from data_pipelines.errors import UserError
 from data_pipelines.transforms import to_float
-from worldmodel.config import PlanningConfig, num_cameras
+from worldmodel.config import PlanningConfig, VideosConfig, num_cameras
 from worldmodel.nets.distance import steps_between
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.planning.latent_actions import ActionDecoder
 from worldmodel.planning.planners import Plan, make_planner, shift, start
 from worldmodel.runs.trained_run import TrainedRun
 from worldmodel.training.machine import computes_bf16
+
+MAX_ACTIONS = 1_024
+"""Limit of the actions in a plan: that of planning.horizon."""
 
 
 def imagine(
@@ -45,6 +49,11 @@ def imagine(
     return model.steps(state, actions, model.prior_mean)
 
 
+def in_blocks(actions: Tensor, horizon: int) -> Tensor:
+    """Concatenate the n actions of each step of the model: [..., horizon * n, A] -> [..., horizon, n * A]."""
+    return actions.reshape(*actions.shape[:-2], horizon, -1)
+
+
 def _decoded(decoder: ActionDecoder, actions: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a function that decodes one of actions [B, K, A] after another to r [B, R]."""
     remaining = iter(actions.unbind(1))
@@ -53,7 +62,10 @@ def _decoded(decoder: ActionDecoder, actions: Tensor) -> Callable[[Tensor, Tenso
 
 @dataclass(frozen=True)
 class LatentCost:
-    """The cost of candidates, a function of actions [E, I, K, A] to [E, I], for a state and a goal [E, D + Z]."""
+    """The cost of candidates, a function of actions to [E, I], for a state and a goal [E, D + Z].
+
+    Actions are those of the steps of the environment: [E, I, K * n, A] if a step of the model is n of them.
+    """
 
     model: WorldModel
     decoder: ActionDecoder | None
@@ -64,7 +76,7 @@ class LatentCost:
 
     def __call__(self, actions: Tensor) -> Tensor:
         num_candidates, num_futures = actions.shape[1], max(1, self.config.num_samples)
-        flat = actions.flatten(0, 1).repeat_interleave(num_futures, dim=0)
+        flat = in_blocks(actions, self.config.horizon).flatten(0, 1).repeat_interleave(num_futures, dim=0)
         state = self.state.repeat_interleave(num_candidates * num_futures, dim=0)
         cost = state.new_zeros(len(state))
         generator = self.generator if self.config.num_samples else None
@@ -107,19 +119,22 @@ class Decision:
 class LatentPolicy:
     """A policy that acts towards goal images in a batch of episodes.
 
-    It plans at every step, starting from its last plan.
+    It plans at every step of the model, starting from its last plan. Such a step is data.frame_stride steps of the
+    environment: so many actions are decided at once. The horizon counts steps of the model. The planner searches over
+    single actions, so that the set of allowed actions is that of the environment.
 
     `decisions` holds the decision of each step, for `imagined`.
 
     Raises:
         UserError: the run is not conditioned on actions and there is no decoder; the run sees more than one frame at a
-            time, or several cameras; planning.distance=steps, but the run has no temporal distance.
+            time, resampled frames or several cameras; planning.distance=steps, but the run has no temporal distance.
     """
 
     def __init__(
         self, run: TrainedRun, config: PlanningConfig, seed: int, decoder: ActionDecoder | None = None
     ) -> None:
-        self.decoder, self.action_dim = decoder, decoder.action_dim if decoder else run.model.action_dim
+        self.decoder, self.block = decoder, run.config.data.frame_stride
+        self.action_dim = (decoder or run.model).action_dim // self.block
         if not self.action_dim:
             raise UserError(
                 f"the run {run.folder} is not conditioned on actions: train it with model.action_dim, or plan "
@@ -134,9 +149,17 @@ class LatentPolicy:
             raise UserError(f"the run {run.folder} sees {cameras} cameras (data.camera): planning needs 1")
         if run.config.data.num_frames != 1:
             raise UserError(f"the run {run.folder} has data.num_frames={run.config.data.num_frames}: planning needs 1")
+        if isinstance(run.config.data, VideosConfig) and run.config.data.fps is not None:
+            raise UserError(f"the run {run.folder} has data.fps={run.config.data.fps:g}: planning needs null")
         if config.distance == "steps" and not run.model.distance.num_values:
             raise UserError(f"the run {run.folder} has no temporal distance: train it with model.distance_dim")
         self.run, self.config, self.seed = run, config, seed
+        if config.horizon * self.block > MAX_ACTIONS:
+            raise UserError(
+                f"planning.horizon={config.horizon}: with data.frame_stride={self.block}, a plan has more than "
+                f"{MAX_ACTIONS:,} actions"
+            )
+        self.search = dataclasses.replace(config, horizon=config.horizon * self.block)
         self.planner = make_planner(config.planner)
         self.plan: Plan
         self.decisions: list[Decision]
@@ -148,21 +171,23 @@ class LatentPolicy:
         video = self._video(goals)
         code = self.run.model.observe(video)[:, self.run.model.embedding_dim :]
         self.goal = torch.cat([self.run.target_encoder(video), code], dim=1)
-        self.plan = start(self.config, len(goals), self.action_dim, self.run.device)
+        self.plan = start(self.search, len(goals), self.action_dim, self.run.device)
         self.episodes, self.decisions = torch.arange(len(goals)), []
 
     @torch.no_grad()
     def act(self, frames: Tensor) -> Tensor:
-        """Return the next action of each episode, [E, A] on the CPU, for the current frames, uint8 [E, C, H, W]."""
+        """Return the next actions [E, n, A] of each episode, on the CPU, for the current frames, uint8 [E, C, H, W]."""
         state = self.run.model.observe(self._video(frames))
         on_device = torch.Generator(self.run.device).manual_seed(
             int(torch.randint(2**62, (), generator=self.generator))
         )
         cost = LatentCost(self.run.model, self.decoder, self.config, state, self.goal, on_device)
-        plan, actions, _ = self.planner.improve(self.config, self.plan, cost, self.generator)
-        self.plan = shift(plan)
-        self.decisions.append(Decision(self.episodes, state, actions))
-        return actions[:, 0].cpu()
+        plan, actions, _ = self.planner.improve(self.search, self.plan, cost, self.generator)
+        for _ in range(self.block):
+            plan = shift(plan)
+        self.plan = plan
+        self.decisions.append(Decision(self.episodes, state, in_blocks(actions, self.config.horizon)))
+        return actions[:, : self.block].cpu()
 
     def keep(self, going_on: Tensor) -> None:
         """Drop the episodes that have ended. going_on: bool [E]."""

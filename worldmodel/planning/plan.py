@@ -141,6 +141,7 @@ def protocol_facts(
         seeds=protocol.seeds,
         episodes=protocol.episodes,
         budget=protocol.budget,
+        block=run.config.data.frame_stride,
         first_seed=protocol.first_seed,
         planning=dataclasses.asdict(config),
         step=run.state["step"],

@@ -36,7 +36,7 @@ class PlannedEpisode:
     frames uint8 [T + 1, C, H, W] were seen before each of T steps and after the last one. goal uint8 [C, H, W] is the
     goal image. Positions (x, y) are in pixels of the frames, pixel centres at integers; they are None if states are not
     positions. way_px [T + 1, 2] is the path of the agent, goal_px [2] the goal. imagined_px [T, M, horizon, 2] are the
-    imagined paths of each decision's plan.
+    imagined paths of the plan that each step is part of.
     """
 
     number: int
@@ -66,7 +66,8 @@ def planned_episodes(
         goal = results.goal_states[number]
         paths = None
         if state_px is not None and readout is not None:
-            paths = read_paths(policy.imagined(number).float().cpu(), readout, state_px)
+            decided = read_paths(policy.imagined(number).float().cpu(), readout, state_px)
+            paths = decided.repeat(policy.block, axis=0)[: results.steps[number]]
         shown.append(
             PlannedEpisode(
                 number=number,

@@ -25,13 +25,19 @@ from worldmodel.runs.planning_metrics import Planned, ProtocolFacts
 
 
 class GoalPolicy(Protocol):
-    """Acts in a batch of episodes that start together and end one by one."""
+    """Acts in a batch of episodes that start together and end one by one.
+
+    A decision is for K steps of the environment, which are taken without looking at their frames.
+    """
 
     def begin(self, goals: Tensor) -> None:
         """Take the goal images of all episodes, uint8 [E, C, H, W]."""
 
     def act(self, frames: Tensor) -> Tensor:
-        """Return actions [E, A] for the current frames of the running episodes, uint8 [E, C, H, W]."""
+        """Return the next actions [E, K, A], K of them in a row, for the current frames, uint8 [E, C, H, W].
+
+        Frames and actions are those of the running episodes.
+        """
 
     def keep(self, is_running: Tensor) -> None:
         """Drop the episodes that have ended: bool [E]."""
@@ -131,12 +137,16 @@ class _Episode:
         state_px = getattr(self.env.unwrapped, "state_px", lambda states: states)
         return float(np.linalg.norm(np.diff(state_px(np.stack(self.states)), axis=0), axis=1).sum())
 
-    def step(self, action: np.ndarray) -> None:
-        _, _, self.success, _, info = self.env.step(action)
-        self.frame = self.env.render()
-        self.states.append(info["state"])
-        if self.keep_frames:
-            self.frames.append(np.array(self.frame))
+    def run(self, actions: np.ndarray) -> None:
+        """Execute actions [K, A] one after the other, until the goal is reached."""
+        for action in actions:
+            _, _, self.success, _, info = self.env.step(action)
+            self.frame = self.env.render()
+            self.states.append(info["state"])
+            if self.keep_frames:
+                self.frames.append(np.array(self.frame))
+            if self.success:
+                break
 
 
 def run_episodes(
@@ -164,18 +174,19 @@ def run_episodes(
     for episode in episodes:
         episode.start()
     running = episodes
-    decision_s, decisions = 0.0, 0
-    for _ in tqdm(range(protocol.budget), desc=label, unit="step", leave=False):
-        started_s = time.perf_counter()
-        actions = policy.act(_pictures([episode.frame for episode in running])).numpy()
-        decision_s += time.perf_counter() - started_s
-        decisions += len(running)
-        for episode, action in zip(running, actions, strict=True):
-            episode.step(action)
-        policy.keep(torch.tensor([not episode.success for episode in running]))
-        running = [episode for episode in running if not episode.success]
-        if not running:
-            break
+    decision_s, decisions, steps_left = 0.0, 0, protocol.budget
+    with tqdm(total=protocol.budget, desc=label, unit="step", leave=False) as bar:
+        while running and steps_left:
+            started_s = time.perf_counter()
+            actions = policy.act(_pictures([episode.frame for episode in running])).numpy()[:, :steps_left]
+            decision_s += time.perf_counter() - started_s
+            decisions += len(running)
+            for episode, block in zip(running, actions, strict=True):
+                episode.run(block)
+            policy.keep(torch.tensor([not episode.success for episode in running]))
+            running = [episode for episode in running if not episode.success]
+            steps_left -= actions.shape[1]
+            bar.update(actions.shape[1])
     for env in envs:
         env.close()
     ways = [np.stack(episode.states) for episode in episodes]

@@ -32,7 +32,7 @@ class ProtocolFacts(Part, total=False):
     """Everything that a success rate depends on, besides the weights of the checkpoint.
 
     protocol is "drawn", or "recorded" with the number of frames from start to goal (offset) and the number of starts
-    that were left out since they met the goal already (left_out).
+    that were left out since they met the goal already (left_out). block: steps of the environment per decision.
     """
 
     protocol: Short
@@ -43,6 +43,7 @@ class ProtocolFacts(Part, total=False):
     seeds: Whole
     episodes: Whole
     budget: Whole
+    block: Whole
     first_seed: Whole
     planning: dict[str, Any]
     step: Whole

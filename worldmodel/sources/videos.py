@@ -80,6 +80,14 @@ class VideosSource:
                 self._indexes[split] = load_roots(roots, split, **options)
         return self._indexes[split]
 
+    def clip_index(self, split: Split) -> VideoIndex:
+        """Return the index of a split with actions as clips hold them: those of a delivered frame and of skipped ones.
+
+        Raises:
+            UserError: as `index`.
+        """
+        return self.index(split).with_blocks(self._data.action_label, self._data.frame_stride)
+
     def clip_spec(self, steps: int, clip_step: int | None = None) -> ClipSpec:
         """Return how clips for `steps` steps of prediction are cut."""
         data = self._data
@@ -90,7 +98,7 @@ class VideosSource:
         """Return all clips of a split for `steps` steps of prediction."""
         data = self._data
         shown: Any = {"size_px": data.size_px, "channels": data.channels, "decoder": data.decoder}
-        return make_clip_set(self.index(split), self.clip_spec(steps), **shown)
+        return make_clip_set(self.clip_index(split), self.clip_spec(steps), **shown)
 
     def read_settings(self, batch_size: int) -> ReadSettings:
         """Return how clips are decoded in one pass."""
@@ -128,7 +136,7 @@ class VideosSource:
             cache_mb=data.cache_mb,
         )
         spec = self.clip_spec(steps, clip_step)
-        return VideoStream(self.index("train"), spec, settings, rank=rank, world_size=world_size)
+        return VideoStream(self.clip_index("train"), spec, settings, rank=rank, world_size=world_size)
 
     def evaluation_batches(
         self, split: Split, num_clips: int, horizon: int = 1, *, rank: int = 0, world_size: int = 1
@@ -136,7 +144,8 @@ class VideosSource:
         """Clips are spread evenly over the split: over all clips of several roots, whatever their weights."""
         settings = self.read_settings(EVALUATION_BATCH)
         spec = self.clip_spec(horizon)
-        batches = read_all(self.index(split), spec, settings, max_clips=num_clips, rank=rank, world_size=world_size)
+        index = self.clip_index(split)
+        batches = read_all(index, spec, settings, max_clips=num_clips, rank=rank, world_size=world_size)
         yield from (batch for batch in batches if len(batch["video"]))
 
     def clip_places(self, split: Split, clip_id: Tensor, horizon: int = 1) -> ClipPlaces:

@@ -80,15 +80,16 @@ def train_and_evaluate(config: Config) -> None:
 
 def plan_once(config: Config) -> None:
     """One decision of a model that is conditioned on actions, untrained."""
-    labels = {videos_of(config).action_label: torch.zeros(2, 2, config.model.action_dim)}
+    block, action_dim = config.data.frame_stride, config.model.action_dim
+    labels = {videos_of(config).action_label: torch.zeros(2, 2, block * action_dim)}
     batch: Any = {"labels": labels}
     actions = actions_of(batch, clip_layout(config), 1, torch.device("cpu"))
-    assert actions.shape == (2, 1, config.model.action_dim)
+    assert actions.shape == (2, 1, block * action_dim)
     run = TrainedRun(Path("run"), config, build_training_model(config).eval(), None, {})
     policy = LatentPolicy(run, config.planning, seed=0)
     frames = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     policy.begin(frames)
-    assert policy.act(frames).shape == (2, config.model.action_dim)
+    assert policy.act(frames).shape == (2, block, action_dim)
 
 
 def test_every_key_of_every_shipped_config_is_read(
