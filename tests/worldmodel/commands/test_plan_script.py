@@ -49,10 +49,10 @@ def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return recording(tmp_path_factory.mktemp("plan") / "rooms", 16)
 
 
-def trained_in(rooms: Path, config: Path, run: Path) -> Path:
+def trained_in(rooms: Path, config: Path, run: Path, *overrides: str) -> Path:
     """The folder of a run of six updates."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    tiny = [*TINY, "data.num_lanes=4", f"data.root={rooms}", f"run_dir={run}", "data.cache_mb=0"]
+    tiny = [*TINY, "data.num_lanes=4", f"data.root={rooms}", f"run_dir={run}", "data.cache_mb=0", *overrides]
     return train(
         load_config(config, [*tiny, "planning.candidates=16", "planning.planner.elites=4", "planning.horizon=4"])
     )
@@ -147,6 +147,20 @@ def test_starts_from_recorded_episodes_have_their_own_floor_and_ceiling(planner:
     for words in ("Random actions", "Actions of zero", "Privileged planner", "Recorded actions", "left_out"):
         assert words in page
     assert "do nothing" in done.stdout and "recorded actions" in done.stdout and '"offset": 12' in done.stdout
+
+
+def test_a_run_with_a_stride_decides_on_several_actions_at_once(rooms: Path, tmp_path: Path) -> None:
+    run = trained_in(rooms, CONFIG, tmp_path / "run", "data.frame_stride=3")
+    arguments = ["--run", str(run), "--env", ENV, "--seeds", "1", "--episodes", "2", "--budget", "7"]
+    done = run_here("plan.py", *arguments, "planning.iterations=1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "planning.json").read_text())["protocol"]["block"] == 3
+    for episode in load_records(run / "planning.safetensors", PlannedEpisode):
+        steps = len(episode.frames) - 1
+        assert episode.imagined_px is not None and episode.imagined_px.shape == (steps, 1, 4, 2)
+        assert steps == 7 or episode.success
+        plans = [part.tolist() for part in episode.imagined_px]
+        assert plans[:3] == plans[:1] * 3 and plans[3:6] == plans[3:4] * 3 and plans[0] != plans[3] != plans[6]
 
 
 @pytest.mark.parametrize(
