@@ -8,7 +8,7 @@ Importing this module registers "worldmodel/PushT-v0", and imports no pymunk. gy
 "data_pipelines.worlds.push_t:worldmodel/PushT-v0".
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.errors import UserError
-from data_pipelines.worlds.policies import Policy, smooth_walk
+from data_pipelines.worlds.policies import MakePolicy, smooth_walk
 from data_pipelines.worlds.push_t_expert import expert, weak
 from data_pipelines.worlds.push_t_law import (
     AGENT_RADIUS,
@@ -117,7 +117,7 @@ class PushTEnv(gymnasium.Env[NDArray[np.uint8], NDArray[np.float32]]):
         """Return the position of the block in the frames, [..., 2] px, for states [..., K >= 5]."""
         return states[..., 2:4] / UNITS_PER_PX - 0.5
 
-    def policies(self) -> Mapping[str, Callable[[np.random.Generator], Policy]]:
+    def policies(self) -> Mapping[str, MakePolicy]:
         """Return the policies for recording, by name, the usual one first."""
         return {"expert": expert, "weak": weak, "random": lambda rng: smooth_walk(self.action_space, rng)}
 
