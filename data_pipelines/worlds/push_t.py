@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.errors import UserError
-from data_pipelines.worlds.policies import MakePolicy, smooth_walk
+from data_pipelines.worlds.policies import MakePolicy
 from data_pipelines.worlds.push_t_expert import expert, weak
 from data_pipelines.worlds.push_t_law import (
     AGENT_RADIUS,
@@ -26,7 +26,6 @@ from data_pipelines.worlds.push_t_law import (
     SIZE_PX,
     STATE,
     UNITS_PER_PX,
-    State,
     block_distance,
     draw,
     load_pymunk,
@@ -35,6 +34,7 @@ from data_pipelines.worlds.push_t_law import (
     to_block,
     to_canvas,
 )
+from data_pipelines.worlds.states import State, whole_state
 
 ENV_ID = "worldmodel/PushT-v0"
 
@@ -119,7 +119,7 @@ class PushTEnv(gymnasium.Env[NDArray[np.uint8], NDArray[np.float32]]):
 
     def policies(self) -> Mapping[str, MakePolicy]:
         """Return the policies for recording, by name, the usual one first."""
-        return {"expert": expert, "weak": weak, "random": lambda rng: smooth_walk(self.action_space, rng)}
+        return {"expert": expert, "weak": weak}
 
     def _draw_state(self, other: State | None) -> State:
         """Draw a state at rest that does not meet another one."""
@@ -143,17 +143,7 @@ class PushTEnv(gymnasium.Env[NDArray[np.uint8], NDArray[np.float32]]):
 
 
 def _checked(name: str, value: Any) -> State:
-    """Return a state as float32 [10], at rest if it has 5 numbers."""
-    try:
-        state = np.array(value, np.float32)
-    except (ValueError, TypeError):
-        state = np.empty(0, np.float32)
-    if state.ndim != 1 or len(state) not in (POSE_NUMBERS, len(STATE)) or not np.isfinite(state).all():
-        raise UserError(
-            f"{name}={value!r} must be (agent x, agent y, block x, block y, block angle) in rad and in units of "
-            f"1/{CANVAS:g} of the canvas, or all {len(STATE)} numbers of a state"
-        )
-    return np.pad(state, (0, len(STATE) - len(state)))
+    return whole_state(name, value, STATE, POSE_NUMBERS)
 
 
 if ENV_ID not in gymnasium.registry:

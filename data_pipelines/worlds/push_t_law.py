@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.errors import UserError
 from data_pipelines.worlds.shapes import Array, box_distance, disc_distance, paint, pixel_centres
-
-State = NDArray[np.float32]
+from data_pipelines.worlds.states import State
 
 STATE = ("agent x", "agent y", "block x", "block y", "block angle", "agent vx", "agent vy", "vx", "vy", "spin")
 """Positions in units, the angle in rad within 0..2 pi, velocities per s. vx, vy: of the block's centre of mass."""

@@ -11,12 +11,13 @@ from data_pipelines.errors import UserError
 from data_pipelines.worlds import push_t_expert as expert
 from data_pipelines.worlds import push_t_law as law
 from data_pipelines.worlds.push_t import ENV_ID, PushTEnv
+from data_pipelines.worlds.states import State
 from tests.conftest import REPO
 
 STILL = np.zeros(5)
 
 
-def state_of(agent: Any, block: Any = (256, 256), angle: float = 0.0) -> law.State:
+def state_of(agent: Any, block: Any = (256, 256), angle: float = 0.0) -> State:
     return np.array([*agent, *block, angle, *STILL], np.float32)
 
 
@@ -24,7 +25,7 @@ def action_of(x: float, y: float) -> np.ndarray:
     return np.array([x, y], np.float32)
 
 
-def run(state: law.State, actions: np.ndarray) -> np.ndarray:
+def run(state: State, actions: np.ndarray) -> np.ndarray:
     states = [state]
     for action in actions:
         states.append(law.move(states[-1], action)[0])
@@ -176,7 +177,7 @@ def test_a_goal_that_is_set_ends_the_episode() -> None:
     [
         ({"where": 1}, "reset option 'where' is unknown: use state, goal"),
         ({"state": [1, 2, 3]}, "reset option state=.* must be"),
-        ({"goal": [1, 2, 3, 4, 5, 6]}, "reset option goal=.* or all 10 numbers of a state"),
+        ({"goal": [1, 2, 3, 4, 5, 6]}, "reset option goal=.* must be 5 numbers .agent x, .*, or 10 .also"),
         ({"state": [1, 2, 3, 4, np.nan]}, "must be"),
         ({"state": "here"}, "must be"),
         ({"state": [9, 9, 99, 99, 0], "goal": [9, 9, 99, 99, 0]}, "is met by the state already"),
