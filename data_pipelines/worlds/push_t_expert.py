@@ -261,6 +261,7 @@ def expert(rng: np.random.Generator, noise: float = EXPERT_NOISE) -> Policy:
         if stroke is None or over:
             stroke, best, since_best = _next_stroke(state, error, gain, tried), np.inf, 0
         if stroke is None:
+            tried.clear()
             action = travel(state, to_block(np.asarray(goal[:2], np.float64), state))
         else:
             twist = np.hypot(1, CONTACTS.levers[stroke.contact] / ARM)
