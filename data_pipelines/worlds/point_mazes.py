@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.errors import UserError
-from data_pipelines.worlds.policies import Policy, smooth_walk
+from data_pipelines.worlds.policies import MakePolicy, Policy, smooth_walk
 
 ENV_ID = "worldmodel/PointMaze-v0"
 
@@ -314,6 +314,10 @@ class PointMazeEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         way_px = self.state_px(way_between(self.maze, self._state, self._goal))
         radius_px = self.maze.goal_radius * self._canvas.cell_px / UNITS_PER_CELL
         return max(0.0, float(np.linalg.norm(np.diff(way_px, axis=0), axis=1).sum()) - radius_px)
+
+    def policies(self) -> Mapping[str, MakePolicy]:
+        """Return the policies for recording, by name."""
+        return {"own": self.exploration_policy}
 
     def exploration_policy(self, rng: np.random.Generator) -> Policy:
         """Return a policy for one episode: `tour` of this maze."""

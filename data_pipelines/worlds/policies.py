@@ -11,6 +11,8 @@ import numpy as np
 from gymnasium import spaces
 
 Policy = Callable[[Any, Mapping[str, Any]], Any]
+MakePolicy = Callable[[np.random.Generator], Policy]
+"""Returns the policy of an episode."""
 
 PERSISTENCE = 0.9
 """Correlation of successive headings, and the probability that a discrete action is repeated."""

@@ -7,8 +7,8 @@ An episode is one video: the picture after the reset and the one after each step
     state            info["state"], otherwise the observation if it is a vector of at most 64 numbers
 
 Actions are flattened by gymnasium.spaces.flatten: discrete ones are one-hot. A video has the labels seed (of its reset)
-and every number of the reset's info. Random numbers depend on (seed, split, number of the episode) alone. So an episode
-is the same whichever process records it.
+and every number of the reset's info. Its row names its policy if there are several. Random numbers depend on (seed,
+split, number of the episode) alone. So an episode is the same whichever process records it.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -30,15 +30,12 @@ from data_pipelines.decoders import scaled_size
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.splits import SPLITS, Split
 from data_pipelines.text_files import parse_yaml
-from data_pipelines.worlds.policies import Policy, drift, smooth_walk, uniform
+from data_pipelines.worlds.policies import MakePolicy, Policy, drift, smooth_walk, uniform
 from data_pipelines.worlds.written import RECORDED, check_counts, write_episodes
-
-PolicyName = Literal["own", "random", "drift", "uniform"]
-POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 MAX_STATE_NUMBERS = 64
 DEFAULT_FPS = 10
-OWN_LABELS = frozenset({"file_name", "seed", "action", "applied_action", "state"})
+OWN_LABELS = frozenset({"file_name", "seed", "policy", "action", "applied_action", "state"})
 
 
 @dataclass(frozen=True)
@@ -47,8 +44,8 @@ class Recording:
 
     env: an id that gymnasium.make knows, MODULE:ID included; imports: modules that register it.
     kwargs: arguments of gymnasium.make, with values that JSON can represent.
-    policy: "own" is the environment's exploration_policy(rng), which returns the policy of an episode. "random",
-        "drift" and "uniform" are those of policies.py. None: "own" if there is such a method, otherwise "random".
+    policy: the name of one of the environment's policies(), or "random", "drift", "uniform". Or several
+        with their shares of the episodes: "expert=0.7 random=0.3". None: the environment's first, otherwise "random".
     num_steps: steps in an episode, which has one frame more. It ends earlier if the environment terminates, unless
         past_end: then steps continue, which not every environment supports. Time limits are removed.
     size_px: the short side of the videos; None: as rendered.
@@ -57,7 +54,7 @@ class Recording:
     env: str
     imports: tuple[str, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    policy: PolicyName | None = None
+    policy: str | None = None
     num_steps: int = 32
     past_end: bool = False
     size_px: int | None = None
@@ -68,8 +65,8 @@ class Recording:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name}={value} must be at least {least}")
-        if self.policy not in (None, *POLICIES):
-            raise UserError(f"policy={self.policy!r} is unknown: use {', '.join(POLICIES)}")
+        if self.policy is not None:
+            shares_of(self.policy)
 
 
 def record(
@@ -116,10 +113,11 @@ def _tried(recording: Recording) -> Recording:
     with contextlib.closing(
         make_env(recording.env, recording.kwargs, num_steps=recording.num_steps, imports=recording.imports)
     ) as env:
-        offers = hasattr(env.unwrapped, "exploration_policy")
-        if recording.policy == "own" and not offers:
-            raise UserError(f"policy='own': {recording.env} has no exploration_policy: use {', '.join(POLICIES[1:])}")
-        recording = replace(recording, policy=recording.policy or ("own" if offers else "random"))
+        offered = offered_policies(env)
+        recording = replace(recording, policy=recording.policy or next(iter(offered)))
+        for name in shares_of(recording.policy or ""):
+            if name not in offered:
+                raise UserError(f"policy {name!r} is unknown for {recording.env}: use {', '.join(offered)}")
         record_episode(env, replace(recording, num_steps=1), "train", 0)
     return recording
 
@@ -161,8 +159,10 @@ def record_episode(
     env_seed, policy_seed = np.random.SeedSequence(entropy).generate_state(2).tolist()
     env_seed >>= 1  # some environments accept 31 bits only
     observation, info = env.reset(seed=env_seed)
-    policy = _policy(env, recording, np.random.default_rng(policy_seed))
+    name, policy = _policy(env, recording, np.random.default_rng(policy_seed))
     row: dict[str, Any] = _numbers_of(info) | {"seed": env_seed}
+    if name != recording.policy:
+        row["policy"] = name
     frames = [_render(env, recording)]
     states = [_state(observation, info)]
     actions: list[list[float]] = []
@@ -193,11 +193,48 @@ def record_episode(
     return np.stack(frames), row
 
 
-def _policy(env: gymnasium.Env, recording: Recording, rng: np.random.Generator) -> Policy:
-    if recording.policy == "own":
-        return env.unwrapped.exploration_policy(rng)  # type: ignore[attr-defined]
+def offered_policies(env: gymnasium.Env) -> dict[str, MakePolicy]:
+    """Return the policies that an environment can be recorded with, by name, the default first.
+
+    They are those of its method policies(), if it has one, and those of policies.py.
+    """
+    space = env.action_space
+    own: Mapping[str, MakePolicy] = getattr(env.unwrapped, "policies", dict)()
+    general = {
+        name: partial(make, space) for name, make in (("random", smooth_walk), ("drift", drift), ("uniform", uniform))
+    }
+    return {**own, **{name: make for name, make in general.items() if name not in own}}
+
+
+def shares_of(policy: str) -> dict[str, float]:
+    """Parse "expert" to {"expert": 1.0}, and "expert=0.7 random=0.3" to the shares of several policies.
+
+    Raises:
+        UserError: a share is missing, is not above 0, or they do not add up to 1.
+    """
+    parts = policy.split()
+    if len(parts) == 1 and "=" not in policy:
+        return {policy: 1.0}
+    try:
+        named = {name: float(share) for name, share in (part.split("=") for part in parts)}
+    except ValueError:
+        named = {}
+    if (
+        len(named) != len(parts)
+        or not all(share > 0 for share in named.values())
+        or abs(sum(named.values()) - 1) > 1e-6
+    ):
+        raise UserError(f"policy={policy!r} must be a name, or NAME=SHARE ... with shares above 0 that add up to 1")
+    return named
+
+
+def _policy(env: gymnasium.Env, recording: Recording, rng: np.random.Generator) -> tuple[str, Policy]:
+    """Draw the policy of an episode. Return its name and the policy."""
     assert recording.policy is not None
-    return {"random": smooth_walk, "drift": drift, "uniform": uniform}[recording.policy](env.action_space, rng)
+    shares = shares_of(recording.policy)
+    names = list(shares)
+    name = names[0] if len(names) == 1 else str(rng.choice(names, p=list(shares.values())))
+    return name, offered_policies(env)[name](rng)
 
 
 def _render(env: gymnasium.Env, recording: Recording) -> np.ndarray:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data_pipelines.errors import UserError
 from data_pipelines.worlds.digits import CANVAS_PX
-from data_pipelines.worlds.policies import Policy, smooth_walk
+from data_pipelines.worlds.policies import MakePolicy, Policy, smooth_walk
 from data_pipelines.worlds.two_rooms_law import (
     DOOR_HEIGHT_PX,
     DOOR_Y_RANGE_PX,
@@ -165,6 +165,10 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
     def privileged_cost(envs: "Sequence[TwoRoomsEnv]") -> "PrivilegedCost":
         """Return the cost of action sequences from the current states of environments, by law and shortest paths."""
         return PrivilegedCost(envs)
+
+    def policies(self) -> Mapping[str, MakePolicy]:
+        """Return the policies for recording, by name."""
+        return {"own": self.exploration_policy}
 
     def exploration_policy(self, rng: np.random.Generator) -> Policy:
         """Return a policy for one episode: smooth_walk, wander or run_straight, with equal probability."""

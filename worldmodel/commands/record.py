@@ -3,7 +3,7 @@
 examples:
   worldmodel record --env CartPole-v1 --out data/cart_pole
   worldmodel record --env data_pipelines.worlds.two_rooms:worldmodel/TwoRooms-v0 --past-end --out data/two_rooms
-  worldmodel record --import gym_pusht --env gym_pusht/PushT-v0 --policy drift --size-px 96 --out data/pusht
+  worldmodel record --env data_pipelines.worlds.push_t:worldmodel/PushT-v0 --policy expert=0.8 weak=0.2 --out data/t
 """
 
 import argparse
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from data_pipelines.splits import Split
 
 SPLITS: "tuple[Split, ...]" = ("train", "selection", "test")
-POLICIES = ("own", "random", "drift", "uniform")  # those of data_pipelines.worlds.recorder, which imports torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,9 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--past-end", action="store_true", help="keep stepping after the environment ends an episode")
     parser.add_argument(
         "--policy",
-        choices=POLICIES,
-        help="own: the environment's exploration_policy; random: a persistent heading; drift: a wandering target; "
-        "uniform: an independent action per step (default: own if the environment has it, otherwise random)",
+        nargs="+",
+        metavar="NAME[=SHARE]",
+        help="one of the environment's own policies, or random: a persistent heading; drift: a wandering target; "
+        "uniform: an independent action per step; several share the episodes, as in expert=0.7 random=0.3 "
+        "(default: the environment's first, otherwise random)",
     )
     parser.add_argument(
         "--size-px", type=int, metavar="PX", help="short side of the videos in pixels (default: as rendered)"
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         env=args.env,
         imports=tuple(args.imports),
         kwargs=parse_kwargs(args.env_kwargs or []),
-        policy=args.policy,
+        policy=" ".join(args.policy) if args.policy else None,
         num_steps=args.steps,
         past_end=args.past_end,
         size_px=args.size_px,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -15,8 +16,10 @@ from data_pipelines.decoders import read_facts, read_frames
 from data_pipelines.errors import UserError
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.splits import Split
+from data_pipelines.worlds import push_t_law
 from data_pipelines.worlds.digits import pixel_centroid
-from data_pipelines.worlds.recorder import Recording, record
+from data_pipelines.worlds.push_t import ENV_ID as PUSH_T_ID
+from data_pipelines.worlds.recorder import Recording, _policy, offered_policies, record
 from data_pipelines.worlds.two_rooms import ENV_ID
 from data_pipelines.worlds.two_rooms_law import move, step_of_action
 from tests.conftest import REPO, TINY, run_here, run_script, script_environment
@@ -26,6 +29,7 @@ from worldmodel.config import load_config
 from worldmodel.sources import make_source
 
 ROOMS = f"data_pipelines.worlds.two_rooms:{ENV_ID}"
+PUSH_T = f"data_pipelines.worlds.push_t:{PUSH_T_ID}"
 COUNTER = "tests.data_pipelines.worlds.tiny_env:tests/Counter-v0"
 STEPS = 32
 COUNTS: dict[Split, int] = {"train": 1, "selection": 1, "test": 1}
@@ -221,8 +225,17 @@ def test_a_complete_recording_is_left_alone_and_another_is_refused(rooms: Path, 
         (lambda: Recording(COUNTER, kwargs={"pictures": {1, 2}}), "cannot be represented in JSON"),
         (lambda: Recording(COUNTER, kwargs={"pictures": False}), "renders str with render_mode='rgb_array'"),
         (lambda: Recording(COUNTER, kwargs={"actions": "lists"}), r"actions of Sequence\(.* cannot be recorded"),
-        (lambda: Recording(COUNTER, policy="own"), "has no exploration_policy: use random, drift, uniform"),
-        (lambda: Recording(COUNTER, policy="wild"), "policy='wild' is unknown: use own, random"),  # type: ignore[arg-type]
+        (lambda: Recording(COUNTER, policy="own"), "policy 'own' is unknown for .*: use random, drift, uniform"),
+        (
+            lambda: Recording(ROOMS, policy="own=0.5 wild=0.5"),
+            "policy 'wild' is unknown for .*: use own, random, drift",
+        ),
+        (
+            lambda: Recording(COUNTER, policy="random=0.5 drift=0.4"),
+            "'random=0.5 drift=0.4' must be a name, or NAME=SHARE",
+        ),
+        (lambda: Recording(COUNTER, policy="random drift"), "with shares above 0 that add up to 1"),
+        (lambda: Recording(COUNTER, policy="random=1.5 drift=-0.5"), "with shares above 0 that add up to 1"),
         (lambda: Recording(COUNTER, num_steps=0), "num_steps=0 must be at least 1"),
         (lambda: Recording(COUNTER, size_px=2), "size_px=2 must be at least 16"),
     ],
@@ -264,20 +277,33 @@ def test_the_script_tells_mistakes_in_one_line(arguments: list[str], tells: str,
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_pusht_is_recorded(tmp_path: Path) -> None:
-    """The agent, a blue disc of 15 units radius on a canvas of 512, is in the pixels where the state has it."""
-    pytest.importorskip("gym_pusht")
-    recording = Recording("gym_pusht/PushT-v0", imports=("gym_pusht",), policy="drift", num_steps=12, size_px=96)
-    record(tmp_path, {"train": 1, "selection": 1, "test": 2}, recording, num_processes=1)
+def test_pusht_is_recorded_by_several_policies(tmp_path: Path) -> None:
+    """The disc is in the pixels where the state has it, and recorded states and actions replay exactly."""
+    pytest.importorskip("pymunk")
+    arguments = ["--env", PUSH_T, "--policy", "expert=0.5", "weak=0.5", "--steps", "20", "--seed", "3"]
+    counts = ["--train", "1", "--selection", "1", "--test", "8", "--num-processes", "1"]
+    done = run_here("record_env.py", *arguments, *counts, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "test")
+    assert {row["policy"] for row in rows} == {"expert", "weak"}
+    assert json.loads((tmp_path / "world.json").read_text())["policy"] == "expert=0.5 weak=0.5"
     index = load_videos(tmp_path / "test")
-    [batch] = read_clips(index, ClipSpec(1, 13), size_px=None, channels=3, batch_size=4)
-    labels = batch["labels"]
-    assert batch["video"].shape == (2, 13, 3, 96, 96)
-    assert labels["action"].shape == (2, 13, 2) and labels["state"].shape == (2, 13, 5)
-    assert labels["action"][:, :-1].min() >= 0 and labels["action"].max() > 50 and not labels["action"][:, -1].any()
-    blue = (batch["video"][:, :, 2].float() - batch["video"][:, :, 0].float() - 100).clamp(min=0)
-    seen = (pixel_centroid(blue) + 0.5) * 512 / 96
-    assert (seen - labels["state"][..., :2]).norm(dim=-1).median() < 5  # half of it is hidden now and then
-    near = (labels["action"][:, :-1] - labels["state"][:, 1:, :2]).norm(dim=-1)
-    far = (labels["action"][:, :-1] - labels["state"][:, :-1, :2]).norm(dim=-1)
-    assert near.mean() < far.mean()  # the agent goes where it is told to, one step later
+    [batch] = read_clips(index, ClipSpec(1, 21), size_px=None, channels=3, batch_size=8)
+    assert batch["video"].shape == (8, 21, 3, 64, 64)
+    blue = (batch["video"][:, :, 2].float() - batch["video"][:, :, 0].float() - 60).clamp(min=0)
+    seen = (pixel_centroid(blue) + 0.5) * 8
+    states, actions = batch["labels"]["state"].numpy(), batch["labels"]["action"].numpy()
+    assert np.abs(seen.numpy() - states[..., :2]).max() < 5
+    for way, pushes in zip(states, actions, strict=True):
+        state = way[0]
+        for push, after in zip(pushes[:-1], way[1:], strict=True):
+            state, _ = push_t_law.move(state, push)
+            assert (state == after).all()
+
+
+def test_shares_decide_how_often_a_policy_is_drawn() -> None:
+    env = gymnasium.make(ROOMS)
+    recording = Recording(ROOMS, policy="own=0.2 drift=0.8")
+    drawn = [_policy(env, recording, np.random.default_rng(seed))[0] for seed in range(600)]
+    assert drawn.count("drift") / 600 == pytest.approx(0.8, abs=0.05) and set(drawn) == {"own", "drift"}
+    assert list(offered_policies(env)) == ["own", "random", "drift", "uniform"]

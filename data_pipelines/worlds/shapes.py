@@ -1,0 +1,39 @@
+"""Antialiased pictures of simple shapes, from their signed distances: a pixel is covered by 0.5 px minus its distance.
+
+Distances are negative inside. Points are (x, y), [..., 2] of any unit.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def disc_distance(points: Array, centre: Array, radius: float) -> Array:
+    """Return the signed distance of points [..., 2] from discs, with centres that broadcast to them."""
+    return np.linalg.norm(points - centre, axis=-1) - radius
+
+
+def box_distance(points: Array, low: Array, high: Array) -> Array:
+    """Return the signed distance of points [..., 2] from the axis-aligned box low..high, [2] each."""
+    outside = np.abs(points - (low + high) / 2) - (high - low) / 2
+    return np.linalg.norm(outside.clip(min=0), axis=-1) + outside.max(axis=-1).clip(max=0)
+
+
+def capsule_distance(points: Array, start: Array, end: Array, radius: float) -> Array:
+    """Return the signed distance of points [..., 2] from capsules, with ends that broadcast to them."""
+    along, offset = end - start, points - start
+    fraction = (offset * along).sum(axis=-1) / np.maximum((along * along).sum(axis=-1), 1e-12)
+    return np.linalg.norm(offset - fraction.clip(0, 1)[..., None] * along, axis=-1) - radius
+
+
+def pixel_centres(size_px: int) -> Array:
+    """Return the centres of the pixels of a square picture, [size_px, size_px, 2] px; the first is at (0, 0)."""
+    places = np.arange(size_px, dtype=np.float64)
+    return np.stack(np.meshgrid(places, places), axis=-1)
+
+
+def paint(picture: Array, distance_px: Array, colour: tuple[int, int, int]) -> Array:
+    """Paint a shape over pictures [..., H, W, 3], given its distance [..., H, W] px."""
+    cover = (0.5 - distance_px).clip(0, 1)[..., None]
+    return picture * (1 - cover) + cover * np.asarray(colour, np.float64)
