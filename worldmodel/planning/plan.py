@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import gymnasium
 
 from data_pipelines.errors import UserError
-from worldmodel.config import PlanningConfig
+from worldmodel.config import GradientConfig, IcemConfig, PlanningConfig
 from worldmodel.evaluation.records import save_records
 from worldmodel.planning.controls import PrivilegedPolicy, RandomPolicy
 from worldmodel.planning.imagination import LatentPolicy
@@ -45,6 +45,7 @@ def plan(
     folder = RunFolder(run.folder)
     read_metrics(run.folder)  # a damaged file would be found by the report, after hours of planning
     folder.check_writable()
+    check_actions(protocol, config)
     if len(set(labels)) < len(labels):
         raise UserError(f"labels {' '.join(map(str, labels))}: a count is given twice")
     decoders = {count: fit_action_decoder(run, count, run.config.seed) for count in labels}
@@ -62,6 +63,29 @@ def plan(
     episodes = planned_episodes(run, last.policy, last.first, env_hook(protocol, "state_px"))
     save_records(folder.planned_episodes, episodes)
     return planning
+
+
+def check_actions(protocol: PlanningProtocol, config: PlanningConfig) -> None:
+    """Check that the actions of the environment are of the kind that plans have.
+
+    Raises:
+        UserError: they are discrete and plans are not, or the other way round, or they are neither discrete nor a Box.
+    """
+    env = protocol.make_env()
+    env.close()
+    space, key = env.action_space, f"planning.action_set={config.action_set}"
+    if isinstance(space, gymnasium.spaces.Discrete) and config.action_set != "one_hot":
+        raise UserError(
+            f"{key}: the environment {protocol.env} has {space.n} discrete actions: set planning.planner=categorical "
+            "and planning.action_set=one_hot"
+        )
+    if isinstance(space, gymnasium.spaces.Box) and config.action_set == "one_hot":
+        raise UserError(
+            f"{key}: the environment {protocol.env} has continuous actions: set planning.action_set to ball or box, "
+            "and planning.planner to another one than categorical"
+        )
+    if not isinstance(space, gymnasium.spaces.Box | gymnasium.spaces.Discrete):
+        raise UserError(f"the environment {protocol.env} has actions of {space}: planning needs Box or Discrete")
 
 
 @dataclass(frozen=True)
@@ -92,10 +116,14 @@ def _random(seed: int, envs: Sequence[gymnasium.Env]) -> GoalPolicy:
 
 
 def _ceiling(protocol: PlanningProtocol, config: PlanningConfig) -> Planned | None:
-    """Return the scores of planning on the true simulator; None if the environment has no privileged_cost."""
+    """Return the scores of planning on the true simulator; None if the environment has no privileged_cost.
+
+    A simulator has no gradients. In place of gradient descent it is planned with by iCEM.
+    """
     if not env_hook(protocol, "privileged_cost"):
         return None
-    smaller = dataclasses.replace(config, candidates=CEILING_CANDIDATES, horizon=CEILING_HORIZON)
+    planner = IcemConfig() if isinstance(config.planner, GradientConfig) else config.planner
+    smaller = dataclasses.replace(config, planner=planner, candidates=CEILING_CANDIDATES, horizon=CEILING_HORIZON)
 
     def privileged(seed: int, envs: Sequence[gymnasium.Env]) -> GoalPolicy:
         return PrivilegedPolicy(envs, smaller, seed)

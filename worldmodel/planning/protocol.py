@@ -31,7 +31,10 @@ class GoalPolicy(Protocol):
         """Take the goal images of all episodes, uint8 [E, C, H, W]."""
 
     def act(self, frames: Tensor) -> Tensor:
-        """Return actions [E, A] for the current frames of the running episodes, uint8 [E, C, H, W]."""
+        """Return actions [E, A] for the current frames of the running episodes, uint8 [E, C, H, W].
+
+        Actions are flat, as they are recorded (gymnasium.spaces.flatten): discrete ones are one-hot.
+        """
 
     def keep(self, is_running: Tensor) -> None:
         """Drop the episodes that have ended: bool [E]."""
@@ -102,7 +105,8 @@ class _Episode:
         self.shortest = float(getattr(self.env.unwrapped, "shortest_path_px", lambda: np.nan)())
 
     def step(self, action: np.ndarray) -> None:
-        _, _, self.success, _, info = self.env.step(action)
+        """Take a flat action [A]."""
+        _, _, self.success, _, info = self.env.step(gymnasium.spaces.unflatten(self.env.action_space, action))
         self.frame = self.env.render()
         self.states.append(info["state"])
         if self.keep_frames:
