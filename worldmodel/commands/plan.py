@@ -48,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for a run without actions: labelled transitions that decode r into actions; of several numbers, all give "
         "a point of the curve and the last is the run's result",
     )
+    parser.add_argument(
+        "--policy",
+        choices=("search", "gc"),
+        default="search",
+        help="search: plan with planning.planner at every step (default). gc: take the action of a goal-conditioned "
+        "policy, which is learned from the training clips first",
+    )
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds of the planner (default: 5)")
     parser.add_argument(
         "--episodes", type=int, default=50, metavar="N", help="episodes per seed, planned in one batch (default: 50)"
@@ -70,7 +77,8 @@ def run(args: argparse.Namespace) -> None:
     check_counts(args, "seeds", "episodes", "budget")
     check_seed(args, "first_seed")
     trained = load_run(args)
-    if args.labels:
+    config = planning_config(to_dict(trained.config), args.overrides, args.trust_code)
+    if args.labels or args.policy == "gc" or config.warm_start:
         check_remote(trained.source.url, args.allow_remote)
     protocol = PlanningProtocol(
         env=args.env,
@@ -80,8 +88,7 @@ def run(args: argparse.Namespace) -> None:
         budget=args.budget,
         first_seed=args.first_seed,
     )
-    config = planning_config(to_dict(trained.config), args.overrides, args.trust_code)
-    result = plan(trained, protocol, config, labels=args.labels or ())
+    result = plan(trained, protocol, config, labels=args.labels or (), policy=args.policy)
     print(f"\n{success_table(result)}\n\n{json.dumps(result['protocol'])}\n")
     print(f"{RunFolder(args.run).planning}\n{report_of_run(args.run)}")
 

@@ -12,6 +12,7 @@ from worldmodel.config.kinds import (
     Count,
     CountFrom0,
     CountFrom2,
+    Flag,
     Fraction,
     NonNegativeFloat,
     PositiveFloat,
@@ -222,6 +223,12 @@ class PlanningConfig:
     action_set: Literal["ball", "box", "one_hot"] = "ball"
     """Set of allowed actions. ball: of norm 1 at most. box: each coordinate is in [-1, 1]. one_hot: one coordinate is 1
     and the others are 0, as discrete actions are recorded."""
+    warm_start: Flag = False
+    """Start each search from the actions of a goal-conditioned policy, rolled out in imagination, in place of the last
+    plan. The policy is learned from the training clips when planning starts
+    (worldmodel/planning/goal_conditioned.py)."""
+    goal_steps: Repeat = 32
+    """Steps of the clips that this policy learns from, and so from a state to its goal at most."""
 
 
 @dataclass(frozen=True, config=KEYS)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import gymnasium
 
@@ -10,8 +11,9 @@ from data_pipelines.errors import UserError
 from worldmodel.config import GradientConfig, IcemConfig, PlanningConfig
 from worldmodel.evaluation.records import save_records
 from worldmodel.planning.controls import PrivilegedPolicy, RandomPolicy
-from worldmodel.planning.imagination import LatentPolicy
-from worldmodel.planning.latent_actions import ActionDecoder, fit_action_decoder
+from worldmodel.planning.goal_conditioned import goal_conditioned_policy
+from worldmodel.planning.imagination import LatentPolicy, check_run
+from worldmodel.planning.latent_actions import fit_action_decoder
 from worldmodel.planning.planned_episodes import planned_episodes
 from worldmodel.planning.protocol import (
     EpisodeResults,
@@ -26,20 +28,29 @@ from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import Planned, PlannedWithLabels, Planning, ProtocolFacts, read_metrics, write_planning
 from worldmodel.runs.trained_run import TrainedRun
 
+PolicyName = Literal["search", "gc"]
+
 CEILING_CANDIDATES, CEILING_HORIZON = 100, 12  # the true simulator is slow, and its distances see around corners
 
 
 def plan(
-    run: TrainedRun, protocol: PlanningProtocol, config: PlanningConfig | None = None, *, labels: Sequence[int] = ()
+    run: TrainedRun,
+    protocol: PlanningProtocol,
+    config: PlanningConfig | None = None,
+    *,
+    labels: Sequence[int] = (),
+    policy: PolicyName = "search",
 ) -> Planning:
     """Plan the episodes of the protocol; write planning.json and a few episodes for the report into the run folder.
 
     config replaces the run's section `planning`. labels are the numbers of labelled transitions to decode r with, for a
-    passive run; the last of several numbers gives the run's own result.
+    passive run; the last of several numbers gives the run's own result. policy: "search" plans with planning.planner,
+    "gc" acts by a goal-conditioned policy alone, which is learned from the training clips.
 
     Raises:
-        UserError: the run folder is not writable, the run cannot plan, the environment has no goals, or labels repeat a
-            number or ask for more transitions than there are.
+        UserError: the run folder is not writable, the run cannot plan, the environment has no goals, its actions are of
+            another kind than those of plans, labels repeat a number or ask for more transitions than there are, or a
+            goal-conditioned policy is asked for with labels or has too few clips to learn from.
     """
     config = run.config.planning if config is None else config
     folder = RunFolder(run.folder)
@@ -48,14 +59,30 @@ def plan(
     check_actions(protocol, config)
     if len(set(labels)) < len(labels):
         raise UserError(f"labels {' '.join(map(str, labels))}: a count is given twice")
+    learns = policy == "gc" or config.warm_start
+    if learns and labels:
+        raise UserError(
+            "a goal-conditioned policy learns from the actions of all clips: leave out labels, or policy=gc and "
+            "planning.warm_start"
+        )
+    if learns:
+        check_run(run, config)
+    learned = goal_conditioned_policy(run, config) if learns else None
     decoders = {count: fit_action_decoder(run, count, run.config.seed) for count in labels}
     counts: Sequence[int | None] = labels or [None]
-    planned = [_plan_once(run, config, protocol, None if count is None else decoders[count], count) for count in counts]
+    planned = []
+    for count in counts:
+        decoder = None if count is None else decoders[count]
+        policies = [
+            LatentPolicy(run, config, seed, decoder, learned=learned, searches=policy == "search")
+            for seed in range(protocol.seeds)
+        ]
+        planned.append(_plan_once(policies, protocol, count))
     last = planned[-1]
     planning = Planning(**last.scores)
     planning["random_floor"] = evaluate_policy(protocol, _random, label="random")
     planning["oracle_ceiling"] = _ceiling(protocol, config)
-    planning["protocol"] = protocol_facts(protocol, config, run, labels)
+    planning["protocol"] = protocol_facts(protocol, config, run, labels, policy)
     if labels:
         planning["curve"] = [_with_labels(count, one.scores) for count, one in zip(labels, planned, strict=True)]
     folder.planned_episodes.unlink(missing_ok=True)  # of earlier episodes
@@ -97,15 +124,8 @@ class _PlannedOnce:
     first: EpisodeResults
 
 
-def _plan_once(
-    run: TrainedRun,
-    config: PlanningConfig,
-    protocol: PlanningProtocol,
-    decoder: ActionDecoder | None,
-    count: int | None,
-) -> _PlannedOnce:
-    """Plan the episodes of every seed, with a decoder of `count` labels or the actions of the run."""
-    policies = [LatentPolicy(run, config, seed, decoder) for seed in range(protocol.seeds)]
+def _plan_once(policies: Sequence[LatentPolicy], protocol: PlanningProtocol, count: int | None) -> _PlannedOnce:
+    """Plan the episodes of every seed by its policy, with a decoder of `count` labels or the actions of the run."""
     label = "planning" if count is None else f"planning, {count} labels"
     results = run_seeds(protocol, lambda seed, envs: policies[seed], label=label, keep_frames=True)
     return _PlannedOnce(summary(results), policies[0], results[0])
@@ -144,7 +164,7 @@ def _with_labels(count: int, scores: Planned) -> PlannedWithLabels:
 
 
 def protocol_facts(
-    protocol: PlanningProtocol, config: PlanningConfig, run: TrainedRun, labels: Sequence[int]
+    protocol: PlanningProtocol, config: PlanningConfig, run: TrainedRun, labels: Sequence[int], policy: PolicyName
 ) -> ProtocolFacts:
     """Return everything that a success rate depends on, besides the weights of the checkpoint."""
     return ProtocolFacts(
@@ -157,4 +177,5 @@ def protocol_facts(
         planning=dataclasses.asdict(config),
         step=run.state["step"],
         labels=labels[-1] if labels else None,
+        policy=policy,
     )

@@ -252,6 +252,7 @@ class ProtocolFacts(_Part, total=False):
     planning: dict[str, Any]
     step: Whole
     labels: Whole
+    policy: Short
 
 
 class Planning(Planned, total=False):

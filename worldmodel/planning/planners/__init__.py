@@ -107,7 +107,7 @@ def draw_noise(
 
 
 def project_(actions: Tensor, action_set: Literal["ball", "box", "one_hot"]) -> Tensor:
-    """Move actions [..., A] in place to the nearest point of the unit ball or the box [-1, 1]^A, or to a one-hot one."""
+    """Move actions [..., A] in place to the nearest point of the ball, the box [-1, 1]^A or the one-hot vectors."""
     if action_set == "box":
         return actions.clamp_(-1, 1)
     if action_set == "one_hot":
