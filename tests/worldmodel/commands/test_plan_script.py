@@ -176,7 +176,7 @@ def test_a_learned_policy_acts_alone_or_starts_a_search_and_is_fitted_once(
 
 @pytest.mark.parametrize("asked", [["--policy", "gc"], ["planning.warm_start=true"]])
 def test_a_policy_is_not_learned_from_labels_of_a_passive_run(passive: Path, asked: list[str]) -> None:
-    done = run_here("plan.py", "--run", str(passive), "--env", ENV, "--labels", "40", *asked)
+    done = run_here("plan.py", "--run", str(passive), "--env", ENV, "--labels", "40", "--seeds", "1", *asked)
     assert done.returncode == 2 and "leave out labels, or policy=gc" in done.stderr, done.stderr
     done = run_here("plan.py", "--run", str(passive), "--env", ENV, *asked)
     assert done.returncode == 2 and "is not conditioned on actions" in done.stderr, done.stderr
