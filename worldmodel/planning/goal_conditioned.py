@@ -46,8 +46,6 @@ WARMUP_STEPS = 100
 BATCH = 512
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 1e-4
-CHECK_EVERY = 250
-HELD_OUT_SHARE, HELD_OUT_EXAMPLES = 0.1, 2_048
 MIN_CLIPS = 10
 
 ActionSet = Literal["ball", "box", "one_hot"]
@@ -173,42 +171,32 @@ def embed_clips(run: TrainedRun, num_steps: int) -> GoalClips:
 
 
 def fit_policy(policy: GoalConditionedPolicy, clips: GoalClips, seed: int) -> None:
-    """Fit a policy with fresh weights. Those with the smallest loss on a held-out tenth of the clips are kept."""
+    """Fit a policy with fresh weights, for STEPS updates.
+
+    None of the clips are held out to stop earlier: where their loss rises, success still does too (docs/experiments.md).
+    """
     generator = torch.Generator().manual_seed(seed)
     for layer in policy.net:
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_uniform_(layer.weight, math.sqrt(5), generator=generator)
             nn.init.zeros_(layer.bias)
-    order = torch.randperm(len(clips.states), generator=generator)
-    held_out, used = order.tensor_split([max(1, round(HELD_OUT_SHARE * len(order)))])
-    policy.standardise(clips.states[used], clips.goals[used])
-    examples = draw_examples(clips, held_out, HELD_OUT_EXAMPLES, generator)
+    policy.standardise(clips.states, clips.goals)
     optimizer = torch.optim.AdamW(policy.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    best, best_loss = policy.state_dict(), math.inf
     for step in tqdm(range(STEPS), desc="fitting the policy", unit="step"):
         set_lr(optimizer, learning_rate(step, LEARNING_RATE, WARMUP_STEPS, STEPS))
-        loss = policy.loss(*draw_examples(clips, used, BATCH, generator))
+        loss = policy.loss(*draw_examples(clips, BATCH, generator))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % CHECK_EVERY == CHECK_EVERY - 1:
-            with torch.no_grad():
-                held_out_loss = float(policy.loss(*examples))
-            if held_out_loss < best_loss:
-                best_loss = held_out_loss
-                best = {name: values.clone() for name, values in policy.state_dict().items()}
-    policy.load_state_dict(best)
 
 
-def draw_examples(
-    clips: GoalClips, among: Tensor, count: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
+def draw_examples(clips: GoalClips, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Draw states [B, D + P], goals [B, D] that were reached later in the same clip, and actions [B, A].
 
-    The clip is one of the numbers `among`, the step is uniform in it, and the goal is uniform over the later segments.
+    The step is uniform in its clip, and the goal is uniform over the later segments.
     """
     num_steps = clips.actions.shape[1]
-    clip = among[torch.randint(len(among), (count,), generator=generator)]
+    clip = torch.randint(len(clips.states), (count,), generator=generator)
     start = torch.randint(num_steps, (count,), generator=generator)
     later = 1 + (torch.rand(count, generator=generator) * (num_steps - start)).long()
     return clips.states[clip, start], clips.goals[clip, start + later], clips.actions[clip, start]
