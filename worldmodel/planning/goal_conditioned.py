@@ -173,7 +173,7 @@ def embed_clips(run: TrainedRun, num_steps: int) -> GoalClips:
 def fit_policy(policy: GoalConditionedPolicy, clips: GoalClips, seed: int) -> None:
     """Fit a policy with fresh weights, for STEPS updates.
 
-    None of the clips are held out to stop earlier: where their loss rises, success still does too (docs/experiments.md).
+    No clips are held out to stop earlier: where their loss rises, success still does too (docs/experiments.md).
     """
     generator = torch.Generator().manual_seed(seed)
     for layer in policy.net:
