@@ -63,6 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--offset", type=int, metavar="N", help=f"recorded: frames from start to goal (default: {OFFSET})"
     )
+    parser.add_argument(
+        "--policy",
+        choices=("search", "gc"),
+        default="search",
+        help="search: plan with planning.planner at every step (default). gc: take the action of a goal-conditioned "
+        "policy, which is learned from the training clips first",
+    )
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds of the planner (default: 5)")
     parser.add_argument(
         "--episodes", type=int, default=50, metavar="N", help="episodes per seed, planned in one batch (default: 50)"
@@ -91,7 +98,8 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--offset={args.offset} is of --protocol recorded")
         check_counts(args, "offset")
     trained = load_run(args)
-    if args.labels or recorded:
+    config = planning_config(to_dict(trained.config), args.overrides, args.trust_code)
+    if args.labels or recorded or args.policy == "gc" or config.warm_start:
         check_remote(trained.source.url, args.allow_remote)
     protocol = PlanningProtocol(
         env=args.env,
@@ -104,8 +112,7 @@ def run(args: argparse.Namespace) -> None:
     if recorded:
         starts = recorded_starts(trained, protocol, OFFSET if args.offset is None else args.offset)
         protocol = dataclasses.replace(protocol, starts=starts)
-    config = planning_config(to_dict(trained.config), args.overrides, args.trust_code)
-    result = plan(trained, protocol, config, labels=args.labels or ())
+    result = plan(trained, protocol, config, labels=args.labels or (), policy=args.policy)
     print(f"\n{success_table(result)}\n\n{json.dumps(result['protocol'])}\n")
     print(f"{RunFolder(args.run).planning}\n{report_of_run(args.run)}")
 

@@ -66,9 +66,11 @@ from worldmodel.config.reading import (
     validate,
 )
 from worldmodel.config.sections import (
+    CategoricalConfig,
     CemConfig,
     Config,
     EvaluationConfig,
+    GradientConfig,
     IcemConfig,
     MppiConfig,
     PlannerConfig,
@@ -83,6 +85,7 @@ __all__ = [
     "MAX_CAMERAS",
     "AugmentConfig",
     "ByolConfig",
+    "CategoricalConfig",
     "CausalConfig",
     "CemConfig",
     "Config",
@@ -96,6 +99,7 @@ __all__ = [
     "ExternalData",
     "ExternalObjective",
     "GaussianConfig",
+    "GradientConfig",
     "IcemConfig",
     "InfoNceConfig",
     "JepaConfig",

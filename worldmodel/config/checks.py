@@ -14,7 +14,7 @@ from worldmodel.config.model import (
     SumEditorConfig,
     VitConfig,
 )
-from worldmodel.config.sections import CemConfig, Config, IcemConfig
+from worldmodel.config.sections import CategoricalConfig, CemConfig, Config, IcemConfig
 
 
 def contradictions(config: Config) -> Iterator[str]:
@@ -184,5 +184,11 @@ def _of_planning(config: Config) -> Iterator[str]:
     planning, planner = config.planning, config.planning.planner
     if planning.distance == "steps" and not config.model.distance_dim:
         yield "planning.distance=steps plans by a distance in steps: it needs model.distance_dim"
-    if isinstance(planner, CemConfig | IcemConfig) and planner.elites >= planning.candidates:
+    if isinstance(planner, CemConfig | IcemConfig | CategoricalConfig) and planner.elites >= planning.candidates:
         yield (f"planning.planner.elites={planner.elites} must be below planning.candidates={planning.candidates}")
+    discrete = isinstance(planner, CategoricalConfig)
+    if not isinstance(planner, External) and discrete != (planning.action_set == "one_hot"):
+        yield (
+            f"planning.planner={planner.name} does not search planning.action_set={planning.action_set}: one_hot is "
+            "for categorical, ball and box for the others"
+        )

@@ -12,6 +12,7 @@ from worldmodel.config.kinds import (
     Count,
     CountFrom0,
     CountFrom2,
+    Flag,
     Fraction,
     NonNegativeFloat,
     PositiveFloat,
@@ -164,7 +165,34 @@ class MppiConfig:
     """Divisor of the costs, in standard deviations of the costs of an episode's candidates."""
 
 
-PlannerConfig = CemConfig | IcemConfig | MppiConfig | External
+@dataclass(frozen=True, config=KEYS)
+class GradientConfig:
+    """Gradient descent through the imagined future by Adam, from `planning.candidates` starts, for
+    `planning.iterations` steps."""
+
+    built_by: ClassVar[str] = "worldmodel.planning.planners.gradient:Gradient"
+
+    name: Literal["gradient"] = "gradient"
+    """Name of the planner."""
+    lr: PositiveFloat = 0.1
+    """Learning rate of Adam: about the largest change of a coordinate of an action in one iteration."""
+
+
+@dataclass(frozen=True, config=KEYS)
+class CategoricalConfig:
+    """The cross-entropy method for discrete actions, with `planning.action_set=one_hot`."""
+
+    built_by: ClassVar[str] = "worldmodel.planning.planners.categorical:Categorical"
+
+    name: Literal["categorical"] = "categorical"
+    """Name of the planner."""
+    elites: Samples = 30
+    """Cheapest candidates, to which the next probabilities of actions are fitted."""
+    uniform_share: Fraction = 0.3
+    """Share of uniform probabilities in the first iteration of a decision; the others are those of the last plan."""
+
+
+PlannerConfig = CemConfig | IcemConfig | MppiConfig | GradientConfig | CategoricalConfig | External
 
 
 @dataclass(frozen=True, config=KEYS)
@@ -181,7 +209,8 @@ class PlanningConfig:
     iterations: Repeat = 5
     """Iterations per decision."""
     init_std: PositiveFloat = 0.5
-    """Standard deviation of the actions of candidates around the mean, in the first iteration; for mppi in all."""
+    """Standard deviation of the actions of candidates around the mean, in the first iteration; for mppi in all, for
+    gradient that of the starts. categorical has none."""
     cost: Literal["sum", "last"] = "sum"
     """Distance to the goal, summed over the steps of the horizon, or of the last step alone."""
     distance: Literal["embedding", "steps"] = "embedding"
@@ -191,8 +220,15 @@ class PlanningConfig:
     """Imagined futures per candidate, by draws from the prior. 0: one, at the mean of the prior."""
     risk_quantile: Fraction | None = None
     """Quantile of the costs of these futures that counts. null: their mean."""
-    action_set: Literal["ball", "box"] = "ball"
-    """Set of allowed actions. ball: of norm 1 at most. box: each coordinate is in [-1, 1]."""
+    action_set: Literal["ball", "box", "one_hot"] = "ball"
+    """Set of allowed actions. ball: of norm 1 at most. box: each coordinate is in [-1, 1]. one_hot: one coordinate is 1
+    and the others are 0, as discrete actions are recorded."""
+    warm_start: Flag = False
+    """Start each search from the actions of a goal-conditioned policy, rolled out in imagination, in place of the last
+    plan. The policy is learned from the training clips when planning starts
+    (worldmodel/planning/goal_conditioned.py)."""
+    goal_steps: Repeat = 32
+    """Steps of the clips that this policy learns from, and so from a state to its goal at most."""
 
 
 @dataclass(frozen=True, config=KEYS)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import gymnasium
 import numpy as np
 import torch
+from gymnasium.spaces import flatdim, flatten
 from torch import Tensor
 
 from worldmodel.config import PlanningConfig
@@ -27,7 +28,8 @@ class RandomPolicy:
         pass
 
     def act(self, frames: Tensor) -> Tensor:
-        return torch.from_numpy(np.stack([self.space.sample() for _ in frames]))[:, None]
+        flat = [np.asarray(flatten(self.space, self.space.sample())) for _ in frames]
+        return torch.from_numpy(np.stack(flat))[:, None]
 
     def keep(self, is_running: Tensor) -> None:
         pass
@@ -62,9 +64,7 @@ class PrivilegedPolicy:
     def __init__(self, envs: Sequence[gymnasium.Env], config: PlanningConfig, seed: int) -> None:
         self.envs, self.config, self.planner = list(envs), config, make_planner(config.planner)
         self.generator = torch.Generator().manual_seed(seed)
-        shape = envs[0].action_space.shape
-        assert shape is not None
-        self.plan = start(config, len(envs), shape[0], torch.device("cpu"))
+        self.plan = start(config, len(envs), flatdim(envs[0].action_space), torch.device("cpu"))
         self.cost = type(envs[0].unwrapped).privileged_cost([env.unwrapped for env in envs])  # type: ignore[attr-defined]
 
     def begin(self, goals: Tensor) -> None:

@@ -21,6 +21,7 @@ from data_pipelines.transforms import to_float
 from worldmodel.config import PlanningConfig, VideosConfig, num_cameras
 from worldmodel.nets.distance import steps_between
 from worldmodel.nets.world_model import WorldModel
+from worldmodel.planning.goal_conditioned import GoalConditionedPolicy
 from worldmodel.planning.latent_actions import ActionDecoder
 from worldmodel.planning.planners import Plan, make_planner, shift, start
 from worldmodel.runs.trained_run import TrainedRun
@@ -107,6 +108,17 @@ class LatentCost:
         return (reached - goal).square().mean(dim=-1)
 
 
+def propose(model: WorldModel, policy: GoalConditionedPolicy, state: Tensor, goal: Tensor, horizon: int) -> Tensor:
+    """Roll a policy out in imagination, from states towards goals [E, D + Z]: actions [E, horizon, A]."""
+    towards = model.embedding_of(goal)
+    actions = [policy(model.persistent(state), towards)]
+    while len(actions) < horizon:
+        with torch.autocast(state.device.type, torch.bfloat16, enabled=computes_bf16()):
+            state = model.edit(state, model.prior_mean(state, actions[-1]), actions[-1])
+        actions.append(policy(model.persistent(state), towards))
+    return torch.stack(actions, dim=1)
+
+
 @dataclass(frozen=True)
 class Decision:
     """One decision: the running episodes [E] by number, their state [E, D + Z], and the planned actions [E, K, A]."""
@@ -116,49 +128,69 @@ class Decision:
     actions: Tensor
 
 
-class LatentPolicy:
-    """A policy that acts towards goal images in a batch of episodes.
-
-    It plans at every step of the model, starting from its last plan. Such a step is data.frame_stride steps of the
-    environment: so many actions are decided at once. The horizon counts steps of the model. The planner searches over
-    single actions, so that the set of allowed actions is that of the environment.
-
-    `decisions` holds the decision of each step, for `imagined`.
+def check_run(run: TrainedRun, config: PlanningConfig, decoder: ActionDecoder | None = None) -> None:
+    """Check that a run can plan.
 
     Raises:
         UserError: the run is not conditioned on actions and there is no decoder; the run sees more than one frame at a
             time, resampled frames or several cameras; planning.distance=steps, but the run has no temporal distance.
     """
+    if not run.model.action_dim and not decoder:
+        raise UserError(
+            f"the run {run.folder} is not conditioned on actions: train it with model.action_dim, or plan "
+            "with labels if it has a latent"
+        )
+    if decoder and config.num_samples:
+        raise UserError(
+            f"planning.num_samples={config.num_samples}: with a decoder, r is given by the action and not drawn: "
+            "set it to 0"
+        )
+    if (cameras := num_cameras(run.config.data)) > 1:
+        raise UserError(f"the run {run.folder} sees {cameras} cameras (data.camera): planning needs 1")
+    if run.config.data.num_frames != 1:
+        raise UserError(f"the run {run.folder} has data.num_frames={run.config.data.num_frames}: planning needs 1")
+    if isinstance(run.config.data, VideosConfig) and run.config.data.fps is not None:
+        raise UserError(f"the run {run.folder} has data.fps={run.config.data.fps:g}: planning needs null")
+    if config.distance == "steps" and not run.model.distance.num_values:
+        raise UserError(f"the run {run.folder} has no temporal distance: train it with model.distance_dim")
+    block = run.config.data.frame_stride
+    if config.horizon * block > MAX_ACTIONS:
+        raise UserError(
+            f"planning.horizon={config.horizon}: with data.frame_stride={block}, a plan has more than "
+            f"{MAX_ACTIONS:,} actions"
+        )
+
+
+class LatentPolicy:
+    """A policy that acts towards goal images in a batch of episodes.
+
+    It plans at every step of the model, starting from its last plan, or with a learned policy from the actions that
+    this proposes. With `searches` false, it takes the action of the learned policy, and plans hold this action alone.
+    A step of the model is data.frame_stride steps of the environment: so many actions are decided at once. The horizon
+    counts steps of the model. The planner searches over single actions, so that the set of allowed actions is that of
+    the environment.
+
+    `decisions` holds the decision of each step, for `imagined`.
+
+    Raises:
+        UserError: as check_run.
+    """
 
     def __init__(
-        self, run: TrainedRun, config: PlanningConfig, seed: int, decoder: ActionDecoder | None = None
+        self,
+        run: TrainedRun,
+        config: PlanningConfig,
+        seed: int,
+        decoder: ActionDecoder | None = None,
+        *,
+        learned: GoalConditionedPolicy | None = None,
+        searches: bool = True,
     ) -> None:
+        check_run(run, config, decoder)
         self.decoder, self.block = decoder, run.config.data.frame_stride
         self.action_dim = (decoder or run.model).action_dim // self.block
-        if not self.action_dim:
-            raise UserError(
-                f"the run {run.folder} is not conditioned on actions: train it with model.action_dim, or plan "
-                "with labels if it has a latent"
-            )
-        if decoder and config.num_samples:
-            raise UserError(
-                f"planning.num_samples={config.num_samples}: with a decoder, r is given by the action and not drawn: "
-                "set it to 0"
-            )
-        if (cameras := num_cameras(run.config.data)) > 1:
-            raise UserError(f"the run {run.folder} sees {cameras} cameras (data.camera): planning needs 1")
-        if run.config.data.num_frames != 1:
-            raise UserError(f"the run {run.folder} has data.num_frames={run.config.data.num_frames}: planning needs 1")
-        if isinstance(run.config.data, VideosConfig) and run.config.data.fps is not None:
-            raise UserError(f"the run {run.folder} has data.fps={run.config.data.fps:g}: planning needs null")
-        if config.distance == "steps" and not run.model.distance.num_values:
-            raise UserError(f"the run {run.folder} has no temporal distance: train it with model.distance_dim")
         self.run, self.config, self.seed = run, config, seed
-        if config.horizon * self.block > MAX_ACTIONS:
-            raise UserError(
-                f"planning.horizon={config.horizon}: with data.frame_stride={self.block}, a plan has more than "
-                f"{MAX_ACTIONS:,} actions"
-            )
+        self.learned, self.searches = learned, searches
         self.search = dataclasses.replace(config, horizon=config.horizon * self.block)
         self.planner = make_planner(config.planner)
         self.plan: Plan
@@ -178,6 +210,14 @@ class LatentPolicy:
     def act(self, frames: Tensor) -> Tensor:
         """Return the next actions [E, n, A] of each episode, on the CPU, for the current frames, uint8 [E, C, H, W]."""
         state = self.run.model.observe(self._video(frames))
+        actions = self._searched(state) if self.searches else self._proposed(state, 1)
+        self.decisions.append(Decision(self.episodes, state, in_blocks(actions, actions.shape[1] // self.block)))
+        return actions[:, : self.block].cpu()
+
+    def _searched(self, state: Tensor) -> Tensor:
+        """Return the actions [E, K * n, A] that the planner finds for states [E, D + Z]."""
+        if self.learned:
+            self.plan = self.plan._replace(mean=self._proposed(state, self.config.horizon))
         on_device = torch.Generator(self.run.device).manual_seed(
             int(torch.randint(2**62, (), generator=self.generator))
         )
@@ -186,8 +226,12 @@ class LatentPolicy:
         for _ in range(self.block):
             plan = shift(plan)
         self.plan = plan
-        self.decisions.append(Decision(self.episodes, state, in_blocks(actions, self.config.horizon)))
-        return actions[:, : self.block].cpu()
+        return actions
+
+    def _proposed(self, state: Tensor, horizon: int) -> Tensor:
+        """Return the actions [E, horizon, A] of the learned policy for states [E, D + Z], rolled out in imagination."""
+        assert self.learned
+        return propose(self.run.model, self.learned, state, self.goal, horizon)
 
     def keep(self, going_on: Tensor) -> None:
         """Drop the episodes that have ended. going_on: bool [E]."""

@@ -3,16 +3,18 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import gymnasium
 import numpy as np
 
 from data_pipelines.errors import UserError
-from worldmodel.config import PlanningConfig
+from worldmodel.config import GradientConfig, IcemConfig, PlanningConfig
 from worldmodel.evaluation.records import save_records
 from worldmodel.planning.controls import PrivilegedPolicy, RandomPolicy, ReplayPolicy
-from worldmodel.planning.imagination import LatentPolicy
-from worldmodel.planning.latent_actions import ActionDecoder, fit_action_decoder
+from worldmodel.planning.goal_conditioned import goal_conditioned_policy
+from worldmodel.planning.imagination import LatentPolicy, check_run
+from worldmodel.planning.latent_actions import fit_action_decoder
 from worldmodel.planning.planned_episodes import planned_episodes
 from worldmodel.planning.protocol import (
     EpisodeResults,
@@ -29,30 +31,61 @@ from worldmodel.runs.metrics import read_metrics, write_planning
 from worldmodel.runs.planning_metrics import Planned, PlannedWithLabels, Planning, ProtocolFacts
 from worldmodel.runs.trained_run import TrainedRun
 
+PolicyName = Literal["search", "gc"]
+
 CEILING_CANDIDATES, CEILING_HORIZON = 100, 12  # the true simulator is slow, and its distances see around corners
 
 
 def plan(
-    run: TrainedRun, protocol: PlanningProtocol, config: PlanningConfig | None = None, *, labels: Sequence[int] = ()
+    run: TrainedRun,
+    protocol: PlanningProtocol,
+    config: PlanningConfig | None = None,
+    *,
+    labels: Sequence[int] = (),
+    policy: PolicyName = "search",
 ) -> Planning:
     """Plan the episodes of the protocol; write planning.json and a few episodes for the report into the run folder.
 
     config replaces the run's section `planning`. labels are the numbers of labelled transitions to decode r with, for a
-    passive run; the last of several numbers gives the run's own result.
+    passive run; the last of several numbers gives the run's own result. policy: "search" plans with planning.planner,
+    "gc" acts by a goal-conditioned policy alone, which is learned from the training clips.
 
     Raises:
-        UserError: the run folder is not writable, the run cannot plan, the environment has no goals, or labels repeat a
-            number or ask for more transitions than there are.
+        UserError: the run folder is not writable, the run cannot plan, the environment has no goals, its actions are of
+            another kind than those of plans, labels repeat a number or ask for more transitions than there are, or a
+            goal-conditioned policy is asked for with labels or has too few clips to learn from.
     """
     config = run.config.planning if config is None else config
     folder = RunFolder(run.folder)
     read_metrics(run.folder)  # a damaged file would be found by the report, after hours of planning
     folder.check_writable()
+    check_actions(protocol, config)
     if len(set(labels)) < len(labels):
         raise UserError(f"labels {' '.join(map(str, labels))}: a count is given twice")
+    learns = policy == "gc" or config.warm_start
+    if learns and labels:
+        raise UserError(
+            "a goal-conditioned policy learns from the actions of all clips: leave out labels, or policy=gc and "
+            "planning.warm_start"
+        )
+    if learns and run.config.data.frame_stride > 1:
+        raise UserError(
+            f"the run {run.folder} decides on {run.config.data.frame_stride} actions at once (data.frame_stride): leave "
+            "out policy=gc and planning.warm_start"
+        )
+    if learns:
+        check_run(run, config)
+    learned = goal_conditioned_policy(run, config) if learns else None
     decoders = {count: fit_action_decoder(run, count, run.config.seed) for count in labels}
     counts: Sequence[int | None] = labels or [None]
-    planned = [_plan_once(run, config, protocol, None if count is None else decoders[count], count) for count in counts]
+    planned = []
+    for count in counts:
+        decoder = None if count is None else decoders[count]
+        policies = [
+            LatentPolicy(run, config, seed, decoder, learned=learned, searches=policy == "search")
+            for seed in range(protocol.seeds)
+        ]
+        planned.append(_plan_once(policies, protocol, count))
     last = planned[-1]
     planning = Planning(**last.scores)
     planning["random_floor"] = evaluate_policy(protocol, _random, label="random")
@@ -60,7 +93,7 @@ def plan(
     if isinstance(protocol.starts, RecordedStarts):
         planning["do_nothing"] = _replayed(protocol, protocol.starts, 0, label="doing nothing")
         planning["replay"] = _replayed(protocol, protocol.starts, protocol.starts.offset, label="recorded actions")
-    planning["protocol"] = protocol_facts(protocol, config, run, labels)
+    planning["protocol"] = protocol_facts(protocol, config, run, labels, policy)
     if labels:
         planning["curve"] = [_with_labels(count, one.scores) for count, one in zip(labels, planned, strict=True)]
     folder.planned_episodes.unlink(missing_ok=True)  # of earlier episodes
@@ -68,6 +101,31 @@ def plan(
     episodes = planned_episodes(run, last.policy, last.first, env_hook(protocol, "state_px"))
     save_records(folder.planned_episodes, episodes)
     return planning
+
+
+def check_actions(protocol: PlanningProtocol, config: PlanningConfig) -> None:
+    """Check that the actions of the environment are of the kind that plans have.
+
+    Raises:
+        UserError: they are discrete and plans are not, or the other way round, or they are neither discrete nor a Box.
+    """
+    env = protocol.make_env()
+    env.close()
+    if not hasattr(env.unwrapped, "goal_frame"):
+        return  # run_episodes says so: such an environment has no goals, whatever its actions are
+    space, key = env.action_space, f"planning.action_set={config.action_set}"
+    if isinstance(space, gymnasium.spaces.Discrete) and config.action_set != "one_hot":
+        raise UserError(
+            f"{key}: the environment {protocol.env} has {space.n} discrete actions: set planning.planner=categorical "
+            "and planning.action_set=one_hot"
+        )
+    if isinstance(space, gymnasium.spaces.Box) and config.action_set == "one_hot":
+        raise UserError(
+            f"{key}: the environment {protocol.env} has continuous actions: set planning.action_set to ball or box, "
+            "and planning.planner to another one than categorical"
+        )
+    if not isinstance(space, gymnasium.spaces.Box | gymnasium.spaces.Discrete):
+        raise UserError(f"the environment {protocol.env} has actions of {space}: planning needs Box or Discrete")
 
 
 @dataclass(frozen=True)
@@ -79,15 +137,8 @@ class _PlannedOnce:
     first: EpisodeResults
 
 
-def _plan_once(
-    run: TrainedRun,
-    config: PlanningConfig,
-    protocol: PlanningProtocol,
-    decoder: ActionDecoder | None,
-    count: int | None,
-) -> _PlannedOnce:
-    """Plan the episodes of every seed, with a decoder of `count` labels or the actions of the run."""
-    policies = [LatentPolicy(run, config, seed, decoder) for seed in range(protocol.seeds)]
+def _plan_once(policies: Sequence[LatentPolicy], protocol: PlanningProtocol, count: int | None) -> _PlannedOnce:
+    """Plan the episodes of every seed by its policy, with a decoder of `count` labels or the actions of the run."""
     label = "planning" if count is None else f"planning, {count} labels"
     results = run_seeds(protocol, lambda seed, envs: policies[seed], label=label, keep_frames=True)
     return _PlannedOnce(summary(results), policies[0], results[0])
@@ -98,10 +149,14 @@ def _random(seed: int, envs: Sequence[gymnasium.Env]) -> GoalPolicy:
 
 
 def _ceiling(protocol: PlanningProtocol, config: PlanningConfig) -> Planned | None:
-    """Return the scores of planning on the true simulator; None if the environment has no privileged_cost."""
+    """Return the scores of planning on the true simulator; None if the environment has no privileged_cost.
+
+    A simulator has no gradients. In place of gradient descent it is planned with by iCEM.
+    """
     if not env_hook(protocol, "privileged_cost"):
         return None
-    smaller = dataclasses.replace(config, candidates=CEILING_CANDIDATES, horizon=CEILING_HORIZON)
+    planner = IcemConfig() if isinstance(config.planner, GradientConfig) else config.planner
+    smaller = dataclasses.replace(config, planner=planner, candidates=CEILING_CANDIDATES, horizon=CEILING_HORIZON)
 
     def privileged(seed: int, envs: Sequence[gymnasium.Env]) -> GoalPolicy:
         return PrivilegedPolicy(envs, smaller, seed)
@@ -131,7 +186,7 @@ def _with_labels(count: int, scores: Planned) -> PlannedWithLabels:
 
 
 def protocol_facts(
-    protocol: PlanningProtocol, config: PlanningConfig, run: TrainedRun, labels: Sequence[int]
+    protocol: PlanningProtocol, config: PlanningConfig, run: TrainedRun, labels: Sequence[int], policy: PolicyName
 ) -> ProtocolFacts:
     """Return everything that a success rate depends on, besides the weights of the checkpoint."""
     return ProtocolFacts(
@@ -146,4 +201,5 @@ def protocol_facts(
         planning=dataclasses.asdict(config),
         step=run.state["step"],
         labels=labels[-1] if labels else None,
+        policy=policy,
     )

@@ -36,7 +36,8 @@ class GoalPolicy(Protocol):
     def act(self, frames: Tensor) -> Tensor:
         """Return the next actions [E, K, A], K of them in a row, for the current frames, uint8 [E, C, H, W].
 
-        Frames and actions are those of the running episodes.
+        Frames and actions are those of the running episodes. Actions are flat, as they are recorded
+        (gymnasium.spaces.flatten): discrete ones are one-hot.
         """
 
     def keep(self, is_running: Tensor) -> None:
@@ -138,9 +139,9 @@ class _Episode:
         return float(np.linalg.norm(np.diff(state_px(np.stack(self.states)), axis=0), axis=1).sum())
 
     def run(self, actions: np.ndarray) -> None:
-        """Execute actions [K, A] one after the other, until the goal is reached."""
+        """Execute flat actions [K, A] one after the other, until the goal is reached."""
         for action in actions:
-            _, _, self.success, _, info = self.env.step(action)
+            _, _, self.success, _, info = self.env.step(gymnasium.spaces.unflatten(self.env.action_space, action))
             self.frame = self.env.render()
             self.states.append(info["state"])
             if self.keep_frames:

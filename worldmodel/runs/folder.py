@@ -18,6 +18,7 @@ run/decoded.safetensors          decoded futures for the pictures of the report
 run/futures/                     the same as files: .webp animations and .png stills
 run/planning.json                success rates of planning, with its protocol
 run/planning.safetensors         the planned episodes that the report shows
+run/goal_policy.safetensors      a goal-conditioned policy, and what it was fitted to
 run/surprise_events.json         how well surprise detects planted events
 run/report.html                  the report
 """
@@ -52,6 +53,7 @@ class RunFolder:
         self.futures = self.path / "futures"
         self.planning = self.path / "planning.json"
         self.planned_episodes = self.path / "planning.safetensors"
+        self.goal_policy = self.path / "goal_policy.safetensors"
         self.surprise_events = self.path / "surprise_events.json"
         self.report = self.path / "report.html"
 
@@ -61,7 +63,7 @@ class RunFolder:
         training = {self.config, self.history, self.contents}
         evaluation = {self.metrics, self.forecasts, self.readout, self.recalibration, self.illustrations}
         decoding = {self.decoder, self.decoder_facts, self.decoded}
-        planning = {self.planning, self.planned_episodes}
+        planning = {self.planning, self.planned_episodes, self.goal_policy}
         return frozenset(training | evaluation | decoding | planning | {self.surprise_events, self.report})
 
     @property

@@ -32,7 +32,8 @@ class ProtocolFacts(Part, total=False):
     """Everything that a success rate depends on, besides the weights of the checkpoint.
 
     protocol is "drawn", or "recorded" with the number of frames from start to goal (offset) and the number of starts
-    that were left out since they met the goal already (left_out). block: steps of the environment per decision.
+    that were left out since they met the goal already (left_out). block: steps of the environment per decision. policy:
+    "search", or "gc" for a goal-conditioned policy alone.
     """
 
     protocol: Short
@@ -48,6 +49,7 @@ class ProtocolFacts(Part, total=False):
     planning: dict[str, Any]
     step: Whole
     labels: Whole
+    policy: Short
 
 
 class Planning(Planned, total=False):

@@ -18,6 +18,7 @@ from tests.conftest import REPO, TINY, run_here, run_script
 from tests.worldmodel.report.samples import undeclared
 from worldmodel.config import External, IcemConfig, PlanningConfig, load_config
 from worldmodel.evaluation.records import load_records
+from worldmodel.planning import goal_conditioned
 from worldmodel.planning.controls import PrivilegedPolicy, RandomPolicy
 from worldmodel.planning.planned_episodes import PlannedEpisode
 from worldmodel.planning.planners import Cost, Plan
@@ -174,6 +175,44 @@ def test_a_run_with_a_stride_decides_on_several_actions_at_once(rooms: Path, tmp
 def test_counts_of_labels_that_cannot_be(passive: Path, labels: list[str], tells: str) -> None:
     done = run_here("plan.py", "--run", str(passive), "--env", ENV, "--labels", *labels)
     assert done.returncode == 2 and tells in done.stderr, done.stderr
+
+
+def test_a_learned_policy_acts_alone_or_starts_a_search_and_is_fitted_once(
+    planner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(planner, run)
+    monkeypatch.setattr(goal_conditioned, "STEPS", 250)
+    arguments = ["--run", str(run), "--env", ENV, "--seeds", "2", "--episodes", "3", "--budget", "3"]
+    done = run_here("plan.py", *arguments, "--policy", "gc", "planning.goal_steps=8")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run / "planning.json").read_text())
+    assert undeclared({"planning": result}) == []
+    assert result["protocol"]["policy"] == "gc" and result["protocol"]["planning"]["goal_steps"] == 8
+    episodes = load_records(run / "planning.safetensors", PlannedEpisode)
+    assert {episode.imagined_px.shape[2] for episode in episodes if episode.imagined_px is not None} == {1}
+    fitted = (run / "goal_policy.safetensors").read_bytes()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("it was fitted before")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(goal_conditioned, "embed_clips", refuse)
+        done = run_here("plan.py", *arguments, "planning.warm_start=true", "planning.goal_steps=8")
+    assert done.returncode == 0, done.stderr
+    warm = json.loads((run / "planning.json").read_text())
+    assert warm["protocol"]["policy"] == "search" and warm["ms_per_decision"] > result["ms_per_decision"]
+    assert (run / "goal_policy.safetensors").read_bytes() == fitted
+    done = run_here("plan.py", *arguments, "--policy", "gc", "planning.goal_steps=40")
+    assert done.returncode == 2 and "planning.goal_steps" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("asked", [["--policy", "gc"], ["planning.warm_start=true"]])
+def test_a_policy_is_not_learned_from_labels_of_a_passive_run(passive: Path, asked: list[str]) -> None:
+    done = run_here("plan.py", "--run", str(passive), "--env", ENV, "--labels", "40", "--seeds", "1", *asked)
+    assert done.returncode == 2 and "leave out labels, or policy=gc" in done.stderr, done.stderr
+    done = run_here("plan.py", "--run", str(passive), "--env", ENV, *asked)
+    assert done.returncode == 2 and "is not conditioned on actions" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Planners over sequences of actions, for a batch of episodes at once: one file each.
 
-All three planners of the project draw candidates around a mean, compute their costs, move the mean towards cheap
-candidates, and repeat.
+Planners draw candidates around a mean, compute their costs, move the mean towards cheap candidates, and repeat;
+`gradient` moves every candidate down the gradient of its cost instead.
 
     planner = make_planner(config.planner)
     plan = start(config, num_episodes, action_dim, device)
@@ -10,8 +10,8 @@ candidates, and repeat.
         ...  # take actions[:, 0]
         plan = shift(plan)
 
-Actions lie in the unit ball or in the box [-1, 1]^A; candidates outside are moved to the nearest point. All episodes
-use the same random numbers, so that the plan of one does not depend on the others in its batch.
+Actions lie in the unit ball or in the box [-1, 1]^A, or they are one-hot; candidates outside are moved to the nearest
+point. All episodes use the same random numbers, so that the plan of one does not depend on the others in its batch.
 
 Legend: E episodes, N candidates, L elites, A action dimensions. Steps of the horizon are written out as `horizon`.
 """
@@ -20,19 +20,25 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from worldmodel import parts
 from worldmodel.config import PlannerConfig, PlanningConfig
 
 Cost = Callable[[Tensor], Tensor]
-"""A function from actions [E, N, horizon, A] to finite costs [E, N]; lower is better."""
+"""A function from actions [E, N, horizon, A] to finite costs [E, N]; lower is better.
+
+A planner is called without gradients. Under torch.enable_grad(), the costs of imagined futures have gradients with
+respect to the actions.
+"""
 
 
 class Plan(NamedTuple):
     """The state between decisions: mean [E, horizon, A], and the elites [E, L, horizon, A] of iCEM, best first.
 
-    It has no standard deviation: every decision starts with that of the config.
+    It has no standard deviation: every decision starts with that of the config. The mean of discrete actions holds
+    their probabilities.
     """
 
     mean: Tensor
@@ -100,10 +106,12 @@ def draw_noise(
     return (noise if colouring is None else noise @ colouring).mT.contiguous()
 
 
-def project_(actions: Tensor, action_set: Literal["ball", "box"]) -> Tensor:
-    """Move actions [..., A] in place to the nearest point of the unit ball or of the box [-1, 1]^A."""
+def project_(actions: Tensor, action_set: Literal["ball", "box", "one_hot"]) -> Tensor:
+    """Move actions [..., A] in place to the nearest point of the ball, the box [-1, 1]^A or the one-hot vectors."""
     if action_set == "box":
         return actions.clamp_(-1, 1)
+    if action_set == "one_hot":
+        return actions.copy_(F.one_hot(actions.argmax(dim=-1), actions.shape[-1]))
     return actions.div_(torch.linalg.vector_norm(actions, dim=-1, keepdim=True).clamp_(min=1))
 
 
