@@ -78,8 +78,8 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
     reset(options=...) sets "state", "goal", "wall_x_px" and "door_y_px". The others are drawn.
 
     Raises:
-        UserError: a value is out of range, an option is unknown, a state or a goal lies within a wall or the pit, or a pit
-            is asked for in another layout.
+        UserError: a value is out of range, an option is unknown, a state or a goal lies within a wall or the pit, or a
+            pit is asked for in another layout.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
@@ -154,7 +154,7 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         return self._picture(self._goal)
 
     def shortest_path_px(self) -> float:
-        """Return the length of the shortest path from the current state to the goal's radius; NaN if there is a pit."""
+        """Return the length of the shortest path from the current state to the goal's radius; NaN with a pit."""
         if self.pit:
             return math.nan
         whole = float(shortest_path_px(self._state, self._goal, self._wall_x, self._door_y))

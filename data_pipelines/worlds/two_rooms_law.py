@@ -6,8 +6,8 @@
 - In rooms with a pit, a dot whose step ends in the pit stays there. The pit lies below the fixed door, beside the
   shortest path from one room to the other.
 
-Coordinates are (x, y) in px, x to the right and y down, pixel centres at integers. The dot is green, the wall red, the pit
-blue.
+Coordinates are (x, y) in px, x to the right and y down, pixel centres at integers. The dot is green, the wall red and
+the pit blue.
 """
 
 import math

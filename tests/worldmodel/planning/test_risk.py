@@ -54,5 +54,5 @@ def test_a_level_of_an_earlier_version_is_a_quantile() -> None:
 
 
 def test_a_measure_of_one_future_is_told() -> None:
-    with pytest.raises(UserError, match="risk=cvar compares several futures: it needs planning.num_samples"):
+    with pytest.raises(UserError, match=r"risk=cvar compares several futures: it needs planning\.num_samples"):
         load_config(REPO / "configs" / "two_rooms_slip.yaml", ["planning.risk=cvar", "planning.num_samples=0"])
