@@ -50,6 +50,8 @@ MAX_GOAL_RADIUS_PX = 10.0
 
 UNREACHABLE_PX = 2.0 * CANVAS_PX
 """Distance that counts where no path leads to the goal."""
+NUM_HEADINGS = 32
+"""Headings that `go_around` chooses from."""
 SLIPPED_FUTURES = 16
 """Futures of a sequence of actions that the privileged cost averages over, if actions slip."""
 
@@ -171,7 +173,12 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         return PrivilegedCost(envs)
 
     def exploration_policy(self, rng: np.random.Generator) -> Policy:
-        """Return a policy for one episode: smooth_walk, wander or run_straight, with equal probability."""
+        """Return a policy for one episode: smooth_walk, wander or run_straight, with equal probability.
+
+        With a pit, three of four episodes follow go_around, and the others one of these.
+        """
+        if self.pit and rng.random() < 0.75:
+            return go_around(rng)
         chosen = rng.integers(3)
         if chosen == 0:
             return smooth_walk(self.action_space, rng)
@@ -340,6 +347,35 @@ def wander(rng: np.random.Generator) -> Policy:
             at_the_door = abs(state[1] - door_y) < DOOR_HEIGHT_PX / 2 - 1
             ahead = (beyond if at_the_door else before) - state
         return _towards(ahead, rng)
+
+    return act
+
+
+def go_around(rng: np.random.Generator) -> Policy:
+    """Return a policy that heads for one waypoint after another around the pit, at a margin of 0 to 8 px.
+
+    Steps are as those of `wander`, so that it falls in now and then.
+    """
+    angles = np.linspace(0, 2 * math.pi, NUM_HEADINGS, endpoint=False)
+    headings = MAX_STEP_PX * torch.tensor(np.stack([np.cos(angles), np.sin(angles)], axis=1), dtype=torch.float32)
+    low, high = torch.tensor(PIT_PX)
+    waypoint = left = None
+    margin = 0.0
+
+    def act(observation: Any, info: Mapping[str, Any]) -> Array:
+        nonlocal waypoint, left, margin
+        state = torch.from_numpy(info["state"])
+        while waypoint is None or left is None or (waypoint - state).norm() < MAX_STEP_PX:
+            waypoint = torch.tensor(rng.uniform(LOW_PX, HIGH_PX, 2), dtype=torch.float32)
+            left, margin = distances_around_the_pit(waypoint), rng.uniform(0, 8)
+            if left[tuple((state - LOW_PX).round().long().flip(0))] >= UNREACHABLE_PX and not in_pit(state):
+                waypoint = None  # it is in the wall or the pit
+        reached = move(state, headings, info["wall_x_px"], info["door_y_px"])
+        x, y = (reached - LOW_PX).round().long().unbind(-1)
+        too_near = ((reached > low - margin) & (reached < high + margin)).all(dim=-1)
+        best = (left[y, x] + UNREACHABLE_PX * too_near).argmin()
+        ahead = waypoint - state if (waypoint - state).norm() < 2 * MAX_STEP_PX else headings[best]
+        return _towards(ahead.double().numpy(), rng)
 
     return act
 
