@@ -30,12 +30,15 @@ from data_pipelines.worlds.two_rooms_law import (
     HIGH_PX,
     LOW_PX,
     MAX_STEP_PX,
+    PIT_PX,
     WALL_WIDTH_PX,
     WALL_X_RANGE_PX,
     clip_to_disc,
     draw,
+    in_pit,
     is_free,
     move,
+    paths_around_the_pit,
     shortest_path_px,
     step_of_action,
 )
@@ -44,6 +47,13 @@ ENV_ID = "worldmodel/TwoRooms-v0"
 
 MAX_GOAL_RADIUS_PX = 10.0
 """Smaller than every room, so that every start has a goal that it does not already meet."""
+
+UNREACHABLE_PX = 2.0 * CANVAS_PX
+"""Distance that counts where no path leads to the goal."""
+NUM_HEADINGS = 32
+"""Headings that `go_around` chooses from."""
+SLIPPED_FUTURES = 16
+"""Futures of a sequence of actions that the privileged cost averages over, if actions slip."""
 
 Layout = Literal["fixed", "random"]
 Array = NDArray[np.float32]
@@ -61,6 +71,8 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
 
     layout: "fixed", or "random": the wall's x in 20..43 px and the door anywhere along it, drawn at every reset.
     slip: the probability that an action is replaced by one drawn uniformly from the action space.
+    pit: whether there is a pit beside the shortest path, in the fixed layout. A dot that steps into it stays there: the
+        episode is lost. Starts and goals are outside of it.
     cross_room: the probability that the goal is in the other room. Starts are uniform over both rooms, goals over their
         room. Goals that the start already meets are drawn again.
     goal_radius_px: the distance at which the goal is reached. Later steps work as before.
@@ -68,7 +80,8 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
     reset(options=...) sets "state", "goal", "wall_x_px" and "door_y_px". The others are drawn.
 
     Raises:
-        UserError: a value is out of range, an option is unknown, a state or a goal lies within a wall.
+        UserError: a value is out of range, an option is unknown, a state or a goal lies within a wall or the pit, or a
+            pit is asked for in another layout.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
@@ -79,6 +92,7 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         self,
         layout: Layout = "fixed",
         slip: float = 0.0,
+        pit: bool = False,
         cross_room: float = 0.5,
         goal_radius_px: float = 4.0,
         render_mode: str | None = None,
@@ -90,7 +104,10 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         _check_range("goal_radius_px", goal_radius_px, 0, MAX_GOAL_RADIUS_PX)
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise UserError(f"render_mode={render_mode!r} is unknown: use rgb_array, or leave it out")
-        self.layout, self.slip, self.cross_room, self.goal_radius_px = layout, slip, cross_room, goal_radius_px
+        if pit and layout != "fixed":
+            raise UserError(f"pit=true needs layout=fixed, not {layout}")
+        self.layout, self.slip, self.pit = layout, slip, pit
+        self.cross_room, self.goal_radius_px = cross_room, goal_radius_px
         self.render_mode = render_mode
         self.observation_space = gymnasium.spaces.Box(0, 255, (CANVAS_PX, CANVAS_PX, 3), np.uint8)
         self.action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
@@ -127,7 +144,8 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         if self.slip and self.np_random.random() < self.slip:
             action = self.np_random.uniform(-1, 1, 2).astype(np.float32)
         applied = clip_to_disc(torch.as_tensor(np.asarray(action, np.float32)))
-        self._state = move(self._state, step_of_action(applied), self._wall_x, self._door_y)
+        if not (self.pit and in_pit(self._state)):
+            self._state = move(self._state, step_of_action(applied), self._wall_x, self._door_y)
         info = self._info() | {"applied_action": applied.numpy().copy()}
         return self._picture(self._state), 0.0 if info["is_success"] else -1.0, info["is_success"], False, info
 
@@ -152,7 +170,9 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         return self._info()
 
     def shortest_path_px(self) -> float:
-        """Return the length of the shortest path from the current state to the goal's radius."""
+        """Return the length of the shortest path from the current state to the goal's radius; NaN with a pit."""
+        if self.pit:
+            return math.nan
         whole = float(shortest_path_px(self._state, self._goal, self._wall_x, self._door_y))
         return max(0.0, whole - self.goal_radius_px)
 
@@ -171,7 +191,12 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         return {"own": self.exploration_policy}
 
     def exploration_policy(self, rng: np.random.Generator) -> Policy:
-        """Return a policy for one episode: smooth_walk, wander or run_straight, with equal probability."""
+        """Return a policy for one episode: smooth_walk, wander or run_straight, with equal probability.
+
+        With a pit, three of four episodes follow go_around, and the others one of these.
+        """
+        if self.pit and rng.random() < 0.75:
+            return go_around(rng)
         chosen = rng.integers(3)
         if chosen == 0:
             return smooth_walk(self.action_space, rng)
@@ -191,12 +216,16 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
             point = torch.tensor(np.asarray(value, np.float32))
         except (ValueError, TypeError):
             point = torch.empty(0)
-        if point.shape != (2,) or not is_free(point, self._wall_x, self._door_y):
+        if point.shape != (2,) or not self._is_open(point):
+            pit = f" and the pit {PIT_PX}" if self.pit else ""
             raise UserError(
                 f"reset option {name}={value!r} must be (x, y) within {LOW_PX:g}..{HIGH_PX:g} px and outside the wall "
-                f"at x={self._wall_x:g} px"
+                f"at x={self._wall_x:g} px{pit}"
             )
         return point
+
+    def _is_open(self, point: Tensor) -> bool:
+        return bool(is_free(point, self._wall_x, self._door_y)) and not (self.pit and bool(in_pit(point)))
 
     def _meets(self, state: Tensor, goal: Tensor) -> bool:
         return bool((state - goal).norm() <= self.goal_radius_px)
@@ -214,8 +243,12 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         return (LOW_PX, self._wall_x - half) if room == 0 else (self._wall_x + half, HIGH_PX)
 
     def _draw_in(self, room: int) -> Tensor:
-        x, y = self.np_random.uniform(*self._room_bounds(room)), self.np_random.uniform(LOW_PX, HIGH_PX)
-        return torch.tensor([x, y], dtype=torch.float32)
+        """Draw a point of a room, outside of the pit."""
+        while True:
+            x, y = self.np_random.uniform(*self._room_bounds(room)), self.np_random.uniform(LOW_PX, HIGH_PX)
+            point = torch.tensor([x, y], dtype=torch.float32)
+            if not (self.pit and in_pit(point)):
+                return point
 
     def _draw_apart(self, point: Tensor, other_room: bool) -> Tensor:
         """Draw a point in the same room or the other one, outside the goal's radius."""
@@ -225,7 +258,7 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         return drawn
 
     def _picture(self, point: Tensor) -> NDArray[np.uint8]:
-        return draw(point[None], self._wall_x, self._door_y)[0].numpy()
+        return draw(point[None], self._wall_x, self._door_y, pit=self.pit)[0].numpy()
 
     def _info(self) -> dict[str, Any]:
         return {
@@ -240,36 +273,67 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
 class PrivilegedCost:
     """The remaining distance to the goal, summed over steps: actions [E, N, H, 2] in units of 4 px -> cost [E, N] px.
 
-    Distances come from a grid of 1 px, which is computed once per episode. Slips are not predicted.
+    Distances come from a grid of 1 px, which is computed once per episode. If actions slip, the cost is the mean over
+    SLIPPED_FUTURES futures, with the same slips for all candidates of a call.
     """
 
     def __init__(self, envs: Sequence[TwoRoomsEnv]) -> None:
-        self.envs = list(envs)
+        self.envs, self.slip, self.pit = list(envs), envs[0].slip, envs[0].pit
+        self.generator = torch.Generator().manual_seed(0)
         places = torch.arange(LOW_PX, HIGH_PX + 1)
         grid = torch.stack(torch.meshgrid(places, places, indexing="xy"), dim=-1)
         left = []
         for env in self.envs:
+            if self.pit:
+                left.append(distances_around_the_pit(env._goal))
+                continue
             wall_x, door_y = env._wall_x, env._door_y
             distance = shortest_path_px(grid, env._goal, wall_x, door_y).float()
-            left.append(torch.where(is_free(grid, wall_x, door_y), distance, distance.new_tensor(2 * CANVAS_PX)))
+            left.append(torch.where(is_free(grid, wall_x, door_y), distance, distance.new_tensor(UNREACHABLE_PX)))
         self.left = torch.stack(left)
 
     def __call__(self, actions: Tensor) -> Tensor:
-        state = torch.stack([env._state for env in self.envs])[:, None].expand(*actions.shape[:2], 2)
-        wall_x = torch.tensor([env._wall_x for env in self.envs])[:, None]
-        door_y = torch.tensor([env._door_y for env in self.envs])[:, None]
-        rows = torch.arange(len(self.envs))[:, None]
-        cost = torch.zeros(actions.shape[:2])
-        for action in actions.unbind(2):
-            state = move(state, step_of_action(action), wall_x, door_y)
+        num_futures = SLIPPED_FUTURES if self.slip else 1
+        shape = (*actions.shape[:2], num_futures)
+        state = torch.stack([env._state for env in self.envs])[:, None, None].expand(*shape, 2)
+        wall_x = torch.tensor([env._wall_x for env in self.envs])[:, None, None]
+        door_y = torch.tensor([env._door_y for env in self.envs])[:, None, None]
+        rows = torch.arange(len(self.envs))[:, None, None]
+        cost = torch.zeros(shape)
+        for action in actions[:, :, None].expand(*shape, -1, -1).unbind(3):
+            step = step_of_action(self._slipped(action))
+            moved = move(state, step, wall_x, door_y)
+            state = torch.where(in_pit(state)[..., None], state, moved) if self.pit else moved
             x, y = (state - LOW_PX).round().long().unbind(-1)
-            cost += self.left[rows, y, x]
-        return cost
+            left = self.left[rows, y, x]
+            cost += torch.where(in_pit(state), UNREACHABLE_PX, left) if self.pit else left
+        return cost.mean(dim=2)
+
+    def _slipped(self, action: Tensor) -> Tensor:
+        """Replace actions [E, N, S, 2] of some futures by drawn ones."""
+        if not self.slip:
+            return action
+        slips = torch.rand(action.shape[2], 1, generator=self.generator) < self.slip
+        drawn = 2 * torch.rand(action.shape[2], 2, generator=self.generator) - 1
+        return torch.where(slips, drawn, action)
 
     def keep(self, going_on: Tensor) -> None:
         """Keep the episodes that continue, bool [E]."""
         self.envs = [env for env, stays in zip(self.envs, going_on.tolist(), strict=True) if stays]
         self.left = self.left[going_on]
+
+
+def distances_around_the_pit(goal: Tensor) -> Tensor:
+    """Return the length of the shortest path from each point of a grid of 1 px to a goal [2]: [56, 56] px, row by row.
+
+    It is UNREACHABLE_PX where no path leads to the goal.
+    """
+    from scipy.sparse.csgraph import dijkstra
+
+    side = round(HIGH_PX - LOW_PX) + 1
+    x, y = (goal - LOW_PX).round().long().tolist()
+    lengths = torch.from_numpy(dijkstra(paths_around_the_pit(), indices=y * side + x)).float()
+    return lengths.clamp(max=UNREACHABLE_PX).view(side, side)
 
 
 def _check_range(name: str, value: Any, low: float, high: float) -> None:
@@ -301,6 +365,35 @@ def wander(rng: np.random.Generator) -> Policy:
             at_the_door = abs(state[1] - door_y) < DOOR_HEIGHT_PX / 2 - 1
             ahead = (beyond if at_the_door else before) - state
         return _towards(ahead, rng)
+
+    return act
+
+
+def go_around(rng: np.random.Generator) -> Policy:
+    """Return a policy that heads for one waypoint after another around the pit, at a margin of 0 to 8 px.
+
+    Steps are as those of `wander`, so that it falls in now and then.
+    """
+    angles = np.linspace(0, 2 * math.pi, NUM_HEADINGS, endpoint=False)
+    headings = MAX_STEP_PX * torch.tensor(np.stack([np.cos(angles), np.sin(angles)], axis=1), dtype=torch.float32)
+    low, high = torch.tensor(PIT_PX)
+    waypoint = left = None
+    margin = 0.0
+
+    def act(observation: Any, info: Mapping[str, Any]) -> Array:
+        nonlocal waypoint, left, margin
+        state = torch.from_numpy(info["state"])
+        while waypoint is None or left is None or (waypoint - state).norm() < MAX_STEP_PX:
+            waypoint = torch.tensor(rng.uniform(LOW_PX, HIGH_PX, 2), dtype=torch.float32)
+            left, margin = distances_around_the_pit(waypoint), rng.uniform(0, 8)
+            if left[tuple((state - LOW_PX).round().long().flip(0))] >= UNREACHABLE_PX and not in_pit(state):
+                waypoint = None  # it is in the wall or the pit
+        reached = move(state, headings, info["wall_x_px"], info["door_y_px"])
+        x, y = (reached - LOW_PX).round().long().unbind(-1)
+        too_near = ((reached > low - margin) & (reached < high + margin)).all(dim=-1)
+        best = (left[y, x] + UNREACHABLE_PX * too_near).argmin()
+        ahead = waypoint - state if (waypoint - state).norm() < 2 * MAX_STEP_PX else headings[best]
+        return _towards(ahead.double().numpy(), rng)
 
     return act
 

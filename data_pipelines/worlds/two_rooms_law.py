@@ -3,14 +3,19 @@
 - The dot's centre is a point in [4, 59] x [4, 59] px. The wall is 3 px wide and closed except for a door, 10 px high.
 - A step is a straight line. At its first contact with a wall it loses its component into the wall, and the rest slides
   along the wall. A second contact ends it. So the dot passes the door exactly if the line of its motion does.
+- In rooms with a pit, a dot whose step ends in the pit stays there. The pit lies below the fixed door, beside the
+  shortest path from one room to the other.
 
-Coordinates are (x, y) in px, x to the right and y down, pixel centres at integers. The dot is green, the wall red.
+Coordinates are (x, y) in px, x to the right and y down, pixel centres at integers. The dot is green, the wall red and
+the pit blue.
 """
 
 import math
-from itertools import permutations
+from functools import cache
+from itertools import permutations, product
 
 import torch
+from scipy.sparse import coo_array, csr_array
 from torch import Tensor
 
 from data_pipelines.worlds.digits import CANVAS_PX
@@ -24,6 +29,9 @@ DOT_STD_PX = 1.4
 FIXED_WALL_X_PX, FIXED_DOOR_Y_PX = 31.5, 20.0
 WALL_X_RANGE_PX = (20.0, 43.0)
 DOOR_Y_RANGE_PX = (LOW_PX + DOOR_HEIGHT_PX / 2, HIGH_PX - DOOR_HEIGHT_PX / 2)
+
+PIT_PX = ((16.0, 28.0), (47.0, 38.0))
+"""Top left and bottom right corner of the pit."""
 
 CONTACT_TOLERANCE_PX = 1e-3  # rounding may leave the dot this far inside a wall; the next contact corrects it
 
@@ -53,6 +61,12 @@ def is_free(state: Tensor, wall_x: Tensor | float, door_y: Tensor | float) -> Te
     return ((state >= LOW_PX) & (state <= HIGH_PX)).all(dim=-1) & ~in_wall
 
 
+def in_pit(state: Tensor) -> Tensor:
+    """Return whether points [..., 2] px are in the pit, bool [...]."""
+    low, high = torch.tensor(PIT_PX, dtype=state.dtype, device=state.device)
+    return ((state > low) & (state < high)).all(dim=-1)
+
+
 def shortest_path_px(state: Tensor, goal: Tensor, wall_x: Tensor | float, door_y: Tensor | float) -> Tensor:
     """Return the length of the shortest path from state to goal, float64 [...] px. Arguments broadcast as in `move`.
 
@@ -75,6 +89,29 @@ def shortest_path_px(state: Tensor, goal: Tensor, wall_x: Tensor | float, door_y
             clear = (contact > 1 - 1e-9).all(dim=-1)
             shortest = torch.where(clear, torch.minimum(shortest, legs.norm(dim=-1).sum(dim=-1)), shortest)
     return shortest
+
+
+@cache
+def paths_around_the_pit() -> csr_array:
+    """Return the graph of straight moves between the points of a grid of 1 px, row by row, that avoid wall and pit.
+
+    Moves are those to points at most 3 px away on each axis, so that lengths of paths are exact to about 1%.
+    """
+    places = torch.arange(LOW_PX, HIGH_PX + 1)
+    grid = torch.stack(torch.meshgrid(places, places, indexing="xy"), dim=-1)
+    number = torch.arange(grid[..., 0].numel()).view(grid.shape[:2])
+    starts, ends, lengths = [], [], []
+    for dx, dy in product(range(-3, 4), repeat=2):
+        if math.gcd(dx, dy) != 1:
+            continue
+        rows, columns = (slice(max(0, -move), len(places) - max(0, move)) for move in (dy, dx))
+        along = grid[rows, columns][..., None, :] + torch.linspace(0, 1, 9)[:, None] * torch.tensor([dx, dy])
+        clear = (is_free(along, FIXED_WALL_X_PX, FIXED_DOOR_Y_PX) & ~in_pit(along)).all(dim=-1)
+        starts.append(number[rows, columns][clear])
+        ends.append(starts[-1] + dy * len(places) + dx)
+        lengths.append(torch.full(starts[-1].shape, math.hypot(dx, dy), dtype=torch.float64))
+    edges = (torch.cat(lengths).numpy(), (torch.cat(starts).numpy(), torch.cat(ends).numpy()))
+    return coo_array(edges, shape=(number.numel(), number.numel())).tocsr()
 
 
 def clip_to_disc(action: Tensor) -> Tensor:
@@ -145,20 +182,26 @@ def _broadcast(
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def draw(states: Tensor, wall_x: Tensor | float, door_y: Tensor | float) -> Tensor:
+def draw(states: Tensor, wall_x: Tensor | float, door_y: Tensor | float, *, pit: bool = False) -> Tensor:
     """Draw states [N, 2] with wall_x and door_y [N] px as RGB uint8 [N, 64, 64, 3], on the states' device.
 
     The dot is a Gaussian blob (standard deviation 1.4 px) at sub-pixel position, in green. The red value of a pixel is
-    the fraction of it that the wall covers.
+    the fraction of it that the wall covers, the blue value that of the pit.
     """
     states, _, wall_x, door_y = _broadcast(states, states, wall_x, door_y)
     pixel = torch.arange(CANVAS_PX, device=states.device, dtype=states.dtype)
     columns, rows = torch.exp(-0.5 * ((pixel - states[..., None]) / DOT_STD_PX) ** 2).unbind(-2)
     dot = rows[..., :, None] * columns[..., None, :]
     wall = _cover(pixel, wall_x, WALL_WIDTH_PX)[..., None, :] * (1 - _cover(pixel, door_y, DOOR_HEIGHT_PX))[..., None]
-    return (torch.stack([wall, dot, torch.zeros_like(dot)], dim=-1) * 255).round().byte()
+    hole = torch.zeros_like(dot)
+    if pit:
+        (left, top), (right, bottom) = torch.tensor(PIT_PX, dtype=states.dtype, device=states.device)
+        hole += _cover(pixel, (top + bottom) / 2, bottom - top)[:, None] * _cover(
+            pixel, (left + right) / 2, right - left
+        )
+    return (torch.stack([wall, dot, hole], dim=-1) * 255).round().byte()
 
 
-def _cover(pixel: Tensor, centre: Tensor, width_px: float) -> Tensor:
+def _cover(pixel: Tensor, centre: Tensor, width_px: Tensor | float) -> Tensor:
     """Return the fraction of each pixel that an interval covers: pixel [P], centre [N] -> [N, P]."""
     return (width_px / 2 + 0.5 - (pixel - centre[..., None]).abs()).clamp(0, 1)

@@ -14,7 +14,7 @@ from worldmodel.config.model import (
     SumEditorConfig,
     VitConfig,
 )
-from worldmodel.config.sections import CategoricalConfig, CemConfig, Config, IcemConfig
+from worldmodel.config.sections import CategoricalConfig, CemConfig, Config, IcemConfig, MeanRiskConfig
 
 
 def contradictions(config: Config) -> Iterator[str]:
@@ -184,6 +184,8 @@ def _of_planning(config: Config) -> Iterator[str]:
     planning, planner = config.planning, config.planning.planner
     if planning.distance == "steps" and not config.model.distance_dim:
         yield "planning.distance=steps plans by a distance in steps: it needs model.distance_dim"
+    if not isinstance(planning.risk, MeanRiskConfig) and not planning.num_samples:
+        yield f"planning.risk={planning.risk.name} compares several futures: it needs planning.num_samples"
     if isinstance(planner, CemConfig | IcemConfig | CategoricalConfig) and planner.elites >= planning.candidates:
         yield (f"planning.planner.elites={planner.elites} must be below planning.candidates={planning.candidates}")
     discrete = isinstance(planner, CategoricalConfig)

@@ -52,6 +52,8 @@ def converted(tree: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(tree.get(section), dict):
             result[section], has_moved = _moved(section, tree[section], kind)
             is_old |= has_moved
+    if isinstance(result.get("planning"), dict) and "risk_quantile" in result["planning"]:
+        result["planning"] = _with_risk(result["planning"])
     if is_old:
         for section in ("data", "objective"):
             if isinstance(tree.get(section), dict):
@@ -72,6 +74,13 @@ def _moved(section: str, tree: Mapping[str, Any], kind: type) -> tuple[dict[str,
         if member is not None and (new_key in keys_of(member) or is_mistake):
             choice[new_key] = value
     return result, bool(old)
+
+
+def _with_risk(planning: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the section with the key risk_quantile, a level or null, as the choice `risk`."""
+    result = dict(planning)
+    level = result.pop("risk_quantile")
+    return result if level is None else {**result, "risk": {"name": "quantile", "level": level}}
 
 
 def _without_foreign(tree: Mapping[str, Any], kind: Any) -> dict[str, Any]:

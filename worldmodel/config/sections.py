@@ -196,6 +196,47 @@ PlannerConfig = CemConfig | IcemConfig | MppiConfig | GradientConfig | Categoric
 
 
 @dataclass(frozen=True, config=KEYS)
+class MeanRiskConfig:
+    """The mean of the costs of futures."""
+
+    name: Literal["mean"] = "mean"
+    """Name of the measure."""
+
+
+@dataclass(frozen=True, config=KEYS)
+class QuantileRiskConfig:
+    """A quantile of the costs of futures."""
+
+    name: Literal["quantile"] = "quantile"
+    """Name of the measure."""
+    level: Fraction = 0.9
+    """Level of the quantile. 1: the worst future."""
+
+
+@dataclass(frozen=True, config=KEYS)
+class CvarRiskConfig:
+    """The mean cost of the worst futures, conditional value at risk (Rockafellar and Uryasev 2000)."""
+
+    name: Literal["cvar"] = "cvar"
+    """Name of the measure."""
+    level: Fraction = 0.9
+    """Share of the futures that are left out, the cheapest."""
+
+
+@dataclass(frozen=True, config=KEYS)
+class ReachRiskConfig:
+    """The probability that a future comes near the goal within the horizon. Among equal ones, the mean cost decides."""
+
+    name: Literal["reach"] = "reach"
+    """Name of the measure."""
+    within: PositiveFloat = 1.0
+    """Distance from the goal that counts as reached, in the unit of `planning.distance`."""
+
+
+RiskConfig = MeanRiskConfig | QuantileRiskConfig | CvarRiskConfig | ReachRiskConfig
+
+
+@dataclass(frozen=True, config=KEYS)
 class PlanningConfig:
     """How actions are chosen (worldmodel/planning/planners/). A decision compares iterations * candidates
     rollouts."""
@@ -218,8 +259,8 @@ class PlanningConfig:
     of a model with `model.distance_dim`."""
     num_samples: SamplesFrom0 = 0
     """Imagined futures per candidate, by draws from the prior. 0: one, at the mean of the prior."""
-    risk_quantile: Fraction | None = None
-    """Quantile of the costs of these futures that counts. null: their mean."""
+    risk: Annotated[RiskConfig, Choice("mean")] = MeanRiskConfig()
+    """What counts of the costs of these futures."""
     action_set: Literal["ball", "box", "one_hot"] = "ball"
     """Set of allowed actions. ball: of norm 1 at most. box: each coordinate is in [-1, 1]. one_hot: one coordinate is 1
     and the others are 0, as discrete actions are recorded."""

@@ -1,8 +1,8 @@
 """Planning with a trained model: the cost of a sequence of actions, by the future that the model imagines for it.
 
 The cost is the distance of the imagined states from the goal: between embeddings, or in steps of a temporal distance.
-If the future is uncertain, several futures are imagined per sequence, and their costs are averaged or reduced to an
-upper quantile.
+If the future is uncertain, several futures are imagined per sequence, and `planning.risk` says what counts of their
+costs.
 
 Legend: E episodes, I candidates, S imagined futures, B rows of them, K steps of the horizon, A numbers of an action, D
 embedding dimensions, Z numbers of a scene code, L numbers of a temporal distance's phi, C channels, H = W pixels, N
@@ -10,6 +10,7 @@ decisions.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -18,12 +19,13 @@ from torch import Tensor
 
 from data_pipelines.errors import UserError
 from data_pipelines.transforms import to_float
-from worldmodel.config import PlanningConfig, VideosConfig, num_cameras
+from worldmodel.config import PlanningConfig, ReachRiskConfig, VideosConfig, num_cameras
 from worldmodel.nets.distance import steps_between
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.planning.goal_conditioned import GoalConditionedPolicy
 from worldmodel.planning.latent_actions import ActionDecoder
 from worldmodel.planning.planners import Plan, make_planner, shift, start
+from worldmodel.planning.risk import reduced
 from worldmodel.runs.trained_run import TrainedRun
 from worldmodel.training.machine import computes_bf16
 
@@ -80,19 +82,25 @@ class LatentCost:
         flat = in_blocks(actions, self.config.horizon).flatten(0, 1).repeat_interleave(num_futures, dim=0)
         state = self.state.repeat_interleave(num_candidates * num_futures, dim=0)
         cost = state.new_zeros(len(state))
+        nearest = torch.full_like(cost, math.inf)
         generator = self.generator if self.config.num_samples else None
         with torch.autocast(state.device.type, torch.bfloat16, enabled=computes_bf16()):
             goal = self._coordinates(self.goal).repeat_interleave(num_candidates * num_futures, dim=0)
             for imagined in imagine(self.model, self.decoder, state, flat, generator):
                 state = imagined
-                if self.config.cost == "sum":
-                    cost += self._distance(state, goal)
+                if self.needs_every_step:
+                    distance = self._distance(state, goal)
+                    cost += distance
+                    nearest = torch.minimum(nearest, distance)
         if self.config.cost == "last":
             cost = self._distance(state, goal)
-        futures = cost.float().view(*actions.shape[:2], num_futures)
-        if self.config.risk_quantile is not None:
-            return futures.quantile(self.config.risk_quantile, dim=-1)
-        return futures.mean(dim=-1)
+        costs, nearest = (values.float().view(*actions.shape[:2], num_futures) for values in (cost, nearest))
+        return reduced(self.config.risk, costs, nearest)
+
+    @property
+    def needs_every_step(self) -> bool:
+        """Whether the distance of every step counts, and not that of the last one alone."""
+        return self.config.cost == "sum" or isinstance(self.config.risk, ReachRiskConfig)
 
     def _coordinates(self, state: Tensor) -> Tensor:
         """Return the coordinates of states [B, D + Z] that distances are computed from: [B, D or L]."""

@@ -70,8 +70,8 @@ def plan(
         )
     if learns and run.config.data.frame_stride > 1:
         raise UserError(
-            f"the run {run.folder} decides on {run.config.data.frame_stride} actions at once (data.frame_stride): leave "
-            "out policy=gc and planning.warm_start"
+            f"the run {run.folder} decides on {run.config.data.frame_stride} actions at once (data.frame_stride): leave"
+            " out policy=gc and planning.warm_start"
         )
     if learns:
         check_run(run, config)

@@ -11,6 +11,8 @@ from worldmodel.config import (
     ModelConfig,
     NoLatentConfig,
     PlanningConfig,
+    QuantileRiskConfig,
+    ReachRiskConfig,
     ResidualEditorConfig,
     VicregConfig,
     VideosConfig,
@@ -61,11 +63,18 @@ def test_costs_are_distances_to_the_goal_of_each_candidate_rolled_out_by_itself(
 def test_of_several_futures_the_mean_counts_or_their_quantile() -> None:
     model, actions = world(GaussianConfig()), 0.5 * normal(3, 3, 5, 4, 2)
     mean = costs(model, actions, num_samples=64)
-    low, high = (costs(model, actions, num_samples=64, risk_quantile=level) for level in (0.0, 1.0))
+    low, high = (costs(model, actions, num_samples=64, risk=QuantileRiskConfig(level=level)) for level in (0.0, 1.0))
     assert (low < mean).all() and (mean < high).all()
     again = costs(model, actions, num_samples=64)
     assert torch.equal(mean, again)
     assert not torch.equal(mean, costs(model, actions, num_samples=0))
+
+
+def test_the_probability_of_reaching_the_goal_is_a_share_of_futures() -> None:
+    """The goals are far away, and each future comes near one that is as far as the farthest of all."""
+    model, actions = world(GaussianConfig()), 0.5 * normal(3, 3, 5, 4, 2)
+    near, far = (costs(model, actions, num_samples=8, cost="last", risk=ReachRiskConfig(within=d)) for d in (1e-6, 1e6))
+    assert ((near > 0) & (near < 1 / 8)).all() and ((far > -1) & (far < -1 + 1 / 8)).all()
 
 
 def test_steps_are_counted_to_the_goal() -> None:
