@@ -185,7 +185,7 @@ def test_random_actions_are_those_of_the_space_and_flat() -> None:
     actions = policy.act(torch.zeros(200, 3, 16, 16))
     space = gymnasium.spaces.Discrete(4, start=3)
     space.seed(4)
-    assert actions.argmax(dim=-1).tolist() == [int(space.sample()) - 3 for _ in range(200)]
+    assert actions[:, 0].argmax(dim=-1).tolist() == [int(space.sample()) - 3 for _ in range(200)]
     assert (actions.sum(dim=-1) == 1).all()
 
 
@@ -194,7 +194,7 @@ def test_a_policy_of_flat_actions_moves_as_they_say() -> None:
         def begin(self, goals: Tensor) -> None: ...
 
         def act(self, frames: Tensor) -> Tensor:
-            return torch.tensor([[1.0, 0, 0, 0]]).expand(len(frames), -1)
+            return torch.tensor([1.0, 0, 0, 0]).expand(len(frames), 1, -1)
 
         def keep(self, is_running: Tensor) -> None: ...
 
