@@ -136,7 +136,7 @@ def test_a_state_and_a_goal_can_be_set() -> None:
         env.reset(options={"state": start, "goal": start + 0.5})
 
 
-@pytest.mark.parametrize("maze", MAZES)
+@pytest.mark.parametrize("maze", ["medium", *(pytest.param(maze, marks=pytest.mark.slow) for maze in MAZES[1:])])
 def test_exploration_visits_every_cell(maze: MazeName) -> None:
     env, cells = PointMazeEnv(maze), set()
     for episode in range(40):

@@ -102,6 +102,7 @@ def test_recorded_actions_reach_the_goal_and_no_actions_do_not(rooms: TrainedRun
         assert len(way) < 16 or np.array_equal(way[15], episode.goal)
 
 
+@pytest.mark.slow
 def test_recorded_actions_are_exact_in_mazes(tmp_path: Path) -> None:
     pytest.importorskip("ogbench")
     run = recorded(tmp_path / "data", MAZES, 60)
