@@ -131,7 +131,8 @@ def test_resampling_is_what_its_words_say(video: Video, fps: Fraction) -> None:
     video = replace(video, fps=float(round(video.fps)))
     source = frames_on_screen(video, float(fps))
     assert source.tolist() == slow_frames_on_screen(video, Fraction(fps))
-    assert source[0] == 0 and source[-1] < video.num_frames and (np.diff(source) >= 0).all()
+    # Not always the first frame at first: several may begin at time zero, and the last of them is on screen.
+    assert source[0] >= 0 and source[-1] < video.num_frames and (np.diff(source) >= 0).all()
 
 
 # ----------------------------------------------------------------------------------------------------------- clips

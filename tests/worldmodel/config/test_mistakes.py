@@ -111,7 +111,7 @@ def test_mistakes_name_the_key_the_value_and_what_is_allowed(override: str, told
     [
         ("train.step=5", "train.steps"),
         ("steps=5", "train.steps"),
-        ("lr=1", "train.lr"),
+        ("lr=1", "train.lr or planning.planner.lr"),
         ("trainn.steps=5", "train"),
         ("train.batch_size=8", "data.batch_size"),
         ("horizon=3", "evaluation.horizon or planning.horizon"),

@@ -60,8 +60,12 @@ CHANGED = {
     "planning.noise_beta": 1.5,
     "planning.temperature": 0.4,
 }
-NEW = {"data.format"} | {f"data.augment.{key}" for key in keys_of(AugmentConfig)}
-NEW_CHOICES = {("model.encoder", "deviation"), ("model.encoder", "objects"), ("model.editor", "linear")}
+NEW = {"data.format", "planning.warm_start", "planning.goal_steps", "planning.risk.name"} | {
+    f"data.augment.{key}" for key in keys_of(AugmentConfig)
+}
+NEW_CHOICES = {("model.encoder", "deviation"), ("model.encoder", "objects"), ("model.editor", "linear")} | {
+    ("planning.planner", name) for name in ("gradient", "categorical")
+}
 TAGS = {
     "data.source": "data",
     "model.encoder": "model.encoder",

@@ -109,6 +109,7 @@ def test_discrete_actions_are_learned(few_steps: None) -> None:
         assert policy(state, state.flip(0)).argmax(dim=1).tolist() == [1, 0]
 
 
+@pytest.mark.slow
 def test_a_seed_fixes_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(goal_conditioned, "STEPS", 250)
     monkeypatch.setattr(goal_conditioned, "BATCH", 32)

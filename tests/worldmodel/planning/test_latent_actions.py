@@ -54,6 +54,7 @@ def test_actions_lead_where_they_do_in_the_world(world: None) -> None:
     assert float(prediction_error(cast(Any, model), decoder, context, action, target)) < 0.02 * chance
 
 
+@pytest.mark.slow
 def test_it_is_the_same_for_the_same_seed_and_frozen(world: None) -> None:
     first, again = (fit_action_decoder(run_of(AddingModel()), 100, seed=3) for _ in range(2))
     for a, b in zip(first.parameters(), again.parameters(), strict=True):
