@@ -15,7 +15,6 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.errors import UserError
 from data_pipelines.worlds.policies import MakePolicy
 from data_pipelines.worlds.push_t_expert import expert, weak
 from data_pipelines.worlds.push_t_law import (
@@ -23,7 +22,6 @@ from data_pipelines.worlds.push_t_law import (
     CANVAS,
     OUTLINE,
     POSE_NUMBERS,
-    SIZE_PX,
     STATE,
     UNITS_PER_PX,
     block_distance,
@@ -34,7 +32,7 @@ from data_pipelines.worlds.push_t_law import (
     to_block,
     to_canvas,
 )
-from data_pipelines.worlds.states import State, whole_state
+from data_pipelines.worlds.states import Frame, State, StateEnv
 
 ENV_ID = "worldmodel/PushT-v0"
 
@@ -43,7 +41,7 @@ AGENT_RANGE, BLOCK_RANGE = (50.0, 450.0), (100.0, 400.0)
 BLOCK_MARGIN = 40.0  # of the drawn block's corners from the canvas's edges, so that the disc fits in between
 
 
-class PushTEnv(gymnasium.Env[NDArray[np.uint8], NDArray[np.float32]]):
+class PushTEnv(StateEnv):
     """Bring block and disc to a goal: reward 0 and termination when they are there, -1 per step until then.
 
     Actions in [-1, 1]^2 times 100 units are added to the disc's position and give the target of its controller for
@@ -60,57 +58,21 @@ class PushTEnv(gymnasium.Env[NDArray[np.uint8], NDArray[np.float32]]):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+    state_names, num_positions = STATE, POSE_NUMBERS
 
     def __init__(self, render_mode: str | None = None) -> None:
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise UserError(f"render_mode={render_mode!r} is unknown: use rgb_array, or leave it out")
+        super().__init__(render_mode)
         load_pymunk()
-        self.render_mode = render_mode
-        self.observation_space = gymnasium.spaces.Box(0, 255, (SIZE_PX, SIZE_PX, 3), np.uint8)
-        self.action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
-        self._state = self._goal = np.zeros(len(STATE), np.float32)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.uint8], dict[str, Any]]:
-        """Draw a start and a goal. Return the observation and info."""
-        super().reset(seed=seed)
-        options = options or {}
-        if unknown := sorted(options.keys() - {"state", "goal"}):
-            raise UserError(f"reset option {unknown[0]!r} is unknown: use state, goal")
-        state, goal = (
-            None if options.get(name) is None else _checked(f"reset option {name}", options[name])
-            for name in ("state", "goal")
-        )
-        if state is not None and goal is not None and reaches(state, goal):
-            raise UserError(f"reset option goal={goal.tolist()} is met by the state already")
-        self._state = self._draw_state(goal) if state is None else state
-        self._goal = self._draw_state(self._state) if goal is None else goal
-        return draw(self._state), self._info()
+    def picture(self, state: State) -> Frame:
+        return draw(state)
 
-    def set_state(self, state: Any) -> dict[str, Any]:
-        """Continue from a state of 5 numbers (at rest) or 10, and return info. It has the same future each time."""
-        self._state = _checked("state", state)
-        return self._info()
+    def reaches(self, state: State, goal: State) -> bool:
+        return reaches(state, goal)
 
-    def set_goal(self, state: Any) -> dict[str, Any]:
-        """Make a state of 5 or 10 numbers the goal, and return info. Its velocities do not count."""
-        self._goal = _checked("goal", state)
-        return self._info()
-
-    def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.uint8], float, bool, bool, dict[str, Any]]:
-        """Execute an action [2]. Return observation, reward, terminated, truncated (always False), info."""
-        self._state, applied = move(self._state, np.clip(np.asarray(action, np.float32), -1, 1))
-        info = self._info() | {"applied_action": applied}
-        return draw(self._state), 0.0 if info["is_success"] else -1.0, info["is_success"], False, info
-
-    def render(self) -> NDArray[np.uint8] | None:
-        """Return the observation; None without a render mode."""
-        return None if self.render_mode is None else draw(self._state)
-
-    def goal_frame(self) -> NDArray[np.uint8]:
-        """Return the observation in the goal state, uint8 [64, 64, 3]."""
-        return draw(self._goal)
+    def advance(self, action: NDArray[np.float32]) -> tuple[State, dict[str, Any]]:
+        state, applied = move(self._state, action)
+        return state, {"applied_action": applied}
 
     @staticmethod
     def state_px(states: NDArray[Any]) -> NDArray[Any]:
@@ -121,8 +83,7 @@ class PushTEnv(gymnasium.Env[NDArray[np.uint8], NDArray[np.float32]]):
         """Return the policies for recording, by name, the usual one first."""
         return {"expert": expert, "weak": weak}
 
-    def _draw_state(self, other: State | None) -> State:
-        """Draw a state at rest that does not meet another one."""
+    def draw_state(self) -> State:
         while True:
             agent = self.np_random.uniform(*AGENT_RANGE, 2)
             block = self.np_random.uniform(*BLOCK_RANGE, 2)
@@ -130,20 +91,8 @@ class PushTEnv(gymnasium.Env[NDArray[np.uint8], NDArray[np.float32]]):
             state = np.array([*agent, *block, angle, *[0.0] * (len(STATE) - POSE_NUMBERS)], np.float32)
             corners = to_canvas(OUTLINE, state)
             inside = corners.min() >= BLOCK_MARGIN and corners.max() <= CANVAS - BLOCK_MARGIN
-            apart = block_distance(to_block(agent, state)) > AGENT_RADIUS
-            if inside and apart and (other is None or not reaches(state, other)):
+            if inside and block_distance(to_block(agent, state)) > AGENT_RADIUS:
                 return state
-
-    def _info(self) -> dict[str, Any]:
-        return {
-            "state": self._state.copy(),
-            "goal": self._goal.copy(),
-            "is_success": reaches(self._state, self._goal),
-        }
-
-
-def _checked(name: str, value: Any) -> State:
-    return whole_state(name, value, STATE, POSE_NUMBERS)
 
 
 if ENV_ID not in gymnasium.registry:

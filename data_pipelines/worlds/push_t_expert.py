@@ -90,7 +90,7 @@ CONTACTS = contacts()
 _CONVEX = np.array([0, 1, 2, 4, 5, 7])
 _OUTWARD = np.array([[-1, -1], [1, -1], [1, 1], [1, 1], [-1, 1], [-1, 1]])
 BENDS = OUTLINE[_CONVEX] + (AGENT_RADIUS + 2 * GAP) * _OUTWARD
-"""Where ways round the block bend, [6, 2]."""
+"""Corners of paths around the block, [6, 2]."""
 
 
 def is_clear(starts: Array, ends: Array, gap: float = GAP - 1.0) -> NDArray[np.bool_]:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.errors import UserError
-from data_pipelines.worlds.shapes import Array, box_distance, disc_distance, paint, pixel_centres
+from data_pipelines.worlds.shapes import SIZE_PX, Array, box_distance, disc_distance, paint, pixel_centres
 from data_pipelines.worlds.states import State
 
 STATE = ("agent x", "agent y", "block x", "block y", "block angle", "agent vx", "agent vy", "vx", "vy", "spin")
@@ -42,7 +42,6 @@ STIFFNESS, DAMPING = 100.0, 20.0  # of the disc's controller, 1/s^2 and 1/s
 
 GOAL_UNITS, GOAL_ANGLE = 20.0, np.pi / 9
 
-SIZE_PX = 64
 UNITS_PER_PX = CANVAS / SIZE_PX
 WHITE, LIGHT_GRAY, SLATE, BLUE = (255, 255, 255), (211, 211, 211), (119, 136, 153), (65, 105, 225)
 

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from data_pipelines.errors import UserError
 from data_pipelines.worlds.policies import MakePolicy, Policy
-from data_pipelines.worlds.shapes import Array, capsule_distance, disc_distance, paint, pixel_centres
-from data_pipelines.worlds.states import State, whole_state
+from data_pipelines.worlds.shapes import SIZE_PX, Array, capsule_distance, disc_distance, paint, pixel_centres
+from data_pipelines.worlds.states import Frame, State, StateEnv
 
 ENV_ID = "worldmodel/Reacher-v0"
 
@@ -56,7 +56,6 @@ MODEL = f"""
 </mujoco>
 """
 
-SIZE_PX = 64
 VIEW_M = 0.6
 PX_PER_M = SIZE_PX / VIEW_M
 FLOOR, LINKS, FINGER = (38, 64, 89), (179, 128, 77), (255, 214, 102)
@@ -131,7 +130,7 @@ def draw(state: NDArray[Any]) -> NDArray[np.uint8]:
 # ------------------------------------------------------------------------------------------------ the environment
 
 
-class ReacherEnv(gymnasium.Env[NDArray[np.uint8], NDArray[np.float32]]):
+class ReacherEnv(StateEnv):
     """Turn the arm to a goal pose: reward 0 and termination when it is there, -1 per step until then.
 
     Actions in [-1, 1]^2 are torques of shoulder and wrist for 0.04 s. Observations are uint8 [64, 64, 3]. info: "state"
@@ -145,57 +144,20 @@ class ReacherEnv(gymnasium.Env[NDArray[np.uint8], NDArray[np.float32]]):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 25}  # noqa: RUF012
+    state_names, num_positions = STATE, NUM_JOINTS
 
     def __init__(self, render_mode: str | None = None) -> None:
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise UserError(f"render_mode={render_mode!r} is unknown: use rgb_array, or leave it out")
+        super().__init__(render_mode)
         self._arm = Arm()
-        self.render_mode = render_mode
-        self.observation_space = gymnasium.spaces.Box(0, 255, (SIZE_PX, SIZE_PX, 3), np.uint8)
-        self.action_space = gymnasium.spaces.Box(-1, 1, (NUM_JOINTS,), np.float32)
-        self._state = self._goal = np.zeros(len(STATE), np.float32)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.uint8], dict[str, Any]]:
-        """Draw a start and a goal. Return the observation and info."""
-        super().reset(seed=seed)
-        options = options or {}
-        if unknown := sorted(options.keys() - {"state", "goal"}):
-            raise UserError(f"reset option {unknown[0]!r} is unknown: use state, goal")
-        state, goal = (
-            None if options.get(name) is None else _checked(f"reset option {name}", options[name])
-            for name in ("state", "goal")
-        )
-        if state is not None and goal is not None and reaches(state, goal):
-            raise UserError(f"reset option goal={goal.tolist()} is met by the state already")
-        self._state = self._draw_state(goal) if state is None else state
-        self._goal = self._draw_state(self._state) if goal is None else goal
-        return draw(self._state), self._info()
+    def picture(self, state: State) -> Frame:
+        return draw(state)
 
-    def set_state(self, state: Any) -> dict[str, Any]:
-        """Continue from a state of 2 numbers (at rest) or 4, and return info. It has the same future each time."""
-        self._state = _checked("state", state)
-        return self._info()
+    def reaches(self, state: State, goal: State) -> bool:
+        return reaches(state, goal)
 
-    def set_goal(self, state: Any) -> dict[str, Any]:
-        """Make a state of 2 or 4 numbers the goal, and return info. Its velocities do not count."""
-        self._goal = _checked("goal", state)
-        return self._info()
-
-    def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.uint8], float, bool, bool, dict[str, Any]]:
-        """Execute an action [2]. Return observation, reward, terminated, truncated (always False), info."""
-        self._state = self._arm.move(self._state, np.clip(np.asarray(action, np.float32), -1, 1))
-        info = self._info()
-        return draw(self._state), 0.0 if info["is_success"] else -1.0, info["is_success"], False, info
-
-    def render(self) -> NDArray[np.uint8] | None:
-        """Return the observation; None without a render mode."""
-        return None if self.render_mode is None else draw(self._state)
-
-    def goal_frame(self) -> NDArray[np.uint8]:
-        """Return the observation in the goal pose, uint8 [64, 64, 3]."""
-        return draw(self._goal)
+    def advance(self, action: NDArray[np.float32]) -> tuple[State, dict[str, Any]]:
+        return self._arm.move(self._state, action), {}
 
     @staticmethod
     def state_px(states: NDArray[Any]) -> NDArray[Any]:
@@ -206,23 +168,8 @@ class ReacherEnv(gymnasium.Env[NDArray[np.uint8], NDArray[np.float32]]):
         """Return the policies for recording, by name."""
         return {"expert": expert}
 
-    def _draw_state(self, other: State | None) -> State:
-        """Draw a state at rest that does not meet another one."""
-        while True:
-            state = np.array([*random_pose(self.np_random), 0, 0], np.float32)
-            if other is None or not reaches(state, other):
-                return state
-
-    def _info(self) -> dict[str, Any]:
-        return {
-            "state": self._state.copy(),
-            "goal": self._goal.copy(),
-            "is_success": reaches(self._state, self._goal),
-        }
-
-
-def _checked(name: str, value: Any) -> State:
-    return whole_state(name, value, STATE, NUM_JOINTS)
+    def draw_state(self) -> State:
+        return np.array([*random_pose(self.np_random), 0, 0], np.float32)
 
 
 def random_pose(rng: np.random.Generator) -> Array:

@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+SIZE_PX = 64
+"""Side of the pictures of an environment."""
+
 
 def disc_distance(points: Array, centre: Array, radius: float) -> Array:
     """Return the signed distance of points [..., 2] from discs, with centres that broadcast to them."""

@@ -31,14 +31,16 @@ from data_pipelines.worlds.two_rooms_law import (
     LOW_PX,
     MAX_STEP_PX,
     PIT_PX,
+    UNREACHABLE_PX,
     WALL_WIDTH_PX,
     WALL_X_RANGE_PX,
     clip_to_disc,
+    distances_around_the_pit,
     draw,
+    grid_points,
     in_pit,
     is_free,
     move,
-    paths_around_the_pit,
     shortest_path_px,
     step_of_action,
 )
@@ -48,8 +50,6 @@ ENV_ID = "worldmodel/TwoRooms-v0"
 MAX_GOAL_RADIUS_PX = 10.0
 """Smaller than every room, so that every start has a goal that it does not already meet."""
 
-UNREACHABLE_PX = 2.0 * CANVAS_PX
-"""Distance that counts where no path leads to the goal."""
 NUM_HEADINGS = 32
 """Headings that `go_around` chooses from."""
 SLIPPED_FUTURES = 16
@@ -144,8 +144,7 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         if self.slip and self.np_random.random() < self.slip:
             action = self.np_random.uniform(-1, 1, 2).astype(np.float32)
         applied = clip_to_disc(torch.as_tensor(np.asarray(action, np.float32)))
-        if not (self.pit and in_pit(self._state)):
-            self._state = move(self._state, step_of_action(applied), self._wall_x, self._door_y)
+        self._state = move(self._state, step_of_action(applied), self._wall_x, self._door_y, pit=self.pit)
         info = self._info() | {"applied_action": applied.numpy().copy()}
         return self._picture(self._state), 0.0 if info["is_success"] else -1.0, info["is_success"], False, info
 
@@ -216,16 +215,13 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
             point = torch.tensor(np.asarray(value, np.float32))
         except (ValueError, TypeError):
             point = torch.empty(0)
-        if point.shape != (2,) or not self._is_open(point):
+        if point.shape != (2,) or not is_free(point, self._wall_x, self._door_y, pit=self.pit):
             pit = f" and the pit {PIT_PX}" if self.pit else ""
             raise UserError(
                 f"reset option {name}={value!r} must be (x, y) within {LOW_PX:g}..{HIGH_PX:g} px and outside the wall "
                 f"at x={self._wall_x:g} px{pit}"
             )
         return point
-
-    def _is_open(self, point: Tensor) -> bool:
-        return bool(is_free(point, self._wall_x, self._door_y)) and not (self.pit and bool(in_pit(point)))
 
     def _meets(self, state: Tensor, goal: Tensor) -> bool:
         return bool((state - goal).norm() <= self.goal_radius_px)
@@ -280,17 +276,7 @@ class PrivilegedCost:
     def __init__(self, envs: Sequence[TwoRoomsEnv]) -> None:
         self.envs, self.slip, self.pit = list(envs), envs[0].slip, envs[0].pit
         self.generator = torch.Generator().manual_seed(0)
-        places = torch.arange(LOW_PX, HIGH_PX + 1)
-        grid = torch.stack(torch.meshgrid(places, places, indexing="xy"), dim=-1)
-        left = []
-        for env in self.envs:
-            if self.pit:
-                left.append(distances_around_the_pit(env._goal))
-                continue
-            wall_x, door_y = env._wall_x, env._door_y
-            distance = shortest_path_px(grid, env._goal, wall_x, door_y).float()
-            left.append(torch.where(is_free(grid, wall_x, door_y), distance, distance.new_tensor(UNREACHABLE_PX)))
-        self.left = torch.stack(left)
+        self.left = torch.stack([_distances(env) for env in self.envs])
 
     def __call__(self, actions: Tensor) -> Tensor:
         num_futures = SLIPPED_FUTURES if self.slip else 1
@@ -302,8 +288,7 @@ class PrivilegedCost:
         cost = torch.zeros(shape)
         for action in actions[:, :, None].expand(*shape, -1, -1).unbind(3):
             step = step_of_action(self._slipped(action))
-            moved = move(state, step, wall_x, door_y)
-            state = torch.where(in_pit(state)[..., None], state, moved) if self.pit else moved
+            state = move(state, step, wall_x, door_y, pit=self.pit)
             x, y = (state - LOW_PX).round().long().unbind(-1)
             left = self.left[rows, y, x]
             cost += torch.where(in_pit(state), UNREACHABLE_PX, left) if self.pit else left
@@ -323,17 +308,13 @@ class PrivilegedCost:
         self.left = self.left[going_on]
 
 
-def distances_around_the_pit(goal: Tensor) -> Tensor:
-    """Return the length of the shortest path from each point of a grid of 1 px to a goal [2]: [56, 56] px, row by row.
-
-    It is UNREACHABLE_PX where no path leads to the goal.
-    """
-    from scipy.sparse.csgraph import dijkstra
-
-    side = round(HIGH_PX - LOW_PX) + 1
-    x, y = (goal - LOW_PX).round().long().tolist()
-    lengths = torch.from_numpy(dijkstra(paths_around_the_pit(), indices=y * side + x)).float()
-    return lengths.clamp(max=UNREACHABLE_PX).view(side, side)
+def _distances(env: TwoRoomsEnv) -> Tensor:
+    """Return the length of the shortest path from each of `grid_points` to the goal, [56, 56] px."""
+    if env.pit:
+        return distances_around_the_pit(env._goal)
+    grid = grid_points()
+    lengths = shortest_path_px(grid, env._goal, env._wall_x, env._door_y).float()
+    return torch.where(is_free(grid, env._wall_x, env._door_y), lengths, lengths.new_tensor(UNREACHABLE_PX))
 
 
 def _check_range(name: str, value: Any, low: float, high: float) -> None:
@@ -376,7 +357,6 @@ def go_around(rng: np.random.Generator) -> Policy:
     """
     angles = np.linspace(0, 2 * math.pi, NUM_HEADINGS, endpoint=False)
     headings = MAX_STEP_PX * torch.tensor(np.stack([np.cos(angles), np.sin(angles)], axis=1), dtype=torch.float32)
-    low, high = torch.tensor(PIT_PX)
     waypoint = left = None
     margin = 0.0
 
@@ -390,8 +370,7 @@ def go_around(rng: np.random.Generator) -> Policy:
                 waypoint = None  # it is in the wall or the pit
         reached = move(state, headings, info["wall_x_px"], info["door_y_px"])
         x, y = (reached - LOW_PX).round().long().unbind(-1)
-        too_near = ((reached > low - margin) & (reached < high + margin)).all(dim=-1)
-        best = (left[y, x] + UNREACHABLE_PX * too_near).argmin()
+        best = (left[y, x] + UNREACHABLE_PX * in_pit(reached, margin)).argmin()
         ahead = waypoint - state if (waypoint - state).norm() < 2 * MAX_STEP_PX else headings[best]
         return _towards(ahead.double().numpy(), rng)
 

@@ -13,12 +13,15 @@ the pit blue.
 import math
 from functools import cache
 from itertools import permutations, product
+from typing import TYPE_CHECKING
 
 import torch
-from scipy.sparse import coo_array, csr_array
 from torch import Tensor
 
 from data_pipelines.worlds.digits import CANVAS_PX
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 LOW_PX, HIGH_PX = 4.0, 59.0
 """Range of the dot's centre, on both axes."""
@@ -32,6 +35,8 @@ DOOR_Y_RANGE_PX = (LOW_PX + DOOR_HEIGHT_PX / 2, HIGH_PX - DOOR_HEIGHT_PX / 2)
 
 PIT_PX = ((16.0, 28.0), (47.0, 38.0))
 """Top left and bottom right corner of the pit."""
+UNREACHABLE_PX = 2.0 * CANVAS_PX
+"""Distance that counts where no path leads to the goal."""
 
 CONTACT_TOLERANCE_PX = 1e-3  # rounding may leave the dot this far inside a wall; the next contact corrects it
 
@@ -44,27 +49,30 @@ def step_of_action(action: Tensor) -> Tensor:
     return MAX_STEP_PX * clip_to_disc(action)
 
 
-def move(state: Tensor, step: Tensor, wall_x: Tensor | float, door_y: Tensor | float) -> Tensor:
-    """Return the state after a step: the law of the environment.
+def move(state: Tensor, step: Tensor, wall_x: Tensor | float, door_y: Tensor | float, *, pit: bool = False) -> Tensor:
+    """Return the state after a step: the law of the environment, with a pit or without.
 
     state [..., 2] px in the free area, step [..., 2] px of any length, wall_x and door_y [...] px; all are broadcast.
     The result [..., 2] px has the type and device of the state. It never crosses a wall.
     """
     reached, rest = _leg(state, step, wall_x, door_y)
-    return _leg(reached, rest, wall_x, door_y)[0] if rest.any() else reached
+    if rest.any():
+        reached = _leg(reached, rest, wall_x, door_y)[0]
+    return torch.where(in_pit(state)[..., None], state, reached) if pit else reached
 
 
-def is_free(state: Tensor, wall_x: Tensor | float, door_y: Tensor | float) -> Tensor:
-    """Return whether points [..., 2] px are in the free area of the dot's centre, bool [...]."""
+def is_free(state: Tensor, wall_x: Tensor | float, door_y: Tensor | float, *, pit: bool = False) -> Tensor:
+    """Return whether points [..., 2] px are in the free area of the dot's centre, outside of any pit: bool [...]."""
     low, high = _wall_parts(state, wall_x, door_y)
     in_wall = ((state[..., None, :] > low) & (state[..., None, :] < high)).all(dim=-1).any(dim=-1)
-    return ((state >= LOW_PX) & (state <= HIGH_PX)).all(dim=-1) & ~in_wall
+    free = ((state >= LOW_PX) & (state <= HIGH_PX)).all(dim=-1) & ~in_wall
+    return free & ~in_pit(state) if pit else free
 
 
-def in_pit(state: Tensor) -> Tensor:
-    """Return whether points [..., 2] px are in the pit, bool [...]."""
+def in_pit(state: Tensor, margin_px: float = 0.0) -> Tensor:
+    """Return whether points [..., 2] px are in the pit, made larger by a margin on all sides: bool [...]."""
     low, high = torch.tensor(PIT_PX, dtype=state.dtype, device=state.device)
-    return ((state > low) & (state < high)).all(dim=-1)
+    return ((state > low - margin_px) & (state < high + margin_px)).all(dim=-1)
 
 
 def shortest_path_px(state: Tensor, goal: Tensor, wall_x: Tensor | float, door_y: Tensor | float) -> Tensor:
@@ -91,27 +99,48 @@ def shortest_path_px(state: Tensor, goal: Tensor, wall_x: Tensor | float, door_y
     return shortest
 
 
+def grid_points() -> Tensor:
+    """Return the points of a grid of 1 px over the range of the dot's centre, [56, 56, 2] px, row by row."""
+    places = torch.arange(LOW_PX, HIGH_PX + 1)
+    return torch.stack(torch.meshgrid(places, places, indexing="xy"), dim=-1)
+
+
+def distances_around_the_pit(goal: Tensor) -> Tensor:
+    """Return the length of the shortest path from each of `grid_points` to a goal [2]: [56, 56] px.
+
+    It is UNREACHABLE_PX where no path leads to the goal.
+    """
+    from scipy.sparse.csgraph import dijkstra
+
+    side = len(grid_points())
+    x, y = (goal - LOW_PX).round().long().tolist()
+    lengths = torch.from_numpy(dijkstra(_paths_around_the_pit(), indices=y * side + x)).float()
+    return lengths.clamp(max=UNREACHABLE_PX).view(side, side)
+
+
 @cache
-def paths_around_the_pit() -> csr_array:
-    """Return the graph of straight moves between the points of a grid of 1 px, row by row, that avoid wall and pit.
+def _paths_around_the_pit() -> "csr_array":
+    """Return the graph of straight moves between `grid_points` that avoid wall and pit.
 
     Moves are those to points at most 3 px away on each axis, so that lengths of paths are exact to about 1%.
     """
-    places = torch.arange(LOW_PX, HIGH_PX + 1)
-    grid = torch.stack(torch.meshgrid(places, places, indexing="xy"), dim=-1)
-    number = torch.arange(grid[..., 0].numel()).view(grid.shape[:2])
+    from scipy.sparse import coo_array
+
+    grid = grid_points()
+    side = len(grid)
+    number = torch.arange(side**2).view(side, side)
     starts, ends, lengths = [], [], []
     for dx, dy in product(range(-3, 4), repeat=2):
         if math.gcd(dx, dy) != 1:
             continue
-        rows, columns = (slice(max(0, -move), len(places) - max(0, move)) for move in (dy, dx))
+        rows, columns = (slice(max(0, -by), side - max(0, by)) for by in (dy, dx))
         along = grid[rows, columns][..., None, :] + torch.linspace(0, 1, 9)[:, None] * torch.tensor([dx, dy])
-        clear = (is_free(along, FIXED_WALL_X_PX, FIXED_DOOR_Y_PX) & ~in_pit(along)).all(dim=-1)
+        clear = is_free(along, FIXED_WALL_X_PX, FIXED_DOOR_Y_PX, pit=True).all(dim=-1)
         starts.append(number[rows, columns][clear])
-        ends.append(starts[-1] + dy * len(places) + dx)
+        ends.append(starts[-1] + dy * side + dx)
         lengths.append(torch.full(starts[-1].shape, math.hypot(dx, dy), dtype=torch.float64))
     edges = (torch.cat(lengths).numpy(), (torch.cat(starts).numpy(), torch.cat(ends).numpy()))
-    return coo_array(edges, shape=(number.numel(), number.numel())).tocsr()
+    return coo_array(edges, shape=(side**2, side**2)).tocsr()
 
 
 def clip_to_disc(action: Tensor) -> Tensor:

@@ -260,7 +260,7 @@ class PlanningConfig:
     num_samples: SamplesFrom0 = 0
     """Imagined futures per candidate, by draws from the prior. 0: one, at the mean of the prior."""
     risk: Annotated[RiskConfig, Choice("mean")] = MeanRiskConfig()
-    """What counts of the costs of these futures."""
+    """Measure of the costs of these futures, by which candidates are compared."""
     action_set: Literal["ball", "box", "one_hot"] = "ball"
     """Set of allowed actions. ball: of norm 1 at most. box: each coordinate is in [-1, 1]. one_hot: one coordinate is 1
     and the others are 0, as discrete actions are recorded."""

@@ -1,7 +1,7 @@
 """Planning with a trained model: the cost of a sequence of actions, by the future that the model imagines for it.
 
 The cost is the distance of the imagined states from the goal: between embeddings, or in steps of a temporal distance.
-If the future is uncertain, several futures are imagined per sequence, and `planning.risk` says what counts of their
+If the future is uncertain, several futures are imagined per sequence, and `planning.risk` is the measure of their
 costs.
 
 Legend: E episodes, I candidates, S imagined futures, B rows of them, K steps of the horizon, A numbers of an action, D
@@ -99,7 +99,7 @@ class LatentCost:
 
     @property
     def needs_every_step(self) -> bool:
-        """Whether the distance of every step counts, and not that of the last one alone."""
+        """True if the distance of every step counts, not that of the last one alone."""
         return self.config.cost == "sum" or isinstance(self.config.risk, ReachRiskConfig)
 
     def _coordinates(self, state: Tensor) -> Tensor:

@@ -45,14 +45,14 @@ class GoalPolicy(Protocol):
 
 
 class Starts(Protocol):
-    """How the episodes of a protocol begin: DrawnStarts, or RecordedStarts of recorded.py."""
+    """The starts of a protocol's episodes: DrawnStarts, or RecordedStarts of recorded.py."""
 
     def begin(self, env: gymnasium.Env, seed: int, number: int, env_seed: int) -> Mapping[str, Any]:
         """Reset an environment for an episode of a seed, and return its info. env_seed is that of its own chance."""
 
     @property
     def facts(self) -> ProtocolFacts:
-        """What a result states about its starts."""
+        """Facts about the starts, for the result."""
 
 
 @dataclass(frozen=True)

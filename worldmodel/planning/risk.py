@@ -1,4 +1,4 @@
-"""What counts of several futures of a plan: from the mean of their costs to the probability of reaching the goal.
+"""Measures of several futures of a plan, from the mean of their costs to the probability of reaching the goal.
 
 Legend: E episodes, I candidates, S futures.
 """

@@ -8,17 +8,14 @@ import pytest
 import torch
 
 from data_pipelines.errors import UserError
-from data_pipelines.worlds.two_rooms import (
-    UNREACHABLE_PX,
-    PrivilegedCost,
-    TwoRoomsEnv,
-    distances_around_the_pit,
-)
+from data_pipelines.worlds.two_rooms import PrivilegedCost, TwoRoomsEnv
 from data_pipelines.worlds.two_rooms_law import (
     FIXED_DOOR_Y_PX,
     FIXED_WALL_X_PX,
     LOW_PX,
     PIT_PX,
+    UNREACHABLE_PX,
+    distances_around_the_pit,
     draw,
     in_pit,
     move,

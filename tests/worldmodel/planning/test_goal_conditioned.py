@@ -1,7 +1,6 @@
 """The goal-conditioned policy: its likelihood, what it learns in a plane, its file, and its part in a search."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from tests.conftest import normal
-from tests.worldmodel.planning.test_planned_episodes import Plane, pictures
-from worldmodel.config import Config, IcemConfig, PlanningConfig, VideosConfig
+from tests.worldmodel.planning.test_planned_episodes import Plane, pictures, run_of
+from worldmodel.config import IcemConfig, PlanningConfig
 from worldmodel.planning import goal_conditioned
 from worldmodel.planning.goal_conditioned import (
     GoalClips,
@@ -189,17 +188,9 @@ class KnownPlane(Plane):
 
 
 def acting(searches: bool, **planning: Any) -> LatentPolicy:
-    plane = KnownPlane()
-    run: Any = SimpleNamespace(
-        model=plane,
-        target_encoder=plane.observe,
-        config=Config(run_dir="", data=VideosConfig(num_frames=1, num_segments=2)),
-        networks=None,
-        folder=Path("plane"),
-        device=torch.device("cpu"),
-    )
     learned: Any = TowardsGoal()
-    policy = LatentPolicy(run, PlanningConfig(horizon=5, **planning), 0, learned=learned, searches=searches)
+    config = PlanningConfig(horizon=5, **planning)
+    policy = LatentPolicy(run_of(KnownPlane()), config, 0, learned=learned, searches=searches)
     policy.begin(pictures(torch.tensor([[28, 16], [16, 28]])))
     return policy
 

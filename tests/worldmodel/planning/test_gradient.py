@@ -4,14 +4,19 @@ from typing import Literal
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.conftest import normal
-from tests.worldmodel.planning.test_planners import CPU, EFFORT, Recorder, decide, goals, improve, reaching
+from tests.worldmodel.planning.test_planners import (
+    EFFORT,
+    Recorder,
+    assert_planned_alike_alone,
+    decide,
+    goals,
+    reaching,
+)
 from tests.worldmodel.planning.test_protocol import world
 from worldmodel.config import GaussianConfig, GradientConfig, IcemConfig, LatentConfig, NoLatentConfig, PlanningConfig
 from worldmodel.planning.imagination import LatentCost
-from worldmodel.planning.planners import Plan, shift, start
 
 
 def planning(iterations: int, **options: object) -> PlanningConfig:
@@ -77,16 +82,7 @@ def test_the_best_of_all_steps_and_starts_is_kept() -> None:
 
 
 def test_a_seed_fixes_the_plan_and_an_episode_is_planned_alike_alone() -> None:
-    goal, config = goals(4, farthest=5.0).double(), planning(4)
-
-    def two_decisions(goal: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(3)
-        plan = Plan(*(part.double() for part in start(config, len(goal), 2, CPU)))
-        plan, _, _ = improve(config, plan, reaching(goal), generator)
-        return improve(config, shift(plan), reaching(goal), generator)[1]
-
-    alone = torch.cat([two_decisions(goal[i : i + 1]) for i in range(len(goal))])
-    torch.testing.assert_close(two_decisions(goal), alone, rtol=0, atol=1e-9)
+    assert_planned_alike_alone(planning(4), goals(4, farthest=5.0).double())
 
 
 @pytest.mark.parametrize(("latent", "samples"), [(NoLatentConfig(), 0), (GaussianConfig(), 3)])

@@ -59,9 +59,9 @@ def pictures(points: Tensor) -> Tensor:
     return frames
 
 
-def policy(noise_px: float = 0.0, **planning: Any) -> LatentPolicy:
-    plane = Plane(noise_px)
-    run: Any = SimpleNamespace(
+def run_of(plane: Plane) -> Any:
+    """A run whose model and target encoder are those of a plane."""
+    return SimpleNamespace(
         model=plane,
         target_encoder=plane.observe,
         config=Config(run_dir="", data=VideosConfig(num_frames=1, num_segments=2)),
@@ -69,7 +69,11 @@ def policy(noise_px: float = 0.0, **planning: Any) -> LatentPolicy:
         folder=Path("plane"),
         device=torch.device("cpu"),
     )
-    return LatentPolicy(run, PlanningConfig(horizon=6, candidates=200, cost="last", **planning), seed=0)
+
+
+def policy(noise_px: float = 0.0, **planning: Any) -> LatentPolicy:
+    config = PlanningConfig(horizon=6, candidates=200, cost="last", **planning)
+    return LatentPolicy(run_of(Plane(noise_px)), config, seed=0)
 
 
 def test_a_plan_is_imagined_from_the_agent_to_the_goal() -> None:

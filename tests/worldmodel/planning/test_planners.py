@@ -156,10 +156,8 @@ def test_a_seed_fixes_the_plan_and_another_changes_it(name: Planner) -> None:
     assert not torch.allclose(first, other, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_an_episode_is_planned_alike_alone_and_among_others(name: Planner) -> None:
-    goal = goals(5, farthest=5.0).double()
-    config = PlanningConfig(planner=PLANNERS[name], horizon=6)
+def assert_planned_alike_alone(config: PlanningConfig, goal: Tensor) -> None:
+    """Two decisions of each episode [E, 2] are the same alone and among the others."""
 
     def two_decisions(goal: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(3)
@@ -169,6 +167,12 @@ def test_an_episode_is_planned_alike_alone_and_among_others(name: Planner) -> No
 
     alone = torch.cat([two_decisions(goal[i : i + 1]) for i in range(len(goal))])
     torch.testing.assert_close(two_decisions(goal), alone, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_episode_is_planned_alike_alone_and_among_others(name: Planner) -> None:
+    config = PlanningConfig(planner=PLANNERS[name], horizon=6)
+    assert_planned_alike_alone(config, goals(5, farthest=5.0).double())
 
 
 @pytest.mark.parametrize("name", NAMES)
