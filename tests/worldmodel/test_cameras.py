@@ -98,6 +98,7 @@ def test_ten_steps_of_training_see_the_channels_of_both_cameras(run: Path) -> No
         LatentPolicy(trained, replace(trained.config.planning, num_samples=0), 0, decoder)
 
 
+@pytest.mark.slow
 def test_a_run_that_continues_has_the_weights_of_one_that_was_not_interrupted(
     run: Path, data_set: Path, tmp_path: Path
 ) -> None:

@@ -65,6 +65,8 @@ CASES: dict[str, list[str]] = {
 COMPARED_IN_PARTS = ("sigreg_in_parts", "hinfonce_in_parts")
 IN_SHARDS = [name for name in CASES if name not in COMPARED_IN_PARTS]
 """Losses that compare clips take no parts there."""
+QUICK_IN_SHARDS = ("byol", "infonce_white_sparse_double", "byol_in_parts", "vicreg_video_double", "byol_vit_double")
+"""A teacher, whitening, parts with clipped gradients, rollouts of videos, a transformer. The others are slow."""
 
 
 CPU = torch.device("cpu")
@@ -79,26 +81,65 @@ def launch(num_processes: int, *arguments: str, shards: bool = False) -> None:
 
 
 @pytest.fixture(scope="module")
-def updates(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The files of two updates of each case, by one process, by two, and by two with the weights in shards."""
-    folder = tmp_path_factory.mktemp("updates")
-    shared = [*TINY, f"data.root={world}", f"run_dir={folder / 'run'}", "objective.ema_momentum=0.9"]
-    cases = {name: [path, *shared, *overrides] for name, (path, *overrides) in CASES.items()}
-    (folder / "cases.json").write_text(json.dumps(cases))
-    (folder / "in_shards.json").write_text(json.dumps({name: cases[name] for name in IN_SHARDS}))
+def cases(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The config of each case, and its overrides."""
+    shared = [*TINY, f"data.root={world}", f"run_dir={tmp_path_factory.mktemp('run')}", "objective.ema_momentum=0.9"]
+    return {name: [path, *shared, *overrides] for name, (path, *overrides) in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def by_one(cases: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of two updates of each case by one process."""
+    folder = tmp_path_factory.mktemp("one")
     AcceleratorState._reset_state(reset_partial_state=True)
-    training_jobs.few_updates(folder / "one", cases)
-    launch(2, "few_updates", str(folder / "two"), str(folder / "cases.json"))
-    launch(2, "few_updates", str(folder / "shards"), str(folder / "in_shards.json"), shards=True)
-    return {name: folder / name for name in ("one", "two", "shards")}
+    training_jobs.few_updates(folder, cases)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_two(cases: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those by two processes."""
+    return updates_of_two(tmp_path_factory.mktemp("two"), cases)
+
+
+@pytest.fixture(scope="module")
+def in_shards(cases: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those of QUICK_IN_SHARDS by two processes, with the weights in shards."""
+    quick = {name: cases[name] for name in QUICK_IN_SHARDS}
+    return updates_of_two(tmp_path_factory.mktemp("shards"), quick, shards=True)
+
+
+@pytest.fixture(scope="module")
+def more_in_shards(cases: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those of the other cases of IN_SHARDS."""
+    others = {name: cases[name] for name in IN_SHARDS if name not in QUICK_IN_SHARDS}
+    return updates_of_two(tmp_path_factory.mktemp("more_shards"), others, shards=True)
+
+
+def updates_of_two(folder: Path, cases: dict[str, list[str]], *, shards: bool = False) -> Path:
+    """Write the files of two updates of each case by two processes, and return their folder."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    launch(2, "few_updates", str(folder), str(folder / "cases.json"), shards=shards)
+    return folder
 
 
 @pytest.mark.parametrize(
-    ("by", "case"), [*(("two", case) for case in CASES), *(("shards", case) for case in IN_SHARDS)]
+    ("by", "case"),
+    [
+        *(("by_two", case) for case in CASES),
+        *(("in_shards", case) for case in QUICK_IN_SHARDS),
+        *(
+            pytest.param("more_in_shards", case, marks=pytest.mark.slow)
+            for case in IN_SHARDS
+            if case not in QUICK_IN_SHARDS
+        ),
+    ],
 )
-def test_two_processes_compute_the_losses_and_gradients_of_one(by: str, case: str, updates: dict[str, Path]) -> None:
+def test_two_processes_compute_the_losses_and_gradients_of_one(
+    by: str, case: str, by_one: Path, request: pytest.FixtureRequest
+) -> None:
     kind = next(kind for name, kind in choices("objective").items() if case.startswith(name))
-    one, two = (load_file(updates[name] / f"{case}.safetensors") for name in ("one", by))
+    one, two = (load_file(folder / f"{case}.safetensors") for folder in (by_one, request.getfixturevalue(by)))
     assert one.keys() == two.keys()
     assert any(name.startswith("gradient/") for name in one)
     assert any(name.startswith("teacher/") for name in one) == issubclass(kind, TeacherObjective)

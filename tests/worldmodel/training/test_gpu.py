@@ -49,6 +49,7 @@ CASES = {
     "residual network, flow": [*FRESH, "objective.name=aninfonce", "model.encoder=resnet", "model.latent.prior=flow"],
     "actions": ["two_rooms_random.yaml", *PLANNED, *REFINED, "train.refine_horizon=4"],
 }
+SLOW = ("white, sparse", "low rank", "oracle", "residual network, flow")
 TIMES = ("_s", "tflops", "mfu")
 
 
@@ -76,15 +77,33 @@ def done(folder: Path, jobs: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def on_gpu(cases: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The folder of the runs of all cases, and what became of the jobs."""
+    """The folder of the runs of the quick cases, and what became of the jobs."""
     folder = tmp_path_factory.mktemp("on_gpu")
-    trainings = {name: (path, [*of, f"run_dir={folder / name}"]) for name, (path, *of) in cases.items()}
-    return folder, done(folder, {"train": trainings})
+    return folder, trained(folder, {name: of for name, of in cases.items() if name not in SLOW})
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.fixture(scope="module")
+def more_on_gpu(cases: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What became of the slow cases."""
+    return trained(tmp_path_factory.mktemp("more_on_gpu"), {name: cases[name] for name in SLOW})
+
+
+def trained(folder: Path, cases: dict[str, list[str]]) -> dict[str, Any]:
+    """What pretend_gpu.py says of the trainings of cases, in a folder."""
+    return done(
+        folder, {"train": {name: (path, [*of, f"run_dir={folder / name}"]) for name, (path, *of) in cases.items()}}
+    )
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name not in SLOW])
 def test_no_step_waits_for_a_gpu(case: str, on_gpu: tuple[Path, dict[str, Any]]) -> None:
     assert on_gpu[1]["waits"][case] == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW)
+def test_no_step_of_the_other_parts_waits_for_a_gpu(case: str, more_on_gpu: dict[str, Any]) -> None:
+    assert more_on_gpu["waits"][case] == {}
 
 
 def test_all_objectives_are_among_them(cases: dict[str, list[str]]) -> None:

@@ -124,9 +124,9 @@ def test_training_lowers_the_loss(tiny_config: Callable[..., Config]) -> None:
     "overrides",
     [
         ["model.encoder=resnet", "data.size_px=96", "data.channels=3"],
-        ["data.num_segments=2", "data.num_frames=1"],
+        pytest.param(["data.num_segments=2", "data.num_frames=1"], marks=pytest.mark.slow),
         ["data.num_segments=2", "data.num_frames=1", "model.latent=none"],
-        ["train.precision=bf16"],
+        pytest.param(["train.precision=bf16"], marks=pytest.mark.slow),
         ["model.latent.prior_components=3"],
         ["data.decoder=decord"],
         ["train.clip_norm=0.1", "objective.ema_schedule=cosine", "objective.beta_warmup_steps=2"],
