@@ -8,8 +8,8 @@ The same start and goal are often followed by different actions. A mean of these
 between two ways around it. Continuous actions therefore have a mixture of Gaussians, and the policy takes the mean of
 its largest component.
 
-Legend: N clips of L segments, B examples, D embedding dimensions, P numbers of a scene code's persistent part, A
-numbers of an action, M components.
+Legend: N clips of L segments, B examples, D embedding dimensions, P numbers of a scene code's persistent part, n
+actions of a step of the model, A numbers of them all, M components.
 """
 
 import json
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
@@ -54,7 +53,8 @@ ActionSet = Literal["ball", "box", "one_hot"]
 class GoalConditionedPolicy(nn.Module):
     """pi(a | f(x), f(goal)): states [B, D + P] without what a step forgets, and goals [B, D] in the space of targets.
 
-    Discrete actions have a softmax, others a mixture of Gaussians with one standard deviation for all of them.
+    Discrete actions have a softmax, others a mixture of Gaussians with one standard deviation for all of them. The
+    `block` actions of a step of the model are decided together.
     """
 
     state_mean: Tensor
@@ -62,9 +62,9 @@ class GoalConditionedPolicy(nn.Module):
     goal_mean: Tensor
     goal_std: Tensor
 
-    def __init__(self, state_dim: int, goal_dim: int, action_dim: int, action_set: ActionSet) -> None:
+    def __init__(self, state_dim: int, goal_dim: int, action_dim: int, action_set: ActionSet, block: int = 1) -> None:
         super().__init__()
-        self.action_dim, self.action_set = action_dim, action_set
+        self.action_dim, self.action_set, self.block = action_dim, action_set, block
         self.num_components = 0 if action_set == "one_hot" else COMPONENTS
         for name, dim in (("state", state_dim), ("goal", goal_dim)):
             self.register_buffer(f"{name}_mean", torch.zeros(dim))
@@ -80,19 +80,19 @@ class GoalConditionedPolicy(nn.Module):
             getattr(self, f"{name}_std").copy_(values.std(dim=0).clamp(min=1e-6))
 
     def forward(self, state: Tensor, goal: Tensor) -> Tensor:
-        """Return the policy's action [B, A] in the action set, for states [B, D + P] and goals [B, D]."""
-        outputs = self._outputs(state, goal)
-        if not self.num_components:
-            return project_(outputs.clone(), self.action_set)
-        weights, means = self._mixture(outputs)
-        likeliest = weights.argmax(dim=-1)
-        return project_(means[torch.arange(len(means), device=means.device), likeliest], self.action_set)
+        """Return the policy's actions [B, A], each in the action set, for states [B, D + P] and goals [B, D]."""
+        actions = self._outputs(state, goal)
+        if self.num_components:
+            weights, means = self._mixture(actions)
+            actions = means[torch.arange(len(means), device=means.device), weights.argmax(dim=-1)]
+        return project_(self._single(actions).clone(), self.action_set).flatten(1)
 
     def loss(self, state: Tensor, goal: Tensor, action: Tensor) -> Tensor:
         """Return the mean negative log likelihood of actions [B, A], a scalar."""
         outputs = self._outputs(state, goal)
         if not self.num_components:
-            return F.cross_entropy(outputs, action)
+            log_odds = self._single(outputs).log_softmax(dim=-1)
+            return -(log_odds * self._single(action)).sum(dim=(-2, -1)).mean()
         weights, means = self._mixture(outputs)
         squared = ((action[:, None] - means) / self.log_std.exp()).square().sum(dim=-1)
         normaliser = self.action_dim * (self.log_std + 0.5 * math.log(2 * math.pi))
@@ -101,6 +101,10 @@ class GoalConditionedPolicy(nn.Module):
     def _outputs(self, state: Tensor, goal: Tensor) -> Tensor:
         scaled = [(state - self.state_mean) / self.state_std, (goal - self.goal_mean) / self.goal_std]
         return self.net(torch.cat(scaled, dim=-1))
+
+    def _single(self, actions: Tensor) -> Tensor:
+        """Return the actions of a step one by one: [B, A] -> [B, n, A / n]."""
+        return actions.unflatten(-1, (self.block, -1))
 
     def _mixture(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits [B, M] and the means [B, M, A] of the components."""
@@ -132,7 +136,8 @@ def goal_conditioned_policy(run: TrainedRun, config: PlanningConfig) -> GoalCond
     """
     settings = {"step": run.state["step"], "seed": run.config.seed, "goal_steps": config.goal_steps}
     state_dim = run.model.embedding_dim + run.model.scene.scene_dim
-    policy = GoalConditionedPolicy(state_dim, run.model.embedding_dim, run.model.action_dim, config.action_set)
+    action_dim, block = run.model.action_dim, run.config.data.frame_stride
+    policy = GoalConditionedPolicy(state_dim, run.model.embedding_dim, action_dim, config.action_set, block)
     policy = policy.to(run.device)
     if not load_policy(run.folder, policy, settings):
         steps = config.goal_steps
@@ -236,4 +241,5 @@ def load_policy(run: str | Path, policy: GoalConditionedPolicy, settings: Mappin
 
 def _described(policy: GoalConditionedPolicy, settings: Mapping[str, object]) -> dict[str, str]:
     sizes = {name: list(tensor.shape) for name, tensor in policy.state_dict().items()}
-    return {"fitted_to": json.dumps({**settings, "action_set": policy.action_set, "sizes": sizes}, sort_keys=True)}
+    facts = {**settings, "action_set": policy.action_set, "block": policy.block, "sizes": sizes}
+    return {"fitted_to": json.dumps(facts, sort_keys=True)}

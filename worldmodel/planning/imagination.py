@@ -117,14 +117,17 @@ class LatentCost:
 
 
 def propose(model: WorldModel, policy: GoalConditionedPolicy, state: Tensor, goal: Tensor, horizon: int) -> Tensor:
-    """Roll a policy out in imagination, from states towards goals [E, D + Z]: actions [E, horizon, A]."""
+    """Roll a policy out in imagination, from states towards goals [E, D + Z], for `horizon` steps of the model.
+
+    Returns: actions of the steps of the environment, [E, horizon * n, A].
+    """
     towards = model.embedding_of(goal)
     actions = [policy(model.persistent(state), towards)]
     while len(actions) < horizon:
         with torch.autocast(state.device.type, torch.bfloat16, enabled=computes_bf16()):
             state = model.edit(state, model.prior_mean(state, actions[-1]), actions[-1])
         actions.append(policy(model.persistent(state), towards))
-    return torch.stack(actions, dim=1)
+    return torch.cat([action.unflatten(1, (policy.block, -1)) for action in actions], dim=1)
 
 
 @dataclass(frozen=True)
@@ -237,7 +240,7 @@ class LatentPolicy:
         return actions
 
     def _proposed(self, state: Tensor, horizon: int) -> Tensor:
-        """Return the actions [E, horizon, A] of the learned policy for states [E, D + Z], rolled out in imagination."""
+        """Return the actions [E, horizon * n, A] of the learned policy for states [E, D + Z], by imagination."""
         assert self.learned
         return propose(self.run.model, self.learned, state, self.goal, horizon)
 

@@ -68,11 +68,6 @@ def plan(
             "a goal-conditioned policy learns from the actions of all clips: leave out labels, or policy=gc and "
             "planning.warm_start"
         )
-    if learns and run.config.data.frame_stride > 1:
-        raise UserError(
-            f"the run {run.folder} decides on {run.config.data.frame_stride} actions at once (data.frame_stride): leave"
-            " out policy=gc and planning.warm_start"
-        )
     if learns:
         check_run(run, config)
     learned = goal_conditioned_policy(run, config) if learns else None

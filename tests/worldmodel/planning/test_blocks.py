@@ -13,10 +13,12 @@ from data_pipelines.errors import UserError
 from data_pipelines.worlds.recorder import Recording, record
 from data_pipelines.worlds.two_rooms_law import move, step_of_action
 from tests.conftest import REPO, normal
+from tests.worldmodel.planning.test_goal_conditioned import Obedient
 from worldmodel.build import build_training_model, clip_layout
 from worldmodel.config import Config, External, PlanningConfig, load_config
 from worldmodel.data import actions_of
 from worldmodel.planning.controls import RandomPolicy, ReplayPolicy
+from worldmodel.planning.goal_conditioned import GoalConditionedPolicy
 from worldmodel.planning.imagination import LatentCost, LatentPolicy
 from worldmodel.planning.planners import Cost, Plan
 from worldmodel.planning.protocol import PlanningProtocol, run_episodes
@@ -101,6 +103,25 @@ def test_a_decision_is_for_as_many_actions_as_a_step_has(rooms: Path) -> None:
     assert first[0, :, 0].tolist() == pytest.approx([0, 0.01, 0.02])
     assert second[0, :, 0].tolist() == pytest.approx([0.03, 0.05, 0.07])  # the plan from its fourth action on
     assert policy.imagined(1).shape == (2, 1, 2, 32)
+
+
+def test_a_learned_policy_decides_on_blocks_and_starts_a_search_with_them(rooms: Path) -> None:
+    run = run_of(rooms, "data.frame_stride=3")
+    torch.manual_seed(1)
+    learned = GoalConditionedPolicy(32, 32, 6, "ball", block=3)
+    frames = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    alone, searching = (
+        LatentPolicy(run, PlanningConfig(horizon=2), seed=0, learned=learned, searches=searches)
+        for searches in (False, True)
+    )
+    for policy in (alone, searching):
+        policy.planner = Obedient()
+        policy.begin(frames)
+    own = alone.act(frames)
+    assert own.shape == (2, 3, 2) and alone.decisions[0].actions.shape == (2, 1, 6)
+    torch.testing.assert_close(searching.act(frames), own)
+    assert searching.decisions[0].actions.shape == (2, 2, 6)
+    torch.testing.assert_close(searching.decisions[0].actions[:, 0], own.flatten(1))
 
 
 class Blocks(ReplayPolicy):

@@ -22,7 +22,7 @@ from worldmodel.planning.goal_conditioned import (
     save_policy,
 )
 from worldmodel.planning.imagination import LatentPolicy, propose
-from worldmodel.planning.planners import Cost, Plan
+from worldmodel.planning.planners import Cost, Plan, project_
 
 
 @pytest.fixture
@@ -70,6 +70,25 @@ def test_discrete_actions_have_a_softmax_and_are_one_hot() -> None:
         loss = policy.loss(state, goal, F.one_hot(number, 4).float())
         torch.testing.assert_close(loss, F.cross_entropy(logits, number))
         assert torch.equal(policy(state, goal), F.one_hot(logits.argmax(dim=1), 4).float())
+
+
+@pytest.mark.parametrize("action_set", ["ball", "box", "one_hot"])
+def test_each_action_of_a_block_is_allowed(action_set: Any) -> None:
+    policy = GoalConditionedPolicy(5, 3, 6, action_set, block=3)
+    state, goal = 3 * normal(1, 20, 5), 3 * normal(2, 20, 3)
+    with torch.no_grad():
+        for layer in policy.net:
+            if isinstance(layer, nn.Linear):
+                layer.weight.mul_(4)  # so that actions lie far out
+        actions = policy(state, goal)
+        assert actions.shape == (20, 6)
+        expected = project_(actions.view(60, 2).clone(), action_set).view(20, 6)
+        torch.testing.assert_close(actions, expected)
+        assert (actions.view(60, 2).norm(dim=1) > 0.99).any()
+        if action_set == "one_hot":
+            log_odds = policy._outputs(state, goal).view(20, 3, 2).log_softmax(dim=-1)
+            likelihood = (log_odds * actions.view(20, 3, 2)).sum(dim=(1, 2))
+            torch.testing.assert_close(policy.loss(state, goal, actions), -likelihood.mean())
 
 
 # -------------------------------------------------------------------------------------------------------------- fit
@@ -166,6 +185,8 @@ def test_the_file_is_for_the_settings_that_it_was_fitted_to(tmp_path: Path) -> N
 
 class TowardsGoal(nn.Module):
     """The policy of the plane: 4 px a step, straight to the goal."""
+
+    block = 1
 
     def forward(self, state: Tensor, goal: Tensor) -> Tensor:
         return F.normalize(goal - state, dim=1)
