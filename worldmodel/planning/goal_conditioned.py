@@ -136,7 +136,7 @@ def goal_conditioned_policy(run: TrainedRun, config: PlanningConfig) -> GoalCond
     """
     settings = {"step": run.state["step"], "seed": run.config.seed, "goal_steps": config.goal_steps}
     state_dim = run.model.embedding_dim + run.model.scene.scene_dim
-    action_dim, block = run.model.action_dim, run.config.data.frame_stride
+    action_dim, block = run.model.action_dim, run.networks.layout.span
     policy = GoalConditionedPolicy(state_dim, run.model.embedding_dim, action_dim, config.action_set, block)
     policy = policy.to(run.device)
     if not load_policy(run.folder, policy, settings):
@@ -150,6 +150,8 @@ def goal_conditioned_policy(run: TrainedRun, config: PlanningConfig) -> GoalCond
 def embed_clips(run: TrainedRun, num_steps: int) -> GoalClips:
     """Embed NUM_CLIPS clips of num_steps + 1 segments, spread over the training split, or all if there are fewer.
 
+    A goal is one picture: of a segment of several frames, the last one, as if nothing moved.
+
     Raises:
         UserError: the videos have no actions, or there are fewer than MIN_CLIPS clips.
     """
@@ -159,10 +161,11 @@ def embed_clips(run: TrainedRun, num_steps: int) -> GoalClips:
         for batch in batches:
             segments = segments_of(batch, layout.segments_for(num_steps), run.device)[:, : num_steps + 1]
             state = model.state_of(encode_segments(model.embedder.features, segments).flatten(0, 1)).float()
-            if run.networks.shares_encoder:
+            if run.networks.shares_encoder and layout.num_frames == 1:
                 goals = model.embedding_of(state).unflatten(0, segments.shape[:2])
             else:
-                goals = encode_segments(run.target_encoder, segments).float()
+                still = segments[:, :, -1:].expand_as(segments)
+                goals = encode_segments(run.target_encoder, still).float()
             states = model.persistent(state).unflatten(0, segments.shape[:2])
             parts.append((states, goals, actions_of(batch, layout, num_steps, run.device)))
             bar.update(len(segments))

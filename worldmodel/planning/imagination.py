@@ -19,6 +19,7 @@ from torch import Tensor
 
 from data_pipelines.errors import UserError
 from data_pipelines.transforms import to_float
+from worldmodel.build import clip_layout
 from worldmodel.config import PlanningConfig, ReachRiskConfig, VideosConfig, num_cameras
 from worldmodel.nets.distance import steps_between
 from worldmodel.nets.world_model import WorldModel
@@ -143,8 +144,8 @@ def check_run(run: TrainedRun, config: PlanningConfig, decoder: ActionDecoder | 
     """Check that a run can plan.
 
     Raises:
-        UserError: the run is not conditioned on actions and there is no decoder; the run sees more than one frame at a
-            time, resampled frames or several cameras; planning.distance=steps, but the run has no temporal distance.
+        UserError: the run is not conditioned on actions and there is no decoder; the run sees resampled frames or
+            several cameras; planning.distance=steps, but the run has no temporal distance; a plan is too long.
     """
     if not run.model.action_dim and not decoder:
         raise UserError(
@@ -158,17 +159,14 @@ def check_run(run: TrainedRun, config: PlanningConfig, decoder: ActionDecoder | 
         )
     if (cameras := num_cameras(run.config.data)) > 1:
         raise UserError(f"the run {run.folder} sees {cameras} cameras (data.camera): planning needs 1")
-    if run.config.data.num_frames != 1:
-        raise UserError(f"the run {run.folder} has data.num_frames={run.config.data.num_frames}: planning needs 1")
     if isinstance(run.config.data, VideosConfig) and run.config.data.fps is not None:
         raise UserError(f"the run {run.folder} has data.fps={run.config.data.fps:g}: planning needs null")
     if config.distance == "steps" and not run.model.distance.num_values:
         raise UserError(f"the run {run.folder} has no temporal distance: train it with model.distance_dim")
-    block = run.config.data.frame_stride
-    if config.horizon * block > MAX_ACTIONS:
+    if config.horizon * (block := clip_layout(run.config).span) > MAX_ACTIONS:
         raise UserError(
-            f"planning.horizon={config.horizon}: with data.frame_stride={block}, a plan has more than "
-            f"{MAX_ACTIONS:,} actions"
+            f"planning.horizon={config.horizon}: with {block} actions in a step of the model (data.num_frames * "
+            f"data.frame_stride), a plan has more than {MAX_ACTIONS:,} actions"
         )
 
 
@@ -177,9 +175,12 @@ class LatentPolicy:
 
     It plans at every step of the model, starting from its last plan, or with a learned policy from the actions that
     this proposes. With `searches` false, it takes the action of the learned policy, and plans hold this action alone.
-    A step of the model is data.frame_stride steps of the environment: so many actions are decided at once. The horizon
-    counts steps of the model. The planner searches over single actions, so that the set of allowed actions is that of
-    the environment.
+    A step of the model is data.num_frames * data.frame_stride steps of the environment: so many actions are decided at
+    once. The horizon counts steps of the model. The planner searches over single actions, so that the set of allowed
+    actions is that of the environment.
+
+    A segment of several frames is the latest ones of the episode, data.frame_stride apart. Before the first frame
+    nothing has moved, as nothing moves at the goal.
 
     `decisions` holds the decision of each step, for `imagined`.
 
@@ -198,7 +199,7 @@ class LatentPolicy:
         searches: bool = True,
     ) -> None:
         check_run(run, config, decoder)
-        self.decoder, self.block = decoder, run.config.data.frame_stride
+        self.decoder, self.block = decoder, clip_layout(run.config).span
         self.action_dim = (decoder or run.model).action_dim // self.block
         self.run, self.config, self.seed = run, config, seed
         self.learned, self.searches = learned, searches
@@ -211,7 +212,8 @@ class LatentPolicy:
     def begin(self, goals: Tensor) -> None:
         """Begin E episodes with these goal images, uint8 [E, C, H, W]."""
         self.generator = torch.Generator().manual_seed(self.seed)
-        video = self._video(goals)
+        self.seen = goals[:, None][:, :0]
+        video = to_float(self._still(goals).to(self.run.device))
         code = self.run.model.observe(video)[:, self.run.model.embedding_dim :]
         self.goal = torch.cat([self.run.target_encoder(video), code], dim=1)
         self.plan = start(self.search, len(goals), self.action_dim, self.run.device)
@@ -219,8 +221,8 @@ class LatentPolicy:
 
     @torch.no_grad()
     def act(self, frames: Tensor) -> Tensor:
-        """Return the next actions [E, n, A] of each episode, on the CPU, for the current frames, uint8 [E, C, H, W]."""
-        state = self.run.model.observe(self._video(frames))
+        """Return the next actions [E, n, A] of each episode, on the CPU, for new frames, uint8 [E, T, C, H, W]."""
+        state = self.run.model.observe(self._segment(frames))
         actions = self._searched(state) if self.searches else self._proposed(state, 1)
         self.decisions.append(Decision(self.episodes, state, in_blocks(actions, actions.shape[1] // self.block)))
         return actions[:, : self.block].cpu()
@@ -246,7 +248,7 @@ class LatentPolicy:
 
     def keep(self, going_on: Tensor) -> None:
         """Drop the episodes that have ended. going_on: bool [E]."""
-        self.goal, self.episodes = self.goal[going_on], self.episodes[going_on]
+        self.goal, self.episodes, self.seen = self.goal[going_on], self.episodes[going_on], self.seen[going_on]
         self.plan = Plan(*(part[going_on] for part in self.plan))
 
     @torch.no_grad()
@@ -271,5 +273,14 @@ class LatentPolicy:
             embeddings = [self.run.model.embedding_of(state) for state in states]
             return torch.stack(embeddings, dim=1).unflatten(0, (-1, num_futures))
 
-    def _video(self, frames: Tensor) -> Tensor:
-        return to_float(frames[:, None].to(self.run.device))
+    def _segment(self, frames: Tensor) -> Tensor:
+        """Return the segments that end with new frames, uint8 [E, T, C, H, W]: float [E, data.num_frames, C, H, W]."""
+        data = self.run.config.data
+        before = self.seen if self.seen.shape[1] else frames[:, :1].repeat_interleave(self.block, dim=1)
+        self.seen = torch.cat([before, frames], dim=1)[:, -self.block :]
+        at = data.frame_stride * torch.arange(data.num_frames) + data.frame_stride - 1
+        return to_float(self.seen[:, at].to(self.run.device))
+
+    def _still(self, frames: Tensor) -> Tensor:
+        """Return frames [E, C, H, W] as segments in which nothing moves: [E, data.num_frames, C, H, W]."""
+        return frames[:, None].expand(-1, self.run.config.data.num_frames, -1, -1, -1)

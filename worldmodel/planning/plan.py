@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 
 from data_pipelines.errors import UserError
+from worldmodel.build import clip_layout
 from worldmodel.config import GradientConfig, IcemConfig, PlanningConfig
 from worldmodel.evaluation.records import save_records
 from worldmodel.planning.controls import PrivilegedPolicy, RandomPolicy, ReplayPolicy
@@ -191,7 +192,7 @@ def protocol_facts(
         seeds=protocol.seeds,
         episodes=protocol.episodes,
         budget=protocol.budget,
-        block=run.config.data.frame_stride,
+        block=clip_layout(run.config).span,
         first_seed=protocol.first_seed,
         planning=dataclasses.asdict(config),
         step=run.state["step"],

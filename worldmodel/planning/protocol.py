@@ -34,9 +34,10 @@ class GoalPolicy(Protocol):
         """Take the goal images of all episodes, uint8 [E, C, H, W]."""
 
     def act(self, frames: Tensor) -> Tensor:
-        """Return the next actions [E, K, A], K of them in a row, for the current frames, uint8 [E, C, H, W].
+        """Return the next actions [E, K, A], K of them in a row, for new frames, uint8 [E, T, C, H, W].
 
-        Frames and actions are those of the running episodes. Actions are flat, as they are recorded
+        The frames are those since the last decision: at first the one of the start, then one after each action. Frames
+        and actions are those of the running episodes. Actions are flat, as they are recorded
         (gymnasium.spaces.flatten): discrete ones are one-hot.
         """
 
@@ -128,8 +129,8 @@ class _Episode:
         """Read the first state and render the first frame, once the environment is known to have a goal image."""
         self.goal_state = self.first_info.get("goal")
         self.states = [self.first_info["state"]]
-        self.frame: Any = self.env.render()
-        self.frames = [np.array(self.frame)]
+        self.new_frames = [self._rendered()]
+        self.frames = list(self.new_frames)
         self.shortest = float(getattr(self.env.unwrapped, "shortest_path_px", lambda: np.nan)())
 
     @property
@@ -140,14 +141,18 @@ class _Episode:
 
     def run(self, actions: np.ndarray) -> None:
         """Execute flat actions [K, A] one after the other, until the goal is reached."""
+        self.new_frames = []
         for action in actions:
             _, _, self.success, _, info = self.env.step(gymnasium.spaces.unflatten(self.env.action_space, action))
-            self.frame = self.env.render()
+            self.new_frames.append(self._rendered())
             self.states.append(info["state"])
-            if self.keep_frames:
-                self.frames.append(np.array(self.frame))
             if self.success:
                 break
+        if self.keep_frames:
+            self.frames += self.new_frames
+
+    def _rendered(self) -> np.ndarray:
+        return np.array(self.env.render())
 
 
 def run_episodes(
@@ -178,8 +183,9 @@ def run_episodes(
     decision_s, decisions, steps_left = 0.0, 0, protocol.budget
     with tqdm(total=protocol.budget, desc=label, unit="step", leave=False) as bar:
         while running and steps_left:
+            frames = torch.stack([_pictures(episode.new_frames) for episode in running])
             started_s = time.perf_counter()
-            actions = policy.act(_pictures([episode.frame for episode in running])).numpy()[:, :steps_left]
+            actions = policy.act(frames).numpy()[:, :steps_left]
             decision_s += time.perf_counter() - started_s
             decisions += len(running)
             for episode, block in zip(running, actions, strict=True):

@@ -87,15 +87,15 @@ def train_and_evaluate(config: Config) -> None:
 
 def plan_once(config: Config) -> None:
     """One decision of a model that is conditioned on actions, untrained."""
-    block, action_dim = config.data.frame_stride, config.model.action_dim
+    block, action_dim = clip_layout(config).span, config.model.action_dim
     labels = {videos_of(config).action_label: torch.zeros(2, 2, block * action_dim)}
     batch: Any = {"labels": labels}
     actions = actions_of(batch, clip_layout(config), 1, torch.device("cpu"))
     assert actions.shape == (2, 1, block * action_dim)
     run = TrainedRun(Path("run"), config, build_training_model(config).eval(), None, {})
     policy = LatentPolicy(run, config.planning, seed=0)
-    frames = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
-    policy.begin(frames)
+    frames = torch.zeros(2, 1, 3, 64, 64, dtype=torch.uint8)
+    policy.begin(frames[:, 0])
     assert policy.act(frames).shape == (2, block, action_dim)
 
 

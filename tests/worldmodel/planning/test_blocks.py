@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.errors import UserError
+from data_pipelines.transforms import to_float
 from data_pipelines.worlds.recorder import Recording, record
 from data_pipelines.worlds.two_rooms_law import move, step_of_action
 from tests.conftest import REPO, normal
@@ -18,7 +19,7 @@ from worldmodel.build import build_training_model, clip_layout
 from worldmodel.config import Config, External, PlanningConfig, load_config
 from worldmodel.data import actions_of
 from worldmodel.planning.controls import RandomPolicy, ReplayPolicy
-from worldmodel.planning.goal_conditioned import GoalConditionedPolicy
+from worldmodel.planning.goal_conditioned import NUM_CLIPS, GoalConditionedPolicy, embed_clips
 from worldmodel.planning.imagination import LatentCost, LatentPolicy
 from worldmodel.planning.planners import Cost, Plan
 from worldmodel.planning.protocol import PlanningProtocol, run_episodes
@@ -98,7 +99,7 @@ def test_a_decision_is_for_as_many_actions_as_a_step_has(rooms: Path) -> None:
     policy = LatentPolicy(run, PlanningConfig(planner=External(f"{__name__}:Counting"), horizon=2), seed=0)
     frames = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     policy.begin(frames)
-    first, second = policy.act(frames), policy.act(frames)
+    first, second = policy.act(frames[:, None]), policy.act(frames[:, None])
     assert first.shape == second.shape == (2, 3, 2)
     assert first[0, :, 0].tolist() == pytest.approx([0, 0.01, 0.02])
     assert second[0, :, 0].tolist() == pytest.approx([0.03, 0.05, 0.07])  # the plan from its fourth action on
@@ -117,11 +118,51 @@ def test_a_learned_policy_decides_on_blocks_and_starts_a_search_with_them(rooms:
     for policy in (alone, searching):
         policy.planner = Obedient()
         policy.begin(frames)
-    own = alone.act(frames)
+    own = alone.act(frames[:, None])
     assert own.shape == (2, 3, 2) and alone.decisions[0].actions.shape == (2, 1, 6)
-    torch.testing.assert_close(searching.act(frames), own)
+    torch.testing.assert_close(searching.act(frames[:, None]), own)
     assert searching.decisions[0].actions.shape == (2, 2, 6)
     torch.testing.assert_close(searching.decisions[0].actions[:, 0], own.flatten(1))
+
+
+def test_a_segment_of_several_frames_is_the_latest_ones_of_the_episode(
+    rooms: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames hold their episode (10 or 20) and time: a segment of two frames, three steps apart."""
+    run = run_of(rooms, "data.num_frames=2", "data.frame_stride=3")
+    policy = LatentPolicy(run, PlanningConfig(planner=External(f"{__name__}:Counting"), horizon=2), seed=0)
+    observed: list[Tensor] = []
+    observe = run.model.observe
+
+    def spy(video: Tensor) -> Tensor:
+        observed.append(video)
+        return observe(video)
+
+    monkeypatch.setattr(run.model, "observe", spy)
+
+    def frames(episodes: list[int], *times: int) -> Tensor:
+        values = torch.tensor(episodes)[:, None] + torch.tensor(times)
+        return values.to(torch.uint8)[:, :, None, None, None].expand(-1, -1, 3, 64, 64)
+
+    policy.begin(frames([10, 20], 9)[:, 0])
+    assert policy.act(frames([10, 20], 0)).shape == (2, 6, 2)
+    policy.act(frames([10, 20], 1, 2, 3, 4, 5, 6))
+    policy.keep(torch.tensor([False, True]))
+    policy.act(frames([20], 7, 8, 9, 10, 11, 12))
+    seen = [(255 * video[:, :, 0, 0, 0]).round().tolist() for video in observed]
+    assert seen == [[[19, 19], [29, 29]], [[10, 10], [20, 20]], [[13, 16], [23, 26]], [[29, 32]]]
+
+
+def test_goals_of_several_frames_are_pictures(rooms: Path) -> None:
+    run = run_of(rooms, "data.num_frames=2")
+    clips = embed_clips(run, num_steps=3)
+    [batch] = run.source.evaluation_batches("train", NUM_CLIPS, 3)
+    last = to_float(batch["video"][:, 1::2])
+    with torch.no_grad():
+        for segment in range(4):
+            still = last[:, segment, None].expand(-1, 2, -1, -1, -1)
+            torch.testing.assert_close(clips.goals[:, segment], run.target_encoder(still), rtol=0, atol=1e-5)
+    assert (clips.goals - clips.states).abs().max() > 1e-3  # those of moving frames
 
 
 class Blocks(ReplayPolicy):
@@ -157,7 +198,9 @@ def test_random_actions_are_decided_one_by_one() -> None:
 
 def test_plans_that_are_too_long_and_resampled_frames(rooms: Path) -> None:
     run = run_of(rooms, "data.frame_stride=60")
-    with pytest.raises(UserError, match=r"planning.horizon=20: with data.frame_stride=60, a plan has more than 1,024"):
+    with pytest.raises(
+        UserError, match=r"planning.horizon=20: with 60 actions in a step .*, a plan has more than 1,024"
+    ):
         LatentPolicy(run, run.config.planning, seed=0)
     passive = config_of(rooms, "data.fps=5.0", "model.action_dim=0", "objective.inverse_dynamics_weight=0")
     resampled = dataclasses.replace(run, config=passive)  # its labels would give it actions

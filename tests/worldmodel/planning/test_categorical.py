@@ -182,7 +182,7 @@ def test_it_reaches_every_goal_of_a_discrete_environment_and_chance_does_not() -
 
 def test_random_actions_are_those_of_the_space_and_flat() -> None:
     policy = RandomPolicy([GridEnv()], seed=4)
-    actions = policy.act(torch.zeros(200, 3, 16, 16))
+    actions = policy.act(torch.zeros(200, 1, 3, 16, 16))
     space = gymnasium.spaces.Discrete(4, start=3)
     space.seed(4)
     assert actions[:, 0].argmax(dim=-1).tolist() == [int(space.sample()) - 3 for _ in range(200)]

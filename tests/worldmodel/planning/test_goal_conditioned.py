@@ -218,7 +218,7 @@ def acting(searches: bool, **planning: Any) -> LatentPolicy:
 
 def test_alone_it_acts_and_the_next_state_is_imagined() -> None:
     policy = acting(searches=False)
-    actions = policy.act(pictures(torch.tensor([[4, 16], [16, 4]])))[:, 0]
+    actions = policy.act(pictures(torch.tensor([[4, 16], [16, 4]]))[:, None])[:, 0]
     torch.testing.assert_close(actions, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     assert policy.imagined(0).tolist() == [[[[8.0, 16.0]]]]
 
@@ -236,6 +236,6 @@ def test_a_search_starts_from_it_at_each_decision(monkeypatch: pytest.MonkeyPatc
     policy = acting(searches=True, planner=IcemConfig(), candidates=40)
     policy.planner = Obedient()
     for seen, heading in ([[4, 16], [16, 4]], [[1.0, 0], [0, 1.0]]), ([[28, 8], [16, 12]], [[0, 1.0], [0, 1.0]]):
-        actions = policy.act(pictures(torch.tensor(seen)))[:, 0]
+        actions = policy.act(pictures(torch.tensor(seen))[:, None])[:, 0]
         torch.testing.assert_close(actions, torch.tensor(heading))
         torch.testing.assert_close(policy.decisions[-1].actions[:, 1], torch.tensor(heading))

@@ -81,10 +81,10 @@ def test_a_plan_is_imagined_from_the_agent_to_the_goal() -> None:
     seen = torch.tensor([[8, 10], [5, 12], [26, 20]])
     planner = policy()
     planner.begin(pictures(goals))
-    planner.act(pictures(seen))
+    planner.act(pictures(seen)[:, None])
     planner.keep(torch.tensor([True, False, True]))
     later = torch.tensor([[12, 10], [22, 18]])
-    planner.act(pictures(later))
+    planner.act(pictures(later)[:, None])
     assert [len(planner.imagined(episode)) for episode in range(3)] == [2, 1, 2]
     for episode, ways in ((0, [seen[0], later[0]]), (1, [seen[1]]), (2, [seen[2], later[1]])):
         paths = read_paths(planner.imagined(episode), PERFECT, TwoRoomsEnv.state_px)
@@ -104,7 +104,7 @@ def test_positions_are_what_the_environment_makes_of_the_state_that_is_read() ->
 def test_futures_that_are_drawn_are_imagined_one_by_one_and_the_same_each_time() -> None:
     planner = policy(noise_px=1.0, num_samples=64)
     planner.begin(pictures(torch.tensor([[20, 10]])))
-    planner.act(pictures(torch.tensor([[8, 10]])))
+    planner.act(pictures(torch.tensor([[8, 10]]))[:, None])
     futures = planner.imagined(0)
     assert futures.shape == (1, 64, 6, 2) and torch.equal(futures, planner.imagined(0))
     spread = futures[0].std(dim=0).mean(dim=-1)
@@ -117,7 +117,7 @@ def test_imagining_does_not_change_what_is_decided() -> None:
         planner = policy(noise_px=1.0, num_samples=4)
         planner.begin(pictures(torch.tensor([[20, 10]])))
         for x in (8, 12):
-            action = planner.act(pictures(torch.tensor([[x, 10]])))
+            action = planner.act(pictures(torch.tensor([[x, 10]]))[:, None])
             if looks:
                 planner.imagined(0)
         actions.append(action)
@@ -138,7 +138,7 @@ def test_the_first_episodes_are_shown_and_a_failure_among_them(failed: list[int]
 def ran(planner: LatentPolicy) -> EpisodeResults:
     """An episode of one step to the right."""
     planner.begin(pictures(torch.tensor([[20, 10]])))
-    planner.act(pictures(torch.tensor([[8, 10]])))
+    planner.act(pictures(torch.tensor([[8, 10]]))[:, None])
     return EpisodeResults(
         success=np.array([False]),
         steps=np.array([1]),
