@@ -17,7 +17,7 @@ registers "worldmodel/PointMaze-v0". MuJoCo and OGBench (extra `mazes`) are impo
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -67,9 +67,14 @@ class Maze:
     @property
     def open_cells(self) -> list[Cell]:
         """The free cells in which starts and goals are drawn: no entrances, and nothing that is walled in."""
-        largest = max((self.steps_to(cell) for cell in self.cells), key=lambda steps: int((steps >= 0).sum()))
         entrances = {cell_of(place) for place in self.entrances}
-        return [cell for cell in self.cells if largest[cell] >= 0 and cell not in entrances]
+        return [cell for cell in self.cells if cell not in self.walled_in and cell not in entrances]
+
+    @cached_property
+    def walled_in(self) -> frozenset[Cell]:
+        """The free cells that have no way to most of the others."""
+        largest = max((self.steps_to(cell) for cell in self.cells), key=lambda steps: int((steps >= 0).sum()))
+        return frozenset(cell for cell in self.cells if largest[cell] < 0)
 
     def contains(self, point: Array) -> bool:
         """Return whether a point [2] lies in a free cell."""
@@ -299,6 +304,10 @@ class PointMazeEnv(gymnasium.Env[NDArray[np.uint8], Array]):
     def goal_frame(self) -> NDArray[np.uint8]:
         """Return the observation with the point at the goal, uint8 [size_px, size_px, 3]."""
         return self._picture(self._goal)
+
+    def is_lost(self, state: NDArray[Any]) -> bool:
+        """Return whether a state [2] in units is walled in."""
+        return cell_of(state) in self.maze.walled_in
 
     def state_px(self, states: NDArray[Any]) -> NDArray[Any]:
         """Return the position of the point, [..., 2] px, for states [..., 2]."""

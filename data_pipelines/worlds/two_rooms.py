@@ -168,6 +168,10 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         self._goal = self._goal if point is None else point
         return self._info()
 
+    def is_lost(self, state: NDArray[Any]) -> bool:
+        """Return whether a state [2] px lies in the pit, which nothing leaves."""
+        return self.pit and bool(in_pit(torch.as_tensor(state)))
+
     def shortest_path_px(self) -> float:
         """Return the length of the shortest path from the current state to the goal's radius; NaN with a pit."""
         if self.pit:

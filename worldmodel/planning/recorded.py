@@ -1,7 +1,7 @@
 """Starts and goals from recorded episodes: frames of one episode of the test split that lie `offset` frames apart.
 
 DINO-WM (Zhou et al., arXiv 2411.04983) and stable-worldmodel choose goals so. Here episodes are held out, and starts
-that meet the goal already are left out and counted.
+that meet the goal already are left out and counted, as are starts and goals that the environment calls lost.
 
 Legend: K numbers of a state, A numbers of an action.
 """
@@ -48,7 +48,7 @@ class RecordedEpisode:
 class RecordedStarts:
     """The chosen episodes [seeds][episodes] (worldmodel.planning.protocol.Starts).
 
-    left_out: how many drawn starts, over all seeds, met their goal already.
+    left_out: how many drawn starts, over all seeds, met their goal already, or were lost themselves or their goals.
     """
 
     offset: int
@@ -68,7 +68,8 @@ def recorded_starts(run: TrainedRun, protocol: PlanningProtocol, offset: int) ->
 
     The episodes of a seed are all different pairs of frames, in a random order that (protocol.first_seed, seed)
     determines. The environment's attribute `reset_facts` names the labels of a video that its reset takes as options,
-    such as the place of a wall.
+    such as the place of a wall. Its method `is_lost(state)`, if it has one, tells states from which nothing else is
+    reached, such as a pit.
 
     Raises:
         UserError: the run has no videos, or their labels lack the state, an action or a fact; no episode is long
@@ -78,11 +79,12 @@ def recorded_starts(run: TrainedRun, protocol: PlanningProtocol, offset: int) ->
     if not all(hasattr(env.unwrapped, name) for name in ("set_state", "set_goal")):
         raise UserError(f"the environment {protocol.env} has no set_state() and set_goal(): it cannot start at a frame")
     pairs = _Pairs.of_run(run, offset, getattr(env.unwrapped, "reset_facts", ()))
+    is_lost = getattr(env.unwrapped, "is_lost", lambda state: False)
     chosen, left_out = [], 0
     for seed in range(protocol.seeds):
         unsolved: list[RecordedEpisode] = []
         for episode in pairs.shuffled(np.random.default_rng([protocol.first_seed, seed])):
-            if episode.begin(env, 0)["is_success"]:
+            if is_lost(episode.start) or is_lost(episode.goal) or episode.begin(env, 0)["is_success"]:
                 left_out += 1
             else:
                 unsolved.append(episode)

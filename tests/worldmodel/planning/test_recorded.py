@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from data_pipelines.errors import UserError
 from data_pipelines.worlds.recorder import Recording, record
+from data_pipelines.worlds.two_rooms_law import in_pit
 from tests.conftest import REPO
 from worldmodel.build import build_training_model
 from worldmodel.config import load_config
@@ -90,6 +92,16 @@ def test_starts_that_meet_their_goal_are_left_out_and_counted(rooms: TrainedRun)
     assert starts.facts["left_out"] == starts.left_out and starts.facts["offset"] == offset
     with pytest.raises(UserError, match=rf"the test split has {unsolved} unsolved pairs of frames that are 3 apart"):
         recorded_starts(rooms, protocol(seeds=1, episodes=unsolved + 1, layout="random"), offset)
+
+
+def test_starts_and_goals_in_a_pit_are_left_out_and_counted(tmp_path: Path) -> None:
+    run = recorded(tmp_path / "data", ROOMS, 60, slip=0.2, pit=True, cross_room=1)
+    falls = np.concatenate([in_pit(torch.tensor(row["state"])).numpy() for row in rows_of(run)])
+    assert falls.any() and not falls.all()
+    asked = protocol(seeds=1, episodes=60, slip=0.2, pit=True, cross_room=1)
+    starts = recorded_starts(run, asked, 10)
+    places = np.stack([place for one in starts.episodes[0] for place in (one.start, one.goal)])
+    assert starts.left_out > 0 and not in_pit(torch.from_numpy(places)).any()
 
 
 def test_recorded_actions_reach_the_goal_and_no_actions_do_not(rooms: TrainedRun) -> None:
