@@ -69,6 +69,10 @@ class Camera:
         return np.rint(values.clip(0, WHITE)).astype(np.uint8)
 
 
+PLAIN = Camera()
+"""It changes nothing."""
+
+
 def is_picture(value: Any) -> bool:
     """Return whether a value is an RGB picture, uint8 [H, W, 3]."""
     return isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3 and value.shape[2] == 3

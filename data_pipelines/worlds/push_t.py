@@ -65,7 +65,7 @@ class PushTEnv(StateEnv):
     factors = ("background",)
     """The arguments that are factors of variation (worldmodel.planning.vary)."""
 
-    def __init__(self, background: Colour = "white", render_mode: str | None = None) -> None:
+    def __init__(self, render_mode: str | None = None, background: Colour = "white") -> None:
         super().__init__(render_mode)
         self.background, self._background_rgb = background, rgb_of("background", background)
         load_pymunk()
