@@ -208,7 +208,7 @@ def test_a_learned_policy_acts_alone_or_starts_a_search_and_is_fitted_once(
     result = json.loads((run / "planning.json").read_text())
     assert undeclared({"planning": result}) == []
     slip, contrast = (varied["values"][0] for varied in result["factors"])
-    assert slip["ms_per_decision"] < 50 and slip["per_seed"] != [] and contrast["value"] == 0.5
+    assert len(slip["per_seed"]) == 2 and contrast["value"] == 0.5 and contrast["steps"] <= 3
     assert result["protocol"]["policy"] == "gc" and result["protocol"]["planning"]["goal_steps"] == 8
     episodes = load_records(run / "planning.safetensors", PlannedEpisode)
     assert {episode.imagined_px.shape[2] for episode in episodes if episode.imagined_px is not None} == {1}
@@ -224,7 +224,7 @@ def test_a_learned_policy_acts_alone_or_starts_a_search_and_is_fitted_once(
     assert done.returncode == 0, done.stderr
     warm = json.loads((run / "planning.json").read_text())
     assert warm["factors"][0]["values"][0]["steps"] <= 3
-    assert warm["protocol"]["policy"] == "search" and warm["ms_per_decision"] > result["ms_per_decision"]
+    assert warm["protocol"]["policy"] == "search" and warm["protocol"]["planning"]["warm_start"]
     assert (run / "goal_policy.safetensors").read_bytes() == fitted
     done = run_here("plan.py", *arguments, "--policy", "gc", "planning.goal_steps=40")
     assert done.returncode == 2 and "planning.goal_steps" in done.stderr, done.stderr
