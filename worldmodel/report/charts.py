@@ -196,11 +196,11 @@ def interval_chart(
     *,
     xlabel: str,
     alt: str,
-    xscale: Literal["linear", "log"] = "linear",
+    scale: Literal["linear", "log", "names"] = "linear",
 ) -> Picture:
     """Draw rates with intervals, (x, rate, low, high), against x, with the text of each tick.
 
-    `levels` are named reference lines.
+    `levels` are named reference lines. On the scale "names" ticks are slanted, and no line joins the points.
     """
     from matplotlib.ticker import NullLocator
 
@@ -216,9 +216,14 @@ def interval_chart(
                 ha="right", color=theme["text"], fontsize=8.5,
             )  # fmt: skip
         axes.vlines(x, low, high, color=theme["model"], linewidth=1.6)
-        axes.plot(x[order], rate[order], color=theme["model"], marker="o", markersize=5)
-        axes.set(xscale=xscale, ylim=(0, 1.08), xlabel=short(xlabel, 40), ylabel="success")
+        line = "" if scale == "names" else "-"
+        axes.plot(x[order], rate[order], color=theme["model"], marker="o", markersize=5, linestyle=line)
+        axes.set(xscale="log" if scale == "log" else "linear", ylim=(0, 1.08), ylabel="success")
+        axes.set_xlabel(short(xlabel, 40))
         axes.set_xticks(x, [short(text) for text in ticks])
+        if scale == "names":
+            for tick in axes.get_xticklabels():
+                tick.set(rotation=30, ha="right", rotation_mode="anchor")
         axes.xaxis.set_minor_locator(NullLocator())
 
     return chart(draw, alt)

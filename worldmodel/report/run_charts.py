@@ -162,20 +162,27 @@ def labels_chart(metrics: RunMetrics) -> Picture | None:
     words = "; ".join(f"{n:,} labels {rate:.3f} ({low:.3f} to {high:.3f})" for n, rate, low, high in points)
     alt = f"Success against labels, with 95% intervals: {words}.{_level_words(levels)}"
     ticks = [f"{n:,}" for n, *_ in points]
-    return charts.interval_chart(points, ticks, levels, xlabel="labelled transitions", alt=alt, xscale="log")
+    return charts.interval_chart(points, ticks, levels, xlabel="labelled transitions", alt=alt, scale="log")
 
 
 def factor_cards(metrics: RunMetrics) -> list[Card]:
-    """Return a chart of success against the values of each factor of variation; numbers are to scale."""
+    """Return a chart of success against the values of each factor of variation, the undisturbed one included."""
     cards = []
     levels = _levels(metrics, random="random_floor")
-    for varied in (metrics.get("planning") or Planning()).get("factors") or []:
-        rated = _rated(varied["values"])
+    planning = metrics.get("planning") or Planning()
+    for varied in planning.get("factors") or []:
+        entries, present = varied["values"], varied["present"]
+        if all(entry["value"] != present for entry in entries):
+            undisturbed = VariedValue(value=present, success_rate=planning.get("success_rate"))
+            undisturbed["ci95"] = planning.get("ci95") or [None, None]
+            entries = [undisturbed, *entries]
+        rated = _rated(entries)
         if not rated:
             continue
         ticks = [numbers.factor_text(value) for value, *_ in rated]
         places = [float(value) for value, *_ in rated if not isinstance(value, str)]
-        if len(places) < len(rated):  # values without a scale
+        is_scale = len(places) == len(rated)
+        if not is_scale:
             places = [float(place) for place in range(len(rated))]
         points = [(place, rate, low, high) for place, (_, rate, low, high) in zip(places, rated, strict=True)]
         words = "; ".join(
@@ -183,9 +190,10 @@ def factor_cards(metrics: RunMetrics) -> list[Card]:
             for tick, (_, rate, low, high) in zip(ticks, points, strict=True)
         )
         alt = f"Success against {varied['factor']}, with 95% intervals: {words}.{_level_words(levels)}"
-        picture = charts.interval_chart(points, ticks, levels, xlabel=varied["factor"], alt=alt)
-        present = f"Elsewhere it is {numbers.factor_text(varied['present'])}."
-        cards.append(Card(numbers.label(varied["factor"]), present, picture))
+        picture = charts.interval_chart(
+            points, ticks, levels, xlabel=varied["factor"], alt=alt, scale="linear" if is_scale else "names"
+        )
+        cards.append(Card(numbers.label(varied["factor"]), f"Undisturbed: {numbers.factor_text(present)}.", picture))
     return cards
 
 

@@ -482,8 +482,8 @@ def test_success_against_factors_is_drawn_and_listed(tmp_path: Path, no_charts: 
     assert [words for words in alts if words.startswith("Success against")] == [
         "Success against noise, with 95% intervals: 0 0.900 (0.850 to 0.920); 10 0.700 (0.650 to 0.720); "
         "20 0.500 (0.450 to 0.520). Random: 0.132.",
-        "Success against background, with 95% intervals: background 0 0.900 (0.850 to 0.920); "
-        "background 1 0.700 (0.650 to 0.720). Random: 0.132.",
+        "Success against background, with 95% intervals: background 0.800 (0.737 to 0.842); "
+        "background 0 0.900 (0.850 to 0.920); background 1 0.700 (0.650 to 0.720). Random: 0.132.",
     ]
     table = factor_table({"planning": planning})
     assert [row.label for row in table.rows] == [
@@ -492,7 +492,7 @@ def test_success_against_factors_is_drawn_and_listed(tmp_path: Path, no_charts: 
     ]
     assert [text_of(cell) for cell in table.rows[2].cells[:3]] == ["0.700", "0.650", "0.720"]
     assert page.metrics["planning.factors.0.values.1.success_rate"] == {"0.700"}
-    assert "Elsewhere it is 0." in page.text and undeclared({"planning": planning}) == []
+    assert "Undisturbed: 0." in page.text and undeclared({"planning": planning}) == []
     _, bare = report(tmp_path / "report.html", metrics={"planning": make_planning(())})
     assert "Factors of variation" in page.text and "Factors of variation" not in bare.text
 
