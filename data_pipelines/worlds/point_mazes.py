@@ -198,8 +198,8 @@ class Canvas:
         margin_px = (self.size_px - self.cell_px * np.array([columns, rows])) / 2
         return (np.asarray(points, np.float64) / UNITS_PER_CELL + 1.5) * self.cell_px + margin_px - 0.5
 
-    def background(self) -> Floats:
-        """Draw the maze without the point and the floor, RGB [H, W, 3] in [0, 1]."""
+    def background(self) -> NDArray[np.uint8]:
+        """Draw the maze without the point and the floor, RGB uint8 [H, W, 3]."""
         pixels, sides = np.arange(self.size_px), []
         for count in self.maze.free.shape:
             first_px = (self.size_px - self.cell_px * count) / 2 + self.cell_px * np.arange(count)
@@ -211,16 +211,18 @@ class Canvas:
             picture[..., 2] = np.maximum(picture[..., 2], 0.5 * self._disc(place, self.maze.entrance_radius))
         for place in self.maze.entrances:
             picture[..., 2] = np.maximum(picture[..., 2], self._disc(place, self.maze.entrance_radius))
-        return picture.clip(0, 1)
+        return (picture.clip(0, 1) * 255).round().astype(np.uint8)
 
-    def draw(self, background: Floats, point: Array) -> NDArray[np.uint8]:
-        """Draw the point [2] as a Gaussian blob at sub-pixel position, RGB uint8 [H, W, 3]."""
+    def draw(self, background: NDArray[np.uint8], point: Array) -> NDArray[np.uint8]:
+        """Draw the point [2] as a Gaussian blob at sub-pixel position, and the floor."""
+        picture = background.copy()
         std = self.agent_size * DOT_STD * self.size_px
         across, down = np.exp(-0.5 * ((np.arange(self.size_px) - self.px_of(point)[:, None]) / std) ** 2)
-        uncovered = (1 - background).prod(axis=-1) * (1 - down[:, None] * across)
-        picture = 255 * background + uncovered[..., None] * self.floor
-        picture[..., 1] += 255 * down[:, None] * across
-        return picture.round().astype(np.uint8)
+        picture[..., 1] = (255 * down[:, None] * across).round()
+        if any(self.floor):
+            uncovered = (1 - picture / 255).prod(axis=-1, keepdims=True)
+            picture = (picture + uncovered * self.floor).round().astype(np.uint8)
+        return picture
 
     def _disc(self, place: Floats, radius: float) -> Floats:
         x, y = self.px_of(place)

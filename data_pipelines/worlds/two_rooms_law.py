@@ -237,9 +237,11 @@ def draw(
         hole += _cover(pixel, (top + bottom) / 2, bottom - top)[:, None] * _cover(
             pixel, (left + right) / 2, right - left
         )
-    uncovered = (1 - wall) * (1 - dot) * (1 - hole)
-    behind = uncovered[..., None] * torch.tensor(background, dtype=states.dtype, device=states.device)
-    return (torch.stack([wall, dot, hole], dim=-1) * 255 + behind).round().byte()
+    picture = torch.stack([wall, dot, hole], dim=-1) * 255
+    if any(background):
+        uncovered = (1 - wall) * (1 - dot) * (1 - hole)
+        picture += uncovered[..., None] * torch.tensor(background, dtype=states.dtype, device=states.device)
+    return picture.round().byte()
 
 
 def _cover(pixel: Tensor, centre: Tensor, width_px: Tensor | float) -> Tensor:
