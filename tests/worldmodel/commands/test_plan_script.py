@@ -133,13 +133,14 @@ def test_the_report_has_the_planning_by_itself_and_beside_the_forecasts(planner:
 
 def test_several_counts_of_labels_make_a_curve(passive: Path) -> None:
     arguments = ["--run", str(passive), "--env", ENV, "--seeds", "2", "--episodes", "2", "--budget", "2"]
-    done = run_here("plan.py", *arguments, "--labels", "40", "20", "--checkpoint", "latest")
+    done = run_here("plan.py", *arguments, "--labels", "40", "20", "--vary", "noise=5", "--checkpoint", "latest")
     assert done.returncode == 0, done.stderr
     result = json.loads((passive / "planning.json").read_text())
     assert undeclared({"planning": result}) == []
     assert [entry["labels"] for entry in result["curve"]] == [40, 20] and result["protocol"]["labels"] == 20
     keys = {"success_rate", "ci95", "per_seed", "ms_per_decision"}
     assert all(entry.keys() == {"labels", *keys} for entry in result["curve"])
+    assert [entry["value"] for entry in result["factors"][0]["values"]] == [5]
     assert {key: result["curve"][-1][key] for key in keys} == {key: result[key] for key in keys}
     page = (passive / "report.html").read_text()
     assert "This run, 40 labels" in page and "Success against labels, with 95% intervals: 40 labels" in page
