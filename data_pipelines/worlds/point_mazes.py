@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.errors import UserError
 from data_pipelines.worlds.policies import MakePolicy, Policy, smooth_walk
+from data_pipelines.worlds.shapes import Colour, check_agent_size, rgb_of
 
 ENV_ID = "worldmodel/PointMaze-v0"
 
@@ -179,10 +180,13 @@ class Canvas:
     """A maze on a square frame: walls red, entrances blue, exits in a darker blue, the point green.
 
     The red value of a pixel is the fraction of it that walls cover. The maze is centred; beyond it there is wall.
+    agent_size: that of the drawn point, relative to the usual one. floor: the colour where there is nothing else.
     """
 
     maze: Maze
     size_px: int
+    agent_size: float = 1.0
+    floor: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def cell_px(self) -> float:
@@ -195,7 +199,7 @@ class Canvas:
         return (np.asarray(points, np.float64) / UNITS_PER_CELL + 1.5) * self.cell_px + margin_px - 0.5
 
     def background(self) -> NDArray[np.uint8]:
-        """Draw the maze without the point, RGB uint8 [H, W, 3]."""
+        """Draw the maze without the point and the floor, RGB uint8 [H, W, 3]."""
         pixels, sides = np.arange(self.size_px), []
         for count in self.maze.free.shape:
             first_px = (self.size_px - self.cell_px * count) / 2 + self.cell_px * np.arange(count)
@@ -210,11 +214,14 @@ class Canvas:
         return (picture.clip(0, 1) * 255).round().astype(np.uint8)
 
     def draw(self, background: NDArray[np.uint8], point: Array) -> NDArray[np.uint8]:
-        """Draw the point [2] as a Gaussian blob at sub-pixel position."""
+        """Draw the point [2] as a Gaussian blob at sub-pixel position, and the floor."""
         picture = background.copy()
-        std = DOT_STD * self.size_px
+        std = self.agent_size * DOT_STD * self.size_px
         across, down = np.exp(-0.5 * ((np.arange(self.size_px) - self.px_of(point)[:, None]) / std) ** 2)
         picture[..., 1] = (255 * down[:, None] * across).round()
+        if any(self.floor):
+            uncovered = (1 - picture / 255).prod(axis=-1, keepdims=True)
+            picture = (picture + uncovered * self.floor).round().astype(np.uint8)
         return picture
 
     def _disc(self, place: Floats, radius: float) -> Floats:
@@ -234,6 +241,8 @@ class PointMazeEnv(gymnasium.Env[NDArray[np.uint8], Array]):
 
     maze: "medium", "large" or "teleport".
     size_px: side of the frames.
+    agent_size: the size of the drawn point, relative to the usual one. Physics does not know it.
+    background: the colour of the floor.
 
     reset(options=...) sets "state" and "goal". Otherwise they are drawn in all free cells except entrances and what is
     walled in. In the maze `teleport` a goal may be reachable by chance only.
@@ -244,17 +253,28 @@ class PointMazeEnv(gymnasium.Env[NDArray[np.uint8], Array]):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+    factors = ("agent_size", "background")
+    """The arguments that are factors of variation (worldmodel.planning.vary)."""
 
-    def __init__(self, maze: MazeName = "medium", size_px: int = 64, render_mode: str | None = None) -> None:
+    def __init__(
+        self,
+        maze: MazeName = "medium",
+        size_px: int = 64,
+        agent_size: float = 1.0,
+        background: Colour = "black",
+        render_mode: str | None = None,
+    ) -> None:
         if maze not in get_args(MazeName):
             raise UserError(f"maze={maze!r} is unknown: use {', '.join(get_args(MazeName))}")
         if isinstance(size_px, bool) or not isinstance(size_px, int) or not 16 <= size_px <= 1024:
             raise UserError(f"size_px={size_px!r} must be an integer within 16..1024")
+        check_agent_size(agent_size)
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise UserError(f"render_mode={render_mode!r} is unknown: use rgb_array, or leave it out")
         self._simulator = simulator_of_process(maze)
         self.maze, self.render_mode = self._simulator.maze, render_mode
-        self._canvas = Canvas(self.maze, size_px)
+        self.agent_size, self.background = agent_size, background
+        self._canvas = Canvas(self.maze, size_px, agent_size, rgb_of("background", background))
         self._background = self._canvas.background()
         self._open_cells = self.maze.open_cells
         self.observation_space = gymnasium.spaces.Box(0, 255, (size_px, size_px, 3), np.uint8)

@@ -32,6 +32,7 @@ from data_pipelines.worlds.push_t_law import (
     to_block,
     to_canvas,
 )
+from data_pipelines.worlds.shapes import Colour, rgb_of
 from data_pipelines.worlds.states import Frame, State, StateEnv
 
 ENV_ID = "worldmodel/PushT-v0"
@@ -51,21 +52,26 @@ class PushTEnv(StateEnv):
     Starts and goals are drawn independently: the disc's position and the block's are uniform, as its angle is, and
     drawn again if they overlap or the block comes near the edge. A goal that the start meets is drawn again.
 
+    background: the colour of the canvas.
+
     reset(options=...) sets "state" and "goal", of 5 numbers (at rest) or 10. The others are drawn.
 
     Raises:
-        UserError: pymunk is missing, an option is unknown, a state is not valid.
+        UserError: pymunk is missing, an option is unknown, a colour or a state is not valid.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
     state_names, num_positions = STATE, POSE_NUMBERS
+    factors = ("background",)
+    """The arguments that are factors of variation (worldmodel.planning.vary)."""
 
-    def __init__(self, render_mode: str | None = None) -> None:
+    def __init__(self, render_mode: str | None = None, background: Colour = "white") -> None:
         super().__init__(render_mode)
+        self.background, self._background_rgb = background, rgb_of("background", background)
         load_pymunk()
 
     def picture(self, state: State) -> Frame:
-        return draw(state)
+        return draw(state, self._background_rgb)
 
     def reaches(self, state: State, goal: State) -> bool:
         return reaches(state, goal)

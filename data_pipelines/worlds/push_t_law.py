@@ -12,6 +12,7 @@ Coordinates are (x, y) in units, x to the right and y down. The block's position
 its bar, and its stem points along +y at angle 0. Angles turn from +x to +y.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -156,14 +157,14 @@ def reaches(state: NDArray[Any], goal: NDArray[Any]) -> bool:
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def draw(state: NDArray[Any]) -> NDArray[np.uint8]:
-    """Draw a state [K >= 5] as RGB uint8 [64, 64, 3], antialiased: one pixel is 8 x 8 units.
+def draw(state: NDArray[Any], background: tuple[int, int, int] = WHITE) -> NDArray[np.uint8]:
+    """Draw a state [K >= 5] on a background as RGB uint8 [64, 64, 3], antialiased: one pixel is 8 x 8 units.
 
     The colours are gym-pusht's. There is no green target, as a goal is a picture of its own.
     """
     points = UNITS_PER_PX * (_PIXELS + 0.5)
     pose = np.asarray(state, np.float64)
-    picture = paint(_EMPTY, block_distance(to_block(points, pose)) / UNITS_PER_PX, SLATE)
+    picture = paint(_empty(background), block_distance(to_block(points, pose)) / UNITS_PER_PX, SLATE)
     picture = paint(picture, disc_distance(points, pose[:2], AGENT_RADIUS) / UNITS_PER_PX, BLUE)
     return np.rint(picture).astype(np.uint8)
 
@@ -171,12 +172,10 @@ def draw(state: NDArray[Any]) -> NDArray[np.uint8]:
 _PIXELS = pixel_centres(SIZE_PX)
 
 
-def _empty() -> Array:
+@lru_cache
+def _empty(background: tuple[int, int, int]) -> Array:
     points = UNITS_PER_PX * (_PIXELS + 0.5)
     edge = np.abs(box_distance(points, np.full(2, WALL_LOW), np.full(2, WALL_HIGH)))
     # The wall is thinner than a pixel: its share of one is its width times the part of the pixel's width it crosses.
     cover = (2 * WALL_RADIUS / UNITS_PER_PX) * (1 - edge / UNITS_PER_PX).clip(0, 1)[..., None]
-    return np.array(WHITE) * (1 - cover) + cover * np.array(LIGHT_GRAY, np.float64)
-
-
-_EMPTY = _empty()
+    return np.array(background) * (1 - cover) + cover * np.array(LIGHT_GRAY, np.float64)

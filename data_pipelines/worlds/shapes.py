@@ -3,13 +3,50 @@
 Distances are negative inside. Points are (x, y), [..., 2] of any unit.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
+from PIL import ImageColor
+
+from data_pipelines.errors import UserError
+from data_pipelines.text_files import shown
 
 Array = NDArray[np.float64]
+Colour = str | Sequence[int]
+"""A CSS name such as "navy", or red, green and blue from 0 to 255."""
 
 SIZE_PX = 64
 """Side of the pictures of an environment."""
+AGENT_SIZE_RANGE = (0.25, 4.0)
+
+
+def check_agent_size(size: Any) -> None:
+    """Check the size of a drawn agent, relative to the usual one.
+
+    Raises:
+        UserError: it is out of range.
+    """
+    low, high = AGENT_SIZE_RANGE
+    if isinstance(size, bool) or not isinstance(size, int | float) or not low <= size <= high:
+        raise UserError(f"agent_size={shown(size)} must be a number within {low:g}..{high:g}")
+
+
+def rgb_of(name: str, colour: Any) -> tuple[int, int, int]:
+    """Return a Colour, the value of an argument with this name, as red, green and blue from 0 to 255.
+
+    Raises:
+        UserError: it is not a Colour.
+    """
+    try:
+        rgb: tuple[Any, ...] = tuple(ImageColor.getrgb(colour) if isinstance(colour, str) else colour)
+    except (ValueError, TypeError):
+        rgb = ()
+    if len(rgb) != 3 or not all(type(part) is int and 0 <= part <= 255 for part in rgb):
+        raise UserError(f"{name}={shown(colour)} must be a colour: a name such as navy, or [R, G, B] of 0 to 255 each")
+    red, green, blue = rgb
+    return red, green, blue
 
 
 def disc_distance(points: Array, centre: Array, radius: float) -> Array:

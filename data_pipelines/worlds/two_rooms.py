@@ -22,9 +22,11 @@ from torch import Tensor
 from data_pipelines.errors import UserError
 from data_pipelines.worlds.digits import CANVAS_PX
 from data_pipelines.worlds.policies import MakePolicy, Policy, smooth_walk
+from data_pipelines.worlds.shapes import Colour, check_agent_size, rgb_of
 from data_pipelines.worlds.two_rooms_law import (
     DOOR_HEIGHT_PX,
     DOOR_Y_RANGE_PX,
+    DOT_STD_PX,
     FIXED_DOOR_Y_PX,
     FIXED_WALL_X_PX,
     HIGH_PX,
@@ -76,6 +78,8 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
     cross_room: the probability that the goal is in the other room. Starts are uniform over both rooms, goals over their
         room. Goals that the start already meets are drawn again.
     goal_radius_px: the distance at which the goal is reached. Later steps work as before.
+    agent_size: the size of the drawn dot, relative to the usual one. The law moves its centre and does not know it.
+    background: the colour of what is black otherwise.
 
     reset(options=...) sets "state", "goal", "wall_x_px" and "door_y_px". The others are drawn.
 
@@ -87,6 +91,8 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
     reset_facts = ("wall_x_px", "door_y_px")
     """The numbers of info that fix an episode beside state and goal, and that `reset` takes as options."""
+    factors = ("agent_size", "background", "slip")
+    """The arguments that are factors of variation (worldmodel.planning.vary)."""
 
     def __init__(
         self,
@@ -95,6 +101,8 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         pit: bool = False,
         cross_room: float = 0.5,
         goal_radius_px: float = 4.0,
+        agent_size: float = 1.0,
+        background: Colour = "black",
         render_mode: str | None = None,
     ) -> None:
         if layout not in ("fixed", "random"):
@@ -102,12 +110,15 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         _check_range("slip", slip, 0, 1)
         _check_range("cross_room", cross_room, 0, 1)
         _check_range("goal_radius_px", goal_radius_px, 0, MAX_GOAL_RADIUS_PX)
+        check_agent_size(agent_size)
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise UserError(f"render_mode={render_mode!r} is unknown: use rgb_array, or leave it out")
         if pit and layout != "fixed":
             raise UserError(f"pit=true needs layout=fixed, not {layout}")
         self.layout, self.slip, self.pit = layout, slip, pit
         self.cross_room, self.goal_radius_px = cross_room, goal_radius_px
+        self.agent_size, self.background = agent_size, background
+        self._background_rgb = rgb_of("background", background)
         self.render_mode = render_mode
         self.observation_space = gymnasium.spaces.Box(0, 255, (CANVAS_PX, CANVAS_PX, 3), np.uint8)
         self.action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
@@ -258,7 +269,15 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         return drawn
 
     def _picture(self, point: Tensor) -> NDArray[np.uint8]:
-        return draw(point[None], self._wall_x, self._door_y, pit=self.pit)[0].numpy()
+        pictures = draw(
+            point[None],
+            self._wall_x,
+            self._door_y,
+            pit=self.pit,
+            dot_std_px=self.agent_size * DOT_STD_PX,
+            background=self._background_rgb,
+        )
+        return pictures[0].numpy()
 
     def _info(self) -> dict[str, Any]:
         return {

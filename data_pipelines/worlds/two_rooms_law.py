@@ -211,15 +211,24 @@ def _broadcast(
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def draw(states: Tensor, wall_x: Tensor | float, door_y: Tensor | float, *, pit: bool = False) -> Tensor:
+def draw(
+    states: Tensor,
+    wall_x: Tensor | float,
+    door_y: Tensor | float,
+    *,
+    pit: bool = False,
+    dot_std_px: float = DOT_STD_PX,
+    background: tuple[int, int, int] = (0, 0, 0),
+) -> Tensor:
     """Draw states [N, 2] with wall_x and door_y [N] px as RGB uint8 [N, 64, 64, 3], on the states' device.
 
-    The dot is a Gaussian blob (standard deviation 1.4 px) at sub-pixel position, in green. The red value of a pixel is
-    the fraction of it that the wall covers, the blue value that of the pit.
+    The dot is a Gaussian blob (standard deviation dot_std_px) at sub-pixel position, in green. The red value of a pixel
+    is the fraction of it that the wall covers, the blue value that of the pit. The background, [R, G, B] of 0 to 255
+    each, is seen where none of them covers a pixel.
     """
     states, _, wall_x, door_y = _broadcast(states, states, wall_x, door_y)
     pixel = torch.arange(CANVAS_PX, device=states.device, dtype=states.dtype)
-    columns, rows = torch.exp(-0.5 * ((pixel - states[..., None]) / DOT_STD_PX) ** 2).unbind(-2)
+    columns, rows = torch.exp(-0.5 * ((pixel - states[..., None]) / dot_std_px) ** 2).unbind(-2)
     dot = rows[..., :, None] * columns[..., None, :]
     wall = _cover(pixel, wall_x, WALL_WIDTH_PX)[..., None, :] * (1 - _cover(pixel, door_y, DOOR_HEIGHT_PX))[..., None]
     hole = torch.zeros_like(dot)
@@ -228,7 +237,11 @@ def draw(states: Tensor, wall_x: Tensor | float, door_y: Tensor | float, *, pit:
         hole += _cover(pixel, (top + bottom) / 2, bottom - top)[:, None] * _cover(
             pixel, (left + right) / 2, right - left
         )
-    return (torch.stack([wall, dot, hole], dim=-1) * 255).round().byte()
+    picture = torch.stack([wall, dot, hole], dim=-1) * 255
+    if any(background):
+        uncovered = (1 - wall) * (1 - dot) * (1 - hole)
+        picture += uncovered[..., None] * torch.tensor(background, dtype=states.dtype, device=states.device)
+    return picture.round().byte()
 
 
 def _cover(pixel: Tensor, centre: Tensor, width_px: Tensor | float) -> Tensor:

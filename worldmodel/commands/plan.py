@@ -10,6 +10,9 @@ examples:
 starts and goals from recorded episodes:
   worldmodel plan --run runs/two_rooms --protocol recorded --offset 25 --env ...
 
+success against factors of variation, one at a time:
+  worldmodel plan --run runs/two_rooms --vary noise=10,20,40 contrast=0.5,0.75 background=navy --env ...
+
 a run without actions, with r as a latent action:
   worldmodel plan --run runs/two_rooms_latent --labels 100 1000 --env ...
 """
@@ -70,6 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="search: plan with planning.planner at every step (default). gc: take the action of a goal-conditioned "
         "policy, which is learned from the training clips first",
     )
+    parser.add_argument(
+        "--vary",
+        nargs="+",
+        metavar="FACTOR=VALUE,...",
+        help="plan the same episodes again with each value of each factor of variation: noise (gray levels of 255), "
+        "blur (px), contrast and brightness (factors) of all pictures, goals included, and the environment's own",
+    )
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds of the planner (default: 5)")
     parser.add_argument(
         "--episodes", type=int, default=50, metavar="N", help="episodes per seed, planned in one batch (default: 50)"
@@ -86,6 +96,7 @@ def run(args: argparse.Namespace) -> None:
     from worldmodel.planning.plan import plan
     from worldmodel.planning.protocol import PlanningProtocol
     from worldmodel.planning.recorded import recorded_starts
+    from worldmodel.planning.vary import parse_factors
     from worldmodel.report.run_page import report_of_run
     from worldmodel.report.tables import success_table
     from worldmodel.runs.folder import RunFolder
@@ -97,6 +108,7 @@ def run(args: argparse.Namespace) -> None:
         if not recorded:
             raise UserError(f"--offset={args.offset} is of --protocol recorded")
         check_counts(args, "offset")
+    vary = parse_factors(args.vary or ())
     trained = load_run(args)
     config = planning_config(to_dict(trained.config), args.overrides, args.trust_code)
     if args.labels or recorded or args.policy == "gc" or config.warm_start:
@@ -112,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
     if recorded:
         starts = recorded_starts(trained, protocol, OFFSET if args.offset is None else args.offset)
         protocol = dataclasses.replace(protocol, starts=starts)
-    result = plan(trained, protocol, config, labels=args.labels or (), policy=args.policy)
+    result = plan(trained, protocol, config, labels=args.labels or (), policy=args.policy, vary=vary)
     print(f"\n{success_table(result)}\n\n{json.dumps(result['protocol'])}\n")
     print(f"{RunFolder(args.run).planning}\n{report_of_run(args.run)}")
 

@@ -27,6 +27,7 @@ from worldmodel.planning.protocol import (
     summary,
 )
 from worldmodel.planning.recorded import RecordedStarts
+from worldmodel.planning.vary import Factor, check_factors, success_by_factor
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import read_metrics, write_planning
 from worldmodel.runs.planning_metrics import Planned, PlannedWithLabels, Planning, ProtocolFacts
@@ -44,23 +45,26 @@ def plan(
     *,
     labels: Sequence[int] = (),
     policy: PolicyName = "search",
+    vary: Sequence[Factor] = (),
 ) -> Planning:
     """Plan the episodes of the protocol; write planning.json and a few episodes for the report into the run folder.
 
     config replaces the run's section `planning`. labels are the numbers of labelled transitions to decode r with, for a
     passive run; the last of several numbers gives the run's own result. policy: "search" plans with planning.planner,
-    "gc" acts by a goal-conditioned policy alone, which is learned from the training clips.
+    "gc" acts by a goal-conditioned policy alone, which is learned from the training clips. The episodes are planned
+    again with each value of the factors of variation `vary`, after planning.json has been written without them.
 
     Raises:
         UserError: the run folder is not writable, the run cannot plan, the environment has no goals, its actions are of
-            another kind than those of plans, labels repeat a number or ask for more transitions than there are, or a
-            goal-conditioned policy is asked for with labels or has too few clips to learn from.
+            another kind than those of plans, it has no such factor, labels repeat a number or ask for more transitions
+            than there are, or a goal-conditioned policy is asked for with labels or has too few clips to learn from.
     """
     config = run.config.planning if config is None else config
     folder = RunFolder(run.folder)
     read_metrics(run.folder)  # a damaged file would be found by the report, after hours of planning
     folder.check_writable()
     check_actions(protocol, config)
+    check_factors(protocol, vary)
     if len(set(labels)) < len(labels):
         raise UserError(f"labels {' '.join(map(str, labels))}: a count is given twice")
     learns = policy == "gc" or config.warm_start
@@ -94,8 +98,15 @@ def plan(
         planning["curve"] = [_with_labels(count, one.scores) for count, one in zip(labels, planned, strict=True)]
     folder.planned_episodes.unlink(missing_ok=True)  # of earlier episodes
     write_planning(run.folder, planning)
-    episodes = planned_episodes(run, last.policy, last.first, env_hook(protocol, "state_px"))
+    episodes = planned_episodes(run, last.policies[0], last.first, env_hook(protocol, "state_px"))
     save_records(folder.planned_episodes, episodes)
+    if vary:
+
+        def plan_again(varied: PlanningProtocol, label: str) -> Planned:
+            return evaluate_policy(varied, lambda seed, envs: last.policies[seed], label=label)
+
+        planning["factors"] = success_by_factor(protocol, vary, last.scores, plan_again)
+        write_planning(run.folder, planning)
     return planning
 
 
@@ -126,10 +137,10 @@ def check_actions(protocol: PlanningProtocol, config: PlanningConfig) -> None:
 
 @dataclass(frozen=True)
 class _PlannedOnce:
-    """The summary of all seeds, and the policy and the results of the first seed."""
+    """The summary of all seeds, the policy of each, and the results of the first one."""
 
     scores: Planned
-    policy: LatentPolicy
+    policies: Sequence[LatentPolicy]
     first: EpisodeResults
 
 
@@ -137,7 +148,7 @@ def _plan_once(policies: Sequence[LatentPolicy], protocol: PlanningProtocol, cou
     """Plan the episodes of every seed by its policy, with a decoder of `count` labels or the actions of the run."""
     label = "planning" if count is None else f"planning, {count} labels"
     results = run_seeds(protocol, lambda seed, envs: policies[seed], label=label, keep_frames=True)
-    return _PlannedOnce(summary(results), policies[0], results[0])
+    return _PlannedOnce(summary(results), policies, results[0])
 
 
 def _random(seed: int, envs: Sequence[gymnasium.Env]) -> GoalPolicy:

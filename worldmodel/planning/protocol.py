@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
+from data_pipelines.worlds.camera import PLAIN, Camera, ThroughCamera
 from data_pipelines.worlds.recorder import make_env
 from worldmodel.evaluation.scores import wilson_interval
 from worldmodel.runs.planning_metrics import Planned, ProtocolFacts
@@ -70,7 +71,7 @@ class DrawnStarts:
 
 @dataclass(frozen=True)
 class PlanningProtocol:
-    """Episodes of an environment, each of at most `budget` steps, with a seed for each episode."""
+    """Episodes of an environment, seen through a camera, of at most `budget` steps, with a seed for each episode."""
 
     env: str
     env_kwargs: Mapping[str, Any]
@@ -79,6 +80,7 @@ class PlanningProtocol:
     budget: int
     first_seed: int
     starts: Starts = DrawnStarts()
+    camera: Camera = PLAIN
 
     def episode_seeds(self, seed: int) -> list[int]:
         """Return the environment's seed for each episode of one seed of the protocol."""
@@ -87,7 +89,8 @@ class PlanningProtocol:
 
     def make_env(self) -> gymnasium.Env:
         """Make one environment."""
-        return make_env(self.env, self.env_kwargs, num_steps=self.budget)
+        env = make_env(self.env, self.env_kwargs, num_steps=self.budget)
+        return env if self.camera == PLAIN else ThroughCamera(env, self.camera)
 
 
 MakePolicy = Callable[[int, Sequence[gymnasium.Env]], GoalPolicy]
@@ -175,7 +178,7 @@ def run_episodes(
     infos = [protocol.starts.begin(env, seed, number, env_seed) for number, (env, env_seed) in seeds]
     episodes = [_Episode(env, info, keep_frames=keep_frames) for env, info in zip(envs, infos, strict=True)]
     policy = make_policy(envs)
-    goals = _pictures([env.unwrapped.goal_frame() for env in envs])  # type: ignore[attr-defined]
+    goals = _pictures([env.get_wrapper_attr("goal_frame")() for env in envs])
     policy.begin(goals)
     for episode in episodes:
         episode.start()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -190,12 +190,22 @@ def curve_chart(curves: Sequence[tuple[str, str, np.ndarray, np.ndarray]], alt: 
 
 
 def interval_chart(
-    points: Sequence[tuple[float, float, float, float]], levels: Mapping[str, float], *, xlabel: str, alt: str
+    points: Sequence[tuple[float, float, float, float]],
+    ticks: Sequence[str],
+    levels: Mapping[str, float],
+    *,
+    xlabel: str,
+    alt: str,
+    scale: Literal["linear", "log", "names"] = "linear",
 ) -> Picture:
-    """Draw rates with intervals, (x, rate, low, high), against a logarithmic x; `levels` are named reference lines."""
+    """Draw rates with intervals, (x, rate, low, high), against x, with the text of each tick.
+
+    `levels` are named reference lines. On the scale "names" ticks are slanted, and no line joins the points.
+    """
     from matplotlib.ticker import NullLocator
 
-    x, rate, low, high = np.array(sorted(points)).T
+    x, rate, low, high = np.array(points).T
+    order = np.argsort(x)
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.add_subplot()
@@ -206,9 +216,14 @@ def interval_chart(
                 ha="right", color=theme["text"], fontsize=8.5,
             )  # fmt: skip
         axes.vlines(x, low, high, color=theme["model"], linewidth=1.6)
-        axes.plot(x, rate, color=theme["model"], marker="o", markersize=5)
-        axes.set(xscale="log", ylim=(0, 1.08), xlabel=xlabel, ylabel="success")
-        axes.set_xticks(x, [f"{value:,.0f}" for value in x])
+        line = "" if scale == "names" else "-"
+        axes.plot(x[order], rate[order], color=theme["model"], marker="o", markersize=5, linestyle=line)
+        axes.set(xscale="log" if scale == "log" else "linear", ylim=(0, 1.08), ylabel="success")
+        axes.set_xlabel(short(xlabel, 40))
+        axes.set_xticks(x, [short(text) for text in ticks])
+        if scale == "names":
+            for tick in axes.get_xticklabels():
+                tick.set(rotation=30, ha="right", rotation_mode="anchor")
         axes.xaxis.set_minor_locator(NullLocator())
 
     return chart(draw, alt)

@@ -175,6 +175,11 @@ def between(parts: Sequence[Number], word: str) -> list[Number]:
     return joined([[part] for part in parts], word)
 
 
+def factor_text(value: Any) -> str:
+    """Return the value of a factor of variation as text, a number as it was given."""
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
 # ---------------------------------------------------------------------------------------------- content of the file
 
 

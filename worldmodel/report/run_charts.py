@@ -13,7 +13,7 @@ from worldmodel.report.charts import Line
 from worldmodel.report.drawing import Picture
 from worldmodel.report.page import CURVES, HORIZON_LABEL, LEVELS, Card, history_series, line_words
 from worldmodel.runs.metrics import RunMetrics, value_at
-from worldmodel.runs.planning_metrics import Planning
+from worldmodel.runs.planning_metrics import FactorValue, Planning, VariedValue
 
 
 def forecast_lines(metrics: RunMetrics, key: str, folder: str = "forecasts") -> list[Line]:
@@ -158,15 +158,66 @@ def labels_chart(metrics: RunMetrics) -> Picture | None:
     if len(curve) < 2:
         return None
     points = [(entry["labels"], entry["success_rate"], *entry["ci95"]) for entry in curve]
-    levels = {
+    levels = _levels(metrics, random="random_floor", privileged="oracle_ceiling")
+    words = "; ".join(f"{n:,} labels {rate:.3f} ({low:.3f} to {high:.3f})" for n, rate, low, high in points)
+    alt = f"Success against labels, with 95% intervals: {words}.{_level_words(levels)}"
+    ticks = [f"{n:,}" for n, *_ in points]
+    return charts.interval_chart(points, ticks, levels, xlabel="labelled transitions", alt=alt, scale="log")
+
+
+def factor_cards(metrics: RunMetrics) -> list[Card]:
+    """Return a chart of success against the values of each factor of variation, the undisturbed one included."""
+    cards = []
+    levels = _levels(metrics, random="random_floor")
+    planning = metrics.get("planning") or Planning()
+    for varied in planning.get("factors") or []:
+        entries, present = varied["values"], varied["present"]
+        if all(entry["value"] != present for entry in entries):
+            undisturbed = VariedValue(value=present, success_rate=planning.get("success_rate"))
+            undisturbed["ci95"] = planning.get("ci95") or [None, None]
+            entries = [undisturbed, *entries]
+        rated = _rated(entries)
+        if not rated:
+            continue
+        ticks = [numbers.factor_text(value) for value, *_ in rated]
+        places = [float(value) for value, *_ in rated if not isinstance(value, str)]
+        is_scale = len(places) == len(rated)
+        if not is_scale:
+            places = [float(place) for place in range(len(rated))]
+        points = [(place, rate, low, high) for place, (_, rate, low, high) in zip(places, rated, strict=True)]
+        words = "; ".join(
+            f"{tick} {rate:.3f} ({low:.3f} to {high:.3f})"
+            for tick, (_, rate, low, high) in zip(ticks, points, strict=True)
+        )
+        alt = f"Success against {varied['factor']}, with 95% intervals: {words}.{_level_words(levels)}"
+        picture = charts.interval_chart(
+            points, ticks, levels, xlabel=varied["factor"], alt=alt, scale="linear" if is_scale else "names"
+        )
+        cards.append(Card(numbers.label(varied["factor"]), f"Undisturbed: {numbers.factor_text(present)}.", picture))
+    return cards
+
+
+def _rated(entries: Sequence[VariedValue]) -> list[tuple[FactorValue, float, float, float]]:
+    """Return the value, success and its interval of each entry that has them."""
+    rated = []
+    for entry in entries:
+        rate, (low, high) = entry.get("success_rate"), entry.get("ci95") or (None, None)
+        if rate is not None and low is not None and high is not None:
+            rated.append((entry["value"], rate, low, high))
+    return rated
+
+
+def _levels(metrics: RunMetrics, **keys: str) -> dict[str, float]:
+    """Return the success of policies beside the run, by name; `keys` are their places in planning.json."""
+    return {
         name: value
-        for name, key in (("random", "random_floor"), ("privileged", "oracle_ceiling"))
+        for name, key in keys.items()
         if isinstance(value := value_at(metrics, f"planning.{key}.success_rate"), int | float)
     }
-    words = "; ".join(f"{n:,} labels {rate:.3f} ({low:.3f} to {high:.3f})" for n, rate, low, high in points)
-    others = "".join(f" {name.capitalize()}: {level:.3f}." for name, level in levels.items())
-    alt = f"Success against labels, with 95% intervals: {words}.{others}"
-    return charts.interval_chart(points, levels, xlabel="labelled transitions", alt=alt)
+
+
+def _level_words(levels: Mapping[str, float]) -> str:
+    return "".join(f" {name.capitalize()}: {level:.3f}." for name, level in levels.items())
 
 
 def curve_pictures(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, Picture]]:

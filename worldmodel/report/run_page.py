@@ -120,6 +120,8 @@ def write_report(
         has_ways=any(episode.way_px is not None for episode in episodes),
         has_imagined=any(episode.imagined_px is not None for episode in episodes),
         labels_chart=run_charts.labels_chart(metrics),
+        factors=tables.factor_table(metrics),
+        factor_cards=run_charts.factor_cards(metrics),
         curves=run_charts.curve_pictures(history),
         probes=tables.probe_tables(metrics),
         embedding_table=tables.score_table(metrics, "embedding.forecasts") if metrics.get("quantity") else None,

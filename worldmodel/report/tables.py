@@ -16,6 +16,7 @@ from worldmodel.report.numbers import (
     Numbers,
     best_at,
     dimensions,
+    factor_text,
     forecast_names,
     horizon,
     interval_words,
@@ -281,25 +282,42 @@ CONTROLS = {
 """Policies beside the run in planning.json: their names on a console and in the report, and the kind of row."""
 
 
+PLANNED = (
+    ("", "Success", "success_rate", 3),
+    ("95% interval", "from", "ci95.0", 3),
+    ("95% interval", "to", "ci95.1", 3),
+    ("", "Path ratio", "path_ratio", 2),
+    ("", "Steps", "steps", 1),
+    ("", "ms per decision", "ms_per_decision", 2),
+    ("", "Success per seed", "per_seed", 2),
+)
+"""Columns of tables of planning: group, title, key in planning.json and number of decimals."""
+
+
 def planning_table(metrics: RunMetrics) -> Table:
     """Return a row for the run, or one per number of labels, then the floors and the ceilings."""
     curve = value_at(metrics, "planning.curve") or []
-    rows = [
-        *((_with_labels(entry.get("labels")), f"planning.curve.{i}", "") for i, entry in enumerate(curve[:-1])),
-        (_with_labels(value_at(metrics, "planning.protocol.labels")), "planning", "model"),
-        *((name, f"planning.{key}", kind) for key, (_, name, kind) in CONTROLS.items()),
-    ]
-    columns = [
-        ("", "Success", "success_rate", 3),
-        ("95% interval", "from", "ci95.0", 3),
-        ("95% interval", "to", "ci95.1", 3),
-        ("", "Path ratio", "path_ratio", 2),
-        ("", "Steps", "steps", 1),
-        ("", "ms per decision", "ms_per_decision", 2),
-        ("", "Success per seed", "per_seed", 2),
-    ]
+    return _table_of_planning(
+        metrics,
+        [
+            *((_with_labels(entry.get("labels")), f"planning.curve.{i}", "") for i, entry in enumerate(curve[:-1])),
+            (_with_labels(value_at(metrics, "planning.protocol.labels")), "planning", "model"),
+            *((name, f"planning.{key}", kind) for key, (_, name, kind) in CONTROLS.items()),
+        ],
+    )
+
+
+def factor_table(metrics: RunMetrics) -> Table:
+    """Return a row for each value of each factor of variation, after the undisturbed run; no rows without factors."""
+    rows = _rows_of_factors(metrics)
+    undisturbed = [("Undisturbed", "planning", "model")] if rows else []
+    return _table_of_planning(metrics, [*undisturbed, *((name, part, "") for name, part in rows)])
+
+
+def _table_of_planning(metrics: RunMetrics, rows: Sequence[tuple[str, str, str]]) -> Table:
+    """Return the table with the columns PLANNED. Rows are a label, a place in the metrics, and a kind."""
     return table_of_numbers(
-        [(group, title) for group, title, _, _ in columns],
+        [(group, title) for group, title, _, _ in PLANNED],
         [
             TableRow(
                 name,
@@ -307,7 +325,7 @@ def planning_table(metrics: RunMetrics) -> Table:
                     [Number(DASH)]
                     if part.startswith("planning.curve") and key in NOT_OF_CURVE
                     else numbers_at(metrics, f"{part}.{key}", digits)
-                    for _, _, key, digits in columns
+                    for _, _, key, digits in PLANNED
                 ],
                 kind,
             )
@@ -317,13 +335,34 @@ def planning_table(metrics: RunMetrics) -> Table:
 
 
 def success_table(planning: Planning) -> str:
-    """Format the success of the run, the floors and the ceilings for a console."""
-    lines = [f"{'policy':<19} {'success':>8} {'95 % interval':>16} {'steps':>6} {'path':>6} {'ms':>7}  per seed"]
+    """Format the success of the run, the floors and the ceilings for a console, then that of the factors' values."""
     metrics = RunMetrics(planning=planning)
     rows = [(f"{entry['labels']} labels", f"planning.curve.{i}") for i, entry in enumerate(planning.get("curve", []))]
     labels = value_at(metrics, "planning.protocol.labels")
     rows = [*rows[:-1], ("model" if labels is None else f"{labels} labels", "planning")]
-    rows += [(name, f"planning.{key}") for key, (name, _, _) in CONTROLS.items()]
+    tables = [
+        _console_table(
+            metrics, "policy", [*rows, *((name, f"planning.{key}") for key, (name, _, _) in CONTROLS.items())]
+        )
+    ]
+    if factors := _rows_of_factors(metrics):
+        tables.append(_console_table(metrics, "factor", [("undisturbed", "planning"), *factors]))
+    return "\n\n".join(tables)
+
+
+def _rows_of_factors(metrics: RunMetrics) -> list[tuple[str, str]]:
+    """Return the label of each value of each factor of variation, and its place in the metrics."""
+    return [
+        (printable(f"{varied['factor']} = {factor_text(entry['value'])}"), f"planning.factors.{i}.values.{j}")
+        for i, varied in enumerate(value_at(metrics, "planning.factors") or [])
+        for j, entry in enumerate(varied["values"])
+    ]
+
+
+def _console_table(metrics: RunMetrics, heading: str, rows: Sequence[tuple[str, str]]) -> str:
+    """Format success for a console. Rows are a label and a place in the metrics; those without success are left out."""
+    width = max(19, *(len(name) for name, _ in rows))
+    lines = [f"{heading:<{width}} {'success':>8} {'95 % interval':>16} {'steps':>6} {'path':>6} {'ms':>7}  per seed"]
     for name, part in rows:
         low, high, success, ms = (
             value_at(metrics, f"{part}.{key}") for key in ("ci95.0", "ci95.1", "success_rate", "ms_per_decision")
@@ -335,8 +374,9 @@ def success_table(planning: Planning) -> str:
         ratio = None if is_point else value_at(metrics, f"{part}.path_ratio")
         seeds = " ".join(f"{value:.2f}" for value in value_at(metrics, f"{part}.per_seed"))
         lines.append(
-            f"{name:<19} {success:>8.3f} {f'{low:.3f} - {high:.3f}':>16} {'-' if steps is None else f'{steps:.1f}':>6} "
-            f"{'-' if ratio is None else f'{ratio:.2f}':>6} {ms:>7.2f}  {seeds}"
+            f"{name:<{width}} {success:>8.3f} {f'{low:.3f} - {high:.3f}':>16} "
+            f"{'-' if steps is None else f'{steps:.1f}':>6} {'-' if ratio is None else f'{ratio:.2f}':>6} {ms:>7.2f}  "
+            f"{seeds}"
         )
     return "\n".join(lines)
 

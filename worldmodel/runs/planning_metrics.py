@@ -28,6 +28,23 @@ class PlannedWithLabels(Part, total=False):
     ms_per_decision: Score
 
 
+FactorValue = Annotated[float, Field(strict=True, ge=-1e9, le=1e9, allow_inf_nan=False)] | Short
+
+
+class VariedValue(Planned, total=False):
+    """Success with one value of a factor of variation, all others at their present values."""
+
+    value: Required[FactorValue]
+
+
+class VariedFactor(Part, total=False):
+    """Success against the values of a factor. present: its value in all other results."""
+
+    factor: Required[Short]
+    present: Required[FactorValue]
+    values: Required[Annotated[list[VariedValue], Field(max_length=1_000)]]
+
+
 class ProtocolFacts(Part, total=False):
     """Everything that a success rate depends on, besides the weights of the checkpoint.
 
@@ -64,3 +81,4 @@ class Planning(Planned, total=False):
     oracle_ceiling: Planned | None
     protocol: ProtocolFacts
     curve: Annotated[list[PlannedWithLabels], Field(max_length=1_000)]
+    factors: Annotated[list[VariedFactor], Field(max_length=100)]

@@ -84,6 +84,19 @@ def test_frames_show_the_state_and_the_cells(maze: MazeName, size_px: int) -> No
     assert walls_px == pytest.approx(size_px**2 - env.maze.free.sum() * (size_px / max(rows, columns)) ** 2, rel=0.01)
 
 
+def test_the_point_has_a_size_and_the_floor_a_colour() -> None:
+    (usual, info), (picture, as_well) = (
+        env.reset(seed=3) for env in (PointMazeEnv(), PointMazeEnv(agent_size=1.5, background=[9, 60, 30]))
+    )
+    assert np.array_equal(info["state"], as_well["state"])
+    walls, floor = usual[..., 0] == 255, usual.max(axis=-1) == 0
+    far = np.hypot(*(np.indices((64, 64))[::-1] - PointMazeEnv().state_px(info["state"])[:, None, None])) > 9
+    assert (picture[floor & far] == [9, 60, 30]).all() and (picture[walls & far] == [255, 0, 0]).all()
+    x, y = PointMazeEnv().state_px(info["state"]).round().astype(int)
+    assert picture[y, x, 1] > 240 and picture[y, x, [0, 2]].max() <= 5
+    assert picture[y, x + 2, 1] > usual[y, x + 2, 1] + 20
+
+
 def test_a_teleporter_sends_to_each_exit_by_the_environments_own_chance() -> None:
     def sent(seed: int) -> list[tuple[int, int]]:
         env = PointMazeEnv("teleport")
@@ -155,6 +168,8 @@ def test_exploration_visits_every_cell(maze: MazeName) -> None:
     [
         ({"maze": "giant"}, "maze='giant' is unknown: use medium, large, teleport"),
         ({"size_px": 8}, "size_px=8 must be an integer within 16..1024"),
+        ({"agent_size": "big"}, "agent_size='big' must be a number within 0.25..4"),
+        ({"background": 7}, "background=7 must be a colour"),
         ({"render_mode": "human"}, "render_mode='human'"),
     ],
 )

@@ -130,6 +130,14 @@ def test_pictures_are_the_average_of_a_canvas_eight_times_as_large() -> None:
         assert apart.max() < 40 and apart.mean() < 0.3  # corners are rounded a little
 
 
+def test_the_canvas_has_a_colour() -> None:
+    (white, _), (picture, _) = (PushTEnv(background=colour).reset(seed=0) for colour in ("white", "olive"))
+    bare = (white == 255).all(axis=-1)
+    assert bare.mean() > 0.5 and (picture[bare] == [128, 128, 0]).all()
+    shapes = (white == law.SLATE).all(axis=-1) | (white == law.BLUE).all(axis=-1)
+    assert shapes.sum() > 50 and np.array_equal(picture[shapes], white[shapes])
+
+
 def test_state_px_is_where_the_block_is_seen() -> None:
     env = PushTEnv()
     for seed in range(3):

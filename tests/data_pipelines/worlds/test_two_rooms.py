@@ -207,6 +207,42 @@ def test_the_dot_is_drawn_where_it_is() -> None:
     assert pictures[..., 2].max() == 0
 
 
+def covered(centre: torch.Tensor, width_px: float) -> torch.Tensor:
+    """The fraction of each of 64 pixels that intervals cover: [N, 64]."""
+    return (width_px / 2 + 0.5 - (torch.arange(64.0) - centre[:, None]).abs()).clamp(0, 1)
+
+
+def test_a_usual_picture_is_its_parts_in_a_channel_each_bit_for_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    state = LOW_PX + (HIGH_PX - LOW_PX) * torch.rand(300, 2, generator=generator)
+    wall_x, door_y = 20 + 23 * torch.rand(300, generator=generator), 9 + 45 * torch.rand(300, generator=generator)
+    columns, rows = torch.exp(-0.5 * ((torch.arange(64.0) - state[..., None]) / 1.4) ** 2).unbind(-2)
+    wall = covered(wall_x, WALL_WIDTH_PX)[:, None, :] * (1 - covered(door_y, DOOR_HEIGHT_PX))[..., None]
+    dot = rows[..., :, None] * columns[..., None, :]
+    for pit, blue in ((False, 0), (True, 255)):
+        pictures = draw(state, wall_x, door_y, pit=pit)
+        assert torch.equal(pictures[..., :2], (torch.stack([wall, dot], dim=-1) * 255).round().byte())
+        assert pictures[..., 2].max() == blue and torch.equal(
+            pictures[..., 2], pictures[:1, ..., 2].expand(300, 64, 64)
+        )
+
+
+def test_the_dot_has_a_size_and_the_rest_a_background() -> None:
+    options = {"state": [14, 48], "goal": [50, 48]}
+    usual, changed = TwoRoomsEnv(), TwoRoomsEnv(agent_size=2, background=[10, 20, 30], pit=True)
+    usual_picture, _ = usual.reset(seed=0, options=options)
+    picture, info = changed.reset(seed=0, options=options)
+    assert picture[60, 5].tolist() == [10, 20, 30] and picture[60, 31].tolist() == [255, 0, 0]
+    assert picture[33, 22].tolist() == [0, 0, 255] and changed.goal_frame()[60, 5].tolist() == [10, 20, 30]
+    dot = (picture[39:58, 5:24, 1].astype(float) - 20) / 235
+    assert dot.sum() == pytest.approx(2 * math.pi * 2.8**2, rel=0.01)
+    assert (usual_picture[..., 1] / 255).sum() == pytest.approx(2 * math.pi * 1.4**2, rel=0.01)
+    assert np.array_equal(info["state"], [14, 48])  # it is a point in the law
+    navy, black = (TwoRoomsEnv(background=name).reset(seed=0)[0] for name in ("navy", "black"))
+    assert np.array_equal(navy[..., :2], black[..., :2]) and navy[60, 5, 2] == 128
+    assert np.array_equal(black, TwoRoomsEnv().reset(seed=0)[0])
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"layout": "random", "slip": 0.3, "cross_room": 1.0}])
 def test_gymnasium_finds_nothing_to_complain_about(kwargs: dict) -> None:
     with warnings.catch_warnings():
@@ -318,6 +354,9 @@ def test_wrong_reset_options_are_told(options: dict, tells: str) -> None:
         ({"slip": 1.5}, "slip=1.5 must be a number within 0..1"),
         ({"cross_room": "often"}, "cross_room='often'"),
         ({"goal_radius_px": 30}, "goal_radius_px=30 must be a number within 0..10"),
+        ({"agent_size": 5}, "agent_size=5 must be a number within 0.25..4"),
+        ({"background": "#00112233"}, "background='#00112233' must be a colour"),
+        ({"background": [True, 0, 0]}, r"background=\[True, 0, 0\] must be a colour"),
         ({"render_mode": "human"}, "render_mode='human'"),
     ],
 )

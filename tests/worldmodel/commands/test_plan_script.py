@@ -28,6 +28,7 @@ from worldmodel.planning.protocol import (
     run_episodes,
 )
 from worldmodel.runs.metrics import value_at
+from worldmodel.runs.planning_metrics import Planned
 from worldmodel.training.loop import train
 
 ENV = "data_pipelines.worlds.two_rooms:worldmodel/TwoRooms-v0"
@@ -73,7 +74,7 @@ def passive(rooms: Path) -> Path:
 
 def test_the_script_prints_and_writes_success_its_controls_and_the_protocol(planner: Path) -> None:
     arguments = ["--run", str(planner), "--env", ENV, "--seeds", "2", "--episodes", "3", "--budget", "4"]
-    done = run_script("plan.py", *arguments, "planning.iterations=2")
+    done = run_script("plan.py", "planning.iterations=2", *arguments, "--vary", "noise=0,60", "background=navy")
     assert done.returncode == 0, done.stderr
     result = json.loads((planner / "planning.json").read_text())
     assert len(result["per_seed"]) == 2 and result["success_rate"] == pytest.approx(np.mean(result["per_seed"]))
@@ -85,6 +86,19 @@ def test_the_script_prints_and_writes_success_its_controls_and_the_protocol(plan
     assert f"{result['success_rate']:.3f}" in done.stdout and '"budget": 4' in done.stdout
     assert result["protocol"]["protocol"] == "drawn" and not {"replay", "do_nothing"} & result.keys()
     assert "curve" not in result and str(planner / "report.html") in done.stdout
+    assert undeclared({"planning": result}) == []
+    noise, background = result["factors"]
+    assert (noise["factor"], noise["present"], background["present"]) == ("noise", 0, "black")
+    assert [entry["value"] for entry in noise["values"]] == [0, 60]
+    assert noise["values"][0] == {"value": 0} | {key: result[key] for key in Planned.__annotations__}
+    assert noise["values"][1]["ms_per_decision"] != result["ms_per_decision"]
+    assert noise["values"][1]["steps"] <= 4 and len(background["values"][0]["per_seed"]) == 2
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines if line][:4] == ["policy", "model", "random", "privileged"]
+    rows = [" ".join(line[:3]) for line in lines if line[1:2] == ["="]]
+    assert rows == ["noise = 0", "noise = 60", "background = navy"]
+    page = (planner / "report.html").read_text()
+    assert "Factors of variation" in page and "Success against noise, with 95% intervals: 0 " in page
 
 
 @pytest.mark.slow
@@ -119,13 +133,14 @@ def test_the_report_has_the_planning_by_itself_and_beside_the_forecasts(planner:
 
 def test_several_counts_of_labels_make_a_curve(passive: Path) -> None:
     arguments = ["--run", str(passive), "--env", ENV, "--seeds", "2", "--episodes", "2", "--budget", "2"]
-    done = run_here("plan.py", *arguments, "--labels", "40", "20", "--checkpoint", "latest")
+    done = run_here("plan.py", *arguments, "--labels", "40", "20", "--vary", "noise=5", "--checkpoint", "latest")
     assert done.returncode == 0, done.stderr
     result = json.loads((passive / "planning.json").read_text())
     assert undeclared({"planning": result}) == []
     assert [entry["labels"] for entry in result["curve"]] == [40, 20] and result["protocol"]["labels"] == 20
     keys = {"success_rate", "ci95", "per_seed", "ms_per_decision"}
     assert all(entry.keys() == {"labels", *keys} for entry in result["curve"])
+    assert [entry["value"] for entry in result["factors"][0]["values"]] == [5]
     assert {key: result["curve"][-1][key] for key in keys} == {key: result[key] for key in keys}
     page = (passive / "report.html").read_text()
     assert "This run, 40 labels" in page and "Success against labels, with 95% intervals: 40 labels" in page
@@ -136,12 +151,15 @@ def test_starts_from_recorded_episodes_have_their_own_floor_and_ceiling(planner:
     run = tmp_path / "run"
     shutil.copytree(planner, run)
     arguments = ["--run", str(run), "--env", ENV, "--protocol", "recorded", "--offset", "12", "--budget", "13"]
-    done = run_here("plan.py", *arguments, "--seeds", "2", "--episodes", "3", "planning.iterations=1")
+    done = run_here(
+        "plan.py", *arguments, "--vary", "blur=1", "--seeds", "2", "--episodes", "3", "planning.iterations=1"
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads((run / "planning.json").read_text())
     assert undeclared({"planning": result}) == []
     assert result["replay"]["success_rate"] == 1 and result["do_nothing"]["success_rate"] == 0
     assert result["replay"]["steps"] <= 12 and result["do_nothing"]["steps"] == 13
+    assert result["factors"][0]["values"][0]["value"] == 1
     facts = result["protocol"]
     assert facts["protocol"] == "recorded" and facts["offset"] == 12 and facts["left_out"] >= 0
     page = (run / "report.html").read_text()
@@ -184,10 +202,14 @@ def test_a_learned_policy_acts_alone_or_starts_a_search_and_is_fitted_once(
     shutil.copytree(planner, run)
     monkeypatch.setattr(goal_conditioned, "STEPS", 250)
     arguments = ["--run", str(run), "--env", ENV, "--seeds", "2", "--episodes", "3", "--budget", "3"]
-    done = run_here("plan.py", *arguments, "--policy", "gc", "planning.goal_steps=8")
+    done = run_here(
+        "plan.py", "planning.goal_steps=8", *arguments, "--policy", "gc", "--vary", "slip=1", "contrast=0.5"
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads((run / "planning.json").read_text())
     assert undeclared({"planning": result}) == []
+    slip, contrast = (varied["values"][0] for varied in result["factors"])
+    assert len(slip["per_seed"]) == 2 and contrast["value"] == 0.5 and contrast["steps"] <= 3
     assert result["protocol"]["policy"] == "gc" and result["protocol"]["planning"]["goal_steps"] == 8
     episodes = load_records(run / "planning.safetensors", PlannedEpisode)
     assert {episode.imagined_px.shape[2] for episode in episodes if episode.imagined_px is not None} == {1}
@@ -198,10 +220,12 @@ def test_a_learned_policy_acts_alone_or_starts_a_search_and_is_fitted_once(
 
     with monkeypatch.context() as patched:
         patched.setattr(goal_conditioned, "embed_clips", refuse)
-        done = run_here("plan.py", *arguments, "planning.warm_start=true", "planning.goal_steps=8")
+        warm_start = ["planning.warm_start=true", "planning.goal_steps=8"]
+        done = run_here("plan.py", *warm_start, *arguments, "--vary", "agent_size=2")
     assert done.returncode == 0, done.stderr
     warm = json.loads((run / "planning.json").read_text())
-    assert warm["protocol"]["policy"] == "search" and warm["ms_per_decision"] > result["ms_per_decision"]
+    assert warm["factors"][0]["values"][0]["steps"] <= 3
+    assert warm["protocol"]["policy"] == "search" and warm["protocol"]["planning"]["warm_start"]
     assert (run / "goal_policy.safetensors").read_bytes() == fitted
     done = run_here("plan.py", *arguments, "--policy", "gc", "planning.goal_steps=40")
     assert done.returncode == 2 and "planning.goal_steps" in done.stderr, done.stderr
@@ -223,6 +247,9 @@ def test_a_policy_is_not_learned_from_labels_of_a_passive_run(passive: Path, ask
         (["--env", ENV, "model.encoder.width=2"], "only planning.KEY=VALUE"),
         (["--env", ENV, "planning.planner.elites=99"], "elites"),
         (["--env", ENV, "--env-kwargs", "slip=2"], "slip=2"),
+        (["--env", ENV, "--vary", "noise"], "factor 'noise' must read NAME=VALUE,VALUE"),
+        (["--env", ENV, "--vary", "colour=1"], "has blur, contrast, brightness, noise, agent_size, background, slip"),
+        (["--env", ENV, "--vary", "noise=1", "agent_size=1,9"], "agent_size=9 must be a number within 0.25..4"),
         (["--env", ENV, "--offset", "5"], "--offset=5 is of --protocol recorded"),
         (["--env", ENV, "--protocol", "recorded", "--offset", "0"], "--offset must be at least 1, not 0"),
         (["--env", ENV, "--protocol", "recorded", "--offset", "33"], "--offset=33: the longest episode"),

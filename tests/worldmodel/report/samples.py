@@ -138,6 +138,18 @@ def make_planning(labels: tuple[int, ...] = (100, 1000, 10_000)) -> Any:
     }
 
 
+def make_factors(named: str = "background") -> Any:
+    """Factors of planning.json: one whose values are numbers, and one whose values are names."""
+
+    def scores(place: int) -> dict[str, Any]:
+        return {"success_rate": 0.9 - 0.2 * place, "ci95": [0.85 - 0.2 * place, 0.92 - 0.2 * place]}
+
+    return [
+        {"factor": "noise", "present": 0.0, "values": [{"value": 10 * i, **scores(i)} for i in range(3)]},
+        {"factor": named, "present": named, "values": [{"value": f"{named} {i}", **scores(i)} for i in range(2)]},
+    ]
+
+
 def make_episodes(
     count: int = 2, *, size_px: int = 32, num_steps: int = 6, positions: bool = True, texture: bool = False
 ) -> list[PlannedEpisode]:

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 
-from tests.worldmodel.report.samples import make_episodes, make_history, make_illustrations, make_metrics, make_planning
+from tests.worldmodel.report.samples import (
+    make_episodes,
+    make_factors,
+    make_history,
+    make_illustrations,
+    make_metrics,
+    make_planning,
+)
 from worldmodel.report.comparison import RunScores, flat_numbers
 from worldmodel.report.comparison_page import write_comparison_page
 from worldmodel.report.run_page import write_report
@@ -197,6 +204,7 @@ def test_names_of_strangers_are_text(browser: Any, tmp_path: Path) -> None:
         "quantity": {"name": EVIL, "unit": EVIL, "dimensions": [EVIL] * 2},
     }
     planning = make_planning()
+    planning["factors"] = make_factors(EVIL)
     planning["protocol"] |= {"env": EVIL, EVIL: EVIL, "env_kwargs": {EVIL: EVIL}}
     drawn = make_illustrations(queries=1, num_steps=2, size_px=32)
     assert drawn.timeline is not None and drawn.latents is not None

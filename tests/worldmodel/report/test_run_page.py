@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from data_pipelines.errors import UserError
@@ -20,6 +21,7 @@ from tests.conftest import REPO
 from tests.worldmodel.report.samples import (
     make_decoded,
     make_episodes,
+    make_factors,
     make_history,
     make_illustrations,
     make_metrics,
@@ -32,14 +34,15 @@ from worldmodel.evaluation.decoded import DecodedFutures
 from worldmodel.evaluation.illustrations import NO_ILLUSTRATIONS, Fans, Illustrations
 from worldmodel.evaluation.records import save_records
 from worldmodel.planning.planned_episodes import PlannedEpisode
+from worldmodel.report import charts
 from worldmodel.report.animations import animation, imagined_paths, path_until, planning_animation
 from worldmodel.report.charts import principal_components, spread_labels
 from worldmodel.report.decoded_pictures import decoded_pictures, still_image
-from worldmodel.report.drawing import Picture
+from worldmodel.report.drawing import THEMES, Picture
 from worldmodel.report.headline import headline, protocol_facts, verdict
 from worldmodel.report.numbers import duration, marked_steps, number, text_of
 from worldmodel.report.run_page import report_of_run, write_report
-from worldmodel.report.tables import markdown_table, planning_table, score_table
+from worldmodel.report.tables import factor_table, markdown_table, planning_table, score_table
 from worldmodel.report.timeline import timeline_figure
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import value_at
@@ -469,6 +472,43 @@ def test_planning_is_told_beside_chance_and_the_ceiling(full: tuple[str, Page]) 
     without: Any = make_planning(()) | {"oracle_ceiling": None}
     assert [row.label for row in planning_table({"planning": without}).rows] == ["This run", "Random actions"]
     assert planning_table({}).rows == []
+
+
+def test_success_against_factors_is_drawn_and_listed(tmp_path: Path, no_charts: None) -> None:
+    planning = make_planning(()) | {"factors": make_factors()}
+    planning["factors"][0]["values"].append({"value": 30})  # a damaged file
+    _, page = report(tmp_path / "report.html", metrics={"planning": planning})
+    alts = [image["alt"] or "" for image in page.images]
+    assert [words for words in alts if words.startswith("Success against")] == [
+        "Success against noise, with 95% intervals: 0 0.900 (0.850 to 0.920); 10 0.700 (0.650 to 0.720); "
+        "20 0.500 (0.450 to 0.520). Random: 0.132.",
+        "Success against background, with 95% intervals: background 0.800 (0.737 to 0.842); "
+        "background 0 0.900 (0.850 to 0.920); background 1 0.700 (0.650 to 0.720). Random: 0.132.",
+    ]
+    table = factor_table({"planning": planning})
+    assert [row.label for row in table.rows] == [
+        *("Undisturbed", "noise = 0", "noise = 10", "noise = 20", "background = background 0"),
+        "background = background 1",
+    ]
+    assert [text_of(cell) for cell in table.rows[2].cells[:3]] == ["0.700", "0.650", "0.720"]
+    assert page.metrics["planning.factors.0.values.1.success_rate"] == {"0.700"}
+    assert "Undisturbed: 0." in page.text and undeclared({"planning": planning}) == []
+    _, bare = report(tmp_path / "report.html", metrics={"planning": make_planning(())})
+    assert "Factors of variation" in page.text and "Factors of variation" not in bare.text
+
+
+def test_points_of_an_interval_chart_are_to_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = Figure()
+    monkeypatch.setattr("worldmodel.report.charts.chart", lambda draw, alt: draw(figure, THEMES["light"]))
+    points = [(40, 0.2, 0.1, 0.3), (0, 0.9, 0.8, 1.0), (10, 0.5, 0.4, 0.6)]
+    charts.interval_chart(points, ["forty", "none", "ten"], {"random": 0.125}, xlabel="noise", alt="")
+    (axes,) = figure.axes
+    level, rates = axes.lines
+    assert np.array_equal(level.get_ydata(), [0.125] * 2)
+    assert np.array_equal(rates.get_xydata(), [(0, 0.9), (10, 0.5), (40, 0.2)])
+    (bars,) = axes.collections
+    assert [np.asarray(bar.vertices)[:, 1].tolist() for bar in bars.get_paths()] == [[0.1, 0.3], [0.8, 1.0], [0.4, 0.6]]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["forty", "none", "ten"]
 
 
 @pytest.mark.parametrize(("labels", "drawn"), [((), False), ((100,), False), ((100, 1000), True)])

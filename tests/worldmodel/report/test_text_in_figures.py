@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from tests.worldmodel.report.samples import make_illustrations, make_metrics
+from tests.worldmodel.report.samples import make_factors, make_illustrations, make_metrics, make_planning
 from worldmodel.evaluation.illustrations import NO_ILLUSTRATIONS
 from worldmodel.report import charts, drawing
 from worldmodel.report.comparison import RunScores, comparison_figure, comparison_markdown, flat_numbers, png
@@ -74,6 +74,7 @@ def test_the_report(tmp_path: Path) -> None:
     metrics = make_metrics(2)
     metrics["forecasts"] |= {name: metrics["forecasts"]["persistence"] for name in names}
     metrics["probes"] |= {name: metrics["probes"]["r"] for name in names}
+    metrics["planning"] = make_planning(()) | {"factors": make_factors(joined[:900])}
     metrics["quantity"] = {"name": joined, "unit": joined, "dimensions": [joined, NAMES["formula"]]}
     drawn = make_illustrations()
     assert drawn.timeline is not None and drawn.fans is not None
