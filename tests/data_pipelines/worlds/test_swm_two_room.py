@@ -104,7 +104,7 @@ def test_the_disc_moves_as_in_the_package_and_ends_with_it() -> None:
     env, theirs, rng = SwmTwoRoomEnv(), two_room()[0](), np.random.default_rng(0)
     _, info = env.reset(seed=1)
     theirs.reset(seed=5, options={"state": info["state"], "target_state": info["goal"]})
-    heading, ends, stops = np.zeros(2), 0, 0
+    heading, ends, stops = np.zeros(2, np.float32), 0, 0
     for _ in range(1000):
         heading = np.clip(0.95 * heading + 0.5 * rng.normal(size=2), -1.5, 1.5).astype(np.float32)
         before = info["state"]
