@@ -121,8 +121,8 @@ def whole_state(name: str, value: Any, names: tuple[str, ...], num_positions: in
     except (ValueError, TypeError):
         state = np.empty(0, np.float32)
     if state.ndim != 1 or len(state) not in (num_positions, len(names)) or not np.isfinite(state).all():
+        velocities = f", or {len(names)} (also {', '.join(names[num_positions:])})" if names[num_positions:] else ""
         raise UserError(
-            f"{name}={value!r} must be {num_positions} numbers ({', '.join(names[:num_positions])}), or {len(names)} "
-            f"(also {', '.join(names[num_positions:])})"
+            f"{name}={value!r} must be {num_positions} numbers ({', '.join(names[:num_positions])}){velocities}"
         )
     return np.pad(state, (0, len(names) - len(state)))

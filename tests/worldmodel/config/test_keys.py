@@ -112,8 +112,9 @@ def test_every_key_of_every_shipped_config_is_read(
         causal = [*CAUSAL, f"run_dir={fresh.run_dir}_causal"]
         trained = load(train(load_config(REPO / "configs" / "causal" / "heteroscedastic.yaml", causal)))
         evaluate_factors(trained.networks, trained.config.evaluation)
-        for name in ("two_rooms.yaml", "two_rooms_random.yaml", "two_rooms_pit.yaml", "point_maze.yaml"):
-            plan_once(load_config(REPO / "configs" / name, ["planning.candidates=40", "planning.iterations=2"]))
+        for name in ("two_rooms", "two_rooms_random", "two_rooms_pit", "point_maze", "swm_two_room"):
+            path = REPO / "configs" / f"{name}.yaml"
+            plan_once(load_config(path, ["planning.candidates=40", "planning.iterations=2"]))
         build_training_model(load_config(REPO / "configs" / "video_vit.yaml", ["model.encoder=vit_tiny"]))
         build_training_model(load_config(REPO / "configs" / "games.yaml"))
     for path in CONFIGS:
