@@ -1,8 +1,8 @@
 """Published success rates of planning to goal images, by the id of the environment here that is nearest to theirs.
 
-None of them was measured here, and none is of the same pictures, data, starts and planner: each row says what it is of. A
-source is a file of the authors' repository at a commit, unless the row says otherwise. To add a figure, add a row here
-and in docs/results.md; a test compares the two.
+None of them was measured here, and none is of the same pictures, data, starts and planner: each row says what it is of.
+A source is a file of the authors' repository at a commit, unless the row says otherwise. To add a figure, add a row
+here and in docs/results.md; a test compares the two.
 """
 
 from __future__ import annotations

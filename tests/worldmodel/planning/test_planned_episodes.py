@@ -64,7 +64,7 @@ def run_of(plane: Plane) -> Any:
     return SimpleNamespace(
         model=plane,
         target_encoder=plane.observe,
-        config=Config(run_dir="", data=VideosConfig(num_frames=1, num_segments=2)),
+        config=Config(run_dir="", data=VideosConfig(num_frames=1, num_segments=2, size_px=SIZE_PX, channels=1)),
         networks=None,
         folder=Path("plane"),
         device=torch.device("cpu"),
