@@ -10,7 +10,7 @@ from worldmodel.report.decoded_pictures import BACKGROUND, GAP_PX, INK, LABEL_PX
 from worldmodel.report.drawing import Picture, data_uri
 
 TILE_PX, STUB_PX = 64, 56  # side of a picture, width of the names of the rows
-QUALITY = 60
+MAX_BYTES = 70_000
 
 
 def plan_picture(episode: PlannedEpisode) -> Picture | None:
@@ -36,8 +36,11 @@ def plan_picture(episode: PlannedEpisode) -> Picture | None:
         for place, frame in enumerate([episode.frames[at], *pictures, episode.goal]):
             square = centre_crop(frame, min(frame.shape[1:]))
             whole.paste(tile(square, TILE_PX), (STUB_PX + place * each, top))
-    buffer = BytesIO()
-    whole.save(buffer, format="webp", quality=QUALITY)
+    for options in ({"lossless": True}, {"quality": 75}, {"quality": 30}):
+        buffer = BytesIO()
+        whole.save(buffer, format="webp", **options)
+        if buffer.tell() <= MAX_BYTES:
+            break
     uri = data_uri(buffer.getvalue())
     decisions, last = ", ".join(str(at) for at in plans.at), plans.ahead[-1]
     words = (

@@ -47,6 +47,10 @@ def _stable_worldmodel(world: str, *success: str | None) -> list[Published]:
     return [Published(model, rate, f"{world}, {rest}", source) for (model, rest, source), rate in rows if rate]
 
 
+_TWO_ROOM = _stable_worldmodel(
+    "TwoRoom of stable-worldmodel, goals within 16 of 224 px",
+    *("0.87", "0.97", "1.00", "1.00", "0.843 ± 0.042", "0.950 ± 0.028", "1.000"),
+)
 _U_MAZE = (
     "D4RL's U-shaped maze (7 free cells), MuJoCo's pictures, 224 px, drawn starts and goals, 96 episodes; "
     "CEM, 6 steps of 5 actions"
@@ -60,10 +64,7 @@ PUBLISHED: dict[str, Sequence[Published]] = {
             "eb_jepa's two rooms, random wall, drawn goals, 20 episodes x 3 training seeds x 3 checkpoints; MPPI",
             "eb_jepa, examples/ac_video_jepa/README.md, 966e61e",
         ),
-        *_stable_worldmodel(
-            "TwoRoom of stable-worldmodel, fixed wall, goals within 16 of 224 px",
-            *("0.87", "0.97", "1.00", "1.00", "0.843 ± 0.042", "0.950 ± 0.028", "1.000"),
-        ),
+        *_TWO_ROOM,
     ],
     "worldmodel/PushT-v0": _stable_worldmodel(
         "PushT of stable-worldmodel, data of another expert",
