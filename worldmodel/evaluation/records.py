@@ -90,6 +90,8 @@ def _restored(hint: Any, name: str, values: dict[str, Any], sizes: dict[str, int
             return _checked(kind, value, sizes)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+    if NoneType in options and not any(stored.startswith(f"{name}.") for stored in values):
+        return None  # written before the field was added
     if not dataclasses.is_dataclass(kind):
         raise KeyError(name)
     hints = get_type_hints(kind, include_extras=True)

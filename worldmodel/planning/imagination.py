@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from data_pipelines.decoders import from_rgb
 from data_pipelines.errors import UserError
 from data_pipelines.transforms import to_float
 from worldmodel.build import clip_layout
-from worldmodel.config import PlanningConfig, ReachRiskConfig, VideosConfig, num_cameras
+from worldmodel.config import DataConfig, PlanningConfig, ReachRiskConfig, VideosConfig, frame_channels, num_cameras
 from worldmodel.nets.distance import steps_between
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.planning.goal_conditioned import GoalConditionedPolicy
@@ -170,6 +171,16 @@ def check_run(run: TrainedRun, config: PlanningConfig, decoder: ActionDecoder | 
         )
 
 
+def as_in_videos(frames: Tensor, data: DataConfig) -> Tensor:
+    """Return frames of an environment, uint8 RGB [..., 3, H, W], as videos are read for a run: [..., C, P, P]."""
+    shape = (frame_channels(data), data.size_px, data.size_px)
+    if frames.shape[-3:] == shape:
+        return frames
+    rows = frames.movedim(-3, -1).contiguous().flatten(0, -4).numpy()
+    read = [torch.from_numpy(from_rgb(rgb, shape[0], data.size_px)) for rgb in rows]
+    return torch.stack(read).unflatten(0, frames.shape[:-3])
+
+
 class LatentPolicy:
     """A policy that acts towards goal images in a batch of episodes.
 
@@ -180,7 +191,7 @@ class LatentPolicy:
     actions is that of the environment.
 
     A segment of several frames is the latest ones of the episode, data.frame_stride apart. Before the first frame
-    nothing has moved, as nothing moves at the goal.
+    nothing has moved, as nothing moves at the goal. Frames are resized and cropped as the frames of videos are.
 
     `decisions` holds the decision of each step, for `imagined`.
 
@@ -212,6 +223,7 @@ class LatentPolicy:
     def begin(self, goals: Tensor) -> None:
         """Begin E episodes with these goal images, uint8 [E, C, H, W]."""
         self.generator = torch.Generator().manual_seed(self.seed)
+        goals = as_in_videos(goals, self.run.config.data)
         self.seen = goals[:, None][:, :0]
         video = to_float(self._still(goals).to(self.run.device))
         code = self.run.model.observe(video)[:, self.run.model.embedding_dim :]
@@ -276,6 +288,7 @@ class LatentPolicy:
     def _segment(self, frames: Tensor) -> Tensor:
         """Return the segments that end with new frames, uint8 [E, T, C, H, W]: float [E, data.num_frames, C, H, W]."""
         data = self.run.config.data
+        frames = as_in_videos(frames, data)
         before = self.seen if self.seen.shape[1] else frames[:, :1].repeat_interleave(self.block, dim=1)
         self.seen = torch.cat([before, frames], dim=1)[:, -self.block :]
         at = data.frame_stride * torch.arange(data.num_frames) + data.frame_stride - 1

@@ -108,8 +108,8 @@ def _panels(frames: Sequence[np.ndarray], names: Sequence[str]) -> PillowImage:
     draw = ImageDraw.Draw(whole)
     for place, (frame, name) in enumerate(zip(frames, names, strict=True)):
         left, top = place % 3 * (cameras * MOVING_TILE_PX + GAP_PX), place // 3 * (MOVING_TILE_PX + LABEL_PX)
-        draw.text((left + 2, top + 1), name, INK, _font())
-        whole.paste(_tile(frame, MOVING_TILE_PX), (left, top + LABEL_PX))
+        draw.text((left + 2, top + 1), name, INK, font())
+        whole.paste(tile(frame, MOVING_TILE_PX), (left, top + LABEL_PX))
     return whole
 
 
@@ -140,17 +140,17 @@ def still_image(futures: DecodedFutures, clip: int) -> PillowImage:
     draw, tile_px = ImageDraw.Draw(whole), _still_tile_px(futures)
     across, down = _steps(futures)
     begin = STUB_PX + len(seen) * across + 2 * GAP_PX
-    draw.text((STUB_PX, 1), "seen", INK, _font())
+    draw.text((STUB_PX, 1), "seen", INK, font())
     for place, i in enumerate(columns):
-        draw.text((begin + place * across, 1), f"+{futures.frame_numbers[i]}", INK, _font())
+        draw.text((begin + place * across, 1), f"+{futures.frame_numbers[i]}", INK, font())
     for row, (name, frames) in enumerate(_rows(futures, clip)):
         top = LABEL_PX + row * down
-        draw.text((2, top + tile_px // 2 - FONT_PX), name, INK, _font())
+        draw.text((2, top + tile_px // 2 - FONT_PX), name, INK, font())
         if row == 0:
             for place, i in enumerate(seen):
-                whole.paste(_tile(futures.context[clip, i], tile_px), (STUB_PX + place * across, top))
+                whole.paste(tile(futures.context[clip, i], tile_px), (STUB_PX + place * across, top))
         for place, i in enumerate(columns):
-            whole.paste(_tile(frames[i], tile_px), (begin + place * across, top))
+            whole.paste(tile(frames[i], tile_px), (begin + place * across, top))
     return whole
 
 
@@ -195,7 +195,7 @@ def _brightened(spread: np.ndarray) -> np.ndarray:
     return np.minimum(SPREAD_GAIN * spread.astype(np.uint16), 255).astype(np.uint8)
 
 
-def _tile(frame: np.ndarray, side_px: int) -> PillowImage:
+def tile(frame: np.ndarray, side_px: int) -> PillowImage:
     """Draw a frame uint8 [C, P, W] with `side_px` pixels of height; single pixels of a small one stay visible."""
     from PIL import Image
 
@@ -204,7 +204,7 @@ def _tile(frame: np.ndarray, side_px: int) -> PillowImage:
     return image.resize((_cameras_in(frame) * side_px, side_px), resample)
 
 
-def _font() -> Any:
+def font() -> Any:
     from PIL import ImageFont
 
     return ImageFont.load_default(FONT_PX)

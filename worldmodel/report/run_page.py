@@ -16,7 +16,7 @@ from worldmodel.evaluation.decoded import DecodedFutures
 from worldmodel.evaluation.illustrations import NO_ILLUSTRATIONS, Illustrations
 from worldmodel.evaluation.records import load_records
 from worldmodel.planning.planned_episodes import PlannedEpisode
-from worldmodel.report import headline, numbers, run_charts, run_pictures, tables
+from worldmodel.report import headline, numbers, published, run_charts, run_pictures, tables
 from worldmodel.report.charts import latent_charts
 from worldmodel.report.decoded_pictures import decoded_pictures
 from worldmodel.report.page import plain, write_page
@@ -116,6 +116,9 @@ def write_report(
         timeline=run_pictures.timeline_pictures(illustrations),
         planning=tables.planning_table(metrics),
         protocol=headline.protocol_facts(metrics),
+        published=published.published_for(metrics),
+        own_success=published.own_success(metrics),
+        own_setting=published.own_setting(metrics),
         episodes=run_pictures.planning_pictures(episodes, metrics),
         has_ways=any(episode.way_px is not None for episode in episodes),
         has_imagined=any(episode.imagined_px is not None for episode in episodes),

@@ -11,6 +11,7 @@ from worldmodel.evaluation.illustrations import Illustrations
 from worldmodel.planning.planned_episodes import PlannedEpisode
 from worldmodel.report import animations, charts, numbers
 from worldmodel.report.drawing import Picture, Theme, chart, shown_frames, strip
+from worldmodel.report.plan_pictures import plan_picture
 from worldmodel.report.timeline import draw_timeline, timeline_moment
 from worldmodel.runs.metrics import RunMetrics, value_at
 
@@ -93,8 +94,13 @@ def timeline_pictures(illustrations: Illustrations) -> dict[str, Any] | None:
     }
 
 
-def planning_pictures(episodes: Sequence[PlannedEpisode], metrics: RunMetrics) -> list[tuple[str, Picture, Picture]]:
-    """Return the outcome of each shown episode, its animation, and its goal image next to its last frame."""
+def planning_pictures(
+    episodes: Sequence[PlannedEpisode], metrics: RunMetrics
+) -> list[tuple[str, Picture, Picture, Picture | None]]:
+    """Return the outcome of each shown episode, its animation, its goal image next to its last frame, and its plans.
+
+    Plans are None without a decoder.
+    """
     budget = value_at(metrics, "planning.protocol.budget")
     pictures = []
     for episode in episodes:
@@ -114,6 +120,7 @@ def planning_pictures(episodes: Sequence[PlannedEpisode], metrics: RunMetrics) -
                 f"Episode {episode.number + 1}: {outcome}",
                 animations.planning_animation(episode, alt),
                 strip(both, words),
+                plan_picture(episode),
             )
         )
     return pictures

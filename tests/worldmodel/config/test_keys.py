@@ -12,6 +12,7 @@ import torch
 
 from tests.conftest import REPO, videos_of
 from tests.worldmodel.config.test_mistakes import CONFIGS
+from tests.worldmodel.planning.test_recipes import tiny_dinov2
 from worldmodel import load
 from worldmodel.build import build_training_model, clip_layout
 from worldmodel.commands.process import prepare_process
@@ -100,9 +101,10 @@ def plan_once(config: Config) -> None:
 
 
 def test_every_key_of_every_shipped_config_is_read(
-    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    encoder = f"model.encoder.path={tiny_dinov2(tmp_path / 'dinov2')}"
     with recorded_reads() as reads:
         train_and_evaluate(tiny_config("train.refine_steps=2", "train.refine_clips=12"))
         fresh = tiny_config(
@@ -112,9 +114,10 @@ def test_every_key_of_every_shipped_config_is_read(
         causal = [*CAUSAL, f"run_dir={fresh.run_dir}_causal"]
         trained = load(train(load_config(REPO / "configs" / "causal" / "heteroscedastic.yaml", causal)))
         evaluate_factors(trained.networks, trained.config.evaluation)
-        for name in ("two_rooms", "two_rooms_random", "two_rooms_pit", "point_maze", "swm_two_room"):
-            path = REPO / "configs" / f"{name}.yaml"
-            plan_once(load_config(path, ["planning.candidates=40", "planning.iterations=2"]))
+        mazes = ("point_maze", "point_maze_lewm", "point_maze_gcbc", "point_maze_dino_wm")
+        for name in ("two_rooms", "two_rooms_random", "two_rooms_pit", "swm_two_room", *mazes):
+            overrides = ["planning.candidates=40", "planning.iterations=2", *[encoder] * name.endswith("dino_wm")]
+            plan_once(load_config(REPO / "configs" / f"{name}.yaml", overrides))
         build_training_model(load_config(REPO / "configs" / "video_vit.yaml", ["model.encoder=vit_tiny"]))
         build_training_model(load_config(REPO / "configs" / "games.yaml"))
     for path in CONFIGS:

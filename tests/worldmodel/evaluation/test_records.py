@@ -51,6 +51,15 @@ def test_so_do_several_episodes_in_their_order(tmp_path: Path) -> None:
         assert_same(episode, other)
 
 
+def test_a_field_that_is_newer_than_a_file_is_none(tmp_path: Path) -> None:
+    (episode,) = make_episodes(1, size_px=16)
+    fields = {key: value for key, value in vars(episode).items() if key != "plans"}
+    save_records(tmp_path / "drawn", [dataclasses.make_dataclass("Older", fields)(**fields)])
+    (loaded,) = load_records(tmp_path / "drawn", PlannedEpisode)
+    assert loaded.plans is None
+    assert_same(loaded, episode)
+
+
 def test_none_are_none_and_a_damaged_file_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "drawn"
     assert load_records(path, PlannedEpisode) == []

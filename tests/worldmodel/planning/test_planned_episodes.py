@@ -16,7 +16,13 @@ from worldmodel.evaluation.embed import Networks
 from worldmodel.evaluation.readout import Readout
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.planning.imagination import LatentPolicy
-from worldmodel.planning.planned_episodes import choose_shown, planned_episodes, read_paths, state_readout
+from worldmodel.planning.planned_episodes import (
+    choose_shown,
+    decoded_plans,
+    planned_episodes,
+    read_paths,
+    state_readout,
+)
 from worldmodel.planning.protocol import EpisodeResults
 from worldmodel.sources import make_source
 
@@ -64,9 +70,10 @@ def run_of(plane: Plane) -> Any:
     return SimpleNamespace(
         model=plane,
         target_encoder=plane.observe,
-        config=Config(run_dir="", data=VideosConfig(num_frames=1, num_segments=2)),
+        config=Config(run_dir="", data=VideosConfig(num_frames=1, num_segments=2, size_px=SIZE_PX, channels=1)),
         networks=None,
         folder=Path("plane"),
+        state={"step": 1},
         device=torch.device("cpu"),
     )
 
@@ -109,6 +116,34 @@ def test_futures_that_are_drawn_are_imagined_one_by_one_and_the_same_each_time()
     assert futures.shape == (1, 64, 6, 2) and torch.equal(futures, planner.imagined(0))
     spread = futures[0].std(dim=0).mean(dim=-1)
     assert spread[0] == pytest.approx(1, abs=0.3) and spread[-1] == pytest.approx(6**0.5, abs=0.6)
+
+
+class Painter(nn.Module):
+    """A decoder that paints the position it gets, and the frame before at half its brightness."""
+
+    side_px = SIZE_PX
+    mean_picture = torch.zeros(1)
+
+    def forward(self, embedding: Tensor, before: Tensor) -> Tensor:
+        """[B, 2] and [B, 1, P, P] -> [B, 1, 1, P, P]"""
+        return (pictures(embedding.round().long()) / 255 + before / 2)[:, None]
+
+
+def test_plans_are_decoded_after_the_frames_at_their_decisions() -> None:
+    planner, seen = policy(), [torch.tensor([[x, 10]]) for x in (6, 10, 14, 18, 22)]
+    planner.begin(pictures(torch.tensor([[26, 20]])))
+    for position in seen:
+        planner.act(pictures(position)[:, None])
+    frames = pictures(torch.cat([*seen, seen[-1]])).numpy()
+    decoder: Any = Painter()
+    plans = decoded_plans(decoder, planner, 0, frames)
+    assert plans.at.tolist() == [0, 2, 4] and plans.ahead.tolist() == [1, 2, 3, 4, 5, 6]
+    imagined = planner.imagined(0)[plans.at, 0].round().long()
+    for row, decision in enumerate(plans.at):
+        (x, y), path = seen[decision][0].tolist(), imagined[row].tolist()
+        assert plans.pictures[row, 0, 0, y, x] == 128 or path[0] == [x, y]
+        for step, (to_x, to_y) in enumerate(path):
+            assert plans.pictures[row, step, 0, to_y, to_x] == 255
 
 
 def test_imagining_does_not_change_what_is_decided() -> None:

@@ -33,7 +33,7 @@ from worldmodel.config import load_config, to_yaml
 from worldmodel.evaluation.decoded import DecodedFutures
 from worldmodel.evaluation.illustrations import NO_ILLUSTRATIONS, Fans, Illustrations
 from worldmodel.evaluation.records import save_records
-from worldmodel.planning.planned_episodes import PlannedEpisode
+from worldmodel.planning.planned_episodes import DecodedPlans, PlannedEpisode
 from worldmodel.report import charts
 from worldmodel.report.animations import animation, imagined_paths, path_until, planning_animation
 from worldmodel.report.charts import principal_components, spread_labels
@@ -571,6 +571,25 @@ def test_episodes_without_positions_show_frames_only(tmp_path: Path) -> None:
     _, page = report(tmp_path / "report.html", metrics=metrics, episodes=make_episodes(1, positions=False))
     assert "the path so far" not in page.text and "px from it" not in (page.images[0]["alt"] or "")
     assert moving_image(planning_animation(make_episodes(1, positions=False)[0], "alt")).n_frames == 7
+
+
+def test_decoded_plans_are_shown_between_the_present_and_the_goal(tmp_path: Path) -> None:
+    (episode,) = make_episodes(1, size_px=32)
+    levels = np.array([[60, 120, 180], [90, 150, 210]], np.uint8)
+    shown = np.broadcast_to(levels[..., None, None, None], (2, 3, 3, 32, 32))
+    frames, goal = np.full_like(episode.frames, 30), np.full_like(episode.goal, 240)
+    plans = DecodedPlans(np.array([0, 5]), np.array([1, 3, 5]), shown)
+    episode = replace(episode, frames=frames, goal=goal, plans=plans)
+    metrics = {"planning": make_planning(())}
+    _, page = report(tmp_path / "report.html", metrics=metrics, episodes=[episode])
+    (image,) = [image for image in page.images if "as decoded pictures" in (image["alt"] or "")]
+    assert "the plans at steps 0, 5 as decoded pictures, up to 5 steps ahead" in (image["alt"] or "")
+    drawn = np.asarray(Image.open(BytesIO(base64.b64decode((image["src"] or "").split(",")[1]))).convert("L")).astype(
+        int
+    )
+    centres = drawn[48 : 48 + 69 : 68, 88::68]
+    assert np.abs(centres - [[30, 60, 120, 180, 240], [30, 90, 150, 210, 240]]).max() <= 1
+    assert "imagined by the plan" not in report(tmp_path / "b.html", metrics=metrics, episodes=make_episodes(1))[1].text
 
 
 @pytest.fixture
