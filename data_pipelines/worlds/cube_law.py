@@ -12,7 +12,10 @@ forces from which MuJoCo's solver starts its iterations are forgotten at each st
 Coordinates are (x, y, z) in m: x away from the arm's base, z up, the table at 0. Quaternions are (w, x, y, z).
 """
 
+import contextlib
+import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -94,8 +97,7 @@ class Simulator:
     """
 
     def __init__(self) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # dm_control looks for a display, which is not needed
+        with _quiet():
             import mujoco
             from ogbench.manipspace.envs.cube_env import CubeEnv
         self.ogbench = CubeEnv("single", mode="data_collection", visualize_info=False)
@@ -159,6 +161,19 @@ class Simulator:
     @cached_property
     def _knuckles(self) -> list[int]:
         return [self._model.body(f"ur5e/robotiq/{side}_driver").id for side in ("right", "left")]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppress what dm_control reports at its import: which display it found, which is not needed."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _finger(upper: Box, lower: Box) -> Box:
