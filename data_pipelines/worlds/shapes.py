@@ -67,6 +67,21 @@ def capsule_distance(points: Array, start: Array, end: Array, radius: float) -> 
     return np.linalg.norm(offset - fraction.clip(0, 1)[..., None] * along, axis=-1) - radius
 
 
+def box_silhouette_distance(points: Array, centre: Array, half_edges: Array) -> Array:
+    """Return the signed distance of points [..., 2] from the silhouette of a box in an orthographic view.
+
+    centre [2]; half_edges [3, 2]: half of the box's edges as vectors in the view. The silhouette is the set of points p
+    with |n (p - centre)| <= sum over half edges e of |n e| for the normal n of each of them. Beyond a corner, the
+    distance is that from the nearest edges' lines.
+    """
+    lengths = np.linalg.norm(half_edges, axis=-1, keepdims=True)
+    across = np.stack([-half_edges[:, 1], half_edges[:, 0]], axis=-1)
+    # An edge along the view has no normal. The inequality holds for any.
+    normals = np.where(lengths > 1e-6, across / np.maximum(lengths, 1e-6), np.array([1.0, 0.0]))
+    reach = np.abs(normals @ half_edges.T).sum(axis=-1)
+    return (np.abs((points - centre) @ normals.T) - reach).max(axis=-1)
+
+
 def pixel_centres(size_px: int) -> Array:
     """Return the centres of the pixels of a square picture, [size_px, size_px, 2] px; the first is at (0, 0)."""
     places = np.arange(size_px, dtype=np.float64)
