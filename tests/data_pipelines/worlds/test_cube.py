@@ -177,12 +177,12 @@ def test_starts_and_goals_are_drawn_on_the_table() -> None:
 def test_policies_depend_on_their_generator_alone() -> None:
     env = gymnasium.make(f"data_pipelines.worlds.cube:{ENV_ID}")
     _, info = env.reset(seed=1)
-    before = np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
+    before = np.random.get_state()[1].tolist()  # type: ignore[index]
     for name in ("expert", "weak"):
         make = env.unwrapped.policies()[name]  # type: ignore[attr-defined]
         first, again, other = (make(np.random.default_rng(seed))(None, info) for seed in (0, 0, 1))
         assert (first == again).all() and (first != other).any()
-    assert np.random.get_state()[1].tolist() == before  # type: ignore[index, union-attr]
+    assert np.random.get_state()[1].tolist() == before  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
