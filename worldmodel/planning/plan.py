@@ -67,7 +67,7 @@ def plan(
     check_factors(protocol, vary)
     if len(set(labels)) < len(labels):
         raise UserError(f"labels {' '.join(map(str, labels))}: a count is given twice")
-    learns = policy == "gc" or config.warm_start
+    learns = needs_learned_policy(config, policy)
     if learns and labels:
         raise UserError(
             "a goal-conditioned policy learns from the actions of all clips: leave out labels, or policy=gc and "
@@ -108,6 +108,11 @@ def plan(
         planning["factors"] = success_by_factor(protocol, vary, last.scores, plan_again)
         write_planning(run.folder, planning)
     return planning
+
+
+def needs_learned_policy(config: PlanningConfig, policy: str) -> bool:
+    """Return whether decisions by `policy`, "search" or "gc", use a goal-conditioned policy."""
+    return policy == "gc" or config.warm_start
 
 
 def check_actions(protocol: PlanningProtocol, config: PlanningConfig) -> None:

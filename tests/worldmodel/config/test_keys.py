@@ -23,6 +23,7 @@ from worldmodel.evaluation.factors import evaluate_factors
 from worldmodel.evaluation.forecast import evaluate_forecasts
 from worldmodel.planning.goal_conditioned import GoalConditionedPolicy
 from worldmodel.planning.imagination import LatentPolicy
+from worldmodel.planning.plan import needs_learned_policy
 from worldmodel.runs.trained_run import TrainedRun
 from worldmodel.training.loop import train
 
@@ -96,8 +97,9 @@ def plan_once(config: Config) -> None:
     assert actions.shape == (2, 1, block * action_dim)
     run = TrainedRun(Path("run"), config, build_training_model(config).eval(), None, {})
     sizes = run.model.embedding_dim + run.model.scene.scene_dim, run.model.embedding_dim, run.model.action_dim
-    starts = GoalConditionedPolicy(*sizes, config.planning.action_set, block) if config.planning.warm_start else None
-    policy = LatentPolicy(run, config.planning, seed=0, learned=starts)
+    learned = GoalConditionedPolicy(*sizes, config.planning.action_set, block)
+    learns = needs_learned_policy(config.planning, "search")
+    policy = LatentPolicy(run, config.planning, seed=0, learned=learned if learns else None)
     frames = torch.zeros(2, 1, 3, 64, 64, dtype=torch.uint8)
     policy.begin(frames[:, 0])
     assert policy.act(frames).shape == (2, block, action_dim)
