@@ -40,6 +40,12 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
             assert anchor in anchors(path), f"{page_name(page)}: {target}"
 
 
+@pytest.mark.parametrize("page", [*PAGES, *sorted((REPO / "configs").rglob("*.yaml"))], ids=page_name)
+def test_no_page_holds_the_marks_of_an_unsolved_merge(page: Path) -> None:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if line.startswith(("<<<<<<<", ">>>>>>>")) or line == "======="]
+
+
 def test_every_page_is_in_the_navigation() -> None:
     def pages_of(entry: object) -> Iterator[str]:
         if isinstance(entry, str):
