@@ -1,4 +1,4 @@
-"""What a camera does to the pictures of any environment: blur, contrast, brightness and noise.
+"""Changes that a camera makes to the pictures of any environment: blur, contrast, brightness and noise.
 
 A camera changes every picture: observation, render and goal_frame. The goal's picture comes from the same camera.
 """
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from data_pipelines.errors import UserError
-from data_pipelines.text_files import shown
+from data_pipelines.worlds.shapes import check_number
 
 Picture = NDArray[np.uint8]
 
@@ -46,9 +46,7 @@ class Camera:
 
     def __post_init__(self) -> None:
         for name, high in self.greatest.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
-                raise UserError(f"{name}={shown(value)} must be a number within 0..{high:g}")
+            check_number(name, getattr(self, name), 0, high)
 
     def __call__(self, picture: Any, seed: Sequence[int]) -> Picture:
         """Return a picture, RGB uint8 [H, W, 3], as the camera shows it. The noise is a function of the seed.
@@ -83,7 +81,7 @@ class ThroughCamera(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     The noise of a picture is a function of the seed of the last seeded reset, the number of resets since then and the
     number of steps since the last one: observation and render of one moment are the same picture. The goal's picture
-    has noise of its own, the same throughout an episode.
+    has its own noise, which does not change within an episode.
     """
 
     def __init__(self, env: gymnasium.Env, camera: Camera) -> None:

@@ -109,8 +109,8 @@ def expert(simulator: Simulator, rng: np.random.Generator, *, noise: float) -> P
     """Return a policy that brings the cube to info["goal"], and then to one drawn place after another.
 
     It follows OGBench's CubePlanOracle: pick, place and retreat along a plan of about 4.5 s with random keyframes, and
-    noise that is correlated in time. After a plan that failed it plans anew. Drawn places are OGBench's: uniform on the
-    table, at any angle.
+    noise that is correlated in time. After a plan that failed, it makes another one. Drawn places are OGBench's:
+    uniform on the table, at any angle.
     """
     from ogbench.manipspace.oracles.plan.cube_plan import CubePlanOracle
 

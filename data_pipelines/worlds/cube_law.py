@@ -78,7 +78,9 @@ class Box:
 
 @dataclass(frozen=True)
 class Bodies:
-    """What a picture shows of a state. fingers, knuckles: right and left; a knuckle [3] is where a finger starts.
+    """The parts of a state that a picture shows.
+
+    fingers, knuckles: right and left; a knuckle [3] is where a finger starts.
 
     The inner faces of the fingers are those of the gripper's pads. They are drawn twice as thick, outwards.
     """
@@ -121,7 +123,7 @@ class Simulator:
         return np.array([*self._data.qpos, *self._data.qvel], np.float32)
 
     def gripper(self, state: State) -> tuple[Array, float, float]:
-        """Return what the controller knows of the gripper: its position [3] in m, yaw in rad, and 0 (open) to 1."""
+        """Return the gripper as the controller reads it: position [3] in m, yaw in rad, closing from 0 (open) to 1."""
         self._place_gripper(state)
         site = self._pinch_site
         yaw = _yaw_of(self._data.site_xmat[site].reshape(3, 3))

@@ -28,9 +28,17 @@ def check_agent_size(size: Any) -> None:
     Raises:
         UserError: it is out of range.
     """
-    low, high = AGENT_SIZE_RANGE
-    if isinstance(size, bool) or not isinstance(size, int | float) or not low <= size <= high:
-        raise UserError(f"agent_size={shown(size)} must be a number within {low:g}..{high:g}")
+    check_number("agent_size", size, *AGENT_SIZE_RANGE)
+
+
+def check_number(name: str, value: Any, low: float, high: float) -> None:
+    """Check the value of an argument with this name.
+
+    Raises:
+        UserError: it is not a number within low..high.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise UserError(f"{name}={shown(value)} must be a number within {low:g}..{high:g}")
 
 
 def rgb_of(name: str, colour: Any) -> tuple[int, int, int]:

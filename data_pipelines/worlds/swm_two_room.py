@@ -1,8 +1,8 @@
 """TwoRoom of stable-worldmodel (swm/TwoRoom-v1): a disc goes through a door to the place of a goal picture.
 
 Physics, pictures, the goal's radius and the expert are the package's own code (PyPI stable-worldmodel 0.1.1), which is
-imported when an environment is made. It is no extra of this package, as it requires torchvision and lancedb, which its
-TwoRoom does not use. Install it without them: pip install --no-deps stable-worldmodel==0.1.1 loguru
+imported when an environment is made. It is not an extra of this package, as it requires torchvision and lancedb, which
+its TwoRoom does not use. Install it without them: pip install --no-deps stable-worldmodel==0.1.1 loguru
 
 Different are:
 

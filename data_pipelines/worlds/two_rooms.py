@@ -79,7 +79,7 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         room. Goals that the start already meets are drawn again.
     goal_radius_px: the distance at which the goal is reached. Later steps work as before.
     agent_size: the size of the drawn dot, relative to the usual one. The law moves its centre and does not know it.
-    background: the colour of what is black otherwise.
+    background: the colour where neither wall, dot nor pit is drawn; black by default.
 
     reset(options=...) sets "state", "goal", "wall_x_px" and "door_y_px". The others are drawn.
 

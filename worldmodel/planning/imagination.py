@@ -223,9 +223,8 @@ class LatentPolicy:
     def begin(self, goals: Tensor) -> None:
         """Begin E episodes with these goal images, uint8 [E, C, H, W]."""
         self.generator = torch.Generator().manual_seed(self.seed)
-        goals = as_in_videos(goals, self.run.config.data)
         self.seen = goals[:, None][:, :0]
-        video = to_float(self._still(goals).to(self.run.device))
+        video = self._read(goals[:, None]).expand(-1, self.run.config.data.num_frames, -1, -1, -1)
         code = self.run.model.observe(video)[:, self.run.model.embedding_dim :]
         self.goal = torch.cat([self.run.target_encoder(video), code], dim=1)
         self.plan = start(self.search, len(goals), self.action_dim, self.run.device)
@@ -288,12 +287,11 @@ class LatentPolicy:
     def _segment(self, frames: Tensor) -> Tensor:
         """Return the segments that end with new frames, uint8 [E, T, C, H, W]: float [E, data.num_frames, C, H, W]."""
         data = self.run.config.data
-        frames = as_in_videos(frames, data)
         before = self.seen if self.seen.shape[1] else frames[:, :1].repeat_interleave(self.block, dim=1)
         self.seen = torch.cat([before, frames], dim=1)[:, -self.block :]
         at = data.frame_stride * torch.arange(data.num_frames) + data.frame_stride - 1
-        return to_float(self.seen[:, at].to(self.run.device))
+        return self._read(self.seen[:, at])
 
-    def _still(self, frames: Tensor) -> Tensor:
-        """Return frames [E, C, H, W] as segments in which nothing moves: [E, data.num_frames, C, H, W]."""
-        return frames[:, None].expand(-1, self.run.config.data.num_frames, -1, -1, -1)
+    def _read(self, frames: Tensor) -> Tensor:
+        """Return frames of the environment, uint8 [..., C, H, W], as the model takes them."""
+        return to_float(as_in_videos(frames, self.run.config.data).to(self.run.device))

@@ -39,7 +39,7 @@ StatePx = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class DecodedPlans:
-    """What the plans of a few decisions imagined, as pictures uint8 [decision, step, C, P, P] of one future.
+    """The imagined plans of a few decisions as pictures, uint8 [decision, step, C, P, P], of one future each.
 
     at: the steps of the environment before each decision. ahead: those from a decision to each picture.
     """

@@ -84,12 +84,12 @@ def on_gpu(cases: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def more_on_gpu(cases: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What became of the slow cases."""
+    """The results of the slow cases."""
     return trained(tmp_path_factory.mktemp("more_on_gpu"), {name: cases[name] for name in SLOW})
 
 
 def trained(folder: Path, cases: dict[str, list[str]]) -> dict[str, Any]:
-    """What pretend_gpu.py says of the trainings of cases, in a folder."""
+    """Train cases in a folder, and return the results of pretend_gpu.py."""
     return done(
         folder, {"train": {name: (path, [*of, f"run_dir={folder / name}"]) for name, (path, *of) in cases.items()}}
     )
