@@ -22,6 +22,7 @@ from worldmodel.config.model import (
     EncoderConfig,
     External,
     GaussianConfig,
+    Kernels,
     LatentConfig,
     LinearEditorConfig,
     LowRankEditorConfig,

@@ -3,7 +3,7 @@
 Legend: B clips, T frames, C channels, H = W pixels, F features, D embedding dimensions, I images, M numbers per map.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Literal, Protocol, cast, runtime_checkable
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from worldmodel.config import Norm, Pooling
+from worldmodel.config import Kernels, Norm, Pooling
 from worldmodel.nets.convolutions import Conv2d, Conv3d
 from worldmodel.nets.parallel import all_gather
 
@@ -26,17 +26,31 @@ class Conv3dEncoder(nn.Module):
 
     Channels 32, 64, 128, 128, 256 times `width`; kernels space, space, time, time, space; spatial strides 2, 2, 1, 1,
     2. The number of frames is kept. Pooling over height and width gives F = channels * moments * T features.
+
+    Args:
+        kernels: "space" has all kernels in space, and encodes each frame by itself.
     """
 
     CHANNELS = (32, 64, 128, 128, 256)
-    KERNELS = ((1, 3, 3), (1, 3, 3), (3, 1, 1), (3, 1, 1), (1, 3, 3))
+    SPACE, TIME = (1, 3, 3), (3, 1, 1)
+    KERNELS: Mapping[Kernels, Sequence[tuple[int, int, int]]] = {
+        "space_time": (SPACE, SPACE, TIME, TIME, SPACE),
+        "space": (SPACE,) * 5,
+    }
     STRIDES = (2, 2, 1, 1, 2)
 
-    def __init__(self, channels: int, num_frames: int, width: float, pooling: Pooling = "mean") -> None:
+    def __init__(
+        self,
+        channels: int,
+        num_frames: int,
+        width: float,
+        pooling: Pooling = "mean",
+        kernels: Kernels = "space_time",
+    ) -> None:
         super().__init__()
         self.pooling = pooling
         layers: list[nn.Module] = []
-        for base, kernel, stride in zip(self.CHANNELS, self.KERNELS, self.STRIDES, strict=True):
+        for base, kernel, stride in zip(self.CHANNELS, self.KERNELS[kernels], self.STRIDES, strict=True):
             out_channels = _scaled(base, width)
             layers += [
                 Conv3d(channels, out_channels, kernel, stride),

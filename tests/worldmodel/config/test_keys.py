@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from worldmodel.config.kinds import OUTSIDE, choice_of, members_of
 from worldmodel.data import actions_of
 from worldmodel.evaluation.factors import evaluate_factors
 from worldmodel.evaluation.forecast import evaluate_forecasts
-from worldmodel.planning.goal_conditioned import GoalConditionedPolicy
+from worldmodel.planning import goal_conditioned
 from worldmodel.planning.imagination import LatentPolicy
 from worldmodel.planning.plan import needs_learned_policy
 from worldmodel.runs.trained_run import TrainedRun
@@ -88,21 +89,26 @@ def train_and_evaluate(config: Config) -> None:
     evaluate_forecasts(trained.networks, config.evaluation)
 
 
-def plan_once(config: Config) -> None:
-    """One decision of a model that is conditioned on actions, untrained."""
+def plan_once(config: Config, folder: Path) -> None:
+    """One decision of a model that is conditioned on actions, and of its policy, both untrained."""
     block, action_dim = clip_layout(config).span, config.model.action_dim
-    labels = {videos_of(config).action_label: torch.zeros(2, 2, block * action_dim)}
+    frames, stride = 2 * config.data.num_frames, videos_of(config).frame_stride
+    labels = {videos_of(config).action_label: torch.zeros(2, frames, stride * action_dim)}
     batch: Any = {"labels": labels}
     actions = actions_of(batch, clip_layout(config), 1, torch.device("cpu"))
     assert actions.shape == (2, 1, block * action_dim)
-    run = TrainedRun(Path("run"), config, build_training_model(config).eval(), None, {})
-    sizes = run.model.embedding_dim + run.model.scene.scene_dim, run.model.embedding_dim, run.model.action_dim
-    learned = GoalConditionedPolicy(*sizes, config.planning.action_set, block)
-    learns = needs_learned_policy(config.planning, "search")
-    policy = LatentPolicy(run, config.planning, seed=0, learned=learned if learns else None)
-    frames = torch.zeros(2, 1, 3, 64, 64, dtype=torch.uint8)
-    policy.begin(frames[:, 0])
-    assert policy.act(frames).shape == (2, block, action_dim)
+    run = TrainedRun(folder, config, build_training_model(config).eval(), None, {"step": 0})
+    learned = None
+    if needs_learned_policy(config.planning, "search"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TrainedRun, "source", Mock())
+            patch.setattr(goal_conditioned, "embed_clips", Mock())
+            patch.setattr(goal_conditioned, "fit_policy", Mock())
+            learned = goal_conditioned.goal_conditioned_policy(run, config.planning)
+    policy = LatentPolicy(run, config.planning, seed=0, learned=learned)
+    pictures = torch.zeros(2, 1, 3, 64, 64, dtype=torch.uint8)
+    policy.begin(pictures[:, 0])
+    assert policy.act(pictures).shape == (2, block, action_dim)
 
 
 def test_every_key_of_every_shipped_config_is_read(
@@ -120,9 +126,9 @@ def test_every_key_of_every_shipped_config_is_read(
         trained = load(train(load_config(REPO / "configs" / "causal" / "heteroscedastic.yaml", causal)))
         evaluate_factors(trained.networks, trained.config.evaluation)
         mazes = ("point_maze", "point_maze_lewm", "point_maze_gcbc", "point_maze_dino_wm")
-        for name in ("two_rooms", "two_rooms_random", "two_rooms_pit", "swm_two_room", *mazes):
+        for name in ("two_rooms", "two_rooms_random", "two_rooms_pit", "swm_two_room", "reacher", "cube", *mazes):
             overrides = ["planning.candidates=40", "planning.iterations=2", *[encoder] * name.endswith("dino_wm")]
-            plan_once(load_config(REPO / "configs" / f"{name}.yaml", overrides))
+            plan_once(load_config(REPO / "configs" / f"{name}.yaml", overrides), tmp_path)
         build_training_model(load_config(REPO / "configs" / "video_vit.yaml", ["model.encoder=vit_tiny"]))
         build_training_model(load_config(REPO / "configs" / "games.yaml"))
     for path in CONFIGS:

@@ -45,6 +45,23 @@ def test_features_tell_the_order_of_frames(name: str) -> None:
     assert not torch.allclose(encoder(video), encoder(video.flip(1)), atol=1e-4)
 
 
+def test_kernels_in_space_encode_each_frame_by_itself() -> None:
+    torch.manual_seed(0)
+    video = clip()
+    for kernels in ("space", "space_time"):
+        encoder = Conv3dEncoder(1, 3, 0.125, "moments", kernels).eval()
+        features, swapped = (encoder(frames).unflatten(1, (-1, 3)) for frames in (video, video[:, [0, 2, 1]]))
+        same = torch.isclose(swapped, features, atol=1e-6).all(dim=1).all(dim=0)
+        assert same.tolist() == ([True, False, False] if kernels == "space" else [False] * 3)
+
+
+def test_kernels_in_space_are_five_of_three_by_three() -> None:
+    encoder = Conv3dEncoder(channels=1, num_frames=2, width=1.0, kernels="space")
+    kernels = 9 * (1 * 32 + 32 * 64 + 64 * 128 + 128 * 128 + 128 * 256)
+    assert sum(p.numel() for p in encoder.parameters()) == kernels + 2 * (32 + 64 + 128 + 128 + 256)
+    assert encoder.layers(clip(frames=2).transpose(1, 2)).shape == (3, 256, 2, 8, 8)
+
+
 def test_features_are_means_over_pixels() -> None:
     torch.manual_seed(0)
     encoder = Conv3dEncoder(1, 3, 0.125)
