@@ -110,6 +110,7 @@ __all__ = [
     "IcemConfig",
     "InfoNceConfig",
     "JepaConfig",
+    "Kernels",
     "LatentConfig",
     "LinearEditorConfig",
     "LowRankEditorConfig",
