@@ -73,6 +73,10 @@ PUBLISHED: dict[str, Sequence[Published]] = {
         "Reacher of stable-worldmodel, MuJoCo's pictures, other data",
         *("0.86", "0.78", "0.79", None, "0.827 ± 0.044", "0.840 ± 0.040", "0.997"),
     ),
+    "worldmodel/Cube-v0": _stable_worldmodel(
+        "OGBench's cube-single in stable-worldmodel, OGBench's camera, solved starts count, other data",
+        *("0.74", "0.65", "0.86", "0.84", "0.673 ± 0.050", "0.763 ± 0.060", "0.987"),
+    ),
     "worldmodel/PointMaze-v0": [
         Published("jepa-wms", "0.839", _U_MAZE, _JEPA_WMS),
         Published("DINO-WM, trained by jepa-wms", "0.816", _U_MAZE, _JEPA_WMS),

@@ -14,7 +14,7 @@ from tests.worldmodel.report.test_run_page import report
 from worldmodel.report.published import PUBLISHED, own_setting, published_for
 from worldmodel.runs.metrics import RunMetrics
 
-WORLDS = ("two_rooms", "swm_two_room", "push_t", "reacher", "point_mazes")
+WORLDS = ("two_rooms", "swm_two_room", "push_t", "reacher", "cube", "point_mazes")
 ROWS = [row for rows in PUBLISHED.values() for row in rows]
 
 
