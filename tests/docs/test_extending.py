@@ -150,9 +150,9 @@ def test_a_planner_approaches_the_goal(read: Read) -> None:
     assert found[-1] < 0.1 and shift(plan).mean.shape == (3, 4, 2)
 
 
-def test_a_policy_plans_with_a_planner_from_outside() -> None:
+def test_a_policy_plans_with_a_planner_from_outside(tmp_path: Path) -> None:
     overrides = ["planning.planner=my_planner:RandomShooting", "planning.candidates=8"]
-    plan_once(load_config(REPO / "configs" / "two_rooms.yaml", overrides, trust_code=True))
+    plan_once(load_config(REPO / "configs" / "two_rooms.yaml", overrides, trust_code=True), tmp_path)
     assert "my_planner" in sys.modules
 
 

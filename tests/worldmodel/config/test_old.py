@@ -60,7 +60,7 @@ CHANGED = {
     "planning.noise_beta": 1.5,
     "planning.temperature": 0.4,
 }
-NEW = {"data.format", "planning.warm_start", "planning.goal_steps", "planning.risk.name"} | {
+NEW = {"data.format", "model.encoder.kernels", "planning.warm_start", "planning.goal_steps", "planning.risk.name"} | {
     f"data.augment.{key}" for key in keys_of(AugmentConfig)
 }
 NEW_CHOICES = {("model.encoder", "deviation"), ("model.encoder", "objects"), ("model.editor", "linear")} | {
@@ -121,7 +121,10 @@ def test_a_run_of_an_earlier_version_means_the_same(case: dict[str, Any], tmp_pa
 def test_a_value_that_was_a_mistake_still_is_one() -> None:
     for changes, told in (
         ({"model.encoder": "vit_tiny", "model.width": 0.5}, "unknown key model.encoder.width=0.5; allowed here: name"),
-        ({"model.freeze_encoder": True}, "unknown key model.encoder.freeze=True; allowed here: name, width, pooling"),
+        (
+            {"model.freeze_encoder": True},
+            "unknown key model.encoder.freeze=True; allowed here: name, width, pooling, kernels",
+        ),
         ({"data.source": "moving_mnist"}, "unknown key data.channels=3; allowed here: source, mnist_dir"),
         ({"model.width": "wide"}, "model.encoder.width='wide'"),
         ({"model.encoder": "vgg"}, "model.encoder.name='vgg'"),
