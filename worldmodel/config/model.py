@@ -49,7 +49,8 @@ class Conv3dConfig:
     pixel coordinates, weighted by the map, which carry positions."""
     kernels: Kernels = "space_time"
     """Convolutions. space_time: three over space and two over time, as published. space: five over space, of each frame
-    by itself; a segment of one frame is then encoded more precisely, which takes about a quarter longer."""
+    by itself. A segment of one frame, over which time has no extent, can show positions more precisely; encoding takes
+    about a quarter longer."""
 
 
 @dataclass(frozen=True, config=KEYS)

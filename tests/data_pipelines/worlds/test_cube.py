@@ -186,15 +186,15 @@ def test_policies_depend_on_their_generator_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "tells"),
+    ("options", "message"),
     [
         ({"where": 1}, "reset option 'where' is unknown: use state, goal"),
         ({"state": [1, 2, 3]}, "reset option state=.* must be 21 numbers .shoulder pan, .*, or 41"),
         ({"state": np.zeros(21), "goal": np.zeros(41)}, "is met by the state already"),
     ],
 )
-def test_wrong_options_are_told(options: dict[str, Any], tells: str) -> None:
-    with pytest.raises(UserError, match=tells):
+def test_wrong_options_are_reported(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         CubeEnv().reset(seed=0, options=options)
 
 

@@ -181,7 +181,7 @@ def test_a_goal_that_is_set_ends_the_episode() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "tells"),
+    ("options", "message"),
     [
         ({"where": 1}, "reset option 'where' is unknown: use state, goal"),
         ({"state": [1, 2, 3]}, "reset option state=.* must be"),
@@ -191,8 +191,8 @@ def test_a_goal_that_is_set_ends_the_episode() -> None:
         ({"state": [9, 9, 99, 99, 0], "goal": [9, 9, 99, 99, 0]}, "is met by the state already"),
     ],
 )
-def test_wrong_options_are_told(options: dict[str, Any], tells: str) -> None:
-    with pytest.raises(UserError, match=tells):
+def test_wrong_options_are_reported(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         PushTEnv().reset(seed=0, options=options)
 
 

@@ -119,7 +119,7 @@ def test_the_expert_reaches_its_goal_and_goes_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "tells"),
+    ("options", "message"),
     [
         ({"where": 1}, "reset option 'where' is unknown: use state, goal"),
         ({"state": [1, 2, 3]}, "reset option state=.* must be 2 numbers .shoulder, wrist., or 4"),
@@ -127,8 +127,8 @@ def test_the_expert_reaches_its_goal_and_goes_on() -> None:
         ({"state": [1, 1], "goal": [1.01, 1]}, "is met by the state already"),
     ],
 )
-def test_wrong_options_are_told(options: dict[str, Any], tells: str) -> None:
-    with pytest.raises(UserError, match=tells):
+def test_wrong_options_are_reported(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         ReacherEnv().reset(seed=0, options=options)
 
 
