@@ -245,6 +245,8 @@ class PlanningConfig:
     """Search over sequences of actions."""
     horizon: Repeat = 20
     """Steps of the model in a sequence. A step has `data.frame_stride` actions."""
+    replan_every: Repeat = 1
+    """Steps of the model that are executed before the next decision, at most `planning.horizon`."""
     candidates: Samples = 300
     """Sequences that are compared in one iteration."""
     iterations: Repeat = 5

@@ -146,7 +146,8 @@ def check_run(run: TrainedRun, config: PlanningConfig, decoder: ActionDecoder | 
 
     Raises:
         UserError: the run is not conditioned on actions and there is no decoder; the run sees resampled frames or
-            several cameras; planning.distance=steps, but the run has no temporal distance; a plan is too long.
+            several cameras; planning.distance=steps, but the run has no temporal distance; a plan is too long, or
+            shorter than what is executed of it.
     """
     if not run.model.action_dim and not decoder:
         raise UserError(
@@ -164,6 +165,11 @@ def check_run(run: TrainedRun, config: PlanningConfig, decoder: ActionDecoder | 
         raise UserError(f"the run {run.folder} has data.fps={run.config.data.fps:g}: planning needs null")
     if config.distance == "steps" and not run.model.distance.num_values:
         raise UserError(f"the run {run.folder} has no temporal distance: train it with model.distance_dim")
+    if config.replan_every > config.horizon:
+        raise UserError(
+            f"planning.replan_every={config.replan_every} is more than planning.horizon={config.horizon}: a plan "
+            "has no actions for so many steps"
+        )
     if config.horizon * (block := clip_layout(run.config).span) > MAX_ACTIONS:
         raise UserError(
             f"planning.horizon={config.horizon}: with {block} actions in a step of the model (data.num_frames * "
@@ -184,11 +190,11 @@ def as_in_videos(frames: Tensor, data: DataConfig) -> Tensor:
 class LatentPolicy:
     """A policy that acts towards goal images in a batch of episodes.
 
-    It plans at every step of the model, starting from its last plan, or with a learned policy from the actions that
-    this proposes. With `searches` false, it takes the action of the learned policy, and plans hold this action alone.
-    A step of the model is data.num_frames * data.frame_stride steps of the environment: so many actions are decided at
-    once. The horizon counts steps of the model. The planner searches over single actions, so that the set of allowed
-    actions is that of the environment.
+    It plans after every `planning.replan_every` steps of the model, starting from its last plan, or with a learned
+    policy from the actions that this proposes. With `searches` false, it takes the actions of the learned policy, and
+    plans hold these alone. A step of the model is data.num_frames * data.frame_stride steps of the environment, with an
+    action each. The horizon counts steps of the model. The planner searches over single actions, so that the set of
+    allowed actions is that of the environment.
 
     A segment of several frames is the latest ones of the episode, data.frame_stride apart. Before the first frame
     nothing has moved, as nothing moves at the goal. Frames are resized and cropped as the frames of videos are.
@@ -211,6 +217,7 @@ class LatentPolicy:
     ) -> None:
         check_run(run, config, decoder)
         self.decoder, self.block = decoder, clip_layout(run.config).span
+        self.executed = config.replan_every * self.block
         self.action_dim = (decoder or run.model).action_dim // self.block
         self.run, self.config, self.seed = run, config, seed
         self.learned, self.searches = learned, searches
@@ -232,11 +239,14 @@ class LatentPolicy:
 
     @torch.no_grad()
     def act(self, frames: Tensor) -> Tensor:
-        """Return the next actions [E, n, A] of each episode, on the CPU, for new frames, uint8 [E, T, C, H, W]."""
+        """Return the next actions [E, planning.replan_every * n, A] of each episode, on the CPU.
+
+        frames are the new ones, uint8 [E, T, C, H, W].
+        """
         state = self.run.model.observe(self._segment(frames))
-        actions = self._searched(state) if self.searches else self._proposed(state, 1)
+        actions = self._searched(state) if self.searches else self._proposed(state, self.config.replan_every)
         self.decisions.append(Decision(self.episodes, state, in_blocks(actions, actions.shape[1] // self.block)))
-        return actions[:, : self.block].cpu()
+        return actions[:, : self.executed].cpu()
 
     def _searched(self, state: Tensor) -> Tensor:
         """Return the actions [E, K * n, A] that the planner finds for states [E, D + Z]."""
@@ -247,7 +257,7 @@ class LatentPolicy:
         )
         cost = LatentCost(self.run.model, self.decoder, self.config, state, self.goal, on_device)
         plan, actions, _ = self.planner.improve(self.search, self.plan, cost, self.generator)
-        for _ in range(self.block):
+        for _ in range(self.executed):
             plan = shift(plan)
         self.plan = plan
         return actions

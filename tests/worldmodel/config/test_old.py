@@ -60,9 +60,8 @@ CHANGED = {
     "planning.noise_beta": 1.5,
     "planning.temperature": 0.4,
 }
-NEW = {"data.format", "model.encoder.kernels", "planning.warm_start", "planning.goal_steps", "planning.risk.name"} | {
-    f"data.augment.{key}" for key in keys_of(AugmentConfig)
-}
+NEW = {"data.format", "model.encoder.kernels"} | {f"data.augment.{key}" for key in keys_of(AugmentConfig)}
+NEW |= {f"planning.{key}" for key in ("warm_start", "goal_steps", "replan_every", "risk.name")}
 NEW_CHOICES = {("model.encoder", "deviation"), ("model.encoder", "objects"), ("model.editor", "linear")} | {
     ("planning.planner", name) for name in ("gradient", "categorical")
 }

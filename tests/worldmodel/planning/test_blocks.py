@@ -20,7 +20,7 @@ from worldmodel.config import Config, External, PlanningConfig, load_config
 from worldmodel.data import actions_of
 from worldmodel.planning.controls import RandomPolicy, ReplayPolicy
 from worldmodel.planning.goal_conditioned import NUM_CLIPS, GoalConditionedPolicy, embed_clips
-from worldmodel.planning.imagination import LatentCost, LatentPolicy
+from worldmodel.planning.imagination import LatentCost, LatentPolicy, propose
 from worldmodel.planning.planners import Cost, Plan
 from worldmodel.planning.protocol import PlanningProtocol, run_episodes
 from worldmodel.runs.trained_run import TrainedRun
@@ -104,6 +104,28 @@ def test_a_decision_is_for_as_many_actions_as_a_step_has(rooms: Path) -> None:
     assert first[0, :, 0].tolist() == pytest.approx([0, 0.01, 0.02])
     assert second[0, :, 0].tolist() == pytest.approx([0.03, 0.05, 0.07])  # the plan from its fourth action on
     assert policy.imagined(1).shape == (2, 1, 2, 32)
+
+
+def test_several_steps_of_a_plan_are_executed_before_the_next_decision(rooms: Path) -> None:
+    run = run_of(rooms, "data.frame_stride=3")
+    config = PlanningConfig(planner=External(f"{__name__}:Counting"), horizon=3, replan_every=2)
+    policy = LatentPolicy(run, config, seed=0)
+    frames = torch.zeros(2, 6, 3, 64, 64, dtype=torch.uint8)
+    policy.begin(frames[:, 0])
+    first, second = policy.act(frames[:, :1]), policy.act(frames)
+    assert first[0, :, 0].tolist() == pytest.approx([0, 0.01, 0.02, 0.03, 0.04, 0.05])
+    assert second[0, :, 0].tolist() == pytest.approx([0.06, 0.08, 0.10, 0.03, 0.04, 0.05])  # from the seventh action on
+
+    learned = GoalConditionedPolicy(32, 32, 6, "ball", block=3)
+    alone = LatentPolicy(run, config, seed=0, learned=learned, searches=False)
+    alone.begin(frames[:, 0])
+    actions, goal = alone.act(frames[:, :1]), alone.goal
+    expected = propose(run.model, learned, alone.decisions[0].state, goal, 2)
+    assert actions.shape == (2, 6, 2) and torch.equal(actions, expected)
+
+    too_many = dataclasses.replace(config, replan_every=4)
+    with pytest.raises(UserError, match=r"planning.replan_every=4 is more than planning.horizon=3"):
+        LatentPolicy(run, too_many, seed=0)
 
 
 def test_a_learned_policy_decides_on_blocks_and_starts_a_search_with_them(rooms: Path) -> None:
