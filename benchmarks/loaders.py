@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -108,7 +108,7 @@ MAX_FIRST_BATCH_S = 3.0  # for files_100k
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the result. difference: mean absolute difference from our frames, of 255; None: not compared."""
+    """One row of the result. difference: mean absolute difference from our frames, of 255."""
 
     case: str
     loader: str
@@ -116,7 +116,7 @@ class Row:
     clips_per_s: float
     first_batch_s: float
     peak_mb: float
-    difference: float | None
+    difference: float
     frames_equal: bool
 
 
@@ -135,17 +135,12 @@ def main() -> int:
         if args.workers < 1 or args.repeats < 1 or not 0 < args.fraction <= 1:
             raise UserError("--workers and --repeats must be at least 1, and --fraction above 0 and at most 1")
         cases = [shrunk(case, args.fraction) for case in CASES if case.name in args.cases]
-        rows, missing, resumes = compare(cases, args)
-        result = {
-            "machine": machine_description(),
-            "rows": [asdict(row) for row in rows],
-            "resumes": resumes,
-            "missing": missing,
-        }
-        write_result(args.out / "loaders.json", result)
-        parts = [table(rows, resumes), *verdicts(cases, rows)]
-        parts += [f"{name}: not installed, or does not import: {reason}" for name, reason in missing.items()]
-        print("\n".join([*parts, str(args.out / "loaders.json")]))
+        outcome = compare(cases, args)
+        write_result(args.out / "loaders.json", {"machine": machine_description(), **asdict(outcome)})
+        lines = [table(outcome.rows, outcome.resumes), *verdicts(cases, outcome.rows)]
+        lines += [f"{name}: not installed, or does not import: {why}" for name, why in outcome.missing.items()]
+        lines += [f"{place}: failed: {why}" for place, why in outcome.failed.items()]
+        print("\n".join([*lines, str(args.out / "loaders.json")]))
     return 0
 
 
@@ -154,29 +149,41 @@ def shrunk(case: Case, fraction: float) -> Case:
     return replace(case, num_files=num_files, distinct=min(case.distinct, num_files))
 
 
-def compare(cases: Sequence[Case], args: argparse.Namespace) -> tuple[list[Row], dict[str, str], dict[str, bool]]:
-    """Return the rows, the reasons of the libraries that do not import, and whether each other one resumes exactly."""
+@dataclass
+class Outcome:
+    """All rows. missing: libraries that do not import, and why. failed: by case and loader. resumes: exactly or not."""
+
+    rows: list[Row]
+    missing: dict[str, str]
+    failed: dict[str, str]
+    resumes: dict[str, bool]
+
+
+def compare(cases: Sequence[Case], args: argparse.Namespace) -> Outcome:
     found: dict[tuple[str, str], list[Row]] = {}
-    missing: dict[str, str] = {}
-    resumes: dict[str, bool] = {}
+    outcome = Outcome([], {}, {}, {})
     indices = {case.name: write_case(case, args.out) for case in cases}
     with tqdm(total=len(args.loaders) * (len(cases) * args.repeats + 1), unit="run") as bar:
-        for repeat in range(args.repeats):
+        for name in args.loaders:
+            bar.set_postfix_str(f"resuming {name}")
+            said = run_apart(cases[0], indices[cases[0].name], name, "resume", args)
+            outcome.resumes[name] = said.get("resumes", False)
+            if "missing" in said:
+                outcome.missing[name] = said["missing"]
+            bar.update()
+        for _ in range(args.repeats):
             for case in cases:
                 for name in args.loaders:
                     bar.set_postfix_str(f"{case.name} {name}")
-                    if repeat == 0 and case is cases[0]:
-                        said, _ = run_apart(case, indices[case.name], name, "resume", args, check_frames)
-                        bar.update()
-                        if "missing" in said:
-                            missing[name] = said["missing"]
+                    if name not in outcome.missing:
+                        said = run_apart(case, indices[case.name], name, case.what, args)
+                        if "failed" in said:
+                            outcome.failed[f"{case.name} {name}"] = said["failed"]
                         else:
-                            resumes[name] = said["resumes"]
-                    if name not in missing:
-                        row = measure(case, indices[case.name], name, args)
-                        found.setdefault((case.name, name), []).append(row)
+                            found.setdefault((case.name, name), []).append(row_of(case, name, said))
                     bar.update()
-    return [middle(rows) for rows in found.values()], missing, resumes
+    outcome.rows = [middle(rows) for rows in found.values()]
+    return outcome
 
 
 def middle(rows: Sequence[Row]) -> Row:
@@ -190,8 +197,7 @@ def middle(rows: Sequence[Row]) -> Row:
     )
 
 
-def measure(case: Case, index: VideoIndex, name: str, args: argparse.Namespace) -> Row:
-    said, difference = run_apart(case, index, name, case.what, args, check_frames)
+def row_of(case: Case, name: str, said: dict[str, Any]) -> Row:
     return Row(
         case.name,
         name,
@@ -199,20 +205,15 @@ def measure(case: Case, index: VideoIndex, name: str, args: argparse.Namespace) 
         round(said["clips_per_s"], 1),
         round(said["first_batch_s"], 2),
         round(said["peak_mb"]),
-        None if difference is None else round(difference, 2),
-        difference is not None and difference <= MAX_DIFFERENCE,
+        round(said["difference"], 2),
+        said["difference"] <= MAX_DIFFERENCE,
     )
 
 
-Check = Callable[[Case, VideoIndex, Path], "float | None"]
+def run_apart(case: Case, index: VideoIndex, name: str, what: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Run benchmarks/peer_loaders.py on a job in a fresh process.
 
-
-def run_apart(
-    case: Case, index: VideoIndex, name: str, what: str, args: argparse.Namespace, check: Check
-) -> tuple[dict[str, Any], float | None]:
-    """Run benchmarks/peer_loaders.py on a job in a fresh process. Return its result with "peak_mb", and check(frames).
-
-    Raises UserError: it fails, or takes longer than PATIENCE_S.
+    Return its result, with "peak_mb", and "difference" (check_frames); or "failed" alone, the reason.
     """
     root = (args.out / case.name).resolve()
     with tempfile.TemporaryDirectory(prefix="loaders_") as folder:
@@ -247,12 +248,12 @@ def run_apart(
             peak_mb, code = watched([python, str(script), str(place / "job.json")], environment, errors)
             errors.seek(0)
             lines = errors.read().strip().splitlines() or ["no message"]
-        if code or not Path(job.result).is_file():
-            reason = f"took more than {PATIENCE_S:.0f} s" if code is None else lines[-1]
-            raise UserError(f"{case.name} {name}: {reason}")
+        if code != 0 or not Path(job.result).is_file():
+            return {"failed": f"takes more than {PATIENCE_S:.0f} s" if code is None else lines[-1]}
         said = json.loads(Path(job.result).read_text(encoding="utf-8"))
-        frames = Path(job.frames)
-        return {**said, "peak_mb": peak_mb}, check(case, index, frames) if frames.is_file() else None
+        if Path(job.frames).is_file():
+            said["difference"] = check_frames(case, index, Path(job.frames))
+        return {**said, "peak_mb": peak_mb}
 
 
 def watched(command: Sequence[str], environment: dict[str, str], errors: Any) -> tuple[float, int | None]:
@@ -283,7 +284,7 @@ def memory_of(pid: int) -> float:
     return total_mb
 
 
-def check_frames(case: Case, index: VideoIndex, path: Path) -> float | None:
+def check_frames(case: Case, index: VideoIndex, path: Path) -> float:
     """Return the mean absolute difference of a loader's frames from ours; infinity if they are other frames."""
     with np.load(path) as saved:
         clips, video = saved["clips"], saved["video"].astype(np.float32)
@@ -336,13 +337,10 @@ def write_case(case: Case, out: Path) -> VideoIndex:
 def written_files(case: Case, out: Path) -> list[Path]:
     """Return the distinct files of a case, and write those that are missing."""
     if case.is_tiny:
-        world = out / "tiny_world"
-        num_files = max(other.distinct for other in CASES if other.is_tiny)
-        num_files = num_files if case.distinct in (500, num_files) else case.distinct
-        world = world.with_name(f"tiny_world_{num_files}")
-        counts: Any = {"train": num_files, "selection": 1, "test": 1}
+        world = out / f"tiny_world_{case.distinct}"
+        counts: Any = {"train": case.distinct, "selection": 1, "test": 1}
         write_moving_mnist(world, counts, num_processes=os.cpu_count() or 1)
-        return sorted((world / "train").glob("*.mp4"))[: case.distinct]
+        return sorted((world / "train").glob("*.mp4"))
     folder = out / f"{case.codec}_{case.keyint}"
     folder.mkdir(parents=True, exist_ok=True)
     scene = stream_benchmark.Case(case.name, "", 3, *case.source_px, case.distinct, case.frames_per_file, case.keyint)
@@ -475,7 +473,9 @@ def verdicts(cases: Sequence[Case], rows: Sequence[Row]) -> list[str]:
             ratio = ours.clips_per_s / best.clips_per_s
             aim = f" (at least {case.aim:g}: {'met' if ratio >= case.aim else 'missed'})" if case.aim else ""
             lines.append(f"{case.name}: {ratio:.2f} times the best other loader, {best.loader}{aim}")
-            lines += [f"{case.name}: {row.loader} is faster" for row in ranked.values() if row.clips_per_s > ours.clips_per_s]
+            lines += [
+                f"{case.name}: {row.loader} is faster" for row in ranked.values() if row.clips_per_s > ours.clips_per_s
+            ]
     return lines
 
 

@@ -117,7 +117,11 @@ class OurStream:
         from data_pipelines.stream import StreamSettings, VideoStream
 
         settings = StreamSettings(
-            job.batch_size, job.size_px, 3, num_workers=job.workers, num_lanes=16, pool_clips=job.pool_clips
+            job.batch_size,
+            job.size_px,
+            num_lanes=job.batch_size,
+            pool_clips=job.pool_clips,
+            num_workers=job.workers,
         )
         index = load_videos(job.videos, progress=False)
         self._stream = VideoStream(index, ClipSpec(1, job.num_frames), settings)
@@ -256,7 +260,8 @@ class Spdl:
 def import_torchvision() -> None:
     """Import torchvision, also where it was built for another torch and its compiled operators do not load.
 
-    The data sets of LeRobot and stable-worldmodel import it, and use none of these operators.
+    The transforms of torchcodec and the data sets of LeRobot and stable-worldmodel import it, and use none of these
+    operators.
     """
     register = torch.library.register_fake
 
@@ -284,7 +289,7 @@ class Loader:
 
 LOADERS = {
     "worldmodel": Loader(OurStream, "data_pipelines.stream", ("worldmodel",)),
-    "torchcodec": Loader(torchcodec, "torchcodec.samplers", ("torchcodec",)),
+    "torchcodec": Loader(torchcodec, "torchcodec.samplers", ("torchcodec",), needs_torchvision=True),
     "datasets": Loader(datasets, "datasets", ("datasets",)),
     "decord": Loader(decord, "decord", ("decord2", "decord")),
     "lerobot": Loader(lerobot, "lerobot.datasets.lerobot_dataset", ("lerobot",), needs_torchvision=True),
@@ -331,12 +336,11 @@ def timed(loader: Loader, job: Job) -> dict[str, float]:
     not count.
     """
     is_ours = job.loader == "worldmodel"
-    num_clips = num_batches = 0
+    num_clips = counted = 0
     started_s = marked_s = ended_s = time.perf_counter()
     first_batch_s = None
-    for numbers, frames in loader.open(job):
+    for num_batches, (numbers, frames) in enumerate(loader.open(job), start=1):
         now_s = time.perf_counter()
-        num_batches += 1
         if first_batch_s is None:
             first_batch_s = now_s - started_s
             save_frames(job, numbers, frames)
