@@ -128,7 +128,7 @@ def main() -> int:
     parser.add_argument("--loaders", nargs="+", choices=list(LOADERS), default=list(LOADERS))
     parser.add_argument("--workers", type=int, default=2, help="processes, or threads of SPDL (default: 2)")
     parser.add_argument("--repeats", type=int, default=1, help="of which the median is reported (default: 1)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="to time each of the other loaders (default: 5)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="to time each of the other loaders (default: 4)")
     parser.add_argument("--fraction", type=float, default=1.0, help="fraction of the videos to use (default: 1)")
     args = parser.parse_args()
     with report_errors():
