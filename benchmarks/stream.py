@@ -385,8 +385,11 @@ def write_videos(case: Case, folder: Path) -> None:
             path.with_suffix(".partial").replace(path)
 
 
-def write_scene(path: Path, case: Case, seed: int) -> None:
-    """Write a textured background that pans, with blocks that move across it."""
+def write_scene(path: Path, case: Case, seed: int, codec: str = "libx264", **options: str) -> None:
+    """Write a textured background that pans, with blocks that move across it, at 25 frames per second.
+
+    options: of the codec, instead of those for H.264.
+    """
     import av
 
     height, width = case.height_px, case.width_px
@@ -397,8 +400,8 @@ def write_scene(path: Path, case: Case, seed: int) -> None:
     starts, speeds = rng.uniform(0, 1, (6, 2)), rng.uniform(-0.01, 0.01, (6, 2))
     colours = rng.integers(0, 256, (6, 3))
     with av.open(str(path), "w", format="mp4") as container:
-        options = {"crf": "23", "preset": "veryfast", "g": str(case.keyint), "sc_threshold": "0"}
-        stream: Any = container.add_stream("libx264", rate=25, options=options)
+        options = options or {"crf": "23", "preset": "veryfast", "sc_threshold": "0"}
+        stream: Any = container.add_stream(codec, rate=25, options={**options, "g": str(case.keyint)})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         for time_step in range(case.num_frames):
             image = np.roll(background, (time_step // 2, time_step), axis=(0, 1))

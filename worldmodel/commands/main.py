@@ -14,6 +14,7 @@ from typing import NoReturn
 import worldmodel
 from data_pipelines.errors import UserError, did_you_mean
 from worldmodel.commands.exits import leave, report_errors
+from worldmodel.commands.process import wait_passively
 
 COMMANDS = {
     "videos": "write a known world: moving-mnist, kicked-mnist or two-rooms",
@@ -37,7 +38,11 @@ COMMANDS = {
 
 
 def run_command(*first: str) -> NoReturn:
-    """Run the command of sys.argv, preceded by the arguments `first`, and end this process with its exit code."""
+    """Run the command of sys.argv, preceded by the arguments `first`, and end this process with its exit code.
+
+    Idle threads of torch, which is not imported yet, will sleep.
+    """
+    wait_passively()
     leave(main([*first, *sys.argv[1:]]))
 
 

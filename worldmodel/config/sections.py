@@ -272,6 +272,10 @@ class PlanningConfig:
     (worldmodel/planning/goal_conditioned.py)."""
     goal_steps: Repeat = 32
     """Steps of the clips that this policy learns from, and so from a state to its goal at most."""
+    policy_updates: Count = 3_000
+    """Updates of this policy."""
+    policy_hidden_dim: Count = 256
+    """Units of each of its three hidden layers."""
 
 
 @dataclass(frozen=True, config=KEYS)

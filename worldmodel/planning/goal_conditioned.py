@@ -38,9 +38,7 @@ from worldmodel.training.optimisation import learning_rate, set_lr
 from worldmodel.training.refine import encode_segments
 
 NUM_CLIPS = 4_000
-HIDDEN_DIM = 256
 COMPONENTS = 4
-STEPS = 3_000
 WARMUP_STEPS = 100
 BATCH = 512
 LEARNING_RATE = 1e-3
@@ -62,7 +60,16 @@ class GoalConditionedPolicy(nn.Module):
     goal_mean: Tensor
     goal_std: Tensor
 
-    def __init__(self, state_dim: int, goal_dim: int, action_dim: int, action_set: ActionSet, block: int = 1) -> None:
+    def __init__(
+        self,
+        state_dim: int,
+        goal_dim: int,
+        action_dim: int,
+        action_set: ActionSet,
+        block: int = 1,
+        *,
+        hidden_dim: int = 256,
+    ) -> None:
         super().__init__()
         self.action_dim, self.action_set, self.block = action_dim, action_set, block
         self.num_components = 0 if action_set == "one_hot" else COMPONENTS
@@ -70,7 +77,7 @@ class GoalConditionedPolicy(nn.Module):
             self.register_buffer(f"{name}_mean", torch.zeros(dim))
             self.register_buffer(f"{name}_std", torch.ones(dim))
         outputs = self.num_components * (1 + action_dim) or action_dim
-        self.net = mlp([state_dim + goal_dim, HIDDEN_DIM, HIDDEN_DIM, HIDDEN_DIM, outputs], norm="none")
+        self.net = mlp([state_dim + goal_dim, hidden_dim, hidden_dim, hidden_dim, outputs], norm="none")
         self.log_std = nn.Parameter(torch.tensor(-1.0))
 
     def standardise(self, states: Tensor, goals: Tensor) -> None:
@@ -135,14 +142,21 @@ def goal_conditioned_policy(run: TrainedRun, config: PlanningConfig) -> GoalCond
             into the folder.
     """
     settings = {"step": run.state["step"], "seed": run.config.seed, "goal_steps": config.goal_steps}
+    settings["updates"] = config.policy_updates
     state_dim = run.model.embedding_dim + run.model.scene.scene_dim
     action_dim, block = run.model.action_dim, run.networks.layout.span
-    policy = GoalConditionedPolicy(state_dim, run.model.embedding_dim, action_dim, config.action_set, block)
-    policy = policy.to(run.device)
+    policy = GoalConditionedPolicy(
+        state_dim,
+        run.model.embedding_dim,
+        action_dim,
+        config.action_set,
+        block,
+        hidden_dim=config.policy_hidden_dim,
+    ).to(run.device)
     if not load_policy(run.folder, policy, settings):
         steps = config.goal_steps
         run.source.check_split("train", steps, set(), "planning.goal_steps")
-        fit_policy(policy, embed_clips(run, steps), run.config.seed)
+        fit_policy(policy, embed_clips(run, steps), run.config.seed, config.policy_updates)
         save_policy(run.folder, policy, settings)
     return policy.eval().requires_grad_(False)
 
@@ -178,8 +192,8 @@ def embed_clips(run: TrainedRun, num_steps: int) -> GoalClips:
     return clips
 
 
-def fit_policy(policy: GoalConditionedPolicy, clips: GoalClips, seed: int) -> None:
-    """Fit a policy with fresh weights, for STEPS updates.
+def fit_policy(policy: GoalConditionedPolicy, clips: GoalClips, seed: int, updates: int) -> None:
+    """Fit a policy with fresh weights.
 
     No clips are held out to stop earlier: where their loss rises, success still does too (docs/experiments.md).
     """
@@ -190,8 +204,8 @@ def fit_policy(policy: GoalConditionedPolicy, clips: GoalClips, seed: int) -> No
             nn.init.zeros_(layer.bias)
     policy.standardise(clips.states, clips.goals)
     optimizer = torch.optim.AdamW(policy.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    for step in tqdm(range(STEPS), desc="fitting the policy", unit="step"):
-        set_lr(optimizer, learning_rate(step, LEARNING_RATE, WARMUP_STEPS, STEPS))
+    for step in tqdm(range(updates), desc="fitting the policy", unit="step"):
+        set_lr(optimizer, learning_rate(step, LEARNING_RATE, WARMUP_STEPS, updates))
         loss = policy.loss(*draw_examples(clips, BATCH, generator))
         optimizer.zero_grad()
         loss.backward()

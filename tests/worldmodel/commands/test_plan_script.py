@@ -200,11 +200,9 @@ def test_a_learned_policy_acts_alone_or_starts_a_search_and_is_fitted_once(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(planner, run)
-    monkeypatch.setattr(goal_conditioned, "STEPS", 250)
     arguments = ["--run", str(run), "--env", ENV, "--seeds", "2", "--episodes", "3", "--budget", "3"]
-    done = run_here(
-        "plan.py", "planning.goal_steps=8", *arguments, "--policy", "gc", "--vary", "slip=1", "contrast=0.5"
-    )
+    fit = ["planning.goal_steps=8", "planning.policy_updates=40", "planning.policy_hidden_dim=16"]
+    done = run_here("plan.py", *fit, *arguments, "--policy", "gc", "--vary", "slip=1", "contrast=0.5")
     assert done.returncode == 0, done.stderr
     result = json.loads((run / "planning.json").read_text())
     assert undeclared({"planning": result}) == []
@@ -220,8 +218,7 @@ def test_a_learned_policy_acts_alone_or_starts_a_search_and_is_fitted_once(
 
     with monkeypatch.context() as patched:
         patched.setattr(goal_conditioned, "embed_clips", refuse)
-        warm_start = ["planning.warm_start=true", "planning.goal_steps=8"]
-        done = run_here("plan.py", *warm_start, *arguments, "--vary", "agent_size=2")
+        done = run_here("plan.py", "planning.warm_start=true", *fit, *arguments, "--vary", "agent_size=2")
     assert done.returncode == 0, done.stderr
     warm = json.loads((run / "planning.json").read_text())
     assert warm["factors"][0]["values"][0]["steps"] <= 3

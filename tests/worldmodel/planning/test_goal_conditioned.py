@@ -26,10 +26,8 @@ from worldmodel.planning.planners import Cost, Plan, project_
 
 
 @pytest.fixture
-def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(goal_conditioned, "STEPS", 500)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(goal_conditioned, "BATCH", 128)
-    monkeypatch.setattr(goal_conditioned, "HIDDEN_DIM", 96)
 
 
 def walks(num_clips: int, num_steps: int = 12) -> GoalClips:
@@ -94,9 +92,9 @@ def test_each_action_of_a_block_is_allowed(action_set: Any) -> None:
 # -------------------------------------------------------------------------------------------------------------- fit
 
 
-def test_it_walks_towards_the_goal(few_steps: None) -> None:
-    policy = GoalConditionedPolicy(2, 2, 2, "ball")
-    fit_policy(policy, walks(400), seed=0)
+def test_it_walks_towards_the_goal(small_batches: None) -> None:
+    policy = GoalConditionedPolicy(2, 2, 2, "ball", hidden_dim=96)
+    fit_policy(policy, walks(400), seed=0, updates=500)
     state, way = 2 + 6 * torch.rand(200, 2, generator=torch.Generator().manual_seed(1)), 3 * normal(2, 200, 2)
     way = 3 * F.normalize(way, dim=1)
     with torch.no_grad():
@@ -106,22 +104,22 @@ def test_it_walks_towards_the_goal(few_steps: None) -> None:
     assert cosine.mean() > 0.9 and (cosine > 0.6).float().mean() > 0.95, cosine
 
 
-def test_of_two_ways_it_takes_one_and_not_their_mean(few_steps: None) -> None:
+def test_of_two_ways_it_takes_one_and_not_their_mean(small_batches: None) -> None:
     clips = walks(200, num_steps=2)
     sign = torch.where(torch.arange(200) % 2 == 0, 1.0, -1.0)
     up_or_down = torch.stack([torch.zeros(200, 2), sign[:, None].expand(-1, 2)], dim=-1)
-    policy = GoalConditionedPolicy(2, 2, 2, "ball")
-    fit_policy(policy, GoalClips(clips.states, torch.zeros_like(clips.goals), up_or_down), seed=0)
+    policy = GoalConditionedPolicy(2, 2, 2, "ball", hidden_dim=96)
+    fit_policy(policy, GoalClips(clips.states, torch.zeros_like(clips.goals), up_or_down), seed=0, updates=500)
     with torch.no_grad():
         actions = policy(clips.states[:, 0], torch.zeros(200, 2))
     assert (actions[:, 1].abs() > 0.9).all() and actions[:, 0].abs().max() < 0.2
 
 
-def test_discrete_actions_are_learned(few_steps: None) -> None:
+def test_discrete_actions_are_learned(small_batches: None) -> None:
     clips = walks(300)
     numbers = (clips.actions[..., 0] > 0).long()
-    policy = GoalConditionedPolicy(2, 2, 2, "one_hot")
-    fit_policy(policy, GoalClips(clips.states, clips.goals, F.one_hot(numbers, 2).float()), seed=0)
+    policy = GoalConditionedPolicy(2, 2, 2, "one_hot", hidden_dim=96)
+    fit_policy(policy, GoalClips(clips.states, clips.goals, F.one_hot(numbers, 2).float()), seed=0, updates=500)
     state = torch.tensor([[4.0, 5.0], [6.0, 5.0]])
     with torch.no_grad():
         assert policy(state, state.flip(0)).argmax(dim=1).tolist() == [1, 0]
@@ -129,12 +127,11 @@ def test_discrete_actions_are_learned(few_steps: None) -> None:
 
 @pytest.mark.slow
 def test_a_seed_fixes_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(goal_conditioned, "STEPS", 250)
     monkeypatch.setattr(goal_conditioned, "BATCH", 32)
     first, again, other = (GoalConditionedPolicy(2, 2, 2, "ball") for _ in range(3))
     for policy, seed in ((first, 3), (again, 3), (other, 4)):
         torch.manual_seed(int(torch.randint(100, ())))  # the global generator has no part in it
-        fit_policy(policy, walks(20), seed)
+        fit_policy(policy, walks(20), seed, updates=250)
     weights = [torch.cat([values.flatten() for values in each.state_dict().values()]) for each in (first, again, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.allclose(weights[0], weights[2])
 

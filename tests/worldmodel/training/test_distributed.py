@@ -155,7 +155,8 @@ SCORED: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("shards", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [False, True])
 def test_two_processes_share_an_evaluation_and_score_as_one(shards: bool, world: Path, tmp_path: Path) -> None:
     cases = {name: ["demo.yaml", *TINY, f"data.root={world}", *of_case] for name, of_case in SCORED.items()}
     (tmp_path / "cases.json").write_text(json.dumps(cases))

@@ -49,7 +49,7 @@ CASES = {
     "residual network, flow": [*FRESH, "objective.name=aninfonce", "model.encoder=resnet", "model.latent.prior=flow"],
     "actions": ["two_rooms_random.yaml", *PLANNED, *REFINED, "train.refine_horizon=4"],
 }
-SLOW = ("white, sparse", "low rank", "oracle", "residual network, flow")
+SLOW = ("parts", "transformer", "white, sparse", "low rank", "oracle", "residual network, flow")
 TIMES = ("_s", "tflops", "mfu")
 
 
