@@ -7,6 +7,7 @@ unfinished one leaves nothing behind, so each segment is in the folder exactly o
 import dataclasses
 import json
 import os
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ def embed_collection(
     """Embed a share of the videos of `data.root`, all segments one after the other, and write what is missing in `out`.
 
     place: the run, whose checkpoint is of `step`.
-    data: how the videos are read. Segments are data.clip_step frames apart, or do not overlap.
+    data: how the videos are read. Segments are data.clip_step frames apart; None: they follow each other as in a clip.
 
     Raises:
         UserError: the videos cannot be read, or more of them than data.max_bad_fraction; `out` was begun with another
@@ -76,7 +77,8 @@ def embed_collection(
     options = options or EmbedOptions()
     data = dataclasses.replace(data, root=_absolute(data.root))
     place = dataclasses.replace(place, folder=place.folder.absolute())
-    spec = ClipSpec(1, data.num_frames, data.frame_stride, data.clip_step, data.fps)
+    step_frames = data.clip_step or data.num_frames * data.frame_stride  # as segments follow each other in a clip
+    spec = ClipSpec(1, data.num_frames, data.frame_stride, step_frames, data.fps)
     index = load_index(data, None)
     manifest = Manifest(
         root=data.place,
@@ -174,17 +176,18 @@ def _make_missing(
     counts = {number: len(collection.rows(number)) for number in numbers}
     total, done = sum(counts.values()), sum(counts.values()) - sum(counts[number] for number in missing)
     failed: dict[str, str] = {}
-    with tqdm(total=total, initial=done, desc="embedding", unit="video", disable=not options.progress) as bar:
-        for finished in make_parts(options.engine, work, map(collection.part, missing), count):
+    num_videos = collection.manifest.num_videos
+    bar = tqdm(total=total, initial=done, desc="embedding", unit="video", disable=not options.progress)
+    with bar, closing(make_parts(options.engine, work, map(collection.part, missing), count)) as made:
+        for finished in made:
             bar.update(finished.num_videos)
             failed |= finished.failed
-            if len(failed) > data.max_bad_fraction * collection.manifest.num_videos:
+            if len(failed) > data.max_bad_fraction * num_videos:
                 path, reason = list(failed.items())[-1]
                 raise UserError(
-                    f"{len(failed)} of {collection.manifest.num_videos} videos do not decode or have changed, more than "
+                    f"{len(failed)} of {num_videos} videos do not decode or have changed, more than "
                     f"data.max_bad_fraction={data.max_bad_fraction:g} allows; the last is '{path}', which {reason}: "
-                    f"{collection.folder.bad} lists them; delete the parts that it names to embed them again, or raise "
-                    "the limit"
+                    f"delete the parts that {collection.folder.bad} names to embed them again, or raise the limit"
                 )
 
 

@@ -5,7 +5,7 @@ is repeated because its host was lost: the same file is written again.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -21,8 +21,8 @@ PARTS_AHEAD = 2
 """Parts per process that are submitted at a time, so that no process waits for work."""
 
 
-def make_parts(engine: Engine, work: Work, parts: Iterable[Part], num_processes: int | None) -> Iterator[Finished]:
-    """Make parts in any order, and yield each when it is finished.
+def make_parts(engine: Engine, work: Work, parts: Iterable[Part], num_processes: int | None) -> Generator[Finished]:
+    """Make parts in any order, and yield each when it is finished. Closing it ends the processes.
 
     num_processes: parts that are made at a time; None: as many as the cluster of Ray has room for.
 
@@ -35,7 +35,7 @@ def make_parts(engine: Engine, work: Work, parts: Iterable[Part], num_processes:
     return _by_processes(work, parts, num_processes)
 
 
-def _by_processes(work: Work, parts: Iterable[Part], num_processes: int) -> Iterator[Finished]:
+def _by_processes(work: Work, parts: Iterable[Part], num_processes: int) -> Generator[Finished]:
     if num_processes == 1:
         yield from map(partial(embed_part, work), parts)
         return
@@ -50,7 +50,7 @@ def _by_processes(work: Work, parts: Iterable[Part], num_processes: int) -> Iter
             ) from None
 
 
-def _by_ray(work: Work, parts: Iterable[Part], num_processes: int | None) -> Iterator[Finished]:
+def _by_ray(work: Work, parts: Iterable[Part], num_processes: int | None) -> Generator[Finished]:
     """Make each part as a task of Ray, on the cluster that RAY_ADDRESS names or that runs on this host.
 
     Without one, Ray is started on this host for this command.
@@ -63,10 +63,10 @@ def _by_ray(work: Work, parts: Iterable[Part], num_processes: int | None) -> Ite
         raise UserError("engine=ray needs ray, which is not installed: pip install 'worldmodel[ray]'") from None
     uses_gpu = work.run.device.startswith("cuda")
     try:
-        ray.init(include_dashboard=False, logging_level="ERROR")
-    except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"Ray cannot be started, or its cluster cannot be reached: {one_line(error)}") from error
-    try:
+        try:
+            ray.init(include_dashboard=False, logging_level="ERROR")
+        except Exception as error:  # Ray raises errors of many kinds
+            raise UserError(f"Ray cannot be started, or its cluster cannot be reached: {one_line(error)}") from error
         needs = {"CPU": max(1, work.settings.num_workers)} | ({"GPU": 1} if uses_gpu else {})
         hosts = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         room = sum(min(int(host.get(kind, 0)) // count for kind, count in needs.items()) for host in hosts)
