@@ -143,7 +143,10 @@ def test_shards_have_the_rows_of_their_videos(
 ) -> None:
     assert main(["shards", str(videos), str(tmp_path / "shards")]) == 0
     make(tmp_path / "shards")
-    assert rows_of(tmp_path / "out") == expected
+    rows = sorted(rows_of(tmp_path / "out"))  # shards have another order, and so other batches: the last bits differ
+    assert [row[:3] for row in rows] == [row[:3] for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        np.testing.assert_allclose(np.frombuffer(row[3], "f4"), np.frombuffer(other[3], "f4"), atol=1e-5)
 
 
 @pytest.mark.slow
