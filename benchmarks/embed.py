@@ -2,10 +2,11 @@
 
 python benchmarks/embed.py FOLDER --videos 10000
 
-Writes videos and a small run into FOLDER, then embeds the videos five times: by two processes; by two processes that
+Writes videos and a small run into FOLDER, then embeds the videos six times: by two processes; by two processes that
 are killed (SIGKILL, all of them) several times and started again; by two hosts, which are commands with --host-index;
-by local Ray; and by local Ray that is killed several times and started again. The rows of all are compared bit for bit,
-and those of some videos with embeddings of the same frames read one by one. Without ray its steps are left out.
+by local Ray; by local Ray that is killed several times and started again; and by a Ray cluster of two simulated hosts,
+one of which is lost. The rows of all are compared bit for bit, and some embeddings with those of the same frames read
+one by one. Without ray its steps are left out.
 
 The same command continues after an interruption. --step makes one step only, so that each takes minutes.
 """
@@ -19,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,7 +37,10 @@ from worldmodel.commands.shared import check_counts
 
 COMMAND = [sys.executable, "-m", "worldmodel"]
 TWO = ["--num-processes", "2"]
-TRAINING = ["train.steps=20", "train.warmup_steps=5", "train.eval_every=20", "tracking.wandb=disabled"]
+TRAINING = [
+    *("train.steps=4", "train.warmup_steps=2", "train.eval_every=4", "data.batch_size=16", "data.num_lanes=4"),
+    *("evaluation.selection_clips=32", "tracking.wandb=disabled"),
+]
 KILLS = 5
 COMPARED_ONE_BY_ONE = 20
 TOLERANCE = 1e-4  # of embeddings from batches of another size, which differ by rounding
@@ -83,10 +87,13 @@ def call(*arguments: str) -> None:
         raise UserError(f"worldmodel {' '.join(arguments)} failed: see above")
 
 
-def start(folder: Path, out: Path, *arguments: str) -> "subprocess.Popen[bytes]":
-    """Start to embed, in a session of its own."""
+def start(
+    folder: Path, out: Path, *arguments: str, environment: Mapping[str, str] | None = None
+) -> "subprocess.Popen[bytes]":
+    """Start to embed, in a session of its own. environment: further variables."""
     command = [*COMMAND, "embed", str(folder / "videos"), str(out), "--run", str(folder / "run"), *arguments]
-    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    variables = os.environ | (environment or {})
+    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, env=variables)
 
 
 def finish(*commands: "subprocess.Popen[bytes]") -> None:
@@ -140,12 +147,32 @@ def two_hosts(folder: Path, out: Path) -> list["subprocess.Popen[bytes]"]:
     return [start(folder, out, *share, str(host)) for host in range(2)]
 
 
+def ray_lost_host(folder: Path, out: Path) -> dict:
+    """Embed on a Ray cluster of two simulated hosts with one core each, one of which is lost after some parts."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        second = cluster.add_node(num_cpus=1)
+        goal = finished_parts(out) + 10
+        command = start(folder, out, "--engine", "ray", environment={"RAY_ADDRESS": cluster.address})
+        while command.poll() is None and finished_parts(out) < goal:
+            time.sleep(POLL_S)
+        cluster.remove_node(second, allow_graceful=False)
+        lost_at = finished_parts(out)
+        finish(command)
+    finally:
+        cluster.shutdown()
+    return {"finished_parts_at_loss": lost_at, "parts": finished_parts(out)}
+
+
 STEPS: dict[str, Callable[[Path, Path], dict]] = {
     "processes": timed(lambda folder, out: [start(folder, out, *TWO)]),
     "processes_killed": killed(*TWO),
     "two_hosts": timed(two_hosts),
     "ray": timed(lambda folder, out: [start(folder, out, "--engine", "ray", *TWO)]),
     "ray_killed": killed("--engine", "ray", *TWO),
+    "ray_lost_host": ray_lost_host,
 }
 
 
