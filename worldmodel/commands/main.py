@@ -28,6 +28,7 @@ COMMANDS = {
     "train": "train a model from a config",
     "evaluate": "score the forecasts of a run and write its report",
     "rollout": "sample futures of a video, as embeddings",
+    "embed": "write the embeddings of a collection of videos as Parquet",
     "surprise": "score every transition of a video by its surprise",
     "decode": "train a decoder, and show sampled futures as pictures",
     "plan": "reach goal images in an environment by planning with a run",
