@@ -1,12 +1,12 @@
 """Make the tables of docs/results.md anew, and say which figures differ by more than their spread.
 
-Without a name, list the tables with about the time that each takes on two CPU cores. The name of a table is the anchor of
-its section in docs/results.md, followed by /NAME if the section has several; the beginning of a name is enough if it fits
-one section. A section's name selects all its tables.
+Without a name, list the tables with about the time that each takes on two CPU cores. The name of a table is the anchor
+of its section in docs/results.md, followed by /NAME if the section has several. The beginning of a name is enough if it
+fits one section. A section's name selects all its tables.
 
 Commands run in --out, where tables share data and runs. The same command continues an interrupted reproduction. Figures
-are printed, and written to OUT/tables/NAME/figures.md and figures.json. The exit code is 0 whether or not figures differ,
-1 if a command failed.
+are printed, and written to OUT/tables/NAME/figures.md and figures.json. The exit code is 0 whether or not figures
+differ, and 1 if a command failed.
 
 examples:
   worldmodel reproduce
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help="names of tables; without one, the tables are listed")
+    parser.add_argument(
+        "tables", nargs="*", metavar="TABLE", help="names of tables; without one, the tables are listed"
+    )
     add_out(parser, "the folder of data, runs and results", default=Path("reproduction"))
     parser.add_argument("--dry-run", action="store_true", help="print the commands, and which of them are done")
 
@@ -81,8 +83,12 @@ def overview(reproduction: Reproduction, out: Path) -> str:
     for anchor, section in reproduction.sections.items():
         if section.not_reproduced:
             lines.append(f"{'-':>8} {anchor} (not reproducible: {section.not_reproduced})")
+        lines += [
+            f"{'-':>8} {anchor}, the table from {part.rows[0]!r} on (not reproducible: {part.why})"
+            for part in section.left_out
+        ]
     minutes = sum(step.minutes for step in reproduction.steps.values())
-    lines += ["", f"All of them take about {_time(minutes)} on two idle CPU cores: steps that several tables need run once."]
+    lines += ["", f"All tables take about {_time(minutes)} on two idle CPU cores: a step that several need runs once."]
     return "\n".join(lines)
 
 
@@ -136,7 +142,10 @@ def write_figures(reproduction: Reproduction, table: Table, out: Path) -> None:
     found = {name: seconds_if_done(reproduction.steps, name, out) for name in names}
     seconds = {name: one for name, one in found.items() if one is not None}
     minutes = sum(reproduction.steps[name].minutes for name in names)
-    took = f"{len(seconds)} of {len(names)} steps took {sum(seconds.values()) / 60:.1f} min here; about {minutes:g} min on two idle cores."
+    took = (
+        f"{len(seconds)} of {len(names)} steps took {sum(seconds.values()) / 60:.1f} min here; all take about "
+        f"{minutes:g} min on two idle cores."
+    )
     markdown = as_markdown(table, compared, took)
     folder = out / "tables" / table.address
     try:

@@ -19,7 +19,6 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 import worldmodel
-from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
 from worldmodel.commands.jobs import POLL_S, interrupt, reason_of, signal_group, start_logged
 from worldmodel.commands.process import stop_signals
@@ -29,6 +28,8 @@ from worldmodel.training.session import Interrupted
 
 ROOT = Path(worldmodel.__file__).resolve().parents[1]
 """The folder of the repository, of which an installed package has only the packages."""
+CONFIGS = "{configs}"
+"""In a command, the folder of the shipped configs."""
 
 
 def missing_for(step: Step, out: Path) -> str:
@@ -64,9 +65,7 @@ def seconds_if_done(steps: Mapping[str, Step], name: str, out: Path) -> float | 
     return float(seconds) if isinstance(seconds, int | float) else None
 
 
-def run_steps(
-    steps: Mapping[str, Step], names: Sequence[str], out: Path, lock: int
-) -> dict[str, str]:
+def run_steps(steps: Mapping[str, Step], names: Sequence[str], out: Path, lock: int) -> dict[str, str]:
     """Run the steps that are not done yet, in order. Return the reason of each that failed, or could not start.
 
     lock: a descriptor that child processes inherit.
@@ -119,7 +118,7 @@ def run_step(name: str, step: Step, key: str, out: Path, lock: int, stop: Callab
 
 def shell_command(step: Step) -> str:
     """Return the command as a line of a shell, with this Python."""
-    program, *arguments = step.command
+    program, *arguments = (word.replace(CONFIGS, str(ROOT / "worldmodel" / "configs")) for word in step.command)
     if program == "worldmodel":
         return shlex.join([sys.executable, "-m", "worldmodel", *arguments])
     script, *rest = arguments

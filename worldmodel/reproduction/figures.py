@@ -64,7 +64,7 @@ def as_markdown(table: Table, compared: Sequence[Compared], took: str) -> str:
         rows.append([f"{figure.row}, {figure.column}", documented.text, allowed, one.text, differs])
     entry = table.entry
     notes = [
-        f"Values without a documented spread are compared with {entry.spread}: {entry.assumed}." if entry.assumed else "",
+        f"Spread of values without a documented one, {entry.spread}: {entry.assumed}." if entry.assumed else "",
         entry.note,
         *(f"Not made anew: {', '.join(part.rows)}: {part.why}." for part in entry.left_out),
         summary(compared),

@@ -94,7 +94,7 @@ def read_record(path: Path) -> Mapping[str, Any] | None:
 
 
 def number_at(record: Mapping[str, Any] | None, path: str) -> float | None:
-    """Return the number at a dotted path; of several paths, separated by " | ", the largest number. None without one."""
+    """Return the number at a dotted path, or the largest at several, separated by " | "; None if there is no number."""
     found = [find_value(record, one) for one in path.split(" | ")]
     numbers = [float(value) for value in found if isinstance(value, int | float) and not isinstance(value, bool)]
     return max(numbers, default=None)

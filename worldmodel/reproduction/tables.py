@@ -4,8 +4,8 @@ A table has columns and rows. Its cells are documented values: a value, a value 
 ("0.632 ± 0.003"), or a value with its interval ("0.984 (0.960 - 0.994)"). "-" is a cell without a figure. The figure
 made anew is found by two templates, of the row, otherwise of the column, otherwise of the table:
 
-source   "STEP/FILE", a result of a step, such as "plan_two_rooms/planning.json". With "{seed}" in it, the mean of the
-         table's seeds is compared.
+source   "STEP/FILE", a result of a step, such as "plan_two_rooms/planning.json". With "{seed}" in it, or with several
+         of them separated by " | ", the mean over all is compared.
 path     the dotted path in that file, such as "forecasts.model.energy_score.{h}"
 
 The values for the braces come from `at` of the row and of the column.
@@ -44,7 +44,8 @@ class Step:
     """A command and the files that it writes.
 
     Attributes:
-        command: `worldmodel` or `python` with its arguments. A program of `python` is a file of the repository.
+        command: `worldmodel` or `python` with its arguments. A program of `python` is a file of the repository;
+            "{configs}" is the folder of the shipped configs.
         minutes: about how long it takes on two idle CPU cores.
         folder: where it writes, below the folder of the reproduction.
         results: patterns of files in `folder` that are kept under the step's name; a later step may replace them.
@@ -130,9 +131,9 @@ class Section:
 
 @dataclass(frozen=True)
 class Documented:
-    """A documented value. spread: its half width as documented or as given by the table; None if not compared.
+    """A documented value. low and high are the ends of its spread; None if it is not compared.
 
-    decimals: those of the text, to which values made anew are rounded.
+    decimals: those of the text, to which it was rounded.
     """
 
     text: str
@@ -142,11 +143,11 @@ class Documented:
     decimals: int
 
     def differs(self, here: float) -> bool | None:
-        """True if a value, rounded like this one, lies outside of the spread; None if there is no spread."""
+        """True if a value lies outside of the spread by more than the rounding of the text; None without a spread."""
         if self.low is None or self.high is None:
             return None
-        slack = 1e-9 * max(1.0, abs(self.value))
-        return not self.low - slack <= round(here, self.decimals) <= self.high + slack
+        rounding = 0.5 * 10**-self.decimals
+        return not self.low - rounding <= here <= self.high + rounding
 
 
 def parse_value(text: str, spread: str | None) -> Documented:
@@ -190,7 +191,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with its address: the anchor of its section in docs/results.md, and a name after "/" if there are several."""
+    """A table. address: the anchor of its section in docs/results.md, with "/" and a name if there are several."""
 
     address: str
     title: str
@@ -220,8 +221,12 @@ class Table:
                     raise ValueError(f"{place} has no source or no path")
                 try:
                     values = {**row.at, **column.at}
-                    seeds = row.seeds or entry.seeds if "{seed}" in source else (0,)
-                    sources = tuple(source.format(**values, seed=seed) for seed in seeds)
+                    seeds = row.seeds or entry.seeds
+                    sources = tuple(
+                        part.format(**values, seed=seed)
+                        for part in source.split(" | ")
+                        for seed in (seeds if "{seed}" in part else (0,))
+                    )
                     spread = row.spread or column.spread or entry.spread
                     figure = Figure(row.name, column.name, parse_value(text, spread), sources, path.format(**values))
                 except KeyError as error:
@@ -311,7 +316,9 @@ def _read(path: Path, kind: Any) -> Any:
         return TypeAdapter(kind).validate_python(read_yaml(path, kind))
     except ValidationError as error:
         entry = error.errors(include_url=False)[0]
-        raise UserError(f"{path}: {'.'.join(map(str, entry['loc']))}={shown(entry['input'])}: {entry['msg']}") from error
+        raise UserError(
+            f"{path}: {'.'.join(map(str, entry['loc']))}={shown(entry['input'])}: {entry['msg']}"
+        ) from error
 
 
 def _check_figures(table: Table, steps: Mapping[str, Step]) -> None:
