@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,7 +127,7 @@ def check_command(files: Reproduction, step: Step) -> None:
         planning_config(config, args.overrides, trust_code=False)
 
 
-def config_of(step: Step) -> dict:  # type: ignore[type-arg]
+def config_of(step: Step) -> dict[str, Any]:
     args = parsed(step.command[1], list(step.command[2:]))
     return to_dict(load_config(find_config(args.config), args.overrides))
 
