@@ -290,12 +290,12 @@ def labels_of(clip_set: ClipSet, clip_id: torch.Tensor) -> dict[str, torch.Tenso
     rows = torch.from_numpy(clip_set.table.videos_of(clip_id.numpy()))
     labels = {name: values[rows] for name, values in index.labels.items()}
     if index.frame_label_offsets is not None:
-        at = index.frame_label_offsets[rows][:, None] + torch.from_numpy(_frames_of(clip_set, clip_id.numpy()))
+        at = index.frame_label_offsets[rows][:, None] + torch.from_numpy(frames_of(clip_set, clip_id.numpy()))
         labels |= {name: values[at] for name, values in index.frame_labels.items()}
     return labels
 
 
-def _frames_of(clip_set: ClipSet, clips: Ints) -> Ints:
+def frames_of(clip_set: ClipSet, clips: Ints) -> Ints:
     """Return the numbers [B, T] of the frames that clips show, by clip ids [B]. Frames are counted in the file."""
     frames = clip_set.table.starts_of(clips)[:, None] + np.arange(clip_set.spec.length) * clip_set.spec.frame_stride
     if clip_set.spec.fps is not None:

@@ -41,13 +41,15 @@ def worker_context() -> Any:
 
 
 def spawned_pool(num_processes: int) -> ProcessPoolExecutor:
-    """Return a pool of fresh processes, which ignore Ctrl-C."""
+    """Return a pool of fresh processes, which ignore Ctrl-C and end with this process, even if it is killed."""
     return ProcessPoolExecutor(
-        num_processes,
-        mp_context=get_context("spawn"),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
+        num_processes, mp_context=get_context("spawn"), initializer=_begin_in_pool, initargs=(Parent.here(),)
     )
+
+
+def _begin_in_pool(parent: "Parent") -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent.take_along()
 
 
 @contextmanager

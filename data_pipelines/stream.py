@@ -259,13 +259,16 @@ def read_all(
     yield from read_clips(clip_set, clips, settings, ranks=world_size)
 
 
-def read_clips(clip_set: ClipSet, clips: Ints, settings: ReadSettings, *, ranks: int = 1) -> Generator[Batch]:
+def read_clips(
+    clip_set: ClipSet, clips: Ints, settings: ReadSettings, *, ranks: int = 1, failures: Failures | None = None
+) -> Generator[Batch]:
     """Yield the clips with these ids, which ascend. The last batch may be short. Errors: as VideoStream.batches.
 
     ranks: how many processes read clips at the same time.
+    failures: counts the videos that fail; None: those of this call.
     """
     index = clip_set.index
-    failures = Failures(index, settings.max_bad_fraction)
+    failures = failures or Failures(index, settings.max_bad_fraction)
     num_workers = min(settings.num_workers, -(-len(clips) // settings.batch_size))
     if index.remote is not None:
         index.remote.check_room(_ranks_here(ranks) * 2 * max(1, num_workers))

@@ -119,12 +119,15 @@ class Faults:
 
 
 class Failures:
-    """Counts the videos that fail while streaming. Reports each file once; raises UserError when there are too many."""
+    """Counts the videos that fail while streaming. Reports each file once; raises UserError when there are too many.
+
+    reasons: by path, as predicates.
+    """
 
     def __init__(self, index: VideoIndex, max_bad_fraction: float) -> None:
         self._index, self._max_bad_fraction = index, max_bad_fraction
         self._failed: set[int] = set()
-        self._named: set[str] = set()
+        self.reasons: dict[str, str] = {}
 
     def add(self, failures: Mapping[int, str]) -> None:
         """Add failures, as in Faults.found. Raises UserError: too many videos have failed."""
@@ -133,8 +136,8 @@ class Failures:
                 continue
             self._failed.add(video)
             path, num_rows = self._index.video(video).path, len(self._index.videos)
-            if path not in self._named:
-                self._named.add(path)
+            if path not in self.reasons:
+                self.reasons[path] = reason
                 log.warning("video '%s' %s: its clips are left out", path, reason)
             num_failed = len({number % num_rows for number in self._failed})
             if num_failed > self._max_bad_fraction * num_rows:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,14 +57,14 @@ def only_writer(out: Path) -> Iterator[int]:
     """Hold the lock of a folder and yield its descriptor. Child processes that inherit it also hold the lock.
 
     Raises:
-        UserError: another comparison, or a child process that one left behind, still writes to the folder.
+        UserError: another process, or a child process that one left behind, still writes to the folder.
     """
     with open_regular(out / ".lock", os.O_WRONLY) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"another comparison still writes to {out}: wait for its end or choose another --out"
+                f"another process still writes to {out}: wait for its end or choose another --out"
             ) from error
         yield file.fileno()
 
@@ -127,17 +127,29 @@ def start(run: GridRun, launch: str, lock: int) -> subprocess.Popen[bytes]:
     evaluate = shlex.join(
         [sys.executable, "-m", "worldmodel", "evaluate", "--run", str(run.folder), "--allow-remote", *trust]
     )
-    environment = {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "10", **os.environ}
-    if run.config.train.num_threads:
-        environment["OMP_NUM_THREADS"] = str(run.config.train.num_threads)
-    with open_regular(run.with_suffix(".log.txt"), os.O_WRONLY | os.O_APPEND) as log:
-        log.write(f"\n$ {train} && {evaluate}\n".encode(errors="surrogateescape"))
+    threads = {"OMP_NUM_THREADS": str(run.config.train.num_threads)} if run.config.train.num_threads else {}
+    return start_logged(f"{train} && {evaluate}", run.with_suffix(".log.txt"), lock, environment=threads)
+
+
+def start_logged(
+    command: str, log: Path, lock: int, *, environment: Mapping[str, str] | None = None, folder: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a shell command in a process group of its own. Its output is appended to a log.
+
+    lock: a descriptor that the process inherits. environment: further variables. folder: where the command runs.
+
+    Raises:
+        UserError: the log cannot be written.
+    """
+    with open_regular(log, os.O_WRONLY | os.O_APPEND) as file:
+        file.write(f"\n$ {command}\n".encode(errors="surrogateescape"))
         return subprocess.Popen(
-            ["/bin/sh", "-c", f"{train} && {evaluate}"],
+            ["/bin/sh", "-c", command],
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=file,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env={"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "10", **os.environ, **(environment or {})},
+            cwd=folder,
             process_group=0,
             pass_fds=(lock,),
         )
@@ -163,12 +175,21 @@ def signal_group(child: subprocess.Popen[bytes], number: int) -> bool:
 
 
 def failure_of(run: GridRun, exit_code: int) -> Failure:
-    """Read the reason of a failure from the log: its one line for a user's mistake, otherwise its last lines."""
-    path = run.with_suffix(".log.txt")
+    """Read the reason of a failure from the run's log."""
+    code, message = reason_of(run.with_suffix(".log.txt"), exit_code)
+    return Failure(run, code, f"{run.name}: {message}")
+
+
+def reason_of(path: Path, exit_code: int) -> tuple[int, str]:
+    """Return the exit code and the reason of the last failure in a log.
+
+    The reason is the one line of a user's mistake, otherwise the last lines. A launcher may replace the exit code of a
+    user's mistake; it is restored.
+    """
     _, _, last = path.read_text(encoding="utf-8", errors="replace").rpartition("\n$ ")
     lines = [line.rstrip() for line in last.splitlines()[1:] if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    if errors:  # a launcher replaces the exit code
-        return Failure(run, EXIT_USER_ERROR, f"{run.name}: {errors[-1]}")
+    if errors:
+        return EXIT_USER_ERROR, errors[-1]
     shown = "".join(f"\n    {line}" for line in lines[-LINES_SHOWN:])
-    return Failure(run, exit_code, f"{run.name}: failed with exit code {exit_code}, see {path}{shown}")
+    return exit_code, f"failed with exit code {exit_code}, see {path}{shown}"

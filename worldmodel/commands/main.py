@@ -28,12 +28,14 @@ COMMANDS = {
     "train": "train a model from a config",
     "evaluate": "score the forecasts of a run and write its report",
     "rollout": "sample futures of a video, as embeddings",
+    "embed": "write the embeddings of a collection of videos as Parquet",
     "surprise": "score every transition of a video by its surprise",
     "decode": "train a decoder, and show sampled futures as pictures",
     "plan": "reach goal images in an environment by planning with a run",
     "export": "export a run into a folder that loads on any machine",
     "push": "upload a run to the Hugging Face Hub",
     "compare": "train and compare a grid of objectives, latents and seeds",
+    "reproduce": "make the tables of docs/results.md anew and compare their figures",
 }
 
 

@@ -11,6 +11,7 @@ written or removed through a link, and only files that are named here are remove
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
@@ -373,6 +375,15 @@ def load_checkpoint(
     if bad := not_finite(tensors["model"] | {f"teacher/{key}": value for key, value in tensors["teacher"].items()}):
         raise UserError(f"checkpoint {folder} holds weights that are not finite, first in {bad}: train the run again")
     return Checkpoint(**tensors, state=state)
+
+
+def hash_of_tensors(tensors: Mapping[str, Tensor], kind: str = "") -> str:
+    """Return 16 hexadecimal digits of a hash of the names, types, shapes and values of tensors, and of `kind`."""
+    digest = hashlib.sha256(kind.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def _checked_state(state: Any) -> dict[str, Any]:

@@ -245,9 +245,12 @@ def place(path: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def is_declared(path: str) -> bool:
-    """True if the records declare the dotted path. Names of forecasts, targets and labels are free."""
-    return _leads_on(RunMetrics, tuple(path.split(".")))
+def is_declared(path: str, kind: Any = RunMetrics) -> bool:
+    """True if the records declare the dotted path. Names of forecasts, targets and labels are free.
+
+    kind: the record at which the path begins.
+    """
+    return _leads_on(kind, tuple(path.split(".")))
 
 
 def _leads_on(kind: Any, parts: tuple[str, ...]) -> bool:
@@ -270,15 +273,19 @@ def _leads_on(kind: Any, parts: tuple[str, ...]) -> bool:
 
 def value_at(metrics: Any, path: str) -> Any:
     """Return the value at a place of RunMetrics; None if it is missing."""
-    place(path)
+    return find_value(metrics, place(path))
+
+
+def find_value(content: Any, path: str) -> Any:
+    """Return the value at a dotted path of nested dicts and lists; None if it is missing."""
     for key in path.split("."):
-        if isinstance(metrics, Mapping):
-            metrics = metrics.get(key)
-        elif isinstance(metrics, list | tuple) and re.fullmatch(r"[0-9]{1,9}", key) and int(key) < len(metrics):
-            metrics = metrics[int(key)]
+        if isinstance(content, Mapping):
+            content = content.get(key)
+        elif isinstance(content, list | tuple) and re.fullmatch(r"[0-9]{1,9}", key) and int(key) < len(content):
+            content = content[int(key)]
         else:
             return None
-    return metrics
+    return content
 
 
 # ------------------------------------------------------------------------------------------------------------- files

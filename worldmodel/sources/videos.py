@@ -64,20 +64,7 @@ class VideosSource:
             UserError: there are no videos, or too many cannot be read.
         """
         if split not in self._indexes:
-            data = self._data
-            options: dict[str, Any] = {
-                "format": _format(data),
-                "camera": data.camera,
-                "max_bad_fraction": data.max_bad_fraction,
-                "max_frame_px": data.max_frame_px,
-                "cache_dir": Path(data.remote_cache_dir) if data.remote_cache_dir else None,
-                "cache_mb": data.remote_cache_mb,
-            }
-            if isinstance(data.root, str):
-                self._indexes[split] = load_split(data.root, split, **options)
-            else:
-                roots = [WeightedRoot(root.path, root.weight) for root in data.root]
-                self._indexes[split] = load_roots(roots, split, **options)
+            self._indexes[split] = load_index(self._data, split)
         return self._indexes[split]
 
     def clip_index(self, split: Split) -> VideoIndex:
@@ -226,6 +213,25 @@ class VideosSource:
         for video in index.videos:
             if not video.shard and video.num_frames >= span:
                 yield index.root / video.path
+
+
+def load_index(data: VideosConfig, split: Split | None) -> VideoIndex:
+    """Return the index of a split's videos; None: of all videos.
+
+    Raises:
+        UserError: there are no videos, or too many cannot be read.
+    """
+    options: dict[str, Any] = {
+        "format": _format(data),
+        "camera": data.camera,
+        "max_bad_fraction": data.max_bad_fraction,
+        "max_frame_px": data.max_frame_px,
+        "cache_dir": Path(data.remote_cache_dir) if data.remote_cache_dir else None,
+        "cache_mb": data.remote_cache_mb,
+    }
+    if isinstance(data.root, str):
+        return load_split(data.root, split, **options)
+    return load_roots([WeightedRoot(root.path, root.weight) for root in data.root], split, **options)
 
 
 def _format(data: VideosConfig) -> Format | None:

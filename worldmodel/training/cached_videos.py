@@ -9,7 +9,6 @@ Legend: B clips, S segments of a clip, T frames, C channels, H = W pixels, G tim
 E dimensions of a token.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Generator, Iterator
@@ -40,6 +39,7 @@ from worldmodel.config import Config, PretrainedConfig, VideosConfig
 from worldmodel.nets.encoders import Encoder
 from worldmodel.nets.parallel import max_over_processes
 from worldmodel.nets.pretrained import PretrainedEncoder
+from worldmodel.runs.checkpoint import hash_of_tensors
 from worldmodel.sources.source import EVALUATION_BATCH, Source
 from worldmodel.sources.videos import VideosSource
 from worldmodel.training.launch import from_main_process
@@ -244,9 +244,4 @@ def weights_hash(encoder: PretrainedEncoder) -> str:
     ignored = {"_name_or_path", "architectures", "dtype", "transformers_version"}
     settings = {key: value for key, value in backbone.config.to_dict().items() if key not in ignored}
     kind = type(backbone).__name__, encoder.pool is not None, json.dumps(settings, sort_keys=True, default=str)
-    digest = hashlib.sha256(repr(kind).encode())
-    tensors = {**backbone.state_dict(), "mean": encoder.mean, "std": encoder.std}
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    return hash_of_tensors({**backbone.state_dict(), "mean": encoder.mean, "std": encoder.std}, repr(kind))

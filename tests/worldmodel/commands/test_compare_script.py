@@ -242,10 +242,10 @@ def test_cores_are_shared_and_a_begun_run_keeps_its_threads(tmp_path: Path) -> N
 def test_a_folder_has_one_comparison_at_a_time_children_counted(tmp_path: Path) -> None:
     with only_writer(tmp_path) as lock:
         child = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
-        with pytest.raises(UserError, match="another comparison still writes"), only_writer(tmp_path):
+        with pytest.raises(UserError, match="another process still writes"), only_writer(tmp_path):
             pass
     try:
-        with pytest.raises(UserError, match="another comparison still writes"), only_writer(tmp_path):
+        with pytest.raises(UserError, match="another process still writes"), only_writer(tmp_path):
             pass
     finally:
         child.kill()

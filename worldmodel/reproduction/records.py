@@ -1,0 +1,100 @@
+"""The files from which figures are read, by name, with the types of their content."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from data_pipelines.errors import UserError
+from data_pipelines.text_files import read_small
+from worldmodel.runs.metrics import MAX_BYTES, DecoderFacts, Metrics, find_value
+from worldmodel.runs.planning_metrics import Planning
+from worldmodel.runs.record_types import MAX_NAMES, Part, Score, Whole
+
+
+class SurpriseEvents(Part, total=False):
+    """The content of surprise_events.json: the AUROC of each measure for each event."""
+
+    num_videos: Whole
+    seed: Whole
+    step: Whole
+    auroc: Annotated[dict[str, dict[str, Score]], Field(max_length=MAX_NAMES)]
+
+
+class Throughput(Part, total=False):
+    """Rollouts on a number of threads; ratio: batched over a loop."""
+
+    num_threads: Whole
+    batched_per_s: Score
+    loop_per_s: Score
+    ratio: Score
+
+
+class RolloutTimes(Part, total=False):
+    """The content of rollout.json (benchmarks/rollout.py)."""
+
+    latency_ms: Score
+    throughput: list[Throughput]
+
+
+class TrainStepTimes(Part, total=False):
+    """The content of train_step.json (benchmarks/train_step.py)."""
+
+    baseline_step_s: Score
+    step_s: Score
+    speedup: Score
+    loss_max_diff: Score
+    loss_max_diff_as_timed: Score
+
+
+class ProcessTimes(Part, total=False):
+    """The steps of a number of processes."""
+
+    processes: Whole
+    step_s: Score
+    speedup: Score
+    quick_step_s: Score
+    quick_speedup: Score
+
+
+class ScalingTimes(Part, total=False):
+    """The content of scaling.json (benchmarks/scaling.py)."""
+
+    rows: list[ProcessTimes]
+
+
+RECORDS: dict[str, Any] = {
+    "metrics.json": Metrics,
+    "planning.json": Planning,
+    "decoder.json": DecoderFacts,
+    "surprise_events.json": SurpriseEvents,
+    "rollout.json": RolloutTimes,
+    "train_step.json": TrainStepTimes,
+    "scaling.json": ScalingTimes,
+}
+
+
+def read_record(path: Path) -> Mapping[str, Any] | None:
+    """Return the content of a JSON file; None if there is no such file.
+
+    Raises:
+        UserError: the file is not JSON with keys and values.
+    """
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(read_small(path, MAX_BYTES))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold keys and values, not {type(content).__name__}")
+    return content
+
+
+def number_at(record: Mapping[str, Any] | None, path: str) -> float | None:
+    """Return the number at a dotted path, or the largest at several, separated by " | "; None if there is no number."""
+    found = [find_value(record, one) for one in path.split(" | ")]
+    numbers = [float(value) for value in found if isinstance(value, int | float) and not isinstance(value, bool)]
+    return max(numbers, default=None)
