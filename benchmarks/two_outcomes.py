@@ -39,7 +39,7 @@ from worldmodel.commands.shared import check_counts, write_result
 from worldmodel.evaluation.scores import energy_score
 from worldmodel.runs.folder import RunFolder
 
-RESULT_NAME = "two_outcomes.json"
+KINDS: tuple[Combinations, ...] = ("seen", "unseen")
 
 
 class Queries(NamedTuple):
@@ -122,12 +122,10 @@ def main() -> int:
         base_rate = float(drawn["seen"].probability.mean())
         found = {kind: score(run, queries, args.samples, base_rate, args.seed) for kind, queries in drawn.items()}
         facts = {"queries": args.queries, "samples": args.samples, "seed": args.seed, "step": run.state["step"]}
-        write_result(args.run / RESULT_NAME, facts | found)
-        print(f"\n{table(found)}\n\n{args.run / RESULT_NAME}")
+        out = RunFolder(args.run).two_outcomes
+        write_result(out, facts | found)
+        print(f"\n{table(found)}\n\n{out}")
     return 0
-
-
-KINDS: tuple[Combinations, ...] = ("seen", "unseen")
 
 
 def table(found: dict[str, dict[str, float]]) -> str:

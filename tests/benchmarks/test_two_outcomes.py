@@ -49,5 +49,5 @@ def test_a_run_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(sys, "argv", ["two_outcomes.py", "--run", str(run), "--queries", "6", "--samples", "4"])
     assert two_outcomes.main() == 0
     printed = capsys.readouterr().out
-    written = json.loads((run / two_outcomes.RESULT_NAME).read_text())
+    written = json.loads((run / "two_outcomes.json").read_text())
     assert written["seen"]["law"] > 0 and f"{written['unseen']['model']:.4f}" in printed

@@ -23,6 +23,29 @@ class SurpriseEvents(Part, total=False):
     auroc: Annotated[dict[str, dict[str, Score]], Field(max_length=MAX_NAMES)]
 
 
+class OutcomeScores(Part, total=False):
+    """Scores of forecasts of two outcomes (benchmarks/two_outcomes.py)."""
+
+    law: Score
+    model: Score
+    mean_of_samples: Score
+    persistence: Score
+    brier_law: Score
+    brier_model: Score
+    brier_base_rate: Score
+
+
+class TwoOutcomes(Part, total=False):
+    """The content of two_outcomes.json: scores for seen and for unseen combinations."""
+
+    queries: Whole
+    samples: Whole
+    seed: Whole
+    step: Whole
+    seen: OutcomeScores
+    unseen: OutcomeScores
+
+
 class Throughput(Part, total=False):
     """Rollouts on a number of threads; ratio: batched over a loop."""
 
@@ -70,6 +93,7 @@ RECORDS: dict[str, Any] = {
     "planning.json": Planning,
     "decoder.json": DecoderFacts,
     "surprise_events.json": SurpriseEvents,
+    "two_outcomes.json": TwoOutcomes,
     "rollout.json": RolloutTimes,
     "train_step.json": TrainStepTimes,
     "scaling.json": ScalingTimes,

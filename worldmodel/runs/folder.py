@@ -20,6 +20,7 @@ run/planning.json                success rates of planning, with its protocol
 run/planning.safetensors         the planned episodes that the report shows
 run/goal_policy.safetensors      a goal-conditioned policy, and what it was fitted to
 run/surprise_events.json         how well surprise detects planted events
+run/two_outcomes.json            forecasts of the world of commands, against its law
 run/report.html                  the report
 """
 
@@ -55,6 +56,7 @@ class RunFolder:
         self.planned_episodes = self.path / "planning.safetensors"
         self.goal_policy = self.path / "goal_policy.safetensors"
         self.surprise_events = self.path / "surprise_events.json"
+        self.two_outcomes = self.path / "two_outcomes.json"
         self.report = self.path / "report.html"
 
     @property
@@ -64,7 +66,8 @@ class RunFolder:
         evaluation = {self.metrics, self.forecasts, self.readout, self.recalibration, self.illustrations}
         decoding = {self.decoder, self.decoder_facts, self.decoded}
         planning = {self.planning, self.planned_episodes, self.goal_policy}
-        return frozenset(training | evaluation | decoding | planning | {self.surprise_events, self.report})
+        benchmarks = {self.surprise_events, self.two_outcomes}
+        return frozenset(training | evaluation | decoding | planning | benchmarks | {self.report})
 
     @property
     def folders(self) -> frozenset[Path]:
