@@ -48,7 +48,7 @@ TRIANGLE = ((0.12, 0.19), (0.87, 0.50), (0.12, 0.81))
 
 def in_room(cells: Numbers) -> Flags:
     """Return whether cells [..., 2] are inside of the wall: bool [...]."""
-    return ((cells >= 1) & (cells <= NUM_CELLS)).all(axis=-1)
+    return np.asarray(((cells >= 1) & (cells <= NUM_CELLS)).all(axis=-1))
 
 
 def occupied(cells: Numbers, balls: Numbers) -> Flags:
@@ -163,7 +163,7 @@ def _in_triangle(x: Numbers, y: Numbers) -> Flags:
     sides = []
     for (left, top), (right, bottom) in zip(TRIANGLE, TRIANGLE[1:] + TRIANGLE[:1], strict=True):
         sides.append((x - left) * (bottom - top) - (y - top) * (right - left))
-    return (np.stack(sides) <= 0).all(axis=0)
+    return np.asarray((np.stack(sides) <= 0).all(axis=0))
 
 
 @cache
