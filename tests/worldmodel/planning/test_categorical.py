@@ -228,7 +228,7 @@ def test_planner_and_action_set_must_fit(overrides: list[str]) -> None:
 
 
 def test_after_its_recorded_actions_a_replay_takes_the_first_action() -> None:
-    up = np.tile(np.float32([0, 0, 0, 1]), (20, 1, 1))
+    up = np.tile(np.eye(4, dtype=np.float32)[3], (20, 1, 1))
     results = run_episodes(replace(protocol(), budget=3), 0, lambda envs: ReplayPolicy(up))
     steps = {tuple(np.diff(states, axis=0)[1:].ravel()) for states in results.states if len(states) == 4}
     assert (1, 0, 1, 0) in steps and {way[1::2] for way in steps} == {(0, 0)}  # to the right, or at the border
