@@ -17,25 +17,33 @@ State = NDArray[np.float32]
 Frame = NDArray[np.uint8]
 
 
-class StateEnv(gymnasium.Env[Frame, NDArray[np.float32]], ABC):
+class StateEnv(gymnasium.Env[Frame, Any], ABC):
     """Reach a goal state: reward 0 and termination when it is reached, -1 per step until then.
 
-    Actions are in [-1, 1]^A. Observations are uint8 [64, 64, 3]. info: "state", "goal" (float32 [K]) and "is_success".
+    Actions are in [-1, 1]^A, or one of num_choices. Observations are uint8 [64, 64, 3]. info: "state", "goal" (float32
+    [K]) and "is_success".
 
     state_names: of the K numbers of a state; the first num_positions are positions, the others velocities.
     num_actions: the numbers of an action, A.
+    num_choices: above 0, actions are integers below it, and num_actions has no meaning.
     """
 
     state_names: ClassVar[tuple[str, ...]]
     num_positions: ClassVar[int]
     num_actions: ClassVar[int] = 2
+    num_choices: ClassVar[int] = 0
+    action_space: gymnasium.spaces.Space[Any]
 
     def __init__(self, render_mode: str | None = None) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise UserError(f"render_mode={render_mode!r} is unknown: use rgb_array, or leave it out")
         self.render_mode = render_mode
         self.observation_space = gymnasium.spaces.Box(0, 255, (SIZE_PX, SIZE_PX, 3), np.uint8)
-        self.action_space = gymnasium.spaces.Box(-1, 1, (self.num_actions,), np.float32)
+        self.action_space = (
+            gymnasium.spaces.Discrete(self.num_choices)
+            if self.num_choices
+            else gymnasium.spaces.Box(-1, 1, (self.num_actions,), np.float32)
+        )
         self._state = self._goal = np.zeros(len(self.state_names), np.float32)
 
     @abstractmethod
@@ -51,8 +59,8 @@ class StateEnv(gymnasium.Env[Frame, NDArray[np.float32]], ABC):
         """Draw a state at rest."""
 
     @abstractmethod
-    def advance(self, action: NDArray[np.float32]) -> tuple[State, dict[str, Any]]:
-        """Return the state after an action [A] in -1..1, and what info has besides."""
+    def advance(self, action: Any) -> tuple[State, dict[str, Any]]:
+        """Return the state after an action, float32 [A] in -1..1 or an integer, and what info has besides."""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Frame, dict[str, Any]]:
         """Draw a start and a goal. Return the observation and info."""
@@ -71,7 +79,10 @@ class StateEnv(gymnasium.Env[Frame, NDArray[np.float32]], ABC):
         return self.picture(self._state), self._info()
 
     def set_state(self, state: Any) -> dict[str, Any]:
-        """Continue from a state [K], or [num_positions] at rest, and return info. It has the same future each time."""
+        """Continue from a state [K], or [num_positions] at rest, and return info.
+
+        It has the same future each time, unless the environment's own generator decides.
+        """
         self._state = self._checked("state", state)
         return self._info()
 
@@ -80,9 +91,10 @@ class StateEnv(gymnasium.Env[Frame, NDArray[np.float32]], ABC):
         self._goal = self._checked("goal", state)
         return self._info()
 
-    def step(self, action: NDArray[np.float32]) -> tuple[Frame, float, bool, bool, dict[str, Any]]:
+    def step(self, action: Any) -> tuple[Frame, float, bool, bool, dict[str, Any]]:
         """Execute an action [A]. Return observation, reward, terminated, truncated (always False), info."""
-        self._state, more = self.advance(np.clip(np.asarray(action, np.float32), -1, 1))
+        allowed = int(action) if self.num_choices else np.clip(np.asarray(action, np.float32), -1, 1)
+        self._state, more = self.advance(allowed)
         info = self._info() | more
         return self.picture(self._state), 0.0 if info["is_success"] else -1.0, info["is_success"], False, info
 

@@ -146,7 +146,7 @@ class _Episode:
         """Execute flat actions [K, A] one after the other, until the goal is reached."""
         self.new_frames = []
         for action in actions:
-            _, _, self.success, _, info = self.env.step(gymnasium.spaces.unflatten(self.env.action_space, action))
+            _, _, self.success, _, info = self.env.step(unflatten_action(self.env.action_space, action))
             self.new_frames.append(self._rendered())
             self.states.append(info["state"])
             if self.success:
@@ -263,6 +263,13 @@ def env_hook(protocol: PlanningProtocol, name: str) -> Any:
     env = protocol.make_env()
     env.close()
     return getattr(env.unwrapped, name, None)
+
+
+def unflatten_action(space: gymnasium.Space, action: np.ndarray) -> Any:
+    """Return the action of a space for a flat one [A]. Zeros are the first of discrete actions, as none is zero."""
+    if isinstance(space, gymnasium.spaces.Discrete) and not action.any():
+        return space.start
+    return gymnasium.spaces.unflatten(space, action)
 
 
 def _pictures(frames: Sequence[np.ndarray]) -> Tensor:

@@ -14,7 +14,7 @@ from data_pipelines.errors import UserError
 from tests.conftest import REPO, normal
 from tests.worldmodel.planning.test_planners import CPU, Recorder, decide, improve
 from worldmodel.config import CategoricalConfig, CemConfig, PlanningConfig, load_config
-from worldmodel.planning.controls import PrivilegedPolicy, RandomPolicy
+from worldmodel.planning.controls import PrivilegedPolicy, RandomPolicy, ReplayPolicy
 from worldmodel.planning.plan import check_actions
 from worldmodel.planning.planners import Cost, Plan, project_, shift, start
 from worldmodel.planning.planners.categorical import draw_sequences, normalised
@@ -225,3 +225,10 @@ def test_planner_and_action_set_must_fit(overrides: list[str]) -> None:
         both = ["planning.planner=categorical", "planning.action_set=one_hot", "planning.candidates=30"]
         load_config(REPO / "configs" / "demo.yaml", both)
     assert load_config(REPO / "configs" / "demo.yaml", ["planning.planner=cem"]).planning.planner == CemConfig()
+
+
+def test_after_its_recorded_actions_a_replay_takes_the_first_action() -> None:
+    up = np.tile(np.eye(4, dtype=np.float32)[3], (20, 1, 1))
+    results = run_episodes(replace(protocol(), budget=3), 0, lambda envs: ReplayPolicy(up))
+    steps = {tuple(np.diff(states, axis=0)[1:].ravel()) for states in results.states if len(states) == 4}
+    assert (1, 0, 1, 0) in steps and {way[1::2] for way in steps} == {(0, 0)}  # to the right, or at the border
