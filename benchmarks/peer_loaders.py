@@ -271,7 +271,7 @@ def import_torchvision() -> None:
         return register(name, *args, **options)
 
     try:
-        torch.library.register_fake = register_other  # type: ignore[assignment]
+        torch.library.register_fake = register_other
         import torchvision  # noqa: F401
     finally:
         torch.library.register_fake = register

@@ -15,6 +15,7 @@ Prints a table and writes two_outcomes.json into the run's folder.
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,7 +121,9 @@ def main() -> int:
         RunFolder(args.run).check_writable()
         drawn = {kind: draw_queries(kind, args.queries, args.seed + number) for number, kind in enumerate(KINDS)}
         base_rate = float(drawn["seen"].probability.mean())
-        found = {kind: score(run, queries, args.samples, base_rate, args.seed) for kind, queries in drawn.items()}
+        found: dict[str, dict[str, float]] = {
+            kind: score(run, queries, args.samples, base_rate, args.seed) for kind, queries in drawn.items()
+        }
         facts = {"queries": args.queries, "samples": args.samples, "seed": args.seed, "step": run.state["step"]}
         out = RunFolder(args.run).two_outcomes
         write_result(out, facts | found)
@@ -128,7 +131,7 @@ def main() -> int:
     return 0
 
 
-def table(found: dict[str, dict[str, float]]) -> str:
+def table(found: Mapping[str, Mapping[str, float]]) -> str:
     """Return the scores as a table, with the energy scores also as multiples of the law's."""
     lines = [f"{'':<26}" + "".join(f"{kind:>20}" for kind in found)]
     for name in found["seen"]:
