@@ -17,7 +17,6 @@ examples:
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
-from worldmodel.commands.shared import add_out, make_out_folder
+from worldmodel.commands.shared import add_out, make_out_folder, write_result
 
 if TYPE_CHECKING:
     from worldmodel.reproduction.tables import Reproduction, Table
@@ -151,7 +150,7 @@ def write_figures(reproduction: Reproduction, table: Table, out: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "figures.md", markdown)
-        write_text(folder / "figures.json", json.dumps(as_json(table, compared, seconds), indent=1) + "\n")
+        write_result(folder / "figures.json", as_json(table, compared, seconds))
     except OSError as error:
         raise UserError(f"cannot write to --out {out}: {error.strerror}") from error
     print(f"\n{markdown}\n{folder / 'figures.md'}\n{folder / 'figures.json'}")

@@ -1,7 +1,7 @@
 """The steps of `worldmodel reproduce`: run commands one after another, and keep what they wrote.
 
 OUT/data, OUT/runs      what the commands write
-OUT/steps/STEP/         log.txt, the results of a step, and done.json when it has ended
+OUT/steps/STEP/         log.txt, the results of a step, and done.json when it has ended, or stopped.json
 """
 
 import hashlib
@@ -19,15 +19,16 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 import worldmodel
-from data_pipelines.files import write_text
 from worldmodel.commands.jobs import POLL_S, interrupt, reason_of, signal_group, start_logged
 from worldmodel.commands.process import stop_signals
+from worldmodel.commands.shared import write_result
 from worldmodel.reproduction.records import read_record
 from worldmodel.reproduction.tables import Step
 from worldmodel.training.session import Interrupted
 
 ROOT = Path(worldmodel.__file__).resolve().parents[1]
 """The folder of the repository, of which an installed package has only the packages."""
+DONE, STOPPED = "done.json", "stopped.json"
 CONFIGS = "{configs}"
 """In a command, the folder of the shipped configs."""
 
@@ -58,10 +59,17 @@ def seconds_if_done(steps: Mapping[str, Step], name: str, out: Path) -> float | 
     Raises:
         UserError: done.json is damaged.
     """
-    done = read_record(out / "steps" / name / "done.json")
-    if done is None or done.get("identity") != identity(steps, name):
-        return None
-    seconds = done.get("seconds")
+    return seconds_in(out / "steps" / name / DONE, identity(steps, name))
+
+
+def seconds_in(path: Path, key: str) -> float | None:
+    """Return the seconds in a file of a step with this identity; None if there is no such file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    record = read_record(path)
+    seconds = record.get("seconds") if record and record.get("identity") == key else None
     return float(seconds) if isinstance(seconds, int | float) else None
 
 
@@ -96,13 +104,15 @@ def run_step(name: str, step: Step, key: str, out: Path, lock: int, stop: Callab
         Interrupted: SIGINT or SIGTERM arrived.
         UserError: a file cannot be written.
     """
-    folder, began_s = out / "steps" / name, time.monotonic()
+    folder = out / "steps" / name
     folder.mkdir(parents=True, exist_ok=True)
+    began_s = time.monotonic() - (seconds_in(folder / STOPPED, key) or 0.0)
     child = start_logged(shell_command(step), folder / "log.txt", lock, folder=out)
     try:
         while child.poll() is None:
             if number := stop():
                 interrupt([child])
+                write_result(folder / STOPPED, {"identity": key, "seconds": time.monotonic() - began_s})
                 raise Interrupted(number)
             time.sleep(POLL_S)
     finally:
@@ -136,5 +146,5 @@ def keep_results(step: Step, key: str, out: Path, folder: Path, seconds: float) 
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
     done = {"identity": key, "seconds": round(seconds, 1), "version": worldmodel.__version__, **asdict(step)}
-    write_text(folder / "done.json", json.dumps(done, indent=1) + "\n")
+    write_result(folder / DONE, done)
     return ""

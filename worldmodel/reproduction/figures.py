@@ -10,9 +10,10 @@ from typing import Any
 
 from worldmodel.report.tables import aligned_table
 from worldmodel.reproduction.records import number_at, read_record
-from worldmodel.reproduction.tables import Figure, Table
+from worldmodel.reproduction.tables import Documented, Figure, Table
 
 ANSWERS = {True: "yes", False: "no", None: "not compared"}
+NO_ANSWER = "-"
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,8 @@ def as_markdown(table: Table, compared: Sequence[Compared], took: str) -> str:
     rows = [["figure", "documented", "compared with", "here", "differs"]]
     for one in compared:
         figure, documented = one.figure, one.figure.documented
-        allowed = "" if documented.low is None else f"{documented.low:.4g} to {documented.high:.4g}"
         differs = ANSWERS[one.differs] if one.here else NO_ANSWER
-        rows.append([f"{figure.row}, {figure.column}", documented.text, allowed, one.text, differs])
+        rows.append([f"{figure.row}, {figure.column}", documented.text, between(documented), one.text, differs])
     entry = table.entry
     notes = [
         f"Spread of values without a documented one, {entry.spread}: {entry.assumed}." if entry.assumed else "",
@@ -73,7 +73,11 @@ def as_markdown(table: Table, compared: Sequence[Compared], took: str) -> str:
     return "\n\n".join([f"# {table.address}", table.title, aligned_table(rows), *filter(None, notes)]) + "\n"
 
 
-NO_ANSWER = "-"
+def between(documented: Documented) -> str:
+    """Return the ends of the spread with the decimals of the value, "" if it is not compared."""
+    if documented.low is None or documented.high is None:
+        return ""
+    return f"{documented.low:.{documented.decimals}f} to {documented.high:.{documented.decimals}f}"
 
 
 def summary(compared: Sequence[Compared]) -> str:

@@ -61,8 +61,8 @@ def test_steps_run_once_and_their_results_are_kept(files: Path, capsys: pytest.C
     out = files / "out"
     assert (out / "order").read_text() == "d12", "in order, and shared data once"
     text = capsys.readouterr().out
-    assert "| first, success  | 0.52 (0.40 - 0.60) |    0.4 to 0.6 | 0.50 |      no |" in text
-    assert "| second, success | 0.52 (0.40 - 0.60) |    0.4 to 0.6 | 0.90 |     yes |" in text
+    assert "| first, success  | 0.52 (0.40 - 0.60) |  0.40 to 0.60 | 0.50 |      no |" in text
+    assert "| second, success | 0.52 (0.40 - 0.60) |  0.40 to 0.60 | 0.90 |     yes |" in text
     assert "1 of 2 compared figures differ by more than their spread." in text and "3 of 3 steps took" in text
     assert (out / "tables" / "success" / "figures.md").read_text().strip() in text
     content = json.loads((out / "tables" / "success" / "figures.json").read_text())
@@ -138,6 +138,17 @@ def test_an_interruption_stops_the_step_and_the_same_command_continues(
     assert order.read_text() == "d1"
     set_steps(files, "write.py")
     assert call(files, "success") == 0 and order.read_text() == "d12"
+
+
+def test_the_time_of_a_step_counts_from_before_an_interruption(files: Path) -> None:
+    all_steps = read_reproduction(files).steps
+    folder = files / "out" / "steps" / "one"
+    folder.mkdir(parents=True)
+    stopped = {"identity": steps.identity(all_steps, "one"), "seconds": 600.0}
+    (folder / steps.STOPPED).write_text(json.dumps(stopped))
+    assert run_all(files, all_steps) == {}
+    assert 600 < (steps.seconds_if_done(all_steps, "one", files / "out") or 0) < 660
+    assert (steps.seconds_if_done(all_steps, "two", files / "out") or 0) < 60
 
 
 def test_the_list_and_the_commands_start_nothing(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,8 +40,8 @@ def test_each_figure_differs_or_not(tmp_path: Path) -> None:
     lines = as_markdown(table, compared, "It took 3 min.").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
     assert rows[2:] == [
-        ["this run, success", "0.984 (0.960 - 0.994)", "0.96 to 0.994", "0.960", "no"],
-        ["this run, steps", "9.9", "8.91 to 10.89", "12.0", "yes"],
+        ["this run, success", "0.984 (0.960 - 0.994)", "0.960 to 0.994", "0.960", "no"],
+        ["this run, steps", "9.9", "8.9 to 10.9", "12.0", "yes"],
         ["random policy, success", "0.128 (0.092 - 0.175)", "0.092 to 0.175", "0.200", "yes"],
     ]
     assert "2 of 3 compared figures differ by more than their spread." in lines and lines[-1] == "It took 3 min."
