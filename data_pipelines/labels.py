@@ -53,7 +53,8 @@ def read_labels(root: Path, videos: Sequence[Video], class_names: Sequence[str],
     Raises UserError: broken metadata, several kinds of it in a folder, two different lines for a video, .parquet
     without pyarrow.
     """
-    folders = {folder for video in videos for folder in PurePosixPath(video.path).parents}
+    parents = {posixpath.dirname(video.path) for video in videos}  # few, where there are many videos
+    folders = {folder for parent in parents for folder in (PurePosixPath(parent), *PurePosixPath(parent).parents)}
     metadata = [path for folder in sorted(folders) if (path := metadata_in(root / folder)) is not None]
     rows: dict[str, dict[str, Any]] = {}
     if is_split and (above := metadata_in(root.parent)) is not None:

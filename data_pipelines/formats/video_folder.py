@@ -58,7 +58,8 @@ def subfolders(folders: Iterable[Path]) -> list[Path]:
     found: list[Path] = []
     for folder in folders:
         try:
-            found += [path for path in folder.iterdir() if path.name[0] != "." and path.is_dir()]
+            with os.scandir(folder) as entries:  # it knows folders without asking for each file
+                found += [Path(entry.path) for entry in entries if entry.name[0] != "." and entry.is_dir()]
         except (FileNotFoundError, NotADirectoryError):
             continue  # index_folder reports it
         except OSError as error:

@@ -193,7 +193,7 @@ def _split_by_freshness(
         entry = stored.get(path)
         if entry is not None and not _refused_by_another_limit(entry, max_frame_px):
             try:
-                if (entry.size_bytes, entry.mtime_ns) == stamp_of(root / path):
+                if (entry.size_bytes, entry.mtime_ns) == stamp_of(os.path.join(root, path)):
                     known[path] = entry
                     continue
             except OSError:  # a broken link or a file just deleted: index_file reports it

@@ -6,6 +6,7 @@ of its bytes. With that a shard is read in place, or fetched from a URL, and nev
 
 import io
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from hashlib import file_digest
@@ -29,7 +30,11 @@ Entry = tuple[Video | BadFile, Mapping[str, Any]]  # and its labels
 def tars_in(folder: Path) -> list[Path]:
     """Return the sorted tars of a folder. Raises UserError: it cannot be read."""
     try:
-        return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".tar" and path.is_file())
+        return sorted(
+            folder / name
+            for name in os.listdir(folder)
+            if os.path.splitext(name)[1].lower() == ".tar" and (folder / name).is_file()
+        )
     except OSError as error:
         raise UserError(f"'{folder}' cannot be read: {one_line(error)}") from None
 
