@@ -148,7 +148,6 @@ def run_here(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         redirect_stdout(out),
         redirect_stderr(errors),
         patch.object(sys, "argv", [script, *arguments]),
-        patch.dict(os.environ),  # the command's variables are for its own process
         patch("worldmodel.commands.process.keep_freed_memory"),  # would be for all tests to come
         patch("worldmodel.commands.evaluate.keep_freed_memory"),
     ):

@@ -14,7 +14,6 @@ from typing import NoReturn
 import worldmodel
 from data_pipelines.errors import UserError, did_you_mean
 from worldmodel.commands.exits import leave, report_errors
-from worldmodel.commands.process import wait_passively
 
 COMMANDS = {
     "videos": "write a known world: moving-mnist, kicked-mnist or two-rooms",
@@ -40,11 +39,7 @@ COMMANDS = {
 
 
 def run_command(*first: str) -> NoReturn:
-    """Run the command of sys.argv, preceded by the arguments `first`, and end this process with its exit code.
-
-    Idle threads of torch, which is not imported yet, will sleep.
-    """
-    wait_passively()
+    """Run the command of sys.argv, preceded by the arguments `first`, and end this process with its exit code."""
     leave(main([*first, *sys.argv[1:]]))
 
 

@@ -17,21 +17,6 @@ ECHO_S = 2.0
 """A signal to a process group arrives twice, because launchers pass it on. So soon it is not a second request."""
 
 
-WAIT_POLICY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""Variables with which a user chooses how idle threads of OpenMP wait."""
-
-
-def wait_passively() -> None:
-    """Let idle threads of OpenMP sleep, in this process and in those that it starts, unless the user chose otherwise.
-
-    By default a thread that waits for others spins for a while (GNU libgomp: 300,000 times). If another process needs
-    that core, spinning delays the very thread that is waited for. OpenMP reads the variables when it is loaded, so call
-    this before torch is imported.
-    """
-    if not any(name in os.environ for name in WAIT_POLICY):
-        os.environ["OMP_WAIT_POLICY"] = "passive"
-
-
 def prepare_process(config: "TrainConfig") -> None:
     """Set the threads, the memory allocator and the cores of this process for training.
 
