@@ -93,7 +93,7 @@ def planned_episodes(
         paths = None
         if state_px is not None and readout is not None:
             decided = read_paths(policy.imagined(number).float().cpu(), readout, state_px)
-            paths = decided.repeat(policy.block, axis=0)[: results.steps[number]]
+            paths = decided.repeat(policy.executed, axis=0)[: results.steps[number]]
         shown.append(
             PlannedEpisode(
                 number=number,
@@ -123,11 +123,12 @@ def decoded_plans(decoder: Decoder, policy: LatentPolicy, number: int, frames: n
     imagined = policy.imagined(number)[:, :1]
     decisions = _spread_over(len(imagined), NUM_PLANS_SHOWN)
     shown = _spread_over(imagined.shape[2], NUM_STEPS_SHOWN)
-    now = to_float(as_in_videos(torch.from_numpy(frames[decisions * policy.block]), policy.run.config.data))
+    at = decisions * policy.executed
+    now = to_float(as_in_videos(torch.from_numpy(frames[at]), policy.run.config.data))
     before = resized(now[:, None], decoder.side_px)[:, 0]
     pictures = decode_paths(decoder, imagined[decisions].float(), before)[:, 0, shown, -1]
     ahead = (shown + 1) * policy.block
-    return DecodedPlans(decisions * policy.block, ahead, as_bytes(pictures).numpy())
+    return DecodedPlans(at, ahead, as_bytes(pictures).numpy())
 
 
 def _spread_over(total: int, most: int) -> np.ndarray:

@@ -104,10 +104,11 @@ def own_setting(metrics: RunMetrics) -> str:
     offset = f"goals {number(protocol.get('offset'))} steps after starts, of held-out episodes"
     episodes = f"{number(protocol.get('seeds'))} x {number(protocol.get('episodes'))} episodes"
     planner = planning.get("planner")
-    block = protocol.get("block") or 1
+    block, executed = protocol.get("block") or 1, planning.get("replan_every") or 1
     search = (
         f"{mapping(planner).get('name') or planner or DASH}, {number(planning.get('candidates'))} candidates, "
-        f"{number(planning.get('horizon'))} steps of {number(block)} action{'s' * (block != 1)}, one step executed"
+        f"{number(planning.get('horizon'))} steps of {number(block)} action{'s' * (block != 1)}, "
+        f"{'one step' if executed == 1 else f'{number(executed)} steps'} executed"
     )
     return (
         f"{str(protocol.get('env')).rpartition('/')[2]}{kwargs}, {offset if recorded else 'drawn starts and goals'}, "

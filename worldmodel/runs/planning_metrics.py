@@ -49,8 +49,8 @@ class ProtocolFacts(Part, total=False):
     """Everything that a success rate depends on, besides the weights of the checkpoint.
 
     protocol is "drawn", or "recorded" with the number of frames from start to goal (offset) and the number of starts
-    that were left out since they met the goal already (left_out). block: steps of the environment per decision. policy:
-    "search", or "gc" for a goal-conditioned policy alone.
+    that were left out since they met the goal already (left_out). block: steps of the environment in one of the model.
+    policy: "search", or "gc" for a goal-conditioned policy alone.
     """
 
     protocol: Short

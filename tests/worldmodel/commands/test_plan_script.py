@@ -218,11 +218,16 @@ def test_a_learned_policy_acts_alone_or_starts_a_search_and_is_fitted_once(
 
     with monkeypatch.context() as patched:
         patched.setattr(goal_conditioned, "embed_clips", refuse)
-        done = run_here("plan.py", "planning.warm_start=true", *fit, *arguments, "--vary", "agent_size=2")
+        warm_start = ["planning.warm_start=true", "planning.replan_every=2"]
+        done = run_here("plan.py", *warm_start, *fit, *arguments, "--vary", "agent_size=2")
     assert done.returncode == 0, done.stderr
     warm = json.loads((run / "planning.json").read_text())
     assert warm["factors"][0]["values"][0]["steps"] <= 3
     assert warm["protocol"]["policy"] == "search" and warm["protocol"]["planning"]["warm_start"]
+    for episode in load_records(run / "planning.safetensors", PlannedEpisode):
+        imagined = episode.imagined_px  # of the plan that each step is part of: two steps for each decision
+        assert imagined is not None and len(imagined) == len(episode.frames) - 1 >= 2
+        assert np.array_equal(imagined[0], imagined[1])
     assert (run / "goal_policy.safetensors").read_bytes() == fitted
     done = run_here("plan.py", *arguments, "--policy", "gc", "planning.goal_steps=40")
     assert done.returncode == 2 and "planning.goal_steps" in done.stderr, done.stderr
