@@ -51,10 +51,11 @@ def replacing(path: Path, *, is_shared: bool = False) -> Iterator[BinaryIO]:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise OSError unless files can be made in the folder."""
+    """Raise OSError unless files can be made in the folder. Several processes may check it at once."""
     probe = folder / ".writable"
-    write_bytes(probe, b"")
-    probe.unlink()
+    with replacing(probe, is_shared=True):
+        pass
+    probe.unlink(missing_ok=True)
 
 
 def check_regular(path: Path) -> None:

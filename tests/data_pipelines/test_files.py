@@ -1,6 +1,7 @@
 """Files are replaced as a whole, and never through a link."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,9 @@ def test_an_exception_keeps_the_old_content(tmp_path: Path, is_shared: bool) -> 
         file.write(b"new")
         raise RuntimeError
     assert path.read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["index.jsonl"]
+
+
+def test_several_processes_check_a_folder_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(check_writable, [tmp_path] * 200))  # raises the first exception
+    assert not list(tmp_path.iterdir())

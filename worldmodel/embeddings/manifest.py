@@ -22,7 +22,7 @@ from typing import Any
 
 from data_pipelines.contents import Contents, read_contents
 from data_pipelines.errors import UserError, one_line, one_line_logger
-from data_pipelines.files import read_text, replacing, write_text
+from data_pipelines.files import read_text, replacing
 from data_pipelines.text_files import shown
 
 log = one_line_logger(__name__)
@@ -106,7 +106,8 @@ def begin_or_continue(folder: EmbeddingsFolder, manifest: Manifest, contents: Co
             raise UserError(f"{folder.path} holds {other.name}, but no embeddings: name another folder")
         with replacing(folder.videos, is_shared=True) as file:
             file.writelines(f"{line}\n".encode() for line in contents.lines())
-        write_text(folder.manifest, json.dumps(FORMAT | dataclasses.asdict(manifest), indent=1) + "\n")
+        with replacing(folder.manifest, is_shared=True) as file:
+            file.write(f"{json.dumps(FORMAT | dataclasses.asdict(manifest), indent=1)}\n".encode())
         return
     begun = read_manifest(folder)
     manifest.check_same(begun, folder.path)
