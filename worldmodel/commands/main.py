@@ -78,7 +78,6 @@ def overview() -> str:
     return "\n".join(
         [
             "usage: worldmodel COMMAND [ARGUMENT ...]",
-            "",
             "Train stochastic world models on video, forecast and plan with them.",
             "",
             *(f"  {name:<12} {summary}" for name, summary in COMMANDS.items()),
