@@ -34,7 +34,7 @@ COMMANDS = {
     "export": "export a run into a folder that loads on any machine",
     "push": "upload a run to the Hugging Face Hub",
     "compare": "train and compare a grid of objectives, latents and seeds",
-    "reproduce": "make the tables of docs/results.md anew and compare their figures",
+    "reproduce": "rerun the tables of docs/results.md and compare their figures",
 }
 
 

@@ -1,4 +1,4 @@
-"""Make the tables of docs/results.md anew, and say which figures differ by more than their spread.
+"""Rerun the tables of docs/results.md, and report which figures differ by more than their spread.
 
 Without a name, list the tables with about the time that each takes on two CPU cores. The name of a table is the anchor
 of its section in docs/results.md, followed by /NAME if the section has several. The beginning of a name is enough if it

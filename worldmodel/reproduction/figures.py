@@ -1,4 +1,4 @@
-"""Figures made anew next to the documented ones, as a table and as JSON."""
+"""Reproduced figures next to the documented ones, as a table and as JSON."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

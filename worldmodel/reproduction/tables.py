@@ -1,8 +1,8 @@
 """The tables of docs/results.md and the steps that make them, read from YAML files and checked.
 
 A table has columns and rows. Its cells are documented values: a value, a value with its standard deviation
-("0.632 ± 0.003"), or a value with its interval ("0.984 (0.960 - 0.994)"). "-" is a cell without a figure. The figure
-made anew is found by two templates, of the row, otherwise of the column, otherwise of the table:
+("0.632 ± 0.003"), or a value with its interval ("0.984 (0.960 - 0.994)"). "-" is a cell without a figure. The
+reproduced figure is found by two templates, of the row, otherwise of the column, otherwise of the table:
 
 source   "STEP/FILE", a result of a step, such as "plan_two_rooms/planning.json". With "{seed}" in it, or with several
          of them separated by " | ", the mean over all is compared.
@@ -89,7 +89,7 @@ class Row:
 
 @checked(frozen=True, config=STRICT)
 class LeftOut:
-    """Rows of the documented table that are not made anew; `rows` are their first cells."""
+    """Rows of the documented table that are not reproduced; `rows` are their first cells."""
 
     rows: tuple[Text, ...]
     why: Text
@@ -121,7 +121,7 @@ class TableEntry:
 
 @checked(frozen=True, config=STRICT)
 class Section:
-    """The tables of a section, or the reason why none can be made anew. `left_out` are whole tables."""
+    """The tables of a section, or the reason why none can be reproduced. `left_out` are whole tables."""
 
     title: Text
     tables: tuple[TableEntry, ...] = ()
@@ -177,7 +177,7 @@ def parse_value(text: str, spread: str | None) -> Documented:
 
 @dataclass(frozen=True)
 class Figure:
-    """A documented value and where it is made anew.
+    """A documented value and where it is reproduced.
 
     sources: "STEP/FILE" of each training seed, or one. path: as `records.number_at` takes it.
     """
@@ -253,7 +253,7 @@ class Reproduction:
         """Return the tables of a section or the table whose address this is; the beginning is enough if one matches.
 
         Raises:
-            UserError: there is none, the beginning fits several sections, or the section cannot be made anew.
+            UserError: there is none, the beginning fits several sections, or the section cannot be reproduced.
         """
         addresses = [*self.sections, *(table.address for table in self.tables)]
         if name not in addresses:
