@@ -118,16 +118,16 @@ def main() -> int:
     with report_errors():
         check_counts(args, "queries", "samples")
         run = load(args.run)
-        RunFolder(args.run).check_writable()
+        folder = RunFolder(args.run)
+        folder.check_writable()
         drawn = {kind: draw_queries(kind, args.queries, args.seed + number) for number, kind in enumerate(KINDS)}
         base_rate = float(drawn["seen"].probability.mean())
         found: dict[str, dict[str, float]] = {
             kind: score(run, queries, args.samples, base_rate, args.seed) for kind, queries in drawn.items()
         }
         facts = {"queries": args.queries, "samples": args.samples, "seed": args.seed, "step": run.state["step"]}
-        out = RunFolder(args.run).two_outcomes
-        write_result(out, facts | found)
-        print(f"\n{table(found)}\n\n{out}")
+        write_result(folder.two_outcomes, facts | found)
+        print(f"\n{table(found)}\n\n{folder.two_outcomes}")
     return 0
 
 

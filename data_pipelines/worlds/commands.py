@@ -25,7 +25,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.errors import UserError
-from data_pipelines.worlds.shapes import SIZE_PX, Array, box_distance, disc_distance, paint, pixel_centres
+from data_pipelines.worlds.shapes import (
+    SIZE_PX,
+    Array,
+    box_distance,
+    check_render_mode,
+    disc_distance,
+    paint,
+    pixel_centres,
+)
 from data_pipelines.worlds.states import Frame
 
 ENV_ID = "worldmodel/Commands-v0"
@@ -120,8 +128,7 @@ class CommandsEnv(gymnasium.Env[Frame, np.int64]):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
 
     def __init__(self, render_mode: str | None = None, combinations: Combinations = "seen") -> None:
-        if render_mode not in (None, "rgb_array"):
-            raise UserError(f"render_mode={render_mode!r} is unknown: use rgb_array, or leave it out")
+        check_render_mode(render_mode)
         if combinations not in get_args(Combinations):
             raise UserError(f"combinations={combinations!r} is unknown: use {', '.join(get_args(Combinations))}")
         self.render_mode, self.combinations = render_mode, combinations

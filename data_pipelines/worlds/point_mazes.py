@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.errors import UserError
 from data_pipelines.worlds.policies import MakePolicy, Policy, smooth_walk
-from data_pipelines.worlds.shapes import Colour, check_agent_size, rgb_of
+from data_pipelines.worlds.shapes import Colour, check_agent_size, check_render_mode, rgb_of
 
 ENV_ID = "worldmodel/PointMaze-v0"
 
@@ -269,8 +269,7 @@ class PointMazeEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         if isinstance(size_px, bool) or not isinstance(size_px, int) or not 16 <= size_px <= 1024:
             raise UserError(f"size_px={size_px!r} must be an integer within 16..1024")
         check_agent_size(agent_size)
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise UserError(f"render_mode={render_mode!r} is unknown: use rgb_array, or leave it out")
+        check_render_mode(render_mode)
         self._simulator = simulator_of_process(maze)
         self.maze, self.render_mode = self._simulator.maze, render_mode
         self.agent_size, self.background = agent_size, background

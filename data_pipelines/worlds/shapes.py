@@ -22,6 +22,16 @@ SIZE_PX = 64
 AGENT_SIZE_RANGE = (0.25, 4.0)
 
 
+def check_render_mode(render_mode: Any) -> None:
+    """Check the render mode of an environment.
+
+    Raises:
+        UserError: it is not "rgb_array" or None.
+    """
+    if render_mode not in (None, "rgb_array"):
+        raise UserError(f"render_mode={render_mode!r} is unknown: use rgb_array, or leave it out")
+
+
 def check_agent_size(size: Any) -> None:
     """Check the size of a drawn agent, relative to the usual one.
 

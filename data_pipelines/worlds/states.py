@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.errors import UserError
-from data_pipelines.worlds.shapes import SIZE_PX
+from data_pipelines.worlds.shapes import SIZE_PX, check_render_mode
 
 State = NDArray[np.float32]
 Frame = NDArray[np.uint8]
@@ -35,8 +35,7 @@ class StateEnv(gymnasium.Env[Frame, Any], ABC):
     action_space: gymnasium.spaces.Space[Any]
 
     def __init__(self, render_mode: str | None = None) -> None:
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise UserError(f"render_mode={render_mode!r} is unknown: use rgb_array, or leave it out")
+        check_render_mode(render_mode)
         self.render_mode = render_mode
         self.observation_space = gymnasium.spaces.Box(0, 255, (SIZE_PX, SIZE_PX, 3), np.uint8)
         self.action_space = (

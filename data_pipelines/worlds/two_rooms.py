@@ -22,7 +22,7 @@ from torch import Tensor
 from data_pipelines.errors import UserError
 from data_pipelines.worlds.digits import CANVAS_PX
 from data_pipelines.worlds.policies import MakePolicy, Policy, smooth_walk
-from data_pipelines.worlds.shapes import Colour, check_agent_size, rgb_of
+from data_pipelines.worlds.shapes import Colour, check_agent_size, check_render_mode, rgb_of
 from data_pipelines.worlds.two_rooms_law import (
     DOOR_HEIGHT_PX,
     DOOR_Y_RANGE_PX,
@@ -111,8 +111,7 @@ class TwoRoomsEnv(gymnasium.Env[NDArray[np.uint8], Array]):
         _check_range("cross_room", cross_room, 0, 1)
         _check_range("goal_radius_px", goal_radius_px, 0, MAX_GOAL_RADIUS_PX)
         check_agent_size(agent_size)
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise UserError(f"render_mode={render_mode!r} is unknown: use rgb_array, or leave it out")
+        check_render_mode(render_mode)
         if pit and layout != "fixed":
             raise UserError(f"pit=true needs layout=fixed, not {layout}")
         self.layout, self.slip, self.pit = layout, slip, pit

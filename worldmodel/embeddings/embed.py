@@ -24,13 +24,13 @@ from data_pipelines.errors import UserError, one_line
 from data_pipelines.files import replacing
 from data_pipelines.index import VideoIndex
 from data_pipelines.remote.stores import is_url
-from data_pipelines.stream import ReadSettings, share_of_pass
+from data_pipelines.stream import share_of_pass
 from worldmodel.config import VideosConfig
 from worldmodel.embeddings.engines import Engine, make_parts
 from worldmodel.embeddings.manifest import EmbeddingsFolder, Manifest, begin_or_continue, part_locks
 from worldmodel.embeddings.parts import Part, RunPlace, StoredPart, Work, read_part, readable
 from worldmodel.sources.source import EVALUATION_BATCH
-from worldmodel.sources.videos import load_index
+from worldmodel.sources.videos import load_index, read_settings
 from worldmodel.training.machine import fair_share_of_cores
 
 
@@ -172,7 +172,9 @@ def _make_missing(
     uses_gpu = torch.device(place.device).type != "cpu"
     here = options.num_processes or (1 if uses_gpu else fair_share_of_cores())
     count = options.num_processes if options.engine == "ray" else max(1, min(here, len(missing)))
-    work = Work(place, collection.spec, read_settings(data), here)
+    # Each batch is embedded as a whole, so its size fixes the last bits.
+    settings = dataclasses.replace(read_settings(data, EVALUATION_BATCH), decoder=resolve_decoder(data.decoder))
+    work = Work(place, collection.spec, settings, here)
     counts = {number: len(collection.rows(number)) for number in numbers}
     total, done = sum(counts.values()), sum(counts.values()) - sum(counts[number] for number in missing)
     failed: dict[str, str] = {}
@@ -189,18 +191,6 @@ def _make_missing(
                     f"data.max_bad_fraction={data.max_bad_fraction:g} allows; the last is '{path}', which {reason}: "
                     f"delete the parts that {collection.folder.bad} names to embed them again, or raise the limit"
                 )
-
-
-def read_settings(data: VideosConfig) -> ReadSettings:
-    """Return how the segments are decoded. Each batch is embedded as a whole, so its size fixes the last bits."""
-    return ReadSettings(
-        batch_size=EVALUATION_BATCH,
-        size_px=data.size_px,
-        channels=data.channels,
-        decoder=resolve_decoder(data.decoder),
-        num_workers=data.num_workers,
-        decode_timeout_s=data.decode_timeout_s,
-    )
 
 
 def _write_bad(collection: Collection) -> list[StoredPart]:

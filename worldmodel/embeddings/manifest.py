@@ -95,7 +95,7 @@ class Manifest:
 def begin_or_continue(folder: EmbeddingsFolder, manifest: Manifest, contents: Contents) -> None:
     """Write the manifest and the list of videos of a new folder, or compare them with those of a begun one.
 
-    Hold `manifest_lock` meanwhile.
+    Hold the lock of the manifest meanwhile (`PartLocks.of_manifest`).
 
     Raises:
         UserError: the folder was begun with another run, other settings or other videos, is damaged, or holds Parquet

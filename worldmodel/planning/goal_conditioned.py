@@ -141,8 +141,12 @@ def goal_conditioned_policy(run: TrainedRun, config: PlanningConfig) -> GoalCond
         UserError: the training split has too few clips of planning.goal_steps steps, or the policy cannot be written
             into the folder.
     """
-    settings = {"step": run.state["step"], "seed": run.config.seed, "goal_steps": config.goal_steps}
-    settings["updates"] = config.policy_updates
+    settings = {
+        "step": run.state["step"],
+        "seed": run.config.seed,
+        "goal_steps": config.goal_steps,
+        "updates": config.policy_updates,
+    }
     state_dim = run.model.embedding_dim + run.model.scene.scene_dim
     action_dim, block = run.model.action_dim, run.networks.layout.span
     policy = GoalConditionedPolicy(

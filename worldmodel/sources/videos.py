@@ -87,18 +87,6 @@ class VideosSource:
         shown: Any = {"size_px": data.size_px, "channels": data.channels, "decoder": data.decoder}
         return make_clip_set(self.clip_index(split), self.clip_spec(steps), **shown)
 
-    def read_settings(self, batch_size: int) -> ReadSettings:
-        """Return how clips are decoded in one pass."""
-        data = self._data
-        return ReadSettings(
-            batch_size=batch_size,
-            size_px=data.size_px,
-            channels=data.channels,
-            decoder=data.decoder,
-            num_workers=data.num_workers,
-            decode_timeout_s=data.decode_timeout_s,
-        )
-
     def training_stream(
         self, steps: int, *, rank: int, world_size: int, device: torch.device, clip_step: int | None = None
     ) -> BatchStream:
@@ -129,7 +117,7 @@ class VideosSource:
         self, split: Split, num_clips: int, horizon: int = 1, *, rank: int = 0, world_size: int = 1
     ) -> Iterator[Batch]:
         """Clips are spread evenly over the split: over all clips of several roots, whatever their weights."""
-        settings = self.read_settings(EVALUATION_BATCH)
+        settings = read_settings(self._data, EVALUATION_BATCH)
         spec = self.clip_spec(horizon)
         index = self.clip_index(split)
         batches = read_all(index, spec, settings, max_clips=num_clips, rank=rank, world_size=world_size)
@@ -213,6 +201,18 @@ class VideosSource:
         for video in index.videos:
             if not video.shard and video.num_frames >= span:
                 yield index.root / video.path
+
+
+def read_settings(data: VideosConfig, batch_size: int) -> ReadSettings:
+    """Return how clips are decoded in one pass."""
+    return ReadSettings(
+        batch_size=batch_size,
+        size_px=data.size_px,
+        channels=data.channels,
+        decoder=data.decoder,
+        num_workers=data.num_workers,
+        decode_timeout_s=data.decode_timeout_s,
+    )
 
 
 def load_index(data: VideosConfig, split: Split | None) -> VideoIndex:

@@ -41,7 +41,7 @@ from worldmodel.nets.parallel import max_over_processes
 from worldmodel.nets.pretrained import PretrainedEncoder
 from worldmodel.runs.checkpoint import hash_of_tensors
 from worldmodel.sources.source import EVALUATION_BATCH, Source
-from worldmodel.sources.videos import VideosSource
+from worldmodel.sources.videos import VideosSource, read_settings
 from worldmodel.training.launch import from_main_process
 from worldmodel.training.session import Interrupted, Stop
 from worldmodel.training.token_store import TokenStore
@@ -175,7 +175,7 @@ class CachedVideos(VideosSource):
 
     def _parts(self, segments: Segments, ids: Ints, per_part: int, stop: Stop) -> Generator[tuple[Keys, NDArray[Any]]]:
         """Yield the keys and tokens of segments, `per_part` at a time; after a signal, those that are done."""
-        settings = replace(self.read_settings(SEGMENTS_AT_ONCE), max_bad_fraction=self._data.max_bad_fraction)
+        settings = replace(read_settings(self._data, SEGMENTS_AT_ONCE), max_bad_fraction=self._data.max_bad_fraction)
         keys: list[Keys] = []
         tokens: list[NDArray[Any]] = []
         batches = read_clips(segments.alone, ids, settings, ranks=self._accelerator.num_processes)
