@@ -33,6 +33,7 @@ from worldmodel.commands.shared import (
     check_device,
     make_out_folder,
     trust_code,
+    warn_if_unfinished,
 )
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def run(args: argparse.Namespace) -> None:
     from worldmodel.runs.trained_run import load
 
     trained = load(args.run, which=args.checkpoint, trust_code=allowed)
+    warn_if_unfinished(args, trained)
     data = data_of(trained.config, args.root, args.overrides, allowed)
     make_out_folder(args.out, str(args.out))
     result = embed_collection(

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def missing(reproduction: Reproduction, table: Table, out: Path) -> str:
-    """Return what is not at hand for a table, "" if nothing is missing."""
+    """Return what is missing for a table, "" if nothing is missing."""
     from worldmodel.commands.steps import missing_for
 
     reasons = (missing_for(reproduction.steps[name], out) for name in reproduction.needed([table]))
@@ -73,12 +73,12 @@ def missing(reproduction: Reproduction, table: Table, out: Path) -> str:
 
 
 def overview(reproduction: Reproduction, out: Path) -> str:
-    """Return the list of all tables, with the time that each takes by itself, and what is not at hand."""
+    """Return the list of all tables, with the time that each takes by itself, and what is missing."""
     lines = ["about    table"]
     for table in reproduction.tables:
         minutes = sum(reproduction.steps[name].minutes for name in reproduction.needed([table]))
         reason = missing(reproduction, table, out)
-        lines.append(f"{_time(minutes):>8} {table.address}{f' (not at hand: {reason})' if reason else ''}")
+        lines.append(f"{_time(minutes):>8} {table.address}{f' (missing: {reason})' if reason else ''}")
     for anchor, section in reproduction.sections.items():
         if section.not_reproduced:
             lines.append(f"{'-':>8} {anchor} (not reproducible: {section.not_reproduced})")

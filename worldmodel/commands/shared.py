@@ -129,7 +129,7 @@ def trust_code(args: argparse.Namespace) -> bool:
 
 
 def load_run(args: argparse.Namespace) -> "TrainedRun":
-    """Load the run of a command with `add_run`.
+    """Load the run of a command with `add_run`, and warn if its training has not ended.
 
     Raises:
         UserError: this machine has no such device, or as `worldmodel.load`.
@@ -137,7 +137,23 @@ def load_run(args: argparse.Namespace) -> "TrainedRun":
     from worldmodel.runs.trained_run import load
 
     device = check_device(args.device)
-    return load(args.run, which=args.checkpoint, device=device, trust_code=trust_code(args))
+    run = load(args.run, which=args.checkpoint, device=device, trust_code=trust_code(args))
+    warn_if_unfinished(args, run)
+    return run
+
+
+def warn_if_unfinished(args: argparse.Namespace, run: "TrainedRun") -> None:
+    """Warn if the latest checkpoint of a run is not that of the end of its training."""
+    if args.checkpoint == "latest" and (left := what_is_left(run)):
+        log.warning("the training of %s has not ended: worldmodel train --resume continues it, with %s", args.run, left)
+
+
+def what_is_left(run: "TrainedRun") -> str:
+    """Return what is left of the training of a run, "" if nothing is."""
+    train, step = run.config.train, run.state["step"]
+    if step < train.steps:
+        return f"{train.steps - step} of {train.steps} steps" + (" and the refinement" if train.refine_steps else "")
+    return "the refinement" if train.refine_steps and not run.state.get("refined", False) else ""
 
 
 def find_config(name: str) -> Path:

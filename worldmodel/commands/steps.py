@@ -34,7 +34,7 @@ CONFIGS = "{configs}"
 
 
 def missing_for(step: Step, out: Path) -> str:
-    """Return what is not at hand for a step, "" if nothing is missing."""
+    """Return what is missing for a step, "" if nothing is missing."""
     if step.command[0] == "python" and not (ROOT / step.command[1]).is_file():
         return f"{step.command[1]} is part of the repository, not of the installed package"
     for package in step.packages:

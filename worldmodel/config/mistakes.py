@@ -58,8 +58,8 @@ def explained(entry: Any) -> Problem:
     if entry["type"] == "unexpected_keyword_argument":
         if isinstance(value, Mapping):
             about += [f"{about[0]}.{part}" for part in flatten(value)]
-        hint = _meant(keys, owner)
-        phrase = f"unknown key {key}={shown(value)}{hint}; allowed here: {', '.join(keys_of(owner))}"
+        hint = _meant(keys, owner) or f"; allowed here: {', '.join(keys_of(owner))}"
+        phrase = f"unknown key {key}={shown(value)}{hint}"
     elif entry["type"] in ("missing", "missing_argument"):
         phrase = f"missing key {key}"
     elif choice is not None and entry["type"] in ("union_tag_invalid", "union_tag_not_found"):

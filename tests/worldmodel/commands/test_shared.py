@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ from worldmodel.commands.shared import (
     check_seed,
     check_video,
     make_out_folder,
+    warn_if_unfinished,
 )
 from worldmodel.commands.terminal import Terminal
 
@@ -142,3 +145,25 @@ def test_devices_and_numbers() -> None:
     for value in (-1, 2**64):
         with pytest.raises(UserError, match="--seed must be from 0"):
             check_seed(argparse.Namespace(seed=value))
+
+
+@pytest.mark.parametrize(
+    ("state", "refine_steps", "left"),
+    [
+        ({"step": 3}, 0, "7 of 10 steps"),
+        ({"step": 3}, 5, "7 of 10 steps and the refinement"),
+        ({"step": 10, "refined": False}, 5, "the refinement"),
+        ({"step": 10}, 0, ""),
+        ({"step": 10, "refined": True}, 5, ""),
+    ],
+)
+def test_a_run_whose_training_has_not_ended_is_reported(
+    state: dict[str, Any], refine_steps: int, left: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = SimpleNamespace(steps=10, refine_steps=refine_steps)
+    run: Any = SimpleNamespace(config=SimpleNamespace(train=train), state=state)
+    warn_if_unfinished(argparse.Namespace(run=Path("mine"), checkpoint="best"), run)
+    assert not caplog.messages
+    warn_if_unfinished(argparse.Namespace(run=Path("mine"), checkpoint="latest"), run)
+    expected = f"the training of mine has not ended: worldmodel train --resume continues it, with {left}"
+    assert caplog.messages == ([expected] if left else [])
