@@ -83,14 +83,23 @@ def main() -> int:
     with report_errors():
         check_counts(args, "steps", "compare_steps")
         config = load_config(args.config, [*DEFAULTS, *args.overrides])
-        for key, value in flatten(to_dict(config)).items():
-            if value != PLAIN.get(key, value):
-                raise UserError(f"{key}={value}: the plain step is written for {key}={PLAIN[key]} alone")
+        check_plain(config)
         with plain_process(config) as plain:
             result = bench(config, plain, args.steps, args.compare_steps)
         write_result(args.out, result)
         print(f"{summary(result)}\n{args.out}")
     return 0
+
+
+def check_plain(config: Config) -> None:
+    """Check that the plain step computes the training step of a config.
+
+    Raises:
+        UserError: it does not.
+    """
+    for key, value in flatten(to_dict(config)).items():
+        if value != PLAIN.get(key, value):
+            raise UserError(f"{key}={value}: the plain step is written for {key}={PLAIN[key]} alone")
 
 
 def bench(config: Config, plain: Callable[..., Any], steps: int, compare_steps: int) -> dict[str, Any]:

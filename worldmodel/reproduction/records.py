@@ -88,6 +88,29 @@ class ScalingTimes(Part, total=False):
     rows: list[ProcessTimes]
 
 
+class NeighbourTimes(Part, total=False):
+    """The step of a training with one neighbour; to_alone is relative to the same training without any."""
+
+    step_s: Score
+    to_alone: Score
+    fair_share: Score
+    to_fair_share: Score
+
+
+class NeighbouredTraining(Part, total=False):
+    """A training, with its times by neighbour."""
+
+    training: Annotated[str, Field(max_length=100)]
+    num_threads: Whole
+    cases: Annotated[dict[str, NeighbourTimes], Field(max_length=MAX_NAMES)]
+
+
+class Neighbours(Part, total=False):
+    """The content of neighbours.json (benchmarks/neighbours.py)."""
+
+    rows: list[NeighbouredTraining]
+
+
 RECORDS: dict[str, Any] = {
     "metrics.json": Metrics,
     "planning.json": Planning,
@@ -97,6 +120,7 @@ RECORDS: dict[str, Any] = {
     "rollout.json": RolloutTimes,
     "train_step.json": TrainStepTimes,
     "scaling.json": ScalingTimes,
+    "neighbours.json": Neighbours,
 }
 
 

@@ -31,6 +31,7 @@ from worldmodel.training.profiling import profiled
 from worldmodel.training.refine import refinement_stream, steps_of
 from worldmodel.training.session import Session, Stop
 from worldmodel.training.trainer import Trainer
+from worldmodel.training.turns import turns_here
 
 logger = one_line_logger(__name__)
 
@@ -82,6 +83,7 @@ def train(
         with (
             session.writing() as bar,
             profiler as profile_step,
+            turns_here(accelerator) as trainer.turns,
             closing(stream.batches(trainer.step)) as batches,
             explained_errors(session, stream, batches),
         ):

@@ -231,6 +231,7 @@ def refine(
     log: Callable[[int, dict[str, float]], None],
     stop: Callable[[], int],
     score: Callable[[], float],
+    turns: AbstractContextManager[None],
 ) -> int:
     """Train all networks but the embedder on embedded clips, for train.refine_steps updates.
 
@@ -241,6 +242,7 @@ def refine(
         stop: returns the number of a signal that came, or 0.
         score: scores the networks as they are; lower is better. Used with train.refine_eval_every, and to choose a
             linear start.
+        turns: the context of each update (turns.py).
 
     Returns: the number of the signal that ended refinement early, or 0.
 
@@ -289,13 +291,14 @@ def refine(
         if signal_number := stop():
             break
         set_lr(optimizer, learning_rate(step, train.refine_lr, WARMUP_STEPS, train.refine_steps))
-        losses = losses_at(step)
-        losses["loss"].backward()
-        if train.clip_norm:
-            nn.utils.clip_grad_norm_(training.parameters(), train.clip_norm)
-        guard.watch(losses["loss"])
-        optimizer.step()
-        optimizer.zero_grad()
+        with turns:
+            losses = losses_at(step)
+            losses["loss"].backward()
+            if train.clip_norm:
+                nn.utils.clip_grad_norm_(training.parameters(), train.clip_norm)
+            guard.watch(losses["loss"])
+            optimizer.step()
+            optimizer.zero_grad()
         sums = {name: sums.get(name, 0) + value.detach() for name, value in losses.items()}
         if (step + 1) % train.log_every == 0:
             check_finite(step + 1)

@@ -223,7 +223,8 @@ class Session:
             precise = nullcontext if self.accelerator.scaler else autocast  # fp16 would need scaled gradients
             layout = self.trainer.layout
             score = forecast.selection_scorer(Networks(*networks, device, self.source, layout), config.evaluation)
-            caught = refine(config, student, clips, device, precise, self.write_refinement_row, self.stop, score)
+            log, turns = self.write_refinement_row, self.trainer.turns
+            caught = refine(config, student, clips, device, precise, log, self.stop, score, turns)
         if signal_number := from_main_process(self.accelerator, caught):
             raise Interrupted(signal_number)
         if self.accelerator.num_processes > 1:

@@ -1,7 +1,7 @@
 """The networks and the optimiser of a run, and one optimiser step."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from warnings import catch_warnings, filterwarnings
 
 import torch
@@ -21,7 +21,7 @@ from worldmodel.training import full_state, sharding
 from worldmodel.training.augment import augmented
 from worldmodel.training.distributed import globalise_batch_norm
 from worldmodel.training.finite import Guard, NotFiniteStep, first_overflow, overflowed_gradients
-from worldmodel.training.gradients import Losses, compute_gradients, micro_batches, snapshot_buffers
+from worldmodel.training.gradients import Losses, MicroBatch, compute_gradients, micro_batches, snapshot_buffers
 from worldmodel.training.launch import compile_mode, is_lost_connection, raised_together
 from worldmodel.training.losses import TrainingModel
 from worldmodel.training.optimisation import (
@@ -43,13 +43,14 @@ class Trainer:
     """The state of a training, and one optimiser step at a time.
 
     step is the number of finished steps. student and teacher are the networks themselves; model is the student as
-    Accelerate wraps it.
+    Accelerate wraps it. turns is the context in which a step is computed, once its batch is there (turns.py).
     """
 
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
         self.layout = clip_layout(config)
         self.step = 0
+        self.turns: AbstractContextManager[None] = nullcontext()
         set_seed(config.seed)
         self.student = build_training_model(config)
         # The teacher starts as a copy of the student. It is outside of the wrapped module.
@@ -116,26 +117,32 @@ class Trainer:
         """Take one optimiser step on the next batch."""
         config, timed = self.config, self.log.times
         set_lr(self.optimizer, self.lr_at(self.step))
-        losses = self.compute_gradients(batches)
-        with timed("step"), timed("optimiser"):
-            if config.train.clip_norm:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), config.train.clip_norm)
-            self.guard.watch(losses.losses["loss"])
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.log.add(losses)
-            if self.teacher:
-                self.teacher.update(self.student.embedder, self.momentum_at(self.step))
+        parts = self.next_parts(batches)
+        with self.turns:
+            losses = self.compute_gradients(parts)
+            with timed("step"), timed("optimiser"):
+                if config.train.clip_norm:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), config.train.clip_norm)
+                self.guard.watch(losses.losses["loss"])
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                self.log.add(losses)
+                if self.teacher:
+                    self.teacher.update(self.student.embedder, self.momentum_at(self.step))
         self.step += 1
 
-    def compute_gradients(self, batches: Iterator[Batch]) -> Losses:
-        """Compute the losses and gradients of the next step, on the next batch."""
-        config, accelerator, timed = self.config, self.accelerator, self.log.times
+    def next_parts(self, batches: Iterator[Batch]) -> list[MicroBatch]:
+        """Return the micro-batches of the next step."""
+        config, device, timed = self.config, self.accelerator.device, self.log.times
         with timed("step"), timed("data"):
-            batch = augmented(next(batches), config, self.step, accelerator.device)
-            rows = on_device(batch["row"], accelerator.device)
-            inputs = training_inputs(batch, self.layout, config.objective.rollout_steps, accelerator.device)
-            parts = micro_batches(inputs, rows, config.train.grad_accumulation)
+            batch = augmented(next(batches), config, self.step, device)
+            rows = on_device(batch["row"], device)
+            inputs = training_inputs(batch, self.layout, config.objective.rollout_steps, device)
+            return micro_batches(inputs, rows, config.train.grad_accumulation)
+
+    def compute_gradients(self, parts: list[MicroBatch]) -> Losses:
+        """Compute the losses and gradients of the next step, on its micro-batches."""
+        config, accelerator, timed = self.config, self.accelerator, self.log.times
         with timed("step"), self.log.flops_counted():
             return compute_gradients(
                 accelerator,
@@ -190,7 +197,7 @@ class Trainer:
             first_overflow(networks) as modules,
             suppress(RuntimeError, UserError),
         ):
-            self.compute_gradients(batches)
+            self.compute_gradients(self.next_parts(batches))
             gradients = overflowed_gradients(self.student)
         what = error.what
         if modules:

@@ -1,6 +1,6 @@
 import signal
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import count
 from pathlib import Path
 
@@ -150,7 +150,17 @@ def test_a_temporal_distance_is_learned_in_refinement(tiny_config: Callable[...,
     before = {name: value.clone() for name, value in training.state_dict().items()}
     logged: list[dict[str, float]] = []
     assert (
-        refine(config, training, clips, CPU, full_precision, lambda _, values: logged.append(values), never, no_score)
+        refine(
+            config,
+            training,
+            clips,
+            CPU,
+            full_precision,
+            lambda _, values: logged.append(values),
+            never,
+            no_score,
+            nullcontext(),
+        )
         == 0
     )
     weights = {name: value for name, value in model.distance.named_parameters() if value.ndim > 1}
@@ -171,7 +181,7 @@ def test_refinement_lowers_the_loss_and_moves_all_but_the_encoder(tiny_config: C
     def log(updates: int, values: dict[str, float]) -> None:
         logged.append((updates, values))
 
-    assert refine(config, training, clips, CPU, full_precision, log, never, no_score) == 0
+    assert refine(config, training, clips, CPU, full_precision, log, never, no_score, nullcontext()) == 0
     moved = {name for name, value in training.named_parameters() if not torch.equal(value, before[name])}
     assert moved == {name for name, _ in training.named_parameters() if not name.startswith("embedder.")}
     assert all(torch.equal(before[name], value) for name, value in training.state_dict().items() if "embedder." in name)
@@ -194,7 +204,7 @@ def test_the_energy_score_alone_trains_editor_and_prior(tiny_config: Callable[..
         def log(_: int, values: dict[str, float], logged: list[dict[str, float]] = logged) -> None:
             logged.append(values)
 
-        assert refine(config, training, clips, CPU, full_precision, log, never, no_score) == 0
+        assert refine(config, training, clips, CPU, full_precision, log, never, no_score, nullcontext()) == 0
         assert logged[-1]["energy_score"] < 0.8 * logged[0]["energy_score"]
         weights.append({name: value.detach().clone() for name, value in training.named_parameters()})
     differing = {name.split(".")[1] for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
@@ -216,7 +226,7 @@ def test_the_best_weights_of_a_refinement_are_kept(tiny_config: Callable[..., Co
     def log(updates: int, values: dict[str, float]) -> None:
         logged.append((updates, values))
 
-    assert refine(config, training, clips, CPU, full_precision, log, never, score) == 0
+    assert refine(config, training, clips, CPU, full_precision, log, never, score, nullcontext()) == 0
     assert all(torch.equal(value, seen[1][name]) for name, value in training.state_dict().items())
     assert not all(torch.equal(seen[1][name], seen[2][name]) for name in seen[1])
     told = [(updates, values["selection_energy_score"]) for updates, values in logged if "loss" not in values]
@@ -254,7 +264,9 @@ def test_a_signal_ends_refinement(tiny_config: Callable[..., Config]) -> None:
     def third_time() -> int:
         return 15 if next(calls) == 2 else 0
 
-    assert refine(config, training, clips, CPU, full_precision, lambda *_: None, third_time, no_score) == 15
+    assert (
+        refine(config, training, clips, CPU, full_precision, lambda *_: None, third_time, no_score, nullcontext()) == 15
+    )
 
 
 def test_a_run_is_refined_once_and_an_interrupted_refinement_begins_anew(

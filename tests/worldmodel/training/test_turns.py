@@ -1,0 +1,85 @@
+"""Turns of trainings: one computes at a time, one after the other, and none waits for ever."""
+
+import threading
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from worldmodel.training import turns
+from worldmodel.training.turns import Turns, turns_here
+
+
+def test_trainings_alternate_and_no_two_compute_at_once(tmp_path: Path) -> None:
+    one, other = Turns(tmp_path / "turns"), Turns(tmp_path / "turns")
+    order: list[str] = []
+
+    def second() -> None:
+        for _ in range(3):
+            with other:
+                order.append("other")
+
+    with one:
+        thread = threading.Thread(target=second)
+        thread.start()
+        while turns._locked(one._files[0], 0.0):  # until the other is the next one
+            turns.fcntl.flock(one._files[0], turns.fcntl.LOCK_UN)
+        assert not order
+        order.append("one")
+    with one:
+        assert order[:2] == ["one", "other"]  # the one that waited has had its turn
+    thread.join()
+    assert order == ["one", *["other"] * 3]
+
+
+def test_a_suspended_training_delays_another_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suspended, other = Turns(tmp_path / "turns"), Turns(tmp_path / "turns")
+    waits: list[float] = []
+    monkeypatch.setattr(turns.time, "sleep", waits.append)
+    clock = iter(range(1000))
+    monkeypatch.setattr(turns.time, "monotonic", lambda: float(next(clock)))
+    suspended.__enter__()
+    with other:
+        assert waits
+    waits.clear()
+    with other:
+        assert not waits
+    suspended.__exit__(None, None, None)
+    monkeypatch.setattr(turns.time, "monotonic", lambda: 1e6)  # much later
+    with other, pytest.raises(BlockingIOError):
+        turns.fcntl.flock(suspended._files[1], turns.fcntl.LOCK_EX | turns.fcntl.LOCK_NB)
+
+
+def test_an_error_ends_the_turn(tmp_path: Path) -> None:
+    one, other = Turns(tmp_path / "turns"), Turns(tmp_path / "turns")
+    with pytest.raises(KeyError), one:
+        raise KeyError
+    with other:
+        assert not turns._locked(one._files[1], 0.0)
+
+
+def test_without_a_folder_there_are_no_turns(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with Turns(tmp_path / "file" / "turns"), Turns(tmp_path / "file" / "turns"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("threads", "processes", "device", "takes_turns"),
+    [(4, 1, "cpu", True), (3, 1, "cpu", True), (2, 1, "cpu", False), (4, 2, "cpu", False), (4, 1, "cuda", False)],
+)
+def test_only_a_training_that_takes_most_cores_takes_turns(
+    threads: int, processes: int, device: str, takes_turns: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "CORES", [0, 1, 2, 3])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(turns.tempfile, "gettempdir", lambda: str(tmp_path))
+    accelerator: Any = SimpleNamespace(device=torch.device(device), num_processes=processes)
+    with turns_here(accelerator) as own:
+        assert isinstance(own, Turns if takes_turns else nullcontext)
+        with own:
+            pass
+    assert bool(list(tmp_path.iterdir())) == takes_turns
