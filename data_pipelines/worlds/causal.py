@@ -2,10 +2,12 @@
 
 A fixed invertible network g, which the seed determines, mixes six factors z, uniform with unit variance. A pair shares
 a change: z~ = z + change(z), z+ = z~ + jitter, z++ = z~ + jitter'. The jitters are independent, so x++ reveals the
-change without being the target. The change is drawn in one of four ways:
+change without being the target. The change is drawn in one of five ways:
 
     isotropic        0.3 eps
     anisotropic      0.3 diag(s) eps, s from 0.3 to 3 in geometric steps, in an order set by the seed
+    diagonal         0.3 diag(3 ** tanh(W z)) eps: the size of each factor's change depends on the state, the direction does
+                     not; rows of W have length 1
     heteroscedastic  D sum_i eps_i (M_i z + 0.1 b_i), i = 1..3: three "actions" of random size, each moves z along its
                      own field; D is a diagonal from 1/3 to 3 in geometric steps, divided by its root mean square
     multimodal       1.8 on one random factor, up or down, + 0.09 eps
@@ -27,7 +29,7 @@ from torch import Tensor
 from data_pipelines.batches import Batch, BatchStream
 from data_pipelines.worlds.fresh import batch_generator, share_of_rank
 
-Change = Literal["isotropic", "anisotropic", "heteroscedastic", "multimodal"]
+Change = Literal["isotropic", "anisotropic", "diagonal", "heteroscedastic", "multimodal"]
 
 NUM_FACTORS = 6
 JITTER_STD = 0.15
@@ -57,6 +59,7 @@ class CausalWorld:
         self.fields = normal(NUM_ACTIONS, NUM_FACTORS, NUM_FACTORS) / math.sqrt(NUM_FACTORS)
         self.drifts = 0.1 * normal(NUM_ACTIONS, NUM_FACTORS)
         self.field_scale = geometric / geometric.square().mean().sqrt()
+        self.size_directions = F.normalize(normal(NUM_FACTORS, NUM_FACTORS), dim=1)
 
     def draw_factors(self, count: int, generator: torch.Generator, width: float = 1.0) -> Tensor:
         """Draw z [B, F], uniform, with standard deviation `width`."""
@@ -77,6 +80,8 @@ class CausalWorld:
             return CHANGE_STD * eps
         if self.kind == "anisotropic":
             return CHANGE_STD * self.axis_std * eps
+        if self.kind == "diagonal":
+            return CHANGE_STD * 3 ** (factors @ self.size_directions.T).tanh() * eps
         if self.kind == "heteroscedastic":
             moves = torch.einsum("kij,bj->bki", self.fields, factors) + self.drifts
             return self.field_scale * (eps[:, :NUM_ACTIONS, None] * moves).sum(dim=1)

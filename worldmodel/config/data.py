@@ -226,7 +226,7 @@ class CausalConfig:
 
     source: Literal["causal"] = "causal"
     """Name of the source."""
-    change: Literal["isotropic", "anisotropic", "heteroscedastic", "multimodal"] = "heteroscedastic"
+    change: Literal["isotropic", "anisotropic", "diagonal", "heteroscedastic", "multimodal"] = "heteroscedastic"
     """Distribution of the difference between the factors of a pair."""
     batch_size: SamplesFrom2 = 128
     """Clips per global batch, over all processes."""

@@ -57,6 +57,19 @@ def test_independent_changes_have_their_spreads() -> None:
     torch.testing.assert_close(spreads, expected, rtol=0.02, atol=0)
 
 
+def test_diagonal_changes_are_uncorrelated_with_sizes_that_the_state_sets() -> None:
+    world = CausalWorld("diagonal", 0)
+    sizes = []
+    for z in (torch.full((NUM_FACTORS,), 0.7), torch.linspace(-1.5, 1.5, NUM_FACTORS)):
+        change = world.draw_change(z.expand(200_000, -1), seeded())
+        sizes.append(change.std(dim=0))
+        expected = torch.tensor([0.3 * 3 ** math.tanh(float(row @ z)) for row in world.size_directions])
+        torch.testing.assert_close(sizes[-1], expected, rtol=0.02, atol=0)
+        assert torch.corrcoef(change.T).fill_diagonal_(0).abs().max() < 0.02
+    assert (sizes[0] / sizes[1]).log().abs().max() > 0.5
+    torch.testing.assert_close(world.size_directions.norm(dim=1), torch.ones(NUM_FACTORS))
+
+
 def test_the_covariance_of_heteroscedastic_changes_is_that_of_the_fields() -> None:
     """At a fixed z: sum over actions of m m^T with m = D (M z + 0.1 b); and it moves with z."""
     world = CausalWorld("heteroscedastic", 0)
