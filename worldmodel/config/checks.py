@@ -14,6 +14,7 @@ from worldmodel.config.model import (
     SumEditorConfig,
     VitConfig,
 )
+from worldmodel.config.objective import ResslConfig
 from worldmodel.config.sections import CategoricalConfig, CemConfig, Config, IcemConfig, MeanRiskConfig
 
 
@@ -37,6 +38,12 @@ def cautions(config: Config) -> Iterator[str]:
         yield (
             f"model.encoder={encoder.name} is meant for frames of {encoder.least_px} px and more, but "
             f"data.size_px={size_px}: conv3d suits small frames"
+        )
+    if isinstance(config.objective, ResslConfig) and 2 * config.model.embedding_dim > config.data.batch_size:
+        yield (
+            f"objective.name=ressl compares a prediction with the other {config.data.batch_size - 1} clips of a batch, "
+            f"which do not determine {config.model.embedding_dim} dimensions well: set model.embedding_dim to at most "
+            "half of data.batch_size"
         )
 
 

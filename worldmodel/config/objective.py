@@ -161,7 +161,7 @@ class SigregConfig(AnyObjective):
 
     name: Literal["sigreg"] = "sigreg"
     """Name of the objective."""
-    sigreg_weight: NonNegativeFloat = 0.1
+    sigreg_weight: NonNegativeFloat = 0.3
     """Weight of the test of normality."""
 
 

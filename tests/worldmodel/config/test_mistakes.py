@@ -249,6 +249,17 @@ def test_an_encoder_for_large_frames_is_advised_against_for_small_ones(size_px: 
     assert f"for frames of {ResNetConfig.least_px} px and more" in (ResNetConfig.__doc__ or "")
 
 
+@pytest.mark.parametrize(("embedding_dim", "many"), [(64, False), (65, True), (256, True)])
+def test_relations_to_a_batch_are_advised_against_for_more_dimensions_than_they_determine(
+    embedding_dim: int, many: bool
+) -> None:
+    overrides = ["data.batch_size=128", f"model.embedding_dim={embedding_dim}"]
+    config = load_config(REPO / "configs" / "demo.yaml", ["objective.name=ressl", *overrides])
+    told = "objective.name=ressl compares a prediction with the other 127 clips of a batch, which do not determine "
+    assert [caution.startswith(told) for caution in cautions(config)] == [True] * many
+    assert not list(cautions(load_config(REPO / "configs" / "demo.yaml", overrides)))
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_nothing_speaks_against_a_shipped_config(path: Path) -> None:
     assert not list(cautions(load_config(path)))

@@ -202,7 +202,7 @@ def test_ressl_equals_brute_force_loops() -> None:
     for i in range(5):
         others = [j for j in range(5) if j != i]
         student = {j: math.exp(cosine(edited[i], target[j]) / 0.1) for j in others}
-        teacher = {j: math.exp(cosine(target[i], target[j]) / 0.04) for j in others}
+        teacher = {j: math.exp(cosine(target[i], target[j]) / 0.07) for j in others}
         for j in others:
             share = teacher[j] / sum(teacher.values())
             total -= share * math.log(student[j] / sum(student.values())) / 5
