@@ -41,7 +41,7 @@ from data_pipelines.batches import Batch
 from data_pipelines.clips import frames_on_screen
 from data_pipelines.decoders import Frame, read_facts, read_frames
 from data_pipelines.errors import UserError
-from data_pipelines.transforms import to_float
+from data_pipelines.transforms import split_segments, to_float
 from worldmodel.config import DataConfig, VideosConfig
 from worldmodel.data import check_one_camera
 from worldmodel.evaluation.embed import Networks, embed_batches
@@ -81,7 +81,7 @@ class Timeline:
     kl_nats (None without a latent variable), prediction_error (in the units of the loss) and scene_nats (None without a
     scene code) [N]. peaks [P] are positions in `frame` of the
     most surprising transitions, highest first. peak_frames uint8 [P, T, C, H, W] are the context and target segments
-    there.
+    there. threshold is that of an alarm, in `unit`; None if no rate of false alarms was asked for.
     """
 
     video: str
@@ -94,11 +94,17 @@ class Timeline:
     scene_nats: Annotated[np.ndarray, Axes("f", "moment*")] | None
     peaks: Annotated[np.ndarray, Axes("i", "peak*")]
     peak_frames: Annotated[np.ndarray, Axes("u", "peak* peak_frame channel height width")]
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for peaks at other moments, as in a damaged file."""
         if not ((self.peaks >= 0) & (self.peaks < len(self.frame))).all():
             raise ValueError(f"peaks {self.peaks} of {len(self.frame)} moments")
+
+    @property
+    def alarms(self) -> np.ndarray | None:
+        """Whether each transition exceeds the threshold, bool [N]; None without a threshold."""
+        return None if self.threshold is None else self.surprise > self.threshold
 
     @property
     def measures(self) -> dict[str, np.ndarray]:
@@ -247,7 +253,7 @@ def score_transitions(
     Raises:
         UserError: step_frames is below 1, or the video is too short for one transition.
     """
-    layout, model, training = networks.layout, networks.model, training_of(networks)
+    layout, model = networks.layout, networks.model
     options = options or SurpriseOptions()
     step = layout.span if options.step_frames is None else options.step_frames
     if step < 1:
@@ -260,15 +266,24 @@ def score_transitions(
     segments = np.unique(starts[:, None] + span * np.arange(num_segments))
     cut = cut_segments(frames, segments.tolist(), layout.num_frames, layout.frame_stride)
     embedded = _embed_segments(networks, cut, len(segments), progress=options.progress)
-    scores = []
-    for part in np.split(starts, range(TRANSITIONS_AT_ONCE, len(starts), TRANSITIONS_AT_ONCE)):
-        context, target, seen = (np.searchsorted(segments, part + span * at) for at in (0, 1, model.seen_at))
-        state = embedded.state[context]
-        kl, error = measure(training, state, embedded.target[target], model.embedding_of(embedded.state[seen]))
-        scene = model.scene.change_nats(embedded.kept[context], embedded.kept[target])
-        surprise = kl + error / training.beta + scene if weighs_kl(training) else error
-        scores.append(torch.stack([surprise, kl, error, scene]).cpu())
-    return Transitions(starts, *torch.cat(scores, dim=1).numpy())
+    places = (np.searchsorted(segments, starts + span * at) for at in (0, 1, model.seen_at))
+    return Transitions(starts, *_score_embedded(networks, embedded, *places))
+
+
+@torch.no_grad()
+def score_clips(networks: Networks, batches: Iterable[Batch], *, progress: bool = False) -> Transitions:
+    """Score the first transition of each clip of batches. `start` numbers the clips."""
+    num_segments = networks.model.seen_at + 1
+
+    def segments() -> Iterator[np.ndarray]:
+        for batch in batches:
+            clips = split_segments(batch["video"], networks.layout.num_segments)[:, :num_segments]
+            yield from clips.flatten(0, 1).numpy()
+
+    embedded = _embed_segments(networks, segments(), None, progress=progress)
+    first = np.arange(0, len(embedded.state), num_segments)
+    scores = _score_embedded(networks, embedded, first, first + 1, first + networks.model.seen_at)
+    return Transitions(np.arange(len(first)), *scores)
 
 
 class _EmbeddedSegments(NamedTuple):
@@ -280,7 +295,7 @@ class _EmbeddedSegments(NamedTuple):
 
 
 def _embed_segments(
-    networks: Networks, segments: Iterator[np.ndarray], total: int, *, progress: bool
+    networks: Networks, segments: Iterator[np.ndarray], total: int | None, *, progress: bool
 ) -> _EmbeddedSegments:
     """Embed segments [T, C, H, W] of a video, a few at once."""
 
@@ -297,6 +312,22 @@ def _embed_segments(
             parts.append(_EmbeddedSegments(embedded.state, embedded.context_as_target(), kept))
             bar.update(len(embedded.state))
     return _EmbeddedSegments(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def _score_embedded(
+    networks: Networks, embedded: _EmbeddedSegments, context: np.ndarray, target: np.ndarray, seen: np.ndarray
+) -> np.ndarray:
+    """Return surprise and its parts, [len(MEASURES), N], of transitions whose segments are at these positions [N]."""
+    model, training = networks.model, training_of(networks)
+    scores = []
+    for rows in np.split(np.arange(len(context)), range(TRANSITIONS_AT_ONCE, len(context), TRANSITIONS_AT_ONCE)):
+        before, after = context[rows], target[rows]
+        state = embedded.state[before]
+        kl, error = measure(training, state, embedded.target[after], model.embedding_of(embedded.state[seen[rows]]))
+        scene = model.scene.change_nats(embedded.kept[before], embedded.kept[after])
+        surprise = kl + error / training.beta + scene if weighs_kl(training) else error
+        scores.append(torch.stack([surprise, kl, error, scene]).cpu())
+    return torch.cat(scores, dim=1).numpy()
 
 
 def measure(training: TrainingModel, state: Tensor, target: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
