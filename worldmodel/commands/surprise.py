@@ -118,7 +118,10 @@ def alarm_lines(timeline: Timeline, rate: float | None) -> list[str]:
     if timeline.alarms is None:
         return []
     above = f"{int(timeline.alarms.sum())} of {len(timeline.alarms)} transitions"
-    return ["", f"threshold at a false alarm rate of {rate:g}: {timeline.threshold:.3f} {timeline.unit}, exceeded by {above}"]
+    return [
+        "",
+        f"threshold at a false alarm rate of {rate:g}: {timeline.threshold:.3f} {timeline.unit}, exceeded by {above}",
+    ]
 
 
 def _time(timeline: Timeline, row: int) -> str:

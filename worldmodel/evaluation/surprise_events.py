@@ -182,9 +182,7 @@ def _auroc(positives: list[np.ndarray], negatives: list[np.ndarray]) -> float:
 # -------------------------------------------------------------------------------------------------------- occlusion
 
 
-def pair_shares(
-    run: TrainedRun, sprites: Sprites, count: int, generator: torch.Generator
-) -> dict[str, dict[str, Any]]:
+def pair_shares(run: TrainedRun, sprites: Sprites, count: int, generator: torch.Generator) -> dict[str, dict[str, Any]]:
     """Return the share of `count` pairs of each event whose impossible video has the higher surprise.
 
     The surprise of a video is the highest of its transitions, of which one starts at every frame. Chance is 0.5.

@@ -80,7 +80,7 @@ def test_the_screen_hides_every_digit_once_a_passage_and_none_for_a_segment(spri
         narrowest = int((SPRITE_PX - columns.argmax(dim=1) - columns.flip(1).argmax(dim=1)).min())
         hidden = max(hidden, int((SCREEN_PX - narrowest) / SPEEDS_PX[0]) + 1)
     assert hidden < SEGMENT_FRAMES
-    videos = sample_videos(sprites, 300, 90, generator())
+    videos = sample_videos(sprites, 100, 60, generator())
     behind = ink(render_videos(sprites, videos))[videos.shown[:, 0]] < 1e-6
     assert behind.any(dim=1).all()
     runs = behind.unfold(1, SEGMENT_FRAMES, 1).all(dim=2)
@@ -89,7 +89,7 @@ def test_the_screen_hides_every_digit_once_a_passage_and_none_for_a_segment(spri
 
 @pytest.fixture(scope="module")
 def pairs(sprites: Sprites) -> dict[str, Pairs]:
-    return {event: sample_pairs(event, sprites, 64, generator(3)) for event in EVENTS}
+    return {event: sample_pairs(event, sprites, 32, generator(3)) for event in EVENTS}
 
 
 @pytest.mark.parametrize("event", EVENTS)
@@ -131,15 +131,14 @@ def test_pairs_are_a_function_of_the_generator(sprites: Sprites) -> None:
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_written_videos_are_those_that_are_drawn(tmp_path: Path) -> None:
-    write_occlusion(tmp_path / "world", {"train": 3, "selection": 2, "test": 2}, num_frames=24, num_processes=1)
-    sprites = load_sprites("test")
-    videos = sample_videos(sprites, 2, 24, generator(2))
-    rows = [json.loads(line) for line in (tmp_path / "world" / "test" / "metadata.jsonl").read_text().splitlines()]
+def test_written_videos_are_those_that_are_drawn(sprites: Sprites, occlusion_world: Path) -> None:
+    videos = sample_videos(sprites, 4, 24, generator(2))
+    folder = occlusion_world / "test"
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     for row, sprite, shown, pixels in zip(
         rows, videos.sprite, videos.shown, render_videos(sprites, videos), strict=True
     ):
-        frames = np.stack(list(read_frames(tmp_path / "world" / "test" / row["file_name"], channels=1, size_px=64)))
+        frames = np.stack(list(read_frames(folder / row["file_name"], channels=1, size_px=64)))
         assert np.abs(frames / 255 - pixels.numpy()).max() < 0.01
         assert row["digit"] == (int(sprites.digits[sprite]) if shown[0] else -1)
 

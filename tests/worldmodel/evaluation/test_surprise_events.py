@@ -94,12 +94,10 @@ def test_ties_of_pairs_count_half() -> None:
     assert found["share"] == 2.5 / 4 and found["ci95"] == pytest.approx(wilson(2, 4))
 
 
-def test_pairs_of_the_occlusion_world_are_compared(
-    tiny_config: Callable[..., Config], tmp_path: Path
-) -> None:
-    root = tmp_path / "world"
-    occlusion.write_occlusion(root, {"train": 8, "selection": 4, "test": 4}, num_frames=24, num_processes=1)
-    run = train(tiny_config(f"data.root={root}", "data.num_frames=6", "data.num_segments=2", "data.batch_size=4"))
+def test_pairs_of_the_occlusion_world_are_compared(tiny_config: Callable[..., Config], occlusion_world: Path) -> None:
+    run = train(
+        tiny_config(f"data.root={occlusion_world}", "data.num_frames=6", "data.num_segments=2", "data.batch_size=4")
+    )
     result = detect(load(run), 3, 0, 0.1)
     assert set(result["pairs"]) == {*occlusion.EVENTS} and result == detect(load(run), 3, 0, 0.1)
     assert all(found["share"] * 6 % 1 == 0 for found in result["pairs"].values())
