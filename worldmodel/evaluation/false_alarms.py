@@ -45,9 +45,10 @@ def threshold_at(rate: float, ordered: Sequence[float] | np.ndarray) -> float:
     # Rounded, as (N + 1) (1 - rate) may be a whole number that floating point misses by a little.
     rank = math.ceil(round((count + 1) * (1 - rate), 6))
     if rank > count:
+        needed = math.ceil(round(1 / rate, 6)) - 1
         raise UserError(
-            f"a false alarm rate of {rate:g} needs {math.ceil(round(1 / rate, 6)) - 1:,} selection transitions, but the "
-            f"run was evaluated with {count:,}: ask for a higher rate, or evaluate with more evaluation.selection_clips"
+            f"a false alarm rate of {rate:g} needs {needed:,} selection transitions, but the run was evaluated with "
+            f"{count:,}: ask for a higher rate, or evaluate with more evaluation.selection_clips"
         )
     return float(ordered[rank - 1])
 

@@ -70,7 +70,11 @@ def detect(run: TrainedRun, count: int, seed: int, rate: float) -> dict[str, Any
 
 
 def _world_of(run: TrainedRun) -> tuple[Path, Mapping[str, Any]]:
-    """Return the folder of the run's world, and the content of its world.json. Raises UserError: there are no events for it."""
+    """Return the folder of the run's world, and the content of its world.json.
+
+    Raises:
+        UserError: there are no events for this world, or its videos are too short.
+    """
     data, horizon = run.config.data, run.config.evaluation.horizon
     if isinstance(data, VideosConfig) and isinstance(data.root, str):
         root, law = Path(data.root), run.source.known_law("test", horizon)

@@ -76,7 +76,7 @@ def test_an_evaluated_run_has_thresholds(evaluated: TrainedRun, long_video: Path
     np.testing.assert_array_equal(timeline.alarms, timeline.surprise > timeline.threshold)
     assert evaluated.surprise(long_video).alarms is None
     with pytest.raises(
-        UserError, match="rate of 0.01 needs 99 selection transitions, but the run was evaluated with 32"
+        UserError, match=r"rate of 0.01 needs 99 selection transitions, but the run was evaluated with 32"
     ):
         evaluated.surprise(long_video, false_alarms=0.01)
 
@@ -108,7 +108,7 @@ def test_mistakes(evaluated: TrainedRun, trained_run: Path, long_video: Path, tm
             evaluated.surprise(long_video, false_alarms=0.5)
         for damaged in (b"nothing", kept[:-4] + b"\xff\xff\xff\xff"):
             path.write_bytes(damaged)
-            with pytest.raises(UserError, match="surprise.safetensors is damaged, evaluate the run again"):
+            with pytest.raises(UserError, match=r"surprise.safetensors is damaged, evaluate the run again"):
                 evaluated.surprise(long_video, false_alarms=0.5)
     finally:
         path.write_bytes(kept)
