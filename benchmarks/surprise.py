@@ -55,10 +55,11 @@ def tables(result: dict[str, Any]) -> list[str]:
             low, high = found["ci95"]
             lines.append(f"{event:<14} {found['share']:>26.3f} {f'{low:.3f} - {high:.3f}':>16}")
         return lines
-    lines = [f"{'AUROC':<14} {'surprise':>8} {'KL':>6} {'prediction error':>17} {'scene change':>13}"]
+    lines = [f"{'AUROC':<14} {'surprise':>8} {'KL':>6} {'prediction error':>17} {'scene change':>13} {'stillness':>10}"]
     for event in result["auroc"][MEASURES[0]]:
-        surprise, kl, error, scene = (result["auroc"][measure][event] for measure in MEASURES)
-        lines.append(f"{event.replace('_', ' '):<14} {surprise:>8.3f} {kl:>6.3f} {error:>17.3f} {scene:>13.3f}")
+        surprise, kl, error, scene, still = (result["auroc"][measure][event] for measure in MEASURES)
+        name = event.replace("_", " ")
+        lines.append(f"{name:<14} {surprise:>8.3f} {kl:>6.3f} {error:>17.3f} {scene:>13.3f} {still:>10.3f}")
     alarms = result["alarms"]
     low, high = alarms["normal_ci95"]
     lines += ["", f"above {alarms['threshold']:.3f}, the threshold at a false alarm rate of {alarms['rate']:g}:"]

@@ -3,10 +3,11 @@
 Writes surprise.csv, with one row per transition, and a plot of the scores with the frames at their peaks
 (surprise.png, surprise.webp).
 
-With a latent variable, surprise is the training loss in nats: kl_nats + prediction_error / beta + scene_nats.
+With a latent variable, surprise is in nats: kl_nats + prediction_error / beta + scene_nats + still_nats.
   kl_nats            KL(q || p), of the posterior from the prior of r
   prediction_error   the error that remains with r from the posterior
   scene_nats         -log P(same scene), if the model has a scene code
+  still_nats         -log P(ordinary motion), if the run was evaluated: high if everything stops
 Without a latent variable, surprise is the prediction error. A part that the model does not have is left out.
 
 --false-alarms adds a threshold, which that share of the transitions of the run's selection clips exceeds: a line in the
@@ -41,7 +42,12 @@ if TYPE_CHECKING:
     from worldmodel.evaluation.surprise import Timeline
 
 PICTURE_DPI = 150
-HEADINGS = {"kl_nats": "KL, nats", "prediction_error": "prediction error", "scene_nats": "scene, nats"}
+HEADINGS = {
+    "kl_nats": "KL, nats",
+    "prediction_error": "prediction error",
+    "scene_nats": "scene, nats",
+    "still_nats": "still, nats",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from data_pipelines.errors import UserError
 from worldmodel.evaluation.decoded import store_futures, stored_facts
 from worldmodel.evaluation.factors import evaluate_factors
-from worldmodel.evaluation.false_alarms import save_selection_surprise, selection_surprise
 from worldmodel.evaluation.forecast import evaluate_forecasts
+from worldmodel.evaluation.ordinary import ordinary_transitions, save_ordinary
 from worldmodel.evaluation.readout import save_readout
 from worldmodel.evaluation.recalibration import save_recalibration
 from worldmodel.evaluation.records import save_records
@@ -58,8 +58,8 @@ def _evaluate_videos(run: TrainedRun, compare: Path | None) -> Metrics:
     if evaluation.recalibrated:
         save_recalibration(run.folder, evaluation.recalibrated, run.state["step"])
     if not why_unsupported(run.model):
-        ordered = selection_surprise(run.networks, run.config.evaluation.selection_clips)
-        save_selection_surprise(run.folder, ordered, run.state["step"])
+        ordinary = ordinary_transitions(run.networks, run.config.evaluation.selection_clips)
+        save_ordinary(run.folder, ordinary, run.state["step"])
     illustrations = dataclasses.replace(evaluation.illustrations, timeline=timeline_of_test_video(run))
     save_records(folder.illustrations, [illustrations])
     if stored_facts(run.folder, run.state["step"]) is not None:

@@ -1,7 +1,7 @@
 """Detection of impossible events by surprise, in videos of test identities.
 
 Kicked world: one event per video (data_pipelines.worlds.planted). Surprise is scored as a detector of the transition at
-the event, over all thresholds (AUROC) and at a threshold of the run's own (worldmodel.evaluation.false_alarms).
+the event, over all thresholds (AUROC) and at a threshold of the run's own (worldmodel.evaluation.ordinary).
 
 Occlusion: pairs of a possible and an impossible video (data_pipelines.worlds.occlusion), of which the impossible one
 should surprise more, as in IntPhys (Riochet et al., arXiv 1803.07616).
@@ -10,6 +10,7 @@ Frames are used as rendered, without a codec.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,8 @@ from data_pipelines.worlds.moving_mnist import SEGMENT_FRAMES
 from data_pipelines.worlds.planted import EVENTS, Planted, plant
 from data_pipelines.worlds.written import read_sprites, read_world
 from worldmodel.config import VideosConfig
-from worldmodel.evaluation.false_alarms import check_rate, selection_surprise, threshold_at
+from worldmodel.evaluation.embed import Networks
+from worldmodel.evaluation.ordinary import check_rate, ordinary_transitions, threshold_at
 from worldmodel.evaluation.scores import auroc, wilson_interval
 from worldmodel.evaluation.surprise import MEASURES, SurpriseOptions, Transitions, check_model, score_transitions
 from worldmodel.runs.trained_run import TrainedRun
@@ -61,11 +63,12 @@ def detect(run: TrainedRun, count: int, seed: int, rate: float) -> dict[str, Any
     root, world = _world_of(run)
     sprites = read_sprites(root / "test")
     generator = torch.Generator().manual_seed(seed)
+    ordinary = ordinary_transitions(run.networks, run.config.evaluation.selection_clips)
+    networks = replace(run.networks, ordinary_motion=ordinary.motion)
     if world["world"] == occlusion.WORLD:
-        return {"pairs": pair_shares(run, sprites, count, generator)}
-    ordered = selection_surprise(run.networks, run.config.evaluation.selection_clips)
-    threshold = threshold_at(rate, ordered)
-    videos = score_events(run, sprites, world, count, generator)
+        return {"pairs": pair_shares(networks, sprites, count, generator)}
+    threshold = threshold_at(rate, ordinary.surprise)
+    videos = score_events(networks, sprites, world, count, generator)
     return {"auroc": event_aurocs(videos), "alarms": {"rate": rate} | event_alarms(videos, threshold)}
 
 
@@ -94,18 +97,18 @@ def _world_of(run: TrainedRun) -> tuple[Path, Mapping[str, Any]]:
     )
 
 
-def score_video(run: TrainedRun, video: Tensor, step_frames: int | None = None) -> Transitions:
+def score_video(networks: Networks, video: Tensor, step_frames: int | None = None) -> Transitions:
     """Score the transitions of a rendered video [T, C, H, W] in [0, 1]."""
     frames = (video * 255).round().byte().numpy()
     options = SurpriseOptions(step_frames=step_frames)
-    return score_transitions(run.networks, frames, len(frames), name="a video", options=options)
+    return score_transitions(networks, frames, len(frames), name="a video", options=options)
 
 
 # ----------------------------------------------------------------------------------------------------- kicked world
 
 
 def score_events(
-    run: TrainedRun, sprites: Sprites, world: Mapping[str, Any], count: int, generator: torch.Generator
+    networks: Networks, sprites: Sprites, world: Mapping[str, Any], count: int, generator: torch.Generator
 ) -> ScoredVideos:
     """Score `count` videos without an event, and as many with each event, of a kicked world with bouncing borders."""
     num_digits, num_frames = world["num_digits"], world["num_frames"]
@@ -117,13 +120,13 @@ def score_events(
 
     for _ in tqdm(range(count), desc="planted events", unit="video"):
         plain = sample()
-        untouched.append(score_video(run, render_digits(sprites.images[plain.sprite], plain.motion.centre)[0]))
+        untouched.append(score_video(networks, render_digits(sprites.images[plain.sprite], plain.motion.centre)[0]))
         for event in EVENTS:
             videos = sample()
             segment = int(torch.randint(2, num_frames // SEGMENT_FRAMES - 1, (), generator=generator))
             planted = plant(event, sprites, videos, segment * SEGMENT_FRAMES, generator)
-            scored[event].append((score_video(run, planted.video[0]), planted))
-    return ScoredVideos(untouched, scored, (run.model.seen_at + 1) * SEGMENT_FRAMES)
+            scored[event].append((score_video(networks, planted.video[0]), planted))
+    return ScoredVideos(untouched, scored, (networks.model.seen_at + 1) * SEGMENT_FRAMES)
 
 
 def event_aurocs(videos: ScoredVideos) -> dict[str, dict[str, float]]:
@@ -186,7 +189,9 @@ def _auroc(positives: list[np.ndarray], negatives: list[np.ndarray]) -> float:
 # -------------------------------------------------------------------------------------------------------- occlusion
 
 
-def pair_shares(run: TrainedRun, sprites: Sprites, count: int, generator: torch.Generator) -> dict[str, dict[str, Any]]:
+def pair_shares(
+    networks: Networks, sprites: Sprites, count: int, generator: torch.Generator
+) -> dict[str, dict[str, Any]]:
     """Return the share of `count` pairs of each event whose impossible video has the higher surprise.
 
     The surprise of a video is the highest of its transitions, of which one starts at every frame. Chance is 0.5.
@@ -200,7 +205,7 @@ def pair_shares(run: TrainedRun, sprites: Sprites, count: int, generator: torch.
             while len(scores) < count:
                 pairs = occlusion.sample_pairs(event, sprites, min(PAIRS_AT_ONCE, count - len(scores)), generator)
                 for both in zip(pairs.possible, pairs.impossible, strict=True):
-                    scores.append([float(score_video(run, video, step_frames=1).surprise.max()) for video in both])
+                    scores.append([float(score_video(networks, video, step_frames=1).surprise.max()) for video in both])
                     bar.update()
             possible, impossible = np.array(scores).T
             result[event] = share_higher(impossible, possible)

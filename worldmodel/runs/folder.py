@@ -11,7 +11,7 @@ run/metrics.json                 scores of the evaluation
 run/forecasts.md                 the forecasts in metrics.json as a Markdown table
 run/readout.safetensors          the ridge readout that the evaluation chose
 run/recalibration.safetensors    how the evaluation recalibrates forecasts, with the climatology for it
-run/surprise.safetensors         the surprise of selection clips, for thresholds at a false alarm rate
+run/surprise.safetensors         the surprise and the motion of selection clips, with which videos are compared
 run/illustrations.safetensors    arrays for the pictures of the report
 run/decoder.safetensors          a decoder from embeddings to frames
 run/decoder.json                 its training and its errors

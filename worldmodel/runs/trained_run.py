@@ -19,7 +19,7 @@ from worldmodel.build import build_training_model, clip_layout
 from worldmodel.config import Config, GaussianConfig, PretrainedConfig, VideosConfig, check_trust, outside_names
 from worldmodel.evaluation.decoded import decode_paths, load_decoder
 from worldmodel.evaluation.embed import Networks
-from worldmodel.evaluation.false_alarms import threshold_of_run
+from worldmodel.evaluation.ordinary import load_ordinary, threshold_of
 from worldmodel.evaluation.readout import load_readout
 from worldmodel.evaluation.recalibration import load_recalibrations
 from worldmodel.evaluation.surprise import SurpriseOptions, Timeline, check_model, clip_surprise, video_surprise
@@ -206,8 +206,8 @@ class TrainedRun:
         """Score every transition of a video file, or of a clip [T, C, H, W] of any number of frames.
 
         The score is the transition's training loss in nats, KL(q || p) + prediction error / beta. With a scene code it
-        also has the negative log probability of the same scene. Without a latent variable it is the prediction error
-        (worldmodel.evaluation.surprise).
+        also has the negative log probability of the same scene, and of an evaluated run that of ordinary motion.
+        Without a latent variable it is the prediction error (worldmodel.evaluation.surprise).
 
         Args:
             step_frames: the distance between transitions in source frames. By default segments tile the video.
@@ -221,12 +221,13 @@ class TrainedRun:
         """
         options = SurpriseOptions(num_peaks, step_frames, progress)
         check_model(self.model)
-        step = self.state["step"]
-        threshold = None if false_alarms is None else threshold_of_run(self.folder, step, false_alarms)
+        ordinary = load_ordinary(self.folder, self.state["step"])
+        threshold = None if false_alarms is None else threshold_of(ordinary, false_alarms, self.folder)
+        networks = dataclasses.replace(self.networks, ordinary_motion=ordinary and ordinary.motion)
         if isinstance(video, Tensor):
-            timeline = clip_surprise(self.networks, self._checked(video, ("T", *self.frame_shape)), options)
+            timeline = clip_surprise(networks, self._checked(video, ("T", *self.frame_shape)), options)
         else:
-            timeline = video_surprise(self.networks, self.config.data, Path(video), options)
+            timeline = video_surprise(networks, self.config.data, Path(video), options)
         return dataclasses.replace(timeline, threshold=threshold)
 
     def _segments(self, video: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def test_which_transitions_show_a_change_between_frames() -> None:
 
 
 def transitions(surprise: np.ndarray) -> Transitions:
-    return Transitions(STARTS, surprise, surprise, -surprise, surprise)
+    return Transitions(STARTS, surprise, surprise, -surprise, surprise, surprise)
 
 
 def marked(frame: int, last: int, event: float, rest: float) -> tuple[Transitions, Planted]:
@@ -115,7 +115,7 @@ def test_detects_on_a_run_deterministically(kicked_run: Path) -> None:
     run = load(kicked_run)
     result = detect(run, 3, 1, 0.1)
     found, alarms = result["auroc"], result["alarms"]
-    assert list(found) == list(MEASURES) == ["surprise", "kl_nats", "prediction_error", "scene_nats"]
+    assert list(found) == list(MEASURES) == ["surprise", "kl_nats", "prediction_error", "scene_nats", "still_nats"]
     for measure in MEASURES:
         assert set(found[measure]) == {*EVENTS, "all"}
         assert all(0 <= value <= 1 for value in found[measure].values())

@@ -1,31 +1,28 @@
 import csv
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from data_pipelines.errors import UserError
 from tests.conftest import run_here
 from tests.worldmodel.commands.test_scripts import assert_one_line
 from worldmodel import TrainedRun, load
-from worldmodel.evaluation.false_alarms import (
-    load_selection_surprise,
-    save_selection_surprise,
-    selection_surprise,
-    threshold_at,
-)
-from worldmodel.evaluation.surprise import clip_surprise
+from worldmodel.evaluation.ordinary import load_ordinary, ordinary_transitions, save_ordinary, threshold_at
+from worldmodel.evaluation.surprise import Ordinary, clip_surprise
 from worldmodel.runs.folder import RunFolder
 
 
 @pytest.fixture(scope="module")
 def evaluated(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
-    """A run with what an evaluation stores of the surprise of selection clips."""
+    """A run with what an evaluation stores of its selection clips."""
     folder = tmp_path_factory.mktemp("alarms") / "run"
     shutil.copytree(trained_run, folder)
     run = load(folder)
-    save_selection_surprise(folder, selection_surprise(run.networks, 32), run.state["step"])
+    save_ordinary(folder, ordinary_transitions(run.networks, 32), run.state["step"])
     return run
 
 
@@ -62,17 +59,19 @@ def test_rates_without_a_threshold_are_refused(rate: float, message: str) -> Non
 
 
 def test_selection_clips_are_scored_as_videos_are(evaluated: TrainedRun) -> None:
-    found = selection_surprise(evaluated.networks, 10)
+    found = ordinary_transitions(evaluated.networks, 10)
+    networks = replace(evaluated.networks, ordinary_motion=found.motion)
     clips = [clip for batch in evaluated.source.evaluation_batches("selection", 10) for clip in batch["video"]]
-    each = [clip_surprise(evaluated.networks, clip).surprise[0] for clip in clips]
-    np.testing.assert_allclose(found, np.sort(each), rtol=1e-4)
+    each = [clip_surprise(networks, clip).surprise[0] for clip in clips]
+    np.testing.assert_allclose(found.surprise, np.sort(each), rtol=1e-4)
 
 
 def test_an_evaluated_run_has_thresholds(evaluated: TrainedRun, long_video: Path) -> None:
-    ordered = load_selection_surprise(evaluated.folder, evaluated.state["step"])
-    assert ordered is not None and len(ordered) == 32
+    ordinary = load_ordinary(evaluated.folder, evaluated.state["step"])
+    assert ordinary is not None and ordinary.motion is not None
+    assert len(ordinary.surprise) == len(ordinary.motion) == 32
     timeline = evaluated.surprise(long_video, false_alarms=0.25)
-    assert timeline.threshold == threshold_at(0.25, ordered) and timeline.alarms is not None
+    assert timeline.threshold == threshold_at(0.25, ordinary.surprise) and timeline.alarms is not None
     np.testing.assert_array_equal(timeline.alarms, timeline.surprise > timeline.threshold)
     assert evaluated.surprise(long_video).alarms is None
     with pytest.raises(
@@ -98,13 +97,14 @@ def test_mistakes(evaluated: TrainedRun, trained_run: Path, long_video: Path, tm
     video = ("--video", str(long_video), "--out", str(tmp_path / "out"))
     refused = "a false alarm rate of 1.5 is not between 0 and 1"
     assert_one_line("surprise.py", "--run", str(trained_run), *video, "--false-alarms", "1.5", tells=refused)
-    unevaluated = "has no surprise of selection clips, from which thresholds follow: evaluate it"
+    unevaluated = "does not have for this checkpoint: evaluate it"
     assert_one_line("surprise.py", "--run", str(trained_run), *video, "--false-alarms", "0.1", tells=unevaluated)
     path = RunFolder(evaluated.folder).surprise
     kept = path.read_bytes()
     try:
-        save_selection_surprise(evaluated.folder, np.arange(3.0), 5)
-        with pytest.raises(UserError, match="was evaluated at step 5, but the loaded checkpoint is from step 6"):
+        save_ordinary(evaluated.folder, Ordinary(np.arange(3, dtype=np.float32), torch.arange(3.0)), 5)
+        assert evaluated.surprise(long_video).still_nats is None  # of another checkpoint
+        with pytest.raises(UserError, match="does not have for this checkpoint: evaluate it"):
             evaluated.surprise(long_video, false_alarms=0.5)
         for damaged in (b"nothing", kept[:-4] + b"\xff\xff\xff\xff"):
             path.write_bytes(damaged)
