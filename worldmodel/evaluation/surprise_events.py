@@ -194,7 +194,7 @@ def pair_shares(
 ) -> dict[str, dict[str, Any]]:
     """Return the share of `count` pairs of each event whose impossible video has the higher surprise.
 
-    The surprise of a video is the highest of its transitions, of which one starts at every frame. Chance is 0.5.
+    The surprise of a video is the mean of its transitions, of which one starts at every frame. Chance is 0.5.
 
     Returns: {event: {"share", "ci95"}}, as `share_higher`.
     """
@@ -205,7 +205,7 @@ def pair_shares(
             while len(scores) < count:
                 pairs = occlusion.sample_pairs(event, sprites, min(PAIRS_AT_ONCE, count - len(scores)), generator)
                 for both in zip(pairs.possible, pairs.impossible, strict=True):
-                    scores.append([float(score_video(networks, video, step_frames=1).surprise.max()) for video in both])
+                    scores.append([float(score_video(networks, video, step_frames=1).surprise.mean()) for video in both])
                     bar.update()
             possible, impossible = np.array(scores).T
             result[event] = share_higher(impossible, possible)
