@@ -205,7 +205,9 @@ def pair_shares(
             while len(scores) < count:
                 pairs = occlusion.sample_pairs(event, sprites, min(PAIRS_AT_ONCE, count - len(scores)), generator)
                 for both in zip(pairs.possible, pairs.impossible, strict=True):
-                    scores.append([float(score_video(networks, video, step_frames=1).surprise.mean()) for video in both])
+                    scores.append(
+                        [float(score_video(networks, video, step_frames=1).surprise.mean()) for video in both]
+                    )
                     bar.update()
             possible, impossible = np.array(scores).T
             result[event] = share_higher(impossible, possible)
