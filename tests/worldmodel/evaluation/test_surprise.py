@@ -371,7 +371,7 @@ def test_an_evaluation_has_a_timeline_of_every_model_that_scores_videos(
     changes: dict[str, object], unit: str | None, kicked_world: Path
 ) -> None:
     config, training = tiny(VideosConfig(root=str(kicked_world), channels=1), **changes)  # type: ignore[arg-type]
-    timeline = timeline_of_test_video(TrainedRun(kicked_world, config, training, None, {}))
+    timeline = timeline_of_test_video(TrainedRun(kicked_world, config, training, None, {"step": 0}))
     assert (timeline and timeline.unit) == unit
 
 
