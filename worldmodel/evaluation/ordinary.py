@@ -2,9 +2,9 @@
 
 They are the reference of stillness (worldmodel.evaluation.surprise.still_nats), and of thresholds at a stated rate of
 false alarms. The threshold at a rate a is the k-th lowest surprise of N transitions, k = ceil((N + 1) (1 - a)). A
-further transition of the same kind exceeds it with probability at most a, and at least a - 1 / (N + 1) without ties,
-whatever the model is (split conformal prediction: Vovk, Gammerman and Shafer 2005, "Algorithmic Learning in a Random
-World"; Angelopoulos and Bates, arXiv 2107.07511). Other cameras, places or frame rates are another kind.
+further transition that is exchangeable with them exceeds it with probability at most a, and at least a - 1 / (N + 1)
+without ties, whatever the model is (split conformal prediction: Vovk, Gammerman and Shafer 2005, "Algorithmic Learning
+in a Random World"; Angelopoulos and Bates, arXiv 2107.07511). Those of other cameras, places or frame rates are not.
 """
 
 import math
