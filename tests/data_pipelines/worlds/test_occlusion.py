@@ -40,9 +40,9 @@ def sprites() -> Sprites:
 
 def ink(video: Tensor) -> Tensor:
     """The ink next to the screen in each frame: [B, T, 1, H, W] -> [B, T]."""
-    beside = video.clone()
-    beside[..., SCREEN] = 0
-    return beside.sum(dim=(2, 3, 4))
+    outside = video.clone()
+    outside[..., SCREEN] = 0
+    return outside.sum(dim=(2, 3, 4))
 
 
 def test_digits_move_along_a_row_at_speeds_that_change_at_the_borders_alone(sprites: Sprites) -> None:
@@ -116,14 +116,14 @@ def test_what_comes_out(pairs: dict[str, Pairs]) -> None:
 
 def test_a_changed_digit_comes_out_where_and_when_the_first_would(sprites: Sprites, pairs: dict[str, Pairs]) -> None:
     pair = pairs["change"]
-    beside = [video.clone() for video in (pair.possible, pair.impossible)]
-    for video in beside:
+    outside = [video.clone() for video in (pair.possible, pair.impossible)]
+    for video in outside:
         video[..., SCREEN] = 0
-    columns = [video[:, -SEGMENT_FRAMES:, 0].sum(dim=2) for video in beside]
+    columns = [video[:, -SEGMENT_FRAMES:, 0].sum(dim=2) for video in outside]
     along = torch.arange(64.0)
     centres = [(each * along).sum(dim=-1) / each.sum(dim=-1) for each in columns]
     assert (centres[0] - centres[1]).abs().max() < 5 and MIDDLE_PX == 31.5
-    assert ((beside[0] - beside[1]).abs()[:, -SEGMENT_FRAMES:].sum(dim=(1, 2, 3, 4)) > 10).all()
+    assert ((outside[0] - outside[1]).abs()[:, -SEGMENT_FRAMES:].sum(dim=(1, 2, 3, 4)) > 10).all()
 
 
 def test_pairs_are_a_function_of_the_generator(sprites: Sprites) -> None:
