@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from data_pipelines.worlds import kicked_mnist
+from data_pipelines.worlds import kicked_mnist, occlusion
 from data_pipelines.worlds.digits import load_sprites
 from data_pipelines.worlds.kicked_mnist import render_digits, sample_videos
 from data_pipelines.worlds.moving_mnist import write_moving_mnist
@@ -72,6 +72,14 @@ def kicked_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """8 training, 4 selection and 4 test videos of 24 frames with a kick every three, with labels."""
     root = tmp_path_factory.mktemp("world") / "kicked_mnist"
     kicked_mnist.write_kicked_mnist(root, {"train": 8, "selection": 4, "test": 4}, num_frames=24, num_processes=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def occlusion_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8 training, 4 selection and 4 test videos of 24 frames with a screen, with labels."""
+    root = tmp_path_factory.mktemp("world") / "occlusion"
+    occlusion.write_occlusion(root, {"train": 8, "selection": 4, "test": 4}, num_frames=24, num_processes=1)
     return root
 
 

@@ -16,7 +16,7 @@ from data_pipelines.errors import UserError, did_you_mean
 from worldmodel.commands.exits import leave, report_errors
 
 COMMANDS = {
-    "videos": "write a known world: moving-mnist, kicked-mnist or two-rooms",
+    "videos": "write a known world: moving-mnist, kicked-mnist, occlusion, ...",
     "record": "record a Gymnasium environment as videos with actions and states",
     "index": "index a folder of videos, in parts if it is large",
     "convert": "convert images, HDF5, npz, GIF, Lance or LeRobot v2 to videos",

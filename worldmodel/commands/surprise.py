@@ -3,14 +3,19 @@
 Writes surprise.csv, with one row per transition, and a plot of the scores with the frames at their peaks
 (surprise.png, surprise.webp).
 
-With a latent variable, surprise is the training loss in nats: kl_nats + prediction_error / beta + scene_nats.
+With a latent variable, surprise is in nats: kl_nats + prediction_error / beta + scene_nats + still_nats.
   kl_nats            KL(q || p), of the posterior from the prior of r
   prediction_error   the error that remains with r from the posterior
   scene_nats         -log P(same scene), if the model has a scene code
+  still_nats         -log P(ordinary motion), if the run was evaluated: high if everything stops
 Without a latent variable, surprise is the prediction error. A part that the model does not have is left out.
+
+--false-alarms adds a threshold, which that share of the transitions of the run's selection clips exceeds: a line in the
+plot, and a column is_alarm in surprise.csv. It needs an evaluated run.
 
 example:
   worldmodel surprise --run runs/demo --video clip.mp4 --out surprises
+  worldmodel surprise --run runs/demo --video clip.mp4 --false-alarms 0.01 --out surprises
 """
 
 from __future__ import annotations
@@ -37,7 +42,12 @@ if TYPE_CHECKING:
     from worldmodel.evaluation.surprise import Timeline
 
 PICTURE_DPI = 150
-HEADINGS = {"kl_nats": "KL, nats", "prediction_error": "prediction error", "scene_nats": "scene, nats"}
+HEADINGS = {
+    "kl_nats": "KL, nats",
+    "prediction_error": "prediction error",
+    "scene_nats": "scene, nats",
+    "still_nats": "still, nats",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peaks", type=int, default=5, metavar="N", help="peaks to show (default: 5)")
     parser.add_argument(
         "--step-frames", type=int, metavar="N", help="frames between transitions (default: the length of a segment)"
+    )
+    parser.add_argument(
+        "--false-alarms", type=float, metavar="RATE", help="mark what exceeds the threshold at this rate, such as 0.01"
     )
 
 
@@ -58,7 +71,13 @@ def run(args: argparse.Namespace) -> None:
     trained = load_run(args)
     check_video(args.video)
     make_out_folder(args.out)
-    timeline = trained.surprise(args.video, num_peaks=args.peaks, step_frames=args.step_frames, progress=True)
+    timeline = trained.surprise(
+        args.video,
+        num_peaks=args.peaks,
+        step_frames=args.step_frames,
+        false_alarms=args.false_alarms,
+        progress=True,
+    )
     table, pictures = args.out / "surprise.csv", [args.out / f"surprise.{suffix}" for suffix in ("png", "webp")]
     try:
         write_text(table, csv_of(timeline))
@@ -69,18 +88,23 @@ def run(args: argparse.Namespace) -> None:
             write_bytes(path, picture.getvalue())
     except OSError as error:
         raise UserError(f"cannot write to {args.out}: {error.strerror}") from error
-    print("", table_of_peaks(timeline), "", table, *pictures, sep="\n")
+    print("", table_of_peaks(timeline), *alarm_lines(timeline, args.false_alarms), "", table, *pictures, sep="\n")
 
 
 def csv_of(timeline: Timeline) -> str:
-    """Return one row per transition as CSV. time_s is empty if the video has no frame rate."""
+    """Return one row per transition as CSV. time_s is empty if the video has no frame rate.
+
+    The column is_alarm exists if the timeline has a threshold.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["transition", "frame", "time_s", *timeline.measures, "is_peak"])
+    alarms = {} if timeline.alarms is None else {"is_alarm": timeline.alarms}
+    writer.writerow(["transition", "frame", "time_s", *timeline.measures, "is_peak", *alarms])
     peaks = set(timeline.peaks.tolist())
     for row, frame in enumerate(timeline.frame.tolist()):
         scores = [f"{values[row]:.6g}" for values in timeline.measures.values()]
-        writer.writerow([row, frame, _time(timeline, row), *scores, int(row in peaks)])
+        marks = [int(row in peaks), *(int(values[row]) for values in alarms.values())]
+        writer.writerow([row, frame, _time(timeline, row), *scores, *marks])
     return text.getvalue()
 
 
@@ -93,6 +117,17 @@ def table_of_peaks(timeline: Timeline) -> str:
         scores = "  ".join(f"{values[peak]:>{len(heading)}.3f}" for heading, values in shown.items())
         lines.append(f"{rank:>4} {timeline.frame[peak]:>9} {_time(timeline, peak) or '-':>10}  {scores}")
     return "\n".join(lines)
+
+
+def alarm_lines(timeline: Timeline, rate: float | None) -> list[str]:
+    """Return a line with the threshold and the number of alarms; none without a threshold."""
+    if timeline.alarms is None:
+        return []
+    above = f"{int(timeline.alarms.sum())} of {len(timeline.alarms)} transitions"
+    return [
+        "",
+        f"threshold at a false alarm rate of {rate:g}: {timeline.threshold:.3f} {timeline.unit}, exceeded by {above}",
+    ]
 
 
 def _time(timeline: Timeline, row: int) -> str:

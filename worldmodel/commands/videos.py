@@ -2,6 +2,7 @@
 
   moving-mnist   digits that move for 9 frames, with one random change of motion
   kicked-mnist   digits that move for 60 frames and are kicked every 3 frames
+  occlusion      digits that move for 60 frames and pass behind a screen
   two-rooms      an agent in two rooms joined by a door, with its actions and states
   freeway, breakout, pong
                  Atari games with sticky actions, played by simple policies, with positions from the console's memory
@@ -30,12 +31,14 @@ GAMES = ("freeway", "breakout", "pong", "highway")  # those of data_pipelines.wo
 COUNTS: "dict[str, dict[Split, int]]" = {
     "moving-mnist": {"train": 16_384, "selection": 2_048, "test": 1_024},
     "kicked-mnist": {"train": 12_000, "selection": 512, "test": 512},
+    "occlusion": {"train": 4_000, "selection": 512, "test": 512},
     "two-rooms": {"train": 4_000, "selection": 100, "test": 100},
     **{game: {"train": 200, "selection": 40, "test": 40} for game in GAMES},
 }
 OWN_OPTIONS = {
     "moving-mnist": ("setting", "mnist_dir"),
     "kicked-mnist": ("num_frames", "num_digits", "borders", "mnist_dir"),
+    "occlusion": ("num_frames", "mnist_dir"),
     "two-rooms": ("env_kwargs",),
     **dict.fromkeys(GAMES, ("num_frames",)),
 }
@@ -53,18 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_seed(parser, "seed of the videos")
     add_processes(parser)
     add_overwrite(parser, "a world with other parameters")
-    digits = parser.add_argument_group("moving-mnist and kicked-mnist")
+    digits = parser.add_argument_group("moving-mnist, kicked-mnist and occlusion")
     digits.add_argument(
         "--mnist-dir", type=Path, metavar="FOLDER", help="MNIST's IDX files (default: the digits of scikit-learn)"
     )
     moving = parser.add_argument_group("moving-mnist")
     moving.add_argument("--setting", choices=["A", "B"], help="distribution of the changed axis (default: A)")
-    long = parser.add_argument_group("kicked-mnist and games")
+    long = parser.add_argument_group("kicked-mnist, occlusion and games")
     long.add_argument(
         "--num-frames",
         type=int,
         metavar="N",
-        help="frames per video (default: kicked-mnist 60, a multiple of 3; games 250)",
+        help="frames per video (default: kicked-mnist 60, a multiple of 3; occlusion 60; games 250)",
     )
     kicked = parser.add_argument_group("kicked-mnist")
     kicked.add_argument("--num-digits", type=int, choices=[1, 2], help="digits per video (default: 1)")
@@ -98,11 +101,14 @@ def run(args: argparse.Namespace) -> None:
             overwrite=args.overwrite,
         )
     else:
-        from data_pipelines.worlds import kicked_mnist, moving_mnist
+        from data_pipelines.worlds import kicked_mnist, moving_mnist, occlusion
 
-        write: Any = (
-            moving_mnist.write_moving_mnist if args.world == "moving-mnist" else kicked_mnist.write_kicked_mnist
-        )
+        writers: dict[str, Any] = {
+            "moving-mnist": moving_mnist.write_moving_mnist,
+            "kicked-mnist": kicked_mnist.write_kicked_mnist,
+            "occlusion": occlusion.write_occlusion,
+        }
+        write = writers[args.world]
         write(args.out, counts, **options, seed=args.seed, num_processes=num_processes, overwrite=args.overwrite)
     print(f"{sum(counts.values()):,} videos in {args.out}")
 
@@ -111,7 +117,8 @@ def own_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the given options that not every world has.
 
     Raises:
-        UserError: the chosen world does not have one of them, or the frames do not divide into segments.
+        UserError: the chosen world does not have one of them, or the frames of a video with kicks do not divide into
+            segments.
     """
     from data_pipelines.worlds.moving_mnist import SEGMENT_FRAMES
 
@@ -121,7 +128,7 @@ def own_options(args: argparse.Namespace) -> dict[str, Any]:
         if name not in OWN_OPTIONS[args.world]:
             raise UserError(f"--{name.replace('_', '-')} {value} is not an option of {args.world}")
     least = 2 * SEGMENT_FRAMES
-    if args.world in GAMES:
+    if args.world != "kicked-mnist":
         return given
     if (num_frames := given.get("num_frames", least)) < least or num_frames % SEGMENT_FRAMES:
         raise UserError(f"--num-frames {num_frames} must be a multiple of {SEGMENT_FRAMES}, at least {least}")

@@ -29,7 +29,8 @@ from worldmodel.training.losses import TrainingModel
 class Networks:
     """A run's model, the network that embeds targets, the device of both, the source of its clips and their layout.
 
-    Surprise also needs the losses that the model was trained with.
+    Surprise also needs the losses that the model was trained with, and, for its stillness, the motion of ordinary
+    segments in rising order, [N] (worldmodel.evaluation.surprise).
     """
 
     model: WorldModel
@@ -38,6 +39,7 @@ class Networks:
     source: Source
     layout: ClipLayout
     training: TrainingModel | None = None
+    ordinary_motion: Tensor | None = None
 
     @property
     def shares_encoder(self) -> bool:

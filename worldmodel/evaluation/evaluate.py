@@ -7,6 +7,7 @@ from data_pipelines.errors import UserError
 from worldmodel.evaluation.decoded import store_futures, stored_facts
 from worldmodel.evaluation.factors import evaluate_factors
 from worldmodel.evaluation.forecast import evaluate_forecasts
+from worldmodel.evaluation.ordinary import ordinary_transitions, save_ordinary
 from worldmodel.evaluation.readout import save_readout
 from worldmodel.evaluation.recalibration import save_recalibration
 from worldmodel.evaluation.records import save_records
@@ -43,7 +44,7 @@ def evaluate(run: TrainedRun, *, compare: Path | None = None) -> Metrics:
 
 
 def _evaluate_videos(run: TrainedRun, compare: Path | None) -> Metrics:
-    """Return the metrics of forecasts; write the readout, the recalibration and the illustrations."""
+    """Return the metrics of forecasts; write the other files of an evaluation."""
     folder = RunFolder(run.folder)
     compared = None if compare is None else compared_metrics(compare)  # mistakes show before minutes of work
     evaluation = evaluate_forecasts(run.networks, run.config.evaluation)
@@ -56,6 +57,9 @@ def _evaluate_videos(run: TrainedRun, compare: Path | None) -> Metrics:
         save_readout(run.folder, evaluation.readout, evaluation.quantity, run.state["step"])
     if evaluation.recalibrated:
         save_recalibration(run.folder, evaluation.recalibrated, run.state["step"])
+    if not why_unsupported(run.model):
+        ordinary = ordinary_transitions(run.networks, run.config.evaluation.selection_clips)
+        save_ordinary(run.folder, ordinary, run.state["step"])
     illustrations = dataclasses.replace(evaluation.illustrations, timeline=timeline_of_test_video(run))
     save_records(folder.illustrations, [illustrations])
     if stored_facts(run.folder, run.state["step"]) is not None:

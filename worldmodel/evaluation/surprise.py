@@ -1,12 +1,12 @@
-"""Surprise of each transition of a video: its training loss, and the evidence that the scene changed.
+"""Surprise of each transition of a video: its training loss, and the evidence that the scene changed or stood still.
 
 A transition is three successive segments: the context x, the target x+ and, if the posterior sees it, x++.
 
-    surprise = KL(q || p) + prediction error / beta + scene change, in nats
+    surprise = KL(q || p) + prediction error / beta + scene change + stillness, in nats
 
 The first two terms are the training loss of the transition itself, divided by beta. Up to a constant they are the
-negative ELBO, for a likelihood of the target that falls as exp(-prediction error / beta). The three parts find
-different things (docs/experiments.md):
+negative ELBO, for a likelihood of the target that falls as exp(-prediction error / beta). The parts find different
+things (docs/experiments.md):
 
 - KL(q || p) in nats is "Bayesian surprise" (Itti and Baldi 2009): the change of belief about r when the target is seen.
   It is high for rare events of a kind that r encodes.
@@ -16,6 +16,10 @@ different things (docs/experiments.md):
 - The scene change in nats, for models with a scene code (SceneCode.change_nats), is -log of the probability that x and
   x+ belong to one clip. It is high if one object turns into another, which an embedding trained by prediction hardly
   shows. Without a scene code it is 0.
+- The stillness in nats (`still_nats`) is -log of the probability that the motion within x+ is ordinary. It is high if
+  everything stops, where things always move. The first two parts compare velocities only as exactly as the embedding
+  holds them, in which rest is near to slow motion. Without the motion of ordinary segments, which an evaluation
+  measures on selection clips, and for segments of one frame, it is 0.
 
 Of contrastive objectives only the attraction counts: a loss over the whole batch does not belong to one transition.
 Without a latent, or with a beta of 0, the loss has no KL. Surprise is then the prediction error, in the units of the
@@ -27,13 +31,14 @@ latent dimensions, T frames, C channels, H = W pixels.
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -41,7 +46,7 @@ from data_pipelines.batches import Batch
 from data_pipelines.clips import frames_on_screen
 from data_pipelines.decoders import Frame, read_facts, read_frames
 from data_pipelines.errors import UserError
-from data_pipelines.transforms import to_float
+from data_pipelines.transforms import split_segments, to_float
 from worldmodel.config import DataConfig, VideosConfig
 from worldmodel.data import check_one_camera
 from worldmodel.evaluation.embed import Networks, embed_batches
@@ -56,16 +61,18 @@ SEGMENTS_AT_ONCE = 64
 TRANSITIONS_AT_ONCE = 512
 NUM_DRAWS = 16  # of q, for the KL from a prior without a closed form and for the prediction error
 SEED = 0
+LEAST_MOTION = 1e-8  # less is rounding
 
 
 class Transitions(NamedTuple):
-    """start [N]: the first frame of each context segment; surprise, kl_nats, prediction_error, scene_nats [N]."""
+    """start [N]: the first frame of each context segment; surprise and its parts, [N] each."""
 
     start: np.ndarray
     surprise: np.ndarray
     kl_nats: np.ndarray
     prediction_error: np.ndarray
     scene_nats: np.ndarray
+    still_nats: np.ndarray
 
 
 MEASURES = Transitions._fields[1:]
@@ -78,10 +85,10 @@ class Timeline:
 
     frame [N] is the first frame of each target segment, in source frames. time_s [N] is its time; None if the video
     states no frame rate. surprise [N] is in `unit`: "nats", or "units of the loss" if the loss has no KL. Its parts are
-    kl_nats (None without a latent variable), prediction_error (in the units of the loss) and scene_nats (None without a
-    scene code) [N]. peaks [P] are positions in `frame` of the
-    most surprising transitions, highest first. peak_frames uint8 [P, T, C, H, W] are the context and target segments
-    there.
+    kl_nats (None without a latent variable), prediction_error (in the units of the loss), scene_nats (None without a
+    scene code) and still_nats (None without the motion of ordinary segments) [N]. peaks [P] are positions in `frame` of
+    the most surprising transitions, highest first. peak_frames uint8 [P, T, C, H, W] are the context and target
+    segments there. threshold is that of an alarm, in `unit`; None if no rate of false alarms was asked for.
     """
 
     video: str
@@ -94,11 +101,18 @@ class Timeline:
     scene_nats: Annotated[np.ndarray, Axes("f", "moment*")] | None
     peaks: Annotated[np.ndarray, Axes("i", "peak*")]
     peak_frames: Annotated[np.ndarray, Axes("u", "peak* peak_frame channel height width")]
+    still_nats: Annotated[np.ndarray, Axes("f", "moment*")] | None = None
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for peaks at other moments, as in a damaged file."""
         if not ((self.peaks >= 0) & (self.peaks < len(self.frame))).all():
             raise ValueError(f"peaks {self.peaks} of {len(self.frame)} moments")
+
+    @property
+    def alarms(self) -> np.ndarray | None:
+        """Whether each transition exceeds the threshold, bool [N]; None without a threshold."""
+        return None if self.threshold is None else self.surprise > self.threshold
 
     @property
     def measures(self) -> dict[str, np.ndarray]:
@@ -159,7 +173,7 @@ def video_surprise(
         unit=surprise_unit(training_of(networks)),
         peaks=peaks,
         peak_frames=np.stack([frames_from(start) for start in found.start[peaks].tolist()]),
-        **_measures(networks.model, found),
+        **_measures(networks, found),
     )
 
 
@@ -184,17 +198,19 @@ def clip_surprise(networks: Networks, clip: Tensor, options: SurpriseOptions | N
         peak_frames=np.stack(
             [pixels[start : start + 2 * span : layout.frame_stride] for start in found.start[peaks].tolist()]
         ),
-        **_measures(networks.model, found),
+        **_measures(networks, found),
     )
 
 
-def _measures(model: WorldModel, found: Transitions) -> dict[str, Any]:
+def _measures(networks: Networks, found: Transitions) -> dict[str, Any]:
     parts = found._asdict()
     del parts["start"]
-    if isinstance(model.latent, NoLatent):
+    if isinstance(networks.model.latent, NoLatent):
         parts["kl_nats"] = None
-    if isinstance(model.scene, NoScene):
+    if isinstance(networks.model.scene, NoScene):
         parts["scene_nats"] = None
+    if networks.ordinary_motion is None:
+        parts["still_nats"] = None
     return parts
 
 
@@ -247,7 +263,7 @@ def score_transitions(
     Raises:
         UserError: step_frames is below 1, or the video is too short for one transition.
     """
-    layout, model, training = networks.layout, networks.model, training_of(networks)
+    layout, model = networks.layout, networks.model
     options = options or SurpriseOptions()
     step = layout.span if options.step_frames is None else options.step_frames
     if step < 1:
@@ -259,30 +275,56 @@ def score_transitions(
         raise UserError(f"{name} has {num_frames} frames, but one transition takes {length}: give a longer video")
     segments = np.unique(starts[:, None] + span * np.arange(num_segments))
     cut = cut_segments(frames, segments.tolist(), layout.num_frames, layout.frame_stride)
-    embedded = _embed_segments(networks, cut, len(segments), progress=options.progress)
-    scores = []
-    for part in np.split(starts, range(TRANSITIONS_AT_ONCE, len(starts), TRANSITIONS_AT_ONCE)):
-        context, target, seen = (np.searchsorted(segments, part + span * at) for at in (0, 1, model.seen_at))
-        state = embedded.state[context]
-        kl, error = measure(training, state, embedded.target[target], model.embedding_of(embedded.state[seen]))
-        scene = model.scene.change_nats(embedded.kept[context], embedded.kept[target])
-        surprise = kl + error / training.beta + scene if weighs_kl(training) else error
-        scores.append(torch.stack([surprise, kl, error, scene]).cpu())
-    return Transitions(starts, *torch.cat(scores, dim=1).numpy())
+    with_motion = networks.ordinary_motion is not None
+    embedded = _embed_segments(networks, cut, len(segments), with_motion=with_motion, progress=options.progress)
+    places = (np.searchsorted(segments, starts + span * at) for at in (0, 1, model.seen_at))
+    return Transitions(starts, *_score_embedded(networks, embedded, *places))
+
+
+class Ordinary(NamedTuple):
+    """surprise [N] of ordinary transitions and motion [N] within their targets, each in rising order.
+
+    motion is None for segments of one frame.
+    """
+
+    surprise: np.ndarray
+    motion: Tensor | None
+
+
+@torch.no_grad()
+def score_clips(networks: Networks, batches: Iterable[Batch], *, progress: bool = False) -> Ordinary:
+    """Score the first transition of each clip of batches, whose own motion is taken as the ordinary one."""
+    num_segments, moves = networks.model.seen_at + 1, networks.layout.num_frames > 1
+
+    def segments() -> Iterator[np.ndarray]:
+        for batch in batches:
+            clips = split_segments(batch["video"], networks.layout.num_segments)[:, :num_segments]
+            yield from clips.flatten(0, 1).numpy()
+
+    embedded = _embed_segments(networks, segments(), None, with_motion=moves, progress=progress)
+    first = np.arange(0, len(embedded.state), num_segments)
+    motion = embedded.motion[first + 1].sort().values if moves else None
+    networks = replace(networks, ordinary_motion=motion)
+    surprise = _score_embedded(networks, embedded, first, first + 1, first + networks.model.seen_at)[0]
+    return Ordinary(np.sort(surprise), motion)
 
 
 class _EmbeddedSegments(NamedTuple):
-    """Segments of one video: state [N, D + Z], target [N, D] in the space of targets, and the scene's kept part."""
+    """N segments: state [N, D + Z], target [N, D] in the space of targets, the scene's kept part, and motion [N].
+
+    motion is 0 if it was not asked for.
+    """
 
     state: Tensor
     target: Tensor
     kept: Tensor
+    motion: Tensor
 
 
 def _embed_segments(
-    networks: Networks, segments: Iterator[np.ndarray], total: int, *, progress: bool
+    networks: Networks, segments: Iterator[np.ndarray], total: int | None, *, with_motion: bool, progress: bool
 ) -> _EmbeddedSegments:
-    """Embed segments [T, C, H, W] of a video, a few at once."""
+    """Embed segments [T, C, H, W], a few at once."""
 
     def batches() -> Iterator[Batch]:
         while batch := list(islice(segments, SEGMENTS_AT_ONCE)):
@@ -290,13 +332,33 @@ def _embed_segments(
             yield Batch(video=torch.from_numpy(np.stack(batch)), clip_id=number, row=number, labels={})
 
     parts = []
-    scene = networks.model.scene
+    model = networks.model
     with tqdm(total=total, desc="surprise", unit="segment", disable=not progress) as bar:
         for embedded in embed_batches(networks, batches(), num_segments=1):
-            kept = scene.project(embedded.features)
-            parts.append(_EmbeddedSegments(embedded.state, embedded.context_as_target(), kept))
+            kept, video = model.scene.project(embedded.features), embedded.segments[:, 0]
+            motion = segment_motion(model, video, embedded.state) if with_motion else video.new_zeros(len(video))
+            parts.append(_EmbeddedSegments(embedded.state, embedded.context_as_target(), kept, motion))
             bar.update(len(embedded.state))
     return _EmbeddedSegments(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def _score_embedded(
+    networks: Networks, embedded: _EmbeddedSegments, context: np.ndarray, target: np.ndarray, seen: np.ndarray
+) -> np.ndarray:
+    """Return surprise and its parts, [len(MEASURES), N], of transitions whose segments are at these positions [N]."""
+    model, training = networks.model, training_of(networks)
+    scores = []
+    for rows in np.split(np.arange(len(context)), range(TRANSITIONS_AT_ONCE, len(context), TRANSITIONS_AT_ONCE)):
+        before, after = context[rows], target[rows]
+        state = embedded.state[before]
+        kl, error = measure(training, state, embedded.target[after], model.embedding_of(embedded.state[seen[rows]]))
+        scene = model.scene.change_nats(embedded.kept[before], embedded.kept[after])
+        still = torch.zeros_like(kl)
+        if networks.ordinary_motion is not None:
+            still = still_nats(embedded.motion[after], networks.ordinary_motion.to(kl))
+        surprise = kl + error / training.beta + scene + still if weighs_kl(training) else error
+        scores.append(torch.stack([surprise, kl, error, scene, still]).cpu())
+    return torch.cat(scores, dim=1).numpy()
 
 
 def measure(training: TrainingModel, state: Tensor, target: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -320,6 +382,30 @@ def measure(training: TrainingModel, state: Tensor, target: Tensor, seen: Tensor
     edited = (model.embedding_of(model.edit(state, r)) for r in draws)
     errors = [training.objective.prediction_error(embedding, target, context) for embedding in edited]
     return kl, torch.stack(errors).mean(dim=0)
+
+
+def segment_motion(model: WorldModel, video: Tensor, state: Tensor) -> Tensor:
+    """Return the motion within segments [B, T, C, H, W] of these states [B, D + Z], as the embedding shows it: [B].
+
+    That is the mean squared difference of its embedding from that of its last frame, repeated.
+    """
+    at_rest = model.encode(video[:, -1:].expand_as(video))
+    return (model.embedding_of(state) - at_rest).square().mean(dim=1).float()
+
+
+def still_nats(motion: Tensor, ordinary: Tensor) -> Tensor:
+    """Return -log P(ordinary), in nats, for the motion [B] of segments and that of ordinary ones [N] in rising order.
+
+    P holds if ordinary and unusually still segments are equally frequent, and likelihoods are in the ratio 1 : B. p is
+    the share of ordinary segments with at most this motion, and B = 1 / (-e p log p) for p < 1 / e, otherwise 1: the
+    largest ratio that is compatible with p as a p-value (Sellke, Bayarri and Berger 2001, "Calibration of p values for
+    testing precise null hypotheses"). With N = 2,048, a segment at rest has 4.6 nats, half of all segments log 2.
+    """
+    ordinary, motion = (values.clamp(min=LEAST_MOTION) for values in (ordinary, motion))
+    rank = torch.searchsorted(ordinary, motion, right=True)
+    nats = -((rank + 1) / (len(ordinary) + 1)).log()
+    log_ratio = torch.where(nats > 1, nats - 1 - nats.clamp(min=1).log(), 0)
+    return F.softplus(log_ratio)
 
 
 def cut_segments(

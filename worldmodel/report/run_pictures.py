@@ -86,6 +86,7 @@ def timeline_pictures(illustrations: Illustrations) -> dict[str, Any] | None:
         "video": timeline.video,
         "has_kl": timeline.unit == "nats",
         "has_scene": timeline.scene_nats is not None,
+        "has_stillness": timeline.still_nats is not None,
         "chart": chart(draw, alt, size_in=(5.2, 2.2)),
         "peaks": [
             (moment, strip(frames[both], f"Peak {i + 1}, {moment}: the context, then the target."))

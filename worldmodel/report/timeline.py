@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 
 def draw_timeline(axes: Axes, theme: Theme, timeline: Timeline) -> None:
-    """Draw surprise against time, and mark the peaks with their numbers."""
+    """Draw surprise against time with its threshold, if there is one, and mark the peaks with their numbers."""
     x = timeline_axis(timeline)
+    if timeline.threshold is not None:
+        axes.axhline(timeline.threshold, color=theme["truth"], linewidth=1, linestyle="--")
     axes.fill_between(x, timeline.surprise, color=theme["model"], alpha=0.12, linewidth=0)
     axes.plot(x, timeline.surprise, color=theme["model"], linewidth=1.3)
     for rank, peak in enumerate(timeline.peaks, start=1):

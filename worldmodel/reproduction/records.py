@@ -14,13 +14,32 @@ from worldmodel.runs.planning_metrics import Planning
 from worldmodel.runs.record_types import MAX_NAMES, Part, Score, Whole
 
 
+class Alarms(Part, total=False):
+    """Shares of transitions above the threshold at a rate of false alarms: of normal videos, and at each event."""
+
+    rate: Score
+    threshold: Score
+    normal: Score
+    normal_ci95: list[Score]
+    detected: Annotated[dict[str, Score], Field(max_length=MAX_NAMES)]
+
+
+class PairShare(Part, total=False):
+    """The share of pairs whose impossible video surprises more."""
+
+    share: Score
+    ci95: list[Score]
+
+
 class SurpriseEvents(Part, total=False):
-    """The content of surprise_events.json: the AUROC of each measure for each event."""
+    """The content of surprise_events.json: the AUROC of each measure for each event, and alarms; or pairs."""
 
     num_videos: Whole
     seed: Whole
     step: Whole
     auroc: Annotated[dict[str, dict[str, Score]], Field(max_length=MAX_NAMES)]
+    alarms: Alarms
+    pairs: Annotated[dict[str, PairShare], Field(max_length=MAX_NAMES)]
 
 
 class OutcomeScores(Part, total=False):

@@ -11,6 +11,7 @@ run/metrics.json                 scores of the evaluation
 run/forecasts.md                 the forecasts in metrics.json as a Markdown table
 run/readout.safetensors          the ridge readout that the evaluation chose
 run/recalibration.safetensors    how the evaluation recalibrates forecasts, with the climatology for it
+run/surprise.safetensors         the surprise and the motion of selection clips, with which videos are compared
 run/illustrations.safetensors    arrays for the pictures of the report
 run/decoder.safetensors          a decoder from embeddings to frames
 run/decoder.json                 its training and its errors
@@ -47,6 +48,7 @@ class RunFolder:
         self.forecasts = self.path / "forecasts.md"
         self.readout = self.path / "readout.safetensors"
         self.recalibration = self.path / "recalibration.safetensors"
+        self.surprise = self.path / "surprise.safetensors"
         self.illustrations = self.path / "illustrations.safetensors"
         self.decoder = self.path / "decoder.safetensors"
         self.decoder_facts = self.path / "decoder.json"
@@ -63,7 +65,7 @@ class RunFolder:
     def files(self) -> frozenset[Path]:
         """All files that a run may hold at the top level, except the lock."""
         training = {self.config, self.history, self.contents}
-        evaluation = {self.metrics, self.forecasts, self.readout, self.recalibration, self.illustrations}
+        evaluation = {self.metrics, self.forecasts, self.readout, self.recalibration, self.surprise, self.illustrations}
         decoding = {self.decoder, self.decoder_facts, self.decoded}
         planning = {self.planning, self.planned_episodes, self.goal_policy}
         benchmarks = {self.surprise_events, self.two_outcomes}

@@ -16,7 +16,7 @@ from data_pipelines.files import user_cache_dir
 from worldmodel.runs.checkpoint import EXPORTED_FILES, checkpoint_name
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
-OF_EVALUATION = ("metrics.json", "readout.safetensors", "recalibration.safetensors")
+OF_EVALUATION = ("metrics.json", "readout.safetensors", "recalibration.safetensors", "surprise.safetensors")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 

@@ -19,9 +19,10 @@ from worldmodel.build import build_training_model, clip_layout
 from worldmodel.config import Config, GaussianConfig, PretrainedConfig, VideosConfig, check_trust, outside_names
 from worldmodel.evaluation.decoded import decode_paths, load_decoder
 from worldmodel.evaluation.embed import Networks
+from worldmodel.evaluation.ordinary import load_ordinary, threshold_of
 from worldmodel.evaluation.readout import load_readout
 from worldmodel.evaluation.recalibration import load_recalibrations
-from worldmodel.evaluation.surprise import SurpriseOptions, Timeline, clip_surprise, video_surprise
+from worldmodel.evaluation.surprise import SurpriseOptions, Timeline, check_model, clip_surprise, video_surprise
 from worldmodel.nets.teacher import Teacher
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.runs.checkpoint import Checkpoint, load_checkpoint, load_run_config
@@ -194,24 +195,40 @@ class TrainedRun:
         return resized(frames.flatten(0, 2), context.shape[-1]).unflatten(0, frames.shape[:3])
 
     def surprise(
-        self, video: str | Path | Tensor, *, num_peaks: int = 5, step_frames: int | None = None, progress: bool = False
+        self,
+        video: str | Path | Tensor,
+        *,
+        num_peaks: int = 5,
+        step_frames: int | None = None,
+        false_alarms: float | None = None,
+        progress: bool = False,
     ) -> Timeline:
         """Score every transition of a video file, or of a clip [T, C, H, W] of any number of frames.
 
         The score is the transition's training loss in nats, KL(q || p) + prediction error / beta. With a scene code it
-        also has the negative log probability of the same scene. Without a latent variable it is the prediction error
-        (worldmodel.evaluation.surprise).
+        also has the negative log probability of the same scene, and of an evaluated run that of ordinary motion.
+        Without a latent variable it is the prediction error (worldmodel.evaluation.surprise).
 
-        step_frames: the distance between transitions in source frames. By default segments tile the video.
+        Args:
+            step_frames: the distance between transitions in source frames. By default segments tile the video.
+            false_alarms: a share of transitions, between 0 and 1. The timeline has the threshold that this share of the
+                transitions of selection clips exceeds (worldmodel.evaluation.false_alarms).
 
         Raises:
             UserError: the latent is sparse or an oracle, the run is conditioned on actions, or the video cannot be read
-                or is too short for one transition.
+                or is too short for one transition; with `false_alarms`, the run was not evaluated at this checkpoint,
+                or with too few selection clips for this rate.
         """
         options = SurpriseOptions(num_peaks, step_frames, progress)
+        check_model(self.model)
+        ordinary = load_ordinary(self.folder, self.state["step"])
+        threshold = None if false_alarms is None else threshold_of(ordinary, false_alarms, self.folder)
+        networks = dataclasses.replace(self.networks, ordinary_motion=ordinary and ordinary.motion)
         if isinstance(video, Tensor):
-            return clip_surprise(self.networks, self._checked(video, ("T", *self.frame_shape)), options)
-        return video_surprise(self.networks, self.config.data, Path(video), options)
+            timeline = clip_surprise(networks, self._checked(video, ("T", *self.frame_shape)), options)
+        else:
+            timeline = video_surprise(networks, self.config.data, Path(video), options)
+        return dataclasses.replace(timeline, threshold=threshold)
 
     def _segments(self, video: Tensor) -> Tensor:
         """Check segments [B, T, C, H, W], and convert them to the input of the networks."""

@@ -4,7 +4,7 @@ An exported run is a run folder with what inference needs:
 
     config.yaml                       without the private paths of this machine
     checkpoints/                      one checkpoint without optimiser state
-    metrics.json, readout.safetensors, recalibration.safetensors
+    metrics.json, readout.safetensors, recalibration.safetensors, surprise.safetensors
                                       if the run was evaluated at this checkpoint
     decoder.safetensors, decoder.json if the run has a decoder of this checkpoint
     README.md                         a model card
@@ -20,6 +20,7 @@ from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.files import write_text
 from worldmodel.config import Config, MovingMnistConfig, PretrainedConfig, TrackingConfig, VideosConfig, to_yaml
 from worldmodel.evaluation.decoded import load_decoder, save_decoder, stored_facts
+from worldmodel.evaluation.ordinary import load_ordinary, save_ordinary
 from worldmodel.evaluation.readout import load_readout, save_readout
 from worldmodel.evaluation.recalibration import load_recalibrations, save_recalibration
 from worldmodel.runs.checkpoint import Checkpoint, export_checkpoint
@@ -97,6 +98,8 @@ def _export(run: TrainedRun, folder: Path, name: str, programs: bool) -> Path:
                 save_readout(folder, *load_readout(run.folder, run.state["step"]), run.state["step"])
             if spaces := load_recalibrations(run.folder, run.state["step"]):
                 save_recalibration(folder, spaces, run.state["step"])
+            if (ordinary := load_ordinary(run.folder, run.state["step"])) is not None:
+                save_ordinary(folder, ordinary, run.state["step"])
         if (facts := stored_facts(run.folder, run.state["step"])) is not None:
             save_decoder(folder, load_decoder(run.folder, run.config, run.state["step"]), facts)
         write_text(folder / "README.md", model_card(run, config, metrics, name, left_out))

@@ -22,7 +22,7 @@ from data_pipelines.roots import WeightedRoot, load_roots
 from data_pipelines.split_folders import load_split
 from data_pipelines.splits import Split
 from data_pipelines.stream import ReadSettings, StreamSettings, VideoStream, read_all
-from data_pipelines.worlds import kicked_mnist, moving_mnist
+from data_pipelines.worlds import kicked_mnist, moving_mnist, occlusion
 from data_pipelines.worlds.game_law import GameLaw
 from data_pipelines.worlds.games import GAMES, SIZE_PX, Recording
 from data_pipelines.worlds.kicked_mnist import KickedMnistLaw
@@ -141,7 +141,7 @@ class VideosSource:
         root = self._data.root
         if not isinstance(root, str) or self.url:
             return None
-        if (world := read_world(Path(root))) is None or world["world"] == RECORDED:
+        if (world := read_world(Path(root))) is None or world["world"] in (RECORDED, occlusion.WORLD):
             return None
         if world["world"] in GAMES:
             return self._game_law(Path(root), Recording.of_world(world), split)

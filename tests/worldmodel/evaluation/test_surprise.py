@@ -1,4 +1,5 @@
 import csv
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from data_pipelines.batches import Batch
 from data_pipelines.decoders import read_frames
 from data_pipelines.errors import UserError
 from tests.conftest import run_script
@@ -36,13 +38,17 @@ from worldmodel.config import (
 from worldmodel.evaluation.embed import Networks
 from worldmodel.evaluation.evaluate import timeline_of_test_video
 from worldmodel.evaluation.surprise import (
+    MEASURES,
     SurpriseOptions,
     Transitions,
     clip_surprise,
     cut_segments,
     find_peaks,
     measure,
+    score_clips,
     score_transitions,
+    segment_motion,
+    still_nats,
     surprise_unit,
     video_surprise,
 )
@@ -130,7 +136,7 @@ def test_each_transition_is_scored_on_its_own_segments(
     assert found.start.tolist() == list(range(0, 26 - length + 1, step))
     assert isinstance(training.latent, GaussianLatent)
     with torch.no_grad():
-        for start, surprise, kl, error, scene in zip(*found, strict=True):
+        for start, surprise, kl, error, scene, still in zip(*found, strict=True):
             segments = [video[None, start + k * span :][:, : span : data.frame_stride] for k in range(num_segments)]
             context, target, seen = (training.model.encode(segments[k]) for k in (0, 1, num_segments - 1))
             of_context = training.latent.prior(context)
@@ -142,7 +148,7 @@ def test_each_transition_is_scored_on_its_own_segments(
             assert kl == pytest.approx(float(expected), rel=1e-4, abs=1e-5)
             assert error == pytest.approx(float(measure(training, context, target, seen)[1]), abs=1e-5)
             assert surprise == pytest.approx(kl + error / 0.001, rel=1e-5)  # byol's default beta
-            assert scene == 0
+            assert scene == still == 0
 
 
 def test_segments_that_tile_are_embedded_once() -> None:
@@ -240,6 +246,57 @@ def test_a_scene_code_adds_how_surprising_it_is_that_the_scene_is_the_same() -> 
     np.testing.assert_allclose(found.surprise, nats, rtol=1e-5)
 
 
+def test_the_stillness_is_the_bound_of_a_bayes_factor_at_even_odds() -> None:
+    ordinary = torch.arange(1.0, 100.0)  # 99 segments
+    found = still_nats(torch.tensor([0.0, 1.0, 4.5, 37.0, 50.0, 1000.0]), ordinary)
+    shares = [0.01, 0.02, 0.05]
+    bounds = [1 / (-math.e * p * math.log(p)) for p in shares]
+    expected = [*(math.log(1 + bound) for bound in bounds), *[math.log(2)] * 3]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_rest_is_ordinary_where_much_is_at_rest() -> None:
+    ordinary = torch.tensor([0.0] * 40 + [1.0] * 60)
+    at_rest = still_nats(torch.tensor([0.0, 1e-12]), ordinary)
+    torch.testing.assert_close(at_rest, torch.full((2,), math.log(2)))
+
+
+def test_motion_is_that_of_the_embedding_within_a_segment() -> None:
+    _, training = tiny()
+    video = clip(12).unflatten(0, (4, 3))
+    video[0] = video[0, -1:]
+    with torch.no_grad():
+        motion = segment_motion(training.model, video, training.model.encode(video))
+        still = training.model.encode(video[:, [2, 2, 2]])
+    torch.testing.assert_close(motion, (training.model.encode(video) - still).square().mean(dim=1))
+    assert motion[0] < 1e-9 and (motion[1:] > 1e-5).all()
+
+
+def test_stillness_is_a_part_of_surprise_if_ordinary_motion_is_known() -> None:
+    config, training = tiny()
+    video = clip(18)
+    video[6:9] = video[8]
+    plain, ordinary = networks(config, training), torch.linspace(1e-3, 1, 50)
+    known = replace(plain, ordinary_motion=ordinary)
+    before, after = clip_surprise(plain, video), clip_surprise(known, video)
+    assert before.still_nats is None and after.still_nats is not None
+    with torch.no_grad():
+        segments = video.unflatten(0, (6, 3))[1:5]  # the targets
+        expected = still_nats(segment_motion(training.model, segments, training.model.encode(segments)), ordinary)
+    np.testing.assert_allclose(after.still_nats, expected, rtol=1e-5)
+    assert after.still_nats.argmax() == 1 and after.still_nats[1] == pytest.approx(
+        float(still_nats(torch.zeros(1), ordinary))
+    )
+    np.testing.assert_allclose(after.surprise, before.surprise + after.still_nats, rtol=1e-5)
+
+
+def test_segments_of_one_frame_have_no_motion() -> None:
+    config, training = tiny(VideosConfig(channels=1, num_frames=1))
+    batch = Batch(video=clip(12).unflatten(0, (4, 3)), clip_id=torch.arange(4), row=torch.arange(4), labels={})
+    found = score_clips(networks(config, training), [batch])
+    assert found.motion is None and len(found.surprise) == 4 and (np.diff(found.surprise) >= 0).all()
+
+
 def test_where_the_loss_has_no_kl_surprise_is_the_prediction_error(long_video: Path) -> None:
     config, training = tiny(latent=NoLatentConfig())
     found = scored(config, training, clip(15))
@@ -261,7 +318,7 @@ def test_where_the_loss_has_no_kl_surprise_is_the_prediction_error(long_video: P
 
 def found(surprise: list[float], step: int = 3) -> Transitions:
     others = -np.array(surprise)
-    return Transitions(np.arange(len(surprise)) * step, np.array(surprise), others, others, others)
+    return Transitions(np.arange(len(surprise)) * step, np.array(surprise), *[others] * (len(MEASURES) - 1))
 
 
 def test_peaks_are_the_highest_maxima_that_do_not_touch() -> None:
@@ -314,7 +371,7 @@ def test_an_evaluation_has_a_timeline_of_every_model_that_scores_videos(
     changes: dict[str, object], unit: str | None, kicked_world: Path
 ) -> None:
     config, training = tiny(VideosConfig(root=str(kicked_world), channels=1), **changes)  # type: ignore[arg-type]
-    timeline = timeline_of_test_video(TrainedRun(kicked_world, config, training, None, {}))
+    timeline = timeline_of_test_video(TrainedRun(kicked_world, config, training, None, {"step": 0}))
     assert (timeline and timeline.unit) == unit
 
 

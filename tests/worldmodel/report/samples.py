@@ -256,6 +256,7 @@ def make_illustrations(
             kl_nats=surprise / 2,
             prediction_error=surprise / 20,
             scene_nats=surprise / 4,
+            still_nats=surprise / 8,
             peaks=np.array([20, 60]),
             peak_frames=np.repeat(frames[:1, : 2 * num_frames], 2, axis=0)
             if queries

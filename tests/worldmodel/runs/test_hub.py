@@ -36,7 +36,7 @@ for case in json.loads(sys.argv[1]):
 """
 CHECKPOINT = "checkpoints/step_00000006"
 READ = {
-    *("config.yaml", "metrics.json", "readout.safetensors", "checkpoints/index.json"),
+    *("config.yaml", "metrics.json", "readout.safetensors", "surprise.safetensors", "checkpoints/index.json"),
     *(f"{CHECKPOINT}/{name}" for name in ("model.safetensors", "teacher.safetensors", "state.json")),
 }
 

@@ -20,7 +20,14 @@ from worldmodel.runs.travel import public_path
 CLIP = torch.rand(2, 3, 1, 64, 64, generator=torch.Generator().manual_seed(0))
 CHECKPOINT = "checkpoints/step_00000006"
 FILES = {
-    *("README.md", "config.yaml", "metrics.json", "readout.safetensors", "checkpoints/index.json"),
+    *(
+        "README.md",
+        "config.yaml",
+        "metrics.json",
+        "readout.safetensors",
+        "surprise.safetensors",
+        "checkpoints/index.json",
+    ),
     *(f"{CHECKPOINT}/{name}" for name in ("model.safetensors", "teacher.safetensors", "state.json")),
 }
 
@@ -36,6 +43,9 @@ def test_an_exported_run_computes_the_same(evaluated_run: Path, tmp_path: Path) 
     assert torch.equal(exported.rollout(CLIP, 2, 3), run.rollout(CLIP, 2, 3))
     assert torch.equal(exported.forecast(CLIP, 2, 3), run.forecast(CLIP, 2, 3))
     assert torch.equal(exported.target_encoder(CLIP), run.target_encoder(CLIP))
+    video = torch.cat([*CLIP, CLIP[0]])
+    threshold = run.surprise(video, false_alarms=0.25).threshold
+    assert threshold is not None and exported.surprise(video, false_alarms=0.25).threshold == threshold
     assert read_metrics(tmp_path / "exported") == read_metrics(evaluated_run)
     again = worldmodel.load(worldmodel.export(exported, tmp_path / "again"), which="best")
     assert torch.equal(again.encode(CLIP), run.encode(CLIP))
@@ -73,7 +83,7 @@ def test_scores_of_another_checkpoint_are_left_out(evaluated_run: Path, tmp_path
     metrics["train"]["steps"] = 4
     (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics))
     folder = worldmodel.export(worldmodel.load(tmp_path / "run"), tmp_path / "exported")
-    assert files_in(folder) == FILES - {"metrics.json", "readout.safetensors"}
+    assert files_in(folder) == FILES - {"metrics.json", "readout.safetensors", "surprise.safetensors"}
     assert "they belong to step 4, not to step 6" in (folder / "README.md").read_text()
 
 
@@ -98,7 +108,7 @@ def test_the_card(evaluated_run: Path, tmp_path: Path) -> None:
 
 def test_a_run_that_was_not_evaluated(trained_run: Path, tmp_path: Path) -> None:
     folder = worldmodel.export(worldmodel.load(trained_run), tmp_path / "exported")
-    assert files_in(folder) == FILES - {"metrics.json", "readout.safetensors"}
+    assert files_in(folder) == FILES - {"metrics.json", "readout.safetensors", "surprise.safetensors"}
     assert "The run was not evaluated" in (folder / "README.md").read_text()
 
 
