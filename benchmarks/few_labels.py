@@ -9,11 +9,11 @@ python benchmarks/few_labels.py --run runs/demo --label digit --labels 1 10 100 
                    augmented labelled clips
     pseudo_labels  features, also fitted to the classes that its first fit gives the unlabelled clips
     ensemble       the same, with classes by the mean probabilities of embedding, features and lora (arXiv 2503.09707)
-    consistency    a linear head on features, whose confident class of an unlabelled clip must also hold for an augmented
-                   view of the clip (FixMatch, arXiv 2001.07685)
+    consistency    a linear head on features, whose confident class of an unlabelled clip must also hold for an
+                   augmented view of the clip (FixMatch, arXiv 2001.07685)
 
 Labelled clips are drawn from the training clips, so many of each class, and all others are unlabelled. Accuracy is that
-on test clips, as mean and standard deviation over draws. Prints a table and writes few_labels.json into the run's folder.
+on test clips, as mean and standard deviation over draws. Prints a table and writes few_labels.json into the run folder.
 
 Legend: N clips, B clips of a batch, T frames, C channels, H = W pixels, F features, D embedding dimensions.
 """
@@ -147,7 +147,7 @@ class LowRank(nn.Module):
 
 
 def with_low_rank(encoder: nn.Module) -> nn.Module:
-    """Copy an encoder in evaluation mode, and add a `LowRank` update, the only trainable part, to each weight matrix."""
+    """Copy an encoder in evaluation mode, and add a `LowRank` update, all that is trainable, to each weight matrix."""
     encoder = copy.deepcopy(encoder).requires_grad_(False).eval()
     for module in list(encoder.modules()):
         if isinstance(weight := getattr(module, "weight", None), nn.Parameter) and weight.ndim > 1:

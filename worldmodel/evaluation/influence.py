@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 NUM_DIMS = 512
 NUM_DRAWS = 8  # of q, as in the loss of a transition
-DAMPING = 0.1
+DAMPING = 1.0
 """Added to the diagonal of F, relative to its mean."""
 NUMBERS_AT_ONCE = 2**24
 SEED = 0

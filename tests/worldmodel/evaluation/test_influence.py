@@ -102,16 +102,19 @@ def test_preconditioning_solves_the_damped_system() -> None:
     torch.testing.assert_close(precondition(gradients, queries, 0.5) @ damped, queries)
 
 
-def test_a_training_clip_is_its_own_most_influential_one(run: TrainedRun, world: Path) -> None:
-    video = world / "train" / "000007.mp4"
-    found = run.influence(video, num_shown=3)
-    assert (found.names[0], found.first_frame[0], found.clip_id[0]) == ("000007.mp4", 0, 7)
-    assert sorted(found.clip_id.tolist()) == list(range(64)) and (np.diff(found.influence) <= 0).all()
-    assert found.influence[0] > 0 > found.influence[-1]
-    assert found.largest.shape == found.smallest.shape == (3, 9, 1, 64, 64)
-    assert (found.largest[0] == found.frames).all()
+def test_clips_are_ranked_and_shown(run: TrainedRun, world: Path) -> None:
+    found = run.influence(world / "train" / "000007.mp4", num_shown=3)
+    everything = transitions(run, 64)
+    gradients = TransitionGradients(run.training)(everything)
+    expected = influences(gradients, gradients[7:8])[0].numpy()
+    order = found.clip_id.tolist()
+    assert sorted(order) == list(range(64)) and (np.diff(found.influence) <= 0).all()
+    np.testing.assert_allclose(found.influence, expected[order], rtol=1e-3, atol=1e-6)
+    assert found.names == [f"{number:06d}.mp4" for number in order] and not found.first_frame.any()
     [batch] = run.source.evaluation_batches("train", 64)
-    assert (found.smallest[0] == batch["video"][found.clip_id[-1]].numpy()).all()
+    video = batch["video"].numpy()
+    assert (found.frames == video[7]).all()
+    assert (found.largest == video[order[:3]]).all() and (found.smallest == video[order[:-4:-1]]).all()
 
 
 def test_gradients_are_computed_once_for_a_checkpoint(
