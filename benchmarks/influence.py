@@ -26,6 +26,7 @@ Legend: Q queries, N training clips, T frames, H = W pixels.
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from data_pipelines.batches import Batch
+from data_pipelines.files import write_text
+from data_pipelines.labels import METADATA_NAME
 from data_pipelines.worlds.digits import load_sprites, render
 from data_pipelines.worlds.moving_mnist import SEGMENT_FRAMES, centre_path, sample_trajectories
 from data_pipelines.worlds.written import encode_h264
@@ -64,7 +67,7 @@ from worldmodel.training.loop import train
 from worldmodel.training.losses import TrainingModel
 from worldmodel.training.optimisation import set_lr
 
-KERNEL, NEIGHBOURS = 0.3, 5
+KERNEL, NEIGHBOURS, TEST_CLIPS = 0.3, 5, 128
 HEAD_STEPS, HEAD_BATCH, HEAD_LR = 200, 128, 1e-3
 OF_QUERY, BAD = ("copy", "altered", "other_future"), ("noise", "shuffled", "wrong_future")
 SETTINGS = (
@@ -87,15 +90,16 @@ class Sizes(NamedTuple):
     clean: int = 1800
     queries: int = 40
     bad: int = 60
-    held_out: int = 128
+    held_out: int = 512
     halves: int = 16
 
 
 class Planted(NamedTuple):
-    """Training videos by kind, and the queries: uint8 [N, T, H, W] each."""
+    """Training videos by kind, and the queries: uint8 [N, T, H, W] each; the digit in the past of each video, [N]."""
 
     videos: dict[str, Tensor]
     queries: Tensor
+    digits: Tensor
 
 
 def plant(sizes: Sizes, seed: int) -> Planted:
@@ -103,19 +107,19 @@ def plant(sizes: Sizes, seed: int) -> Planted:
     generator = torch.Generator().manual_seed(seed)
     sprites = load_sprites("train")
 
-    def draw(count: int) -> Tensor:
+    def draw(count: int) -> tuple[Tensor, Tensor]:
         drawn = sample_trajectories(sprites, count, "A", generator)
-        return render(sprites.images[drawn.sprite], centre_path(drawn))
+        return render(sprites.images[drawn.sprite], centre_path(drawn)), drawn.digit
 
     def noisy(videos: Tensor, spread: float) -> Tensor:
         return (videos + spread * torch.randn(videos.shape, generator=generator)).clamp(0, 1)
 
-    clean = draw(sizes.clean)
+    clean, clean_digits = draw(sizes.clean)
     drawn = sample_trajectories(sprites, sizes.queries, "A", generator)
     images = sprites.images[drawn.sprite]
     queries = render(images, centre_path(drawn))
     opposite = dataclasses.replace(drawn, velocity_after=2 * drawn.velocity - drawn.velocity_after)
-    noise, shuffled, wrong = (draw(sizes.bad) for _ in BAD)
+    (noise, shuffled, wrong), bad_digits = zip(*(draw(sizes.bad) for _ in BAD), strict=True)
     noise = noisy(noise, 0.15)
     for video in shuffled:
         video[:] = video[torch.randperm(len(video), generator=generator)]
@@ -129,7 +133,8 @@ def plant(sizes: Sizes, seed: int) -> Planted:
         "shuffled": shuffled,
         "wrong_future": wrong,
     }
-    return Planted({kind: _bytes(each) for kind, each in videos.items()}, _bytes(queries))
+    digits = torch.cat([clean_digits, *[drawn.digit] * len(OF_QUERY), *bad_digits])
+    return Planted({kind: _bytes(each) for kind, each in videos.items()}, _bytes(queries), digits)
 
 
 def _bytes(videos: Tensor) -> Tensor:
@@ -137,17 +142,25 @@ def _bytes(videos: Tensor) -> Tensor:
 
 
 def write_videos(folder: Path, planted: Planted, sizes: Sizes, seed: int) -> None:
-    """Write training videos, queries, and videos of other digits for the other splits. Those that exist are kept."""
+    """Write training videos, queries, and videos of other digits for the other splits. Those that exist are kept.
+
+    The digits are labels, for benchmarks/few_labels.py.
+    """
     generator = torch.Generator().manual_seed(1000 + seed)
-    parts = {"data/train": torch.cat(list(planted.videos.values())), "queries": planted.queries}
+    parts = {"data/train": (torch.cat(list(planted.videos.values())), planted.digits)}
     for split in ("selection", "test"):
         sprites = load_sprites(split)
         drawn = sample_trajectories(sprites, sizes.held_out, "A", generator)
-        parts[f"data/{split}"] = _bytes(render(sprites.images[drawn.sprite], centre_path(drawn)))
-    for name, videos in parts.items():
+        parts[f"data/{split}"] = _bytes(render(sprites.images[drawn.sprite], centre_path(drawn))), drawn.digit
+    of_queries = planted.digits[sizes.clean : sizes.clean + sizes.queries]
+    parts["queries"] = planted.queries, of_queries
+    for name, (videos, digits) in parts.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
-        for number, video in enumerate(tqdm(videos.numpy(), desc=name, unit="video")):
-            path, aside = folder / name / f"{number:06d}.mp4", folder / "unfinished.mp4"
+        names = [f"{number:06d}.mp4" for number in range(len(videos))]
+        rows = [{"file_name": file, "digit": digit} for file, digit in zip(names, digits.tolist(), strict=True)]
+        write_text(folder / name / METADATA_NAME, "".join(f"{json.dumps(row)}\n" for row in rows))
+        for file, video in zip(tqdm(names, desc=name, unit="video"), videos.numpy(), strict=True):
+            path, aside = folder / name / file, folder / "unfinished.mp4"
             if not path.exists():
                 encode_h264(aside, video)
                 aside.replace(path)
@@ -187,7 +200,7 @@ def embed(run: TrainedRun, folder: Path, sizes: Sizes) -> Embedded:
     numbers = torch.arange(sizes.queries)
     batch = Batch(video=torch.from_numpy(np.stack(videos)), clip_id=numbers, row=numbers, labels={})
     training = source.evaluation_batches("train", clip_set.table.num_clips)
-    parts = (training, [batch], source.evaluation_batches("test", sizes.held_out))
+    parts = (training, [batch], source.evaluation_batches("test", TEST_CLIPS))
     return Embedded(*(_joined(list(embed_transitions(run.networks, batches))) for batches in parts))
 
 
