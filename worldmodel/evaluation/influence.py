@@ -323,6 +323,6 @@ def read_chosen(run: "TrainedRun", clip_set: ClipSet, clip_id: np.ndarray) -> np
     return np.stack([found[number].numpy() for number in clip_id.tolist()])
 
 
-def influences(gradients: Tensor, queries: Tensor) -> Tensor:
+def influences(gradients: Tensor, queries: Tensor, damping: float = DAMPING) -> Tensor:
     """Return the influence [Q, N] of clips with gradients [N, G] on the losses of queries with gradients [Q, G]."""
-    return precondition(gradients, queries) @ gradients.T / len(gradients)
+    return precondition(gradients, queries, damping) @ gradients.T / len(gradients)
