@@ -5,8 +5,8 @@ python benchmarks/few_labels.py --run runs/demo --label digit --labels 1 10 100 
     pixels         logistic regression on the pixels of the last frame, 16 px a side: without a model
     embedding      logistic regression on the embedding
     features       logistic regression on the encoder's features
-    lora           low-rank updates of the encoder's weights (Hu et al., arXiv 2106.09685) and a linear head, trained on
-                   augmented labelled clips
+    lora           features, whose fit is the start of a head that is trained on augmented labelled clips along with
+                   low-rank updates of the encoder's weights (Hu et al., arXiv 2106.09685)
     pseudo_labels  features, also fitted to the classes that its first fit gives the unlabelled clips
     ensemble       the same, with classes by the mean probabilities of embedding, features and lora (arXiv 2503.09707)
     consistency    a linear head on features, whose confident class of an unlabelled clip must also hold for an
@@ -45,7 +45,8 @@ from worldmodel.runs.folder import RunFolder
 
 AT_ONCE = 256
 PIXELS_PX = 16
-RANK, LORA_STEPS, LORA_BATCH, LORA_LR = 4, 100, 32, 3e-3
+LBFGS_STEPS = 200
+RANK, LORA_STEPS, LORA_BATCH, LORA_LR = 4, 200, 32, 1e-3
 HEAD_STEPS, HEAD_LR, WEIGHT_DECAY = 300, 1e-2, 1e-2
 CONFIDENCE = 0.95
 SHIFT_PX, NOISE = 3, 0.03
@@ -117,16 +118,41 @@ def draw_labelled(classes: Tensor, count: int, generator: torch.Generator) -> Te
 # ---------------------------------------------------------------------------------------------------------- methods
 
 
-def probe(of_clips: Callable[[Clips], Tensor], clips: Clips, classes: Tensor) -> Probabilities:
-    """Fit a logistic regression by L-BFGS to representations [N, D] of clips; return its probabilities [N, classes]."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+class Head(nn.Module):
+    """A linear layer on standardised representations [N, D]: logits [N, classes]."""
 
-    fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(
-        of_clips(clips).numpy(), classes.numpy()
-    )
-    return lambda other: torch.from_numpy(fitted.predict_proba(of_clips(other).numpy())).float()
+    def __init__(self, inputs: Tensor, num_classes: int) -> None:
+        super().__init__()
+        self.centre, self.scale = inputs.mean(dim=0), inputs.std(dim=0, correction=0)
+        self.scale[self.scale < 1e-6] = 1  # constant inputs
+        self.linear = nn.Linear(inputs.shape[1], num_classes)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.linear((inputs - self.centre) / self.scale)
+
+
+def fit_head(inputs: Tensor, classes: Tensor, num_classes: int) -> Head:
+    """Fit a logistic regression to inputs [N, D] by L-BFGS, with the penalty |weights|^2 / 2 on the sum of losses."""
+    head = Head(inputs, num_classes)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=LBFGS_STEPS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        penalty = head.linear.weight.square().sum() / 2
+        value = (F.cross_entropy(head(inputs), classes, reduction="sum") + penalty) / len(inputs)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return head
+
+
+def probe(of_clips: Callable[[Clips], Tensor], clips: Clips, classes: Tensor, num_classes: int) -> Probabilities:
+    """Fit a head to representations [N, D] of clips; return its probabilities [N, classes]."""
+    head = fit_head(of_clips(clips), classes, num_classes)
+    return lambda other: head(of_clips(other)).softmax(dim=1).detach()
 
 
 def pixels(clips: Clips) -> Tensor:
@@ -156,51 +182,44 @@ def with_low_rank(encoder: nn.Module) -> nn.Module:
 
 
 def fine_tune(encoder: nn.Module, clips: Clips, num_classes: int, generator: torch.Generator) -> Probabilities:
-    """Train low-rank updates of an encoder and a linear head on augmented labelled clips."""
+    """Fit a head to labelled clips, and train it on augmented ones, along with low-rank updates of the encoder."""
     torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-    tuned = with_low_rank(encoder)
-    centre, scale = clips.features.mean(dim=0), clips.features.std(dim=0).clamp(min=1e-2)
-    head = nn.Linear(clips.features.shape[1], num_classes)
+    tuned, head = with_low_rank(encoder), fit_head(clips.features, clips.classes, num_classes)
     weights = [weight for weight in (*tuned.parameters(), *head.parameters()) if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, LORA_LR, weight_decay=WEIGHT_DECAY)
     for _ in range(LORA_STEPS):
         rows = torch.randint(len(clips.classes), (min(LORA_BATCH, len(clips.classes)),), generator=generator)
-        logits = head((tuned(augment(clips.video[rows], generator)) - centre) / scale)
+        logits = head(tuned(augment(clips.video[rows], generator)))
         F.cross_entropy(logits, clips.classes[rows]).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     @torch.no_grad()
     def probabilities(other: Clips) -> Tensor:
-        return torch.cat([head((tuned(video) - centre) / scale).softmax(dim=1) for video in other.video.split(AT_ONCE)])
+        return torch.cat([head(tuned(video)).softmax(dim=1) for video in other.video.split(AT_ONCE)])
 
     return probabilities
 
 
-def self_train(members: list[Probabilities], labelled: Clips, unlabelled: Clips) -> Probabilities:
+def self_train(members: list[Probabilities], labelled: Clips, unlabelled: Clips, num_classes: int) -> Probabilities:
     """Fit a probe of the features to labelled clips, and to unlabelled ones with classes by the members' mean."""
     guessed = torch.stack([member(unlabelled) for member in members]).mean(dim=0).argmax(dim=1)
     both = Clips(*(torch.cat(pair) for pair in zip(vars(labelled).values(), vars(unlabelled).values(), strict=True)))
-    return probe(lambda clips: clips.features, both, torch.cat([labelled.classes, guessed]))
+    return probe(lambda clips: clips.features, both, torch.cat([labelled.classes, guessed]), num_classes)
 
 
 def agree(labelled: Clips, unlabelled: Clips, num_classes: int) -> Probabilities:
     """Fit a linear head to labelled clips, and its confident classes of unlabelled clips to their augmented views."""
-    torch.manual_seed(0)
-    centre, scale = unlabelled.features.mean(dim=0), unlabelled.features.std(dim=0).clamp(min=1e-6)
-    head = nn.Linear(len(centre), num_classes)
-    plain, other, known = (
-        (values - centre) / scale for values in (unlabelled.features, unlabelled.augmented, labelled.features)
-    )
+    head = Head(torch.cat([labelled.features, unlabelled.features]), num_classes)
     optimizer = torch.optim.AdamW(head.parameters(), HEAD_LR, weight_decay=WEIGHT_DECAY)
     for _ in range(HEAD_STEPS):
         with torch.no_grad():
-            confidence, guessed = head(plain).softmax(dim=1).max(dim=1)
-        of_views = F.cross_entropy(head(other), guessed, reduction="none") * (confidence > CONFIDENCE)
-        (F.cross_entropy(head(known), labelled.classes) + of_views.mean()).backward()
+            confidence, guessed = head(unlabelled.features).softmax(dim=1).max(dim=1)
+        of_views = F.cross_entropy(head(unlabelled.augmented), guessed, reduction="none") * (confidence > CONFIDENCE)
+        (F.cross_entropy(head(labelled.features), labelled.classes) + of_views.mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return lambda clips: head((clips.features - centre) / scale).softmax(dim=1).detach()
+    return lambda clips: head(clips.features).softmax(dim=1).detach()
 
 
 def accuracies(
@@ -216,14 +235,14 @@ def accuracies(
     def score(probabilities: Probabilities) -> float:
         return float((probabilities(test).argmax(dim=1) == test.classes).float().mean())
 
-    of_pixels = probe(pixels, labelled, labelled.classes)
-    of_embedding = probe(lambda clips: clips.embedding, labelled, labelled.classes)
-    of_features = probe(lambda clips: clips.features, labelled, labelled.classes)
+    of_pixels = probe(pixels, labelled, labelled.classes, num_classes)
+    of_embedding = probe(lambda clips: clips.embedding, labelled, labelled.classes, num_classes)
+    of_features = probe(lambda clips: clips.features, labelled, labelled.classes, num_classes)
     yield from (("pixels", score(of_pixels)), ("embedding", score(of_embedding)), ("features", score(of_features)))
     tuned = fine_tune(encoder, labelled, num_classes, generator)
     yield "lora", score(tuned)
-    yield "pseudo_labels", score(self_train([of_features], labelled, unlabelled))
-    yield "ensemble", score(self_train([of_embedding, of_features, tuned], labelled, unlabelled))
+    yield "pseudo_labels", score(self_train([of_features], labelled, unlabelled, num_classes))
+    yield "ensemble", score(self_train([of_embedding, of_features, tuned], labelled, unlabelled, num_classes))
     yield "consistency", score(agree(labelled, unlabelled, num_classes))
 
 

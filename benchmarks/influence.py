@@ -346,9 +346,8 @@ def main() -> int:
             embedded = embed(run, folder, sizes)
             scores = score_clips(run, embedded)
             results.append(found(scores, kinds) | {"effect": effect(run, embedded, scores, sizes, seed)})
-            write_result(
-                folder / "influence.json", {"seed": seed, "steps": args.steps, **sizes._asdict(), **results[-1]}
-            )
+            facts = {"seed": seed, "steps": args.steps, "sizes": sizes._asdict()}
+            write_result(folder / "influence.json", facts | results[-1])
         print(f"\n{table(results)}")
     return 0
 

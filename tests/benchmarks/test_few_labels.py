@@ -13,6 +13,7 @@ from benchmarks.few_labels import (
     augment,
     draw_labelled,
     fine_tune,
+    fit_head,
     pixels,
     probe,
     self_train,
@@ -28,7 +29,7 @@ from worldmodel import load
 def clusters(count: int, seed: int) -> Clips:
     """Three classes whose features are around different corners, seen by an encoder that takes the mean of a clip."""
     classes = torch.arange(count) % 3
-    features = torch.eye(3)[classes] * 4 + normal(seed, count, 3)
+    features = torch.eye(3)[classes] * 3 + normal(seed, count, 3)
     video = features.sigmoid()[:, None, :, None, None].expand(-1, 2, -1, 4, 4)
     return Clips(video, features, features + 0.1 * normal(seed + 1, count, 3), features, classes)
 
@@ -46,14 +47,29 @@ def test_labels_are_drawn_from_each_class() -> None:
         draw_labelled(classes, 3, torch.Generator())
 
 
-def test_unlabelled_clips_help_where_clusters_are_clear() -> None:
+def test_each_method_finds_clear_clusters_from_one_label() -> None:
     training, test = clusters(300, 0), clusters(300, 10)
-    labelled, unlabelled = training.rows(torch.arange(3)), training.rows(torch.arange(3, 300))
-    alone = probe(lambda clips: clips.features, labelled, labelled.classes)
-    of_alone = accuracy(alone(test), test)
-    assert accuracy(self_train([alone], labelled, unlabelled)(test), test) > of_alone > 0.6
-    assert accuracy(agree(labelled, unlabelled, 3)(test), test) > 0.9
-    assert accuracy(probe(pixels, training, training.classes)(test), test) > 0.9
+    found = []
+    for draw in range(5):
+        chosen = draw_labelled(training.classes, 1, torch.Generator().manual_seed(draw))
+        labelled, unlabelled = training.rows(chosen), training.rows(torch.arange(300))
+        alone = probe(lambda clips: clips.features, labelled, labelled.classes, 3)
+        others = self_train([alone], labelled, unlabelled, 3), agree(labelled, unlabelled, 3)
+        found.append([accuracy(each(test), test) for each in (alone, *others)])
+    assert torch.tensor(found).mean(dim=0).min() > 0.9
+    assert accuracy(probe(pixels, training, training.classes, 3)(test), test) > 0.9
+
+
+def test_a_head_is_the_logistic_regression_of_scikit_learn() -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    clips = clusters(60, 0)
+    inputs = StandardScaler().fit_transform(clips.features.numpy())
+    expected = LogisticRegression(tol=1e-8).fit(inputs, clips.classes.numpy())
+    head = fit_head(clips.features, clips.classes, 3)
+    torch.testing.assert_close(head.linear.weight.detach(), torch.tensor(expected.coef_).float(), rtol=0, atol=1e-3)
+    assert fit_head(clips.features[:1], clips.classes[:1], 3)(clips.features).isfinite().all()
 
 
 def test_low_rank_updates_start_at_the_encoder_and_train_alone() -> None:

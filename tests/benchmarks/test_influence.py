@@ -20,7 +20,7 @@ def test_planted_clips_are_what_their_kind_says() -> None:
     assert (videos["copy"] == queries).all()
     assert (videos["other_future"][:, :3] == queries[:, :3]).all()
     assert (videos["other_future"][:, 3:] != queries[:, 3:]).any()
-    assert 0 < videos["altered"].float().mean() < queries.float().mean()
+    assert 0 < videos["altered"].max() < 0.9 * queries.max()
     assert videos["noise"].float().mean() > 2 * videos["clean"].float().mean()
     assert (plant(sizes, seed=0).videos["noise"] == videos["noise"]).all()
 
@@ -44,7 +44,7 @@ def test_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(sys, "argv", ["influence.py", "--out", str(tmp_path), "--seeds", "0", *sizes])
     assert influence.main() == 0
     written = json.loads((tmp_path / "seed_0" / "influence.json").read_text())
-    assert written["clean"] == 60 and written["duplicates"]["influence"]["copy"] > 0.9
+    assert written["sizes"]["clean"] == 60 and written["duplicates"]["influence"]["copy"] > 0.9
     assert -1 <= written["effect"]["similar_clip"]["lds"] <= 1
     assert json.loads((tmp_path / "seed_0" / "data" / "test" / "metadata.jsonl").read_text().splitlines()[7])[
         "digit"
