@@ -54,6 +54,7 @@ from worldmodel.config import load_config
 from worldmodel.evaluation.influence import (
     EmbeddedTransitions,
     TransitionGradients,
+    TransitionLoss,
     embed_transitions,
     influences,
     precondition,
@@ -290,7 +291,7 @@ def losses_after(run: TrainedRun, clips: EmbeddedTransitions, tests: EmbeddedTra
     """Train editor and latent anew on embedded clips, and return the losses of test clips [Q]."""
     torch.manual_seed(0)  # the same weights and places in all trainings
     training = build_training_model(run.config).train()
-    optimizer = torch.optim.AdamW([*training.latent.parameters(), *training.editor.parameters()], HEAD_LR)
+    optimizer = torch.optim.AdamW(TransitionLoss(training).parameters(), HEAD_LR)
     for step in range(HEAD_STEPS):
         set_lr(optimizer, HEAD_LR * (1 - step / HEAD_STEPS))
         rows = torch.randint(len(clips.state), (HEAD_BATCH,))

@@ -66,6 +66,7 @@ class TransitionLoss(nn.Module):
     """
 
     noise: Tensor
+    training_model: TrainingModel
 
     def __init__(self, training: TrainingModel) -> None:
         super().__init__()
@@ -77,8 +78,8 @@ class TransitionLoss(nn.Module):
 
     def forward(self, state: Tensor, target: Tensor, seen: Tensor) -> Tensor:
         """Return the loss, a scalar, for state [D + Z] of the context, target [D] and seen [D] (`WorldModel.seen`)."""
-        training: TrainingModel = self.training_model
-        model, num_draws = training.model, len(self.noise)
+        training, num_draws = self.training_model, len(self.noise)
+        model = training.model
         states = state.expand(num_draws, -1)
         r, kl = self.noise, states.new_zeros(num_draws)
         if isinstance(self.latent, GaussianLatent):
@@ -166,7 +167,7 @@ def precondition(gradients: Tensor, queries: Tensor, damping: float = DAMPING) -
 class ClipGradients:
     """The projected gradients of training clips, as a run folder stores them.
 
-    step: the checkpoint's. clips: identifies the videos, how clips are cut from them, and how many were asked for.
+    step: the checkpoint's. clips: identifies the videos, how clips are cut from them, and how many there are.
     clip_id [N], gradients float32 [N, G].
     """
 
@@ -185,19 +186,15 @@ def stored_gradients(run: "TrainedRun", num_clips: int, *, progress: bool = Fals
         UserError: the clips cannot be read, the file in the folder is damaged, or it cannot be written.
     """
     path, clip_set = RunFolder(run.folder).influence, training_clips(run)
-    step, clips = (
-        run.state["step"],
-        json.dumps([clip_set.index.content_hash, asdict(clip_set.spec), num_clips, NUM_DIMS]),
-    )
+    total = min(num_clips, clip_set.table.num_clips)
+    step, clips = run.state["step"], json.dumps([clip_set.index.content_hash, asdict(clip_set.spec), total, NUM_DIMS])
     for found in load_records(path, ClipGradients):
         if (found.step, found.clips) == (step, clips):
             return found
     gradients_of = TransitionGradients(run.training)
     parts: list[tuple[Tensor, Tensor]] = []
-    batches = run.source.evaluation_batches("train", num_clips)
-    total = min(num_clips, clip_set.table.num_clips)
     with tqdm(total=total, desc="gradients", unit="clip", disable=not progress) as bar:
-        for transitions in embed_transitions(run.networks, batches):
+        for transitions in embed_transitions(run.networks, run.source.evaluation_batches("train", total)):
             parts.append((transitions.clip_id, gradients_of(transitions).cpu()))
             bar.update(len(transitions.clip_id))
     clip_id, gradients = (torch.cat(column).numpy() for column in zip(*parts, strict=True))

@@ -36,8 +36,8 @@ def influence_figure(found: Influence) -> Figure:
     with style(THEMES["light"]) as theme:
         figure = Figure(figsize=(WIDTH_IN, height_in))
 
-        def text(left: float, top: float, words: str, **options: str) -> None:
-            figure.text(left / WIDTH_IN, 1 - (top + 0.17) / height_in, words, **options)
+        def text(left: float, top: float, words: str, colour: str = theme["text"], weight: str = "normal") -> None:
+            figure.text(left / WIDTH_IN, 1 - (top + 0.17) / height_in, words, color=colour, weight=weight)
 
         def draw_clip(left: float, top: float, words: str, frames: np.ndarray) -> None:
             text(left, top, words)
@@ -60,7 +60,7 @@ def influence_figure(found: Influence) -> Figure:
         ]
         for side, (title, clips, places, colour) in enumerate(ends):
             left = MARGIN_IN + side * (half_in + MARGIN_IN)
-            text(left, top_in, f"training clips that {title}", weight="bold", color=colour)
+            text(left, top_in, f"training clips that {title}", colour, "bold")
             for row, (frames, place) in enumerate(zip(clips, places, strict=True)):
                 name = f"{short(found.names[place], 36)}, frame {found.first_frame[place]:,}"
                 draw_clip(left, top_in + TITLE_IN + row * row_in, f"{found.influence[place]:+.2g}  {name}", frames)

@@ -44,7 +44,8 @@ def test_gradients_are_those_of_autograd(run: TrainedRun) -> None:
     found, loss = transitions(run, 5), TransitionLoss(run.training)
     gradients = TransitionGradients(run.training)(found)
     num_weights = sum(weight.numel() for weight in loss.parameters())
-    assert num_weights == sum(w.numel() for part in (run.model.editor, run.model.latent) for w in part.parameters())
+    of_parts = [weight for name, weight in run.training.named_parameters() if name.startswith(("editor.", "latent."))]
+    assert num_weights == sum(weight.numel() for weight in of_parts)
     project = Projection(num_weights, gradients.shape[1], torch.device("cpu"))
     for row, transition in enumerate(zip(*found[1:], strict=True)):
         of_weights = torch.autograd.grad(loss(*transition), list(loss.parameters()))
