@@ -214,18 +214,18 @@ def _measures(networks: Networks, found: Transitions) -> dict[str, Any]:
     return parts
 
 
-def why_unsupported(model: WorldModel) -> str | None:
-    """Return the reason why the model cannot score videos; None if it can."""
+def why_unsupported(model: WorldModel, measure: str = "surprise") -> str | None:
+    """Return the reason why the model cannot score videos by this measure; None if it can."""
     if not isinstance(model.latent, NoLatent | GaussianLatent):
-        return "surprise needs a run with a gaussian latent or none: other latents have no KL(q || p)"
+        return f"{measure} needs a run with a gaussian latent or none: other latents have no KL(q || p)"
     if model.action_dim:
-        return "surprise of a video needs a passive run: this one is conditioned on actions (model.action_dim)"
+        return f"{measure} of a video needs a passive run: this one is conditioned on actions (model.action_dim)"
     return None
 
 
-def check_model(model: WorldModel) -> None:
-    """Raise UserError if the model cannot score videos."""
-    reason = why_unsupported(model)
+def check_model(model: WorldModel, measure: str = "surprise") -> None:
+    """Raise UserError if the model cannot score videos by this measure."""
+    reason = why_unsupported(model, measure)
     if reason:
         raise UserError(reason)
 

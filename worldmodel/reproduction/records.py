@@ -65,6 +65,36 @@ class TwoOutcomes(Part, total=False):
     unseen: OutcomeScores
 
 
+Methods = Annotated[dict[str, dict[str, Score]], Field(max_length=MAX_NAMES)]
+"""A score of each method for each kind."""
+
+
+class InfluenceScores(Part, total=False):
+    """The content of influence.json (benchmarks/influence.py)."""
+
+    seed: Whole
+    steps: Whole
+    duplicates: Methods
+    bad: Methods
+    effect: Methods
+
+
+class Spread(Part, total=False):
+    """A mean and a standard deviation."""
+
+    mean: Score
+    sd: Score
+
+
+class FewLabels(Part, total=False):
+    """The content of few_labels.json (benchmarks/few_labels.py): accuracy of each method for each number of labels."""
+
+    draws: Whole
+    seed: Whole
+    step: Whole
+    accuracy: Annotated[dict[str, dict[str, Spread]], Field(max_length=MAX_NAMES)]
+
+
 class Throughput(Part, total=False):
     """Rollouts on a number of threads; ratio: batched over a loop."""
 
@@ -136,6 +166,8 @@ RECORDS: dict[str, Any] = {
     "decoder.json": DecoderFacts,
     "surprise_events.json": SurpriseEvents,
     "two_outcomes.json": TwoOutcomes,
+    "influence.json": InfluenceScores,
+    "few_labels.json": FewLabels,
     "rollout.json": RolloutTimes,
     "train_step.json": TrainStepTimes,
     "scaling.json": ScalingTimes,

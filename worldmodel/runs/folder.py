@@ -20,7 +20,9 @@ run/futures/                     the same as files: .webp animations and .png st
 run/planning.json                success rates of planning, with its protocol
 run/planning.safetensors         the planned episodes that the report shows
 run/goal_policy.safetensors      a goal-conditioned policy, and what it was fitted to
+run/influence.safetensors        projected gradients of the training clips' losses
 run/surprise_events.json         how well surprise detects planted events
+run/few_labels.json              accuracy of classifiers from few labels
 run/two_outcomes.json            forecasts of the world of commands, against its law
 run/report.html                  the report
 """
@@ -57,7 +59,9 @@ class RunFolder:
         self.planning = self.path / "planning.json"
         self.planned_episodes = self.path / "planning.safetensors"
         self.goal_policy = self.path / "goal_policy.safetensors"
+        self.influence = self.path / "influence.safetensors"
         self.surprise_events = self.path / "surprise_events.json"
+        self.few_labels = self.path / "few_labels.json"
         self.two_outcomes = self.path / "two_outcomes.json"
         self.report = self.path / "report.html"
 
@@ -68,8 +72,8 @@ class RunFolder:
         evaluation = {self.metrics, self.forecasts, self.readout, self.recalibration, self.surprise, self.illustrations}
         decoding = {self.decoder, self.decoder_facts, self.decoded}
         planning = {self.planning, self.planned_episodes, self.goal_policy}
-        benchmarks = {self.surprise_events, self.two_outcomes}
-        return frozenset(training | evaluation | decoding | planning | benchmarks | {self.report})
+        benchmarks = {self.surprise_events, self.few_labels, self.two_outcomes}
+        return frozenset(training | evaluation | decoding | planning | benchmarks | {self.influence, self.report})
 
     @property
     def folders(self) -> frozenset[Path]:

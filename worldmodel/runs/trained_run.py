@@ -20,6 +20,7 @@ from worldmodel.config import Config, GaussianConfig, PretrainedConfig, VideosCo
 from worldmodel.evaluation.decoded import decode_paths, load_decoder
 from worldmodel.evaluation.embed import Networks
 from worldmodel.evaluation.ordinary import load_ordinary, threshold_of
+from worldmodel.evaluation.influence import Influence, InfluenceOptions, video_influence
 from worldmodel.evaluation.readout import load_readout
 from worldmodel.evaluation.recalibration import load_recalibrations
 from worldmodel.evaluation.surprise import SurpriseOptions, Timeline, check_model, clip_surprise, video_surprise
@@ -229,6 +230,31 @@ class TrainedRun:
         else:
             timeline = video_surprise(networks, self.config.data, Path(video), options)
         return dataclasses.replace(timeline, threshold=threshold)
+
+    def influence(
+        self,
+        video: str | Path,
+        *,
+        start_frame: int = 0,
+        num_shown: int = 8,
+        num_clips: int = 2**14,
+        progress: bool = False,
+    ) -> Influence:
+        """Rank training clips by how much they lowered the loss of the forecast of a clip of a video file.
+
+        The clip is its context and what followed. The gradients of the training clips are stored in the run folder
+        (worldmodel.evaluation.influence).
+
+        Args:
+            start_frame: the first frame of the clip, after resampling with data.fps.
+            num_shown: training clips at each end whose frames are returned.
+            num_clips: training clips to compare, at most, spread evenly over all.
+
+        Raises:
+            UserError: the run is not on video files, the latent is sparse or an oracle, the run is conditioned on
+                actions, the video cannot be read or is too short, or the run folder cannot be written.
+        """
+        return video_influence(self, Path(video), InfluenceOptions(start_frame, num_shown, num_clips, progress))
 
     def _segments(self, video: Tensor) -> Tensor:
         """Check segments [B, T, C, H, W], and convert them to the input of the networks."""
