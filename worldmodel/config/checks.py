@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from data_pipelines.text_files import shown
-from worldmodel.config.data import VideosConfig, frame_channels, num_cameras
+from worldmodel.config.data import ImagesConfig, SameImageConfig, VideosConfig, frame_channels, num_cameras
 from worldmodel.config.model import (
     External,
     LinearEditorConfig,
@@ -38,6 +38,9 @@ def cautions(config: Config) -> Iterator[str]:
             f"model.encoder={encoder.name} is meant for frames of {encoder.least_px} px and more, but "
             f"data.size_px={size_px}: conv3d suits small frames"
         )
+    data = config.data
+    if isinstance(data, ImagesConfig) and data.num_segments == 3 and not data.augment.active:
+        yield "data.num_segments=3 without data.augment: the later image, which the posterior sees, is the target itself"
 
 
 def _of_data(config: Config) -> Iterator[str]:
@@ -58,6 +61,8 @@ def _of_data(config: Config) -> Iterator[str]:
 
 def _of_augmentation(config: Config) -> Iterator[str]:
     data, model, augment = config.data, config.model, config.data.augment
+    if isinstance(data, ImagesConfig) and isinstance(data.relation, SameImageConfig) and not augment.active:
+        yield "data.relation=same_image needs data.augment: without it, both images of a pair are the same"
     if augment.changes_chroma and data.channels != 3:
         changes = " and ".join(f"data.augment.{key}" for key in ("saturation", "hue") if getattr(augment, key))
         yield f"{changes}: colour needs data.channels=3, not {data.channels}"
