@@ -100,15 +100,17 @@ def run(args: argparse.Namespace) -> None:
             num_processes=num_processes,
             overwrite=args.overwrite,
         )
-    else:
-        from data_pipelines.worlds import digit_images, kicked_mnist, moving_mnist
+    elif args.world == "digits":
+        from data_pipelines.worlds.digit_images import write_digit_images
 
-        writers: dict[str, Any] = {
-            "moving-mnist": moving_mnist.write_moving_mnist,
-            "kicked-mnist": kicked_mnist.write_kicked_mnist,
-            "digits": digit_images.write_digit_images,
-        }
-        writers[args.world](args.out, counts, **options, seed=args.seed, num_processes=num_processes, overwrite=args.overwrite)
+        write_digit_images(args.out, counts, **options, seed=args.seed, overwrite=args.overwrite)
+    else:
+        from data_pipelines.worlds import kicked_mnist, moving_mnist
+
+        write: Any = (
+            moving_mnist.write_moving_mnist if args.world == "moving-mnist" else kicked_mnist.write_kicked_mnist
+        )
+        write(args.out, counts, **options, seed=args.seed, num_processes=num_processes, overwrite=args.overwrite)
     print(f"{sum(counts.values()):,} {'images' if args.world == 'digits' else 'videos'} in {args.out}")
 
 
