@@ -145,7 +145,9 @@ def pairs_of_file(path: Path, root: Path, index: VideoIndex) -> Ints:
     if split_apart:
         log.warning("'%s': %d pairs have one image in another split or unreadable, and are left out", path, split_apart)
     if not found:
-        raise UserError(f"'{path}' has no pair within the {len(index.videos)} images of a split: each split needs pairs")
+        raise UserError(
+            f"'{path}' has no pair within the {len(index.videos)} images of a split: each split needs pairs"
+        )
     return np.array(found, dtype=np.int64)
 
 

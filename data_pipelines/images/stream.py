@@ -95,9 +95,7 @@ class PassDraws:
         rows = slice(number * self.settings.batch_size, (number + 1) * self.settings.batch_size)
         if not len(numbers := self.numbers[rows]):
             return None
-        return _pairs(
-            self.relation, numbers, np.arange(len(numbers)), self.uniform[rows], self.settings.num_segments
-        )
+        return _pairs(self.relation, numbers, np.arange(len(numbers)), self.uniform[rows], self.settings.num_segments)
 
 
 class PairStream(BatchStream):
@@ -198,9 +196,7 @@ def _pairs(relation: Relation, numbers: Ints, rows: Ints, uniform: NDArray[np.fl
     return PairBatch(numbers, rows, np.stack([contexts, *[targets] * (num_segments - 1)], axis=1))
 
 
-def _decoded(
-    images: ClipSet, draw: Draw, settings: PairSettings, failures: Failures
-) -> Generator[Batch, None, None]:
+def _decoded(images: ClipSet, draw: Draw, settings: PairSettings, failures: Failures) -> Generator[Batch, None, None]:
     """Yield the batches that `draw` names, decoded by the workers."""
     make_parts = partial(_parts, images, draw, settings.cache_mb * 2**20)
     parts = run_workers(make_parts, settings.num_workers, settings.decode_timeout_s, failures)

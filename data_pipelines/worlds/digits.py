@@ -37,7 +37,8 @@ def load_sprites(split: Split, mnist_dir: Path | None = None, size_px: int = SPR
     """Load the digits of one split, with sides of size_px. No identity is in two splits.
 
     Without `mnist_dir`: scikit-learn's 1,797 bundled 8x8 digits, 1,297 / 250 / 250. With it: MNIST's IDX files (plain
-    or gzipped), 50,000 / 10,000 training images and the 10,000 test images. Resized by antialiased bilinear interpolation.
+    or gzipped), 50,000 / 10,000 training images and the 10,000 test images. Resized, antialiased
+    bilinear.
 
     Raises:
         UserError: a file of MNIST is missing or is not an IDX file.

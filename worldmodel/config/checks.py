@@ -32,15 +32,16 @@ def contradictions(config: Config) -> Iterator[str]:
 
 def cautions(config: Config) -> Iterator[str]:
     """Yield what the descriptions of the keys advise against in a valid config, as sentences."""
-    encoder, size_px = config.model.encoder, config.data.size_px
-    if isinstance(encoder, ResNetConfig) and size_px < encoder.least_px:
+    encoder, data = config.model.encoder, config.data
+    if isinstance(encoder, ResNetConfig) and data.size_px < encoder.least_px:
         yield (
             f"model.encoder={encoder.name} is meant for frames of {encoder.least_px} px and more, but "
-            f"data.size_px={size_px}: conv3d suits small frames"
+            f"data.size_px={data.size_px}: conv3d suits small frames"
         )
-    data = config.data
     if isinstance(data, ImagesConfig) and data.num_segments == 3 and not data.augment.active:
-        yield "data.num_segments=3 without data.augment: the later image, which the posterior sees, is the target itself"
+        yield (
+            "data.num_segments=3 without data.augment: the later image, which the posterior sees, is the target itself"
+        )
 
 
 def _of_data(config: Config) -> Iterator[str]:

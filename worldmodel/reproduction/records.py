@@ -88,6 +88,28 @@ class ScalingTimes(Part, total=False):
     rows: list[ProcessTimes]
 
 
+class QueryScores(Part, total=False):
+    """Probe accuracy after a number of queries, mean and standard deviation over seeds, and the related pairs found."""
+
+    queries: Whole
+    random: Score
+    random_std: Score
+    random_related: Score
+    active: Score
+    active_std: Score
+    active_related: Score
+
+
+class PairQueries(Part, total=False):
+    """The content of pair_queries.json (benchmarks/pair_queries.py). all_pairs: the accuracy if all pairs are known."""
+
+    seeds: Whole
+    images: Whole
+    dim: Whole
+    all_pairs: Score
+    rows: list[QueryScores]
+
+
 RECORDS: dict[str, Any] = {
     "metrics.json": Metrics,
     "planning.json": Planning,
@@ -97,6 +119,7 @@ RECORDS: dict[str, Any] = {
     "rollout.json": RolloutTimes,
     "train_step.json": TrainStepTimes,
     "scaling.json": ScalingTimes,
+    "pair_queries.json": PairQueries,
 }
 
 

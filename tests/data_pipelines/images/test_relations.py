@@ -1,4 +1,4 @@
-"""Which images are pairs: never an image with itself within a class, all others alike, and files as they are written."""
+"""Which images are pairs: all others of a class alike, never an image with itself, and files as they are written."""
 
 from pathlib import Path
 

@@ -44,10 +44,8 @@ def images_of(batch: Batch) -> torch.Tensor:
 
 
 def equal(some: Sequence[Batch], others: Sequence[Batch]) -> bool:
-    return len(some) == len(others) and all(
-        torch.equal(a["video"], b["video"]) and torch.equal(a["row"], b["row"]) and torch.equal(a["clip_id"], b["clip_id"])
-        for a, b in zip(some, others, strict=True)
-    )
+    pairs = list(zip(some, others, strict=True))
+    return all(torch.equal(a[name], b[name]) for a, b in pairs for name in ("video", "row", "clip_id"))  # type: ignore[literal-required]
 
 
 def test_pairs_are_of_one_class_and_the_third_image_is_the_second(opened: Opened) -> None:
