@@ -51,8 +51,6 @@ STRATEGIES = ("random", "active")
 BUDGETS = (0, 100, 200, 400, 800, 1600, 3200)
 PER_ROUND = 50
 CANDIDATES = 4000
-SHRINKAGE = 0.1
-"""Share of the mean variance of a pixel that is added to the variance within related images, in every direction."""
 PROBE_STRENGTHS = (1e-2, 1.0, 100.0)
 
 
@@ -93,18 +91,20 @@ class Graph:
 def spectral_representation(pixels: Floats, groups: Ints, dim: int) -> Floats:
     """Return the representation of images [N, P], linear in the pixels: [N, K].
 
-    It is the closed-form minimum of the variance within groups plus the shrinkage, at unit variance over all images
-    (Balestriero and LeCun, arXiv 2205.11508, section 3): generalised eigenvectors. Without related images, these are
-    the first principal components.
+    It is the closed-form minimum of the variance within groups at unit variance over all images (Balestriero and LeCun,
+    arXiv 2205.11508, section 3): generalised eigenvectors. The covariance within groups of M images is shrunk towards a
+    multiple of the identity, as if P further images had the mean variance of a pixel in every direction. Without
+    related images, the directions are therefore the first principal components.
     """
     centred = pixels - pixels.mean(axis=0)
     total = centred.T @ centred / len(pixels)
     counts = np.bincount(groups)
     means = np.stack([np.bincount(groups, weights=column) for column in centred.T], axis=1) / counts[:, None]
     apart = (centred - means[groups])[counts[groups] > 1]
-    within = apart.T @ apart / max(1, len(apart))
-    ridge = SHRINKAGE * np.trace(total) / len(total) * np.eye(len(total))
-    _, vectors = eigh(total, within + ridge, subset_by_index=[len(total) - dim, len(total) - 1])
+    num_pixels = len(total)
+    prior = np.trace(total) * np.eye(num_pixels)  # P times the mean variance
+    within = (apart.T @ apart + prior) / (len(apart) + num_pixels)
+    _, vectors = eigh(total, within, subset_by_index=[num_pixels - dim, num_pixels - 1])
     values = centred @ vectors[:, ::-1]
     return values / values.std(axis=0)
 
