@@ -10,8 +10,8 @@ with that graph (Laplacian eigenmaps): the directions with the most variance, re
 A round asks about a batch of pairs, and fits the representation again:
 
     random   pairs of images at random
-    active   of random candidates, the pairs that the representation is most unsure of, by a logistic regression of the
-             answers so far on the distance. Half of them are asked in this way, the others are the nearest unknown pairs.
+    active   of random candidates, half the nearest pairs, and half those that the representation is most unsure of, by
+             a logistic regression of the answers so far on the distance
 
 The score is the accuracy of a linear probe of the representation, fitted on all training labels: what the graph has
 taught. The images are the digits of scikit-learn, or those of MNIST.
