@@ -72,8 +72,8 @@ def test_single_images_are_probed_for_class_and_attributes(run: Path) -> None:
     assert set(metrics["probes"]) == {"backbone", "embedding", "r", "embedding_and_r"}
     for targets in metrics["probes"].values():
         assert set(targets) == {"label", "slant", "thickness", "width"}
-        assert 0 <= targets["label"]["linear"] <= 1
-    assert 0 <= metrics["dci"]["disentanglement"] <= 1
+        assert targets["label"]["linear"] is not None and 0 <= targets["label"]["linear"] <= 1
+    assert (score := metrics["dci"]["disentanglement"]) is not None and 0 <= score <= 1
     # Forecasts of the slant of the target: persistence is the slant of the context.
     assert metrics["space"] == "slant" and {"model", "label_persistence"} <= set(metrics["forecasts"])
     assert "width" in (run / "report.html").read_text()

@@ -28,8 +28,10 @@ def opened(write_images: WriteImages) -> Opened:
     return index, same_class(classes_of(index, "label"))
 
 
-def stream(opened: Opened, settings: PairSettings = SETTINGS, seed: int = 0, **ranks: int) -> PairStream:
-    return PairStream(*opened, settings, seed=seed, **ranks)
+def stream(
+    opened: Opened, settings: PairSettings = SETTINGS, seed: int = 0, rank: int = 0, world_size: int = 1
+) -> PairStream:
+    return PairStream(*opened, settings, seed=seed, rank=rank, world_size=world_size)
 
 
 def taken(pairs: PairStream, count: int, start: int = 0) -> list[Batch]:
@@ -45,7 +47,7 @@ def images_of(batch: Batch) -> torch.Tensor:
 
 def equal(some: Sequence[Batch], others: Sequence[Batch]) -> bool:
     pairs = list(zip(some, others, strict=True))
-    return all(torch.equal(a[name], b[name]) for a, b in pairs for name in ("video", "row", "clip_id"))  # type: ignore[literal-required]
+    return all(torch.equal(a[name], b[name]) for a, b in pairs for name in ("video", "row", "clip_id"))
 
 
 def test_pairs_are_of_one_class_and_the_third_image_is_the_second(opened: Opened) -> None:
@@ -99,8 +101,8 @@ def test_the_fingerprint_names_seed_pairs_and_images(opened: Opened, write_image
 
 
 def test_a_pass_takes_each_context_once_with_a_fixed_target(opened: Opened) -> None:
-    def read(max_pairs: int, seed: int = 0, **ranks: int) -> torch.Tensor:
-        batches = read_pairs(*opened, SETTINGS, seed=seed, max_pairs=max_pairs, **ranks)
+    def read(max_pairs: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> torch.Tensor:
+        batches = read_pairs(*opened, SETTINGS, seed=seed, max_pairs=max_pairs, rank=rank, world_size=world_size)
         return torch.cat([images_of(batch) for batch in batches])
 
     whole = read(100)

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from data_pipelines.errors import UserError
+from data_pipelines.splits import Split
 from data_pipelines.worlds.digit_images import IMAGE_PX, measure, write_digit_images
 from data_pipelines.worlds.digits import load_sprites
 
-COUNTS = {"train": 12, "selection": 4, "test": 5}
+COUNTS: dict[Split, int] = {"train": 12, "selection": 4, "test": 5}
 
 
 def bar(width: float, height: float, slant: float = 0.0, fine: int = 8) -> torch.Tensor:
@@ -45,7 +46,7 @@ def test_files_hold_the_digits_and_their_measures(tmp_path: Path) -> None:
     for split, count in COUNTS.items():
         rows = [json.loads(line) for line in (tmp_path / split / "metadata.jsonl").read_text().splitlines()]
         assert len(rows) == count
-        known = {image.tobytes() for image in pixels(load_sprites(split, None, IMAGE_PX).images)}  # type: ignore[arg-type]
+        known = {image.tobytes() for image in pixels(load_sprites(split, None, IMAGE_PX).images)}
         for row in rows:
             image = np.asarray(Image.open(tmp_path / split / row["file_name"]))
             assert image.tobytes() in known and row["file_name"].startswith(f"{row['label']}/")
