@@ -66,7 +66,7 @@ def read_labels(root: Path, videos: Sequence[Video], class_names: Sequence[str],
             log.info("'%s' is closer to its videos than '%s' and takes precedence", metadata[0], above)
         metadata = [above, *metadata] if rows else metadata
     if not metadata:
-        return Labels(_labels_of_classes(videos, class_names), {}, None, {})
+        return Labels(labels_of_classes(videos, class_names), {}, None, {})
     for path in metadata:
         if path.parent == root.parent and is_split:
             continue
@@ -144,7 +144,11 @@ def _is_finite(number: Any) -> bool:
         return False
 
 
-def _labels_of_classes(videos: Sequence[Video], class_names: Sequence[str]) -> dict[str, torch.Tensor]:
+def labels_of_classes(videos: Sequence[Video], class_names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Return "label", the number of each video's folder among class_names, int64 [N].
+
+    There is none unless all videos are in such folders, and these are several.
+    """
     number_of = {name: number for number, name in enumerate(class_names)}
     parents = [posixpath.dirname(video.path) for video in videos]
     if len(class_names) < 2 or not all(parent in number_of for parent in parents):

@@ -10,6 +10,7 @@ from worldmodel import parts
 from worldmodel.config import (
     Config,
     GaussianConfig,
+    ImagesConfig,
     Norm,
     OracleConfig,
     SparseConfig,
@@ -139,4 +140,5 @@ def clip_layout(config: Config) -> ClipLayout:
         action_label=data.action_label if isinstance(data, VideosConfig) else None,
         action_dim=config.model.action_dim,
         num_cameras=num_cameras(data),
+        of_images=isinstance(data, ImagesConfig),
     )

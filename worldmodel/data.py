@@ -43,6 +43,7 @@ class ClipLayout:
             has the actions up to the next delivered one, one after the other.
         action_dim: size of the action of one source frame; 0 for a passive model. The model takes `span` of them.
         num_cameras: cameras whose frames are the channels of a frame, one after the other.
+        of_images: segments are related images, not successive parts of a video. Per-frame labels are measures of them.
     """
 
     num_segments: int
@@ -53,6 +54,7 @@ class ClipLayout:
     action_label: str | None = None
     action_dim: int = 0
     num_cameras: int = 1
+    of_images: bool = False
 
     def segments_for(self, steps: int) -> int:
         """Return the number of segments in a clip for `steps` steps of prediction."""

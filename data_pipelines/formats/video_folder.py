@@ -1,7 +1,7 @@
 """Folders of video files, with labels from metadata files or from the names of subfolders."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from data_pipelines.errors import UserError, one_line
@@ -33,6 +33,13 @@ def load_labelled(root: Path, class_names: Sequence[str], options: LoadOptions) 
     entries = index_folder(
         root, num_workers=options.num_workers, progress=options.progress, max_frame_px=options.max_frame_px
     )
+    return labelled_index(root, entries, class_names, options)
+
+
+def labelled_index(
+    root: Path, entries: Sequence[Video | BadFile], class_names: Sequence[str], options: LoadOptions
+) -> VideoIndex:
+    """Return the index of a folder's entries, with their labels. Arguments and errors as for load_labelled."""
     videos = [entry for entry in entries if isinstance(entry, Video)]
     bad = [entry for entry in entries if isinstance(entry, BadFile)]
     check_bad_fraction(root, bad, len(entries), options.max_bad_fraction)
@@ -50,7 +57,12 @@ def load_labelled(root: Path, class_names: Sequence[str], options: LoadOptions) 
 
 def _class_names(folders: Iterable[Path]) -> list[str]:
     """Return the sorted names of subfolders that hold videos."""
-    return sorted({path.name for path in subfolders(folders) if _holds_videos(path)})
+    return names_of_classes(folders, is_video_name)
+
+
+def names_of_classes(folders: Iterable[Path], is_content: Callable[[str], bool]) -> list[str]:
+    """Return the sorted names of subfolders with a file whose name is one of a content, such as a video."""
+    return sorted({path.name for path in subfolders(folders) if _holds(path, is_content)})
 
 
 def subfolders(folders: Iterable[Path]) -> list[Path]:
@@ -67,8 +79,8 @@ def subfolders(folders: Iterable[Path]) -> list[Path]:
     return found
 
 
-def _holds_videos(folder: Path) -> bool:
+def _holds(folder: Path, is_content: Callable[[str], bool]) -> bool:
     try:
-        return any(map(is_video_name, os.listdir(folder)))
+        return any(map(is_content, os.listdir(folder)))
     except OSError:  # the indexing of the folder skips it too
         return False

@@ -4,7 +4,7 @@ The videos of a folder are its video files. A folder without any may hold folder
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from data_pipelines.containers import IMAGE_EXTENSIONS
@@ -52,6 +52,12 @@ def video_paths(root: Path, *, warn: bool = False) -> Iterator[str]:
         yield from (f"{prefix}{name}" for name in names if is_video_name(name))
 
 
+def image_paths(root: Path) -> Iterator[str]:
+    """Yield the paths of image files under root, as video_paths does."""
+    for prefix, names in _folders(root, warn=True):
+        yield from (f"{prefix}{name}" for name in names if is_image_name(name))
+
+
 def image_folders(root: Path) -> Iterator[str]:
     """Yield the paths of subfolders of root that hold images, as video_paths does."""
     for prefix, names in _folders(root):
@@ -94,6 +100,7 @@ def _all_paths(root: Path) -> list[str]:
 def index_folder(
     root: Path,
     *,
+    paths: Sequence[str] | None = None,
     part: tuple[int, int] | None = None,
     num_workers: int | None = None,
     progress: bool = True,
@@ -101,6 +108,7 @@ def index_folder(
 ) -> list[Video | BadFile]:
     """Index every video under root, or update its index. Returns the entries sorted by path.
 
+    paths: sorted paths of other files to index, such as images, in place of the videos; None: the videos.
     part: (k, n) indexes only every n-th file, from the k-th (k = 1 to n), and stores the result for merge_parts.
     num_workers: processes; None: one per core; 0: none, the files are read in this process.
     progress: shows a bar.
@@ -108,7 +116,8 @@ def index_folder(
 
     Raises UserError: root is missing or holds no video. (If none is readable, that is no error here.)
     """
-    paths = _all_paths(root)
+    if paths is None:
+        paths = _all_paths(root)
     if not paths:
         extensions = " ".join(sorted(VIDEO_EXTENSIONS))
         raise UserError(

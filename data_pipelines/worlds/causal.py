@@ -6,8 +6,8 @@ change without being the target. The change is drawn in one of five ways:
 
     isotropic        0.3 eps
     anisotropic      0.3 diag(s) eps, s from 0.3 to 3 in geometric steps, in an order set by the seed
-    diagonal         0.3 diag(3 ** tanh(W z)) eps: the size of each factor's change depends on the state, the direction does
-                     not; rows of W have length 1
+    diagonal         0.3 diag(3 ** tanh(W z)) eps: the state sets the size of each factor's change, not a direction;
+                     rows of W have length 1
     heteroscedastic  D sum_i eps_i (M_i z + 0.1 b_i), i = 1..3: three "actions" of random size, each moves z along its
                      own field; D is a diagonal from 1/3 to 3 in geometric steps, divided by its root mean square
     multimodal       1.8 on one random factor, up or down, + 0.09 eps

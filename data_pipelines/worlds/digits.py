@@ -24,7 +24,7 @@ SPRITE_PX = 16
 
 @dataclass(frozen=True)
 class Sprites:
-    """Digits of one split: `images` float32 [N, 16, 16] in [0, 1], `digits` int64 [N]."""
+    """Digits of one split: `images` float32 [N, P, P] in [0, 1], `digits` int64 [N]. P = 16 to draw them."""
 
     images: Tensor
     digits: Tensor
@@ -33,11 +33,12 @@ class Sprites:
         return len(self.digits)
 
 
-def load_sprites(split: Split, mnist_dir: Path | None = None) -> Sprites:
-    """Load the digits of one split. No identity is in two splits.
+def load_sprites(split: Split, mnist_dir: Path | None = None, size_px: int = SPRITE_PX) -> Sprites:
+    """Load the digits of one split, with sides of size_px. No identity is in two splits.
 
     Without `mnist_dir`: scikit-learn's 1,797 bundled 8x8 digits, 1,297 / 250 / 250. With it: MNIST's IDX files (plain
-    or gzipped), 50,000 / 10,000 training images and the 10,000 test images. Resized to 16x16, antialiased bilinear.
+    or gzipped), 50,000 / 10,000 training images and the 10,000 test images. Resized, antialiased
+    bilinear.
 
     Raises:
         UserError: a file of MNIST is missing or is not an IDX file.
@@ -53,7 +54,7 @@ def load_sprites(split: Split, mnist_dir: Path | None = None) -> Sprites:
         bounds = {"train": (0, 50_000), "selection": (50_000, len(digits))}
     start, stop = bounds[split]
     resized = F.interpolate(
-        images[start:stop, None], (SPRITE_PX, SPRITE_PX), mode="bilinear", antialias=True, align_corners=False
+        images[start:stop, None], (size_px, size_px), mode="bilinear", antialias=True, align_corners=False
     )
     return Sprites(resized[:, 0].clamp(0, 1), digits[start:stop])
 

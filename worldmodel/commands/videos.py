@@ -7,6 +7,7 @@
   freeway, breakout, pong
                  Atari games with sticky actions, played by simple policies, with positions from the console's memory
   highway        a motorway with drivers who change speed and lane at random, with positions of cars
+  digits         PNG images of single digits in folders, with measured slant, thickness and width (data.source=images)
 
 The test and selection splits contain other digits, or other episodes, than the training split. Games need
 pip install 'worldmodel[games]'.
@@ -33,6 +34,7 @@ COUNTS: "dict[str, dict[Split, int]]" = {
     "kicked-mnist": {"train": 12_000, "selection": 512, "test": 512},
     "occlusion": {"train": 4_000, "selection": 512, "test": 512},
     "two-rooms": {"train": 4_000, "selection": 100, "test": 100},
+    "digits": {"train": 1_297, "selection": 250, "test": 250},
     **{game: {"train": 200, "selection": 40, "test": 40} for game in GAMES},
 }
 OWN_OPTIONS = {
@@ -40,6 +42,7 @@ OWN_OPTIONS = {
     "kicked-mnist": ("num_frames", "num_digits", "borders", "mnist_dir"),
     "occlusion": ("num_frames", "mnist_dir"),
     "two-rooms": ("env_kwargs",),
+    "digits": ("mnist_dir",),
     **dict.fromkeys(GAMES, ("num_frames",)),
 }
 TWO_ROOMS = "data_pipelines.worlds.two_rooms:worldmodel/TwoRooms-v0"
@@ -56,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_seed(parser, "seed of the videos")
     add_processes(parser)
     add_overwrite(parser, "a world with other parameters")
-    digits = parser.add_argument_group("moving-mnist, kicked-mnist and occlusion")
+    digits = parser.add_argument_group("moving-mnist, kicked-mnist, occlusion and digits")
     digits.add_argument(
         "--mnist-dir", type=Path, metavar="FOLDER", help="MNIST's IDX files (default: the digits of scikit-learn)"
     )
@@ -100,6 +103,10 @@ def run(args: argparse.Namespace) -> None:
             num_processes=num_processes,
             overwrite=args.overwrite,
         )
+    elif args.world == "digits":
+        from data_pipelines.worlds.digit_images import write_digit_images
+
+        write_digit_images(args.out, counts, **options, seed=args.seed, overwrite=args.overwrite)
     else:
         from data_pipelines.worlds import kicked_mnist, moving_mnist, occlusion
 
@@ -110,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
         }
         write = writers[args.world]
         write(args.out, counts, **options, seed=args.seed, num_processes=num_processes, overwrite=args.overwrite)
-    print(f"{sum(counts.values()):,} videos in {args.out}")
+    print(f"{sum(counts.values()):,} {'images' if args.world == 'digits' else 'videos'} in {args.out}")
 
 
 def own_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from data_pipelines.text_files import shown
-from worldmodel.config.data import VideosConfig, frame_channels, num_cameras
+from worldmodel.config.data import ImagesConfig, SameImageConfig, VideosConfig, frame_channels, num_cameras
 from worldmodel.config.model import (
     External,
     LinearEditorConfig,
@@ -33,11 +33,15 @@ def contradictions(config: Config) -> Iterator[str]:
 
 def cautions(config: Config) -> Iterator[str]:
     """Yield what the descriptions of the keys advise against in a valid config, as sentences."""
-    encoder, size_px = config.model.encoder, config.data.size_px
-    if isinstance(encoder, ResNetConfig) and size_px < encoder.least_px:
+    encoder, data = config.model.encoder, config.data
+    if isinstance(encoder, ResNetConfig) and data.size_px < encoder.least_px:
         yield (
             f"model.encoder={encoder.name} is meant for frames of {encoder.least_px} px and more, but "
-            f"data.size_px={size_px}: conv3d suits small frames"
+            f"data.size_px={data.size_px}: conv3d suits small frames"
+        )
+    if isinstance(data, ImagesConfig) and data.num_segments == 3 and not data.augment.active:
+        yield (
+            "data.num_segments=3 without data.augment: the later image, which the posterior sees, is the target itself"
         )
     if isinstance(config.objective, ResslConfig) and 2 * config.model.embedding_dim > config.data.batch_size:
         yield (
@@ -65,6 +69,8 @@ def _of_data(config: Config) -> Iterator[str]:
 
 def _of_augmentation(config: Config) -> Iterator[str]:
     data, model, augment = config.data, config.model, config.data.augment
+    if isinstance(data, ImagesConfig) and isinstance(data.relation, SameImageConfig) and not augment.active:
+        yield "data.relation=same_image needs data.augment: without it, both images of a pair are the same"
     if augment.changes_chroma and data.channels != 3:
         changes = " and ".join(f"data.augment.{key}" for key in ("saturation", "hue") if getattr(augment, key))
         yield f"{changes}: colour needs data.channels=3, not {data.channels}"

@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from worldmodel.config.kinds import (
     KEYS,
+    Choice,
     Count,
     CountFrom0,
     Fraction,
@@ -35,8 +36,8 @@ MAX_CAMERAS = 16
 @dataclass(frozen=True, config=KEYS)
 class AugmentConfig:
     """Random changes of training clips, off by default. All frames of a clip are changed alike, and only the noise
-    differs between pixels and frames. Evaluation, refinement and rollouts see the clips as they are. Sources with a
-    known law have no augmentation."""
+    differs between pixels and frames. Of `data.source: images`, the images of a clip are changed independently.
+    Evaluation, refinement and rollouts see the clips as they are. Sources with a known law have no augmentation."""
 
     crop_min_scale: CropScale = 1.0
     """Least side of a square crop, as a fraction of the frame's side. The side is uniform between it and 1, and the
@@ -233,6 +234,83 @@ class CausalConfig:
 
 
 @dataclass(frozen=True, config=KEYS)
+class SameClassConfig:
+    """Two different images of one class."""
+
+    name: Literal["same_class"] = "same_class"
+    """Name of the relation."""
+    label: Text = "label"
+    """Label with the class, a whole number. "label" is the subfolder of an image, unless metadata states it."""
+
+
+@dataclass(frozen=True, config=KEYS)
+class SameImageConfig:
+    """One image twice: two views of it, by `data.augment`."""
+
+    name: Literal["same_image"] = "same_image"
+    """Name of the relation."""
+
+
+@dataclass(frozen=True, config=KEYS)
+class PairsFileConfig:
+    """Pairs that a file lists."""
+
+    name: Literal["file"] = "file"
+    """Name of the relation."""
+    path: Text = "pairs.csv"
+    """CSV file with the columns first,second: the context and the target, as paths below `data.root`. Both are in one
+    split, and each split needs pairs. A relative path starts in the current folder."""
+
+
+RelationConfig = SameClassConfig | SameImageConfig | PairsFileConfig
+
+
+@dataclass(frozen=True, config=KEYS)
+class ImagesConfig:
+    """Pairs of related images in files.
+
+    A clip has segments of one image: the context x, the target x+ and the later x++, which the posterior sees. x++ is
+    the target again, in training with another augmentation.
+    """
+
+    built_by: ClassVar[str] = "worldmodel.sources.images:ImagesSource"
+    content: ClassVar[Literal["frames", "factors"]] = "frames"
+    max_steps: ClassVar[int | None] = 1
+    oracle_label: ClassVar[str | None] = None
+    num_frames: ClassVar[int] = 1
+    frame_stride: ClassVar[int] = 1
+
+    source: Literal["images"] = "images"
+    """Name of the source."""
+    root: Text = "data/images"
+    """A folder of JPEG and PNG files, directly or in a subfolder for each class. Labels are in metadata.csv or
+    metadata.jsonl, with a file_name. Subfolders train/, selection/ and test/ are the splits where they exist;
+    otherwise images are divided by a hash of their paths."""
+    relation: Annotated[RelationConfig, Choice("same_class")] = SameClassConfig()
+    """Which images are the context and the target of a clip."""
+    size_px: ImageSize = 64
+    """Side of the square frames, pixels: the short side is resized to it, the centre is cropped."""
+    channels: Literal[1, 3] = 3
+    """1 is luma, 3 is RGB."""
+    num_segments: Literal[2, 3] = 3
+    """Images of a clip: context and target (2), plus the later one (3)."""
+    batch_size: SamplesFrom2 = 128
+    """Clips per global batch, over all processes."""
+    cache_mb: CountFrom0 = 0
+    """Memory per training process for decoded images that later batches reuse, MiB. Other images are decoded again."""
+    num_workers: RepeatFrom0 = 1
+    """Decoding processes per training process. 0: the training process decodes."""
+    decode_timeout_s: Seconds = 60.0
+    """Time limit for decoding one image, seconds. A slower decoding process is replaced and the image left out."""
+    max_bad_fraction: Fraction = 0.1
+    """Fraction of unreadable images above which a run stops."""
+    max_frame_px: Count = 2**26
+    """Limit of the pixels in an image. A file with more is skipped before it is decoded."""
+    augment: AugmentConfig = AugmentConfig()
+    """Random changes of training images, independent for each image of a clip."""
+
+
+@dataclass(frozen=True, config=KEYS)
 class ExternalData:
     """A source from outside of the project: a class in the user's own code."""
 
@@ -266,7 +344,7 @@ class ExternalData:
         return self.source
 
 
-DataConfig = VideosConfig | MovingMnistConfig | CausalConfig | ExternalData
+DataConfig = VideosConfig | MovingMnistConfig | CausalConfig | ImagesConfig | ExternalData
 
 
 def num_cameras(data: DataConfig) -> int:

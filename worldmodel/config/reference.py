@@ -104,7 +104,7 @@ def _groups_of(members: Iterable[type]) -> dict[str, Any]:
     """Return the groups of keys within the dataclasses of a choice, which several of them may share."""
     fields = [field for member in members for field in dataclasses.fields(member)]
     hints = {name: hint for member in members for name, hint in get_type_hints(member, include_extras=True).items()}
-    return {field.name: hints[field.name] for field in fields if dataclasses.is_dataclass(hints[field.name])}
+    return {field.name: hints[field.name] for field in fields if _is_group(hints[field.name])}
 
 
 def _lines_of_keys(kind: Any, prefix: str, only: str | None = None) -> Iterator[str]:

@@ -9,7 +9,7 @@ import yaml
 
 from data_pipelines.errors import UserError
 from data_pipelines.text_files import is_optional, is_text, kind_of_items, kind_of_key, parse_yaml, shown
-from worldmodel.config.kinds import as_key, choice_of, keys_of, list_of, members_of
+from worldmodel.config.kinds import as_key, choice_of, keys_of, list_of, member_for, members_of
 from worldmodel.config.old import MOVED
 from worldmodel.config.sections import Config
 
@@ -23,7 +23,10 @@ def expanded(tree: Mapping[str, Any], kind: Any = Config) -> dict[str, Any]:
 def _expanded_part(part: Any, kind: Any) -> Any:
     choice = choice_of(kind)
     if choice is not None:
-        return {choice.tag: part} if isinstance(part, str) else part
+        if not isinstance(part, dict):
+            return {choice.tag: part} if isinstance(part, str) else part
+        member = member_for(kind, part)
+        return part if member is None else expanded(part, member)
     return expanded(part, kind) if isinstance(part, dict) and hasattr(kind, "__dataclass_fields__") else part
 
 

@@ -41,6 +41,7 @@ from worldmodel.evaluation.futures import (
     roll_out_share,
 )
 from worldmodel.evaluation.illustrations import Illustrations, Latents, side_by_side
+from worldmodel.evaluation.images import score_images
 from worldmodel.evaluation.intervals import add_skill, interval_facts, resample
 from worldmodel.evaluation.probes import probe_clips
 from worldmodel.evaluation.quantity import (
@@ -156,7 +157,10 @@ def evaluate_forecasts(networks: Networks, config: EvaluationConfig) -> Evaluati
         )
         add_skill(forecasts_of_quantity, energy, resampling)
         _add_quantity(metrics, quantity, scored, found, forecasts_of_quantity)
-        metrics["probes"] = probe_clips(law, clips.fit, clips.selection, queries)
+        if not layout.of_images:
+            metrics["probes"] = probe_clips(law, clips.fit, clips.selection, queries)
+    if layout.of_images:
+        metrics.update(score_images(clips.fit, clips.selection, queries))
     if recalibrated:
         metrics["recalibration"] = Recalibrations(
             embedding=recalibrated["embedding"].facts,

@@ -160,6 +160,28 @@ class Neighbours(Part, total=False):
     rows: list[NeighbouredTraining]
 
 
+class QueryScores(Part, total=False):
+    """Probe accuracy after a number of queries, mean and standard deviation over seeds, and the related pairs found."""
+
+    queries: Whole
+    random: Score
+    random_std: Score
+    random_related: Score
+    active: Score
+    active_std: Score
+    active_related: Score
+
+
+class PairQueries(Part, total=False):
+    """The content of pair_queries.json (benchmarks/pair_queries.py). all_pairs: the accuracy if all pairs are known."""
+
+    seeds: Whole
+    images: Whole
+    dim: Whole
+    all_pairs: Score
+    rows: list[QueryScores]
+
+
 RECORDS: dict[str, Any] = {
     "metrics.json": Metrics,
     "planning.json": Planning,
@@ -172,6 +194,7 @@ RECORDS: dict[str, Any] = {
     "train_step.json": TrainStepTimes,
     "scaling.json": ScalingTimes,
     "neighbours.json": Neighbours,
+    "pair_queries.json": PairQueries,
 }
 
 

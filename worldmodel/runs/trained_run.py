@@ -19,8 +19,8 @@ from worldmodel.build import build_training_model, clip_layout
 from worldmodel.config import Config, GaussianConfig, PretrainedConfig, VideosConfig, check_trust, outside_names
 from worldmodel.evaluation.decoded import decode_paths, load_decoder
 from worldmodel.evaluation.embed import Networks
-from worldmodel.evaluation.ordinary import load_ordinary, threshold_of
 from worldmodel.evaluation.influence import Influence, InfluenceOptions, video_influence
+from worldmodel.evaluation.ordinary import load_ordinary, threshold_of
 from worldmodel.evaluation.readout import load_readout
 from worldmodel.evaluation.recalibration import load_recalibrations
 from worldmodel.evaluation.surprise import SurpriseOptions, Timeline, check_model, clip_surprise, video_surprise

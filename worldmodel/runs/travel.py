@@ -18,7 +18,16 @@ from urllib.parse import urlsplit
 
 from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.files import write_text
-from worldmodel.config import Config, MovingMnistConfig, PretrainedConfig, TrackingConfig, VideosConfig, to_yaml
+from worldmodel.config import (
+    Config,
+    ImagesConfig,
+    MovingMnistConfig,
+    PairsFileConfig,
+    PretrainedConfig,
+    TrackingConfig,
+    VideosConfig,
+    to_yaml,
+)
 from worldmodel.evaluation.decoded import load_decoder, save_decoder, stored_facts
 from worldmodel.evaluation.ordinary import load_ordinary, save_ordinary
 from worldmodel.evaluation.readout import load_readout, save_readout
@@ -139,6 +148,11 @@ def portable_config(config: Config, name: str) -> tuple[Config, list[str]]:
             else tuple(dataclasses.replace(part, path=public_path(part.path)) for part in root)
         )
         data = dataclasses.replace(data, root=public, remote_cache_dir=None)
+    elif isinstance(data, ImagesConfig):
+        relation = data.relation
+        if isinstance(relation, PairsFileConfig):
+            relation = dataclasses.replace(relation, path=public_path(relation.path))
+        data = dataclasses.replace(data, root=public_path(data.root), relation=relation)
     elif isinstance(data, MovingMnistConfig) and data.mnist_dir is not None:
         data = dataclasses.replace(data, mnist_dir=public_path(data.mnist_dir))
     for key in ("root", "mnist_dir"):

@@ -4,6 +4,9 @@ A clip is changed as a whole: one draw holds for all of its segments and frames,
 of r changes within it. Noise alone differs between pixels and frames, as that of a camera does. The draw of a clip is a
 function of (seed, step, its place in the global batch). It depends neither on the number of processes nor on resumes.
 
+The segments of image pairs (`data.source: images`) are unlike those of a video: each has a draw of its own, that of its
+place among all segments of the global batch.
+
 The changes of a clip follow one another as in a camera: geometry, blur, colour, noise. Several cameras of a clip are
 changed alike; the mean luma and the colours are those of each camera.
 
@@ -22,7 +25,7 @@ from torch import Tensor
 from data_pipelines.batches import Batch
 from data_pipelines.errors import UserError
 from data_pipelines.transforms import on_device, to_float
-from worldmodel.config import AugmentConfig, Config, VideosConfig, num_cameras
+from worldmodel.config import AugmentConfig, Config, ImagesConfig, VideosConfig, num_cameras
 from worldmodel.sources.source import Source
 from worldmodel.training.optimisation import AUGMENT, step_generator
 
@@ -69,18 +72,31 @@ def augmented(batch: Batch, config: Config, step: int, device: torch.device) -> 
     Raises:
         UserError: a label of `data.augment.position_labels` is missing, or does not hold pairs.
     """
-    settings = config.data.augment
-    if not settings.active or not len(batch["row"]):
+    settings, rows = config.data.augment, batch["row"].cpu()
+    if not settings.active or not len(rows):
         return batch
-    draws = draw(settings, config.seed, step, config.data.batch_size).of(batch["row"].cpu())
+    # Of image pairs, each segment is changed as a clip of its own.
+    apart = config.data.num_segments if isinstance(config.data, ImagesConfig) else 1
+    places = (rows[:, None] * apart + torch.arange(apart)).flatten()
+    draws = draw(settings, config.seed, step, config.data.batch_size * apart).of(places)
     labels = dict(batch["labels"])
     for name, edges in settings.position_labels.items():
         if name not in labels:
             has = ", ".join(sorted(labels)) or "none"
             raise UserError(f"data.augment.position_labels: these videos have no label {name!r}: they have {has}")
-        labels[name] = move_positions(name, labels[name], draws, edges)
-    video = change(to_float(on_device(batch["video"], device)), settings, draws, num_cameras(config.data))
-    return {**batch, "video": video, "labels": labels}
+        moved_label = move_positions(name, _segments_apart(labels[name], apart), draws, edges)
+        labels[name] = moved_label.reshape(labels[name].shape)
+    video = to_float(on_device(batch["video"], device))
+    changed = change(_segments_apart(video, apart), settings, draws, num_cameras(config.data))
+    return {**batch, "video": changed.reshape(video.shape), "labels": labels}
+
+
+def _segments_apart(values: Tensor, count: int) -> Tensor:
+    """Return the frames of B clips, [B, T, ...], as those of B * count clips: [B * count, T / count, ...].
+
+    Labels of whole clips, [B], are returned as they are.
+    """
+    return values if count == 1 or values.ndim < 3 else values.reshape(len(values) * count, -1, *values.shape[2:])
 
 
 def check_augmentation(source: Source, config: Config) -> None:

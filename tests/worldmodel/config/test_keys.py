@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from data_pipelines.worlds.digit_images import write_digit_images
 from tests.conftest import REPO, videos_of
 from tests.worldmodel.config.test_mistakes import CONFIGS
 from tests.worldmodel.planning.test_recipes import tiny_dinov2
@@ -43,6 +44,7 @@ TAGS = {
     "model.editor.name",
     "planning.planner.name",
     "planning.risk.name",
+    "data.relation.name",
 }
 """Names of choices, which select the dataclass that is read."""
 
@@ -125,6 +127,10 @@ def test_every_key_of_every_shipped_config_is_read(
         causal = [*CAUSAL, f"run_dir={fresh.run_dir}_causal"]
         trained = load(train(load_config(REPO / "configs" / "causal" / "heteroscedastic.yaml", causal)))
         evaluate_factors(trained.networks, trained.config.evaluation)
+        write_digit_images(tmp_path / "digits", {"train": 40, "selection": 12, "test": 12})
+        digits = [f"data.root={tmp_path / 'digits'}", f"run_dir={fresh.run_dir}_digits", "data.batch_size=16"]
+        digits += ["train.steps=2", "train.eval_every=2", "tracking.wandb=disabled"]
+        train_and_evaluate(load_config(REPO / "configs" / "digits.yaml", digits))
         mazes = ("point_maze", "point_maze_lewm", "point_maze_gcbc", "point_maze_dino_wm")
         for name in ("two_rooms", "two_rooms_random", "two_rooms_pit", "swm_two_room", "reacher", "cube", *mazes):
             overrides = ["planning.candidates=40", "planning.iterations=2", *[encoder] * name.endswith("dino_wm")]

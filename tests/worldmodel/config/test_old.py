@@ -62,10 +62,13 @@ CHANGED = {
 }
 NEW = {"data.format", "model.encoder.kernels"} | {f"data.augment.{key}" for key in keys_of(AugmentConfig)}
 NEW |= {f"planning.{key}" for key in ("warm_start", "goal_steps", "policy_updates", "policy_hidden_dim")}
-NEW |= {"planning.replan_every", "planning.risk.name"}
-NEW_CHOICES = {("model.encoder", "deviation"), ("model.encoder", "objects"), ("model.editor", "linear")} | {
-    ("planning.planner", name) for name in ("gradient", "categorical")
-}
+NEW |= {"planning.replan_every", "planning.risk.name", "data.relation.name", "data.relation.label"}
+NEW_CHOICES = {
+    ("data.source", "images"),
+    ("model.encoder", "deviation"),
+    ("model.encoder", "objects"),
+    ("model.editor", "linear"),
+} | {("planning.planner", name) for name in ("gradient", "categorical")}
 TAGS = {
     "data.source": "data",
     "model.encoder": "model.encoder",

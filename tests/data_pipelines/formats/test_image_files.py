@@ -1,0 +1,59 @@
+"""Image files as an index: classes from folders, labels from metadata, splits, and files that are no images."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines.errors import UserError
+from data_pipelines.formats.base import LoadOptions
+from data_pipelines.formats.image_files import ImageFiles
+from data_pipelines.split_folders import load_split
+from data_pipelines.splits import SPLITS
+
+OPTIONS = LoadOptions(num_workers=0, progress=False, max_bad_fraction=0.5)
+
+
+def write(path: Path, level: int = 9) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((6, 8), level, np.uint8)).save(path)
+
+
+def test_classes_have_one_number_in_all_splits(tmp_path: Path) -> None:
+    for name in ("train/a/1.png", "train/c/2.jpg", "test/b/3.jpeg", "test/c/4.png"):
+        write(tmp_path / name)
+    train, test = (load_split(str(tmp_path), split, format=ImageFiles()) for split in (SPLITS[0], SPLITS[2]))
+    assert test.labels["label"].tolist() == [1, 2]
+    assert set(train.labels["label"].tolist()) <= {0, 2}  # a tenth of train/ is held out for selection
+
+
+def test_images_are_frames_of_their_size_and_metadata_labels_them(tmp_path: Path) -> None:
+    for name in ("1.png", "2.png", "odd %03d name.png"):
+        write(tmp_path / name)
+    (tmp_path / "metadata.csv").write_text("file_name,age\n1.png,3\n2.png,0.5\nodd %03d name.png,7\n")
+    index = ImageFiles().load(str(tmp_path), OPTIONS)
+    assert [(v.path, v.num_frames, v.width, v.height) for v in index.videos] == [
+        ("1.png", 1, 8, 6), ("2.png", 1, 8, 6), ("odd %03d name.png", 1, 8, 6),
+    ]  # fmt: skip
+    assert index.labels["age"].tolist() == [3, 0.5, 7] and "label" not in index.labels
+    assert len({video.digest for video in index.videos}) == 1  # equal pixels, equal digests
+
+
+def test_files_that_are_no_images_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("1.png", "2.png"):
+        write(tmp_path / name)
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    (tmp_path / "notes.txt").write_text("no image")
+    index = ImageFiles().load(str(tmp_path), OPTIONS)
+    assert [video.path for video in index.videos] == ["1.png", "2.png"] and index.bad[0].path == "3.png"
+    assert "'3.png'" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "told"), [("none", "is not a folder: give a folder that holds images"),
+                                            ("empty", r"holds no image files \(.jpg .jpeg .png\)")])  # fmt: skip
+def test_a_folder_without_images(tmp_path: Path, name: str, told: str) -> None:
+    (tmp_path / "empty").mkdir()
+    assert not ImageFiles().detect(str(tmp_path / name))
+    with pytest.raises(UserError, match=told):
+        ImageFiles().load(str(tmp_path / name), OPTIONS)
