@@ -27,6 +27,7 @@ from worldmodel.config import Config
 from worldmodel.runs.checkpoint import load_checkpoint, save_checkpoint
 from worldmodel.training import refine as refine_module
 from worldmodel.training.finite import Guard, first_overflow, not_finite, overflowed_gradients
+from worldmodel.training.gradients import MicroBatch
 from worldmodel.training.launch import make_accelerator
 from worldmodel.training.loop import train
 from worldmodel.training.session import Interrupted
@@ -113,8 +114,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, float], None]:
     compute = Trainer.compute_gradients
 
     def poison(bad_step: int, value: float) -> None:
-        def poisoned(self: Trainer, batches: Iterator[Batch]) -> Any:
-            losses = compute(self, batches)
+        def poisoned(self: Trainer, parts: list[MicroBatch]) -> Any:
+            losses = compute(self, parts)
             if self.step + 1 == bad_step:
                 self.student.embedder.projector[0].weight.grad.view(-1)[7] = value  # type: ignore[operator, union-attr]
             return losses
