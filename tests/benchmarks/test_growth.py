@@ -28,7 +28,7 @@ def test_linked_files_need_no_indexing_and_are_streamed(tmp_path: Path, monkeypa
 
 
 def test_the_table_and_the_picture_show_each_quantity(tmp_path: Path) -> None:
-    result = {
+    result: dict[str, dict[str, list[float]]] = {
         name: {"sizes": list(part.sizes), "values": [1.5] * len(part.sizes)} for name, part in growth.QUANTITIES.items()
     }
     lines = growth.table(result).splitlines()

@@ -104,8 +104,15 @@ def damages(value: Any) -> list[Any]:
     return [value[..., None], value[0] if value.ndim > 1 and len(value) else np.array(value.sum()), other_kind, *rows]
 
 
+def make_illustrations_with_all() -> Illustrations:
+    """Make illustrations in which no single number is left out."""
+    illustrations = make_illustrations(queries=3, num_steps=2, size_px=8)
+    assert illustrations.timeline is not None
+    return dataclasses.replace(illustrations, timeline=dataclasses.replace(illustrations.timeline, threshold=2.5))
+
+
 RECORDS = [
-    lambda: make_illustrations(queries=3, num_steps=2, size_px=8),
+    make_illustrations_with_all,
     lambda: make_episodes(1, size_px=16)[0],
     lambda: make_decoded(clips=2),
 ]

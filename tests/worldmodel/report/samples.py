@@ -257,7 +257,6 @@ def make_illustrations(
             prediction_error=surprise / 20,
             scene_nats=surprise / 4,
             still_nats=surprise / 8,
-            threshold=float(surprise.max()) / 2,
             peaks=np.array([20, 60]),
             peak_frames=np.repeat(frames[:1, : 2 * num_frames], 2, axis=0)
             if queries
