@@ -12,13 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
 from torch import Tensor
 
-from data_pipelines.errors import UserError, one_line
-from data_pipelines.files import write_bytes
+from data_pipelines.errors import UserError
 from worldmodel.evaluation.embed import Networks, frozen
+from worldmodel.evaluation.stored_tensors import damage_reported, read_tensors, save_tensors
 from worldmodel.evaluation.surprise import Ordinary, score_clips
 from worldmodel.runs.folder import RunFolder
 
@@ -63,7 +61,7 @@ def save_ordinary(run: str | Path, ordinary: Ordinary, step: int) -> None:
     tensors = {"surprise": torch.from_numpy(ordinary.surprise)}
     if ordinary.motion is not None:
         tensors["motion"] = ordinary.motion.cpu()
-    write_bytes(RunFolder(run).surprise, serialise(tensors, {"step": str(step)}))
+    save_tensors(RunFolder(run).surprise, tensors, step)
 
 
 def load_ordinary(run: str | Path, step: int) -> Ordinary | None:
@@ -75,16 +73,12 @@ def load_ordinary(run: str | Path, step: int) -> Ordinary | None:
     path = RunFolder(run).surprise
     if not path.is_file():
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            evaluated_step = int(file.metadata()["step"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with damage_reported(path):
+        tensors, evaluated_step = read_tensors(path)
         surprise, motion = tensors["surprise"], tensors.get("motion")
         _check_rising(surprise)
         if motion is not None:
             _check_rising(motion)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged, evaluate the run again: {one_line(error)}") from error
     return Ordinary(surprise.numpy(), motion) if evaluated_step == step else None
 
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from data_pipelines.errors import UserError, one_line
+from data_pipelines.errors import UserError
 from data_pipelines.files import write_bytes
 from data_pipelines.worlds.law import Quantity
+from worldmodel.evaluation.stored_tensors import damage_reported
 from worldmodel.runs.folder import RunFolder
 
 RIDGE_STRENGTHS = (1e-6, 1e-4, 1e-2, 1.0, 100.0)
@@ -97,7 +98,7 @@ def load_readout(run: str | Path, step: int, device: str | torch.device = "cpu")
         if folder.metrics.is_file():
             raise UserError(f"the videos of {run} have no labels of a known world: use rollout, which gives embeddings")
         raise UserError(f"the run {run} was not evaluated: evaluate it first")
-    try:
+    with damage_reported(path):
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
@@ -105,8 +106,6 @@ def load_readout(run: str | Path, step: int, device: str | torch.device = "cpu")
         quantity = Quantity(metadata["name"], metadata["unit"], tuple(json.loads(metadata["dimensions"])))
         _check_sizes(readout, len(quantity.dimensions))
         evaluated_step = int(metadata["step"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged, evaluate the run again: {one_line(error)}") from error
     if evaluated_step != step:
         raise UserError(
             f"the run {run} was evaluated at step {evaluated_step}, but the loaded checkpoint is from step {step}: "

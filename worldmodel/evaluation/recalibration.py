@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
 from torch import Tensor
 
-from data_pipelines.errors import UserError, one_line
-from data_pipelines.files import write_bytes
+from data_pipelines.errors import UserError
 from worldmodel.evaluation.baselines import MAX_MOMENTS, moments_for, training_clips
+from worldmodel.evaluation.stored_tensors import damage_reported, read_tensors, save_tensors
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import RecalibrationFacts
 from worldmodel.sources.source import ClipPlaces
@@ -172,7 +170,7 @@ def save_recalibration(run: str | Path, spaces: dict[str, Recalibrated], step: i
         fitted = torch.tensor(space.fitted.spread), torch.tensor(space.fitted.weight)
         parts = zip(_PARTS, (*fitted, space.past, space.places.video), strict=True)
         tensors |= {f"{name}.{part}": tensor.clone().contiguous() for part, tensor in parts}
-    write_bytes(RunFolder(run).recalibration, serialise(tensors, {"step": str(step)}))
+    save_tensors(RunFolder(run).recalibration, tensors, step)
 
 
 def load_recalibrations(run: str | Path, step: int) -> dict[str, Recalibrated]:
@@ -186,14 +184,10 @@ def load_recalibrations(run: str | Path, step: int) -> dict[str, Recalibrated]:
     path = RunFolder(run).recalibration
     if not path.is_file():
         return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            fitted_step = int(file.metadata()["step"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with damage_reported(path):
+        tensors, fitted_step = read_tensors(path)
         spaces = {name.partition(".")[0] for name in tensors}
         found = {space: _recalibrated(*(tensors[f"{space}.{part}"] for part in _PARTS)) for space in spaces}
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{path} is damaged, evaluate the run again: {one_line(error)}") from error
     if fitted_step != step:
         raise UserError(
             f"the recalibration of {run} was fitted at step {fitted_step}, but the loaded checkpoint is from step "
