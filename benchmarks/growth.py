@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -34,6 +35,7 @@ from data_pipelines.clips import ClipSpec
 from data_pipelines.errors import UserError
 from data_pipelines.facts import Video
 from data_pipelines.formats.registry import load_videos
+from data_pipelines.index import VideoIndex
 from data_pipelines.indexing.index_file import write_index_file
 from data_pipelines.indexing.probe import index_file, stamp_of
 from data_pipelines.stream import StreamSettings, VideoStream
@@ -61,7 +63,7 @@ TRAIN = (
 
 @dataclass(frozen=True)
 class Quantity:
-    """What one chart shows: `measure(size, work)` for each size, where `work` is a folder for files."""
+    """A quantity and its chart: `measure(size, work)` for each size, where `work` is a folder for files."""
 
     title: str
     x: str
@@ -100,36 +102,32 @@ def linked_folder(num_files: int, work: Path) -> Path:
     return videos
 
 
+def make_stream(index: VideoIndex) -> VideoStream:
+    return VideoStream(index, ClipSpec(num_segments=1, num_frames=9), SETTINGS)
+
+
 def first_batch_s(num_files: int, work: Path) -> float:
     root = linked_folder(num_files, work)
     started_s = time.perf_counter()
-    batches = VideoStream(load_videos(root), ClipSpec(num_segments=1, num_frames=9), SETTINGS).batches()
-    next(batches)
-    seconds = time.perf_counter() - started_s
-    batches.close()
-    return seconds
+    with closing(make_stream(load_videos(root)).batches()) as batches:
+        next(batches)
+        return time.perf_counter() - started_s
 
 
 def stream_mb(num_files: int, work: Path) -> float:
-    root = linked_folder(num_files, work)
-    batches = VideoStream(load_videos(root), ClipSpec(num_segments=1, num_frames=9), SETTINGS).batches()
-    for _ in islice(batches, min(100, num_files // SETTINGS.batch_size)):
-        pass
-    processes = [os.getpid(), *child_processes(os.getpid())]
-    memory = sum(memory_mb(process, "Pss") for process in processes)
-    batches.close()
-    return memory
+    index = load_videos(linked_folder(num_files, work))
+    with closing(make_stream(index).batches()) as batches:
+        for _ in islice(batches, min(100, num_files // SETTINGS.batch_size)):
+            pass
+        return sum(memory_mb(process, "Pss") for process in [os.getpid(), *child_processes(os.getpid())])
 
 
 def resume_s(num_batches: int, work: Path) -> float:
     index = load_videos(linked_folder(RESUMED_FILES, work))
     started_s = time.perf_counter()
-    stream = VideoStream(index, ClipSpec(num_segments=1, num_frames=9), SETTINGS)
-    batches = stream.batches(num_batches)
-    next(batches)
-    seconds = time.perf_counter() - started_s
-    batches.close()
-    return seconds
+    with closing(make_stream(index).batches(num_batches)) as batches:
+        next(batches)
+        return time.perf_counter() - started_s
 
 
 def evaluation_s(queries: int, work: Path) -> float:

@@ -15,7 +15,7 @@ of configs/demo.yaml is trained on them, of 32 px and half as wide, by VICReg. P
 "duplicates": the first three are to be found for their query, by influence and by similarity. Scores are the AUROC of
 the planted clip among the clean ones, a mean over queries, and "first", the share of queries whose copy is the first of
 all clips. "bad": the last three are to be found without a query, by the influence of a clip on itself and by simpler
-scores, again as AUROC among the clean clips. "effect": editor and latent are trained anew on random halves of the
+scores, again as AUROC among the clean clips. "effect": editor and latent are trained again on random halves of the
 embedded training clips, and a test clip's loss after each is compared with the sum of the scores of the clips in the
 half: the rank correlation over halves, a mean over test clips (linear datamodeling score, TRAK, arXiv 2303.14186).
 
@@ -288,7 +288,7 @@ def effect(run: TrainedRun, embedded: Embedded, scores: Scores, sizes: Sizes, se
 
 
 def losses_after(run: TrainedRun, clips: EmbeddedTransitions, tests: EmbeddedTransitions) -> Tensor:
-    """Train editor and latent anew on embedded clips, and return the losses of test clips [Q]."""
+    """Train editor and latent again on embedded clips, and return the losses of test clips [Q]."""
     torch.manual_seed(0)  # the same weights and places in all trainings
     training = build_training_model(run.config).train()
     optimizer = torch.optim.AdamW(TransitionLoss(training).parameters(), HEAD_LR)

@@ -56,7 +56,7 @@ PROBE_STRENGTHS = (1e-2, 1.0, 100.0)
 
 @dataclass
 class Graph:
-    """What is known of the similarity of N images.
+    """The known similarities of N images.
 
     groups: int64 [N], the number of each image's group of related images.
     apart: pairs of groups that are of different classes, as the numbers of two of their images [., 2].

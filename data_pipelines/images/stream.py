@@ -33,7 +33,7 @@ from data_pipelines.worlds.fresh import share_of_rank
 
 ORDER_VERSION = 1  # increase it with any change to the drawn pairs
 EPOCH, TARGETS = 0, 1
-"""What random numbers are for, next to the seed."""
+"""Uses of random numbers, which are part of their seed."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class PairStream(BatchStream):
     """Shuffled pairs of images without end, the same for any number of ranks and workers.
 
     An epoch takes each context once, in an order of its own, but for num_pairs % batch_size of them. Targets are drawn
-    anew for each batch. Pairs with an image that does not decode are dropped and not replaced.
+    again for each batch. Pairs with an image that does not decode are dropped and not replaced.
 
     Raises:
         UserError: there are fewer pairs than one batch, or the number of ranks does not divide a batch.

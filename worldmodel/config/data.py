@@ -287,7 +287,7 @@ class ImagesConfig:
     metadata.jsonl, with a file_name. Subfolders train/, selection/ and test/ are the splits where they exist;
     otherwise images are divided by a hash of their paths."""
     relation: Annotated[RelationConfig, Choice("same_class")] = SameClassConfig()
-    """Which images are the context and the target of a clip."""
+    """The relation of the two images of a clip, context and target."""
     size_px: ImageSize = 64
     """Side of the square frames, pixels: the short side is resized to it, the centre is cropped."""
     channels: Literal[1, 3] = 3

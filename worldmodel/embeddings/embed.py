@@ -36,7 +36,7 @@ from worldmodel.training.machine import fair_share_of_cores
 
 @dataclass(frozen=True)
 class EmbedOptions:
-    """How the work is divided. Only `videos_per_part` changes the files, and it must be the same in all commands.
+    """The division of the work. Only `videos_per_part` changes the files, and it must be the same in all commands.
 
     num_processes: parts that are made at a time; None: one per core, with a GPU one, with Ray as many as its cluster
         has room for.

@@ -111,7 +111,7 @@ class Timeline:
 
     @property
     def alarms(self) -> np.ndarray | None:
-        """Whether each transition exceeds the threshold, bool [N]; None without a threshold."""
+        """True for each transition that exceeds the threshold, bool [N]; None without a threshold."""
         return None if self.threshold is None else self.surprise > self.threshold
 
     @property

@@ -213,7 +213,7 @@ class TrainedRun:
         Args:
             step_frames: the distance between transitions in source frames. By default segments tile the video.
             false_alarms: a share of transitions, between 0 and 1. The timeline has the threshold that this share of the
-                transitions of selection clips exceeds (worldmodel.evaluation.false_alarms).
+                transitions of selection clips exceeds (worldmodel.evaluation.ordinary).
 
         Raises:
             UserError: the latent is sparse or an oracle, the run is conditioned on actions, or the video cannot be read

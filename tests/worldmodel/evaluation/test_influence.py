@@ -1,4 +1,4 @@
-"""Influence of training clips: against gradients of autograd, a closed form, and weights that are trained anew."""
+"""Influence of training clips: against gradients of autograd, a closed form, and weights that are trained again."""
 
 import csv
 import shutil
@@ -76,7 +76,7 @@ def test_a_projection_keeps_inner_products() -> None:
 
 
 def test_influence_is_the_change_of_a_query_s_loss() -> None:
-    """Least squares with noise of the model's own variance: F is the Hessian, and the weights can be fitted anew."""
+    """Least squares with noise of the model's own variance: F is the Hessian, and the weights can be fitted again."""
     count, dim = 4000, 4
     inputs, weights = normal(0, count, dim), normal(1, dim)
     outputs = inputs @ weights + normal(2, count)

@@ -1,4 +1,4 @@
-"""Figures made anew next to documented ones."""
+"""Reproduced figures next to documented ones."""
 
 import json
 from pathlib import Path
