@@ -35,7 +35,7 @@ class Turns:
 
     A training that has just had its turn lets those go first that wait already: whoever holds the file `next` is the
     next one to get the file `now`. The files are locked, not written, so a killed training leaves no trace. Without a
-    file system that can lock, there are no turns.
+    file system that can lock, there are no turns, nor in a folder or link of another user, who could lead elsewhere.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,6 +43,8 @@ class Turns:
         self._paused_until_s = -math.inf
         with suppress(OSError):
             folder.mkdir(mode=0o700, exist_ok=True)
+            if folder.lstat().st_uid != os.getuid():
+                return
             for name in ("next", "now"):
                 self._files.append(os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
 

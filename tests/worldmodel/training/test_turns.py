@@ -67,6 +67,13 @@ def test_without_a_folder_there_are_no_turns(tmp_path: Path) -> None:
         pass
 
 
+def test_a_folder_of_another_user_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "turns").mkdir()
+    monkeypatch.setattr(turns.os, "getuid", lambda: (tmp_path / "turns").stat().st_uid + 1)
+    with Turns(tmp_path / "turns"), Turns(tmp_path / "turns"):
+        assert not list((tmp_path / "turns").iterdir())
+
+
 @pytest.mark.parametrize(
     ("threads", "processes", "device", "takes_turns"),
     [(4, 1, "cpu", True), (3, 1, "cpu", True), (2, 1, "cpu", False), (4, 2, "cpu", False), (4, 1, "cuda", False)],
