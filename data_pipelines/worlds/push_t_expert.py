@@ -5,6 +5,9 @@ the twist (n, d / L) in the coordinates (x, y, L * angle) of its centre of mass,
 the contact whose twist removes most of the error in these coordinates per expected step, goes round the block to it,
 pushes until nothing is left to gain there, and chooses again. At last it takes the disc to its own goal.
 
+Each episode has a tempo. Its range makes episodes as long as those of people: the 206 demonstrations of Diffusion
+Policy (arXiv 2303.04137) have 25,650 frames, 125 each. Recorded goals some steps away are then as far away, too.
+
 Contacts and ways round the block are in the block's frame, where the T does not move.
 """
 
@@ -40,13 +43,14 @@ ARM = float(np.sqrt(MOMENT / MASS))
 """L, units: a turn by 1 rad counts as much as a shift by L."""
 GAP = 4.0  # of the disc from the block on its way
 SPACING = 5.0  # of the contacts on the outline
-TRAVEL_SPEED, PUSH_SPEED = 30.0, 14.0  # units per step
+TRAVEL_SPEED, PUSH_SPEED = 30.0, 14.0  # units per step at tempo 1
+TEMPO = 0.35, 0.65  # range from which an episode's is drawn, uniformly
 OVERHEAD_STEPS = 4.0  # per contact, of slowing down and touching
 DONE_UNITS = 5.0  # error of the block that the expert leaves
 LEAST_GAIN = 1.0
 PATIENCE = 5  # steps without progress before another contact is tried
 MAX_APPROACH_STEPS = 40
-EXPERT_NOISE, WEAK_NOISE = 0.1, 0.3
+EXPERT_NOISE, WEAK_NOISE = 0.05, 0.15
 
 
 # ------------------------------------------------------------------------------------------------ contacts and ways
@@ -180,8 +184,8 @@ def gains(state: NDArray[Any], goal: NDArray[Any]) -> tuple[float, Array]:
 class Stroke:
     """One contact: the way of the disc to it, then a push for as long as its owner likes."""
 
-    def __init__(self, contact: int) -> None:
-        self.contact = contact
+    def __init__(self, contact: int, tempo: float) -> None:
+        self.contact, self.tempo = contact, tempo
         self.is_pushing = False
         self.steps = 0  # of the way, then of the push
 
@@ -191,9 +195,9 @@ class Stroke:
         if not self.is_pushing:
             place = CONTACTS.before[self.contact]
             if _apart(_disc(state), place) > GAP:
-                return travel(state, place)
+                return travel(state, place, self.tempo)
             self.is_pushing, self.steps = True, 0
-        pose = pushed(state, self.contact, min(units, PUSH_SPEED))
+        pose = pushed(state, self.contact, min(units, self.tempo * PUSH_SPEED))
         return action_towards(to_canvas(CONTACTS.centres[self.contact], pose), state, CANVAS)
 
     def has_failed(self, state: NDArray[Any]) -> bool:
@@ -203,15 +207,16 @@ class Stroke:
         return bool(_apart(_disc(state), CONTACTS.centres[self.contact]) > 3 * GAP)
 
 
-def travel(state: NDArray[Any], place: Array) -> Array:
+def travel(state: NDArray[Any], place: Array, tempo: float) -> Array:
     """Return the action [2] that takes the disc round the block towards a place [2] in the block's frame."""
+    speed = tempo * TRAVEL_SPEED
     here = _disc(state)
     start, end = pushed_off(here), pushed_off(place)
     if _apart(start, here) > 1:  # away from the block, or straight to a place at it
         near = _apart(here, place) < _apart(here, start) + GAP
-        return action_towards(to_canvas(place if near else start, state), state, TRAVEL_SPEED)
+        return action_towards(to_canvas(place if near else start, state), state, speed)
     first = place if _apart(here, end) < 1 else ways(start, end[None], usable(state))[1][0]
-    return action_towards(to_canvas(first, state), state, min(TRAVEL_SPEED, 1 + 0.7 * float(_apart(here, first))))
+    return action_towards(to_canvas(first, state), state, min(speed, 1 + 0.7 * float(_apart(here, first))))
 
 
 def usable(state: NDArray[Any]) -> NDArray[np.bool_]:
@@ -241,6 +246,7 @@ def expert(rng: np.random.Generator, noise: float = EXPERT_NOISE) -> Policy:
 
     noise: standard deviation of what is added to each action, normally distributed.
     """
+    tempo = rng.uniform(*TEMPO)
     stroke: Stroke | None = None
     best, since_best = np.inf, 0  # the least error during a push, and the steps since then
     tried: set[int] = set()  # contacts that moved nothing
@@ -259,10 +265,10 @@ def expert(rng: np.random.Generator, noise: float = EXPERT_NOISE) -> Policy:
             stroke.has_failed(state) or since_best >= PATIENCE or gain[stroke.contact] < LEAST_GAIN
         )
         if stroke is None or over:
-            stroke, best, since_best = _next_stroke(state, error, gain, tried), np.inf, 0
+            stroke, best, since_best = _next_stroke(state, error, gain, tried, tempo), np.inf, 0
         if stroke is None:
             tried.clear()
-            action = travel(state, to_block(np.asarray(goal[:2], np.float64), state))
+            action = travel(state, to_block(np.asarray(goal[:2], np.float64), state), tempo)
         else:
             twist = np.hypot(1, CONTACTS.levers[stroke.contact] / ARM)
             action = stroke.action(state, max(0.0, gain[stroke.contact]) * twist)
@@ -271,31 +277,31 @@ def expert(rng: np.random.Generator, noise: float = EXPERT_NOISE) -> Policy:
     return act
 
 
-def _next_stroke(state: NDArray[Any], error: float, gain: Array, tried: set[int]) -> Stroke | None:
+def _next_stroke(state: NDArray[Any], error: float, gain: Array, tried: set[int], tempo: float) -> Stroke | None:
     """Return the stroke that removes most error per step; None if the error is small enough."""
     if error < DONE_UNITS:
         return None
     gain = gain.clip(0, error)
     removed = error - np.sqrt(error**2 - gain**2)
-    pace = removed / (OVERHEAD_STEPS + reachable(state) / TRAVEL_SPEED + gain / PUSH_SPEED)
+    pace = removed / (OVERHEAD_STEPS + (reachable(state) / TRAVEL_SPEED + gain / PUSH_SPEED) / tempo)
     pace[list(tried)] = 0
     contact = int(pace.argmax())
-    return Stroke(contact) if pace[contact] > 0 and gain[contact] > LEAST_GAIN else None
+    return Stroke(contact, tempo) if pace[contact] > 0 and gain[contact] > LEAST_GAIN else None
 
 
 def weak(rng: np.random.Generator, noise: float = WEAK_NOISE) -> Policy:
     """Return a policy that knows no goal: it pushes for 3 to 15 steps at one contact after another, drawn uniformly."""
+    tempo = rng.uniform(*TEMPO)
     stroke: Stroke | None = None
-    length = 0
-    speed = PUSH_SPEED
+    length, speed = 0, 0.0
 
     def act(observation: Any, info: Mapping[str, Any]) -> NDArray[np.float32]:
         nonlocal stroke, length, speed
         state = info["state"]
         if stroke is None or stroke.has_failed(state) or (stroke.is_pushing and stroke.steps >= length):
             within = np.flatnonzero(np.isfinite(reachable(state)))
-            stroke = Stroke(int(rng.choice(within if len(within) else len(CONTACTS.levers))))
-            length, speed = int(rng.integers(3, 16)), PUSH_SPEED * rng.uniform(0.3, 1)
+            stroke = Stroke(int(rng.choice(within if len(within) else len(CONTACTS.levers))), tempo)
+            length, speed = int(rng.integers(3, 16)), tempo * PUSH_SPEED * rng.uniform(0.3, 1)
         return _noisy(stroke.action(state, speed), noise, rng)
 
     return act

@@ -12,6 +12,7 @@ from worldmodel.config.kinds import (
     Count,
     CountFrom0,
     CountFrom2,
+    CountFrom10,
     Flag,
     Fraction,
     NonNegativeFloat,
@@ -272,6 +273,8 @@ class PlanningConfig:
     (worldmodel/planning/goal_conditioned.py)."""
     goal_steps: Repeat = 32
     """Steps of the clips that this policy learns from, and so from a state to its goal at most."""
+    policy_clips: CountFrom10 = 4_000
+    """Clips that it learns from, spread over the training split."""
     policy_updates: Count = 3_000
     """Updates of this policy."""
     policy_hidden_dim: Count = 256

@@ -37,7 +37,6 @@ from worldmodel.runs.trained_run import TrainedRun
 from worldmodel.training.optimisation import learning_rate, set_lr
 from worldmodel.training.refine import encode_segments
 
-NUM_CLIPS = 4_000
 COMPONENTS = 4
 WARMUP_STEPS = 100
 BATCH = 512
@@ -145,6 +144,7 @@ def goal_conditioned_policy(run: TrainedRun, config: PlanningConfig) -> GoalCond
         "step": run.state["step"],
         "seed": run.config.seed,
         "goal_steps": config.goal_steps,
+        "clips": config.policy_clips,
         "updates": config.policy_updates,
     }
     state_dim = run.model.embedding_dim + run.model.scene.scene_dim
@@ -160,13 +160,13 @@ def goal_conditioned_policy(run: TrainedRun, config: PlanningConfig) -> GoalCond
     if not load_policy(run.folder, policy, settings):
         steps = config.goal_steps
         run.source.check_split("train", steps, set(), "planning.goal_steps")
-        fit_policy(policy, embed_clips(run, steps), run.config.seed, config.policy_updates)
+        fit_policy(policy, embed_clips(run, steps, config.policy_clips), run.config.seed, config.policy_updates)
         save_policy(run.folder, policy, settings)
     return policy.eval().requires_grad_(False)
 
 
-def embed_clips(run: TrainedRun, num_steps: int) -> GoalClips:
-    """Embed NUM_CLIPS clips of num_steps + 1 segments, spread over the training split, or all if there are fewer.
+def embed_clips(run: TrainedRun, num_steps: int, num_clips: int) -> GoalClips:
+    """Embed num_clips clips of num_steps + 1 segments, spread over the training split, or all if there are fewer.
 
     A goal is one picture: of a segment of several frames, the last one, as if nothing moved.
 
@@ -174,7 +174,7 @@ def embed_clips(run: TrainedRun, num_steps: int) -> GoalClips:
         UserError: the videos have no actions, or there are fewer than MIN_CLIPS clips.
     """
     model, layout, parts = run.model, run.networks.layout, []
-    batches = run.source.evaluation_batches("train", NUM_CLIPS, num_steps)
+    batches = run.source.evaluation_batches("train", num_clips, num_steps)
     with frozen(model, run.target_encoder), tqdm(desc="embedding for the policy", unit="clip") as bar:
         for batch in batches:
             segments = segments_of(batch, layout.segments_for(num_steps), run.device)[:, : num_steps + 1]

@@ -19,7 +19,7 @@ from worldmodel.build import build_training_model, clip_layout
 from worldmodel.config import Config, External, PlanningConfig, load_config
 from worldmodel.data import actions_of
 from worldmodel.planning.controls import RandomPolicy, ReplayPolicy
-from worldmodel.planning.goal_conditioned import NUM_CLIPS, GoalConditionedPolicy, embed_clips
+from worldmodel.planning.goal_conditioned import GoalConditionedPolicy, embed_clips
 from worldmodel.planning.imagination import LatentCost, LatentPolicy, propose
 from worldmodel.planning.planners import Cost, Plan
 from worldmodel.planning.protocol import PlanningProtocol, run_episodes
@@ -177,8 +177,8 @@ def test_a_segment_of_several_frames_is_the_latest_ones_of_the_episode(
 
 def test_goals_of_several_frames_are_pictures(rooms: Path) -> None:
     run = run_of(rooms, "data.num_frames=2")
-    clips = embed_clips(run, num_steps=3)
-    [batch] = run.source.evaluation_batches("train", NUM_CLIPS, 3)
+    clips = embed_clips(run, num_steps=3, num_clips=4_000)
+    [batch] = run.source.evaluation_batches("train", 4_000, 3)
     last = to_float(batch["video"][:, 1::2])
     with torch.no_grad():
         for segment in range(4):
