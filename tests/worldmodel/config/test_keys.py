@@ -132,7 +132,8 @@ def test_every_key_of_every_shipped_config_is_read(
         digits += ["train.steps=2", "train.eval_every=2", "tracking.wandb=disabled"]
         train_and_evaluate(load_config(REPO / "configs" / "digits.yaml", digits))
         mazes = ("point_maze", "point_maze_lewm", "point_maze_gcbc", "point_maze_dino_wm")
-        for name in ("two_rooms", "two_rooms_random", "two_rooms_pit", "swm_two_room", "reacher", "cube", *mazes):
+        rooms = ("two_rooms", "two_rooms_random", "two_rooms_pit", "swm_two_room")
+        for name in (*rooms, *mazes, "reacher", "cube", "push_t"):
             overrides = ["planning.candidates=40", "planning.iterations=2", *[encoder] * name.endswith("dino_wm")]
             plan_once(load_config(REPO / "configs" / f"{name}.yaml", overrides), tmp_path)
         build_training_model(load_config(REPO / "configs" / "video_vit.yaml", ["model.encoder=vit_tiny"]))
