@@ -6,7 +6,7 @@ estimated to first order in the clip's weight, by an influence function (Koh and
 
     influence = g_query . (F + damping)^-1 g_clip / N
 
-g is the gradient of the loss of one transition by the weights of editor and latent. The weights of the encoder are
+g is the gradient of the loss of one transition by the weights of editor, latent and history. The weights of the encoder are
 taken as fixed. F is the mean of g g^T over the training clips, the Fisher matrix in place of the Hessian. Gradients are
 projected at random to a few hundred numbers before F is computed (TRAK, arXiv 2303.14186).
 
@@ -60,7 +60,7 @@ SEED = 0
 
 
 class TransitionLoss(nn.Module):
-    """The training loss of one transition. Its only parameters are the weights of editor and latent.
+    """The training loss of one transition. Its only parameters are the weights of editor, latent and history.
 
     r is drawn NUM_DRAWS times from the posterior, with the same standard normal numbers for all transitions.
     """
@@ -70,7 +70,7 @@ class TransitionLoss(nn.Module):
 
     def __init__(self, training: TrainingModel) -> None:
         super().__init__()
-        self.latent, self.editor = training.latent, training.editor
+        self.latent, self.editor, self.history = training.latent, training.editor, training.history
         object.__setattr__(self, "training_model", training)  # its other parts are not submodules
         num_draws = NUM_DRAWS if isinstance(training.latent, GaussianLatent) else 1
         generator = torch.Generator().manual_seed(SEED)
@@ -81,11 +81,12 @@ class TransitionLoss(nn.Module):
         training, num_draws = self.training_model, len(self.noise)
         model = training.model
         states = state.expand(num_draws, -1)
+        context = model.context(states)
         r, kl = self.noise, states.new_zeros(num_draws)
         if isinstance(self.latent, GaussianLatent):
-            posterior = self.latent.posterior(states, seen.expand(num_draws, -1))
+            posterior = self.latent.posterior(context, seen.expand(num_draws, -1))
             r = posterior.mean + posterior.scale * self.noise
-            kl = kl_divergence(posterior, self.latent.prior(states), r)
+            kl = kl_divergence(posterior, self.latent.prior(context), r)
         edited = model.embedding_of(model.edit(states, r))
         error = training.objective.prediction_error(edited, target.expand(num_draws, -1), model.embedding_of(states))
         return (error + training.beta * kl).mean()
@@ -122,7 +123,7 @@ def embed_transitions(networks: Networks, batches: Iterable[Batch]) -> Iterator[
     """Embed the first transition of each clip, batch after batch."""
     model = networks.model
     with frozen(model, networks.target_encoder):
-        for embedded in embed_batches(networks, batches, networks.layout.segments_for(1)):
+        for embedded in embed_batches(networks, batches, steps=1):
             target, seen = embedded.targets(1)[:, 0], model.seen(embedded.segments)
             yield EmbeddedTransitions(embedded.batch["clip_id"], embedded.state, target, seen)
 

@@ -102,7 +102,7 @@ def labelled_transitions(run: TrainedRun, count: int) -> tuple[Tensor, Tensor, T
     """
     layout = run.networks.layout
     parts = []
-    for embedded in embed_batches(run.networks, run.source.evaluation_batches("train", count), layout.num_segments):
+    for embedded in embed_batches(run.networks, run.source.evaluation_batches("train", count), steps=1):
         action = labelled_actions(embedded.batch, layout, 1)[:, 0].to(run.device)
         parts.append((embedded.state, action, embedded.targets(1)[:, 0]))
     state, actions, target = (torch.cat(part) for part in zip(*parts, strict=True))
