@@ -131,9 +131,9 @@ class VideosConfig:
     """Segments per prediction step: context and target (2), plus a later one (3). Each further rollout step needs one
     more."""
     history_segments: RepeatFrom0 = 0
-    """Segments before the context that the model remembers. A transformer reads their embeddings and the actions between
-    them, for editor, prior and posterior. For worlds of which one segment does not show the whole state. Clips are that
-    much longer. 0: the context alone."""
+    """Segments before the context that the model remembers, for worlds of which one segment does not show the whole
+    state. A transformer reads their embeddings and the actions between them, for editor, prior and posterior. Clips are
+    longer by these segments. 0: the model reads the context alone."""
     num_frames: Repeat = 3
     """Frames per segment."""
     frame_stride: Count = 1

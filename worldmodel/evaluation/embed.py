@@ -1,8 +1,8 @@
 """Embed the clips of a split: the loop through which evaluations, surprise and planning see videos.
 
 Legend: B clips of a batch, N clips, L segments of a clip, T frames of a segment, C channels, H = W pixels, F features
-of the encoder, D embedding dimensions, Z numbers of the scene code, R latent dimensions, A numbers of an action, K
-dimensions of the quantity. Horizon steps are written out as `horizon`.
+of the encoder, D embedding dimensions, Z numbers of scene code and history, R latent dimensions, A numbers of an
+action, K dimensions of the quantity. Horizon steps are written out as `horizon`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -113,12 +113,12 @@ def embed_batches(networks: Networks, batches: Iterable[Batch], steps: int) -> I
 class EmbeddedSplit:
     """N clips of one split after the encoders, on the CPU.
 
-    state [N, D + Z] is the model's embedding of the context segment, followed by scene code and history. backbone [N, F] are
-    the encoder's features of it. persistence [N, D] and targets [N, horizon, D] are the embeddings of the context and
-    of each later segment in the space of targets. r [N, R] is inferred as in training; its penalty [N] is None if the
-    latent has none. actions [N, horizon, A] condition the model; A is 0 for a passive one. frames uint8
-    [<= N, (1 + horizon) * T, C, H, W] are the pixels of the first clips. extrapolated [N, horizon, K] continues the
-    motion seen in the context; None without a law. places are those of the clips in their videos.
+    state [N, D + Z] is the model's embedding of the context segment, followed by scene code and history. backbone [N,
+    F] are the encoder's features of it. persistence [N, D] and targets [N, horizon, D] are the embeddings of the
+    context and of each later segment in the space of targets. r [N, R] is inferred as in training; its penalty [N] is
+    None if the latent has none. actions [N, horizon, A] condition the model; A is 0 for a passive one. frames uint8 [<=
+    N, (1 + horizon) * T, C, H, W] are the pixels of the first clips. extrapolated [N, horizon, K] continues the motion
+    seen in the context; None without a law. places are those of the clips in their videos.
     """
 
     state: Tensor

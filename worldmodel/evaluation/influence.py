@@ -6,13 +6,13 @@ estimated to first order in the clip's weight, by an influence function (Koh and
 
     influence = g_query . (F + damping)^-1 g_clip / N
 
-g is the gradient of the loss of one transition by the weights of editor, latent and history. The weights of the encoder are
-taken as fixed. F is the mean of g g^T over the training clips, the Fisher matrix in place of the Hessian. Gradients are
-projected at random to a few hundred numbers before F is computed (TRAK, arXiv 2303.14186).
+g is the gradient of the loss of one transition by the weights of editor, latent and history. The weights of the encoder
+are taken as fixed. F is the mean of g g^T over the training clips, the Fisher matrix in place of the Hessian. Gradients
+are projected at random to a few hundred numbers before F is computed (TRAK, arXiv 2303.14186).
 
 Legend: N training clips, P clips that are shown, B clips of a batch, Q queries, G numbers of a projected gradient, W
-weights, L segments of a clip, D embedding dimensions, Z numbers of a scene code, R latent dimensions, T frames of a
-segment, C channels, H = W pixels.
+weights, L segments of a clip, D embedding dimensions, Z numbers of scene code and history, R latent dimensions, T
+frames of a segment, C channels, H = W pixels.
 """
 
 import json

@@ -311,9 +311,7 @@ def score_clips(networks: Networks, batches: Iterable[Batch], *, progress: bool 
     history = context[:, None] - np.arange(num_before, 0, -1)
     motion = embedded.motion[context + 1].sort().values if moves else None
     networks = replace(networks, ordinary_motion=motion)
-    surprise = _score_embedded(
-        networks, embedded, history, context, context + 1, context + networks.model.seen_at
-    )[0]
+    surprise = _score_embedded(networks, embedded, history, context, context + 1, context + networks.model.seen_at)[0]
     return Ordinary(np.sort(surprise), motion)
 
 

@@ -7,7 +7,8 @@ With a history, the state also holds the embeddings of the segments before the p
 A model may be conditioned on actions. An action is what an agent did from the last frame of one segment to that of the
 next: the actions at the frames in between, one after another.
 
-Absent parts are modules of width zero (NoLatent, NoScene, NoHistory, NoDistance), and absent inputs are tensors of width zero.
+Absent parts are modules of width zero (NoLatent, NoScene, NoHistory, NoDistance), and absent inputs are tensors of
+width zero.
 
 Legend: B clips, L segments of a clip, T frames, C channels, H = W pixels, F features (0 if no code is read from them),
 D embedding dimensions, Z numbers of a state after the embedding: the scene code and the history, P of the code's
@@ -139,9 +140,7 @@ class WorldModel(nn.Module):
         code = self.scene(features, features.new_zeros(features.shape[0]))
         return concat(self.embedder.project(features), code, code.new_zeros(len(code), self.history.num_values))
 
-    def remember(
-        self, state: Tensor, before: Tensor, actions: Tensor, is_present: Tensor | None = None
-    ) -> Tensor:
+    def remember(self, state: Tensor, before: Tensor, actions: Tensor, is_present: Tensor | None = None) -> Tensor:
         """Return states [B, D + Z] with the history of the segments before them.
 
         Args:
@@ -309,8 +308,9 @@ class WorldModel(nn.Module):
     def embed(self, segments: Tensor, num_steps: int, teacher_targets: Tensor | None) -> Embedded:
         """Embed segments [B, L, T, C, H, W] for K steps of prediction from the context.
 
-        The context is the first segment or, with a history, the one after the N segments of it. teacher_targets [K * B, D] are a teacher's embeddings of `targets_of(segments, K)`. Without them, the targets
-        are embedded here, with gradient.
+        The context is the first segment or, with a history, the one after its N segments. teacher_targets [K * B, D]
+        are a teacher's embeddings of `targets_of(segments, K)`. Without them, the targets are embedded here, with
+        gradient.
         """
         num_before = self.history.num_segments
         clips = {"context": segments[:, num_before]}

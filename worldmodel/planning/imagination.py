@@ -5,8 +5,8 @@ If the future is uncertain, several futures are imagined per sequence, and `plan
 costs.
 
 Legend: E episodes, I candidates, S imagined futures, B rows of them, K steps of the horizon, A numbers of an action, D
-embedding dimensions, Z numbers of a scene code, L numbers of a temporal distance's phi, C channels, H = W pixels, N
-decisions.
+embedding dimensions, Z numbers of scene code and history, L numbers of a temporal distance's phi, C channels, H = W
+pixels, N decisions.
 """
 
 import dataclasses
@@ -196,8 +196,10 @@ class LatentPolicy:
     action each. The horizon counts steps of the model. The planner searches over single actions, so that the set of
     allowed actions is that of the environment.
 
-    A segment of several frames is the latest ones of the episode, data.frame_stride apart. Before the first frame
-    nothing has moved, as nothing moves at the goal. Frames are resized and cropped as the frames of videos are.
+    A model with a history remembers the segments since the start of the episode, and the actions that were executed
+    between them. A segment of several frames is the latest ones of the episode, data.frame_stride apart. Before the
+    first frame nothing has moved, as nothing moves at the goal. Frames are resized and cropped as the frames of videos
+    are.
 
     `decisions` holds the decision of each step, for `imagined`.
 
@@ -216,7 +218,8 @@ class LatentPolicy:
         searches: bool = True,
     ) -> None:
         check_run(run, config, decoder)
-        self.decoder, self.block = decoder, clip_layout(run.config).span
+        layout = clip_layout(run.config)
+        self.decoder, self.block, self.remembers = decoder, layout.span, layout.history_segments > 0
         self.executed = config.replan_every * self.block
         self.action_dim = (decoder or run.model).action_dim // self.block
         self.run, self.config, self.seed = run, config, seed
@@ -257,7 +260,7 @@ class LatentPolicy:
         It remembers the segments of the episode so far, which the state of the last decision and the frames show.
         """
         model, segments = self.run.model, self._segments(frames)
-        if self.before is None or not model.history.num_segments:
+        if self.before is None or not self.remembers:
             return model.observe(segments[-1])
         state, taken = self.before
         for segment, action in zip(segments, taken.unbind(1), strict=True):
@@ -322,7 +325,7 @@ class LatentPolicy:
         seen = torch.cat([before, frames], dim=1)
         self.seen = seen[:, -self.block :]
         at = data.frame_stride * torch.arange(data.num_frames) + data.frame_stride - 1
-        num_segments = max(1, frames.shape[1] // self.block) if self.run.model.history.num_segments else 1
+        num_segments = max(1, frames.shape[1] // self.block) if self.remembers else 1
         windows = [seen[:, -self.block * back :][:, : self.block] for back in range(num_segments, 0, -1)]
         return [self._read(window[:, at]) for window in windows]
 

@@ -3,7 +3,7 @@
 A passive model explains each transition by an inferred r. From a few labelled transitions a small network learns the r
 of an action, g(f(x), a), while the model stays frozen. Plans can then be imagined with the model.
 
-Legend: N transitions, A numbers of an action, D embedding dimensions, Z numbers of a scene code, R latent
+Legend: N transitions, A numbers of an action, D embedding dimensions, Z numbers of scene code and history, R latent
 dimensions.
 """
 

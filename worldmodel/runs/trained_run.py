@@ -1,7 +1,7 @@
 """A trained run in Python: load it, then encode, roll out, forecast and score clips and videos.
 
-Legend: B clips, T frames of a segment, L segments of a clip, C channels, H = W pixels, D embedding dimensions, Z numbers
-of scene code and history, S samples, A numbers of an action, K dimensions of a quantity.
+Legend: B clips, T frames of a segment, L segments of a clip, C channels, H = W pixels, D embedding dimensions, S
+samples, A numbers of an action, K dimensions of a quantity.
 """
 
 import dataclasses
