@@ -62,7 +62,13 @@ CHANGED = {
 }
 NEW = {"data.format", "model.encoder.kernels"} | {f"data.augment.{key}" for key in keys_of(AugmentConfig)}
 NEW |= {f"planning.{key}" for key in ("warm_start", "goal_steps", "policy_updates", "policy_hidden_dim")}
-NEW |= {"planning.replan_every", "planning.risk.name", "data.relation.name", "data.relation.label"}
+NEW |= {
+    "data.history_segments",
+    "planning.replan_every",
+    "planning.risk.name",
+    "data.relation.name",
+    "data.relation.label",
+}
 NEW_CHOICES = {
     ("data.source", "images"),
     ("model.encoder", "deviation"),
