@@ -1,5 +1,7 @@
 """The history: which segments a state remembers, and what its summary depends on."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -62,7 +64,8 @@ def test_without_segments_the_summary_is_that_of_the_context_alone() -> None:
     """With one token, attention passes on its value, whatever the query and the key."""
     remembered, embedding = history(), normal(3, 4, DIM)
     token = remembered.context(embedding) + remembered.places[-1]
-    for block in remembered.blocks:
+    blocks: Any = remembered.blocks
+    for block in blocks:
         value = block.queries_keys_values(block.attention_norm(token)).chunk(3, dim=-1)[2]
         token = token + block.attention_out(value)
         token = token + block.mlp(block.mlp_norm(token))
