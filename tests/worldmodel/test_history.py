@@ -56,8 +56,8 @@ def run_of_rooms(rooms: Path, *overrides: str) -> TrainedRun:
 
 def run_of_video(*overrides: str) -> TrainedRun:
     """A run on gray frames, of which each is a segment."""
-    keys = ["data.root=nothing", "data.channels=1", "data.num_frames=1", "data.history_segments=2"]
-    return run_of(load_config(REPO / "configs" / "video.yaml", [*SMALL, *keys, *overrides]), Path("run"))
+    keys = ["data.source=videos", "data.root=nothing", "data.num_frames=1", "data.history_segments=2"]
+    return run_of(load_config(REPO / "configs" / "demo.yaml", [*SMALL, *keys, *overrides]), Path("run"))
 
 
 def remembered(model: WorldModel, segments: Tensor, actions: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def remembered(model: WorldModel, segments: Tensor, actions: Tensor) -> Tensor:
         ),
         (["model.latent.prior=linear"], "model.latent.prior=linear is linear in one embedding"),
         (["model.editor=low_rank"], "model.editor=low_rank takes no history: with data.history_segments=1 it must be"),
-        (["data.source=moving_mnist"], "data.history_segments"),
+        (["data.source=moving_mnist", "data.history_segments=2"], "data.history_segments=2"),
         (["data.history_segments=-1"], "data.history_segments=-1"),
     ],
 )
