@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.conftest import normal
 from tests.worldmodel.nets.test_world_model import training
 from worldmodel.nets.history import FULL_SHARE, NoHistory, SegmentHistory
 from worldmodel.nets.parallel import global_batch
-from worldmodel.nets.world_model import WorldModel
+from worldmodel.nets.world_model import Embedded, WorldModel
 
 DIM, ACTION_DIM = 6, 2
 
@@ -151,3 +152,44 @@ def test_the_posterior_alone_learns_while_the_forecast_is_fixed() -> None:
         assert not any(parameter.requires_grad for parameter in parameters)
     assert parameters and all(parameter.requires_grad for parameter in parameters)
     assert not [name for name in training().state_dict() if name.startswith("history")]
+
+
+@pytest.mark.slow
+def test_a_history_learns_a_velocity_that_no_segment_shows() -> None:
+    """Points move on a circle by 0.3 rad a step, one way or the other.
+
+    From one point alone, the best forecast is that point, at an error of 1 - cos(0.3 k) after k steps.
+    """
+
+    def paths(seed: int, count: int, length: int) -> Tensor:
+        start, way = normal(seed, 2, count, 1).sign() * normal(seed + 1, 2, count, 1).abs().exp()
+        angle = start + 0.3 * way.sign() * torch.arange(length)
+        return 2**0.5 * torch.stack([angle.cos(), angle.sin()], dim=-1)
+
+    def errors(num_segments: int) -> Tensor:
+        """Train for one step, and return the errors of a rollout of three steps, [3]."""
+        data = {"history_segments": num_segments}
+        built = training("none", editor="residual", data_changes=data, embedding_dim=2, hidden_dim=64)
+        optimizer = torch.optim.Adam(built.parameters(), 3e-3)
+        generator = torch.Generator().manual_seed(0)
+        for step in range(400):
+            clips = paths(10 * step, 128, num_segments + 2)
+            before, real = clips.split([num_segments, 2], dim=1)
+            embedded = Embedded(before, real, real[:, :1, :0], real[:, 0, :0], torch.zeros(128))
+            nothing = torch.empty(128, num_segments + 1, 0)
+            predictions, _ = built.model.predict(embedded, nothing[:, 0], nothing, generator)
+            loss = built.objective.prediction_error(predictions.edited[:, 0], real[:, 1], real[:, 0]).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        built.eval()
+        clips = paths(1, 512, num_segments + 4)
+        before, real = clips.split([num_segments, 4], dim=1)
+        with torch.no_grad():
+            state = torch.cat([real[:, 0], built.history.of(before, before[..., :0])], dim=1)
+            futures = built.model.rollout_embedding(state, 3, 1, generator)[:, 0]
+        return 1 - torch.cosine_similarity(futures, real[:, 1:], dim=-1).mean(dim=0)
+
+    of_one_point = 1 - torch.cos(0.3 * torch.arange(1, 4))
+    assert (errors(0) > 0.9 * of_one_point).all()
+    assert (errors(1) < 0.1 * of_one_point).all()
