@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from data_pipelines.batches import Batch
@@ -149,7 +150,8 @@ class TransitionGradients:
         chunks = (values.split(self.at_once) for values in transitions[1:])
         parts = []
         for chunk in zip(*chunks, strict=True):
-            gradients = self.of_each(self.weights, *chunk)
+            with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the others
+                gradients = self.of_each(self.weights, *chunk)
             parts.append(self.project(torch.cat([each.flatten(1) for each in gradients.values()], dim=1)))
         return torch.cat(parts)
 

@@ -36,7 +36,7 @@ class NoHistory(nn.Module):
 
     def of(self, embeddings: Tensor, actions: Tensor, is_present: Tensor | None = None) -> Tensor:
         """Return an empty history for embeddings [B, 0, D] and actions [B, 0, A]: [B, 0]."""
-        return embeddings.new_zeros(len(embeddings), 0)
+        return embeddings.new_zeros(embeddings.shape[0], 0)
 
     def shortened(self, history: Tensor, generator: torch.Generator | None) -> Tensor:
         """Return history [B, 0] unchanged. No random number is drawn."""
@@ -100,7 +100,7 @@ class SegmentHistory(nn.Module):
 
     def advance(self, history: Tensor, embedding: Tensor, action: Tensor | None) -> Tensor:
         """Return the history [B, Y] of the step after a context with this embedding [B, D] and action [B, A]."""
-        parts = [embedding, embedding.new_ones(len(embedding), 1)]
+        parts = [embedding, embedding.new_ones(embedding.shape[0], 1)]
         if action is not None:
             parts.insert(1, action.to(embedding))
         newest = torch.cat(parts, dim=-1)

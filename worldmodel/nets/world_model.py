@@ -138,7 +138,7 @@ class WorldModel(nn.Module):
         Its history is empty.
         """
         code = self.scene(features, features.new_zeros(features.shape[0]))
-        return concat(self.embedder.project(features), code, code.new_zeros(len(code), self.history.num_values))
+        return concat(self.embedder.project(features), code, code.new_zeros(code.shape[0], self.history.num_values))
 
     def remember(self, state: Tensor, before: Tensor, actions: Tensor, is_present: Tensor | None = None) -> Tensor:
         """Return states [B, D + Z] with the history of the segments before them.
@@ -149,13 +149,11 @@ class WorldModel(nn.Module):
             actions: [B, L, A], the actions that led from each of them to the next segment.
             is_present: bool [B, L], False for segments that do not exist. None: all do.
         """
-        embedding, code, _ = self._parts(state)
-        return concat(embedding, code, self.history.of(before, actions, is_present))
+        return concat(self._parts(state)[0], self.history.of(before, actions, is_present))
 
     def follow(self, before: Tensor, action: Tensor | None, state: Tensor) -> Tensor:
         """Return a newly observed state [B, D + Z] with the history of the state before it, after action [B, A]."""
-        embedding, code, _ = self._parts(state)
-        return concat(embedding, code, self._advanced(before, action))
+        return concat(self._parts(state)[0], self._advanced(before, action))
 
     def embedding_of(self, state: Tensor) -> Tensor:
         """Return the embeddings [..., D] of states [..., D + Z]."""
@@ -163,7 +161,7 @@ class WorldModel(nn.Module):
 
     def persistent(self, state: Tensor) -> Tensor:
         """Return the part of states [..., D + Z] that outlasts a step: [..., D + P]."""
-        embedding, code, _ = self._parts(state)
+        embedding, code = self._parts(state)[0].tensor_split([self.embedding_dim], dim=-1)
         return concat(embedding, self.scene.persistent(code))
 
     def context(self, state: Tensor, action: Tensor | None = None) -> Tensor:
@@ -171,20 +169,22 @@ class WorldModel(nn.Module):
 
         That is the embedding, the scene code, the summary of the history and the action.
         """
-        embedding, code, history = self._parts(state)
-        return concat(embedding, code, self.history(embedding, history), action)
+        return concat(self._parts(state)[0], self._summary(state), action)
 
-    def _parts(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the embedding, the scene code and the history of states [..., D + Z]."""
-        embedding, code, history = state.split(
-            [self.embedding_dim, self.scene.num_values, self.history.num_values], dim=-1
-        )
-        return embedding, code, history
+    def _parts(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the embedding with the scene code, and the history, of states [..., D + Z]."""
+        if not self.history.num_values:
+            return state, state[..., :0]
+        present, history = state.tensor_split([self.embedding_dim + self.scene.num_values], dim=-1)
+        return present, history
+
+    def _summary(self, state: Tensor) -> Tensor:
+        """Return the summary of the history of states [B, D + Z]."""
+        return self.history(self.embedding_of(state), self._parts(state)[1])
 
     def _advanced(self, state: Tensor, action: Tensor | None) -> Tensor:
         """Return the history of the state that follows a state [B, D + Z] after action [B, A]."""
-        embedding, _, history = self._parts(state)
-        return self.history.advance(history, embedding, action)
+        return self.history.advance(self._parts(state)[1], self.embedding_of(state), action)
 
     # --------------------------------------------------------------------------------------------------- one step
 
@@ -237,8 +237,8 @@ class WorldModel(nn.Module):
         Its embedding is normalised as the embedder's are. Its scene code is the same, one step older. Its history is
         that of `state`, with the embedding of `state` as the latest.
         """
-        embedding, code, history = self._parts(state)
-        edited = self.editor(embedding, concat(r, code, self.history(embedding, history), action)).float()
+        embedding, code = self._parts(state)[0].tensor_split([self.embedding_dim], dim=1)
+        edited = self.editor(embedding, concat(r, code, self._summary(state), action)).float()
         return concat(self.embedder.normalise(edited), self.scene.advance(code), self._advanced(state, action))
 
     # -------------------------------------------------------------------------------------------------- many steps
