@@ -107,7 +107,8 @@ def test_a_run_with_a_history_trains_refines_and_is_evaluated(tiny_config: Calla
     trained = load(train(config))
     assert "history.places" in trained.training.state_dict()
     metrics = evaluate_forecasts(trained.networks, config.evaluation).metrics
-    assert np.isfinite(metrics["embedding"]["forecasts"]["model"]["energy_score"]).all()
+    scores: Any = metrics["embedding"]["forecasts"]["model"]["energy_score"]
+    assert len(scores) == config.evaluation.horizon and np.isfinite(scores).all()
 
 
 def test_refinement_draws_the_segments_and_actions_before_each_context(tiny_config: Callable[..., Config]) -> None:

@@ -119,10 +119,10 @@ class Block(nn.Module):
         return tokens + self.mlp(self.mlp_norm(tokens))
 
     def _attend(self, tokens: Tensor, is_attended: Tensor | None) -> Tensor:
-        heads = rearrange(
+        queries, keys, values = rearrange(
             self.queries_keys_values(tokens), "b l (three heads e) -> three b heads l e", three=3, heads=self.num_heads
-        )
-        attended = F.scaled_dot_product_attention(*heads.unbind(), attn_mask=is_attended)
+        ).unbind()
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=is_attended)
         return self.attention_out(rearrange(attended, "b heads l e -> b l (heads e)"))
 
 
