@@ -1,6 +1,6 @@
 """From batches of clips to the inputs of a model, and the checks of a run's data.
 
-Legend: B clips, L segments, T frames of a segment, N segments of a history, R numbers of r, K steps of prediction, A
+Legend: B clips, L segments, T frames of a segment, J segments of a history, R numbers of r, K steps of prediction, A
 numbers of an action.
 """
 
@@ -79,7 +79,7 @@ class TrainingInputs(NamedTuple):
     """A batch as the model takes it, for K steps of prediction.
 
     segments [B, L, T, C, H, W], first those of the history; known_r [B, R], the true r of an oracle latent, [B, 0] for
-    other latents; actions [B, N + K, A] between all of them, first those of a history of N segments. A is 0 for a model
+    other latents; actions [B, J + K, A] between all of them, first those of a history of J segments. A is 0 for a model
     without actions.
     """
 

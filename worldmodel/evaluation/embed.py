@@ -113,12 +113,12 @@ def embed_batches(networks: Networks, batches: Iterable[Batch], steps: int) -> I
 class EmbeddedSplit:
     """N clips of one split after the encoders, on the CPU.
 
-    state [N, D + Z] is the model's embedding of the context segment, followed by scene code and history. backbone [N,
-    F] are the encoder's features of it. persistence [N, D] and targets [N, horizon, D] are the embeddings of the
+    state [N, D + Z] is the model's embedding of the context segment, followed by scene code and history. backbone
+    [N, F] are the encoder's features of it. persistence [N, D] and targets [N, horizon, D] are the embeddings of the
     context and of each later segment in the space of targets. r [N, R] is inferred as in training; its penalty [N] is
-    None if the latent has none. actions [N, horizon, A] condition the model; A is 0 for a passive one. frames uint8 [<=
-    N, (1 + horizon) * T, C, H, W] are the pixels of the first clips. extrapolated [N, horizon, K] continues the motion
-    seen in the context; None without a law. places are those of the clips in their videos.
+    None if the latent has none. actions [N, horizon, A] condition the model; A is 0 for a passive one. frames uint8
+    [<= N, (1 + horizon) * T, C, H, W] are the pixels of the first clips. extrapolated [N, horizon, K] continues the
+    motion seen in the context; None without a law. places are those of the clips in their videos.
     """
 
     state: Tensor

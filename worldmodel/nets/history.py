@@ -1,12 +1,12 @@
 """The history: embeddings of the segments before the context, and a transformer that reads them.
 
 One segment may not show the whole state of a world: a single frame shows no velocity. A model with a history remembers
-the last N segments before the context. For each it holds the embedding, the action that followed and whether there is
+the last J segments before the context. For each it holds the embedding, the action that followed and whether there is
 one: a history is shorter at the start of a video or of an episode. A prediction takes its place in the history of the
 next step, so that a rollout remembers its own predictions.
 
-Legend: B clips, N segments of a full history, L of a shorter one, D embedding dimensions, A numbers of an action (0
-without actions), Y = N (D + A + 1) numbers of a history, W numbers of its summary.
+Legend: B clips, J segments of a full history, L of a shorter one, D embedding dimensions, A numbers of an action (0
+without actions), Y = J (D + A + 1) numbers of a history, X numbers of its summary.
 """
 
 import torch
@@ -48,7 +48,7 @@ class NoHistory(nn.Module):
 
 
 class SegmentHistory(nn.Module):
-    """A history of N segments, and its summary by a transformer over them and the context.
+    """A history of J segments, and its summary by a transformer over them and the context.
 
     A token is the difference of a segment's embedding from that of the context, with the action that followed it. The
     token of the context is its embedding. Only segments that are present are attended to, and the last token of the
@@ -66,7 +66,7 @@ class SegmentHistory(nn.Module):
         self.norm = nn.LayerNorm(SUMMARY_DIM)
 
     def forward(self, embedding: Tensor, history: Tensor) -> Tensor:
-        """Summarise history [B, Y] as seen from the context with this embedding [B, D]: [B, W]."""
+        """Summarise history [B, Y] as seen from the context with this embedding [B, D]: [B, X]."""
         segments = self._segments(history)
         entries, is_present = segments[..., :-1], segments[..., -1] > 0
         width = embedding.shape[-1]
@@ -78,7 +78,7 @@ class SegmentHistory(nn.Module):
         return self.norm(tokens[:, -1])
 
     def of(self, embeddings: Tensor, actions: Tensor, is_present: Tensor | None = None) -> Tensor:
-        """Return the history [B, Y] of at most N segments before a context, the earliest first.
+        """Return the history [B, Y] of at most J segments before a context, the earliest first.
 
         embeddings [B, L, D]; actions [B, L, A], each after its segment. Segments for which is_present, bool [B, L], is
         False do not count.
@@ -107,7 +107,7 @@ class SegmentHistory(nn.Module):
         return torch.cat([self._segments(history)[:, 1:], newest[:, None]], dim=1).flatten(1)
 
     def _segments(self, history: Tensor) -> Tensor:
-        """Return history [B, Y] by segments, [B, N, D + A + 1]."""
+        """Return history [B, Y] by segments, [B, J, D + A + 1]."""
         return history.unflatten(-1, (self.num_segments, -1))
 
 

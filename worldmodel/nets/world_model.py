@@ -12,7 +12,7 @@ width zero.
 
 Legend: B clips, L segments of a clip, T frames, C channels, H = W pixels, F features (0 if no code is read from them),
 D embedding dimensions, Z numbers of a state after the embedding: the scene code and the history, P of the code's
-persistent part (both 0 without them), N segments of a history (0 without one), W numbers of what the networks read of a
+persistent part (both 0 without them), J segments of a history (0 without one), X numbers of what the networks read of a
 state, R latent dimensions (0 without a latent), A numbers of an action (0 without actions), K steps of prediction, S
 samples.
 """
@@ -35,7 +35,7 @@ from worldmodel.nets.scene import Scene
 class Embedded:
     """Clips as K steps of prediction see them.
 
-    before: [B, N, D], the embeddings of the segments before the context, which the history holds.
+    before: [B, J, D], the embeddings of the segments before the context, which the history holds.
     real: [B, K + 1, D], the embeddings of the context and of the K targets.
     seen: [B, K, D], the embeddings that the posterior sees at each step; [B, K, 0] if it sees none.
     features: [B, F], the features of the segment that the scene code is read from.
@@ -145,7 +145,7 @@ class WorldModel(nn.Module):
 
         Args:
             state: [B, D + Z].
-            before: [B, L, D], the embeddings of the last L <= N segments before each state, the earliest first.
+            before: [B, L, D], the embeddings of the last L <= J segments before each state, the earliest first.
             actions: [B, L, A], the actions that led from each of them to the next segment.
             is_present: bool [B, L], False for segments that do not exist. None: all do.
         """
@@ -165,7 +165,7 @@ class WorldModel(nn.Module):
         return concat(embedding, self.scene.persistent(code))
 
     def context(self, state: Tensor, action: Tensor | None = None) -> Tensor:
-        """Return what prior and posterior read of a state [B, D + Z] and an action [B, A]: [B, W].
+        """Return what prior and posterior read of a state [B, D + Z] and an action [B, A]: [B, X].
 
         That is the embedding, the scene code, the summary of the history and the action.
         """
@@ -308,7 +308,7 @@ class WorldModel(nn.Module):
     def embed(self, segments: Tensor, num_steps: int, teacher_targets: Tensor | None) -> Embedded:
         """Embed segments [B, L, T, C, H, W] for K steps of prediction from the context.
 
-        The context is the first segment or, with a history, the one after its N segments. teacher_targets [K * B, D]
+        The context is the first segment or, with a history, the one after its J segments. teacher_targets [K * B, D]
         are a teacher's embeddings of `targets_of(segments, K)`. Without them, the targets are embedded here, with
         gradient.
         """
@@ -343,7 +343,7 @@ class WorldModel(nn.Module):
     ) -> tuple[Predictions, Tensor]:
         """Predict K steps, each from the state predicted before it and the r that the posterior infers there.
 
-        known_r [B, R] is the r of an oracle latent, [B, 0] for other latents. actions [B, N + K, A] are those between
+        known_r [B, R] is the r of an oracle latent, [B, 0] for other latents. actions [B, J + K, A] are those between
         all segments, first those of the history. Some histories are shortened at random.
 
         Returns: the predictions, and the states [B, K + 1, D + Z] with the context's first.
