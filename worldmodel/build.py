@@ -22,6 +22,7 @@ from worldmodel.data import ClipLayout
 from worldmodel.nets.distance import Distance, NoDistance, TemporalDistance
 from worldmodel.nets.editors import Editor
 from worldmodel.nets.encoders import Embedder, Encoder
+from worldmodel.nets.history import History, NoHistory, SegmentHistory
 from worldmodel.nets.latents import Latent
 from worldmodel.nets.scene import NoScene, Scene, SceneCode
 from worldmodel.nets.world_model import WorldModel
@@ -60,11 +61,14 @@ def build_training_model(config: Config) -> TrainingModel:
         norm: Norm = getattr(model.editor, "norm", "batch")
         scene = SceneCode(embedder.num_features, model.hidden_dim, model.scene_dim, norm)
     action_dim = model.action_dim * config.data.num_frames * config.data.frame_stride
+    history: History = NoHistory()
+    if config.data.history_segments:
+        history = SegmentHistory(model.embedding_dim, action_dim, config.data.history_segments)
     latent: Any = parts.build_module(
         "model.latent.name",
         model.latent,
         Latent,
-        context_dim=model.embedding_dim + scene.num_values + action_dim,
+        context_dim=model.embedding_dim + scene.num_values + history.summary_dim + action_dim,
         embedding_dim=model.embedding_dim,
         hidden_dim=model.hidden_dim,
     )
@@ -85,7 +89,7 @@ def build_training_model(config: Config) -> TrainingModel:
         model.editor,
         Editor,
         **sizes,
-        latent_dim=latent.latent_dim + scene.num_values + action_dim,
+        latent_dim=latent.latent_dim + scene.num_values + history.summary_dim + action_dim,
         predictor=loss.needs_predictor,
     )
     distance: Distance = NoDistance()
@@ -97,6 +101,7 @@ def build_training_model(config: Config) -> TrainingModel:
         editor,
         scene,
         distance,
+        history=history,
         action_dim=action_dim,
         seen_at=2 if _sees_beyond(config, latent) else 1,
     )
@@ -133,6 +138,7 @@ def clip_layout(config: Config) -> ClipLayout:
     oracle = latent if isinstance(latent, OracleConfig) else None
     return ClipLayout(
         num_segments=data.num_segments,
+        history_segments=data.history_segments,
         num_frames=data.num_frames,
         frame_stride=data.frame_stride,
         r_label=(oracle.label or data.oracle_label) if oracle else None,

@@ -1,6 +1,7 @@
 """From batches of clips to the inputs of a model, and the checks of a run's data.
 
-Legend: B clips, S segments, T frames of a segment, R numbers of r, K steps of prediction, A numbers of an action.
+Legend: B clips, L segments, T frames of a segment, J segments of a history, R numbers of r, K steps of prediction, A
+numbers of an action.
 """
 
 from collections.abc import Collection, Mapping
@@ -34,7 +35,8 @@ class ClipLayout:
     """How the clips of a run are cut into segments, and the labels that its model takes.
 
     Attributes:
-        num_segments: segments of a clip for one step of prediction.
+        num_segments: segments of a clip for one step of prediction, from the context on.
+        history_segments: segments of a clip before the context, which the model remembers.
         num_frames: frames of a segment.
         frame_stride: source frames from one frame of a segment to the next.
         r_label: label that holds the true r of an oracle latent; None for other latents.
@@ -55,10 +57,11 @@ class ClipLayout:
     action_dim: int = 0
     num_cameras: int = 1
     of_images: bool = False
+    history_segments: int = 0
 
     def segments_for(self, steps: int) -> int:
         """Return the number of segments in a clip for `steps` steps of prediction."""
-        return self.num_segments + steps - 1
+        return self.history_segments + self.num_segments + steps - 1
 
     @property
     def span(self) -> int:
@@ -75,8 +78,9 @@ class ClipLayout:
 class TrainingInputs(NamedTuple):
     """A batch as the model takes it, for K steps of prediction.
 
-    segments [B, L, T, C, H, W]; known_r [B, R], the true r of an oracle latent, [B, 0] for other latents; actions
-    [B, K, A], [B, K, 0] for a model without actions.
+    segments [B, L, T, C, H, W], first those of the history; known_r [B, R], the true r of an oracle latent, [B, 0] for
+    other latents; actions [B, J + K, A] between all of them, first those of a history of J segments. A is 0 for a model
+    without actions.
     """
 
     segments: Tensor
@@ -93,8 +97,15 @@ def training_inputs(batch: Batch, layout: ClipLayout, steps: int, device: torch.
     return TrainingInputs(
         segments_of(batch, layout.segments_for(steps), device),
         oracle_r(batch, layout, device),
-        actions_of(batch, layout, steps, device),
+        actions_of(batch, layout, layout.history_segments + steps, device),
     )
+
+
+def without_history(batch: Batch, layout: ClipLayout) -> Batch:
+    """Return a batch whose labels of frames begin with those of the context, as if clips had no history."""
+    first = layout.history_segments * layout.num_frames
+    labels = {name: values[:, first:] if values.ndim == 3 else values for name, values in batch["labels"].items()}
+    return {**batch, "labels": labels} if first else batch
 
 
 def segments_of(batch: Batch, num_segments: int, device: torch.device) -> Tensor:

@@ -42,7 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-samples", type=int, default=64, metavar="N", help="futures to sample (default: 64)")
     parser.add_argument("--horizon", type=int, default=1, metavar="N", help="segments to predict (default: 1)")
     parser.add_argument(
-        "--start-frame", type=int, default=0, metavar="N", help="first frame of the context segment (default: 0)"
+        "--start-frame",
+        type=int,
+        default=0,
+        metavar="N",
+        help="first frame of the context segment; a run with data.history_segments also reads the segments before it "
+        "(default: 0)",
     )
     parser.add_argument(
         "--recalibrate",
@@ -60,18 +65,20 @@ def run(args: argparse.Namespace) -> None:
     trained = load_run(args)
     check_video(args.video)
     check_out_file(args.out, ".npz")
-    context = read_context(trained, args.video, args.start_frame)
+    clip = read_clip(trained, args.video, args.start_frame)
     futures = trained.rollout(
-        context, args.horizon, args.num_samples, args.seed, recalibrate=args.recalibrate, video=args.video
+        clip, args.horizon, args.num_samples, args.seed, recalibrate=args.recalibrate, video=args.video
     )[0]
-    save(args.out, trained.encode(context)[0], futures)
+    save(args.out, trained.encode(clip[:, -trained.config.data.num_frames :])[0], futures)
     spread = futures.std(dim=0).mean(dim=-1).tolist() if len(futures) > 1 else [0.0] * args.horizon
     print(f"{args.out}: futures {list(futures.shape)} = [samples, horizon, embedding]")
     print("standard deviation over samples, by step: " + " ".join(f"{value:.3f}" for value in spread))
 
 
-def read_context(trained: TrainedRun, video: Path, start_frame: int) -> Tensor:
+def read_clip(trained: TrainedRun, video: Path, start_frame: int) -> Tensor:
     """Read the context segment of a video: [1, num_frames, C, H, W] in [0, 1].
+
+    With data.history_segments, the segments before it that the video has come first: [1, n * num_frames, C, H, W].
 
     Raises:
         UserError: the video cannot be read, or is too short.
@@ -87,11 +94,12 @@ def read_context(trained: TrainedRun, video: Path, start_frame: int) -> Tensor:
     data = trained.config.data
     check_one_camera(data, video)
     fps, decoder = (data.fps, data.decoder) if isinstance(data, VideosConfig) else (None, "auto")
-    span = (data.num_frames - 1) * data.frame_stride + 1
+    step = data.num_frames * data.frame_stride
+    first_frame = start_frame - step * min(data.history_segments, max(0, start_frame) // step)
     frames = read_frames(
         video,
-        start_frame,
-        start_frame + span,
+        first_frame,
+        start_frame + step - data.frame_stride + 1,
         channels=data.channels,
         size_px=data.size_px,
         decoder=decoder,

@@ -6,6 +6,7 @@ from data_pipelines.text_files import shown
 from worldmodel.config.data import ImagesConfig, SameImageConfig, VideosConfig, frame_channels, num_cameras
 from worldmodel.config.model import (
     External,
+    GaussianConfig,
     LinearEditorConfig,
     NoLatentConfig,
     OracleConfig,
@@ -25,6 +26,7 @@ def contradictions(config: Config) -> Iterator[str]:
     yield from _of_encoder(config)
     yield from _of_encoder_cache(config)
     yield from _of_latent_and_editor(config)
+    yield from _of_history(config)
     yield from _of_steps(config)
     yield from _of_refinement(config)
     yield from _of_weights(config)
@@ -153,6 +155,19 @@ def _of_latent_and_editor(config: Config) -> Iterator[str]:
         )
     if isinstance(editor, LinearEditorConfig) and isinstance(latent, NoLatentConfig):
         yield "model.editor=linear changes the embedding by r alone: it needs a latent"
+
+
+def _of_history(config: Config) -> Iterator[str]:
+    latent, editor = config.model.latent, config.model.editor
+    if not config.data.history_segments:
+        return
+    key = f"data.history_segments={config.data.history_segments}"
+    if not isinstance(editor, External) and not editor.takes_conditions:
+        yield f"model.editor={editor.name} takes no history: with {key} it must be mlp, residual or linear"
+    if isinstance(latent, OracleConfig):
+        yield f"model.latent=oracle knows the r of the first segment of a clip: with {key} that is not the context"
+    if isinstance(latent, GaussianConfig) and latent.prior == "linear":
+        yield f"model.latent.prior=linear is linear in one embedding: with {key} choose mixture or flow"
 
 
 def _of_steps(config: Config) -> Iterator[str]:

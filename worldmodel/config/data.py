@@ -130,6 +130,10 @@ class VideosConfig:
     num_segments: Literal[2, 3] = 3
     """Segments per prediction step: context and target (2), plus a later one (3). Each further rollout step needs one
     more."""
+    history_segments: RepeatFrom0 = 0
+    """Segments before the context that the model remembers, for worlds of which one segment does not show the whole
+    state. A transformer reads their embeddings and the actions between them, for editor, prior and posterior. Clips are
+    longer by these segments. 0: the model reads the context alone."""
     num_frames: Repeat = 3
     """Frames per segment."""
     frame_stride: Count = 1
@@ -196,6 +200,7 @@ class MovingMnistConfig:
     size_px: ClassVar[int] = 64
     channels: ClassVar[int] = 1
     num_segments: ClassVar[int] = 3
+    history_segments: ClassVar[int] = 0
     num_frames: ClassVar[int] = 3
     frame_stride: ClassVar[int] = 1
     augment: ClassVar[AugmentConfig] = AugmentConfig()
@@ -221,6 +226,7 @@ class CausalConfig:
     size_px: ClassVar[int] = 1
     channels: ClassVar[int] = 6
     num_segments: ClassVar[int] = 3
+    history_segments: ClassVar[int] = 0
     num_frames: ClassVar[int] = 1
     frame_stride: ClassVar[int] = 1
     augment: ClassVar[AugmentConfig] = AugmentConfig()
@@ -277,6 +283,7 @@ class ImagesConfig:
     content: ClassVar[Literal["frames", "factors"]] = "frames"
     max_steps: ClassVar[int | None] = 1
     oracle_label: ClassVar[str | None] = None
+    history_segments: ClassVar[int] = 0
     num_frames: ClassVar[int] = 1
     frame_stride: ClassVar[int] = 1
 
@@ -317,6 +324,7 @@ class ExternalData:
     content: ClassVar[Literal["frames", "factors"] | None] = None
     max_steps: ClassVar[int | None] = None
     oracle_label: ClassVar[str | None] = None
+    history_segments: ClassVar[int] = 0
 
     source: OutsideName
     """`package.module:Class`."""

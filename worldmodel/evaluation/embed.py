@@ -1,8 +1,8 @@
 """Embed the clips of a split: the loop through which evaluations, surprise and planning see videos.
 
 Legend: B clips of a batch, N clips, L segments of a clip, T frames of a segment, C channels, H = W pixels, F features
-of the encoder, D embedding dimensions, Z numbers of the scene code, R latent dimensions, A numbers of an action, K
-dimensions of the quantity. Horizon steps are written out as `horizon`.
+of the encoder, D embedding dimensions, Z numbers of scene code and history, R latent dimensions, A numbers of an
+action, K dimensions of the quantity. Horizon steps are written out as `horizon`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ from data_pipelines.batches import Batch
 from data_pipelines.errors import UserError
 from data_pipelines.splits import Split
 from data_pipelines.worlds.law import Law
-from worldmodel.data import ClipLayout, actions_of, oracle_r, segments_of
+from worldmodel.data import ClipLayout, actions_of, oracle_r, segments_of, without_history
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.sources.source import EVALUATION_BATCH, MIN_CLIPS, ClipPlaces, Source
 from worldmodel.training.losses import TrainingModel
@@ -66,10 +66,11 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class EmbeddedBatch:
-    """A batch of clips with the embedding of each clip's first segment, on the device of the networks.
+    """A batch of clips with the embedding of each clip's context, on the device of the networks.
 
-    segments [B, L, T, C, H, W] in [0, 1]; features [B, F] of the encoder and state [B, D + Z], from which the model
-    predicts, are those of the first segment.
+    segments [B, L, T, C, H, W] in [0, 1], and the labels of frames in `batch`, begin with the context. features [B, F]
+    of the encoder and state [B, D + Z], from which the model predicts, are those of the context. The state remembers
+    the segments before it.
     """
 
     networks: Networks
@@ -79,7 +80,7 @@ class EmbeddedBatch:
     state: Tensor
 
     def context_as_target(self) -> Tensor:
-        """Return the first segment's embedding in the space of targets, [B, D]."""
+        """Return the context's embedding in the space of targets, [B, D]."""
         networks = self.networks
         if networks.shares_encoder:
             return networks.model.embedding_of(self.state)
@@ -91,12 +92,18 @@ class EmbeddedBatch:
         return self.networks.target_encoder(video).unflatten(0, (-1, horizon))
 
 
-def embed_batches(networks: Networks, batches: Iterable[Batch], num_segments: int) -> Iterator[EmbeddedBatch]:
-    """Embed the first of `num_segments` segments of each clip, batch after batch. Call it on `frozen` networks."""
+def embed_batches(networks: Networks, batches: Iterable[Batch], steps: int) -> Iterator[EmbeddedBatch]:
+    """Embed the contexts of clips for `steps` steps of prediction, batch after batch. Call it on `frozen` networks."""
+    model, layout, device = networks.model, networks.layout, networks.device
+    num_before = layout.history_segments
     for batch in batches:
-        segments = segments_of(batch, num_segments, networks.device)
-        features = networks.model.embedder.features(segments[:, 0])
-        yield EmbeddedBatch(networks, batch, segments, features, networks.model.state_of(features))
+        before, segments = segments_of(batch, layout.segments_for(steps), device).tensor_split([num_before], dim=1)
+        features = model.embedder.features(segments[:, 0])
+        state = model.state_of(features)
+        if num_before:
+            embeddings = torch.stack([model.encode(video) for video in before.unbind(1)], dim=1)
+            state = model.remember(state, embeddings, actions_of(batch, layout, num_before, device))
+        yield EmbeddedBatch(networks, without_history(batch, layout), segments, features, state)
 
 
 # ------------------------------------------------------------------------------------------------------------ splits
@@ -106,10 +113,10 @@ def embed_batches(networks: Networks, batches: Iterable[Batch], num_segments: in
 class EmbeddedSplit:
     """N clips of one split after the encoders, on the CPU.
 
-    state [N, D + Z] is the model's embedding of the context segment, followed by the scene code. backbone [N, F] are
-    the encoder's features of it. persistence [N, D] and targets [N, horizon, D] are the embeddings of the context and
-    of each later segment in the space of targets. r [N, R] is inferred as in training; its penalty [N] is None if the
-    latent has none. actions [N, horizon, A] condition the model; A is 0 for a passive one. frames uint8
+    state [N, D + Z] is the model's embedding of the context segment, followed by scene code and history. backbone
+    [N, F] are the encoder's features of it. persistence [N, D] and targets [N, horizon, D] are the embeddings of the
+    context and of each later segment in the space of targets. r [N, R] is inferred as in training; its penalty [N] is
+    None if the latent has none. actions [N, horizon, A] condition the model; A is 0 for a passive one. frames uint8
     [<= N, (1 + horizon) * T, C, H, W] are the pixels of the first clips. extrapolated [N, horizon, K] continues the
     motion seen in the context; None without a law. places are those of the clips in their videos.
     """
@@ -219,7 +226,7 @@ def _parts_of(
         parts.setdefault(name, []).append(values.cpu())
 
     num_kept = 0
-    for embedded in embed_batches(networks, batches, layout.segments_for(horizon)):
+    for embedded in embed_batches(networks, batches, horizon):
         batch, segments = embedded.batch, embedded.segments
         add("state", embedded.state)
         add("backbone", embedded.features.float())

@@ -72,7 +72,7 @@ def _embed(
     world = networks.source.factors
     assert world is not None, "a source of factors"
     batch = world.draw_batch(count, generator, width)
-    (embedded,) = embed_batches(networks, [batch], layout.num_segments)
+    (embedded,) = embed_batches(networks, [batch], steps=1)
     on_device = torch.Generator(device).manual_seed(seed)
     known_r = oracle_r(batch, layout, device)
     penalty = model.infer(embedded.state, embedded.segments, known_r, on_device).penalty

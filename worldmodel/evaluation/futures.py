@@ -1,6 +1,6 @@
 """Forecasts of held-out clips in the space of targets: the model's sampled futures, controls and baselines.
 
-Legend: Q queries, S samples, D embedding dimensions, Z numbers of a scene code, A numbers of an action.
+Legend: Q queries, S samples, D embedding dimensions, Z numbers of scene code and history, A numbers of an action.
 """
 
 from collections.abc import Iterator

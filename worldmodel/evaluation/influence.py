@@ -6,13 +6,13 @@ estimated to first order in the clip's weight, by an influence function (Koh and
 
     influence = g_query . (F + damping)^-1 g_clip / N
 
-g is the gradient of the loss of one transition by the weights of editor and latent. The weights of the encoder are
-taken as fixed. F is the mean of g g^T over the training clips, the Fisher matrix in place of the Hessian. Gradients are
-projected at random to a few hundred numbers before F is computed (TRAK, arXiv 2303.14186).
+g is the gradient of the loss of one transition by the weights of editor, latent and history. The weights of the encoder
+are taken as fixed. F is the mean of g g^T over the training clips, the Fisher matrix in place of the Hessian. Gradients
+are projected at random to a few hundred numbers before F is computed (TRAK, arXiv 2303.14186).
 
 Legend: N training clips, P clips that are shown, B clips of a batch, Q queries, G numbers of a projected gradient, W
-weights, L segments of a clip, D embedding dimensions, Z numbers of a scene code, R latent dimensions, T frames of a
-segment, C channels, H = W pixels.
+weights, L segments of a clip, D embedding dimensions, Z numbers of scene code and history, R latent dimensions, T
+frames of a segment, C channels, H = W pixels.
 """
 
 import json
@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from data_pipelines.batches import Batch
@@ -60,7 +61,7 @@ SEED = 0
 
 
 class TransitionLoss(nn.Module):
-    """The training loss of one transition. Its only parameters are the weights of editor and latent.
+    """The training loss of one transition. Its only parameters are the weights of editor, latent and history.
 
     r is drawn NUM_DRAWS times from the posterior, with the same standard normal numbers for all transitions.
     """
@@ -70,7 +71,7 @@ class TransitionLoss(nn.Module):
 
     def __init__(self, training: TrainingModel) -> None:
         super().__init__()
-        self.latent, self.editor = training.latent, training.editor
+        self.latent, self.editor, self.history = training.latent, training.editor, training.history
         object.__setattr__(self, "training_model", training)  # its other parts are not submodules
         num_draws = NUM_DRAWS if isinstance(training.latent, GaussianLatent) else 1
         generator = torch.Generator().manual_seed(SEED)
@@ -81,11 +82,12 @@ class TransitionLoss(nn.Module):
         training, num_draws = self.training_model, len(self.noise)
         model = training.model
         states = state.expand(num_draws, -1)
+        context = model.context(states)
         r, kl = self.noise, states.new_zeros(num_draws)
         if isinstance(self.latent, GaussianLatent):
-            posterior = self.latent.posterior(states, seen.expand(num_draws, -1))
+            posterior = self.latent.posterior(context, seen.expand(num_draws, -1))
             r = posterior.mean + posterior.scale * self.noise
-            kl = kl_divergence(posterior, self.latent.prior(states), r)
+            kl = kl_divergence(posterior, self.latent.prior(context), r)
         edited = model.embedding_of(model.edit(states, r))
         error = training.objective.prediction_error(edited, target.expand(num_draws, -1), model.embedding_of(states))
         return (error + training.beta * kl).mean()
@@ -122,7 +124,7 @@ def embed_transitions(networks: Networks, batches: Iterable[Batch]) -> Iterator[
     """Embed the first transition of each clip, batch after batch."""
     model = networks.model
     with frozen(model, networks.target_encoder):
-        for embedded in embed_batches(networks, batches, networks.layout.segments_for(1)):
+        for embedded in embed_batches(networks, batches, steps=1):
             target, seen = embedded.targets(1)[:, 0], model.seen(embedded.segments)
             yield EmbeddedTransitions(embedded.batch["clip_id"], embedded.state, target, seen)
 
@@ -148,7 +150,8 @@ class TransitionGradients:
         chunks = (values.split(self.at_once) for values in transitions[1:])
         parts = []
         for chunk in zip(*chunks, strict=True):
-            gradients = self.of_each(self.weights, *chunk)
+            with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the others
+                gradients = self.of_each(self.weights, *chunk)
             parts.append(self.project(torch.cat([each.flatten(1) for each in gradients.values()], dim=1)))
         return torch.cat(parts)
 

@@ -25,8 +25,8 @@ Of contrastive objectives only the attraction counts: a loss over the whole batc
 Without a latent, or with a beta of 0, the loss has no KL. Surprise is then the prediction error, in the units of the
 loss.
 
-Legend: N transitions, P peaks, B segments or transitions at once, D embedding dimensions, Z numbers of a scene code, R
-latent dimensions, T frames, C channels, H = W pixels.
+Legend: N transitions, P peaks, B segments or transitions at once, D embedding dimensions, Z numbers of scene code
+and history, J segments of a history, R latent dimensions, T frames, C channels, H = W pixels.
 """
 
 from collections import deque
@@ -273,12 +273,15 @@ def score_transitions(
     starts = np.arange(0, num_frames - length + 1, step)
     if not len(starts):
         raise UserError(f"{name} has {num_frames} frames, but one transition takes {length}: give a longer video")
-    segments = np.unique(starts[:, None] + span * np.arange(num_segments))
+    before = starts[:, None] - span * np.arange(layout.history_segments, 0, -1)
+    needed = [before[before >= 0], (starts[:, None] + span * np.arange(num_segments)).ravel()]
+    segments = np.unique(np.concatenate(needed))
     cut = cut_segments(frames, segments.tolist(), layout.num_frames, layout.frame_stride)
     with_motion = networks.ordinary_motion is not None
     embedded = _embed_segments(networks, cut, len(segments), with_motion=with_motion, progress=options.progress)
     places = (np.searchsorted(segments, starts + span * at) for at in (0, 1, model.seen_at))
-    return Transitions(starts, *_score_embedded(networks, embedded, *places))
+    history = np.where(before >= 0, np.searchsorted(segments, before), -1)
+    return Transitions(starts, *_score_embedded(networks, embedded, history, *places))
 
 
 class Ordinary(NamedTuple):
@@ -294,18 +297,21 @@ class Ordinary(NamedTuple):
 @torch.no_grad()
 def score_clips(networks: Networks, batches: Iterable[Batch], *, progress: bool = False) -> Ordinary:
     """Score the first transition of each clip of batches, whose own motion is taken as the ordinary one."""
-    num_segments, moves = networks.model.seen_at + 1, networks.layout.num_frames > 1
+    layout, moves = networks.layout, networks.layout.num_frames > 1
+    num_before = layout.history_segments
+    num_segments = num_before + networks.model.seen_at + 1
 
     def segments() -> Iterator[np.ndarray]:
         for batch in batches:
-            clips = split_segments(batch["video"], networks.layout.num_segments)[:, :num_segments]
+            clips = split_segments(batch["video"], layout.segments_for(1))[:, :num_segments]
             yield from clips.flatten(0, 1).numpy()
 
     embedded = _embed_segments(networks, segments(), None, with_motion=moves, progress=progress)
-    first = np.arange(0, len(embedded.state), num_segments)
-    motion = embedded.motion[first + 1].sort().values if moves else None
+    context = np.arange(num_before, len(embedded.state), num_segments)
+    history = context[:, None] - np.arange(num_before, 0, -1)
+    motion = embedded.motion[context + 1].sort().values if moves else None
     networks = replace(networks, ordinary_motion=motion)
-    surprise = _score_embedded(networks, embedded, first, first + 1, first + networks.model.seen_at)[0]
+    surprise = _score_embedded(networks, embedded, history, context, context + 1, context + networks.model.seen_at)[0]
     return Ordinary(np.sort(surprise), motion)
 
 
@@ -324,7 +330,7 @@ class _EmbeddedSegments(NamedTuple):
 def _embed_segments(
     networks: Networks, segments: Iterator[np.ndarray], total: int | None, *, with_motion: bool, progress: bool
 ) -> _EmbeddedSegments:
-    """Embed segments [T, C, H, W], a few at once."""
+    """Embed segments [T, C, H, W] one by one, without a history, a few at once."""
 
     def batches() -> Iterator[Batch]:
         while batch := list(islice(segments, SEGMENTS_AT_ONCE)):
@@ -333,8 +339,9 @@ def _embed_segments(
 
     parts = []
     model = networks.model
+    alone = replace(networks, layout=replace(networks.layout, num_segments=1, history_segments=0))
     with tqdm(total=total, desc="surprise", unit="segment", disable=not progress) as bar:
-        for embedded in embed_batches(networks, batches(), num_segments=1):
+        for embedded in embed_batches(alone, batches(), steps=1):
             kept, video = model.scene.project(embedded.features), embedded.segments[:, 0]
             motion = segment_motion(model, video, embedded.state) if with_motion else video.new_zeros(len(video))
             parts.append(_EmbeddedSegments(embedded.state, embedded.context_as_target(), kept, motion))
@@ -343,14 +350,24 @@ def _embed_segments(
 
 
 def _score_embedded(
-    networks: Networks, embedded: _EmbeddedSegments, context: np.ndarray, target: np.ndarray, seen: np.ndarray
+    networks: Networks,
+    embedded: _EmbeddedSegments,
+    history: np.ndarray,
+    context: np.ndarray,
+    target: np.ndarray,
+    seen: np.ndarray,
 ) -> np.ndarray:
-    """Return surprise and its parts, [len(MEASURES), N], of transitions whose segments are at these positions [N]."""
+    """Return surprise and its parts, [len(MEASURES), N], of transitions whose segments are at these positions [N].
+
+    history [N, J] are the positions of the J segments before each context, -1 for those that the video does not have.
+    """
     model, training = networks.model, training_of(networks)
     scores = []
     for rows in np.split(np.arange(len(context)), range(TRANSITIONS_AT_ONCE, len(context), TRANSITIONS_AT_ONCE)):
         before, after = context[rows], target[rows]
-        state = embedded.state[before]
+        is_present = torch.from_numpy(history[rows] >= 0).to(embedded.state.device)
+        earlier = model.embedding_of(embedded.state[history[rows]])
+        state = model.remember(embedded.state[before], earlier, earlier[..., :0], is_present)
         kl, error = measure(training, state, embedded.target[after], model.embedding_of(embedded.state[seen[rows]]))
         scene = model.scene.change_nats(embedded.kept[before], embedded.kept[after])
         still = torch.zeros_like(kl)
@@ -369,11 +386,12 @@ def measure(training: TrainingModel, state: Tensor, target: Tensor, seen: Tensor
     normal numbers, so that a score does not depend on the other transitions. Without a latent the KL is 0.
     """
     model = training.model
+    read = model.context(state)
     if isinstance(model.latent, NoLatent):
         kl, draws = state.new_zeros(len(state)), [state[:, :0]]
     else:
         assert isinstance(model.latent, GaussianLatent)
-        posterior, prior = model.latent.posterior(state, seen), model.latent.prior(state)
+        posterior, prior = model.latent.posterior(read, seen), model.latent.prior(read)
         generator = torch.Generator().manual_seed(SEED)
         noise = torch.randn(NUM_DRAWS, model.latent.latent_dim, generator=generator).to(state.device)
         draws = [posterior.mean + posterior.scale * row for row in noise]

@@ -3,8 +3,8 @@
 An editor may end in a predictor, an MLP that only the prediction passes through. BYOL and related objectives need that
 asymmetry.
 
-Legend: B clips, D embedding dimensions, R latent dimensions. The editor's r also holds the scene code and the action,
-if the model has them.
+Legend: B clips, D embedding dimensions, R latent dimensions. The editor's r also holds the scene code, the summary of
+the history and the action, if the model has them.
 """
 
 from typing import Protocol

@@ -280,7 +280,8 @@ class Latent(Protocol):
 
     To add one to the project, write its class in a file of this folder, and its entry in `LatentConfig`
     (worldmodel/config/model.py). Classes are offered context_dim=D, embedding_dim=E and hidden_dim
-    (worldmodel/parts.py). D is an embedding's size E, plus that of the scene code and the action of a model with these.
+    (worldmodel/parts.py). D is an embedding's size E, plus those of the scene code, the summary of the history and the
+    action of a model with these.
 
     latent_dim: R.
     """

@@ -110,16 +110,19 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(dim, NORM_EPS)
         self.mlp = nn.Sequential(nn.Linear(dim, MLP_RATIO * dim), nn.GELU(), nn.Linear(MLP_RATIO * dim, dim))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Transform tokens [B, L, E]: [B, L, E]."""
-        tokens = tokens + self._attend(self.attention_norm(tokens))
+    def forward(self, tokens: Tensor, is_attended: Tensor | None = None) -> Tensor:
+        """Transform tokens [B, L, E]: [B, L, E].
+
+        With is_attended, bool [B, 1, 1, L], tokens attend only to those for which it is True.
+        """
+        tokens = tokens + self._attend(self.attention_norm(tokens), is_attended)
         return tokens + self.mlp(self.mlp_norm(tokens))
 
-    def _attend(self, tokens: Tensor) -> Tensor:
-        heads = rearrange(
+    def _attend(self, tokens: Tensor, is_attended: Tensor | None) -> Tensor:
+        queries, keys, values = rearrange(
             self.queries_keys_values(tokens), "b l (three heads e) -> three b heads l e", three=3, heads=self.num_heads
-        )
-        attended = F.scaled_dot_product_attention(*heads.unbind())
+        ).unbind()
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=is_attended)
         return self.attention_out(rearrange(attended, "b heads l e -> b l (heads e)"))
 
 

@@ -2,15 +2,19 @@
 
 A future is predicted from a state: the embedding of the past and, if the model has one, a scene code. The code is read
 from the same features as the embedding, is not a target of prediction, and keeps its persistent part over a rollout.
+With a history, the state also holds the embeddings of the segments before the past (worldmodel/nets/history.py).
 
 A model may be conditioned on actions. An action is what an agent did from the last frame of one segment to that of the
 next: the actions at the frames in between, one after another.
 
-Absent parts are modules of width zero (NoLatent, NoScene, NoDistance), and absent inputs are tensors of width zero.
+Absent parts are modules of width zero (NoLatent, NoScene, NoHistory, NoDistance), and absent inputs are tensors of
+width zero.
 
 Legend: B clips, L segments of a clip, T frames, C channels, H = W pixels, F features (0 if no code is read from them),
-D embedding dimensions, Z numbers of a scene code, P of its persistent part (both 0 without one), R latent dimensions (0
-without a latent), A numbers of an action (0 without actions), K steps of prediction, S samples.
+D embedding dimensions, Z numbers of a state after the embedding: the scene code and the history, P of the code's
+persistent part (both 0 without them), J segments of a history (0 without one), X numbers of what the networks read of a
+state, R latent dimensions (0 without a latent), A numbers of an action (0 without actions), K steps of prediction, S
+samples.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,6 +26,7 @@ from torch import Tensor, nn
 
 from worldmodel.nets.distance import Distance
 from worldmodel.nets.encoders import Embedder
+from worldmodel.nets.history import History, NoHistory
 from worldmodel.nets.latents import Inference, Latent
 from worldmodel.nets.scene import Scene
 
@@ -30,6 +35,7 @@ from worldmodel.nets.scene import Scene
 class Embedded:
     """Clips as K steps of prediction see them.
 
+    before: [B, J, D], the embeddings of the segments before the context, which the history holds.
     real: [B, K + 1, D], the embeddings of the context and of the K targets.
     seen: [B, K, D], the embeddings that the posterior sees at each step; [B, K, 0] if it sees none.
     features: [B, F], the features of the segment that the scene code is read from.
@@ -37,6 +43,7 @@ class Embedded:
     costs: [B, K] each, the encoder's own losses by name.
     """
 
+    before: Tensor
     real: Tensor
     seen: Tensor
     features: Tensor
@@ -81,9 +88,11 @@ class WorldModel(nn.Module):
     Args:
         embedder: clip [B, T, C, H, W] -> features [B, F] -> embedding [B, D].
         latent: infers r in training and has a prior to draw it from.
-        editor: any module from embedding [B, D] and conditions [B, R + Z + A] to the next embedding [B, D].
+        editor: any module from embedding [B, D] and conditions to the next embedding [B, D]. The conditions are r, the
+            scene code, the summary of the history and the action, one after another.
         scene: reads a scene code from the features.
         distance: a temporal distance between states.
+        history: remembers the segments before the context; by default none.
         action_dim: A, the numbers of an action.
         seen_at: the segment that the posterior sees with a context at 0: 2 for x++, 1 for the target x+.
 
@@ -98,12 +107,14 @@ class WorldModel(nn.Module):
         scene: Scene,
         distance: Distance,
         *,
+        history: History | None = None,
         action_dim: int = 0,
         seen_at: int = 2,
     ) -> None:
         super().__init__()
         self.embedder = embedder
         self.scene = scene
+        self.history = history or NoHistory()
         self.latent = latent
         self.editor = editor
         self.distance = distance
@@ -122,9 +133,27 @@ class WorldModel(nn.Module):
         return self.state_of(self.embedder.features(video))
 
     def state_of(self, features: Tensor) -> Tensor:
-        """Return the state [B, D + Z] of the encoder's features [B, F]: the embedding, then the scene code."""
+        """Return the state [B, D + Z] of the encoder's features [B, F]: the embedding, then the scene code.
+
+        Its history is empty.
+        """
         code = self.scene(features, features.new_zeros(features.shape[0]))
-        return concat(self.embedder.project(features), code)
+        return concat(self.embedder.project(features), code, code.new_zeros(code.shape[0], self.history.num_values))
+
+    def remember(self, state: Tensor, before: Tensor, actions: Tensor, is_present: Tensor | None = None) -> Tensor:
+        """Return states [B, D + Z] with the history of the segments before them.
+
+        Args:
+            state: [B, D + Z].
+            before: [B, L, D], the embeddings of the last L <= J segments before each state, the earliest first.
+            actions: [B, L, A], the actions that led from each of them to the next segment.
+            is_present: bool [B, L], False for segments that do not exist. None: all do.
+        """
+        return concat(self._parts(state)[0], self.history.of(before, actions, is_present))
+
+    def follow(self, before: Tensor, action: Tensor | None, state: Tensor) -> Tensor:
+        """Return a newly observed state [B, D + Z] with the history of the state before it, after action [B, A]."""
+        return concat(self._parts(state)[0], self._advanced(before, action))
 
     def embedding_of(self, state: Tensor) -> Tensor:
         """Return the embeddings [..., D] of states [..., D + Z]."""
@@ -132,8 +161,30 @@ class WorldModel(nn.Module):
 
     def persistent(self, state: Tensor) -> Tensor:
         """Return the part of states [..., D + Z] that outlasts a step: [..., D + P]."""
-        embedding, code = state.tensor_split([self.embedding_dim], dim=-1)
+        embedding, code = self._parts(state)[0].tensor_split([self.embedding_dim], dim=-1)
         return concat(embedding, self.scene.persistent(code))
+
+    def context(self, state: Tensor, action: Tensor | None = None) -> Tensor:
+        """Return what prior and posterior read of a state [B, D + Z] and an action [B, A]: [B, X].
+
+        That is the embedding, the scene code, the summary of the history and the action.
+        """
+        return concat(self._parts(state)[0], self._summary(state), action)
+
+    def _parts(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the embedding with the scene code, and the history, of states [..., D + Z]."""
+        if not self.history.num_values:
+            return state, state[..., :0]
+        present, history = state.tensor_split([self.embedding_dim + self.scene.num_values], dim=-1)
+        return present, history
+
+    def _summary(self, state: Tensor) -> Tensor:
+        """Return the summary of the history of states [B, D + Z]."""
+        return self.history(self.embedding_of(state), self._parts(state)[1])
+
+    def _advanced(self, state: Tensor, action: Tensor | None) -> Tensor:
+        """Return the history of the state that follows a state [B, D + Z] after action [B, A]."""
+        return self.history.advance(self._parts(state)[1], self.embedding_of(state), action)
 
     # --------------------------------------------------------------------------------------------------- one step
 
@@ -168,26 +219,27 @@ class WorldModel(nn.Module):
         action: Tensor | None = None,
     ) -> Inference:
         """Infer as `infer` does, from the embedding that `seen` returns."""
-        return self.latent.infer(concat(state, action), seen, known_r, generator)
+        return self.latent.infer(self.context(state, action), seen, known_r, generator)
 
     def sample(
         self, state: Tensor, generator: torch.Generator | None = None, *, action: Tensor | None = None
     ) -> Tensor:
         """Draw r [B, R] from the prior once per state [B, D + Z] and action [B, A]."""
-        return self.latent.prior(concat(state, action)).draw(generator)
+        return self.latent.prior(self.context(state, action)).draw(generator)
 
     def prior_mean(self, state: Tensor, action: Tensor | None = None) -> Tensor:
         """Return the mean r [B, R] of the prior for state [B, D + Z] and action [B, A]."""
-        return self.latent.prior(concat(state, action)).mean
+        return self.latent.prior(self.context(state, action)).mean
 
     def edit(self, state: Tensor, r: Tensor, action: Tensor | None = None) -> Tensor:
         """Return the state of the next segment, float32 [B, D + Z], for state [B, D + Z], r [B, R] and action [B, A].
 
-        Its embedding is normalised as the embedder's are. Its scene code is the same, one step older.
+        Its embedding is normalised as the embedder's are. Its scene code is the same, one step older. Its history is
+        that of `state`, with the embedding of `state` as the latest.
         """
-        embedding, code = state.tensor_split([self.embedding_dim], dim=1)
-        edited = self.editor(embedding, concat(r, code, action)).float()
-        return concat(self.embedder.normalise(edited), self.scene.advance(code))
+        embedding, code = self._parts(state)[0].tensor_split([self.embedding_dim], dim=1)
+        edited = self.editor(embedding, concat(r, code, self._summary(state), action)).float()
+        return concat(self.embedder.normalise(edited), self.scene.advance(code), self._advanced(state, action))
 
     # -------------------------------------------------------------------------------------------------- many steps
 
@@ -250,19 +302,24 @@ class WorldModel(nn.Module):
 
     def targets_of(self, segments: Tensor, num_steps: int) -> Tensor:
         """Return the targets of K steps, of segments [B, L, T, C, H, W], step by step: [K * B, T, C, H, W]."""
-        return flatten_steps(segments[:, 1 : num_steps + 1])
+        context = self.history.num_segments
+        return flatten_steps(segments[:, context + 1 : context + num_steps + 1])
 
     def embed(self, segments: Tensor, num_steps: int, teacher_targets: Tensor | None) -> Embedded:
-        """Embed segments [B, L, T, C, H, W] for K steps of prediction from the first segment.
+        """Embed segments [B, L, T, C, H, W] for K steps of prediction from the context.
 
-        teacher_targets [K * B, D] are a teacher's embeddings of `targets_of(segments, K)`. Without them, the targets
-        are embedded here, with gradient.
+        The context is the first segment or, with a history, the one after its J segments. teacher_targets [K * B, D]
+        are a teacher's embeddings of `targets_of(segments, K)`. Without them, the targets are embedded here, with
+        gradient.
         """
-        clips = {"context": segments[:, 0]}
+        num_before = self.history.num_segments
+        clips = {"context": segments[:, num_before]}
         if teacher_targets is None:
             clips["targets"] = self.targets_of(segments, num_steps)
         if self.latent.sees_later:
-            clips["seen"] = flatten_steps(segments[:, self.seen_at :][:, :num_steps])
+            clips["seen"] = flatten_steps(segments[:, num_before + self.seen_at :][:, :num_steps])
+        if num_before:
+            clips["before"] = flatten_steps(segments[:, :num_before])
         # One call for all: batch statistics over all segments, and one pass through the encoder.
         features, own_loss = self.embedder.features_and_loss(torch.cat(list(clips.values())))
         parts = self.embedder.project(features).split([len(clip) for clip in clips.values()])
@@ -271,7 +328,9 @@ class WorldModel(nn.Module):
         targets = embeddings.get("targets", teacher_targets)
         assert targets is not None
         nothing = context.new_empty(num_steps * len(context), 0)
+        before = embeddings.get("before", context[:0])
         return Embedded(
+            before=before.unflatten(0, (num_before, len(context))).transpose(0, 1),
             real=torch.stack([context, *targets.chunk(num_steps)], dim=1),
             seen=torch.stack(embeddings.get("seen", nothing).chunk(num_steps), dim=1),
             features=self.scene.select(features[: len(context)]),
@@ -284,7 +343,8 @@ class WorldModel(nn.Module):
     ) -> tuple[Predictions, Tensor]:
         """Predict K steps, each from the state predicted before it and the r that the posterior infers there.
 
-        known_r [B, R] is the r of an oracle latent, [B, 0] for other latents; actions [B, K, A].
+        known_r [B, R] is the r of an oracle latent, [B, 0] for other latents. actions [B, J + K, A] are those between
+        all segments, first those of the history. Some histories are shortened at random.
 
         Returns: the predictions, and the states [B, K + 1, D + Z] with the context's first.
         """
@@ -295,7 +355,9 @@ class WorldModel(nn.Module):
             inferences.append(self.infer_from(state, next(seen), known_r, generator, action=action))
             return inferences[-1].r
 
-        context = concat(embedded.real[:, 0], self.scene(embedded.features, embedded.age))
+        earlier, actions = actions.tensor_split([self.history.num_segments], dim=1)
+        history = self.history.shortened(self.history.of(embedded.before, earlier), generator)
+        context = concat(embedded.real[:, 0], self.scene(embedded.features, embedded.age), history)
         states = torch.stack([context, *self.steps(context, actions, choose_r)], dim=1)
         costs = {name: torch.stack([each.costs[name] for each in inferences], dim=1) for name in inferences[0].costs}
         return Predictions(embedded.real, self.embedding_of(states[:, 1:]), embedded.costs | costs, actions), states

@@ -5,8 +5,8 @@ If the future is uncertain, several futures are imagined per sequence, and `plan
 costs.
 
 Legend: E episodes, I candidates, S imagined futures, B rows of them, K steps of the horizon, A numbers of an action, D
-embedding dimensions, Z numbers of a scene code, L numbers of a temporal distance's phi, C channels, H = W pixels, N
-decisions.
+embedding dimensions, Z numbers of scene code and history, L numbers of a temporal distance's phi, C channels, H = W
+pixels, N decisions.
 """
 
 import dataclasses
@@ -196,8 +196,10 @@ class LatentPolicy:
     action each. The horizon counts steps of the model. The planner searches over single actions, so that the set of
     allowed actions is that of the environment.
 
-    A segment of several frames is the latest ones of the episode, data.frame_stride apart. Before the first frame
-    nothing has moved, as nothing moves at the goal. Frames are resized and cropped as the frames of videos are.
+    A model with a history remembers the segments since the start of the episode, and the actions that were executed
+    between them. A segment of several frames is the latest ones of the episode, data.frame_stride apart. Before the
+    first frame nothing has moved, as nothing moves at the goal. Frames are resized and cropped as the frames of videos
+    are.
 
     `decisions` holds the decision of each step, for `imagined`.
 
@@ -216,7 +218,8 @@ class LatentPolicy:
         searches: bool = True,
     ) -> None:
         check_run(run, config, decoder)
-        self.decoder, self.block = decoder, clip_layout(run.config).span
+        layout = clip_layout(run.config)
+        self.decoder, self.block, self.remembers = decoder, layout.span, layout.history_segments > 0
         self.executed = config.replan_every * self.block
         self.action_dim = (decoder or run.model).action_dim // self.block
         self.run, self.config, self.seed = run, config, seed
@@ -224,13 +227,14 @@ class LatentPolicy:
         self.search = dataclasses.replace(config, horizon=config.horizon * self.block)
         self.planner = make_planner(config.planner)
         self.plan: Plan
+        self.before: tuple[Tensor, Tensor] | None
         self.decisions: list[Decision]
 
     @torch.no_grad()
     def begin(self, goals: Tensor) -> None:
         """Begin E episodes with these goal images, uint8 [E, C, H, W]."""
         self.generator = torch.Generator().manual_seed(self.seed)
-        self.seen = goals[:, None][:, :0]
+        self.seen, self.before = goals[:, None][:, :0], None
         video = self._read(goals[:, None]).expand(-1, self.run.config.data.num_frames, -1, -1, -1)
         code = self.run.model.observe(video)[:, self.run.model.embedding_dim :]
         self.goal = torch.cat([self.run.target_encoder(video), code], dim=1)
@@ -243,10 +247,25 @@ class LatentPolicy:
 
         frames are the new ones, uint8 [E, T, C, H, W].
         """
-        state = self.run.model.observe(self._segment(frames))
+        state = self._observed(frames)
         actions = self._searched(state) if self.searches else self._proposed(state, self.config.replan_every)
-        self.decisions.append(Decision(self.episodes, state, in_blocks(actions, actions.shape[1] // self.block)))
+        blocks = in_blocks(actions, actions.shape[1] // self.block)
+        self.decisions.append(Decision(self.episodes, state, blocks))
+        self.before = state, blocks[:, : self.config.replan_every, : self.run.model.action_dim]
         return actions[:, : self.executed].cpu()
+
+    def _observed(self, frames: Tensor) -> Tensor:
+        """Return the state [E, D + Z] after new frames, uint8 [E, T, C, H, W].
+
+        It remembers the segments of the episode so far, which the state of the last decision and the frames show.
+        """
+        model, segments = self.run.model, self._segments(frames)
+        if self.before is None or not self.remembers:
+            return model.observe(segments[-1])
+        state, taken = self.before
+        for segment, action in zip(segments, taken.unbind(1), strict=True):
+            state = model.follow(state, action, model.observe(segment))
+        return state
 
     def _searched(self, state: Tensor) -> Tensor:
         """Return the actions [E, K * n, A] that the planner finds for states [E, D + Z]."""
@@ -270,6 +289,8 @@ class LatentPolicy:
     def keep(self, going_on: Tensor) -> None:
         """Drop the episodes that have ended. going_on: bool [E]."""
         self.goal, self.episodes, self.seen = self.goal[going_on], self.episodes[going_on], self.seen[going_on]
+        if self.before:
+            self.before = self.before[0][going_on], self.before[1][going_on]
         self.plan = Plan(*(part[going_on] for part in self.plan))
 
     @torch.no_grad()
@@ -294,13 +315,19 @@ class LatentPolicy:
             embeddings = [self.run.model.embedding_of(state) for state in states]
             return torch.stack(embeddings, dim=1).unflatten(0, (-1, num_futures))
 
-    def _segment(self, frames: Tensor) -> Tensor:
-        """Return the segments that end with new frames, uint8 [E, T, C, H, W]: float [E, data.num_frames, C, H, W]."""
+    def _segments(self, frames: Tensor) -> list[Tensor]:
+        """Return the segments that new frames, uint8 [E, T, C, H, W], end: float [E, data.num_frames, C, H, W] each.
+
+        There is one after each step of the model. Of a model without a history, only the last one is returned.
+        """
         data = self.run.config.data
         before = self.seen if self.seen.shape[1] else frames[:, :1].repeat_interleave(self.block, dim=1)
-        self.seen = torch.cat([before, frames], dim=1)[:, -self.block :]
+        seen = torch.cat([before, frames], dim=1)
+        self.seen = seen[:, -self.block :]
         at = data.frame_stride * torch.arange(data.num_frames) + data.frame_stride - 1
-        return self._read(self.seen[:, at])
+        num_segments = max(1, frames.shape[1] // self.block) if self.remembers else 1
+        windows = [seen[:, -self.block * back :][:, : self.block] for back in range(num_segments, 0, -1)]
+        return [self._read(window[:, at]) for window in windows]
 
     def _read(self, frames: Tensor) -> Tensor:
         """Return frames of the environment, uint8 [..., C, H, W], as the model takes them."""

@@ -3,7 +3,7 @@
 A passive model explains each transition by an inferred r. From a few labelled transitions a small network learns the r
 of an action, g(f(x), a), while the model stays frozen. Plans can then be imagined with the model.
 
-Legend: N transitions, A numbers of an action, D embedding dimensions, Z numbers of a scene code, R latent
+Legend: N transitions, A numbers of an action, D embedding dimensions, Z numbers of scene code and history, R latent
 dimensions.
 """
 
@@ -102,7 +102,7 @@ def labelled_transitions(run: TrainedRun, count: int) -> tuple[Tensor, Tensor, T
     """
     layout = run.networks.layout
     parts = []
-    for embedded in embed_batches(run.networks, run.source.evaluation_batches("train", count), layout.num_segments):
+    for embedded in embed_batches(run.networks, run.source.evaluation_batches("train", count), steps=1):
         action = labelled_actions(embedded.batch, layout, 1)[:, 0].to(run.device)
         parts.append((embedded.state, action, embedded.targets(1)[:, 0]))
     state, actions, target = (torch.cat(part) for part in zip(*parts, strict=True))

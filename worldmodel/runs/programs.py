@@ -3,10 +3,11 @@
 encoder.pt2        clip [B, T, C, H, W] in [0, 1] -> state [B, D + Z]; its first D numbers are the embedding
 rollout_step.pt2   state [B, D + Z], and action [B, A] if the run is conditioned on actions -> a sampled next state
 
-The batch size B is dynamic. A rollout step draws from torch's default generator, which `torch.manual_seed` seeds.
+With data.history_segments, the state of encoder.pt2 has an empty history, which grows with each rollout step. The batch
+size B is dynamic. A rollout step draws from torch's default generator, which `torch.manual_seed` seeds.
 
-Legend: B clips, T frames, C channels, H = W pixels, D embedding dimensions, Z numbers of a scene code, A numbers of an
-action.
+Legend: B clips, T frames, C channels, H = W pixels, D embedding dimensions, Z numbers of scene code and history, A
+numbers of an action.
 """
 
 import copy

@@ -1,6 +1,7 @@
 """A trained run in Python: load it, then encode, roll out, forecast and score clips and videos.
 
-Legend: B clips, T frames, C channels, H = W pixels, D embedding dimensions, S samples, K dimensions of a quantity.
+Legend: B clips, T frames of a segment, L segments of a clip, C channels, H = W pixels, D embedding dimensions, S
+samples, A numbers of an action, K dimensions of a quantity.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipelines.errors import UserError, one_line
-from data_pipelines.transforms import to_float
+from data_pipelines.transforms import split_segments, to_float
 from worldmodel.build import build_training_model, clip_layout
 from worldmodel.config import Config, GaussianConfig, PretrainedConfig, VideosConfig, check_trust, outside_names
 from worldmodel.evaluation.decoded import decode_paths, load_decoder
@@ -99,10 +100,13 @@ class TrainedRun:
         recalibrate: bool = False,
         video: str | Path | None = None,
     ) -> Tensor:
-        """Sampled futures of context segments: [B, T, C, H, W] -> embeddings [B, S, horizon, D].
+        """Sampled futures of clips: [B, L * T, C, H, W] -> embeddings [B, S, horizon, D].
+
+        A clip is the context segment, L = 1. With data.history_segments, up to that many segments may come before it.
 
         Args:
-            actions: [B, horizon, A], given if and only if the run is conditioned on actions.
+            actions: [B, L - 1 + horizon, A], given if and only if the run is conditioned on actions: first those
+                between the segments of the clip.
             recalibrate: change the spread of the samples, and replace some of them by futures of training clips, as an
                 evaluation with evaluation.recalibrate has fitted it. The other samples are those without it.
             video: the file that all clips are from. If the run was trained on its earlier part, the futures for
@@ -119,13 +123,20 @@ class TrainedRun:
         for name, value in (("horizon", horizon), ("num_samples", num_samples)):
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
-        wanted = (len(clip), horizon, self.model.action_dim) if self.model.action_dim else None
+        segments = self._clip(clip)
+        num_before = segments.shape[1] - 1
+        wanted = (len(clip), num_before + horizon, self.model.action_dim) if self.model.action_dim else None
         given = None if actions is None else tuple(actions.shape)
         if given != wanted:
             raise UserError(f"actions of shape {given} do not fit the run {self.folder}: it takes {wanted}")
         generator = torch.Generator(self.device).manual_seed(seed)
-        taken = None if actions is None else actions.float().to(self.device)
-        return self.model.rollout(self._segments(clip), horizon, num_samples, generator, actions=taken)
+        taken = segments.new_empty(len(clip), num_before, 0) if actions is None else actions.float().to(self.device)
+        embeddings = [self.model.encode(video) for video in segments[:, :-1].unbind(1)]
+        state = self.model.observe(segments[:, -1])
+        if embeddings:
+            state = self.model.remember(state, torch.stack(embeddings, dim=1), taken[:, :num_before])
+        ahead = None if actions is None else taken[:, num_before:]
+        return self.model.rollout_embedding(state, horizon, num_samples, generator, actions=ahead)
 
     def _recalibrated(self, space: str, samples: Tensor, seed: int, video: str | Path | None) -> Tensor:
         """Recalibrate samples [B, S, horizon, K] in a space. Raises UserError: there is no recalibration for them."""
@@ -158,7 +169,7 @@ class TrainedRun:
         recalibrate: bool = False,
         video: str | Path | None = None,
     ) -> Tensor:
-        """Sampled futures of the labelled quantity: [B, T, C, H, W] -> [B, S, horizon, K], in the quantity's unit.
+        """Sampled futures of the labelled quantity: [B, L * T, C, H, W] -> [B, S, horizon, K], in its unit.
 
         The samples are those of `rollout` with the same seed, read by the ridge readout that the evaluation fitted.
         With `recalibrate` they are recalibrated after they are read; the arguments are those of `rollout`.
@@ -173,7 +184,7 @@ class TrainedRun:
         return self._recalibrated("quantity", values, seed, video) if recalibrate else values
 
     def decode(self, clip: Tensor, futures: Tensor) -> Tensor:
-        """Show futures of context segments [B, T, C, H, W] as pictures, by the decoder of `worldmodel decode`.
+        """Show futures of clips [B, L * T, C, H, W] as pictures, by the decoder of `worldmodel decode`.
 
         futures [B, S, horizon, D] are embeddings from `rollout` of the same clips.
 
@@ -183,7 +194,7 @@ class TrainedRun:
         Raises:
             UserError: futures of another shape, or the run has no decoder for this checkpoint.
         """
-        context = self._segments(clip)
+        context = self._clip(clip)[:, -1]
         dim = self.model.embedding_dim
         if futures.ndim != 4 or len(futures) != len(clip) or futures.shape[-1] != dim or not futures.numel():
             raise UserError(
@@ -260,6 +271,14 @@ class TrainedRun:
         """Check segments [B, T, C, H, W], and convert them to the input of the networks."""
         checked = self._checked(video, ("B", self.config.data.num_frames, *self.frame_shape))
         return to_float(checked.to(self.device))
+
+    def _clip(self, clip: Tensor) -> Tensor:
+        """Check clips [B, L * T, C, H, W] of a context and what the model remembers before it: [B, L, T, C, H, W]."""
+        data = self.config.data
+        most, given = data.history_segments + 1, clip.shape[1] if clip.ndim == 5 else 0
+        num_segments = max(1, min(most, given // data.num_frames))
+        checked = self._checked(clip, ("B", num_segments * data.num_frames, *self.frame_shape))
+        return split_segments(to_float(checked.to(self.device)), num_segments)
 
     def _checked(self, video: Tensor, expected: tuple[int | str, ...]) -> Tensor:
         """Return the video if it has the expected shape, whose first size is free. Raises UserError."""

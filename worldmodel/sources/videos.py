@@ -78,7 +78,7 @@ class VideosSource:
     def clip_spec(self, steps: int, clip_step: int | None = None) -> ClipSpec:
         """Return how clips for `steps` steps of prediction are cut."""
         data = self._data
-        num_segments = data.num_segments + steps - 1
+        num_segments = data.history_segments + data.num_segments + steps - 1
         return ClipSpec(num_segments, data.num_frames, data.frame_stride, clip_step or data.clip_step, data.fps)
 
     def clip_set(self, split: Split, steps: int) -> ClipSet:
@@ -172,7 +172,7 @@ class VideosSource:
         if law.max_horizon is not None and horizon > law.max_horizon:
             return False
         if cut.whole_videos:
-            return data.num_segments == 3
+            return (data.num_segments, data.history_segments) == (3, 0)
         return self.clip_spec(horizon).step % cut.num_frames == 0
 
     def check_split(self, split: Split, steps: int, labels: Collection[str], keys: str) -> None:
@@ -182,7 +182,9 @@ class VideosSource:
         try:
             num_clips = clips_of(index, spec).num_clips
         except UserError as error:
-            own, more = f"data.num_segments={self._data.num_segments}", steps - 1
+            data, more = self._data, steps - 1
+            history = f" plus data.history_segments={data.history_segments}" if data.history_segments else ""
+            own = f"data.num_segments={data.num_segments}{history}"
             why = f", and num_segments is {own} plus {more} for further steps" if more else ""
             raise UserError(f"the {split} split of {root}: {error} (here: {keys}{why})") from None
         if num_clips < MIN_CLIPS:

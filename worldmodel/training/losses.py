@@ -5,8 +5,8 @@ DistributedDataParallel requires. A gradient that is already known (worldmodel/t
 through the same call.
 
 Legend: B clips of this process, N clips of the global batch, L segments of a clip, T frames, C channels, H = W pixels,
-K steps of prediction, D embedding dimensions, Z numbers of a scene code, F features, R latent dimensions, A numbers of
-an action, I pairs of segments.
+J segments of a history, K steps of prediction, D embedding dimensions, Z numbers of scene code and history, F
+features, R latent dimensions, A numbers of an action, I pairs of segments.
 """
 
 import math
@@ -132,6 +132,7 @@ class TrainingModel(nn.Module):
         object.__setattr__(self, "model", model)
         self.embedder = model.embedder
         self.scene = model.scene
+        self.history = model.history
         self.latent = model.latent
         self.objective = objective
         self.sequence_terms = sequence_terms
@@ -239,16 +240,16 @@ class TrainingModel(nn.Module):
         examples: DistanceExamples | None,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """Compute the losses of B clips that are already embedded, with known_r [B, R] and actions [B, K, A].
+        """Compute the losses of B clips that are already embedded, with known_r [B, R] and actions [B, J + K, A].
 
-        With `examples`, they include those of the temporal distance.
+        The first J actions are those of the history. With `examples`, they include those of the temporal distance.
         """
         with self.fixed_forecast() if self.energy_weight else nullcontext():
             predictions, states = self.model.predict(embedded, known_r, actions, generator)
         losses = self.batch_losses(predictions, self.beta, generator)
         if self.energy_weight:
             futures = self.model.rollout_embedding(
-                states[:, 0], actions.shape[1], self.energy_samples, generator, actions=actions
+                states[:, 0], self.num_steps, self.energy_samples, generator, actions=predictions.actions
             )
             with torch.autocast(states.device.type, enabled=False):
                 scores = step_energy_scores(futures.float(), predictions.real[:, 1:].float())
@@ -263,8 +264,8 @@ class TrainingModel(nn.Module):
 
     @contextmanager
     def fixed_forecast(self) -> Iterator[None]:
-        """Let no gradient reach the editor and the prior: what is computed meanwhile trains the posterior alone."""
-        parameters = [*self.editor.parameters(), *self.prior_parameters()]
+        """Let no gradient reach the editor, the history and the prior, so that only the posterior is trained."""
+        parameters = [*self.editor.parameters(), *self.history.parameters(), *self.prior_parameters()]
         for parameter in parameters:
             parameter.requires_grad_(False)
         try:

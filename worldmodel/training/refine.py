@@ -4,8 +4,9 @@ While the encoder learns, batch statistics move each embedding with its batch, a
 from the future. Refinement embeds many clips once, with running statistics. Editor, posterior and prior then learn from
 them for thousands of updates, each at the cost of a small network.
 
-Legend: N clips of L segments, B clips of an update, T frames, C channels, H = W pixels, K steps of prediction, D
-embedding dimensions, F features, R latent dimensions, A numbers of an action, M similar clips, I pairs of segments.
+Legend: N clips of L segments, B clips of an update, T frames, C channels, H = W pixels, J segments of a history, K
+steps of prediction, D embedding dimensions, F features, R latent dimensions, A numbers of an action, M similar clips, I
+pairs of segments.
 """
 
 import math
@@ -48,11 +49,11 @@ NEAREST_OF = 8
 class RefinementClips:
     """N clips of L segments after the encoders, in evaluation mode.
 
-    own: [N, L, D], the model's embeddings of all segments.
+    own: [N, L, D], the model's embeddings of all segments, first those of the history of the first context.
     targets: [N, L - 1, D], the target encoder's embeddings of all segments but the first.
     features: [N, L, F], the encoder's features that a scene code is read from; F is 0 without one.
     known_r: [N, R], the r of an oracle latent; [N, 0] for other latents.
-    actions: [N, `steps_of`, A]; A is 0 for a model without actions.
+    actions: [N, J + `steps_of`, A], each after its segment; A is 0 for a model without actions.
     """
 
     own: Tensor
@@ -150,7 +151,7 @@ def draw_batch(
     generator: torch.Generator,
     similar: Tensor | None = None,
 ) -> RefinementBatch:
-    """Draw a batch of clips with replacement, and for each the step that its prediction starts from.
+    """Draw a batch of clips with replacement, and for each the context that its prediction starts from.
 
     Noise of train.refine_noise is added to the embeddings of the contexts.
 
@@ -159,31 +160,34 @@ def draw_batch(
     """
     model, device, num_steps = training.model, clips.own.device, training.num_steps
     count = config.train.refine_batch_size or config.data.batch_size
+    num_before = model.history.num_segments
     clip = torch.randint(len(clips.own), (count,), generator=generator, device=device)
     first = torch.randint(config.train.refine_horizon, (count,), generator=generator, device=device)
     read_at = (torch.rand(count, generator=generator, device=device) * (first + 1)).long()
     fresh = torch.rand(count, generator=generator, device=device) < FRESH_SHARE
     read_at = torch.where(fresh, first, read_at)
 
-    def successive(values: Tensor, begin: int) -> Tensor:
-        return values[clip[:, None], first[:, None] + torch.arange(begin, begin + num_steps, device=device)]
+    def at(values: Tensor, begin: int, end: int) -> Tensor:
+        """Select values [N, L, ...] from `begin` to `end` steps after each context: [B, end - begin, ...]."""
+        return values[clip[:, None], num_before + first[:, None] + torch.arange(begin, end, device=device)]
 
-    context = clips.own[clip, first]
+    context = at(clips.own, 0, 1)[:, 0]
     if config.train.refine_noise:
         spread = config.train.refine_noise * clips.change_spread
         context = context + spread * torch.randn(context.shape, generator=generator, device=device)
-    seen = successive(clips.own, model.seen_at)
+    seen = at(clips.own, model.seen_at, model.seen_at + num_steps)
     embedded = Embedded(
-        real=torch.cat([context[:, None], successive(clips.targets, 0)], dim=1),
+        before=at(clips.own, -num_before, 0),
+        real=torch.cat([context[:, None], at(clips.targets, 0, num_steps)], dim=1),
         seen=seen if model.latent.sees_later else seen[..., :0],
-        features=clips.features[clip, read_at],
+        features=clips.features[clip, num_before + read_at],
         age=first - read_at,
     )
     examples = None
     if similar is not None:
         other = torch.randint(clips.own.shape[1], (count,), generator=generator, device=device)
         examples = draw_pairs(clips, similar, clips.features[clip, other], PAIRS_PER_CLIP * count, generator)
-    return RefinementBatch(embedded, clips.known_r[clip], successive(clips.actions, 0), examples)
+    return RefinementBatch(embedded, clips.known_r[clip], at(clips.actions, -num_before, num_steps), examples)
 
 
 def draw_pairs(

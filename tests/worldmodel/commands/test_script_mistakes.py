@@ -53,7 +53,7 @@ def test_outputs_of_surprise_and_rollout(
     monkeypatch.setattr("worldmodel.runs.trained_run.TrainedRun.surprise", never)
     for out in (tmp_path / "file", tmp_path / "file" / "below", "/proc/none", "x" * 300):
         assert f"cannot write to --out {out}" in refused("surprise", *given, "--out", out)
-    monkeypatch.setattr("worldmodel.commands.rollout.read_context", never)
+    monkeypatch.setattr("worldmodel.commands.rollout.read_clip", never)
     for out in (tmp_path, tmp_path / "file" / "below.npz", "/dev/null", "/proc/none/f.npz"):
         assert f"cannot write to --out {out}" in refused("rollout", *given, "--out", out)
     for name in ("futures", "futures.npy", "new/f.npz.gz", ".npz"):

@@ -64,7 +64,13 @@ NEW = {"data.format", "model.encoder.kernels"} | {f"data.augment.{key}" for key 
 NEW |= {
     f"planning.{key}" for key in ("warm_start", "goal_steps", "policy_clips", "policy_updates", "policy_hidden_dim")
 }
-NEW |= {"planning.replan_every", "planning.risk.name", "data.relation.name", "data.relation.label"}
+NEW |= {
+    "planning.replan_every",
+    "planning.risk.name",
+    "data.relation.name",
+    "data.relation.label",
+    "data.history_segments",
+}
 NEW_CHOICES = {
     ("data.source", "images"),
     ("model.encoder", "deviation"),

@@ -14,6 +14,7 @@ from worldmodel.build import clip_layout
 from worldmodel.config import Config, load_config
 from worldmodel.evaluation.embed import Networks
 from worldmodel.evaluation.factors import development_scores, evaluate_factors, tree_importance
+from worldmodel.nets.history import NoHistory
 from worldmodel.nets.latents import Inference, NoLatent
 from worldmodel.nets.scene import NoScene
 from worldmodel.nets.world_model import WorldModel
@@ -47,7 +48,7 @@ class Unmixer(WorldModel):
     def __init__(self, config: Config, warp: float) -> None:
         nn.Module.__init__(self)
         self.embedder = Unmixing(config, warp)  # type: ignore[assignment]
-        self.scene, self.latent = NoScene(), NoLatent()
+        self.scene, self.history, self.latent = NoScene(), NoHistory(), NoLatent()
         self.embedding_dim = NUM_FACTORS
 
     def infer(

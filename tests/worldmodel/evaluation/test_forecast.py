@@ -20,6 +20,7 @@ from worldmodel.evaluation.embed import Networks, embed_split
 from worldmodel.evaluation.forecast import development_scores, evaluate_forecasts
 from worldmodel.evaluation.probes import label_targets
 from worldmodel.evaluation.recalibration import Recalibration, save_recalibration
+from worldmodel.nets.history import NoHistory
 from worldmodel.nets.latents import Inference, NoLatent
 from worldmodel.nets.scene import NoScene
 from worldmodel.nets.teacher import Teacher
@@ -54,6 +55,7 @@ class OracleStudent(WorldModel):
         self.latent.latent_dim = 2
         self.embedder = Pixels()  # type: ignore[assignment]
         self.scene = NoScene()
+        self.history = NoHistory()
         self.embedding_dim = 4
 
     def rollout_embedding(

@@ -35,6 +35,7 @@ def training(
     step_weights: tuple[float, ...] = (1.0,),
     posterior_sees: str = "later",
     editor: str = "mlp",
+    data_changes: dict[str, Any] | None = None,
     **changes: object,
 ) -> TrainingModel:
     torch.manual_seed(0)
@@ -49,7 +50,7 @@ def training(
     return build_training_model(
         Config(
             run_dir="",
-            data=VideosConfig(channels=1, num_segments=num_segments),  # type: ignore[arg-type]
+            data=VideosConfig(channels=1, num_segments=num_segments, **(data_changes or {})),  # type: ignore[arg-type]
             model=ModelConfig(**parts, **{"embedding_dim": 16, "hidden_dim": 32, **changes}),  # type: ignore[arg-type]
             objective=choices("objective")[objective](
                 name=objective, rollout_steps=len(step_weights), step_weights=step_weights
