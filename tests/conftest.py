@@ -22,6 +22,7 @@ from data_pipelines.worlds.digits import load_sprites
 from data_pipelines.worlds.kicked_mnist import render_digits, sample_videos
 from data_pipelines.worlds.moving_mnist import write_moving_mnist
 from data_pipelines.worlds.written import encode_h264
+from tests import forked
 from worldmodel.config import Config, VideosConfig, load_config
 from worldmodel.training.loop import train
 
@@ -55,7 +56,7 @@ TINY = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files first that start processes, which take the longest: two workers should finish together."""
-    starters = {"run_processes", "run_script", "subprocess"}
+    starters = {"run_processes", "run_python", "run_script", "subprocess"}
     items.sort(key=lambda item: starters.isdisjoint(vars(getattr(item, "module"))))  # noqa: B009
 
 
@@ -132,16 +133,19 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
 
 
 def run_script(name: str, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-    """Run scripts/NAME, or a path below the repository, in a fresh process."""
+    """Run scripts/NAME, or a path below the repository, in a process of its own."""
     script = REPO / name if "/" in name else REPO / "scripts" / name
-    return subprocess.run(
-        [sys.executable, str(script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        cwd=REPO,
-        env=script_environment(),
-    )
+    return run_python(str(script), *arguments, timeout_s=timeout_s)
+
+
+def run_python(
+    *arguments: str, cwd: Path = REPO, timeout_s: float = 120, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run -m and a module, -c and code, or a script, in a process of its own. environment: further variables.
+
+    Our modules are imported afresh; other packages are loaded already (`tests.forked`).
+    """
+    return forked.run(arguments, cwd=cwd, environment=script_environment() | environment, timeout_s=timeout_s)
 
 
 def run_here(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -174,21 +178,21 @@ def run_processes(
 ) -> str:
     """Run -m and a module, or a script, in so many processes of one training. Return what they print.
 
-    They get the variables that torchrun would set. The launchers themselves are tested in test_launch.py.
+    They are forks (`tests.forked`) with the variables that torchrun would set. test_launch.py tests the launchers.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": str(port), **(environment or {})}
-    with tempfile.TemporaryFile("w+") as output:
+    with tempfile.NamedTemporaryFile("r") as output:
         processes = [
-            subprocess.Popen(
-                [sys.executable, *arguments],
-                stdout=output,
-                stderr=subprocess.STDOUT,
+            forked.start(
+                arguments,
+                output,
+                output,
                 cwd=REPO,
-                env=script_environment() | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                environment=script_environment() | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             )
             for rank in range(count)
         ]
@@ -196,22 +200,16 @@ def run_processes(
         try:
             while None in (codes := [process.poll() for process in processes]) and not any(codes):
                 assert time.monotonic() < deadline_s, f"{arguments} takes more than {timeout_s} s"
-                time.sleep(0.02)
+                time.sleep(forked.POLL_S)
         finally:
             for process in processes:
                 process.kill()
-                process.wait()
-        output.seek(0)
+                process.wait(timeout_s)
         text = output.read()
     assert not any(codes), text[-9000:]
     return text
 
 
 def script_environment() -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": str(REPO),
-        "CUDA_VISIBLE_DEVICES": "",
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",  # two workers of pytest, whose threads would wait for each other
-    }
+    """Return the variables of the programs that tests run."""
+    return {**os.environ, **forked.VARIABLES, "PYTHONPATH": str(REPO)}
