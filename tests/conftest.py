@@ -1,14 +1,14 @@
 """A tiny written world and small configs that many tests share."""
 
 import io
-import os
+import multiprocessing
 import runpy
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
@@ -58,6 +58,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files first that start processes, which take the longest: two workers should finish together."""
     starters = {"run_processes", "run_python", "run_script", "subprocess"}
     items.sort(key=lambda item: starters.isdisjoint(vars(getattr(item, "module"))))  # noqa: B009
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_pools() -> Iterator[None]:
+    """Fork the workers of pools (`data_pipelines.processes.spawned_pool`): a spawned one imports torch for two seconds.
+
+    The pools of programs that tests run (`run_python`) are spawned.
+    """
+    with patch("data_pipelines.processes.get_context", lambda _method: multiprocessing.get_context("fork")):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -212,4 +222,4 @@ def run_processes(
 
 def script_environment() -> dict[str, str]:
     """Return the variables of the programs that tests run."""
-    return {**os.environ, **forked.VARIABLES, "PYTHONPATH": str(REPO)}
+    return {**forked.ENVIRONMENT, "PYTHONPATH": str(REPO)}

@@ -45,21 +45,24 @@ PACKAGES = (
     "scipy.optimize",
     "scipy.stats",
     "sklearn.linear_model",
+    "torch._dynamo",
     "torch.distributed.fsdp",
     "tqdm",
     "wandb",
     "yaml",
 )
 
-# Variables of all programs that tests run, on top of those of this process.
-VARIABLES = {
+ENVIRONMENT = {
+    **os.environ,
     "CUDA_VISIBLE_DEVICES": "",
     "ACCELERATE_USE_CPU": "true",
     "OMP_NUM_THREADS": "1",  # two workers of pytest, whose threads would wait for each other
 }
+"""The variables of the server, and of programs unless a test changes them. Later changes of os.environ do not count:
+torch and scikit-learn set some of their own, now and then."""
 
-# Names of variables that Python and the packages read when they are loaded begin with these.
 READ_EARLY = ("PYTHON", "OMP_", "GOMP_", "KMP_", "MKL_", "CUDA_", "TORCH", "LD_", "HF_", "MPL")
+"""The beginnings of variables that Python and the packages read when they are loaded."""
 
 POLL_S = 0.01
 
@@ -103,9 +106,8 @@ def start(
 
     output, errors: named files, to which the program appends. They may be the same.
     """
-    server = _server()
-    changed = {name for name, _ in environment.items() ^ server.environment.items()}
-    early = {name for name in changed if name.startswith(READ_EARLY) and name != "PYTHONPATH"}
+    changed = {name for name, _ in environment.items() ^ ENVIRONMENT.items()} - {"PYTHONPATH"}
+    early = {name for name in changed if name.startswith(READ_EARLY)}
     assert not early, f"{sorted(early)} are read when packages are loaded: use a fresh process"
     job = {
         "arguments": list(arguments),
@@ -113,7 +115,7 @@ def start(
         "environment": dict(environment),
         "streams": [output.name, errors.name],
     }
-    return Forked(server.ask(job))
+    return Forked(_server().ask(job))
 
 
 def run(
@@ -138,13 +140,12 @@ class _Server:
     """The server, as its client sees it. It ends with this process, which closes the server's standard input."""
 
     def __init__(self) -> None:
-        self.environment = {**os.environ, **VARIABLES}
         self._process = subprocess.Popen(
             [sys.executable, __file__, *PACKAGES],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=self.environment,
+            env=ENVIRONMENT,
         )
 
     def ask(self, request: Mapping[str, Any]) -> Any:
