@@ -161,7 +161,7 @@ def run_python(
 def run_here(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a script as `run_script` does, but in this process, which has imported torch. Log messages are not captured.
 
-    For tests of what a command prints and writes: a fresh process takes two seconds to import torch.
+    For tests of what a command prints and writes: a process of its own imports all our modules again.
     """
     script = str(REPO / name if "/" in name else REPO / "scripts" / name)
     out, errors, num_threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
