@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -62,11 +63,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def forked_pools() -> Iterator[None]:
-    """Fork the workers of pools (`data_pipelines.processes.spawned_pool`): a spawned one imports torch for two seconds.
+    """Fork the workers of `data_pipelines.processes.spawned_pool` on Linux: a spawned one imports torch for two seconds.
 
     The pools of programs that tests run (`run_python`) are spawned.
     """
-    with patch("data_pipelines.processes.get_context", lambda _method: multiprocessing.get_context("fork")):
+
+    def context(method: str) -> Any:
+        return multiprocessing.get_context("fork" if sys.platform == "linux" else method)
+
+    with patch("data_pipelines.processes.get_context", context):
         yield
 
 

@@ -5,14 +5,14 @@ imports `PACKAGES` and then forks a child for each program. The server imports n
 imports our modules afresh, with their state at import. It has its own arguments, folder, environment and streams, and
 it ends as any Python process: exit code, traceback, atexit functions.
 
-Not the same as in a fresh process, and therefore no matter for a test with forks:
+These differ from a fresh process, so a test of them starts one:
 
 - which packages are loaded, and when
 - variables that Python or `PACKAGES` read when they are loaded: `start` refuses other values of them
-- the hash seed of strings, which all forks of a server share
-- the teardown of modules at the end
-- pipes: standard output and errors are files, standard input is empty
-- signals to a group of processes: the parent of a child is the server
+- the hash seed of strings: all children of a server have the same, and pytest has another
+- the teardown of modules at the end, which is left out
+- standard input is empty, standard output and errors are files
+- the parent of a child is the server, which is in the process group of pytest
 """
 
 import atexit
