@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def forked_pools() -> Iterator[None]:
-    """Fork the workers of `data_pipelines.processes.spawned_pool` on Linux: a spawned one imports torch for two seconds.
+    """Fork the workers of `data_pipelines.processes.spawned_pool` on Linux: a spawned one imports torch for 2 s.
 
     The pools of programs that tests run (`run_python`) are spawned.
     """
