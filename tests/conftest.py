@@ -1,16 +1,17 @@
 """A tiny written world and small configs that many tests share."""
 
 import io
-import os
+import multiprocessing
 import runpy
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -22,6 +23,7 @@ from data_pipelines.worlds.digits import load_sprites
 from data_pipelines.worlds.kicked_mnist import render_digits, sample_videos
 from data_pipelines.worlds.moving_mnist import write_moving_mnist
 from data_pipelines.worlds.written import encode_h264
+from tests import forked
 from worldmodel.config import Config, VideosConfig, load_config
 from worldmodel.training.loop import train
 
@@ -55,8 +57,22 @@ TINY = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files first that start processes, which take the longest: two workers should finish together."""
-    starters = {"run_processes", "run_script", "subprocess"}
+    starters = {"run_processes", "run_python", "run_script", "subprocess"}
     items.sort(key=lambda item: starters.isdisjoint(vars(getattr(item, "module"))))  # noqa: B009
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_pools() -> Iterator[None]:
+    """Fork the workers of `data_pipelines.processes.spawned_pool` on Linux: a spawned one imports torch for 2 s.
+
+    The pools of programs that tests run (`run_python`) are spawned.
+    """
+
+    def context(method: str) -> Any:
+        return multiprocessing.get_context("fork" if sys.platform == "linux" else method)
+
+    with patch("data_pipelines.processes.get_context", context):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -132,22 +148,25 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
 
 
 def run_script(name: str, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-    """Run scripts/NAME, or a path below the repository, in a fresh process."""
+    """Run scripts/NAME, or a path below the repository, in a process of its own."""
     script = REPO / name if "/" in name else REPO / "scripts" / name
-    return subprocess.run(
-        [sys.executable, str(script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        cwd=REPO,
-        env=script_environment(),
-    )
+    return run_python(str(script), *arguments, timeout_s=timeout_s)
+
+
+def run_python(
+    *arguments: str, cwd: Path = REPO, timeout_s: float = 120, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run -m and a module, -c and code, or a script, in a process of its own. environment: further variables.
+
+    Our modules are imported afresh; other packages are loaded already (`tests.forked`).
+    """
+    return forked.run(arguments, cwd=cwd, environment=script_environment() | environment, timeout_s=timeout_s)
 
 
 def run_here(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a script as `run_script` does, but in this process, which has imported torch. Log messages are not captured.
 
-    For tests of what a command prints and writes: a fresh process takes two seconds to import torch.
+    For tests of what a command prints and writes: a process of its own imports all our modules again.
     """
     script = str(REPO / name if "/" in name else REPO / "scripts" / name)
     out, errors, num_threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
@@ -174,21 +193,21 @@ def run_processes(
 ) -> str:
     """Run -m and a module, or a script, in so many processes of one training. Return what they print.
 
-    They get the variables that torchrun would set. The launchers themselves are tested in test_launch.py.
+    They are forks (`tests.forked`) with the variables that torchrun would set. test_launch.py tests the launchers.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": str(port), **(environment or {})}
-    with tempfile.TemporaryFile("w+") as output:
+    with tempfile.NamedTemporaryFile("r") as output:
         processes = [
-            subprocess.Popen(
-                [sys.executable, *arguments],
-                stdout=output,
-                stderr=subprocess.STDOUT,
+            forked.start(
+                arguments,
+                output,
+                output,
                 cwd=REPO,
-                env=script_environment() | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                environment=script_environment() | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             )
             for rank in range(count)
         ]
@@ -196,22 +215,16 @@ def run_processes(
         try:
             while None in (codes := [process.poll() for process in processes]) and not any(codes):
                 assert time.monotonic() < deadline_s, f"{arguments} takes more than {timeout_s} s"
-                time.sleep(0.02)
+                time.sleep(forked.POLL_S)
         finally:
             for process in processes:
                 process.kill()
-                process.wait()
-        output.seek(0)
+                process.wait(timeout_s)
         text = output.read()
     assert not any(codes), text[-9000:]
     return text
 
 
 def script_environment() -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": str(REPO),
-        "CUDA_VISIBLE_DEVICES": "",
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",  # two workers of pytest, whose threads would wait for each other
-    }
+    """Return the variables of the programs that tests run."""
+    return {**forked.ENVIRONMENT, "PYTHONPATH": str(REPO)}

@@ -5,7 +5,6 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,15 +17,14 @@ from benchmarks.fuzz import sandbox
 from benchmarks.fuzz.kinds import Case, Kind, WrongError
 from benchmarks.fuzz.rounds import KINDS, Workplace
 from data_pipelines.errors import UserError
+from tests.conftest import run_python
 
 REPO = Path(__file__).parents[2]
 SLOW_KINDS = {"run"}  # a run must be trained first
 
 
 def run_fuzzer(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.fuzz", *arguments], cwd=REPO, capture_output=True, text=True, timeout=300
-    )
+    return run_python("-m", "benchmarks.fuzz", *arguments, timeout_s=300)
 
 
 @pytest.fixture(scope="module")

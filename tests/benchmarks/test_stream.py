@@ -1,21 +1,21 @@
 """The benchmark of the stream runs, on a few files, and writes what it prints."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "stream.py"
+from tests.conftest import run_script
+
+SCRIPT = "benchmarks/stream.py"
 
 
 @pytest.mark.slow
 def test_it_measures_the_stream_against_decoding_in_order(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
-    command = [sys.executable, str(SCRIPT), "--out", str(out), "--data", str(tmp_path / "videos")]
-    command += ["--cases", "tiny", "--fraction", "0.02", "--repeats", "1", "--methods", "stream", "in_order_pyav"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    arguments = ["--out", str(out), "--data", str(tmp_path / "videos")]
+    arguments += ["--cases", "tiny", "--fraction", "0.02", "--repeats", "1", "--methods", "stream", "in_order_pyav"]
+    done = run_script(SCRIPT, *arguments)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["machine"]["cores"] >= 1
@@ -33,7 +33,6 @@ def test_it_measures_the_stream_against_decoding_in_order(tmp_path: Path) -> Non
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "mine.txt").write_text("keep", encoding="utf-8")
-    command = [sys.executable, str(SCRIPT), "--data", str(tmp_path), "--cases", "tiny", "--fraction", "0.01"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = run_script(SCRIPT, "--data", str(tmp_path), "--cases", "tiny", "--fraction", "0.01")
     assert done.returncode == 2
     assert done.stderr.startswith("error:") and "is not empty" in done.stderr

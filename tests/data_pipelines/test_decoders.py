@@ -17,6 +17,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.facts import Video
 from data_pipelines.indexing.probe import index_file
 from data_pipelines.readers import pyav
+from tests.conftest import run_python
 from tests.data_pipelines.conftest import DECODERS
 
 
@@ -393,8 +394,8 @@ def test_modules_import_without_any_decoder() -> None:
         "import sys; sys.modules['av'] = sys.modules['decord'] = sys.modules['torchcodec'] = None; "
         "import data_pipelines.stream, data_pipelines.transforms"
     )
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_most_overwritten_bytes_are_noticed(tmp_path: Path, write_video: Any) -> None:

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from data_pipelines.batches import Batch
 from data_pipelines.errors import UserError
 from data_pipelines.stream import open_videos
 from data_pipelines.worlds.causal import CausalStream, CausalWorld
-from tests.conftest import REPO
+from tests.conftest import run_python
 
 OPTIONS: dict[str, Any] = {"num_frames": 4, "batch_size": 12, "size_px": 32, "channels": 1, "num_workers": 0}
 
@@ -60,6 +58,7 @@ print(json.dumps([_hash(batch) for batch in islice(stream, count)]))
 
 
 def test_a_state_continues_in_a_fresh_process(mixed_folder: Path) -> None:
+    """A fork of a process that holds none of our modules (`tests.forked`), with another hash seed than this one."""
     stream = open_videos(mixed_folder, **OPTIONS)
     total = stream.batches_per_epoch + 3
     whole = [_hash(batch) for batch in islice(stream.batches(), total)]
@@ -68,9 +67,8 @@ def test_a_state_continues_in_a_fresh_process(mixed_folder: Path) -> None:
     assert [_hash(batch) for batch in islice(stream, middle)] == whole[:middle]
     state = stream.state_dict()
     job = json.dumps([str(mixed_folder), OPTIONS | {"num_workers": 2}, state, total - middle])
-    done = subprocess.run(
-        [sys.executable, "-c", RESUME, job], check=True, capture_output=True, text=True, cwd=REPO, timeout=120
-    )
+    done = run_python("-c", RESUME, job)
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == whole[middle:]
     assert [_hash(batch) for batch in islice(stream, total - middle)] == whole[middle:]  # so does the stream itself
 

@@ -1,12 +1,10 @@
-"""What the stream promises, in fresh processes and with shuffling.
+"""What the stream promises, in processes that import our modules afresh and with shuffling.
 
 For any number of ranks and workers the same clips come in the same global batches, each once an epoch; a batch number
 is enough to resume anywhere, with other numbers of both. The same for plain files and for shards fetched by HTTP.
 """
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from data_pipelines.index import VideoIndex
 from data_pipelines.readers.pyav import PyAVReader
 from data_pipelines.shards.packing import pack_videos
 from data_pipelines.workers import PARTS_AHEAD
+from tests.conftest import run_python
 from tests.data_pipelines.shard_server import ShardServer
 from tests.data_pipelines.streams import make_stream
 
@@ -86,10 +85,9 @@ class Job:
 
 
 def _run(root: str, jobs: list[Job], log: Path) -> list[list[Pairs]]:
-    """Run jobs one after the other in one fresh process -> for each job its batches."""
+    """Run jobs one after the other in one process of their own -> for each job its batches."""
     asked = [[job.rank, job.world_size, job.num_workers, job.start, job.count] for job in jobs]
-    command = [sys.executable, "-c", RANK, json.dumps([root, SETTINGS, asked, str(log)])]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=240)
+    done = run_python("-c", RANK, json.dumps([root, SETTINGS, asked, str(log)]), timeout_s=240)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -163,7 +161,7 @@ def test_every_clip_comes_once_an_epoch_but_for_the_stated_tail(whole: list[Pair
 def _check_parallel(
     combinations: list[tuple[int, int]], root: str, whole: list[Pairs], table: ClipTable, log: Path
 ) -> None:
-    """One epoch by all ranks of each (world size, workers), in a fresh process."""
+    """One epoch by all ranks of each (world size, workers), in a process of its own."""
     per_epoch = _per_epoch(table)
     jobs = [job for world_size, workers in combinations for job in _of_all_ranks(world_size, workers, 0, per_epoch)]
     answers = iter(_run(root, jobs, log))
@@ -191,7 +189,7 @@ def test_any_number_of_ranks_and_workers_changes_no_global_batch(
 def _check_resume(
     before: tuple[int, int], after: tuple[int, int], stop: int, root: str, whole: list[Pairs], tmp_path: Path
 ) -> None:
-    """Stop after `stop` batches, go on in fresh processes with other numbers of ranks and workers."""
+    """Stop after `stop` batches, continue in other processes with other numbers of ranks and workers."""
     first = _run(root, _of_all_ranks(*before, 0, stop), tmp_path / "first")
     rest = _run(root, _of_all_ranks(*after, stop, len(whole) - stop), tmp_path / "rest")
     assert _global_batches(first) + _global_batches(rest) == whole

@@ -30,6 +30,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
 from data_pipelines.stream import VideoStream
+from tests.conftest import run_python
 from tests.data_pipelines.conftest import DECODERS
 from tests.data_pipelines.streams import make_stream, read_clips
 
@@ -235,16 +236,15 @@ for num_workers, start_batch, count in runs:
 
 
 def test_resume_in_a_fresh_process_continues_identically(index: VideoIndex) -> None:
+    """A fork of a process that holds none of our modules (`tests.forked`), with another hash seed than this one."""
     stream = _stream(index)
     total = 2 * stream.batches_per_epoch + 2
     whole = [_hash(batch) for batch in _take(stream, total)]
     assert len(set(whole)) == total
     middle, late = stream.batches_per_epoch // 2, stream.batches_per_epoch + 1
     runs = [(2, middle, total - middle), (0, late, total - late), (1, stream.batches_per_epoch, 3)]
-    command = [sys.executable, "-c", RESUME, json.dumps([str(index.root), SETTINGS, runs])]
-    done = subprocess.run(
-        command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120
-    )
+    done = run_python("-c", RESUME, json.dumps([str(index.root), SETTINGS, runs]))
+    assert done.returncode == 0, done.stderr
     continued = done.stdout.split()
     expected = [whole[start : start + count] for _, start, count in runs]
     assert continued == [digest for run in expected for digest in run]

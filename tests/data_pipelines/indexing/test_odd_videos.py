@@ -2,8 +2,6 @@
 
 import os
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -18,7 +16,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.facts import BadFile, Video
 from data_pipelines.indexing.h264 import may_have_fields
 from data_pipelines.indexing.probe import index_file
-from tests.conftest import REPO
+from tests.conftest import run_script
 from tests.data_pipelines.conftest import DECODERS, paint
 from tests.data_pipelines.odd_streams import field_pictures
 
@@ -306,13 +304,7 @@ def test_frame_lists_are_those_of_ffmpeg() -> None:
 
 
 def _check_frames(*arguments: str) -> None:
-    done = subprocess.run(
-        [sys.executable, str(REPO / "benchmarks" / "check_frames.py"), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "PYTHONPATH": str(REPO)},
-    )
+    done = run_script("benchmarks/check_frames.py", *arguments, timeout_s=900)
     if "ffmpeg" in done.stderr and "No such file" in done.stderr:
         pytest.skip("the ffmpeg command is not installed")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

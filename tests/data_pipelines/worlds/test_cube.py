@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from typing import Any
 
 import gymnasium
@@ -13,7 +11,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.worlds import cube_law as law
 from data_pipelines.worlds.cube import ENV_ID, CubeEnv
 from data_pipelines.worlds.cube_law import Bodies, Box, Simulator, simulator_of_process
-from tests.conftest import REPO
+from tests.conftest import run_python
 
 pytest.importorskip("ogbench")
 
@@ -200,7 +198,7 @@ def test_wrong_options_are_reported(options: dict[str, Any], message: str) -> No
 
 def test_ogbench_is_imported_when_an_environment_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import sys, data_pipelines.worlds.cube; sys.exit('mujoco' in sys.modules or 'ogbench' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0
+    assert run_python("-c", code).returncode == 0
     with pytest.raises(UserError, match="cube_colour='reddish' must be a colour"):
         CubeEnv(cube_colour="reddish")
     monkeypatch.setattr(Simulator, "__init__", lambda self: __import__("a_module_that_is_not_there"))

@@ -1,4 +1,3 @@
-import subprocess
 import sys
 import warnings
 from typing import Any
@@ -17,6 +16,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.worlds import point_mazes
 from data_pipelines.worlds.digits import pixel_centroid
 from data_pipelines.worlds.point_mazes import MazeName, PointMazeEnv, cell_of, centre_of, way_between
+from tests.conftest import run_python
 
 MAZES: tuple[MazeName, ...] = ("medium", "large", "teleport")
 ENTRANCES, EXITS = {(4, 6), (5, 1)}, {(1, 7), (6, 1), (6, 10)}
@@ -201,7 +201,7 @@ def test_gymnasium_accepts_the_environment() -> None:
 
 def test_the_packages_are_imported_late_and_named_if_they_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = "import sys, data_pipelines.worlds.point_mazes; print({'mujoco', 'ogbench'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", listed], capture_output=True, text=True).stdout == "set()\n"
+    assert run_python("-c", listed).stdout == "set()\n"
     point_mazes.simulator_of_process.cache_clear()
     monkeypatch.setitem(sys.modules, "ogbench.locomaze.maze", None)
     with pytest.raises(UserError, match=r"point mazes need ogbench, .*: pip install 'worldmodel\[mazes\]'"):

@@ -1,4 +1,3 @@
-import subprocess
 import sys
 from typing import Any
 
@@ -12,7 +11,7 @@ from data_pipelines.worlds import push_t_expert as expert
 from data_pipelines.worlds import push_t_law as law
 from data_pipelines.worlds.push_t import ENV_ID, PushTEnv
 from data_pipelines.worlds.states import State
-from tests.conftest import REPO
+from tests.conftest import run_python
 
 STILL = np.zeros(5)
 
@@ -198,7 +197,7 @@ def test_wrong_options_are_reported(options: dict[str, Any], message: str) -> No
 
 def test_pymunk_is_imported_when_an_environment_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import sys, data_pipelines.worlds.push_t; sys.exit('pymunk' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0
+    assert run_python("-c", code).returncode == 0
     monkeypatch.setitem(sys.modules, "pymunk", None)
     with pytest.raises(UserError, match=r"pip install 'worldmodel\[pusht\]'"):
         PushTEnv()

@@ -1,4 +1,3 @@
-import subprocess
 import sys
 from typing import Any
 
@@ -10,7 +9,7 @@ from PIL import Image, ImageDraw
 from data_pipelines.errors import UserError
 from data_pipelines.worlds import reacher
 from data_pipelines.worlds.reacher import ENV_ID, Arm, ReacherEnv
-from tests.conftest import REPO
+from tests.conftest import run_python
 
 
 def action_of(shoulder: float, wrist: float) -> np.ndarray:
@@ -134,7 +133,7 @@ def test_wrong_options_are_reported(options: dict[str, Any], message: str) -> No
 
 def test_mujoco_is_imported_when_an_environment_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import sys, data_pipelines.worlds.reacher; sys.exit('mujoco' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0
+    assert run_python("-c", code).returncode == 0
     monkeypatch.setitem(sys.modules, "mujoco", None)
     with pytest.raises(UserError, match=r"pip install 'worldmodel\[reacher\]'"):
         ReacherEnv()

@@ -5,7 +5,6 @@ The other tests run where it is installed: pip install --no-deps stable-worldmod
 
 import importlib
 import importlib.util
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.worlds import swm_two_room
 from data_pipelines.worlds.digits import pixel_centroid
 from data_pipelines.worlds.swm_two_room import SwmTwoRoomEnv, two_room
-from tests.conftest import REPO
+from tests.conftest import REPO, run_python
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("stable_worldmodel") is None, reason=f"needs {swm_two_room.INSTALL}"
@@ -89,9 +88,8 @@ def test_a_missing_package_is_told_with_the_way_to_install_it(in_place: Path) ->
 def test_recording_without_the_package_ends_with_one_line(tmp_path: Path) -> None:
     write_package(tmp_path, **{"utils.py": "import loguru_is_missing"})
     env = f"data_pipelines.worlds.swm_two_room:{swm_two_room.ENV_ID}"
-    command = [sys.executable, "-m", "worldmodel", "record", "--env", env, "--out", str(tmp_path / "out")]
-    environ = {"PYTHONPATH": f"{tmp_path}:{REPO}"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, check=False, env=environ)
+    arguments = ["-m", "worldmodel", "record", "--env", env, "--out", str(tmp_path / "out")]
+    done = run_python(*arguments, PYTHONPATH=f"{tmp_path}:{REPO}")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: SwmTwoRoom needs stable_worldmodel") and not (tmp_path / "out").exists()
 

@@ -1,7 +1,5 @@
 """Programs of torch.export: they compute as the networks do, in a process without this package."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from data_pipelines.errors import UserError
-from tests.conftest import script_environment
+from tests.conftest import run_python
 from worldmodel.build import build_model
 from worldmodel.config import Config
 from worldmodel.runs.programs import EncoderProgram, write_programs
@@ -57,13 +55,7 @@ def test_programs_compute_as_the_model_does(tiny_config: Callable[..., Config], 
         (tmp_path / name).mkdir()
         write_programs(tmp_path / name, model, data)
         save_file(expected, tmp_path / name / "expected.safetensors")
-    done = subprocess.run(
-        [sys.executable, "-c", CHECK, *(str(tmp_path / name) for name in CASES)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=script_environment() | {"PYTHONPATH": ""},
-    )
+    done = run_python("-c", CHECK, *(str(tmp_path / name) for name in CASES), cwd=tmp_path, PYTHONPATH="")
     assert done.returncode == 0, done.stderr
 
 

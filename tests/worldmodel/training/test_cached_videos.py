@@ -4,8 +4,6 @@ import json
 import os
 import pickle
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from accelerate import Accelerator
 
 from data_pipelines import stream as stream_module
 from data_pipelines.errors import UserError
-from tests.conftest import REPO, run_processes, script_environment
+from tests.conftest import REPO, run_processes, run_python
 from worldmodel import load
 from worldmodel.config import Config, load_config
 from worldmodel.nets.pretrained import PretrainedEncoder
@@ -221,13 +219,7 @@ with patch.object(np.lib.format, "write_array", write_and_die):
     opened(load_config(sys.argv[1], sys.argv[2:]))
 """
     arguments = [str(REPO / "configs" / "demo.yaml"), *tiny_overrides, *overrides]
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        cwd=REPO,
-        env=script_environment(),
-        capture_output=True,
-        timeout=120,
-    )
+    done = run_python("-c", program, *arguments)
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     config = load_config(arguments[0], arguments[1:])
     [folder] = Path(str(config.train.encoder_cache)).iterdir()

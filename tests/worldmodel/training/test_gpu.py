@@ -2,14 +2,12 @@
 no step waits for it, and numbers are those of the processor."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import REPO, TINY, script_environment
+from tests.conftest import REPO, TINY, run_python
 from tests.worldmodel.commands.test_plan_script import ENV, recording
 from tests.worldmodel.training.test_loop import rows
 from worldmodel.config import choices, load_config
@@ -64,12 +62,10 @@ def cases(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, li
 def done(folder: Path, jobs: dict[str, Any]) -> dict[str, Any]:
     """What pretend_gpu.py says of jobs."""
     (folder / "jobs.json").write_text(json.dumps({"train": {}, "scripts": []} | jobs))
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.worldmodel.pretend_gpu", str(folder / "jobs.json"), str(folder / "done.json")],
-        cwd=REPO,
-        env=script_environment() | {"ACCELERATE_USE_CPU": "false"},  # Accelerate would object to another device
-        capture_output=True,
-        text=True,
+    process = run_python(
+        *("-m", "tests.worldmodel.pretend_gpu", str(folder / "jobs.json"), str(folder / "done.json")),
+        timeout_s=600,
+        ACCELERATE_USE_CPU="false",  # Accelerate would object to another device
     )
     assert process.returncode == 0, process.stderr[-9000:]
     return json.loads((folder / "done.json").read_text()) | {"stderr": process.stderr}

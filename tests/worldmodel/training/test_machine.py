@@ -1,12 +1,10 @@
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import REPO, script_environment
+from tests.conftest import run_python
 from worldmodel.training import machine
 from worldmodel.training.machine import fair_share_of_cores, peak_flops_per_s
 
@@ -55,9 +53,7 @@ def test_a_processor_computes_some_gigaflops() -> None:
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or len(machine.CORES) < 2, reason="needs Linux and two cores")
 def test_a_process_and_its_threads_keep_to_cores_of_their_own() -> None:
     """The second of as many as there are cores; a process beyond those stays where it is."""
-    environment = {**script_environment(), "LOCAL_WORLD_SIZE": str(len(machine.CORES))}
-    command = [sys.executable, "-c", KEPT]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, env=environment)
+    done = run_python("-c", KEPT, LOCAL_WORLD_SIZE=str(len(machine.CORES)))
     assert done.stdout.splitlines() == [f"{machine.CORES[1]} {machine.CORES[1]}"] * 3, done.stderr
 
 
