@@ -143,7 +143,7 @@ def test_queries_remember_the_segments_before_the_context(rooms: Path) -> None:
     assert torch.equal(split.actions, actions[:, 2:])
     assert torch.equal(split.labels["state"], batch["labels"]["state"][:, 2:])
     assert torch.equal(split.frames, batch["video"][:, 2:])
-    clips = embed_clips(run, 3)
+    clips = embed_clips(run, 3, num_clips=4_000)
     every = split_segments(next(iter(run.source.evaluation_batches("train", 1, 3)))["video"].float() / 255, 6)
     torch.testing.assert_close(clips.states[0], run.model.encode(every[0, 2:]), rtol=1e-4, atol=1e-5)
 
