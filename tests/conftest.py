@@ -148,7 +148,7 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
 
 
 def run_script(name: str, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-    """Run scripts/NAME, or a path below the repository, in a process of its own."""
+    """Run scripts/NAME, or a path below the repository, in a new process."""
     script = REPO / name if "/" in name else REPO / "scripts" / name
     return run_python(str(script), *arguments, timeout_s=timeout_s)
 
@@ -156,7 +156,7 @@ def run_script(name: str, *arguments: str, timeout_s: float = 120) -> subprocess
 def run_python(
     *arguments: str, cwd: Path = REPO, timeout_s: float = 120, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run -m and a module, -c and code, or a script, in a process of its own. environment: further variables.
+    """Run -m and a module, -c and code, or a script, in a new process. environment: further variables.
 
     Our modules are imported afresh; other packages are loaded already (`tests.forked`).
     """
@@ -166,7 +166,7 @@ def run_python(
 def run_here(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a script as `run_script` does, but in this process, which has imported torch. Log messages are not captured.
 
-    For tests of what a command prints and writes: a process of its own imports all our modules again.
+    For tests of what a command prints and writes: a new process imports all our modules again.
     """
     script = str(REPO / name if "/" in name else REPO / "scripts" / name)
     out, errors, num_threads = io.StringIO(), io.StringIO(), torch.get_num_threads()

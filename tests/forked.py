@@ -182,7 +182,7 @@ def _serve() -> dict[str, Any]:
 
 
 def _become(job: Mapping[str, Any]) -> None:
-    """Give this process the folder, environment and streams of a job, and numpy a seed of its own."""
+    """Give this process the folder, environment and streams of a job, and numpy a new seed."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(job["cwd"])
     os.environ.clear()

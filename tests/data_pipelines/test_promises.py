@@ -1,4 +1,4 @@
-"""What the stream promises, in processes that import our modules afresh and with shuffling.
+"""The promises of the stream, in processes that import our modules afresh and with shuffling.
 
 For any number of ranks and workers the same clips come in the same global batches, each once an epoch; a batch number
 is enough to resume anywhere, with other numbers of both. The same for plain files and for shards fetched by HTTP.
@@ -85,7 +85,7 @@ class Job:
 
 
 def _run(root: str, jobs: list[Job], log: Path) -> list[list[Pairs]]:
-    """Run jobs one after the other in one process of their own -> for each job its batches."""
+    """Run jobs one after the other in one new process -> for each job its batches."""
     asked = [[job.rank, job.world_size, job.num_workers, job.start, job.count] for job in jobs]
     done = run_python("-c", RANK, json.dumps([root, SETTINGS, asked, str(log)]), timeout_s=240)
     assert done.returncode == 0, done.stderr
@@ -161,7 +161,7 @@ def test_every_clip_comes_once_an_epoch_but_for_the_stated_tail(whole: list[Pair
 def _check_parallel(
     combinations: list[tuple[int, int]], root: str, whole: list[Pairs], table: ClipTable, log: Path
 ) -> None:
-    """One epoch by all ranks of each (world size, workers), in a process of its own."""
+    """One epoch by all ranks of each (world size, workers), in a new process."""
     per_epoch = _per_epoch(table)
     jobs = [job for world_size, workers in combinations for job in _of_all_ranks(world_size, workers, 0, per_epoch)]
     answers = iter(_run(root, jobs, log))

@@ -70,7 +70,7 @@ def remembered(model: WorldModel, segments: Tensor, actions: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (
             ["model.latent=oracle"],
@@ -83,11 +83,11 @@ def remembered(model: WorldModel, segments: Tensor, actions: Tensor) -> Tensor:
     ],
 )
 def test_what_cannot_have_a_history_is_refused(
-    overrides: list[str], told: str, tiny_config: Callable[..., Config]
+    overrides: list[str], message: str, tiny_config: Callable[..., Config]
 ) -> None:
     with pytest.raises(UserError) as caught:
         tiny_config("data.source=videos", "data.num_segments=2", "data.history_segments=1", *overrides)
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_videos_that_are_too_short_are_named_with_the_key(tiny_config: Callable[..., Config]) -> None:

@@ -101,8 +101,7 @@ def embed_batches(networks: Networks, batches: Iterable[Batch], steps: int) -> I
         features = model.embedder.features(segments[:, 0])
         state = model.state_of(features)
         if num_before:
-            embeddings = torch.stack([model.encode(video) for video in before.unbind(1)], dim=1)
-            state = model.remember(state, embeddings, actions_of(batch, layout, num_before, device))
+            state = model.remember_segments(state, before, actions_of(batch, layout, num_before, device))
         yield EmbeddedBatch(networks, without_history(batch, layout), segments, features, state)
 
 

@@ -151,6 +151,11 @@ class WorldModel(nn.Module):
         """
         return concat(self._parts(state)[0], self.history.of(before, actions, is_present))
 
+    def remember_segments(self, state: Tensor, segments: Tensor, actions: Tensor) -> Tensor:
+        """As `remember`, for segments [B, L, T, C, H, W] that are not embedded yet."""
+        before = torch.stack([self.encode(video) for video in segments.unbind(1)], dim=1)
+        return self.remember(state, before, actions)
+
     def follow(self, before: Tensor, action: Tensor | None, state: Tensor) -> Tensor:
         """Return a newly observed state [B, D + Z] with the history of the state before it, after action [B, A]."""
         return concat(self._parts(state)[0], self._advanced(before, action))

@@ -131,10 +131,9 @@ class TrainedRun:
             raise UserError(f"actions of shape {given} do not fit the run {self.folder}: it takes {wanted}")
         generator = torch.Generator(self.device).manual_seed(seed)
         taken = segments.new_empty(len(clip), num_before, 0) if actions is None else actions.float().to(self.device)
-        embeddings = [self.model.encode(video) for video in segments[:, :-1].unbind(1)]
         state = self.model.observe(segments[:, -1])
-        if embeddings:
-            state = self.model.remember(state, torch.stack(embeddings, dim=1), taken[:, :num_before])
+        if num_before:
+            state = self.model.remember_segments(state, segments[:, :-1], taken[:, :num_before])
         ahead = None if actions is None else taken[:, num_before:]
         return self.model.rollout_embedding(state, horizon, num_samples, generator, actions=ahead)
 
