@@ -1,5 +1,6 @@
 """A tiny written world and small configs that many tests share."""
 
+import gc
 import io
 import multiprocessing
 import runpy
@@ -53,6 +54,19 @@ TINY = (
     "evaluation.selection_clips=32",
     "tracking.wandb=disabled",
 )
+
+
+def pytest_collection() -> None:
+    """Import the tests without a search for garbage, which visits all that they have imported again and again."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported out of each search for garbage while tests run, and search less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

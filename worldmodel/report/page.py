@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from data_pipelines.files import write_text
 from worldmodel.report.charts import Line
 from worldmodel.report.drawing import FAN, GOAL, THEMES, TRUTH, Picture
 from worldmodel.report.numbers import DASH, number
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 CURVES = {
     "loss": "Loss",
@@ -34,6 +38,19 @@ class Card(NamedTuple):
 
 def write_page(path: Path, template: str, **content: Any) -> None:
     """Render a template of this folder into a file that appears whole or not at all."""
+    colours = {f"{name}_{key}": colour for name, theme in THEMES.items() for key, colour in theme.items()}
+    page = _compiled(template).render(
+        colours={"fan": FAN, "followed": TRUTH, "goal": GOAL, **colours},
+        dash=DASH,
+        **content,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page.encode("utf-8", "backslashreplace").decode())  # a file name may hold bytes that are not UTF-8
+
+
+@cache
+def _compiled(template: str) -> Template:
+    """Return a template of this folder, compiled once in a process."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -43,14 +60,7 @@ def write_page(path: Path, template: str, **content: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    colours = {f"{name}_{key}": colour for name, theme in THEMES.items() for key, colour in theme.items()}
-    page = environment.get_template(template).render(
-        colours={"fan": FAN, "followed": TRUTH, "goal": GOAL, **colours},
-        dash=DASH,
-        **content,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, page.encode("utf-8", "backslashreplace").decode())  # a file name may hold bytes that are not UTF-8
+    return environment.get_template(template)
 
 
 def plain(value: Any) -> Any:

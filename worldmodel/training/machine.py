@@ -4,6 +4,7 @@ import os
 import platform
 import time
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,12 @@ def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     return measured_flops_per_s(device, dtype)
 
 
+@cache
 def measured_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the best rate of several products of square matrices, which grow while a product is too fast to time."""
+    """Return the best rate of several products of square matrices, which grow while a product is too fast to time.
+
+    A process measures it once.
+    """
     size, largest = MEASURED_SIZES
     best, spent_s = 0.0, 0.0
     while spent_s < MEASURED_S:

@@ -12,7 +12,14 @@ from worldmodel import load
 from worldmodel.config import Config, choices
 from worldmodel.training.loop import train
 
-SHORT = ("train.steps=20", "train.log_every=10", "train.eval_every=20", "train.checkpoint_every=20")
+SIZE_PX = 32
+SHORT = (
+    f"data.size_px={SIZE_PX}",
+    "train.steps=20",
+    "train.log_every=10",
+    "train.eval_every=20",
+    "train.checkpoint_every=20",
+)
 LATENTS = {
     "none": [],
     "gaussian": ["model.latent.prior_components=2"],
@@ -27,7 +34,7 @@ def train_and_roll_out(config: Config) -> None:
     for row in rows:
         assert all(math.isfinite(value) for value in row.values() if isinstance(value, float)), row
     assert {row["split"] for row in rows} == {"train", "selection"}
-    clip = torch.rand(2, 3, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    clip = torch.rand(2, 3, 1, SIZE_PX, SIZE_PX, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         futures = trained.model.rollout(clip, 3, 4, torch.Generator().manual_seed(0))
     assert futures.shape == (2, 4, 3, config.model.embedding_dim) and futures.isfinite().all()

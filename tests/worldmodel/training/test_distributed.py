@@ -30,7 +30,7 @@ CAUSAL = [
 WHITE = ["model.embedding_norm=white", "model.embedding_dim=6"]
 STEPS = ["data.num_segments=2", "data.num_frames=1", "objective.rollout_steps=2"]
 TERMS = ["objective.smoothness_weight=1", "objective.time_variance_weight=1"]
-VIT = ["demo.yaml", "model.encoder=vit_tiny", "model.encoder.patch_px=16"]
+VIT = ["demo.yaml", "data.size_px=32", "model.encoder=vit_tiny", "model.encoder.patch_px=16"]
 CASES: dict[str, list[str]] = {
     **{name: [*CAUSAL, f"objective.name={name}"] for name in choices("objective")},
     "infonce_white_sparse_double": [*CAUSAL, "objective.name=infonce", *WHITE, "model.latent=sparse"],
