@@ -4,13 +4,16 @@ python benchmarks/neighbours.py --config configs/demo.yaml --out neighbours.json
 
 Three trainings are timed, each in fresh processes: ours as `worldmodel train` runs it, ours without taking turns with
 other trainings, and the plain step (benchmarks/plain_step.py, fp32) with all defaults of torch. Each is timed on its
-own, next to a Python process that never waits, and next to a second process of the same training. The nine cases
-alternate, --rounds times, with --steps timed steps each, on batches rendered beforehand. Of two trainings, the slower
-one is reported.
+own, next to a Python process that never waits, and next to a second process of the same training. Each case has
+--rounds rounds of --steps timed steps, on batches rendered beforehand. First, the cases alone and with two trainings
+alternate; of two trainings, the slower one is reported. Then the trainings alternate next to the Python process. There
+each is started again in each round, once that process counts in the load of the last minute: ours chooses its threads
+when it starts.
 
-A ratio is relative to the same training alone. With T threads per training, n threads of the neighbour and C cores, the
-fair share is max(1, (T + n) / C) times the time alone. Defaults that differ from the config: train.precision=auto, and
-data.source=moving_mnist, model.latent.prior_components=1 and train.warmup_steps=0, for which the plain step is written.
+A ratio is relative to the same training alone. With T threads per training alone, n threads of the neighbour and C
+cores, the fair share is max(1, (T + n) / C) times the time alone. Defaults that differ from the config:
+train.precision=auto, and data.source=moving_mnist, model.latent.prior_components=1 and train.warmup_steps=0, for which
+the plain step is written.
 """
 
 import argparse
@@ -19,12 +22,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from tqdm.auto import tqdm
 
@@ -82,39 +87,53 @@ def main() -> int:
 def bench(config: Config, rounds: int, steps: int) -> dict[str, Any]:
     """Return the content of neighbours.json: times in seconds."""
     machine = machine_description()  # first, because later the load is our own
-    with ExitStack() as stack:
-        trainings = {kind: [stack.enter_context(training(kind, config)) for _ in range(2)] for kind in KINDS}
-        times: dict[tuple[Kind, str], list[list[float]]] = {
-            (kind, neighbour): [[], []] for kind in KINDS for neighbour in NEIGHBOURS
-        }
-        for kind, neighbour in tqdm(list(times) * rounds, unit="case"):
-            for seconds, more in zip(times[kind, neighbour], timed(trainings[kind], neighbour, steps), strict=True):
-                seconds += more
-        threads = {kind: one.num_threads for kind, (one, _) in trainings.items()}
+    times: dict[tuple[Kind, str], list[list[float]]] = {
+        (kind, neighbour): [[], []] for kind in KINDS for neighbour in NEIGHBOURS
+    }
+    threads: dict[Kind, dict[str, int]] = {}
+    with tqdm(total=rounds * len(times), unit="case") as bar:
+
+        def keep(kind: Kind, neighbour: str, more: tuple[list[float], list[float]]) -> None:
+            for seconds, of_case in zip(times[kind, neighbour], more, strict=True):
+                seconds += of_case
+            bar.update()
+
+        with ExitStack() as stack:
+            trainings = {kind: [stack.enter_context(training(kind, config)) for _ in range(2)] for kind in KINDS}
+            threads |= {kind: dict.fromkeys(NEIGHBOURS, one.num_threads) for kind, (one, _) in trainings.items()}
+            for kind, neighbour in list(product(KINDS, (ALONE, TRAINING))) * rounds:
+                keep(kind, neighbour, timed(trainings[kind], neighbour, steps))
+        for kind in KINDS * rounds:
+            with busy_loop(), training(kind, config) as one:
+                threads[kind][BUSY] = one.num_threads
+                keep(kind, BUSY, (one.ask_and_wait(steps), []))
     rows = [
         row_of(kind, threads[kind], {neighbour: times[kind, neighbour] for neighbour in NEIGHBOURS}) for kind in KINDS
     ]
     return {"machine": machine, "cores": len(CORES), "batch_size": config.data.batch_size, "rows": rows}
 
 
-def row_of(kind: Kind, num_threads: int, times: dict[str, list[list[float]]]) -> dict[str, Any]:
+def row_of(kind: Kind, num_threads: dict[str, int], times: dict[str, list[list[float]]]) -> dict[str, Any]:
     """Return the medians of a training with their ratios, by neighbour.
 
+    num_threads: of a training, by neighbour.
     times: by neighbour, the seconds of the steps of the training, and those of the second training if it ran.
     """
     alone_s = median(times[ALONE][0])
     cases = {}
     for neighbour, seconds in times.items():
         step_s = max(median(of_one) for of_one in seconds if of_one)
-        share = fair_share(num_threads, {ALONE: 0, BUSY: 1, TRAINING: num_threads}[neighbour], len(CORES))
+        own = num_threads[ALONE]
+        share = fair_share(own, {ALONE: 0, BUSY: 1, TRAINING: own}[neighbour], len(CORES))
         cases[neighbour] = {
+            "num_threads": num_threads[neighbour],
             "step_s": step_s,
             "to_alone": step_s / alone_s,
             "fair_share": share,
             "to_fair_share": step_s / alone_s / share,
             "steps_s": seconds,
         }
-    return {"training": kind.name, "num_threads": num_threads, "cases": cases}
+    return {"training": kind.name, "cases": cases}
 
 
 def fair_share(num_threads: int, num_others: int, num_cores: int) -> float:
@@ -130,15 +149,16 @@ def timed(pair: "list[Training]", neighbour: str, steps: int) -> tuple[list[floa
         seconds = one.ask_and_wait(steps)
         other.ask(LAST_STEP)
         return seconds, other.wait()
-    with busy_loop() if neighbour == BUSY else nullcontext():
-        return one.ask_and_wait(steps), []
+    return one.ask_and_wait(steps), []
 
 
 @contextmanager
 def busy_loop() -> Iterator[None]:
-    """Run a process that never waits."""
+    """Run a process that never waits, from when it counts in the load of the last minute."""
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
         try:
+            while psutil.getloadavg()[0] < 1:
+                time.sleep(1)
             yield
         finally:
             process.kill()
@@ -233,7 +253,7 @@ def summary(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         for neighbour, case in row["cases"].items():
             lines.append(
-                f"{row['training']:<15} {row['num_threads']:>7}  {neighbour:<10} {case['step_s']:>8.4f} "
+                f"{row['training']:<15} {case['num_threads']:>7}  {neighbour:<10} {case['step_s']:>8.4f} "
                 f"{case['to_alone']:>9.2f} {case['fair_share']:>5.2f} {case['to_fair_share']:>8.2f}"
             )
     return "\n".join(lines)

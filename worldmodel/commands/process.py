@@ -10,25 +10,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipelines.errors import one_line_logger
+from data_pipelines.processes import environment_int
+
 if TYPE_CHECKING:
     from worldmodel.config import TrainConfig
+
+logger = one_line_logger(__name__)
 
 ECHO_S = 2.0
 """A signal to a process group arrives twice, because launchers pass it on. So soon it is not a second request."""
 
 
-def prepare_process(config: "TrainConfig") -> None:
+def prepare_process(config: "TrainConfig", resumed: Path | None = None) -> None:
     """Set the threads, the memory allocator and the cores of this process for training.
 
     Call it before training starts its own processes and threads.
 
+    resumed: the folder of a run that continues, if it has a checkpoint.
+
     Raises:
-        UserError: LOCAL_WORLD_SIZE or LOCAL_RANK is not a valid number.
+        UserError: LOCAL_WORLD_SIZE or LOCAL_RANK is not a valid number, or the state of the checkpoint is damaged.
     """
-    from data_pipelines.processes import environment_int
     from worldmodel.training.machine import uses_gpu
 
-    set_threads(config.num_threads)
+    set_threads(config.num_threads or (resumed and threads_of_run(resumed)) or threads_beside_others())
     keep_freed_memory()
     if environment_int("LOCAL_WORLD_SIZE", 1, least=1) > 1 and not uses_gpu():
         pin_to_own_cores(environment_int("LOCAL_RANK", 0))
@@ -41,6 +47,38 @@ def set_threads(num_threads: int | None) -> None:
     from worldmodel.training.machine import fair_share_of_cores
 
     torch.set_num_threads(num_threads or fair_share_of_cores())
+
+
+def threads_of_run(run: Path) -> int | None:
+    """Return the threads of the latest checkpoint of a run if it has as many cores here: rounding depends on them."""
+    from worldmodel.runs.checkpoint import latest_state
+    from worldmodel.training.machine import CORES
+
+    state = latest_state(run) or {}
+    threads = state.get("num_threads")
+    known = isinstance(threads, int) and 1 <= threads <= len(CORES) == state.get("num_cores")
+    return threads if known else None
+
+
+def threads_beside_others() -> int:
+    """Return a thread for each core of this process's share that other programs leave free, at least one.
+
+    A thread that shares its core with a busy program delays all others, which wait for it several hundred times in a
+    step. Trainings that take turns, several processes of a training, and a GPU need no such care.
+    """
+    from worldmodel.training.machine import busy_cores, fair_share_of_cores, uses_gpu
+    from worldmodel.training.turns import another_takes_turns
+
+    share = fair_share_of_cores()
+    if environment_int("LOCAL_WORLD_SIZE", 1, least=1) > 1 or uses_gpu() or another_takes_turns():
+        return share
+    free = max(1, share - busy_cores())
+    if free < share:
+        logger.warning(
+            f"other programs keep {share - free} of {share} cores busy: "
+            f"training with {free} thread{'s' * (free > 1)}; train.num_threads sets another number"
+        )
+    return free
 
 
 def keep_freed_memory() -> None:

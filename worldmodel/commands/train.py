@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(find_config(args.config), args.overrides, trust_code=trust_code(args))
     hints = error_hints(Path(config.run_dir))
     try:
-        prepare_process(config.train)
+        prepare_process(config.train, Path(config.run_dir) if args.resume else None)
         with stop_signals() as stop:
             train(config, resume=args.resume, overwrite=args.overwrite, profile=args.profile, stop=stop)
     except Interrupted as interrupted:

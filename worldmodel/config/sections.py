@@ -89,7 +89,9 @@ class TrainConfig:
     encoder_cache_gb: Count = 64
     """Size limit of this folder, GB. A run that needs more ends before it computes."""
     num_threads: Repeat | None = None
-    """CPU threads per process for tensor work. null: the cores of the machine, divided among its processes."""
+    """CPU threads per process for tensor work. null: the cores of the machine, divided among its processes; a single
+    process leaves out cores that other programs have kept busy for a minute when it starts. The rounding of sums
+    depends on the number."""
     timeout_s: Seconds = 1800.0
     """Time that processes wait for each other before the connection counts as lost, seconds. Use more than any work of
     the first process alone takes: indexing videos, an evaluation, refinement."""

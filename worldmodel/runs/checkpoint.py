@@ -364,7 +364,7 @@ def load_checkpoint(
     parts = _WEIGHT_FILES if with_optimizer else ("model", "teacher")
     tensors: dict[str, dict[str, Tensor]] = {"optimizer": {}}
     try:
-        state = _checked_state(json.loads(read_text(folder / "state.json", MAX_STATE_BYTES)))
+        state = _read_state(folder)
         if with_optimizer and state.get("exported"):
             raise UserError(f"the run {run} was exported without optimiser state: its training cannot be continued")
         for part in parts:
@@ -377,6 +377,22 @@ def load_checkpoint(
     return Checkpoint(**tensors, state=state)
 
 
+def latest_state(run: Path) -> dict[str, Any] | None:
+    """Return the state of the latest checkpoint of a run, or None without a checkpoint.
+
+    Raises:
+        UserError: state.json is missing or damaged.
+    """
+    name = checkpoint_name(run)
+    if name is None:
+        return None
+    folder = RunFolder(run).checkpoints / name
+    try:
+        return _read_state(folder)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"checkpoint {folder} is damaged: {one_line(error)}") from error
+
+
 def hash_of_tensors(tensors: Mapping[str, Tensor], kind: str = "") -> str:
     """Return 16 hexadecimal digits of a hash of the names, types, shapes and values of tensors, and of `kind`."""
     digest = hashlib.sha256(kind.encode())
@@ -386,8 +402,9 @@ def hash_of_tensors(tensors: Mapping[str, Tensor], kind: str = "") -> str:
     return digest.hexdigest()[:16]
 
 
-def _checked_state(state: Any) -> dict[str, Any]:
+def _read_state(folder: Path) -> dict[str, Any]:
     """Return the state of a checkpoint. Raises ValueError: it is not an object, or lacks a number."""
+    state = json.loads(read_text(folder / "state.json", MAX_STATE_BYTES))
     if not isinstance(state, dict):
         raise ValueError("state.json is not a JSON object")
     is_step = isinstance(state.get("step"), int) and not isinstance(state["step"], bool) and 0 <= state["step"] < 10**12

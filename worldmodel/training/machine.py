@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from data_pipelines.processes import environment_int
@@ -46,6 +47,20 @@ def fair_share_of_cores() -> int:
         UserError: LOCAL_WORLD_SIZE is not a whole number of at least 1.
     """
     return max(1, len(CORES) // environment_int("LOCAL_WORLD_SIZE", 1, least=1))
+
+
+def busy_cores() -> int:
+    """Return how many cores of this process other programs keep busy: on average over the last minute, and now.
+
+    The lesser of both counts, rounded. Programs of low priority do not count. This process should compute nothing
+    meanwhile.
+    """
+    over_a_minute = psutil.getloadavg()[0]
+    if round(over_a_minute) < 1:
+        return 0
+    percent = [times.user + times.system for times in psutil.cpu_times_percent(LOAD_WINDOW_S, percpu=True)]
+    now = sum(percent[core] for core in CORES if core < len(percent)) / 100
+    return round(min(over_a_minute, now))
 
 
 def machine_description() -> dict[str, Any]:
@@ -87,6 +102,7 @@ GPU_PEAK_TFLOPS = {
     "* RTX 4090": (165.2, 82.6),
     "* RTX 3090": (71.0, 35.6),
 }
+LOAD_WINDOW_S = 0.5
 MEASURED_S = 0.2
 MEASURED_SIZES = (128, 8192)
 

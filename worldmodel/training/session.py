@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
+import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from tqdm.auto import tqdm
@@ -31,6 +32,7 @@ from worldmodel.training import full_state
 from worldmodel.training.finite import NotFiniteStep
 from worldmodel.training.launch import ConnectionLostError, backend_message, from_main_process
 from worldmodel.training.losses import TrainingModel
+from worldmodel.training.machine import CORES
 from worldmodel.training.refine import embed_refinement_clips, refine, refinement_stream
 from worldmodel.training.trainer import Trainer
 
@@ -195,6 +197,8 @@ class Session:
                 "best_score": self.best_score,
                 "refined": self.refined,
                 "scaler": scaler.state_dict() if scaler else None,
+                "num_threads": torch.get_num_threads(),
+                "num_cores": len(CORES),
             }
             checkpoint = Checkpoint(**tensors, state=state)
             save_checkpoint(self.run, checkpoint, keep=self.config.train.keep_checkpoints, is_best=is_best)

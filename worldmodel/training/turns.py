@@ -28,14 +28,16 @@ PATIENCE_S = 5.0
 PAUSE_S = 60.0
 """It then takes no turns for this time."""
 POLL_S = 0.001
+MEMBERS = "members"
 
 
 class Turns:
     """A context for the computation of one step, in which no other training with a `Turns` of this folder computes.
 
     A training that has just had its turn lets those go first that wait already: whoever holds the file `next` is the
-    next one to get the file `now`. The files are locked, not written, so a killed training leaves no trace. Without a
-    file system that can lock, there are no turns, nor in a folder or link of another user, who could lead elsewhere.
+    next one to get the file `now`. All share a lock of the file `members` (`another_takes_turns`). The files are
+    locked, not written, so a killed training leaves no trace. Without a file system that can lock, there are no turns,
+    nor in a folder or link of another user, who could lead elsewhere.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,14 +47,15 @@ class Turns:
             folder.mkdir(mode=0o700, exist_ok=True)
             if folder.lstat().st_uid != os.getuid():
                 return
-            for name in ("next", "now"):
+            for name in ("next", "now", MEMBERS):
                 self._files.append(os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            fcntl.flock(self._files[-1], fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def __enter__(self) -> None:
         started_s = time.monotonic()
         if len(self._files) < 2 or started_s < self._paused_until_s:
             return
-        following, now = self._files
+        following, now = self._files[:2]
         deadline_s = started_s + PATIENCE_S
         has_turn = _locked(following, deadline_s) and _locked(now, deadline_s)
         fcntl.flock(following, fcntl.LOCK_UN)
@@ -62,7 +65,7 @@ class Turns:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in self._files[1:]:
+        for file in self._files[1:2]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
     def close(self) -> None:
@@ -97,9 +100,27 @@ def turns_here(accelerator: "Accelerator") -> Iterator[AbstractContextManager[No
     if not is_alone or 2 * torch.get_num_threads() <= len(CORES):
         yield nullcontext()
         return
-    cores = f"{CORES[0]}-{CORES[-1]}-of-{len(CORES)}"
-    turns = Turns(Path(tempfile.gettempdir()) / f"worldmodel-turns-{os.getuid()}-{cores}")
+    turns = Turns(_folder())
     try:
         yield turns
     finally:
         turns.close()
+
+
+def another_takes_turns() -> bool:
+    """Return True if a training of this user takes turns on these cores."""
+    with suppress(OSError):
+        file = os.open(_folder() / MEMBERS, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(file)
+    return False
+
+
+def _folder() -> Path:
+    """Return the folder of the turns of this user's trainings on these cores."""
+    cores = f"{CORES[0]}-{CORES[-1]}-of-{len(CORES)}"
+    return Path(tempfile.gettempdir()) / f"worldmodel-turns-{os.getuid()}-{cores}"
