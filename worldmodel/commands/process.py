@@ -34,7 +34,7 @@ def prepare_process(config: "TrainConfig", resumed: Path | None = None) -> None:
     """
     from worldmodel.training.machine import uses_gpu
 
-    set_threads(config.num_threads or (resumed and threads_of_run(resumed)) or threads_beside_others())
+    set_threads(config.num_threads or (resumed and threads_of_run(resumed)) or threads_alongside_others())
     keep_freed_memory()
     if environment_int("LOCAL_WORLD_SIZE", 1, least=1) > 1 and not uses_gpu():
         pin_to_own_cores(environment_int("LOCAL_RANK", 0))
@@ -60,7 +60,7 @@ def threads_of_run(run: Path) -> int | None:
     return threads if known else None
 
 
-def threads_beside_others() -> int:
+def threads_alongside_others() -> int:
     """Return a thread for each core of this process's share that other programs leave free, at least one.
 
     A thread that shares its core with a busy program delays all others, which wait for it several hundred times in a

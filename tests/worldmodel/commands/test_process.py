@@ -1,4 +1,4 @@
-"""The threads of a training: of its run, or those that other programs leave free."""
+"""The number of threads of a training: that of its run, or of the cores that other programs leave free."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ import torch
 
 from data_pipelines.errors import UserError
 from worldmodel.commands import process
-from worldmodel.commands.process import threads_beside_others, threads_of_run
+from worldmodel.commands.process import threads_alongside_others, threads_of_run
 from worldmodel.config import Config
 from worldmodel.runs.checkpoint import latest_state
 from worldmodel.training import machine, turns
@@ -70,7 +70,7 @@ def test_cores_that_others_keep_busy_are_left_to_them(
 ) -> None:
     eight_cores(busy)
     with caplog.at_level(logging.WARNING):
-        assert threads_beside_others() == threads
+        assert threads_alongside_others() == threads
     said = f"other programs keep {8 - threads} of 8 cores busy: training with {threads} thread{'s' * (threads > 1)}; "
     assert caplog.messages == ([said + "train.num_threads sets another number"] if busy else [])
 
@@ -81,12 +81,12 @@ def test_trainings_that_take_turns_are_no_reason_for_fewer_threads(
     eight_cores(8)
     assert not another_takes_turns()
     other = Turns(turns._folder())
-    assert another_takes_turns() and threads_beside_others() == 8
+    assert another_takes_turns() and threads_alongside_others() == 8
     third = Turns(turns._folder())
     other.close()
     assert another_takes_turns()
     third.close()
-    assert not another_takes_turns() and threads_beside_others() == 1
+    assert not another_takes_turns() and threads_alongside_others() == 1
 
 
 @pytest.mark.parametrize("case", ["processes", "gpu"])
@@ -98,7 +98,7 @@ def test_several_processes_and_gpus_do_not_look_at_the_load(
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     else:
         monkeypatch.setattr(machine, "uses_gpu", lambda: True)
-    assert threads_beside_others() == 8
+    assert threads_alongside_others() == 8
 
 
 def test_a_run_continues_with_the_threads_that_it_had(
@@ -112,7 +112,7 @@ def test_a_run_continues_with_the_threads_that_it_had(
     threads: list[int | None] = []
     monkeypatch.setattr(process, "set_threads", threads.append)
     monkeypatch.setattr(process, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(process, "threads_beside_others", lambda: 5)
+    monkeypatch.setattr(process, "threads_alongside_others", lambda: 5)
     automatic = tiny_config("train.num_threads=null").train
     for train, run in ((tiny_config().train, trained_run), (automatic, trained_run), (automatic, tmp_path)):
         process.prepare_process(train, run)
