@@ -58,8 +58,10 @@ def busy_cores() -> int:
     over_a_minute = psutil.getloadavg()[0]
     if round(over_a_minute) < 1:
         return 0
-    percent = [times.user + times.system for times in psutil.cpu_times_percent(LOAD_WINDOW_S, percpu=True)]
-    now = sum(percent[core] for core in CORES if core < len(percent)) / 100
+    # Within less than a second, the percentages of a core do not sum to 100.
+    cores = psutil.cpu_times_percent(LOAD_WINDOW_S, percpu=True)
+    shares = [(times.user + times.system) / max(sum(times), 1e-9) for times in cores]
+    now = sum(shares[core] for core in CORES if core < len(shares))
     return round(min(over_a_minute, now))
 
 

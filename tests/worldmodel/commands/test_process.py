@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,11 +21,23 @@ from worldmodel.training.turns import Turns, another_takes_turns
 NUM_CORES = len(machine.CORES)
 
 
-def cores(*percent: tuple[float, float, float]) -> Callable[..., list[SimpleNamespace]]:
-    """A psutil.cpu_times_percent that sees cores with so much user, system and low-priority time."""
-    return lambda *_, **__: [SimpleNamespace(user=u, system=s, nice=n, idle=100 - u - s - n) for u, s, n in percent]
+class Times(NamedTuple):
+    user: float
+    system: float
+    nice: float
+    idle: float
 
 
+def cores(*percent: tuple[float, float, float], total: float = 100) -> Callable[..., list[Times]]:
+    """A psutil.cpu_times_percent that sees cores with so much user, system and low-priority time.
+
+    total: the sum of the percentages that it reports for a core, below 100 for less than a second.
+    """
+    times = [Times(u, s, n, 100 - u - s - n) for u, s, n in percent]
+    return lambda *_, **__: [Times(*(total / 100 * value for value in each)) for each in times]
+
+
+@pytest.mark.parametrize("total", [100, 50, 10])
 @pytest.mark.parametrize(
     ("load", "percent", "busy"),
     [
@@ -39,11 +51,11 @@ def cores(*percent: tuple[float, float, float]) -> Callable[..., list[SimpleName
     ],
 )
 def test_busy_cores_are_busy_for_a_minute_and_now(
-    load: float, percent: list[tuple[float, float, float]], busy: int, monkeypatch: pytest.MonkeyPatch
+    load: float, percent: list[tuple[float, float, float]], busy: int, total: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "CORES", [0, 1, 2, 3])
     monkeypatch.setattr(machine.psutil, "getloadavg", lambda: (load, 0.0, 0.0))
-    monkeypatch.setattr(machine.psutil, "cpu_times_percent", cores(*percent))
+    monkeypatch.setattr(machine.psutil, "cpu_times_percent", cores(*percent, total=total))
     assert busy_cores() == busy
 
 
