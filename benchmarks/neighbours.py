@@ -90,7 +90,6 @@ def bench(config: Config, rounds: int, steps: int) -> dict[str, Any]:
     times: dict[tuple[Kind, str], list[list[float]]] = {
         (kind, neighbour): [[], []] for kind in KINDS for neighbour in NEIGHBOURS
     }
-    threads: dict[Kind, dict[str, int]] = {}
     with tqdm(total=rounds * len(times), unit="case") as bar:
 
         def keep(kind: Kind, neighbour: str, more: tuple[list[float], list[float]]) -> None:
@@ -100,7 +99,7 @@ def bench(config: Config, rounds: int, steps: int) -> dict[str, Any]:
 
         with ExitStack() as stack:
             trainings = {kind: [stack.enter_context(training(kind, config)) for _ in range(2)] for kind in KINDS}
-            threads |= {kind: dict.fromkeys(NEIGHBOURS, one.num_threads) for kind, (one, _) in trainings.items()}
+            threads = {kind: dict.fromkeys(NEIGHBOURS, one.num_threads) for kind, (one, _) in trainings.items()}
             for kind, neighbour in list(product(KINDS, (ALONE, TRAINING))) * rounds:
                 keep(kind, neighbour, timed(trainings[kind], neighbour, steps))
         for kind in KINDS * rounds:

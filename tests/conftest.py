@@ -57,12 +57,12 @@ TINY = (
 
 
 def pytest_collection() -> None:
-    """Import the tests without a search for garbage, which visits all that they have imported again and again."""
+    """Import the tests without garbage collection, which would visit all that they have imported repeatedly."""
     gc.disable()
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is imported out of each search for garbage while tests run, and search less often."""
+    """Exclude imported objects from garbage collection while tests run, and collect less often."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
@@ -180,7 +180,7 @@ def run_python(
 def run_here(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a script as `run_script` does, but in this process, which has imported torch. Log messages are not captured.
 
-    For tests of what a command prints and writes: a new process imports all our modules again.
+    Use it to test the output and the files of a command: a new process would import all our modules again.
     """
     script = str(REPO / name if "/" in name else REPO / "scripts" / name)
     out, errors, num_threads = io.StringIO(), io.StringIO(), torch.get_num_threads()

@@ -239,7 +239,7 @@ def _main() -> None:
     sys.path[:] = installed
     for name in sys.argv[1:]:
         importlib.import_module(name)
-    gc.freeze()  # children share the memory of what is loaded: collections in them do not touch it
+    gc.freeze()  # children share the memory of loaded packages, and garbage collection does not write to it
     codes: list[int | None] = []
     atexit.register(_end_without_teardown, codes)
     job = _serve()

@@ -72,7 +72,7 @@ def test_an_exception_ends_with_its_traceback(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_ends_a_program_as_it_does_a_fresh_one() -> None:
-    """One that was started in the foreground: what a shell starts in the background ignores interrupts."""
+    """As one started in the foreground: processes that a shell starts in the background ignore interrupts."""
     done = run_python("-c", "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('after')")
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "") and done.stderr.endswith("KeyboardInterrupt\n")
 

@@ -15,8 +15,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -363,15 +363,13 @@ def load_checkpoint(
     folder = RunFolder(run).checkpoints / name
     parts = _WEIGHT_FILES if with_optimizer else ("model", "teacher")
     tensors: dict[str, dict[str, Tensor]] = {"optimizer": {}}
-    try:
+    with _damage_reported(folder):
         state = _read_state(folder)
         if with_optimizer and state.get("exported"):
             raise UserError(f"the run {run} was exported without optimiser state: its training cannot be continued")
         for part in parts:
             check_regular(folder / f"{part}.safetensors")
         tensors |= {part: load_file(folder / f"{part}.safetensors") for part in parts}
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise UserError(f"checkpoint {folder} is damaged: {one_line(error)}") from error
     if bad := not_finite(tensors["model"] | {f"teacher/{key}": value for key, value in tensors["teacher"].items()}):
         raise UserError(f"checkpoint {folder} holds weights that are not finite, first in {bad}: train the run again")
     return Checkpoint(**tensors, state=state)
@@ -387,9 +385,16 @@ def latest_state(run: Path) -> dict[str, Any] | None:
     if name is None:
         return None
     folder = RunFolder(run).checkpoints / name
-    try:
+    with _damage_reported(folder):
         return _read_state(folder)
-    except (OSError, ValueError, RecursionError) as error:
+
+
+@contextmanager
+def _damage_reported(folder: Path) -> Iterator[None]:
+    """Turn the errors of reading a checkpoint into one line. Raises UserError: a file of it is missing or damaged."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"checkpoint {folder} is damaged: {one_line(error)}") from error
 
 

@@ -67,14 +67,13 @@ def busy_cores() -> int:
 
 def machine_description() -> dict[str, Any]:
     """Describe the conditions of a benchmark: processor, cores, threads, load, GPU, versions."""
-    load_1min = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     return {
         "cpu": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_computes_bf16": cpu_computes_bf16(),
         "cores": fair_share_of_cores(),
         "threads": torch.get_num_threads(),
-        "load_1min": load_1min,
+        "load_1min": round(psutil.getloadavg()[0], 2),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "os": platform.platform(),
         "python": platform.python_version(),

@@ -41,21 +41,21 @@ class Turns:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._files: list[int] = []
+        self._files: dict[str, int] = {}
         self._paused_until_s = -math.inf
         with suppress(OSError):
             folder.mkdir(mode=0o700, exist_ok=True)
             if folder.lstat().st_uid != os.getuid():
                 return
             for name in ("next", "now", MEMBERS):
-                self._files.append(os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            fcntl.flock(self._files[-1], fcntl.LOCK_SH | fcntl.LOCK_NB)
+                self._files[name] = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._files[MEMBERS], fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def __enter__(self) -> None:
         started_s = time.monotonic()
-        if len(self._files) < 2 or started_s < self._paused_until_s:
+        if "now" not in self._files or started_s < self._paused_until_s:
             return
-        following, now = self._files[:2]
+        following, now = self._files["next"], self._files["now"]
         deadline_s = started_s + PATIENCE_S
         has_turn = _locked(following, deadline_s) and _locked(now, deadline_s)
         fcntl.flock(following, fcntl.LOCK_UN)
@@ -65,13 +65,13 @@ class Turns:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in self._files[1:2]:
-            fcntl.flock(file, fcntl.LOCK_UN)
+        if "now" in self._files:
+            fcntl.flock(self._files["now"], fcntl.LOCK_UN)
 
     def close(self) -> None:
         """Close the files. Further steps do not wait."""
         while self._files:
-            os.close(self._files.pop())
+            os.close(self._files.popitem()[1])
 
 
 def _locked(file: int, deadline_s: float) -> bool:

@@ -25,8 +25,8 @@ def test_trainings_alternate_and_no_two_compute_at_once(tmp_path: Path) -> None:
     with one:
         thread = threading.Thread(target=second)
         thread.start()
-        while turns._locked(one._files[0], 0.0):  # until the other is the next one
-            turns.fcntl.flock(one._files[0], turns.fcntl.LOCK_UN)
+        while turns._locked(one._files["next"], 0.0):  # until the other is the next one
+            turns.fcntl.flock(one._files["next"], turns.fcntl.LOCK_UN)
         assert not order
         order.append("one")
     with one:
@@ -50,7 +50,7 @@ def test_a_suspended_training_delays_another_once(tmp_path: Path, monkeypatch: p
     suspended.__exit__(None, None, None)
     monkeypatch.setattr(turns.time, "monotonic", lambda: 1e6)  # much later
     with other, pytest.raises(BlockingIOError):
-        turns.fcntl.flock(suspended._files[1], turns.fcntl.LOCK_EX | turns.fcntl.LOCK_NB)
+        turns.fcntl.flock(suspended._files["now"], turns.fcntl.LOCK_EX | turns.fcntl.LOCK_NB)
 
 
 def test_an_error_ends_the_turn(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_an_error_ends_the_turn(tmp_path: Path) -> None:
     with pytest.raises(KeyError), one:
         raise KeyError
     with other:
-        assert not turns._locked(one._files[1], 0.0)
+        assert not turns._locked(one._files["now"], 0.0)
 
 
 def test_without_a_folder_there_are_no_turns(tmp_path: Path) -> None:
