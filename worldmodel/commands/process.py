@@ -50,13 +50,16 @@ def set_threads(num_threads: int | None) -> None:
 
 
 def threads_of_run(run: Path) -> int | None:
-    """Return the threads of the latest checkpoint of a run if it has as many cores here: rounding depends on them."""
+    """Return the threads of the latest checkpoint of a run if this process's share of the cores is as large as then.
+
+    Rounding depends on the number of threads.
+    """
     from worldmodel.runs.checkpoint import latest_state
-    from worldmodel.training.machine import CORES
+    from worldmodel.training.machine import fair_share_of_cores
 
     state = latest_state(run) or {}
     threads = state.get("num_threads")
-    known = isinstance(threads, int) and 1 <= threads <= len(CORES) == state.get("num_cores")
+    known = isinstance(threads, int) and 1 <= threads <= fair_share_of_cores() == state.get("num_cores")
     return threads if known else None
 
 

@@ -32,7 +32,7 @@ from worldmodel.training import full_state
 from worldmodel.training.finite import NotFiniteStep
 from worldmodel.training.launch import ConnectionLostError, backend_message, from_main_process
 from worldmodel.training.losses import TrainingModel
-from worldmodel.training.machine import CORES
+from worldmodel.training.machine import fair_share_of_cores
 from worldmodel.training.refine import embed_refinement_clips, refine, refinement_stream
 from worldmodel.training.trainer import Trainer
 
@@ -198,7 +198,7 @@ class Session:
                 "refined": self.refined,
                 "scaler": scaler.state_dict() if scaler else None,
                 "num_threads": torch.get_num_threads(),
-                "num_cores": len(CORES),
+                "num_cores": fair_share_of_cores(),
             }
             checkpoint = Checkpoint(**tensors, state=state)
             save_checkpoint(self.run, checkpoint, keep=self.config.train.keep_checkpoints, is_best=is_best)

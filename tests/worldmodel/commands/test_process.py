@@ -148,6 +148,17 @@ def test_threads_of_another_machine_are_not_taken_over(
     assert threads_of_run(tmp_path) is None
 
 
+def test_several_processes_do_not_take_over_the_threads_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a share of the cores, which the threads of the one would exceed."""
+    monkeypatch.setattr(machine, "CORES", [0, 1, 2, 3])
+    monkeypatch.setattr("worldmodel.runs.checkpoint.latest_state", lambda _: {"num_threads": 2, "num_cores": 4})
+    assert threads_of_run(tmp_path) == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert threads_of_run(tmp_path) is None
+    monkeypatch.setattr("worldmodel.runs.checkpoint.latest_state", lambda _: {"num_threads": 2, "num_cores": 2})
+    assert threads_of_run(tmp_path) == 2
+
+
 def test_a_damaged_state_is_named(trained_run: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / "step_00000006"
     checkpoint.mkdir(parents=True)
