@@ -8,8 +8,8 @@ process. All loaders deliver shuffled batches of the same clips, uint8 or float 
 is compared with our frames: it must be closer to them than to those one frame earlier or later, and differ by at most
 MAX_DIFFERENCE levels on average, because resizing differs. A loader that fails this is not ranked.
 
-Our stream is timed over a whole epoch with its start, the others for --seconds after each worker has delivered a batch.
-Memory is the peak of the proportional set sizes (Pss) of all processes together, sampled four times per second. The
+Our stream is timed with its start over whole epochs, the others after each worker has delivered a batch, for --seconds.
+Memory is the peak of the proportional set sizes (Pss) of all processes together, sampled once per second. The
 time to the first batch is without imports. The videos are written to --out, and kept for the next run. Linux only.
 """
 
@@ -51,7 +51,7 @@ BATCH_SIZE = 16
 FPS = 25
 DISTINCT_VIDEOS = 3  # of the long ones; the others are links to them
 MAX_DIFFERENCE = 6.0  # of 255
-SAMPLE_S = 0.25
+SAMPLE_S = 1.0
 PATIENCE_S = 180.0
 CAMERA = "video"  # the folder of the files, and the name of the camera in LeRobot's tables
 AV1 = {"crf": "30", "preset": "12"}  # as LeRobot writes it, with keyint=2
@@ -128,7 +128,7 @@ def main() -> int:
     parser.add_argument("--loaders", nargs="+", choices=list(LOADERS), default=list(LOADERS))
     parser.add_argument("--workers", type=int, default=2, help="processes, or threads of SPDL (default: 2)")
     parser.add_argument("--repeats", type=int, default=1, help="of which the median is reported (default: 1)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="to time each of the other loaders (default: 4)")
+    parser.add_argument("--seconds", type=float, default=8.0, help="to time each loader (default: 8)")
     parser.add_argument("--fraction", type=float, default=1.0, help="fraction of the videos to use (default: 1)")
     args = parser.parse_args()
     with report_errors():

@@ -3,8 +3,8 @@
 python benchmarks/peer_loaders.py JOB.json
 
 This file runs in any environment that has torch: a library is imported only by its own loader. A loader is one function
-of a Job that returns a fresh iterable. One pass over it yields every clip once, shuffled, in batches of clip numbers
-[B] and frames [B, T, 3, H, W]. To add a loader, write such a function and enter it in LOADERS.
+of a Job that returns a fresh iterable. It yields every clip once, shuffled, in batches of clip numbers [B] and frames
+[B, T, 3, H, W]; ours continues with further epochs. To add a loader, write such a function and enter it in LOADERS.
 """
 
 import importlib
@@ -109,7 +109,7 @@ def cropped(job: Job, frames: Tensor) -> Tensor:
 
 
 class OurStream:
-    """One epoch of our stream, with its state_dict."""
+    """Our stream, epoch after epoch, with its state_dict."""
 
     def __init__(self, job: Job) -> None:
         from data_pipelines.clips import ClipSpec
@@ -128,7 +128,7 @@ class OurStream:
         self.state_dict, self.load_state_dict = self._stream.state_dict, self._stream.load_state_dict
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in islice(self._stream, self._stream.batches_per_epoch):
+        for batch in self._stream:
             yield batch["clip_id"], batch["video"]
 
 
@@ -331,11 +331,12 @@ def version_of(loader: Loader) -> str:
 def timed(loader: Loader, job: Job) -> dict[str, float]:
     """Return clips per second and the time to the first batch, in seconds from opening.
 
-    Our stream is timed from its opening to the end of an epoch, because it decodes ahead. The others are timed for
-    job.seconds, from when each worker has delivered a batch until all have delivered equally many, so their start does
-    not count.
+    Our stream decodes ahead, so it is timed from its opening to the end of an epoch, the first one after job.seconds.
+    The others are timed for job.seconds, from when each worker has delivered a batch until all have delivered equally
+    many, so their start does not count.
     """
     is_ours = job.loader == "worldmodel"
+    batches_per_epoch = len(job.rows) // job.batch_size
     num_clips = counted = 0
     started_s = marked_s = ended_s = time.perf_counter()
     first_batch_s = None
@@ -350,6 +351,8 @@ def timed(loader: Loader, job: Job) -> dict[str, float]:
             num_clips += len(numbers)
         if is_ours:
             ended_s = now_s
+            if num_batches % batches_per_epoch == 0 and now_s - started_s >= job.seconds:
+                break
         elif num_batches % job.workers == 0:
             if num_batches == job.workers:
                 marked_s = now_s

@@ -28,7 +28,7 @@ Place = tuple[int, int]  # a video's number in the index (VideoIndex.all_videos)
 
 OPENING = -1  # instead of a frame
 NO_VIDEO = -1
-PARTS_AHEAD = 2  # that a worker makes before they are requested
+PARTS_AHEAD = 4  # that a worker makes before they are requested; with 2, workers often wait for each other
 MAX_DEATHS = 3  # of consecutive workers that deliver nothing
 MAY_SEND = b"+"  # message to a worker: it may send one more part
 OTHER_WORK_S = 30.0  # additional time for work other than decoding, such as starting
