@@ -1,6 +1,6 @@
 """Scores of frozen embeddings for the factors of a causal world, in and out of the distribution of training.
 
-Legend: N observations, D embedding dimensions, V factors.
+Legend: N observations, D embedding dimensions, V factors, R latent dimensions.
 """
 
 from functools import partial
@@ -25,7 +25,7 @@ def evaluate_factors(networks: Networks, config: EvaluationConfig) -> Metrics:
 
     A ridge readout is fitted on `evaluation.fit_clips` fresh observations, and its strength is chosen on
     `selection_clips` others. It is scored on `queries` further observations from the distribution of training, and on
-    as many from a box WIDER times as wide.
+    as many from a box WIDER times as wide. DCI of r: the importance of its dimensions for the change of each factor.
     """
     with frozen(networks.model):
         embed = partial(_embed, networks, seed=config.seed, generator=torch.Generator().manual_seed(config.seed))
@@ -34,15 +34,16 @@ def evaluate_factors(networks: Networks, config: EvaluationConfig) -> Metrics:
         inside = embed(config.queries)
         outside = embed(config.queries, width=WIDER)
     readout = choose_readout(fit.embedding, fit.factors, selection.embedding, selection.factors)
-    disentanglement, completeness = dci(tree_importance(fit.embedding, fit.factors))
     metrics = Metrics(
         queries=config.queries,
         space="factors",
         factors=FactorScores(
             in_distribution_r2=_score(readout, inside), out_of_distribution_r2=_score(readout, outside)
         ),
-        dci=Dci(disentanglement=disentanglement, completeness=completeness),
+        dci=_dci(fit.embedding, fit.factors),
     )
+    if fit.r.shape[1] > 1:
+        metrics["dci_of_r"] = _dci(fit.r, fit.change)
     metrics.update(mean_penalty(networks.model, inside.penalty))
     return metrics
 
@@ -57,10 +58,12 @@ def development_scores(networks: Networks, seed: int) -> dict[str, float]:
 
 
 class _Observations(NamedTuple):
-    """Embeddings of x [N, D], factors [N, V], and the latent's penalty [N], None if it has none."""
+    """Embeddings of x [N, D], factors and their change [N, V], r [N, R] as inferred, and its penalty [N], if any."""
 
     embedding: Tensor
     factors: Tensor
+    change: Tensor
+    r: Tensor
     penalty: Tensor | None
 
 
@@ -75,12 +78,20 @@ def _embed(
     (embedded,) = embed_batches(networks, [batch], steps=1)
     on_device = torch.Generator(device).manual_seed(seed)
     known_r = oracle_r(batch, layout, device)
-    penalty = model.infer(embedded.state, embedded.segments, known_r, on_device).penalty
+    inferred = model.infer(embedded.state, embedded.segments, known_r, on_device)
     return _Observations(
         model.embedding_of(embedded.state).cpu(),
         batch["labels"]["factors"],
-        None if penalty is None else penalty.cpu(),
+        batch["labels"]["change"],
+        inferred.r.float().cpu(),
+        None if inferred.penalty is None else inferred.penalty.cpu(),
     )
+
+
+def _dci(codes: Tensor, values: Tensor) -> Dci:
+    """Score codes [N, D] for values [N, V]."""
+    disentanglement, completeness = dci(tree_importance(codes, values))
+    return Dci(disentanglement=disentanglement, completeness=completeness)
 
 
 def _score(readout: Readout, observations: _Observations) -> float:
@@ -107,4 +118,7 @@ def factors_table(metrics: Metrics) -> str:
         "DCI disentanglement": value_at(metrics, "dci.disentanglement"),
         "DCI completeness": value_at(metrics, "dci.completeness"),
     }
+    if "dci_of_r" in metrics:
+        rows["DCI disentanglement of r, for the changes"] = value_at(metrics, "dci_of_r.disentanglement")
+        rows["DCI completeness of r"] = value_at(metrics, "dci_of_r.completeness")
     return "\n".join(["| score | |", "|---|---:|", *(f"| {name} | {value:.3f} |" for name, value in rows.items())])

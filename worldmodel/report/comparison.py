@@ -62,6 +62,7 @@ COLUMNS = (
     Column("factors R², out of distribution", "factors.out_of_distribution_r2", ".3f"),
     Column("disentanglement", "dci.disentanglement", ".3f"),
     Column("completeness", "dci.completeness", ".3f"),
+    Column("disentanglement of r", "dci_of_r.disentanglement", ".3f"),
     Column("training, s", "train.seconds", ".0f"),
 )
 

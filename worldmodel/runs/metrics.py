@@ -180,8 +180,8 @@ Targets = Annotated[dict[str, ProbeScores], Field(max_length=MAX_NAMES)]
 class Metrics(Part, total=False):
     """The content of metrics.json.
 
-    A run on videos has forecasts, a run on a causal world has factors and dci. kl_nats or expected_l0 is the mean
-    penalty of the latent.
+    A run on videos has forecasts, a run on a causal world has factors, dci, and dci_of_r if there is a latent.
+    kl_nats or expected_l0 is the mean penalty of the latent.
     """
 
     run: Short | None
@@ -205,6 +205,7 @@ class Metrics(Part, total=False):
     probes: Annotated[dict[str, Targets], Field(max_length=MAX_NAMES)]
     factors: FactorScores
     dci: Dci
+    dci_of_r: Dci
 
 
 # ------------------------------------------------------------------------------------------------------ decoder.json

@@ -13,7 +13,7 @@ from tests.worldmodel.report.samples import undeclared
 from worldmodel.build import clip_layout
 from worldmodel.config import Config, load_config
 from worldmodel.evaluation.embed import Networks
-from worldmodel.evaluation.factors import development_scores, evaluate_factors, tree_importance
+from worldmodel.evaluation.factors import development_scores, evaluate_factors, factors_table, tree_importance
 from worldmodel.nets.history import NoHistory
 from worldmodel.nets.latents import Inference, NoLatent
 from worldmodel.nets.scene import NoScene
@@ -75,7 +75,25 @@ def test_the_factors_themselves_score_one() -> None:
     assert metrics["factors"]["out_of_distribution_r2"] == pytest.approx(1, abs=1e-4)
     assert undeclared(metrics) == []
     assert metrics["dci"]["disentanglement"] > 0.95 and metrics["dci"]["completeness"] > 0.95
+    assert "dci_of_r" not in metrics
     assert development_scores(networks(config, 0), config.evaluation.seed)["factors_r2"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(("mixing", "low", "high"), [("none", 0.95, 1.0), ("all", 0.0, 0.6)])
+def test_a_latent_is_scored_by_the_changes_that_its_coordinates_hold(mixing: str, low: float, high: float) -> None:
+    config = load_config(REPO / "configs" / "causal" / "multimodal.yaml", SIZES)
+    trained = networks(config, 0)
+    rotation = torch.linalg.qr(torch.randn(NUM_FACTORS, NUM_FACTORS, generator=torch.Generator().manual_seed(0)))[0]
+
+    def infer(state: Tensor, segments: Tensor, *_: Any, **__: Any) -> Inference:
+        embedder: Any = trained.model.embedder
+        r = embedder.features(segments[:, 2]) - state
+        return Inference(r @ rotation if mixing == "all" else r)
+
+    trained.model.infer = infer  # type: ignore[method-assign]
+    metrics: Any = evaluate_factors(trained, config.evaluation)
+    assert low <= metrics["dci_of_r"]["disentanglement"] <= high and undeclared(metrics) == []
+    assert "DCI disentanglement of r" in factors_table(metrics)
 
 
 def test_a_warped_copy_fails_out_of_distribution_first() -> None:
