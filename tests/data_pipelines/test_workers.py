@@ -279,21 +279,26 @@ def test_a_small_dev_shm_is_enough(index: VideoIndex, options: str) -> None:
 
 
 def test_memory_that_cannot_be_had_is_one_line(index: VideoIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    file_of = messages._file_of
+    pwrite = os.pwrite
 
-    def no_large_file(size_bytes: int) -> int:
-        if size_bytes > 100_000:
+    def into_a_full_memory(file: int, part: memoryview, start: int) -> int:
+        if start + part.nbytes > 100_000:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return file_of(size_bytes)
+        return pwrite(file, part, start)
 
-    monkeypatch.setattr(messages, "_file_of", no_large_file)
+    monkeypatch.setattr(messages.os, "pwrite", into_a_full_memory)
     with pytest.raises(UserError, match=r"gets no memory for its part of a batch \(No space left on device\): lower"):
         _hashes(make_stream(index, SPEC, **SETTINGS, num_workers=1), 1)
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("has_memfd", [True, False])
-def test_messages_arrive_as_they_were_sent(monkeypatch: pytest.MonkeyPatch, has_memfd: bool) -> None:
+@pytest.mark.parametrize(("has_memfd", "bytes_at_once"), [(True, 2**31), (True, 50), (False, 2**31)])
+def test_messages_arrive_as_they_were_sent(
+    monkeypatch: pytest.MonkeyPatch, has_memfd: bool, bytes_at_once: int
+) -> None:
+    """Also where the system writes less at once than it is asked to."""
+    pwrite = os.pwrite
+    monkeypatch.setattr(messages.os, "pwrite", lambda file, part, start: pwrite(file, part[:bytes_at_once], start))
     if not has_memfd:
         monkeypatch.delattr(messages.os, "memfd_create", raising=False)
     message: dict[str, Any] = {
