@@ -1,5 +1,6 @@
 """Real, small videos with the numbers of the video and of the frame painted into the pixels."""
 
+import gc
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +19,12 @@ NUM_BITS = 12
 
 WriteVideo = Callable[..., Path]
 ReadNumbers = Callable[[Any], tuple[int, int]]
+
+
+@pytest.fixture(scope="module")
+def no_other_workers() -> None:
+    """End the workers of streams that tests of other files left in reference cycles: a file counts its own."""
+    gc.collect()
 
 
 def _is_usable(decoder: str) -> bool:

@@ -42,6 +42,7 @@ SETTINGS: dict[str, Any] = {
     "pool_clips": 64,
     "seed": 3,
 }
+pytestmark = pytest.mark.usefixtures("no_other_workers")
 SPEC = ClipSpec()
 
 

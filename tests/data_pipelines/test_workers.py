@@ -32,6 +32,7 @@ from data_pipelines.stream import VideoStream
 from tests.data_pipelines.streams import make_stream
 
 REPO = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("no_other_workers")
 SPEC = ClipSpec()
 SETTINGS: dict[str, Any] = {
     "size_px": None,
