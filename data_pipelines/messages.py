@@ -98,7 +98,7 @@ def _new_file() -> int:
 
 
 def _write(file: int, part: memoryview, start: int) -> None:
-    """Write all bytes from `start` on. Raises OSError: there is no memory."""
+    """Write the whole part at byte `start` of the file. Raises OSError: there is no memory for it."""
     while part.nbytes:
         num_bytes = os.pwrite(file, part, start)
         part, start = part[num_bytes:], start + num_bytes

@@ -23,7 +23,7 @@ ReadNumbers = Callable[[Any], tuple[int, int]]
 
 @pytest.fixture(scope="module")
 def no_other_workers() -> None:
-    """End the workers of streams that tests of other files left in reference cycles: a file counts its own."""
+    """End the workers of streams that tests of other files may have left in reference cycles: a file counts its own."""
     gc.collect()
 
 

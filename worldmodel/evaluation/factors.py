@@ -40,10 +40,10 @@ def evaluate_factors(networks: Networks, config: EvaluationConfig) -> Metrics:
         factors=FactorScores(
             in_distribution_r2=_score(readout, inside), out_of_distribution_r2=_score(readout, outside)
         ),
-        dci=_dci(fit.embedding, fit.factors),
+        dci=dci_by_forests(fit.embedding, fit.factors),
     )
     if fit.r.shape[1] > 1:
-        metrics["dci_of_r"] = _dci(fit.r, fit.change)
+        metrics["dci_of_r"] = dci_by_forests(fit.r, fit.change)
     metrics.update(mean_penalty(networks.model, inside.penalty))
     return metrics
 
@@ -88,8 +88,8 @@ def _embed(
     )
 
 
-def _dci(codes: Tensor, values: Tensor) -> Dci:
-    """Score codes [N, D] for values [N, V]."""
+def dci_by_forests(codes: Tensor, values: Tensor) -> Dci:
+    """Score codes [N, D] for values [N, V], with the importance that random forests find. D and V are at least 2."""
     disentanglement, completeness = dci(tree_importance(codes, values))
     return Dci(disentanglement=disentanglement, completeness=completeness)
 

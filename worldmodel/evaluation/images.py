@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from worldmodel.evaluation.embed import EmbeddedSplit
-from worldmodel.evaluation.factors import tree_importance
+from worldmodel.evaluation.factors import dci_by_forests
 from worldmodel.evaluation.probes import probe_clips
-from worldmodel.evaluation.scores import dci
-from worldmodel.runs.metrics import Dci, Metrics
+from worldmodel.runs.metrics import Metrics
 
 
 def score_images(fit: EmbeddedSplit, selection: EmbeddedSplit, queries: EmbeddedSplit) -> Metrics:
@@ -23,8 +22,7 @@ def score_images(fit: EmbeddedSplit, selection: EmbeddedSplit, queries: Embedded
     fit, selection, queries = (replace(part, labels=context_labels(part.labels)) for part in (fit, selection, queries))
     scores = Metrics(probes=probe_clips(None, fit, selection, queries))
     if (attributes := attributes_of(fit.labels)).shape[1] > 1:
-        disentanglement, completeness = dci(tree_importance(fit.embedding, attributes))
-        scores["dci"] = Dci(disentanglement=disentanglement, completeness=completeness)
+        scores["dci"] = dci_by_forests(fit.embedding, attributes)
     return scores
 
 
