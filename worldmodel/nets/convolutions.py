@@ -30,7 +30,8 @@ CACHE_BYTES = 0.8 * 0.75 * 2**20
 class Conv3d(nn.Conv3d):
     """nn.Conv3d whose kernel extends over space, (1, k, k), or over time, (k, 1, 1), padded by k // 2, without bias.
 
-    Shapes with a faulty oneDNN gradient are computed as a convolution of images, with the same products.
+    Shapes with a faulty oneDNN gradient are computed as a convolution of images, with the same products. So is a kernel
+    over time in 16 bits without AMX, because oneDNN takes two thirds of the time for it there (docs/experiments.md).
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: tuple[int, int, int], stride_px: int) -> None:
@@ -43,8 +44,11 @@ class Conv3d(nn.Conv3d):
     def forward(self, volume: Tensor) -> Tensor:
         """volume [B, C, T, H, W] -> [B, C', T, H', W']."""
         num_frames, height_px, width_px = volume.shape[2:]
-        is_faulty = skips_a_frame(self, num_frames) or (self.has_amx and splits_rows(self, height_px, width_px))
-        return conv3d_by_conv2d(self, volume) if is_faulty and bits_on_cpu(volume) == 16 else super().forward(volume)
+        if self.has_amx:
+            by_images = skips_a_frame(self, num_frames) or splits_rows(self, height_px, width_px)
+        else:
+            by_images = self.kernel_size[0] > 1
+        return conv3d_by_conv2d(self, volume) if by_images and bits_on_cpu(volume) == 16 else super().forward(volume)
 
 
 class Conv2d(nn.Conv2d):

@@ -4,7 +4,7 @@ Inside the context `global_batch`, networks behave as if one process had the who
 
 - `all_gather` collects the clips of all processes,
 - `randn_rows`, `rand_rows` and `multinomial_rows` draw the numbers that belong to a clip's place in the global batch,
-- batch statistics are those of all clips (`Whitening`, worldmodel/training/distributed.py).
+- batch statistics are those of all clips (`Whitening`, worldmodel/training/batch_norm.py).
 
 Outside the context, and with one process, each function sees the values that it is given. The context is ambient,
 because layers deep inside a network depend on it; each function that does says so.

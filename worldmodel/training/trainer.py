@@ -19,7 +19,7 @@ from worldmodel.nets.teacher import Teacher
 from worldmodel.runs.checkpoint import check_finite
 from worldmodel.training import full_state, sharding
 from worldmodel.training.augment import augmented
-from worldmodel.training.distributed import globalise_batch_norm
+from worldmodel.training.batch_norm import replace_batch_norm
 from worldmodel.training.finite import Guard, NotFiniteStep, first_overflow, overflowed_gradients
 from worldmodel.training.gradients import Losses, MicroBatch, compute_gradients, micro_batches, snapshot_buffers
 from worldmodel.training.launch import compile_mode, is_lost_connection, raised_together
@@ -61,12 +61,12 @@ class Trainer:
                 f"train.grad_accumulation={config.train.grad_accumulation}: a loss that compares clips cannot be "
                 "accumulated with sharded weights: set train.grad_accumulation=1"
             )
-        if accelerator.num_processes > 1:
-            # The objective sees clips of all processes already.
+        if accelerator.num_processes > 1 or accelerator.device.type == "cpu":
+            # Not in the objective, which sees clips of all processes already.
             student = self.student
             for network in (self.teacher, student.embedder, student.editor, student.latent, student.scene):
                 if isinstance(network, nn.Module):
-                    globalise_batch_norm(network, accelerator.device)
+                    replace_batch_norm(network, accelerator.device)
         self._blank_student = sharding.meta_copy(self.student) if self.sharded else None
         self._blank_teacher = sharding.meta_copy(self.teacher) if self.sharded and self.teacher else None
         if mode := compile_mode(config.train.compile, accelerator):

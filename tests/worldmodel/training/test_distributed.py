@@ -15,8 +15,7 @@ from tests.worldmodel.training.test_loop import AUGMENTED, rows
 from worldmodel.config import TeacherObjective, choices, load_config
 from worldmodel.nets.parallel import all_gather, global_batch, multinomial_rows, num_clips, randn_rows
 from worldmodel.runs.checkpoint import load_checkpoint
-from worldmodel.training import distributed
-from worldmodel.training.distributed import GlobalBatchNorm, SharedBatchNorm, globalise_batch_norm
+from worldmodel.training.batch_norm import BatchNorm, replace_batch_norm
 from worldmodel.training.launch import check_launch_environment
 from worldmodel.training.loop import train
 
@@ -232,42 +231,10 @@ def test_by_one_process_a_batch_is_its_own() -> None:
     with global_batch(torch.arange(4), 4):
         assert num_clips(4) == 4 and all_gather(values) is values
         plain, ours = nn.Sequential(nn.BatchNorm1d(3)), nn.Sequential(nn.BatchNorm1d(3))
-        globalise_batch_norm(ours, CPU)
-        assert isinstance(ours[0], GlobalBatchNorm)
+        replace_batch_norm(ours, CPU)
+        assert isinstance(ours[0], BatchNorm)
         assert torch.equal(ours(values), plain(values))
         assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), plain.buffers(), strict=True))
-
-
-@pytest.mark.parametrize(
-    ("device", "kind"), [("cuda", SharedBatchNorm), ("cpu", GlobalBatchNorm), ("xpu", GlobalBatchNorm)]
-)
-def test_the_device_selects_the_batch_norm(device: str, kind: type[nn.Module]) -> None:
-    """A device that exists is not needed: its type alone counts."""
-    plain = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Sequential(nn.BatchNorm2d(2, eps=1e-3, momentum=0.2))).eval()
-    before = plain.state_dict(keep_vars=True)
-    globalise_batch_norm(plain, torch.device(device))
-    [norm] = plain.get_submodule("1").children()
-    assert type(norm) is kind and (norm.eps, norm.momentum, norm.training) == (1e-3, 0.2, False)
-    after = plain.state_dict(keep_vars=True)
-    assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
-
-
-def test_a_shared_batch_norm_waits_for_nobody_outside_of_a_shared_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inside of one, torch's SyncBatchNorm computes it."""
-    values = normal(0, 4, 3)
-    calls: list[torch.Tensor] = []
-    plain, ours = nn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm1d(3))
-    globalise_batch_norm(ours, torch.device("cuda"))
-
-    def spy(_self: nn.Module, input: torch.Tensor) -> torch.Tensor:
-        calls.append(input)
-        return input
-
-    monkeypatch.setattr(nn.SyncBatchNorm, "forward", spy)
-    assert torch.equal(ours(values), plain(values)) and not calls
-    monkeypatch.setattr(distributed, "is_shared", lambda: True)
-    assert ours(values) is values and len(calls) == 1
-    assert torch.equal(ours.eval()(values), plain.eval()(values)) and len(calls) == 1
 
 
 def test_random_numbers_go_with_the_place_in_the_global_batch() -> None:
