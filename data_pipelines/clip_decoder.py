@@ -280,7 +280,7 @@ def stack_clips(clip_set: ClipSet, clips: Sequence[Clip]) -> tuple[Frame, Ints]:
     good = [(clip_id, frames) for clip_id, frames in clips if frames is not None]
     video = np.empty((len(good), *clip_set.clip_shape), dtype=np.uint8)
     for row, (_, frames) in enumerate(good):
-        np.stack(frames, out=video[row])
+        np.concatenate(frames, out=video[row].reshape(-1, *video.shape[3:]))  # np.stack makes a view of each frame
     return video, np.array([clip_id for clip_id, _ in good], dtype=np.int64)
 
 

@@ -11,6 +11,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from itertools import groupby, repeat
 from pathlib import Path
@@ -103,6 +104,7 @@ def open_video(path: str | Path, video: Video, *, channels: int, size_px: int | 
     return _reader_class(decoder)(path, video, channels=channels, size_px=size_px)
 
 
+@lru_cache
 def _reader_class(decoder: str) -> type[VideoReader]:
     module, _, name = BACKENDS[decoder].reader.partition(":")
     return getattr(import_module(module), name)

@@ -9,7 +9,6 @@ import signal
 import socket
 import traceback
 from collections.abc import Collection, Generator, Iterator, Mapping
-from contextlib import suppress
 from itertools import cycle
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.index import VideoIndex
-from data_pipelines.messages import Numbers, is_waiting, receive_message, receive_numbers, send_message, share_numbers
+from data_pipelines.messages import Inbox, Numbers, Outbox, is_waiting, receive_numbers, share_numbers
 from data_pipelines.processes import POLL_S, Parent, Patience, is_stopped, worker_context
 
 log = one_line_logger(__name__)
@@ -30,7 +29,6 @@ OPENING = -1  # instead of a frame
 NO_VIDEO = -1
 PARTS_AHEAD = 4  # that a worker makes before they are requested; with 2, workers often wait for each other
 MAX_DEATHS = 3  # of consecutive workers that deliver nothing
-MAY_SEND = b"+"  # message to a worker: it may send one more part
 OTHER_WORK_S = 30.0  # additional time for work other than decoding, such as starting
 DECODE_TIMEOUT_S = 60.0
 
@@ -201,6 +199,7 @@ class _Worker:
     def _start(self) -> None:
         context = worker_context()
         self._socket, theirs = socket.socketpair()
+        self._inbox = Inbox(self._socket)
         self._progress = Progress(share_numbers(self._socket, Progress.BLANK))
         what = (self._make_parts, self._worker, self._num_workers, self._num_received, frozenset(self._fatal))
         self._process = context.Process(target=_work, args=(*what, theirs, Parent.here()), daemon=True)
@@ -219,12 +218,10 @@ class _Worker:
             try:
                 while not is_waiting(self._socket, POLL_S):
                     self._replace_if_stuck()
-                message = receive_message(self._socket)
+                message = self._inbox.receive()
             except (EOFError, OSError):
                 self._replace_dead()
                 continue
-            with suppress(OSError):  # it died: no part is lost, and the next call detects it
-                self._socket.send(MAY_SEND)
             if isinstance(message, Exception):
                 raise message
             self._num_received += 1
@@ -292,18 +289,14 @@ def _work(
     torch.set_num_threads(1)
     gc.freeze()  # collections then skip objects from before the fork, and do not copy their pages
     progress = Progress(receive_numbers(connection))
-    num_allowed = PARTS_AHEAD
+    outbox = Outbox(connection, PARTS_AHEAD)
 
     def send(message: Any) -> None:
-        nonlocal num_allowed
-        while num_allowed == 0:
-            if is_waiting(connection, POLL_S):
-                num_allowed = len(connection.recv(PARTS_AHEAD))
-            if num_allowed == 0 and parent.is_gone():
+        while not outbox.has_room(POLL_S):
+            if parent.is_gone():
                 os._exit(1)  # no process is left to receive
-        num_allowed -= 1
         try:
-            send_message(connection, message)
+            outbox.send(message)
         except BrokenPipeError:
             os._exit(1)
         except OSError as error:

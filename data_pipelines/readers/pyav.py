@@ -4,7 +4,8 @@ import contextlib
 import threading
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from data_pipelines.facts import MAX_FRAME_PX, Video
 
 if TYPE_CHECKING:
     from av import VideoFrame
-    from av.video.reformatter import VideoReformatter
+    from av.video.format import VideoFormat
 
 # "TV" luma keeps 16..235 for black..white; bytes.translate applies such a table faster than NumPy does.
 _TV_TO_FULL = np.clip(np.round((np.arange(256) - 16) * 255 / 219), 0, 255).astype(np.uint8).tobytes()
@@ -165,27 +166,33 @@ def _luma(decoded: "VideoFrame") -> Frame | None:
 _thread = threading.local()
 
 
-def _reformatter() -> "tuple[VideoReformatter, dict[str, Any]]":
-    """Return this thread's converter and the arguments that keep it on one thread. Creating one is expensive."""
-    if not hasattr(_thread, "reformatter"):
-        from av.video.reformatter import VideoReformatter
+def _reformatter() -> "Callable[..., VideoFrame]":
+    """Return this thread's function that converts frames on one thread. Creating it is expensive."""
+    if not hasattr(_thread, "reformat"):
+        from av.video.reformatter import Interpolation, VideoReformatter
 
         # Recent PyAV scales on all cores by default; older versions lack the argument.
         has_threads = "threads" in (VideoReformatter.reformat.__doc__ or "")
-        _thread.reformatter = VideoReformatter(), ({"threads": 1} if has_threads else {})
-    return _thread.reformatter
+        settings: dict[str, Any] = {"interpolation": Interpolation.AREA} | ({"threads": 1} if has_threads else {})
+        _thread.reformat = partial(VideoReformatter().reformat, **settings)
+    return _thread.reformat
+
+
+@lru_cache
+def _pixel_format(name: str) -> "VideoFormat":
+    """Return FFmpeg's format with a name, which PyAV would look up for each frame."""
+    from av.video.format import VideoFormat
+
+    return VideoFormat(name)
 
 
 def _reformat(decoded: "VideoFrame", format_name: str, size: tuple[int, int]) -> Frame:
     """Convert and resize a frame in one step: [C, *size]."""
     height, width = size
-    reformatter, one_thread = _reformatter()
-    frame = reformatter.reformat(
-        decoded, format=format_name, width=width, height=height, interpolation="AREA", **one_thread
-    )
-    planes = frame.planes
+    frame = _reformatter()(decoded, format=_pixel_format(format_name), width=width, height=height)
     if format_name == "gray":
         return _plane(frame, 0)[None].copy()
+    planes = frame.planes
     # One copy of all planes. np.stack of views takes three times as long for small frames.
     joined = np.frombuffer(b"".join([planes[2], planes[0], planes[1]]), np.uint8)
     return joined.reshape(len(planes), -1, planes[0].line_size)[:, :height, :width]

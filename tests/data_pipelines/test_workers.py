@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from data_pipelines.clips import ClipSpec
 from data_pipelines.errors import UserError
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
+from data_pipelines.messages import Inbox, Outbox
 from data_pipelines.processes import Parent, Patience, environment_int
 from data_pipelines.stream import VideoStream
 from tests.data_pipelines.streams import make_stream
@@ -180,6 +182,7 @@ def test_time_in_which_the_main_process_was_stopped_does_not_count(monkeypatch: 
 
 STREAM = """
 import hashlib, json, multiprocessing, sys, time
+from collections.abc import Iterator
 from itertools import islice
 from data_pipelines import workers
 from data_pipelines.clips import ClipSpec
@@ -293,35 +296,76 @@ def test_memory_that_cannot_be_had_is_one_line(index: VideoIndex, monkeypatch: p
     assert not multiprocessing.active_children()
 
 
+MESSAGE: dict[str, Any] = {
+    "video": np.arange(3 * 5 * 7, dtype=np.uint8).reshape(3, 5, 7),
+    "empty": np.empty((0, 4), dtype=np.int64),
+    "odd": np.arange(7, dtype=np.float32),
+    "text": {3: "has changed"},
+}
+
+
+def assert_is_message(received: dict[str, Any]) -> None:
+    assert received.keys() == MESSAGE.keys() and received["text"] == MESSAGE["text"]
+    for name in ("video", "empty", "odd"):
+        np.testing.assert_array_equal(received[name], MESSAGE[name])
+        assert received[name].dtype == MESSAGE[name].dtype and received[name].flags.writeable
+        assert received[name].ctypes.data % messages.ALIGNMENT == 0
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Outbox, Inbox, socket.socket]]:
+    """Two slots, and the sender's end."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield Outbox(ours, 2), Inbox(theirs), ours
+
+
 @pytest.mark.parametrize(("has_memfd", "bytes_at_once"), [(True, 2**31), (True, 50), (False, 2**31)])
 def test_messages_arrive_as_they_were_sent(
-    monkeypatch: pytest.MonkeyPatch, has_memfd: bool, bytes_at_once: int
+    monkeypatch: pytest.MonkeyPatch, ends: tuple[Outbox, Inbox, socket.socket], has_memfd: bool, bytes_at_once: int
 ) -> None:
     """Also where the system writes less at once than it is asked to."""
+    outbox, inbox, ours = ends
     pwrite = os.pwrite
     monkeypatch.setattr(messages.os, "pwrite", lambda file, part, start: pwrite(file, part[:bytes_at_once], start))
     if not has_memfd:
         monkeypatch.delattr(messages.os, "memfd_create", raising=False)
-    message: dict[str, Any] = {
-        "video": np.arange(3 * 5 * 7, dtype=np.uint8).reshape(3, 5, 7),
-        "empty": np.empty((0, 4), dtype=np.int64),
-        "odd": np.arange(7, dtype=np.float32),
-        "text": {3: "has changed"},
-    }
-    ours, theirs = socket.socketpair()
-    messages.send_message(ours, message)
-    messages.send_message(ours, None)
+    outbox.send(MESSAGE)
+    outbox.send(None)
     ours.close()  # what was sent outlives the sender
-    received = messages.receive_message(theirs)
-    assert received.keys() == message.keys() and received["text"] == message["text"]
-    for name in ("video", "empty", "odd"):
-        np.testing.assert_array_equal(received[name], message[name])
-        assert received[name].dtype == message[name].dtype and received[name].flags.writeable
-        assert received[name].ctypes.data % messages.ALIGNMENT == 0
-    assert messages.receive_message(theirs) is None
+    assert_is_message(inbox.receive())
+    assert inbox.receive() is None
     with pytest.raises(EOFError):
-        messages.receive_message(theirs)
-    theirs.close()
+        inbox.receive()
+
+
+def test_slots_are_used_again_and_grow(ends: tuple[Outbox, Inbox, socket.socket]) -> None:
+    """What was received stays as it was, whatever comes later."""
+    outbox, inbox, _ = ends
+    received = []
+    for number in range(12):
+        size = 1000 * 3**number if number < 6 else 10
+        outbox.send(np.full(size, number))
+        received.append(inbox.receive())
+        assert outbox.has_room(0)
+    assert [(len(values), set(values.tolist())) for values in received] == [
+        (1000 * 3**number if number < 6 else 10, {number}) for number in range(12)
+    ]
+    outbox.send(MESSAGE)
+    assert_is_message(inbox.receive())
+
+
+def test_there_is_room_for_as_many_messages_as_slots(ends: tuple[Outbox, Inbox, socket.socket]) -> None:
+    outbox, inbox, _ = ends
+    for number in range(2):
+        assert outbox.has_room(0)
+        outbox.send(number)
+    assert not outbox.has_room(0) and not outbox.has_room(0.01)
+    assert inbox.receive() == 0
+    assert outbox.has_room(10)
+    outbox.send(2)
+    assert not outbox.has_room(0)
+    assert [inbox.receive(), inbox.receive()] == [1, 2]
 
 
 # ------------------------------------------------------------------------------------------------------ environment
