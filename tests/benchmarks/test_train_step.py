@@ -12,6 +12,7 @@ from benchmarks.train_step import DEFAULTS, make_plain, make_trainer, our_losses
 from tests.conftest import REPO, run_script
 from tests.worldmodel.commands.test_scripts import assert_one_line
 from worldmodel.config import load_config
+from worldmodel.training.batch_norm import BatchNorm
 
 PAPER = str(REPO / "configs" / "paper.yaml")
 REDUCED = [
@@ -27,13 +28,19 @@ def test_our_step_in_fp32_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> N
 
     # In the channels-last layout PyTorch adds up the statistics of a batch norm in float32, one value after the other:
     # a thousandth is lost, which ten updates make much of. That is no difference of the steps.
-    def in_double(norm: nn.BatchNorm3d, values: Tensor) -> Tensor:
+    def in_double(norm: nn.BatchNorm1d | nn.BatchNorm3d, values: Tensor) -> Tensor:
         assert norm.training and norm.weight is not None and norm.bias is not None
         return F.batch_norm(
             values.double(), None, None, norm.weight.double(), norm.bias.double(), training=True, eps=norm.eps
         ).float()
 
+    ours_of_vectors = BatchNorm.forward
     monkeypatch.setattr(nn.BatchNorm3d, "forward", in_double)
+    monkeypatch.setattr(
+        BatchNorm,
+        "forward",
+        lambda norm, values: in_double(norm, values) if values.ndim > 3 else ours_of_vectors(norm, values),
+    )
     overrides = [*DEFAULTS, *REDUCED, "data.batch_size=32", "train.precision=fp32", "train.lr=1e-3"]
     config = load_config(PAPER, overrides)
     trainer = make_trainer(config)
