@@ -21,12 +21,14 @@ VECTOR_BYTES = 64
 """A vector register of AVX-512, and a cache line."""
 GROUP_CHANNELS = 256
 """Channels of a group of pixels, at most. Above 64 their number hardly matters."""
+PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class BatchNorm(nn.BatchNorm1d):
     """Batch norm over the clips of all processes, on devices that torch's SyncBatchNorm does not support.
 
-    With one process it is torch's own, except for maps whose pixels do not fill vector registers.
+    With one process it is torch's own, except for maps whose pixels do not fill vector registers. Compiled code has
+    kernels of its own.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -34,16 +36,16 @@ class BatchNorm(nn.BatchNorm1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, ...] -> [B, C, ...]"""
-        num_pixels = pixels_per_group(input)
+        num_pixels = 1 if torch.compiler.is_compiling() else pixels_per_group(input)
         if not self.training or (num_pixels == 1 and not is_shared()):
             return super().forward(input)
         output, mean, variance, count = _Normalise.apply(input, num_pixels, self.weight, self.bias, self.eps)
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        assert self.momentum is not None
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                momentum = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(variance * (count / (count - 1)), momentum)
         return output
 
 
@@ -61,13 +63,13 @@ class SharedBatchNorm(nn.SyncBatchNorm):
 
 
 def replace_batch_norm(module: nn.Module, device: torch.device) -> None:
-    """Replace each batch norm inside a module by one for training, with the same parameters and buffers.
+    """Replace each of torch's batch norms inside a module by one for training, with the same parameters and buffers.
 
-    On CUDA it is torch's SyncBatchNorm, otherwise `BatchNorm`.
+    On CUDA it is torch's SyncBatchNorm, otherwise `BatchNorm`. A class derived from torch's stays: it may do more.
     """
     kind = SharedBatchNorm if device.type == "cuda" else BatchNorm
     for name, child in module.named_children():
-        if not isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+        if not isinstance(child, PLAIN) or type(child) not in PLAIN:
             replace_batch_norm(child, device)
             continue
         norm = kind(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)

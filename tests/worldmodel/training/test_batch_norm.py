@@ -1,5 +1,7 @@
 """Batch norm for training by one process; tests/worldmodel/training/test_distributed.py has two."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from worldmodel.training.batch_norm import BatchNorm, SharedBatchNorm, grouped, 
 
 CPU = torch.device("cpu")
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
-PLAIN: dict[int, type[nn.BatchNorm2d] | type[nn.BatchNorm3d]] = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+NORMS: dict[int, type[nn.BatchNorm2d] | type[nn.BatchNorm3d]] = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
 def maps(num_channels: int, *size: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -41,7 +43,7 @@ def test_few_channels_give_the_values_and_gradients_of_torch(
     num_channels: int, size: tuple[int, ...], affine: bool
 ) -> None:
     values = maps(num_channels, *size)
-    kind = PLAIN[values.ndim]
+    kind = NORMS[values.ndim]
     plain, ours = (layers(kind(num_channels, 1e-3, 0.2, affine).double()) for _ in range(2))
     if affine:
         for network in (plain, ours):
@@ -57,6 +59,27 @@ def test_few_channels_give_the_values_and_gradients_of_torch(
         torch.testing.assert_close(found[name], value, atol=1e-10, rtol=1e-10, msg=name)
     assert found["output"].is_contiguous(memory_format=LAYOUTS[values.ndim])
     torch.testing.assert_close(ours.eval()(values), plain.eval()(values))
+
+
+@pytest.mark.parametrize("settings", [{"momentum": None}, {"track_running_stats": False}], ids=str)
+def test_running_statistics_are_those_of_torch(settings: dict[str, Any]) -> None:
+    plain, ours = (layers(nn.BatchNorm2d(3, **settings).double()) for _ in range(2))
+    replace_batch_norm(ours, CPU)
+    for seed in range(3):
+        values = maps(3, 4, 8) + seed
+        torch.testing.assert_close(ours(values.clone()), plain(values.clone()))
+    assert plain.state_dict().keys() == ours.state_dict().keys()
+    torch.testing.assert_close(ours.state_dict(), plain.state_dict())
+    torch.testing.assert_close(ours.eval()(values), plain.eval()(values))
+
+
+def test_a_derived_class_stays_as_it_is() -> None:
+    class WithMore(nn.BatchNorm2d):
+        pass
+
+    network = layers(WithMore(3))
+    replace_batch_norm(network, CPU)
+    assert type(network[0]) is WithMore
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
