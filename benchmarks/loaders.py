@@ -29,8 +29,6 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from benchmarks import stream as stream_benchmark
-from benchmarks.peer_loaders import LOADERS, Job
 from data_pipelines.clip_decoder import clips_of, make_clip_set
 from data_pipelines.clips import ClipSpec
 from data_pipelines.decoders import scaled_size
@@ -43,6 +41,10 @@ from data_pipelines.worlds.moving_mnist import write_moving_mnist
 from worldmodel.commands.exits import report_errors
 from worldmodel.commands.shared import write_result
 from worldmodel.training.machine import child_processes, machine_description, memory_mb
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import stream as stream_benchmark
+from benchmarks.peer_loaders import LOADERS, Job
 
 OURS = "worldmodel"
 NUM_FRAMES = 9

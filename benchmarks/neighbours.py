@@ -26,7 +26,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median
+from statistics import mean
 from typing import Any, NamedTuple
 
 import psutil
@@ -71,7 +71,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
     parser.add_argument("--out", type=Path, default=Path("neighbours.json"), help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of all cases (default: 3)")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps per case and round (default: 10)")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps per case and round (default: 30)")
     add_overrides(parser, "values that replace the config's, such as data.batch_size=256")
     args = parser.parse_intermixed_args()
     with report_errors():
@@ -113,15 +113,15 @@ def bench(config: Config, rounds: int, steps: int) -> dict[str, Any]:
 
 
 def row_of(kind: Kind, num_threads: dict[str, int], times: dict[str, list[list[float]]]) -> dict[str, Any]:
-    """Return the medians of a training with their ratios, by neighbour.
+    """Return the mean times of a training with their ratios, by neighbour. A median would miss the waits for turns.
 
     num_threads: of a training, by neighbour.
     times: by neighbour, the seconds of the steps of the training, and those of the second training if it ran.
     """
-    alone_s = median(times[ALONE][0])
+    alone_s = mean(times[ALONE][0])
     cases = {}
     for neighbour, seconds in times.items():
-        step_s = max(median(of_one) for of_one in seconds if of_one)
+        step_s = max(mean(of_one) for of_one in seconds if of_one)
         own = num_threads[ALONE]
         share = fair_share(own, {ALONE: 0, BUSY: 1, TRAINING: own}[neighbour], len(CORES))
         cases[neighbour] = {

@@ -19,7 +19,7 @@ def test_the_fair_share(num_threads: int, num_others: int, num_cores: int, share
 
 def test_ratios_are_to_the_time_alone_and_the_slower_training_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.neighbours.CORES", [0, 1])
-    times = {ALONE: [[1.0, 2.0, 9.0], []], BUSY: [[6.0], []], TRAINING: [[4.0, 4.0], [5.0, 5.0, 5.0]]}
+    times = {ALONE: [[1.0, 2.0, 3.0], []], BUSY: [[6.0], []], TRAINING: [[4.0, 4.0], [5.0, 5.0, 5.0]]}
     cases = row_of(KINDS[0], {ALONE: 2, BUSY: 1, TRAINING: 2}, times)["cases"]
     assert [cases[neighbour]["step_s"] for neighbour in NEIGHBOURS] == [2, 6, 5]
     assert [cases[neighbour]["to_alone"] for neighbour in NEIGHBOURS] == [1, 3, 2.5]

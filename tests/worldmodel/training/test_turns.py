@@ -1,5 +1,6 @@
 """Turns of trainings: one computes at a time, one after the other, and none waits for ever."""
 
+import math
 import threading
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +14,13 @@ from worldmodel.training import turns
 from worldmodel.training.turns import Turns, turns_here
 
 
+@pytest.fixture
+def one_step_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is as long as a turn."""
+    monkeypatch.setattr(turns, "TURN_S", 0.0)
+
+
+@pytest.mark.usefixtures("one_step_each")
 def test_trainings_alternate_and_no_two_compute_at_once(tmp_path: Path) -> None:
     one, other = Turns(tmp_path / "turns"), Turns(tmp_path / "turns")
     order: list[str] = []
@@ -35,6 +43,71 @@ def test_trainings_alternate_and_no_two_compute_at_once(tmp_path: Path) -> None:
     assert order == ["one", *["other"] * 3]
 
 
+def is_free(one: Turns) -> bool:
+    """Whether no training has its turn, as `one` sees it between its own."""
+    free = turns._locked(one._files["now"], -math.inf)
+    if free:
+        turns.fcntl.flock(one._files["now"], turns.fcntl.LOCK_UN)
+    return free
+
+
+def test_short_steps_share_a_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "IDLE_S", 3600.0)
+    clock = [0.0]
+    monkeypatch.setattr(turns.time, "monotonic", lambda: clock[0])
+    one, other = Turns(tmp_path / "turns"), Turns(tmp_path / "turns")
+    for now_s, ends in ((0.0, False), (0.1, False), (0.2, False), (0.3, True), (0.4, False)):
+        with one:
+            clock[0] = now_s
+        assert is_free(other) == ends
+    one._closed.set()
+    with pytest.raises(KeyError), one:
+        raise KeyError
+    assert is_free(other)
+
+
+def test_a_turn_ends_if_no_step_follows_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "TURN_S", 3600.0)
+    one, other = Turns(tmp_path / "turns"), Turns(tmp_path / "turns")
+    with one:
+        pass
+    with other:  # waits for it
+        assert not is_free(one)
+    other.close()
+    assert is_free(one)
+    with one:
+        assert one._left_s is None
+    one.close()
+    with one:
+        pass
+
+
+def test_a_training_sleeps_through_most_of_a_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = Turns(tmp_path / "turns"), Turns(tmp_path / "turns")
+    clock, pauses = [0.0], []
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        pauses.append(seconds)
+        if clock[0] >= 1.0:
+            one._end_turn()
+
+    monkeypatch.setattr(turns.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(turns.time, "sleep", sleep)
+    one.__enter__()
+    with other:
+        assert len(pauses) >= 1.0 / turns.POLL_S - 1
+    other._end_turn()
+    clock[0] = 0.0
+    pauses.clear()
+    one.__enter__()
+    with other:
+        assert pauses[0] == pytest.approx(0.9, rel=0.01)
+        assert len(pauses) == pytest.approx(0.1 / turns.POLL_S, rel=0.1)
+    other._end_turn()
+
+
+@pytest.mark.usefixtures("one_step_each")
 def test_a_suspended_training_delays_another_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     suspended, other = Turns(tmp_path / "turns"), Turns(tmp_path / "turns")
     waits: list[float] = []
