@@ -49,7 +49,7 @@ from worldmodel import TrainedRun, load
 from worldmodel.build import build_training_model
 from worldmodel.commands.exits import report_errors
 from worldmodel.commands.process import keep_freed_memory
-from worldmodel.commands.shared import check_counts, find_config, make_out_folder, write_result
+from worldmodel.commands.shared import check_counts, make_out_folder, write_result
 from worldmodel.config import load_config
 from worldmodel.evaluation.influence import (
     EmbeddedTransitions,
@@ -171,7 +171,7 @@ def train_run(folder: Path, seed: int, steps: int) -> TrainedRun:
     """Train a run on the written videos, or continue it."""
     places = (f"data.root={folder / 'data'}", f"run_dir={folder / 'run'}", f"seed={seed}")
     numbers = (f"train.steps={steps}", f"train.eval_every={steps}", "train.checkpoint_every=200", "train.num_threads=1")
-    config = load_config(find_config("demo"), [*SETTINGS, *places, *numbers, "tracking.wandb=disabled"])
+    config = load_config("demo", [*SETTINGS, *places, *numbers, "tracking.wandb=disabled"])
     return load(train(config, resume=True))
 
 

@@ -54,9 +54,14 @@ def _begin_in_pool(parent: "Parent") -> None:
 
 @contextmanager
 def ending(pool: Executor) -> Iterator[Executor]:
-    """Use a pool. After an error its workers end when their current jobs are done."""
+    """Use a pool. After an error its workers end when their current jobs are done, after Ctrl-C at once."""
     try:
         yield pool
+    except KeyboardInterrupt:
+        # Python 3.14 has a method for this.
+        for process in list((getattr(pool, "_processes", None) or {}).values()):
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -2,7 +2,7 @@
 
     import worldmodel
 
-    config = worldmodel.load_config("configs/demo.yaml", ["train.steps=400"])
+    config = worldmodel.load_config("demo", ["train.steps=400"])
     run = worldmodel.load(worldmodel.train(config))
     metrics = worldmodel.evaluate(run)
     worldmodel.push(run, "owner/name")

@@ -37,7 +37,7 @@ def build_model(config: Config) -> WorldModel:
         UserError: as `build_training_model`.
 
     Examples:
-        >>> model = worldmodel.build_model(worldmodel.load_config("configs/demo.yaml"))
+        >>> model = worldmodel.build_model(worldmodel.load_config("demo"))
         >>> model.eval().encode(torch.rand(2, 3, 1, 64, 64)).shape  # [B, T, C, H, W] -> [B, D]
     """
     return build_training_model(config).model

@@ -12,7 +12,6 @@ import yaml
 
 from tests.conftest import REPO
 from worldmodel.commands.main import COMMANDS
-from worldmodel.commands.shared import find_config
 from worldmodel.config import load_config
 
 DOCS = REPO / "docs"
@@ -91,7 +90,7 @@ def parser_of(name: str, page: Path) -> argparse.ArgumentParser:
 
 def check_config(name: str, overrides: list[str]) -> None:
     """Read a config as a command does. Raises UserError for a key or value that does not exist."""
-    load_config(find_config(name), [override for override in overrides if ":" not in override])
+    load_config(name, [override for override in overrides if ":" not in override])
 
 
 def commands_in(lines: list[str]) -> Iterator[str]:

@@ -12,7 +12,6 @@ import pytest
 
 from tests.conftest import REPO
 from worldmodel.commands.plan import planning_config
-from worldmodel.commands.shared import find_config
 from worldmodel.config import load_config, to_dict
 from worldmodel.reproduction.tables import NO_FIGURE, Reproduction, Step, Table, read_reproduction
 
@@ -117,7 +116,7 @@ def check_command(files: Reproduction, step: Step) -> None:
         return
     args = parsed(first, arguments)
     if first in ("train", "compare"):
-        load_config(find_config(args.config), [value for value in args.overrides if ":" not in value])
+        load_config(args.config, [value for value in args.overrides if ":" not in value])
     if first == "train":
         assert args.resume, "an interrupted training continues"
     if first == "plan":
@@ -129,7 +128,7 @@ def check_command(files: Reproduction, step: Step) -> None:
 
 def config_of(step: Step) -> dict[str, Any]:
     args = parsed(step.command[1], list(step.command[2:]))
-    return to_dict(load_config(find_config(args.config), args.overrides))
+    return to_dict(load_config(args.config, args.overrides))
 
 
 def parsed(name: str, arguments: list[str]) -> argparse.Namespace:

@@ -28,7 +28,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.files import write_bytes, write_text
 from data_pipelines.text_files import shown
 from worldmodel.commands.exits import EXIT_USER_ERROR
-from worldmodel.commands.shared import add_config, add_out, add_overrides, find_config, make_out_folder
+from worldmodel.commands.shared import add_config, add_out, add_overrides, make_out_folder
 
 if TYPE_CHECKING:
     from worldmodel.commands.jobs import Failure
@@ -141,6 +141,7 @@ def compare(args: argparse.Namespace) -> int:
     from worldmodel.commands.grid import check_same_configs, is_done, keep_threads, make_grid
     from worldmodel.commands.jobs import check_launcher, only_writer, run_all
     from worldmodel.config.reading import read_with_bases
+    from worldmodel.config.shipped import find_config
     from worldmodel.report.comparison import RunScores, flat_numbers
     from worldmodel.runs.metrics import Metrics, read_metrics
     from worldmodel.training.machine import fair_share_of_cores

@@ -86,7 +86,7 @@ def table_of_errors(facts: DecoderFacts) -> str:
     errors = {name: value_at({"decoder": facts}, f"decoder.{key}") for key, name in DECODER_ERRORS.items()}
     mean = facts.get("mean_picture_mse") or float("nan")
     width = max(map(len, errors))
-    lines = [f"{'mean squared error':<{width}}  {'value':>8}  {'to mean picture':>15}"]
+    lines = [f"{'mean squared error':<{width}}  {'value':>8}  {'of mean picture':>15}"]
     for name, error in errors.items():
         ratio = None if error is None else error / mean
         lines.append(f"{name:<{width}}  {number(error, 5):>8}  {number(ratio, 2):>15}")

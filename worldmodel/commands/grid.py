@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipelines.errors import UserError
-from worldmodel.commands.shared import find_config
 from worldmodel.config import Config, choices, load_config, to_dict
 from worldmodel.runs.checkpoint import lasting_changes, load_run_config
 from worldmodel.runs.folder import RunFolder
@@ -111,7 +110,7 @@ def run_config(args: argparse.Namespace, objective: str, latent: str, seed: int)
     """
     settings = [setting.partition(":") for setting in args.set]
     return load_config(
-        find_config(args.config),
+        args.config,
         [
             *args.overrides,
             *(override for target, _, override in settings if target == objective),

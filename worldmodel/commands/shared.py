@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipelines.errors import UserError, did_you_mean, one_line, one_line_logger
+from data_pipelines.errors import UserError, one_line, one_line_logger
 from data_pipelines.files import check_writable, write_text
 from data_pipelines.text_files import shown
 
@@ -25,7 +25,7 @@ MAX_COUNT, MAX_SEED = 2**20, 10**18
 
 
 def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add --config, which `find_config` resolves, and --trust-code, which `trust_code` reads."""
+    """Add --config, which `load_config` takes, and --trust-code, which `trust_code` reads."""
     parser.add_argument(
         "--config", required=required, metavar="NAME", help="a shipped config, such as demo, or the path of a YAML file"
     )
@@ -154,34 +154,6 @@ def what_is_left(run: "TrainedRun") -> str:
     if step < train.steps:
         return f"{train.steps - step} of {train.steps} steps" + (" and the refinement" if train.refine_steps else "")
     return "the refinement" if train.refine_steps and not run.state.get("refined", False) else ""
-
-
-def find_config(name: str) -> Path:
-    """Return the path of a config: of the file with this path, otherwise of the shipped config with this name.
-
-    Raises:
-        UserError: the name is neither a path nor a shipped config.
-    """
-    path = Path(name)
-    try:
-        if path.exists() and not path.is_dir():
-            return path
-    except (OSError, ValueError):  # a name that is too long, or has a NUL
-        pass
-    shipped = shipped_configs()
-    if name in shipped:
-        return shipped[name]
-    if path.suffix in (".yaml", ".yml"):
-        return path  # the reader's message says what is wrong with it
-    hint = did_you_mean(name, shipped)
-    raise UserError(f"--config {shown(name)} is neither a file nor a shipped config{hint}: {', '.join(shipped)}")
-
-
-def shipped_configs() -> dict[str, Path]:
-    """Return the configs that are installed with the package by name, such as demo or causal/isotropic."""
-    folder = Path(__file__).resolve().parents[1] / "configs"
-    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
-    return {name: found[name] for name in sorted(found) if not name.startswith("accelerate/")}
 
 
 def check_counts(args: argparse.Namespace, *names: str) -> None:

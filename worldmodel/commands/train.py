@@ -10,10 +10,12 @@ on two processes, with DDP:
 import argparse
 import sys
 from pathlib import Path
+from shlex import quote
 
 from data_pipelines.errors import UserError
+from data_pipelines.processes import environment_int
 from worldmodel.commands.process import prepare_process, stop_signals
-from worldmodel.commands.shared import add_config, add_overrides, add_overwrite, find_config, trust_code
+from worldmodel.commands.shared import add_config, add_overrides, add_overwrite, trust_code
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,12 +31,14 @@ def run(args: argparse.Namespace) -> int:
     from worldmodel.training.loop import train
     from worldmodel.training.session import Interrupted
 
-    config = load_config(find_config(args.config), args.overrides, trust_code=trust_code(args))
+    config = load_config(args.config, args.overrides, trust_code=trust_code(args))
     hints = error_hints(Path(config.run_dir))
     try:
         prepare_process(config.train, Path(config.run_dir) if args.resume else None)
         with stop_signals() as stop:
             train(config, resume=args.resume, overwrite=args.overwrite, profile=args.profile, stop=stop)
+        if environment_int("RANK", 0) == 0:
+            print(f"{config.run_dir}: trained; worldmodel evaluate --run {quote(config.run_dir)} scores it")
     except Interrupted as interrupted:
         print(f"stopped by {interrupted}; continue with --resume", file=sys.stderr)
         return interrupted.exit_code

@@ -21,6 +21,7 @@ from worldmodel.config.kinds import OUTSIDE, Text, members_of
 from worldmodel.config.mistakes import Problem, explained, refusal
 from worldmodel.config.old import converted
 from worldmodel.config.sections import Config, outside_names
+from worldmodel.config.shipped import find_config
 from worldmodel.config.trees import apply_override, expanded, flatten, merged
 
 MAX_BASES = 8  # above one another
@@ -31,19 +32,20 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), *, trust_code: 
     """Read a YAML file and the files that it names as its bases, apply overrides such as "train.lr=1e-3", validate.
 
     Args:
+        path: of a file, or the name of a shipped config, such as "demo".
         trust_code: allow code from outside of the project, named as `package.module:Class`. It is imported when the
             config is used.
 
     Raises:
-        UserError: no such file, broken YAML, an unknown key, a wrong type, a value out of range, or keys that
+        UserError: no such config, broken YAML, an unknown key, a wrong type, a value out of range, or keys that
             contradict each other; the config names code from outside without `trust_code`.
 
     Examples:
-        >>> config = load_config("configs/demo.yaml", ["train.steps=400", "model.encoder=vit_tiny"])
+        >>> config = load_config("demo", ["train.steps=400", "model.encoder=vit_tiny"])
         >>> config.train.steps
         400
     """
-    path = Path(path)
+    path = find_config(path)
     tree, overrides = read_with_bases(path), list(overrides)
     for override in overrides:
         apply_override(tree, override)

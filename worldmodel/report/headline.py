@@ -47,21 +47,50 @@ def headline(metrics: RunMetrics) -> list[Number]:
 
 
 def verdict(metrics: Metrics) -> str:
-    """Return in a line which baselines are better than the run, in each space; empty without a forecast."""
+    """Return in a line which baselines are better than the run in each space, or not clearly worse.
+
+    Empty without a forecast.
+    """
     compared = any(name in BASELINES for name in forecast_names(metrics))
     if not compared or not math.isfinite(score(metrics, "model")):
         return ""
-    return " ".join(_defeats(metrics)) or "This run is better than every baseline at every horizon (Energy Score)."
+    if worse := _defeats(metrics):
+        return " ".join(worse)
+    clear = "This run is better than every baseline at every horizon (Energy Score)"
+    return f"{clear}{'; '.join(['', *_ties(metrics)])}."
+
+
+def _spaces(metrics: Metrics) -> dict[str, str]:
+    """Return the name of each space in which forecasts are scored, by its place in the metrics."""
+    spaces = {"forecasts": unit(metrics), "embedding.forecasts": "embedding space"}
+    if spaces["forecasts"] == "embedding space":
+        del spaces["embedding.forecasts"]
+    return spaces
+
+
+def _ties(metrics: Metrics) -> list[str]:
+    """Return a phrase for each space in which the intervals of some skill scores of the run reach 0."""
+    found = []
+    for folder, space in _spaces(metrics).items():
+        ties = {
+            name: [
+                step
+                for step, low in enumerate(value_at(metrics, f"{folder}.model.skill.{name}.low") or (), start=1)
+                if low is not None and low <= 0
+            ]
+            for name in forecast_names(metrics, f"{folder}.model.skill")
+        }
+        names = [f"{label(name, inside=True)} at {_horizons(steps)}" for name, steps in ties.items() if steps]
+        if names:
+            found.append(f"not clearly better than {', '.join(names)} ({space}): the interval of the skill reaches 0")
+    return found
 
 
 def _defeats(metrics: Metrics) -> list[str]:
     """Return a sentence for each space and forecast of the run that some baseline beats."""
-    spaces = {"forecasts": unit(metrics), "embedding.forecasts": "embedding space"}
-    if spaces["forecasts"] == "embedding space":
-        del spaces["embedding.forecasts"]
     found = []
     for own in OWN_FORECASTS:
-        for folder, space in spaces.items():
+        for folder, space in _spaces(metrics).items():
             if worse := worse_than(metrics, own, folder):
                 names = "; ".join(f"{label(name, inside=True)} at {_horizons(steps)}" for name, steps in worse.items())
                 comma = "," if "," in label(own) else ""

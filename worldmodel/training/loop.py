@@ -59,7 +59,7 @@ def train(
         Interrupted: `stop` asked for it. The checkpoint of the last finished step is saved.
 
     Examples:
-        >>> config = worldmodel.load_config("configs/demo.yaml", ["train.steps=400"])
+        >>> config = worldmodel.load_config("demo", ["train.steps=400"])
         >>> folder = worldmodel.train(config)
     """
     run, train_config = Path(config.run_dir), config.train

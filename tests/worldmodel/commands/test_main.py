@@ -11,7 +11,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.splits import SPLITS
 from tests.conftest import REPO, TINY, run_processes, script_environment
 from worldmodel.commands import main, record, videos
-from worldmodel.commands.shared import find_config, shipped_configs
+from worldmodel.config.shipped import find_config, shipped_configs
 
 HELP_OF_ALL = """
 import contextlib, io, sys

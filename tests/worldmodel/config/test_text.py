@@ -189,11 +189,14 @@ def test_a_config_is_a_regular_file(tmp_path: Path) -> None:
             tmp_path,
             Path("/dev/zero"),
             tmp_path / "no",
-            "a\0b",
-            "x" * 999,
+            tmp_path / "a\0b",
+            tmp_path / ("x" * 999),
         ):
             with pytest.raises(UserError, match="cannot read config"):
                 load_config(path)
+    for name in ("a\0b", "x" * 999):
+        with pytest.raises(UserError, match="is neither a file nor a shipped config"):
+            load_config(name)
 
 
 def test_arguments_of_an_environment_are_read_within_the_same_bounds() -> None:

@@ -219,7 +219,15 @@ def test_the_best_of_each_column_is_bold() -> None:
 
 def test_a_run_that_a_baseline_beats_says_so_first(tmp_path: Path, no_charts: None) -> None:
     metrics = make_metrics(4)
-    assert verdict(metrics) == "This run is better than every baseline at every horizon (Energy Score)."
+    clear = "This run is better than every baseline at every horizon (Energy Score)"
+    assert verdict(metrics) == f"{clear}."
+    skill = {
+        "persistence": {"value": [0.3] * 4, "low": [0.2] * 4, "high": [0.4] * 4},
+        "climatology": {"value": [0.3, 0.1, 0.1, 0.1], "low": [0.2, 0.0, -0.1, 0.01], "high": [0.4] * 4},
+    }
+    metrics["forecasts"]["model"]["skill"] = skill
+    unclear = "not clearly better than climatology at horizons 2 to 3 (px): the interval of the skill reaches 0"
+    assert verdict(metrics) == f"{clear}; {unclear}."
     model, baselines = metrics["forecasts"]["model"]["energy_score"], metrics["forecasts"]
     baselines["climatology"] = {"energy_score": [model[0], model[1] - 0.1, model[2] - 0.1, model[3] - 0.1]}
     baselines["linear_gaussian"] = {"energy_score": [model[0] - 0.1, model[1] + 0.1, model[2] - 0.1, model[3] + 0.1]}
