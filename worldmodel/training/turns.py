@@ -32,10 +32,11 @@ PATIENCE_S = 5.0
 """A training that has waited so long computes without its turn: another one may be suspended, or have long steps."""
 PAUSE_S = 60.0
 """It then takes no turns for this time."""
-POLL_S = 0.001
-SLEEP_SHARE = 0.9
+POLL_S = 0.002
+SLEEP_SHARE = 0.5
 """Share of the last wait that a training sleeps at once. Each time it wakes up, it takes a core from the one that
-computes, whose other threads wait for that."""
+computes, whose other threads wait for that. But turns differ in length, and who sleeps too long leaves the cores idle.
+"""
 MEMBERS = "members"
 
 

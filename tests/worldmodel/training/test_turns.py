@@ -82,7 +82,7 @@ def test_a_turn_ends_if_no_step_follows_at_once(tmp_path: Path, monkeypatch: pyt
         pass
 
 
-def test_a_training_sleeps_through_most_of_a_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_sleeps_through_half_of_a_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = Turns(tmp_path / "turns"), Turns(tmp_path / "turns")
     clock, pauses = [0.0], []
 
@@ -102,8 +102,8 @@ def test_a_training_sleeps_through_most_of_a_wait(tmp_path: Path, monkeypatch: p
     pauses.clear()
     one.__enter__()
     with other:
-        assert pauses[0] == pytest.approx(0.9, rel=0.01)
-        assert len(pauses) == pytest.approx(0.1 / turns.POLL_S, rel=0.1)
+        assert pauses[0] == pytest.approx(0.5, rel=0.01)
+        assert len(pauses) == pytest.approx(0.5 / turns.POLL_S, rel=0.1)
     other._end_turn()
 
 
