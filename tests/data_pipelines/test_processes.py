@@ -1,4 +1,4 @@
-"""Pools of processes: what is left of them after Ctrl-C."""
+"""Pools of processes end with Ctrl-C."""
 
 import multiprocessing
 import time

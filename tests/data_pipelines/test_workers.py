@@ -340,7 +340,7 @@ def test_messages_arrive_as_they_were_sent(
 
 
 def test_slots_are_used_again_and_grow(ends: tuple[Outbox, Inbox, socket.socket]) -> None:
-    """What was received stays as it was, whatever comes later."""
+    """Later messages do not change those that were received."""
     outbox, inbox, _ = ends
     received = []
     for number in range(12):

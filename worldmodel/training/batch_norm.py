@@ -27,8 +27,8 @@ PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 class BatchNorm(nn.BatchNorm1d):
     """Batch norm over the clips of all processes, on devices that torch's SyncBatchNorm does not support.
 
-    With one process it is torch's own, except for maps whose pixels do not fill vector registers. Compiled code has
-    kernels of its own.
+    With one process it is torch's own, except for maps whose pixels do not fill vector registers. Compiled code
+    calls torch's, from which the compiler makes other kernels.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -174,7 +174,7 @@ def _affine_map(
 ) -> Tensor:
     """Return (values - mean) / sqrt(variance + eps) * weight + bias for values [B, C, ...] and parameters [C].
 
-    The result is no view of another tensor: an operation in place on a view would copy its gradient.
+    The result is not a view of another tensor: an operation in place on a view would copy its gradient.
     """
     mapped, unused = torch.empty_like(values), mean.new_empty(0)
     weight, bias = (None if each is None else each.repeat(num_pixels) for each in (weight, bias))

@@ -55,7 +55,7 @@ class Turns:
         self._waits_s = {"next": 0.0, "now": 0.0}  # the last ones
         self._state = threading.Lock()  # of the next two
         self._has_turn = False
-        self._left_s: float | None = None  # the end of a step after which the turn goes on
+        self._left_s: float | None = None  # the end of a step after which the turn continues
         self._began_s = 0.0
         self._closed = threading.Event()
         self._watch: threading.Thread | None = None

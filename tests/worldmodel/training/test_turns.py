@@ -44,7 +44,7 @@ def test_trainings_alternate_and_no_two_compute_at_once(tmp_path: Path) -> None:
 
 
 def is_free(one: Turns) -> bool:
-    """Whether no training has its turn, as `one` sees it between its own."""
+    """Return True if no training has its turn. `one` does not have it when it asks."""
     free = turns._locked(one._files["now"], -math.inf)
     if free:
         turns.fcntl.flock(one._files["now"], turns.fcntl.LOCK_UN)
