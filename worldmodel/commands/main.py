@@ -6,6 +6,7 @@ everything that imports torch, inside `run`: `--help` must answer within a secon
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -40,7 +41,12 @@ COMMANDS = {
 
 
 def run_command(*first: str) -> NoReturn:
-    """Run the command of sys.argv, preceded by the arguments `first`, and end this process with its exit code."""
+    """Run the command of sys.argv, preceded by the arguments `first`, and end this process with its exit code.
+
+    Into a file or pipe, progress bars write a line every ten seconds. A user's own TQDM_MININTERVAL wins.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "10")  # read when tqdm is imported, which `main` leaves to the commands
     leave(main([*first, *sys.argv[1:]]))
 
 

@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from worldmodel.training.session import Interrupted
 
     config = load_config(args.config, args.overrides, trust_code=trust_code(args))
+    check_folder(getattr(config.data, "root", None), args.config)
     hints = error_hints(Path(config.run_dir))
     try:
         prepare_process(config.train, Path(config.run_dir) if args.resume else None)
@@ -45,6 +46,19 @@ def run(args: argparse.Namespace) -> int:
     except tuple(hints) as error:
         raise UserError(f"{error}: {hints[type(error)]}") from error
     return 0
+
+
+def check_folder(root: object, config: str) -> None:
+    """Check that the folder `data.root` exists, if a comment of the config has the command that writes it.
+
+    Raises:
+        UserError: the folder is missing; the message shows the command.
+    """
+    from worldmodel.config.shipped import command_for_data, find_config
+
+    command = command_for_data(find_config(config)) or ""
+    if isinstance(root, str) and f"--out {root} " in f"{command} " and not Path(root).exists():
+        raise UserError(f"data root '{root}' does not exist: `{command}` writes it")
 
 
 def error_hints(run: Path) -> dict[type[UserError], str]:

@@ -1,5 +1,6 @@
 """The configs that are installed with the package, by name."""
 
+import re
 from pathlib import Path
 
 from data_pipelines.errors import UserError, did_you_mean
@@ -26,6 +27,15 @@ def find_config(name: str | Path) -> Path:
         return path  # the reader's message says what is wrong with it
     hint = did_you_mean(name, shipped)
     raise UserError(f"config {shown(name)} is neither a file nor a shipped config{hint}: {', '.join(shipped)}")
+
+
+def command_for_data(config: Path) -> str | None:
+    """Return the command that writes the videos or images of a config, from its comment "# Videos: COMMAND", or None.
+
+    A line of the comment that ends with a backslash continues in the next one.
+    """
+    comment = re.search(r"^# (?:Videos|Images): (worldmodel (?:.*\\\n)*.*)", config.read_text("utf-8"), re.MULTILINE)
+    return re.sub(r" *\\\n# *", " ", comment[1]) if comment else None
 
 
 def shipped_configs() -> dict[str, Path]:

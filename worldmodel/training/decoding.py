@@ -180,7 +180,7 @@ def train_decoder(examples: DecodingExamples, settings: DecoderSettings) -> Deco
             optimizer.step()
             optimizer.zero_grad()
             if (step + 1) % LOG_EVERY == 0:
-                bar.set_postfix(mse=f"{loss.item():.5f}")
+                bar.set_postfix(mse=f"{loss.item():.5f}", refresh=False)
     if not torch.isfinite(loss):
         raise UserError(f"the decoder's loss is {loss.item()} after {settings.steps} steps: choose another seed")
     return decoder.eval()

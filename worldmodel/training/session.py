@@ -111,7 +111,7 @@ class Session:
         if self.tracker:
             self.tracker.log("train", trainer.step, values)
         if self.bar is not None:
-            self.bar.set_postfix(loss=f"{values['loss']:.4f}", kl=f"{values.get('kl_nats', 0):.2f}")
+            self.bar.set_postfix(loss=f"{values['loss']:.4f}", kl=f"{values.get('kl_nats', 0):.2f}", refresh=False)
 
     def write_refinement_row(self, updates: int, values: dict[str, float]) -> None:
         """Write a row about the refinement, after so many updates of it."""

@@ -155,6 +155,21 @@ def test_an_installed_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     assert call(python, "-c", typed) == "True\n"
 
 
+@pytest.mark.parametrize(("environment", "seconds"), [({}, 10.0), ({"TQDM_MININTERVAL": "2"}, 2.0)])
+def test_progress_bars_write_few_lines_into_a_file(environment: dict[str, str], seconds: float) -> None:
+    code = """
+from worldmodel.commands import main
+main.leave = lambda code: None
+main.run_command("--version")
+from tqdm.auto import tqdm
+print(tqdm([]).mininterval)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=script_environment() | environment, timeout=60
+    )
+    assert done.stdout.splitlines()[-1] == str(seconds), done.stderr
+
+
 def test_a_reader_that_leaves_ends_the_command_silently() -> None:
     read, write = os.pipe()
     os.close(read)

@@ -13,7 +13,8 @@ import pytest
 from data_pipelines.errors import UserError
 from tests.conftest import REPO, run_here, videos_of
 from worldmodel.commands import compare, grid, jobs, main
-from worldmodel.config import Config, to_yaml
+from worldmodel.config import Config, load_config, to_yaml
+from worldmodel.config.shipped import command_for_data, shipped_configs
 
 Call = Callable[..., str]
 
@@ -43,6 +44,22 @@ def parsed(*arguments: str) -> argparse.Namespace:
 
 def never(*args: Any, **kwargs: Any) -> Any:
     raise AssertionError("the work was begun")
+
+
+def test_a_shipped_config_names_the_command_that_writes_its_data(
+    refused: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = 0
+    for name, path in shipped_configs().items():
+        root = getattr(load_config(path).data, "root", "data/videos")
+        if root != "data/videos":  # that of a user's own
+            command = command_for_data(path)
+            assert command and command.split()[command.split().index("--out") + 1] == root
+            assert refused("train", "--config", name) == f"data root '{root}' does not exist: `{command}` writes it"
+            named += 1
+    assert named > 10
+    assert refused("train", "--config", "demo", "data.root=mine").startswith("data root 'mine' is not a folder")
 
 
 def test_outputs_of_surprise_and_rollout(
