@@ -46,7 +46,7 @@ def run_command(*first: str) -> NoReturn:
     Into a file or pipe, progress bars write a line every ten seconds. A user's own TQDM_MININTERVAL wins.
     """
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "10")  # read when tqdm is imported, which `main` leaves to the commands
+        os.environ.setdefault("TQDM_MININTERVAL", "10")  # read when a command imports tqdm
     leave(main([*first, *sys.argv[1:]]))
 
 
