@@ -122,6 +122,7 @@ def _embedder(config: Config, *, learned_scale: bool) -> Embedder:
     shape = {"channels": frame_channels(data), "num_frames": data.num_frames, "size_px": data.size_px}
     encoder = parts.build_module("model.encoder.name", model.encoder, Encoder, **shape)
     hidden = [model.hidden_dim] * model.projector_layers
+    assert model.embedding_norm  # Config replaces null
     return Embedder(encoder, hidden, model.embedding_dim, model.embedding_norm, learned_scale=learned_scale)
 
 

@@ -6,7 +6,19 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from worldmodel.config.kinds import KEYS, Choice, Flag, Options, OutsideName, Pixels, Repeat, Size, SizeFrom0, Text
+from worldmodel.config.kinds import (
+    KEYS,
+    Choice,
+    EmbeddingNorm,
+    Flag,
+    Options,
+    OutsideName,
+    Pixels,
+    Repeat,
+    Size,
+    SizeFrom0,
+    Text,
+)
 
 Width = Annotated[float, Field(strict=True, gt=0, le=64, allow_inf_nan=False)]
 Pooling = Literal["mean", "moments"]
@@ -309,10 +321,10 @@ class ModelConfig:
     """Network t from an embedding z and r to the next embedding."""
     embedding_dim: Size = 128
     """Dimensions of an embedding."""
-    embedding_norm: Literal["sphere", "standard", "white"] = "sphere"
+    embedding_norm: EmbeddingNorm | None = None
     """Normalisation of embeddings. sphere: length sqrt(embedding_dim). standard: each dimension has mean 0 and variance
     1 over a batch, followed by a learned shift and scale, except for objectives with a teacher. white: dimensions are
-    also uncorrelated."""
+    also uncorrelated. null: standard for the objective jepa, otherwise sphere."""
     hidden_dim: Size = 1024
     """Hidden units of projector, editor, prior and posterior."""
     projector_layers: Annotated[int, Field(strict=True, ge=0, le=64)] = 2

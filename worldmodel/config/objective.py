@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 from worldmodel.config.kinds import (
     KEYS,
     CountFrom0,
+    EmbeddingNorm,
     Fraction,
     NonNegativeFloat,
     Options,
@@ -26,6 +27,8 @@ class AnyObjective:
 
     needs_sphere: ClassVar[bool] = False
     """Embeddings are compared by direction only; their length would be undetermined."""
+    default_norm: ClassVar[EmbeddingNorm] = "sphere"
+    """Normalisation of embeddings if `model.embedding_norm` is null."""
 
     name: str
     """Name of the objective."""
@@ -76,6 +79,7 @@ class JepaConfig(TeacherObjective):
     """Squared error to a teacher's standardised embeddings (arXiv 2301.08243)."""
 
     built_by: ClassVar[str] = "worldmodel.training.objectives:Jepa"
+    default_norm: ClassVar[EmbeddingNorm] = "standard"
 
     name: Literal["jepa"] = "jepa"
     """Name of the objective."""

@@ -1,8 +1,9 @@
 """The whole configuration of a run, and the sections that are not choices themselves."""
 
 import dataclasses
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
+from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
 from worldmodel.config.data import DataConfig, VideosConfig
@@ -315,6 +316,14 @@ class Config:
     """Choice of actions."""
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
     """Experiment tracking."""
+
+    @model_validator(mode="after")
+    def _with_norm_of_objective(self) -> Self:
+        """Replace a null `model.embedding_norm`, so that the config of a run says what it was trained with."""
+        if self.model.embedding_norm is None:
+            model = dataclasses.replace(self.model, embedding_norm=self.objective.default_norm)
+            object.__setattr__(self, "model", model)
+        return self
 
 
 def outside_names(config: Config) -> dict[str, str]:
