@@ -78,7 +78,7 @@ def prepare(folder: Path, num_videos: int) -> None:
     call("videos", "moving-mnist", *options, "--out", str(folder / "videos"))
     if not (folder / "run" / "config.yaml").exists():
         overrides = [f"data.root={folder / 'videos'}", f"run_dir={folder / 'run'}", *TRAINING]
-        call("train", "--config", "demo", *overrides)
+        call("train", "--config", "objectives", *overrides)
 
 
 def call(*arguments: str) -> None:

@@ -3,7 +3,7 @@
 python benchmarks/influence.py --out runs/influence --seeds 0 1 2
 
 For each seed, videos of a moving digit are written, with clips planted among those for training, and a model like that
-of configs/demo.yaml is trained on them, of 32 px and half as wide, by VICReg. Planted clips:
+of configs/objectives.yaml is trained on them, of 32 px and half as wide, by VICReg. Planted clips:
 
     copy            a query, which itself is not in the training videos
     altered         the query, moved by 2 and 1 px, darker and noisy
@@ -171,7 +171,7 @@ def train_run(folder: Path, seed: int, steps: int) -> TrainedRun:
     """Train a run on the written videos, or continue it."""
     places = (f"data.root={folder / 'data'}", f"run_dir={folder / 'run'}", f"seed={seed}")
     numbers = (f"train.steps={steps}", f"train.eval_every={steps}", "train.checkpoint_every=200", "train.num_threads=1")
-    config = load_config("demo", [*SETTINGS, *places, *numbers, "tracking.wandb=disabled"])
+    config = load_config("objectives", [*SETTINGS, *places, *numbers, "tracking.wandb=disabled"])
     return load(train(config, resume=True))
 
 

@@ -1,6 +1,6 @@
 """Time a training step alone, alongside a busy loop, and alongside another training: ours and plain PyTorch.
 
-python benchmarks/neighbours.py --config configs/demo.yaml --out neighbours.json [key=value ...]
+python benchmarks/neighbours.py --config configs/objectives.yaml --out neighbours.json [key=value ...]
 
 Three trainings are timed, each in fresh processes: ours as `worldmodel train` runs it, ours without taking turns with
 other trainings, and the plain step (benchmarks/plain_step.py, fp32) with all defaults of torch. Each is timed on its
@@ -68,7 +68,7 @@ KINDS = (Kind("ours", True, True), Kind("ours, no turns", True, False), Kind("pl
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
+    parser.add_argument("--config", type=Path, default=Path("configs/objectives.yaml"))
     parser.add_argument("--out", type=Path, default=Path("neighbours.json"), help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of all cases (default: 3)")
     parser.add_argument("--steps", type=int, default=30, help="timed steps per case and round (default: 30)")

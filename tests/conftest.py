@@ -121,14 +121,14 @@ def fresh_accelerate_state() -> None:
 
 @pytest.fixture
 def tiny_overrides(world: Path, tmp_path: Path) -> list[str]:
-    """Overrides that make configs/demo.yaml a matter of seconds, on the tiny world, into tmp_path/run."""
+    """Overrides that make configs/objectives.yaml a matter of seconds, on the tiny world, into tmp_path/run."""
     return [*TINY, f"data.root={world}", f"run_dir={tmp_path / 'run'}"]
 
 
 @pytest.fixture
 def tiny_config(tiny_overrides: list[str]) -> Callable[..., Config]:
     """A function from further overrides to the tiny config."""
-    return lambda *overrides: load_config(REPO / "configs" / "demo.yaml", [*tiny_overrides, *overrides])
+    return lambda *overrides: load_config(REPO / "configs" / "objectives.yaml", [*tiny_overrides, *overrides])
 
 
 @pytest.fixture(scope="session")
@@ -136,7 +136,7 @@ def trained_run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of six updates on the tiny world, its prior a mixture. Copy it before changing it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     run = tmp_path_factory.mktemp("trained") / "run"
-    return train(load_config(REPO / "configs" / "demo.yaml", [*TINY, f"data.root={world}", f"run_dir={run}"]))
+    return train(load_config(REPO / "configs" / "objectives.yaml", [*TINY, f"data.root={world}", f"run_dir={run}"]))
 
 
 @pytest.fixture(scope="session")

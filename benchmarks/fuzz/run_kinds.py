@@ -176,7 +176,7 @@ def prepare_run(seeds: Path) -> None:
     """Train a tiny run for two steps and evaluate it."""
     write_moving_mnist(seeds / "world", {"train": 16, "selection": 16, "test": 24}, num_processes=1)
     overrides = [*TINY, f"data.root={seeds / 'world'}", f"run_dir={seeds / 'run'}"]
-    run = train(load_config(REPO / "configs" / "demo.yaml", overrides))
+    run = train(load_config(REPO / "configs" / "objectives.yaml", overrides))
     evaluate(load(run, device="cpu"))
     shutil.rmtree(seeds / "world")
 

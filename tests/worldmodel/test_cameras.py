@@ -57,7 +57,7 @@ def run(data_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an evaluated run of ten steps, with a decoder."""
     folder = tmp_path_factory.mktemp("run") / "run"
     overrides = [*OVERRIDES, f"data.root={data_set}", f"run_dir={folder}"]
-    assert main(["train", "--config", str(REPO / "configs" / "demo.yaml"), *overrides]) == 0
+    assert main(["train", "--config", str(REPO / "configs" / "objectives.yaml"), *overrides]) == 0
     assert main(["evaluate", "--run", str(folder)]) == 0
     assert main(["decode", "--run", str(folder), "--steps", "3", "--clips", "20"]) == 0
     return folder
@@ -65,7 +65,7 @@ def run(data_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(data_set: Path, run: Path, *overrides: str) -> Config:
     return load_config(
-        REPO / "configs" / "demo.yaml", [*OVERRIDES, f"data.root={data_set}", f"run_dir={run}", *overrides]
+        REPO / "configs" / "objectives.yaml", [*OVERRIDES, f"data.root={data_set}", f"run_dir={run}", *overrides]
     )
 
 
@@ -192,7 +192,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
     one = f"video '{video}' shows one camera, and the run sees 2 (data.camera)"
     assert one in refused(capsys, "surprise", "--run", run, "--video", video, "--out", tmp_path / "s")
     assert one in refused(capsys, "rollout", "--run", run, "--video", video, "--out", tmp_path / "f.npz")
-    begin = ["train", "--config", REPO / "configs" / "demo.yaml", *OVERRIDES, f"run_dir={tmp_path / 'run'}"]
+    begin = ["train", "--config", REPO / "configs" / "objectives.yaml", *OVERRIDES, f"run_dir={tmp_path / 'run'}"]
     for overrides, words in {
         (f"data.root={data_set}", "data.camera=[top]"): f"camera='top' is unknown: LeRobot data set '{data_set}' has",
         (f"data.root={data_set}", "data.camera=[a, b, a]"): "data.camera=['a', 'b', 'a'] has 'a' twice",
@@ -208,7 +208,7 @@ def test_cameras_that_do_not_show_the_same_are_one_line(tmp_path: Path, capsys: 
     root = write_cameras(tmp_path / "v2.1", _write_video, "v2.1")
     path, rows = list(files_of("v2.1", WRIST).items())[3]
     write_camera(root / path, _write_video, WRIST, rows[:-1])
-    begin = ["train", "--config", REPO / "configs" / "demo.yaml", *OVERRIDES, f"run_dir={tmp_path / 'run'}"]
+    begin = ["train", "--config", REPO / "configs" / "objectives.yaml", *OVERRIDES, f"run_dir={tmp_path / 'run'}"]
     line = refused(capsys, *begin, f"data.root={root}")
     assert f"the cameras {WRIST}, {FRONT} do not show the same frames of episode 3: '{path}' has 4 frames" in line
 

@@ -57,7 +57,7 @@ def run_of_rooms(rooms: Path, *overrides: str) -> TrainedRun:
 def run_of_video(*overrides: str) -> TrainedRun:
     """A run on gray frames, of which each is a segment."""
     keys = ["data.source=videos", "data.root=nothing", "data.num_frames=1", "data.history_segments=2"]
-    return run_of(load_config(REPO / "configs" / "demo.yaml", [*SMALL, *keys, *overrides]), Path("run"))
+    return run_of(load_config(REPO / "configs" / "objectives.yaml", [*SMALL, *keys, *overrides]), Path("run"))
 
 
 def remembered(model: WorldModel, segments: Tensor, actions: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def test_the_schemes_that_are_documented_are_accepted() -> None:
 
 
 def test_a_script_refuses_another_scheme_with_exit_code_2(tiny_overrides: list[str]) -> None:
-    config = str(REPO / "configs" / "demo.yaml")
+    config = str(REPO / "configs" / "objectives.yaml")
     done = run_here("train.py", "--config", config, *tiny_overrides, "data.root=reference://::file:///tmp/a")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "error: 'reference://::file:///tmp/a/train' is not opened" in done.stderr

@@ -21,7 +21,7 @@ from worldmodel.commands.jobs import only_writer
 from worldmodel.config import to_yaml
 from worldmodel.config.reading import read_with_bases
 
-DEMO = str(REPO / "configs" / "demo.yaml")
+DEMO = str(REPO / "configs" / "objectives.yaml")
 
 
 def grid(out: Path, *arguments: str, objectives: str = "byol infonce", seeds: str = "0") -> list[str]:

@@ -71,7 +71,7 @@ def test_each_file_in_scripts_launches_a_command() -> None:
 
 
 def test_python_m_and_several_processes(tiny_overrides: list[str], tmp_path: Path) -> None:
-    arguments = ["train", "--config", "demo", *tiny_overrides, "train.steps=1", "train.eval_every=1"]
+    arguments = ["train", "--config", "objectives", *tiny_overrides, "train.steps=1", "train.eval_every=1"]
     run_processes(2, "-m", "worldmodel", *arguments)
     assert (tmp_path / "run" / "checkpoints" / "index.json").is_file()
 
@@ -143,7 +143,7 @@ def test_an_installed_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     call(python, "-m", "pip", "install", "--quiet", "-c", REPO / "constraints.txt", "torch", wheel)
     call(command, "videos", "moving-mnist", "--out", "v", "--train", "512", "--selection", "64", "--test", "64")
     reduced = [override for override in TINY if override.startswith(("evaluation.", "tracking.", "train.num_threads"))]
-    call(command, "train", "--config", "demo", "data.root=v", "train.steps=20", *reduced)
+    call(command, "train", "--config", "demo", "data.root=v", "train.steps=20", "train.refine_steps=20", *reduced)
     call(command, "evaluate", "--run", "runs/demo")
     call(
         *(command, "rollout", "--run", "runs/demo", "--video", "v/test/000000.mp4", "--out", "futures.npz"),

@@ -162,7 +162,7 @@ def test_runs_with_odd_names_are_compared(tiny_config: Callable[..., Config], tm
 
 
 def grid_arguments(out: Path | str, *more: str) -> list[str]:
-    config = str(REPO / "configs" / "demo.yaml")
+    config = str(REPO / "configs" / "objectives.yaml")
     names = ["--objectives", "byol", "--latents", "none", "--seeds", "0"]
     return ["--config", config, "--out", str(out), *names, *more]
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import REPO, run_here, run_script
 
-DEMO = ["--config", str(REPO / "configs" / "demo.yaml")]
+DEMO = ["--config", str(REPO / "configs" / "objectives.yaml")]
 
 
 def assert_one_line(script: str, *arguments: str, tells: str) -> None:

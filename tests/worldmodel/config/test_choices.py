@@ -18,7 +18,7 @@ from worldmodel.config.data import MAX_FPS
 from worldmodel.config.kinds import choice_of, members_of
 from worldmodel.nets.vit import VIT_SIZES
 
-DEMO = REPO / "configs" / "demo.yaml"
+DEMO = REPO / "configs" / "objectives.yaml"
 KEYS = ("data", "model.encoder", "model.latent", "model.editor", "objective", "planning.planner")
 
 

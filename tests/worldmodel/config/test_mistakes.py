@@ -20,7 +20,7 @@ def test_shipped_configs_are_valid_and_survive_a_round_trip(path: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "twin_name"), [("demo", "demo_byol"), ("paper", "paper_byol"), ("kicked", "kicked_no_latent")]
+    ("name", "twin_name"), [("objectives", "demo_byol"), ("paper", "paper_byol"), ("kicked", "kicked_no_latent")]
 )
 def test_twins_differ_only_in_the_latent(name: str, twin_name: str) -> None:
     config = flatten(to_dict(load_config(REPO / "configs" / f"{name}.yaml")))
@@ -28,6 +28,22 @@ def test_twins_differ_only_in_the_latent(name: str, twin_name: str) -> None:
     differing = {key for key in {**config, **twin} if config.get(key) != twin.get(key)}
     assert {key for key in differing if not key.startswith("model.latent.")} <= {"run_dir", "objective.beta"}
     assert twin["model.latent.name"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "norm"),
+    [
+        ([], "sphere"),
+        (["objective.name=infonce"], "sphere"),
+        (["objective.name=jepa"], "standard"),
+        (["objective.name=jepa", "model.embedding_norm=sphere"], "sphere"),
+        (["objective.name=vicreg", "model.embedding_norm=white"], "white"),
+    ],
+)
+def test_the_objective_chooses_the_normalisation_of_embeddings(overrides: list[str], norm: str) -> None:
+    config = load_config("paper", overrides)
+    assert config.model.embedding_norm == norm
+    assert validate(to_dict(config)) == config
 
 
 def test_overrides_replace_values_and_numbers_may_have_exponents(tmp_path: Path) -> None:
@@ -99,7 +115,7 @@ def test_overrides_replace_values_and_numbers_may_have_exponents(tmp_path: Path)
 )
 def test_mistakes_name_the_key_the_value_and_what_is_allowed(override: str, told: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        load_config(REPO / "configs" / "demo.yaml", [override])
+        load_config(REPO / "configs" / "objectives.yaml", [override])
     message = str(caught.value)
     assert "\n" not in message
     for part in told:
@@ -127,9 +143,9 @@ def test_mistakes_name_the_key_the_value_and_what_is_allowed(override: str, told
 )
 def test_a_misspelt_override_is_named_with_what_may_be_meant(override: str, meant: str) -> None:
     with pytest.raises(UserError) as caught:
-        load_config(REPO / "configs" / "demo.yaml", ["seed=3", override, "train.log_every=7"])
+        load_config(REPO / "configs" / "objectives.yaml", ["seed=3", override, "train.log_every=7"])
     message = str(caught.value)
-    assert message.startswith(f"override '{override}': ") and "demo.yaml" not in message
+    assert message.startswith(f"override '{override}': ") and "objectives.yaml" not in message
     assert f"(did you mean {meant}?)" in message and "\n" not in message
 
 
@@ -165,7 +181,7 @@ def test_a_contradiction_is_that_of_the_override_that_makes_it(lines: str, owner
 def test_a_key_that_resembles_none_has_no_hint() -> None:
     for override in ("nothing=5", "train." + "steps" * 100 + "=5", "data.decoder=5"):
         with pytest.raises(UserError) as caught:
-            load_config(REPO / "configs" / "demo.yaml", [override])
+            load_config(REPO / "configs" / "objectives.yaml", [override])
         assert "did you mean" not in str(caught.value)
 
 
@@ -214,14 +230,14 @@ def test_a_key_that_resembles_none_has_no_hint() -> None:
 )
 def test_a_senseless_combination_is_refused_in_a_sentence(overrides: list[str], told: str) -> None:
     with pytest.raises(UserError) as caught:
-        load_config(REPO / "configs" / "demo.yaml", overrides)
+        load_config(REPO / "configs" / "objectives.yaml", overrides)
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_all_contradictions_are_told_at_once_five_of_them_in_words() -> None:
     faults = ["model.scene_dim=4", "model.distance_dim=4", "objective.inverse_dynamics_weight=1", "data.batch_size=100"]
     with pytest.raises(UserError) as caught:
-        load_config(REPO / "configs" / "demo.yaml", [*faults, "model.editor=sum"])
+        load_config(REPO / "configs" / "objectives.yaml", [*faults, "model.editor=sum"])
     message = str(caught.value)
     for told in ("data.num_lanes=32", "takes no scene code", "model.latent.dim=8", "model.scene_dim=4 is learned"):
         assert told in message
@@ -238,7 +254,7 @@ def test_what_makes_sense_is_not_refused() -> None:
         ["data.augment.brightness=1", "data.augment.contrast=0.5", "model.latent=oracle"],
         ["model.action_dim=2", "data.augment={flip: both, position_labels: {action: [0, 512, 0, 512]}}"],
     ):
-        load_config(REPO / "configs" / "demo.yaml", overrides)
+        load_config(REPO / "configs" / "objectives.yaml", overrides)
 
 
 @pytest.mark.parametrize(("size_px", "small"), [(64, True), (127, True), (128, False), (224, False)])
@@ -254,10 +270,10 @@ def test_relations_to_a_batch_are_advised_against_for_more_dimensions_than_they_
     embedding_dim: int, many: bool
 ) -> None:
     overrides = ["data.batch_size=128", f"model.embedding_dim={embedding_dim}"]
-    config = load_config(REPO / "configs" / "demo.yaml", ["objective.name=ressl", *overrides])
+    config = load_config(REPO / "configs" / "objectives.yaml", ["objective.name=ressl", *overrides])
     told = "objective.name=ressl compares a prediction with the other 127 clips of a batch, which do not determine "
     assert [caution.startswith(told) for caution in cautions(config)] == [True] * many
-    assert not list(cautions(load_config(REPO / "configs" / "demo.yaml", overrides)))
+    assert not list(cautions(load_config(REPO / "configs" / "objectives.yaml", overrides)))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -154,7 +154,7 @@ def test_observations_of_factors_have_no_size_in_pixels() -> None:
 @pytest.mark.parametrize(("old", "new"), MOVED.items())
 def test_an_override_of_a_key_that_has_moved_names_the_new_one(old: str, new: str) -> None:
     with pytest.raises(UserError, match=rf"^override '{old}=1': {old} is now {new}$"):
-        load_config(REPO / "configs" / "demo.yaml", [f"{old}=1"])
+        load_config(REPO / "configs" / "objectives.yaml", [f"{old}=1"])
 
 
 def test_overrides_apply_to_a_flat_file(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tests.conftest import REPO
 from tests.data_pipelines.generated import EXAMPLES, result_or_refusal
 from worldmodel.config import apply_override, flatten, load_config, to_dict, to_yaml
 
-DEMO = REPO / "configs" / "demo.yaml"
+DEMO = REPO / "configs" / "objectives.yaml"
 KEYS = sorted(flatten(to_dict(load_config(DEMO))))
 TEXT = st.text(st.characters(categories=["L", "N", "P"], max_codepoint=0xFFFF), max_size=10)
 PLAIN = st.one_of(st.booleans(), st.integers(-(10**20), 10**20), st.floats(allow_nan=False, allow_infinity=False), TEXT)

@@ -32,7 +32,7 @@ def test_every_key_and_every_choice_has_a_description() -> None:
 
 def test_every_key_is_in_the_page() -> None:
     page = reference()
-    for key in flatten(to_dict(load_config(REPO / "configs" / "demo.yaml"))):
+    for key in flatten(to_dict(load_config(REPO / "configs" / "objectives.yaml"))):
         assert f"| `{key}` |" in page, key
     for key in ("data", "model.encoder", "objective", "planning.planner"):
         assert kind_at(key) is not None

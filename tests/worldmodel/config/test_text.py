@@ -19,7 +19,7 @@ from worldmodel.config import Config, flatten, load_config, to_dict, to_yaml, va
 from worldmodel.config.kinds import choice_of, members_of
 from worldmodel.runs.checkpoint import load_run_config
 
-DEMO = REPO / "configs" / "demo.yaml"
+DEMO = REPO / "configs" / "objectives.yaml"
 # What YAML reads as something else, or as less.
 TEXTS = (
     *("runs/exp #3", "#3", "2024-05-01", "007", "no", "off", "~", "a: b", "[x]", "{x", "1e-3", "1_000", "0x1f"),

@@ -38,7 +38,7 @@ def kicked_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     AcceleratorState._reset_state(reset_partial_state=True)
     overrides = (f"data.root={root / 'world'}", f"run_dir={root / 'run'}", "data.batch_size=4")
-    return train(load_config(REPO / "configs" / "demo.yaml", [*TINY, *overrides]))
+    return train(load_config(REPO / "configs" / "objectives.yaml", [*TINY, *overrides]))
 
 
 def test_which_transitions_show_a_change_between_frames() -> None:

@@ -17,7 +17,7 @@ from worldmodel.training.loop import train
 def trained(run: Path, beta: float, steps: int) -> tuple[float, float]:
     """Train on fresh trajectories -> R^2 of the true change of velocity from r alone, and the mean KL in nats."""
     config = load_config(
-        REPO / "configs" / "demo.yaml",
+        REPO / "configs" / "objectives.yaml",
         [
             f"run_dir={run}",
             f"objective.beta={beta}",

@@ -212,7 +212,7 @@ def test_activations_of_a_frozen_encoder_are_not_checkpointed() -> None:
         "model.encoder.freeze=true",
     ]
     with pytest.raises(UserError, match=r"saves nothing with model.encoder.freeze"):
-        load_config(REPO / "configs" / "demo.yaml", [*overrides, "model.encoder.checkpoint_activations=true"])
+        load_config(REPO / "configs" / "objectives.yaml", [*overrides, "model.encoder.checkpoint_activations=true"])
 
 
 @pytest.mark.parametrize("freeze", ["true", "false"])

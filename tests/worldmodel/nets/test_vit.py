@@ -160,7 +160,7 @@ def test_checkpointed_activations_give_the_same_gradients_and_are_not_kept() -> 
 )
 def test_a_senseless_encoder_is_refused_in_a_sentence(overrides: list[str], told: str) -> None:
     with pytest.raises(UserError) as caught:
-        load_config(REPO / "configs" / "demo.yaml", [*VIT, *overrides])
+        load_config(REPO / "configs" / "objectives.yaml", [*VIT, *overrides])
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -220,11 +220,11 @@ def test_planner_and_action_set_must_fit(overrides: list[str]) -> None:
     with pytest.raises(
         UserError, match=r"planning.planner=\w+ does not search planning.action_set=\w+: one_hot is for"
     ):
-        load_config(REPO / "configs" / "demo.yaml", overrides)
+        load_config(REPO / "configs" / "objectives.yaml", overrides)
     with pytest.raises(UserError, match=r"elites=30 must be below planning.candidates=30"):
         both = ["planning.planner=categorical", "planning.action_set=one_hot", "planning.candidates=30"]
-        load_config(REPO / "configs" / "demo.yaml", both)
-    assert load_config(REPO / "configs" / "demo.yaml", ["planning.planner=cem"]).planning.planner == CemConfig()
+        load_config(REPO / "configs" / "objectives.yaml", both)
+    assert load_config(REPO / "configs" / "objectives.yaml", ["planning.planner=cem"]).planning.planner == CemConfig()
 
 
 def test_after_its_recorded_actions_a_replay_takes_the_first_action() -> None:

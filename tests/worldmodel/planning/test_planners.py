@@ -216,7 +216,7 @@ def test_a_cost_of_a_wrong_shape_or_not_finite_is_refused() -> None:
 
 
 def test_elites_must_be_fewer_than_candidates() -> None:
-    demo = REPO / "configs" / "demo.yaml"
+    demo = REPO / "configs" / "objectives.yaml"
     with pytest.raises(UserError, match=r"planning.planner.elites=30 must be below planning.candidates=30"):
         load_config(demo, ["planning.candidates=30"])
     least = load_config(demo, ["planning.candidates=2", "planning.planner.elites=1"]).planning

@@ -604,7 +604,7 @@ def test_decoded_plans_are_shown_between_the_present_and_the_goal(tmp_path: Path
 def run_folder(tmp_path: Path) -> Path:
     run = tmp_path / "demo"
     run.mkdir()
-    write_text(run / "config.yaml", to_yaml(load_config(REPO / "configs" / "demo.yaml")))
+    write_text(run / "config.yaml", to_yaml(load_config(REPO / "configs" / "objectives.yaml")))
     return run
 
 

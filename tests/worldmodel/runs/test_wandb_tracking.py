@@ -96,7 +96,7 @@ def test_a_mistake_is_told_before_there_is_a_run_folder(
     tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "garbage")
-    done = run_here("train.py", "--config", str(REPO / "configs" / "demo.yaml"), *tiny_overrides)
+    done = run_here("train.py", "--config", str(REPO / "configs" / "objectives.yaml"), *tiny_overrides)
     assert done.returncode == 2 and "error: WANDB_MODE='garbage'" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 

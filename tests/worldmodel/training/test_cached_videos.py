@@ -218,7 +218,7 @@ def write_and_die(file, rows, **options):
 with patch.object(np.lib.format, "write_array", write_and_die):
     opened(load_config(sys.argv[1], sys.argv[2:]))
 """
-    arguments = [str(REPO / "configs" / "demo.yaml"), *tiny_overrides, *overrides]
+    arguments = [str(REPO / "configs" / "objectives.yaml"), *tiny_overrides, *overrides]
     done = run_python("-c", program, *arguments)
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     config = load_config(arguments[0], arguments[1:])
@@ -270,7 +270,7 @@ def test_processes_share_the_pass(overrides: list[str], tiny_overrides: list[str
     for name, (count, environment) in cases.items():
         changes = [*tiny_overrides, *overrides, f"run_dir={tmp_path / name}"]
         changes.append(f"train.encoder_cache={tmp_path / f'cache_{name}'}")
-        arguments = "-m", "worldmodel", "train", "--config", str(REPO / "configs" / "demo.yaml"), *changes
+        arguments = "-m", "worldmodel", "train", "--config", str(REPO / "configs" / "objectives.yaml"), *changes
         run_processes(count, *arguments, environment=environment)
         [folder] = (tmp_path / f"cache_{name}").iterdir()
         stored = [np.load(path, allow_pickle=False)["key"] for path in folder.glob("*.npy")]

@@ -29,7 +29,7 @@ CAUSAL = [
 WHITE = ["model.embedding_norm=white", "model.embedding_dim=6"]
 STEPS = ["data.num_segments=2", "data.num_frames=1", "objective.rollout_steps=2"]
 TERMS = ["objective.smoothness_weight=1", "objective.time_variance_weight=1"]
-VIT = ["demo.yaml", "data.size_px=32", "model.encoder=vit_tiny", "model.encoder.patch_px=16"]
+VIT = ["objectives.yaml", "data.size_px=32", "model.encoder=vit_tiny", "model.encoder.patch_px=16"]
 CASES: dict[str, list[str]] = {
     **{name: [*CAUSAL, f"objective.name={name}"] for name in choices("objective")},
     "infonce_white_sparse_double": [*CAUSAL, "objective.name=infonce", *WHITE, "model.latent=sparse"],
@@ -42,11 +42,11 @@ CASES: dict[str, list[str]] = {
     "sigreg_in_parts": [*CAUSAL, "objective.name=sigreg", "train.grad_accumulation=2"],
     "hinfonce_in_parts": [*CAUSAL, "objective.name=hinfonce", "train.grad_accumulation=3"],
     "byol_in_parts": [*CAUSAL, "objective.name=byol", "train.grad_accumulation=2", "train.clip_norm=0.1"],
-    "byol_video_double": ["demo.yaml"],
-    "byol_augmented_double": ["demo.yaml", *AUGMENTED],
-    "vicreg_video_double": ["demo.yaml", "objective.name=vicreg", "model.embedding_norm=standard", *STEPS, *TERMS],
+    "byol_video_double": ["objectives.yaml"],
+    "byol_augmented_double": ["objectives.yaml", *AUGMENTED],
+    "vicreg_video_double": ["objectives.yaml", "objective.name=vicreg", "model.embedding_norm=standard", *STEPS, *TERMS],
     "vicreg_deviation_double": [
-        "demo.yaml",
+        "objectives.yaml",
         "model.encoder=deviation",
         "model.projector_layers=0",
         "objective.name=vicreg",
@@ -55,7 +55,7 @@ CASES: dict[str, list[str]] = {
         "model.editor=linear",
     ],
     "byol_objects_in_parts_double": [
-        "demo.yaml",
+        "objectives.yaml",
         "model.encoder={name: objects, num_objects: 4, width: 0.25}",
         "train.grad_accumulation=2",
     ],
@@ -157,7 +157,7 @@ SCORED: dict[str, list[str]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("shards", [False, True])
 def test_two_processes_share_an_evaluation_and_score_as_one(shards: bool, world: Path, tmp_path: Path) -> None:
-    cases = {name: ["demo.yaml", *TINY, f"data.root={world}", *of_case] for name, of_case in SCORED.items()}
+    cases = {name: ["objectives.yaml", *TINY, f"data.root={world}", *of_case] for name, of_case in SCORED.items()}
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     training_jobs.evaluate(tmp_path / "one", cases)
     launch(2, "evaluate", str(tmp_path / "two"), str(tmp_path / "cases.json"), shards=shards)

@@ -15,15 +15,15 @@ from worldmodel.training import batch_norm
 from worldmodel.training.loop import train
 
 SMALL = [*TINY, "train.steps=2", "train.eval_every=2", "evaluation.selection_clips=8", "evaluation.fit_clips=16"]
-FRESH = ["demo.yaml", "data.source=moving_mnist"]
+FRESH = ["objectives.yaml", "data.source=moving_mnist"]
 STEPS = ["data.num_segments=2", "data.num_frames=1", "objective.rollout_steps=2", "objective.smoothness_weight=1"]
 REFINED = ["train.refine_steps=3", "train.refine_clips=16", "model.scene_dim=2", "model.distance_dim=2"]
 PLANNED = ["data.cache_mb=0", "planning.candidates=8", "planning.planner.elites=4", "planning.horizon=3"]
 CASES = {
     "fresh": [*FRESH, "objective.name=byol", "model.latent.prior_components=2"],
-    "videos, refined": ["demo.yaml", *REFINED, "objective.name=jepa"],
+    "videos, refined": ["objectives.yaml", *REFINED, "objective.name=jepa"],
     "steps": [
-        "demo.yaml",
+        "objectives.yaml",
         *STEPS,
         "objective.name=vicreg",
         "model.embedding_norm=standard",

@@ -37,7 +37,7 @@ LINK_TIMEOUT_S = 8
 def launch_command(*options: str, overrides: list[str]) -> list[str]:
     """accelerate launch, of two processes that train on fresh clips into ./run."""
     accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    script = [str(REPO / "scripts" / "train.py"), "--config", str(REPO / "configs" / "demo.yaml")]
+    script = [str(REPO / "scripts" / "train.py"), "--config", str(REPO / "configs" / "objectives.yaml")]
     config = [*TINY, "data.source=moving_mnist", "train.eval_every=100000", "train.checkpoint_every=100000"]
     launcher = ["--config_file", str(LAUNCH_CONFIGS / "cpu2.yaml"), *options]
     return [*accelerate, *launcher, *script, *config, "run_dir=run", *overrides]
@@ -299,12 +299,12 @@ STAND_INS = {
 def test_the_slurm_script_of_the_docs_saves_requeues_and_continues(tmp_path: Path) -> None:
     text = (REPO / "docs" / "multi_node.md").read_text(encoding="utf-8").partition("```bash\n")[2].partition("```")[0]
     words = " ".join(launch_command(overrides=["train.steps=40"]))
-    settings = words.partition("configs/demo.yaml ")[2]
+    settings = words.partition("configs/objectives.yaml ")[2]
     for stated, own in [
         ("accelerate launch", words.partition(" --config_file")[0]),
         ("configs/accelerate/2x8gpu.yaml", str(LAUNCH_CONFIGS / "cpu2.yaml")),
         ("scripts/train.py", str(REPO / "scripts" / "train.py")),
-        ("configs/paper.yaml", f"{REPO / 'configs' / 'demo.yaml'} {settings}"),
+        ("configs/paper.yaml", f"{REPO / 'configs' / 'objectives.yaml'} {settings}"),
     ]:
         assert text.count(stated) == 1
         text = text.replace(stated, own)

@@ -40,7 +40,7 @@ AUGMENTED = [
 ]
 REFINED = ["train.refine_steps=2", "train.refine_clips=12"]
 TIMING = ("clips_per_s", "data_s", "forward_s", "backward_s", "optimiser_s", "step_s", "tflops", "mfu")
-DEMO = ["--config", str(REPO / "configs" / "demo.yaml")]
+DEMO = ["--config", str(REPO / "configs" / "objectives.yaml")]
 
 
 def rows(run: Path, split: str = "train") -> list[dict[str, float]]:
