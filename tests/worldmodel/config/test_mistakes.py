@@ -43,7 +43,7 @@ def test_twins_differ_only_in_the_latent(name: str, twin_name: str) -> None:
 def test_the_objective_chooses_the_normalisation_of_embeddings(overrides: list[str], norm: str) -> None:
     config = load_config("paper", overrides)
     assert config.model.embedding_norm == norm
-    assert validate(to_dict(config)) == config
+    assert validate(to_dict(config), source="a copy") == config
 
 
 def test_overrides_replace_values_and_numbers_may_have_exponents(tmp_path: Path) -> None:
