@@ -64,7 +64,12 @@ class Session:
         self.output = run.with_suffix(".txt")
         self.shared = set(os.listdir("/dev/shm"))
         self.started_s = time.time()
-        script = [sys.executable, str(REPO / "scripts" / "train.py"), "--config", str(REPO / "configs" / "objectives.yaml")]
+        script = [
+            sys.executable,
+            str(REPO / "scripts" / "train.py"),
+            "--config",
+            str(REPO / "configs" / "objectives.yaml"),
+        ]
         environment = {"PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
         with self.output.open("w") as output:
             self.process = subprocess.Popen(

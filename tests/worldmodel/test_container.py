@@ -26,7 +26,14 @@ exec unshare --user --map-user={USER_ID} --map-group={USER_ID} env -i PATH=/usr/
 
 REDUCED = [
     *("model.encoder.width=0.125", "model.embedding_dim=16", "model.hidden_dim=32", "data.batch_size=64"),
-    *("train.steps=6", "train.refine_steps=6", "train.warmup_steps=2", "train.log_every=2", "train.eval_every=3", "train.checkpoint_every=3"),
+    *(
+        "train.steps=6",
+        "train.refine_steps=6",
+        "train.warmup_steps=2",
+        "train.log_every=2",
+        "train.eval_every=3",
+        "train.checkpoint_every=3",
+    ),
     *("evaluation.queries=16", "evaluation.fit_clips=64", "evaluation.selection_clips=16"),
 ]
 

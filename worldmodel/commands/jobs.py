@@ -91,7 +91,7 @@ def run_all(todo: Sequence[GridRun], total: int, jobs: int, launch: str, lock: i
     """
     waiting, failures = list(todo), list[Failure]()
     running: dict[subprocess.Popen[bytes], GridRun] = {}
-    with stop_signals() as stop, tqdm(total=total, initial=total - len(todo), unit="run") as bar:
+    with stop_signals() as stop, tqdm(total=total, initial=total - len(todo), unit="run", miniters=0) as bar:
         try:
             while waiting or running:
                 if number := stop():
@@ -101,7 +101,8 @@ def run_all(todo: Sequence[GridRun], total: int, jobs: int, launch: str, lock: i
                 while waiting and len(running) < jobs:
                     run = waiting.pop(0)
                     running[start(run, launch, lock)] = run
-                bar.set_postfix_str(", ".join(run.name for run in running.values()))
+                bar.set_postfix_str(", ".join(run.name for run in running.values()), refresh=False)
+                bar.update(0)  # shows the time
                 for child in [child for child in running if child.poll() is not None]:
                     run = running.pop(child)
                     if child.returncode:

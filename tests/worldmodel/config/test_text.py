@@ -79,7 +79,8 @@ def test_null_and_nothing_are_null_where_a_key_may_be_null_and_text_elsewhere() 
     assert optional
     for text in ("null", ""):
         config = load_config(DEMO, [f"{key}={text}" for key in optional])
-        assert [value_of(config, key) for key in optional] == [None] * len(optional)
+        filled = {"model.embedding_norm": "sphere"}  # the default of the objective
+        assert {key: value_of(config, key) for key in optional} == dict.fromkeys(optional) | filled
     assert videos_of(load_config(DEMO, ["data.camera=Null"])).camera == "Null"
     assert load_config(DEMO, ["run_dir=null"]).run_dir == "null"
     for key in FREE_KEYS:

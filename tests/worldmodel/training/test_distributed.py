@@ -44,7 +44,13 @@ CASES: dict[str, list[str]] = {
     "byol_in_parts": [*CAUSAL, "objective.name=byol", "train.grad_accumulation=2", "train.clip_norm=0.1"],
     "byol_video_double": ["objectives.yaml"],
     "byol_augmented_double": ["objectives.yaml", *AUGMENTED],
-    "vicreg_video_double": ["objectives.yaml", "objective.name=vicreg", "model.embedding_norm=standard", *STEPS, *TERMS],
+    "vicreg_video_double": [
+        "objectives.yaml",
+        "objective.name=vicreg",
+        "model.embedding_norm=standard",
+        *STEPS,
+        *TERMS,
+    ],
     "vicreg_deviation_double": [
         "objectives.yaml",
         "model.encoder=deviation",
