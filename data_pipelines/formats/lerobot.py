@@ -385,7 +385,7 @@ def to_array(column: Any, float_type: type[np.floating[Any]], *, finite: bool = 
 
     Raises ValueError: other values, or one that is missing, too large or (if `finite`) not finite, with its row.
     """
-    from pyarrow import compute
+    from pyarrow import compute, types
 
     values = column.combine_chunks()
     if values.null_count:
@@ -397,12 +397,14 @@ def to_array(column: Any, float_type: type[np.floating[Any]], *, finite: bool = 
             raise ValueError("lists of different lengths")
         shape.append(lengths.pop())
         values = values.flatten()
-    array = values.to_numpy(zero_copy_only=False)
     per_row = max(1, math.prod(shape[1:]))
     if values.null_count:
         raise ValueError(f"row {values.is_null().to_pylist().index(True) // per_row} holds a null")
-    if array.dtype.kind not in "biuf":
+    if types.is_boolean(values.type):
+        values = values.cast("int8")
+    if not types.is_integer(values.type) and not types.is_floating(values.type):
         raise ValueError(f"{values.type} where numbers belong")
+    array = np.from_dlpack(values)  # `to_numpy` would import pandas
     if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
         raise ValueError(f"row {int(array.argmax()) // per_row} is {array.max()}, which needs more than 63 bits")
     with np.errstate(over="ignore"):  # the next test finds it
