@@ -155,7 +155,7 @@ def _new_file() -> int:
 
 
 def _write(file: int, content: memoryview) -> None:
-    """Write a file, so that its memory exists before it is mapped. Raises OSError: there is no memory for it."""
+    """Write a file, which allocates the memory that is mapped later. Raises OSError: there is not enough memory."""
     start = 0
     while start < content.nbytes:
         start += os.pwrite(file, content[start:], start)

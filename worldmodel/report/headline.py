@@ -57,7 +57,7 @@ def verdict(metrics: Metrics) -> str:
     if worse := _defeats(metrics):
         return " ".join(worse)
     clear = "This run is better than every baseline at every horizon (Energy Score)"
-    return f"{clear}{'; '.join(['', *_ties(metrics)])}."
+    return f"{'; '.join([clear, *_ties(metrics)])}."
 
 
 def _spaces(metrics: Metrics) -> dict[str, str]:

@@ -92,7 +92,7 @@ def test_a_step_is_drawn_with_its_targets_actions_and_a_scene_from_before(
     config = tiny_config(
         "data.source=videos", "data.batch_size=512", f"train.refine_horizon={horizon}",
         f"objective.rollout_steps={rollout_steps}", "model.scene_dim=2", "model.embedding_dim=1",
-        "train.refine_steps=1", "train.refine_batch_size=null",
+        "train.refine_steps=1",
     )  # fmt: skip
     training = build_training_model(config)
     length = steps_of(config) + 2  # x, x+ and x++ of the last step
