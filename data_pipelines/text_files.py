@@ -3,8 +3,10 @@
 import dataclasses
 import re
 import reprlib
+from collections.abc import Mapping
+from functools import cache, partial
 from pathlib import Path
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -185,11 +187,16 @@ def is_optional(kind: Any) -> bool:
     return get_origin(kind) in (Union, UnionType) and NoneType in get_args(kind)
 
 
+def type_hints(kind: Any) -> Mapping[str, Any]:
+    """Return the types of the fields of a dataclass with their annotations, evaluated once per dataclass."""
+    return MappingProxyType(_type_hints(kind))
+
+
 def kind_of_key(kind: Any, key: str) -> Any:
     """Return the type of a key of a dataclass or dict, or of a union of these; Any where the type does not say."""
     kind = _plain(kind)
     if dataclasses.is_dataclass(kind):
-        return get_type_hints(kind, include_extras=True).get(key, Any)
+        return type_hints(kind).get(key, Any)
     if get_origin(kind) in (Union, UnionType):
         kinds = (kind_of_key(option, key) for option in get_args(kind))
         return next((found for found in kinds if found is not Any), Any)
@@ -204,6 +211,9 @@ def kind_of_items(kind: Any) -> Any:
         kind = next((_plain(option) for option in get_args(kind) if get_origin(_plain(option)) in (list, tuple)), Any)
     items = {item for item in get_args(kind) if item is not Ellipsis} if get_origin(kind) in (list, tuple) else set()
     return items.pop() if len(items) == 1 else Any
+
+
+_type_hints = cache(partial(get_type_hints, include_extras=True))
 
 
 def _plain(kind: Any) -> Any:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +26,7 @@ from data_pipelines.worlds.moving_mnist import write_moving_mnist
 from data_pipelines.worlds.written import encode_h264
 from tests import forked
 from worldmodel.config import Config, VideosConfig, load_config
+from worldmodel.report.drawing import CHART_DPI
 from worldmodel.training.loop import train
 
 torch.set_num_threads(1)  # the tests are small: threads would only wait for each other
@@ -86,6 +87,14 @@ def forked_pools() -> Iterator[None]:
         return multiprocessing.get_context("fork" if sys.platform == "linux" else method)
 
     with patch("data_pipelines.processes.get_context", context):
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_charts(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Draw the charts of reports with a sixteenth of their pixels, except for browsers."""
+    of_browser = request.path.stem == "test_report_browser"
+    with nullcontext() if of_browser else patch("worldmodel.report.drawing.CHART_DPI", CHART_DPI // 4):
         yield
 
 

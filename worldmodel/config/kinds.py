@@ -2,11 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from functools import cache
+from types import MappingProxyType, NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
+
+from data_pipelines.text_files import type_hints
 
 KEYS = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 """Of every dataclass of the configuration: no other keys, and docstrings of attributes are their descriptions."""
@@ -76,8 +79,8 @@ class Choice:
 
     def names_of(self, member: type) -> tuple[str, ...]:
         """Return the names of one dataclass; OUTSIDE for that of outside code."""
-        hint = get_type_hints(member)[self.tag]
-        return get_args(hint) or (OUTSIDE,)
+        hint = type_hints(member)[self.tag]
+        return get_args(hint) if get_origin(hint) is Literal else (OUTSIDE,)
 
     def _discriminate(self, value: Any) -> str | None:
         is_tree = isinstance(value, Mapping)
@@ -119,11 +122,12 @@ def choice_of(kind: Any) -> Choice | None:
     return next(found, None) if get_origin(kind) is Annotated else None
 
 
-def members_of(kind: Any) -> dict[str, type]:
+@cache
+def members_of(kind: Any) -> Mapping[str, type]:
     """Return the dataclasses of a choice by name, that of outside code as OUTSIDE."""
     choice, members = choice_of(kind), get_args(get_args(kind)[0])
     assert choice is not None
-    return {name: member for member in members for name in choice.names_of(member)}
+    return MappingProxyType({name: member for member in members for name in choice.names_of(member)})
 
 
 def member_for(kind: Any, tree: Mapping[str, Any]) -> type | None:
@@ -142,7 +146,7 @@ def dotted_keys(kind: Any, prefix: str = "") -> Iterator[str]:
     """Yield all keys below a dataclass or a choice, whatever the choices: sections, choices and values."""
     members = members_of(kind) if choice_of(kind) is not None else {"": kind}
     for member in dict.fromkeys(members.values()):
-        for key, hint in get_type_hints(member, include_extras=True).items():
+        for key, hint in type_hints(member).items():
             if key in keys_of(member):
                 yield f"{prefix}{key}"
                 if choice_of(hint) is not None or dataclasses.is_dataclass(hint):

@@ -3,13 +3,13 @@
 import dataclasses
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le
 from pydantic.fields import FieldInfo
 
 from data_pipelines.errors import UserError, did_you_mean
-from data_pipelines.text_files import is_optional, shown
+from data_pipelines.text_files import is_optional, shown, type_hints
 from worldmodel.config.kinds import OUTSIDE, choice_of, dotted_keys, keys_of, list_of, members_of
 from worldmodel.config.sections import Config
 
@@ -37,7 +37,7 @@ def reference(key: str | None = None) -> str:
     """
     if key is not None:
         return "\n".join(_lines_of(key))
-    hints = get_type_hints(Config, include_extras=True)
+    hints = type_hints(Config)
     sections = [name for name, kind in hints.items() if _is_group(kind)]
     parts = ["\n".join(_lines(name, hints[name], "##")) for name in sections]
     return "\n".join([HEADER, *_lines_of_keys(Config, ""), *parts])
@@ -67,7 +67,7 @@ def _lines_of(key: str) -> Iterator[str]:
 
 def _hints(owners: Mapping[str, type], key: str) -> list[Any]:
     """Return the types of a key in the dataclasses that have it."""
-    return [get_type_hints(owner, include_extras=True)[key] for owner in owners.values() if key in keys_of(owner)]
+    return [type_hints(owner)[key] for owner in owners.values() if key in keys_of(owner)]
 
 
 def _dataclasses_of(key: str, kind: Any) -> Iterator[tuple[str, type]]:
@@ -87,7 +87,7 @@ def _lines(key: str, kind: Any, heading: str) -> Iterator[str]:
     if choice is None:
         yield f"{_one_line(kind.__doc__)}\n"
         yield from _lines_of_keys(kind, f"{key}.")
-        for name, hint in get_type_hints(kind, include_extras=True).items():
+        for name, hint in type_hints(kind).items():
             if choice_of(hint) is not None:
                 yield from _lines(f"{key}.{name}", hint, f"{heading}#")
         return
@@ -103,7 +103,7 @@ def _lines(key: str, kind: Any, heading: str) -> Iterator[str]:
 def _groups_of(members: Iterable[type]) -> dict[str, Any]:
     """Return the groups of keys within the dataclasses of a choice, which several of them may share."""
     fields = [field for member in members for field in dataclasses.fields(member)]
-    hints = {name: hint for member in members for name, hint in get_type_hints(member, include_extras=True).items()}
+    hints = {name: hint for member in members for name, hint in type_hints(member).items()}
     return {field.name: hints[field.name] for field in fields if _is_group(hints[field.name])}
 
 
@@ -111,7 +111,7 @@ def _lines_of_keys(kind: Any, prefix: str, only: str | None = None) -> Iterator[
     """Yield a table of the keys of a dataclass that are no sections, or of one of them."""
     yield f"| {' | '.join(COLUMNS)} |"
     yield f"| {' | '.join('---' for _ in COLUMNS)} |"
-    hints = get_type_hints(kind, include_extras=True)
+    hints = type_hints(kind)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
         if only in (None, field.name) and (not _is_group(hint) or choice_of(hint) is not None):
@@ -148,7 +148,7 @@ def _type(hint: Any) -> str:
         options = ["text", _type(list_of(hint)), *(["null"] if is_optional(hint) else [])]
         return f"{', '.join(options[:-1])}, or {options[-1]}"
     if dataclasses.is_dataclass(hint):
-        kinds = get_type_hints(hint, include_extras=True)
+        kinds = type_hints(hint)
         return ", ".join(f"`{name}`: {_type(kind)}" for name, kind in kinds.items())
     if choice_of(hint) is not None:
         return "choice: " + ", ".join(f"`{name}`" for name in members_of(hint))

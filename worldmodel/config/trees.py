@@ -3,12 +3,12 @@
 import dataclasses
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 
 from data_pipelines.errors import UserError
-from data_pipelines.text_files import is_optional, is_text, kind_of_items, kind_of_key, parse_yaml, shown
+from data_pipelines.text_files import is_optional, is_text, kind_of_items, kind_of_key, parse_yaml, shown, type_hints
 from worldmodel.config.kinds import as_key, choice_of, keys_of, list_of, member_for, members_of
 from worldmodel.config.old import MOVED
 from worldmodel.config.sections import Config
@@ -16,7 +16,7 @@ from worldmodel.config.sections import Config
 
 def expanded(tree: Mapping[str, Any], kind: Any = Config) -> dict[str, Any]:
     """Return a tree in which a choice that is given by its name alone is a dict: `encoder: mlp` -> {"name": "mlp"}."""
-    hints = get_type_hints(kind, include_extras=True)
+    hints = type_hints(kind)
     return {key: _expanded_part(part, hints.get(key)) for key, part in tree.items()}
 
 

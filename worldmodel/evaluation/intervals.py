@@ -67,12 +67,13 @@ def resample(places: ClipPlaces, generator: torch.Generator, num_resamples: int 
     chance = 1 / lengths
     num_blocks = max(1, round(float(chance.sum())))
     starts = torch.multinomial(chance.expand(num_resamples, -1), num_blocks, replacement=True, generator=generator)
-    counts = torch.zeros(num_resamples, count).scatter_add_(1, starts, torch.ones(starts.shape))
-    weights = torch.zeros_like(counts)
+    started = torch.zeros(count, num_resamples).scatter_add_(0, starts.T, torch.ones(starts.T.shape))
+    weights = torch.empty_like(started)
     for rows in videos:
-        for shift in range(min(length, len(rows))):
-            weights[:, rows.roll(-shift)] += counts[:, rows]
-    return Resampling(weights, length, num_blocks)
+        own, most = started[rows], min(length, len(rows))
+        sums = torch.cat([torch.zeros(1, num_resamples), own[len(rows) - most + 1 :], own]).cumsum(dim=0)
+        weights[rows] = sums[most:] - sums[:-most]  # the blocks that start at most `most` - 1 queries before
+    return Resampling(weights.T, length, num_blocks)
 
 
 def _rows_of_videos(places: ClipPlaces) -> list[Tensor]:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -13,6 +13,7 @@ from safetensors.numpy import save as serialise
 
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.files import write_bytes
+from data_pipelines.text_files import type_hints
 
 Record = TypeVar("Record")
 
@@ -94,7 +95,7 @@ def _restored(hint: Any, name: str, values: dict[str, Any], sizes: dict[str, int
         return None  # written before the field was added
     if not dataclasses.is_dataclass(kind):
         raise KeyError(name)
-    hints = get_type_hints(kind, include_extras=True)
+    hints = type_hints(kind)
     parts = {key: _restored(part, f"{name}.{key}", values, sizes) for key, part in hints.items()}
     return kind(**parts)  # type: ignore[operator]
 

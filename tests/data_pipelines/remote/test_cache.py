@@ -96,6 +96,12 @@ def _epoch(index: VideoIndex, num_workers: int = 0, **changes: Any) -> list[tupl
         batches.close()
 
 
+@pytest.fixture(scope="module")
+def epoch(packed: VideoIndex) -> list[tuple[list[int], str]]:
+    """An epoch of the plain files."""
+    return _epoch(packed)
+
+
 def _clips(epoch: list[tuple[list[int], str]]) -> list[int]:
     return sorted(clip for clips, _ in epoch for clip in clips)
 
@@ -132,14 +138,14 @@ def test_pixels_are_those_of_the_plain_files(index: VideoIndex, packed: VideoInd
 def test_a_failure_that_passes_is_survived(
     server: ShardServer,
     index: VideoIndex,
-    packed: VideoIndex,
+    epoch: list[tuple[list[int], str]],
     slept: list[float],
     caplog: pytest.LogCaptureFixture,
     faults: list[int | str],
     reason: str,
 ) -> None:
     server.faults[FIRST] = list(faults)
-    assert _epoch(index) == _epoch(packed)
+    assert _epoch(index) == epoch
     assert len(slept) == len(faults)
     for number, pause_s in enumerate(slept):
         assert 0.5 * 2**number <= pause_s < 2**number
@@ -191,11 +197,11 @@ def test_an_index_that_is_missing_or_cannot_be_had_is_one_line(
 
 
 def test_a_slow_network_is_not_taken_for_a_decoder_that_hangs(
-    server: ShardServer, packed: VideoIndex, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    server: ShardServer, epoch: list[tuple[list[int], str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     index = load_videos(server.url, cache_dir=tmp_path, cache_mb=8, progress=False)
     server.faults[FIRST] = ["slow"]
-    assert _epoch(index, 1, decode_timeout_s=0.5) == _epoch(packed)
+    assert _epoch(index, 1, decode_timeout_s=0.5) == epoch
     assert not caplog.records
 
 
@@ -267,12 +273,16 @@ def test_a_lane_lets_go_of_one_shard_before_it_takes_the_next(
 
 
 def test_a_small_cache_changes_no_batch(
-    server: ShardServer, index: VideoIndex, packed: VideoIndex, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    server: ShardServer,
+    index: VideoIndex,
+    epoch: list[tuple[list[int], str]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     sizes = sorted(shard.size_bytes for shard in _remote(index).shards.values())
     for num_workers, num_held in ((0, 5), (2, 6)):
         small = replace(index, remote=_remote(index, max_bytes=sum(sizes[-num_held:])))
-        assert _epoch(small, num_workers) == _epoch(packed)
+        assert _epoch(small, num_workers) == epoch
         kept = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*.tar"))
         assert kept <= sum(sizes[-num_held:]) and not caplog.records  # the bound never gave way
     assert len([name for name in server.requests if name.endswith(".tar")]) > len(sizes)  # some came twice
@@ -353,7 +363,9 @@ def test_what_a_process_killed_while_it_fetched_left_is_cleaned_up(
     assert (remote.folder / FIRST).stat().st_size == remote.shards[FIRST].size_bytes
 
 
-def test_a_worker_killed_while_it_fetches_is_replaced(server: ShardServer, packed: VideoIndex, tmp_path: Path) -> None:
+def test_a_worker_killed_while_it_fetches_is_replaced(
+    server: ShardServer, epoch: list[tuple[list[int], str]], tmp_path: Path
+) -> None:
     index = load_videos(server.url, cache_dir=tmp_path, cache_mb=8, progress=False)
     names = sorted({video.shard for video in index.videos})
     for name in names:
@@ -369,7 +381,7 @@ def test_a_worker_killed_while_it_fetches_is_replaced(server: ShardServer, packe
 
     killer = threading.Thread(target=kill)
     killer.start()
-    assert _epoch(index, 1) == _epoch(packed)
+    assert _epoch(index, 1) == epoch
     killer.join()
 
 
@@ -399,7 +411,9 @@ def test_shards_follow_each_other_in_a_lane(packed: VideoIndex) -> None:
     assert [packed.videos[clip].shard for clip in first[:-1]] == sorted({video.shard for video in packed.videos})
 
 
-def test_s3(packed: VideoIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3(
+    packed: VideoIndex, epoch: list[tuple[list[int], str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     moto_server = pytest.importorskip("moto.server")
     import fsspec
 
@@ -418,7 +432,7 @@ def test_s3(packed: VideoIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         bucket.mkdir("videos")
         bucket.put(f"{packed.root}/", "videos/some/where/", recursive=True)
         index = _index("s3://videos/some/where", tmp_path, [])
-        assert _epoch(index, 2) == _epoch(packed)
+        assert _epoch(index, 2) == epoch
         bucket.rm(f"videos/some/where/{FIRST}")
         again = _index("s3://videos/some/where", tmp_path / "other", [])
         with pytest.raises(UserError, match=f"{FIRST}' could not be fetched, tried once"):

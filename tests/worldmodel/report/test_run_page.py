@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
-from tests.conftest import REPO
+from tests.conftest import CHART_DPI, REPO
 from tests.worldmodel.report.samples import (
     make_decoded,
     make_episodes,
@@ -395,7 +395,8 @@ def test_nothing_to_show_still_makes_a_page(tmp_path: Path) -> None:
     assert page.images == [] and "This run has no forecast score." in page.text
 
 
-def test_six_queries_of_restless_colour_stay_under_the_limit(tmp_path: Path) -> None:
+def test_six_queries_of_restless_colour_stay_under_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worldmodel.report.drawing.CHART_DPI", CHART_DPI)
     drawn = make_illustrations(queries=1, size_px=128, channels=3, texture=True, num_neighbours=4)
     drawn = replace(drawn, latents=None, timeline=None)  # one of each, however many queries
     html, _ = report(tmp_path / "report.html", metrics={}, illustrations=drawn)
