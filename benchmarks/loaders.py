@@ -20,7 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -350,9 +351,23 @@ def written_files(case: Case, out: Path) -> list[Path]:
     for number, path in enumerate(tqdm(paths, desc=f"{case.name} videos", unit="file", leave=False)):
         if not path.exists():
             partial = path.with_suffix(".partial")
-            stream_benchmark.write_scene(partial, scene, number, case.codec, **(AV1 if "av1" in case.codec else {}))
+            with kept_scheduling():
+                stream_benchmark.write_scene(partial, scene, number, case.codec, **(AV1 if "av1" in case.codec else {}))
             partial.replace(path)
     return paths
+
+
+@contextmanager
+def kept_scheduling() -> Iterator[None]:
+    """Restore the scheduling of this thread. If root runs SVT-AV1, it leaves its caller with real-time priority.
+
+    The loaders, which start from this process, would have it as well.
+    """
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 def write_tables(case: Case, root: Path) -> None:
