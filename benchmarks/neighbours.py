@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 from data_pipelines.errors import UserError
 from worldmodel.commands.exits import report_errors
 from worldmodel.commands.process import prepare_process
-from worldmodel.commands.shared import add_overrides, check_counts, write_result
+from worldmodel.commands.shared import add_overrides, check_counts, check_out_file, write_result
 from worldmodel.config import Config, load_config
 from worldmodel.training.machine import CORES, machine_description
 from worldmodel.training.timing import synchronise
@@ -76,6 +76,7 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     with report_errors():
         check_counts(args, "rounds", "steps")
+        check_out_file(args.out, ".json")
         config = load_config(args.config, [*DEFAULTS, *args.overrides])
         check_plain(config)
         result = bench(config, args.rounds, args.steps)

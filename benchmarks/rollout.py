@@ -22,7 +22,7 @@ from worldmodel import WorldModel, load
 from worldmodel.build import build_model
 from worldmodel.commands.exits import report_errors
 from worldmodel.commands.process import keep_freed_memory
-from worldmodel.commands.shared import check_counts, write_result
+from worldmodel.commands.shared import check_counts, check_out_file, write_result
 from worldmodel.config import Config, load_config
 from worldmodel.sources import make_source
 from worldmodel.training.machine import fair_share_of_cores, machine_description
@@ -48,6 +48,7 @@ def main() -> int:
     keep_freed_memory()
     with report_errors():
         check_counts(args, "queries", "samples", "steps", "repeats")
+        check_out_file(args.out, ".json")
         trained = load(args.run) if args.run else None
         config = trained.config if trained else load_config(args.config)
         if make_source(config).content != "frames":

@@ -27,7 +27,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
 from worldmodel.commands.exits import leave, report_errors
 from worldmodel.commands.process import keep_freed_memory
-from worldmodel.commands.shared import add_overrides, check_counts, write_result
+from worldmodel.commands.shared import add_overrides, check_counts, check_out_file, write_result
 from worldmodel.config import Config, MovingMnistConfig, load_config
 from worldmodel.sources import make_source
 from worldmodel.training.launch import make_accelerator
@@ -62,6 +62,7 @@ def main() -> int:
             run_steps(config, args.steps, args.times)
             return 0
         check_counts(args, "rounds", "steps")
+        check_out_file(args.out, ".json")
         if min(args.processes) < 1:
             raise UserError(f"--processes must be at least 1, not {min(args.processes)}")
         arguments = ["--config", str(args.config), "--steps", str(args.steps), *args.overrides]

@@ -40,7 +40,7 @@ from data_pipelines.shards.packing import pack_videos
 from data_pipelines.stream import StreamSettings, VideoStream
 from data_pipelines.worlds.moving_mnist import write_moving_mnist
 from worldmodel.commands.exits import report_errors
-from worldmodel.commands.shared import write_result
+from worldmodel.commands.shared import check_out_file, write_result
 from worldmodel.training.machine import child_processes, machine_description, memory_mb
 
 SPEC = ClipSpec()
@@ -116,6 +116,7 @@ def main() -> int:
             [case] = [case for case in cases if case.name == name]
             print(json.dumps(asdict(measure(case, method, int(workers), args.data, args.seconds))))
             return 0
+        check_out_file(args.out, ".json")
         if args.data:
             rows = bench(cases, args.data, args)
         else:

@@ -29,7 +29,7 @@ from data_pipelines.batches import Batch
 from data_pipelines.errors import UserError
 from worldmodel.commands.exits import report_errors
 from worldmodel.commands.process import keep_freed_memory, set_threads
-from worldmodel.commands.shared import add_overrides, check_counts, write_result
+from worldmodel.commands.shared import add_overrides, check_counts, check_out_file, write_result
 from worldmodel.config import ByolConfig, Config, Conv3dConfig, GaussianConfig, flatten, load_config, to_dict
 from worldmodel.sources import make_source
 from worldmodel.training.launch import make_accelerator
@@ -82,6 +82,7 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     with report_errors():
         check_counts(args, "steps", "compare_steps")
+        check_out_file(args.out, ".json")
         config = load_config(args.config, [*DEFAULTS, *args.overrides])
         check_plain(config)
         with plain_process(config) as plain:
