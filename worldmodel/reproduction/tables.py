@@ -202,8 +202,11 @@ class Table:
         """All figures in the order of the file.
 
         Raises:
-            ValueError: a row has another number of cells than there are columns, or a figure has no source or path.
+            ValueError: a row has another number of cells than there are columns, a figure has no source or path, or
+                `assumed` explains a spread that is missing.
         """
+        if self.entry.assumed and self.entry.spread is None:
+            raise ValueError(f"assumed: {self.entry.assumed!r} explains no spread; a note explains other things")
         return list(self._figures())
 
     def _figures(self) -> Iterator[Figure]:

@@ -94,6 +94,7 @@ def test_a_mean_has_the_sources_of_all_seeds(tmp_path: Path) -> None:
         ("9.9'", "9.9', '1'", "row 'this run' has 3 values, not 2"),
         ("spread: 10%", "spread: wide", "spread='wide': String should match"),
         ("    spread: 10%\n", "", "'9.9' has no spread"),
+        ("    spread: 10%\n", "    assumed: a guess\n", "assumed: 'a guess' explains no spread"),
         ("source: plan/", "source: plant/", "there is no step 'plant'"),
         ("source: plan/planning.json", "source: plan/metrics.json", "metrics.json is not a result of plan"),
         ("what: steps", "what: stairs", "planning.json has no place 'stairs'"),
