@@ -71,7 +71,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files first that start processes, which take the longest: two workers should finish together."""
+    """Put the files first that start processes, which take the longest: the workers should finish together."""
     starters = {"run_processes", "run_python", "run_script", "subprocess"}
     items.sort(key=lambda item: starters.isdisjoint(vars(getattr(item, "module"))))  # noqa: B009
 

@@ -56,7 +56,7 @@ ENVIRONMENT = {
     **os.environ,
     "CUDA_VISIBLE_DEVICES": "",
     "ACCELERATE_USE_CPU": "true",
-    "OMP_NUM_THREADS": "1",  # two workers of pytest, whose threads would wait for each other
+    "OMP_NUM_THREADS": "1",  # the workers of pytest, whose threads would wait for each other
 }
 """The variables of the server, and of programs unless a test changes them. Later changes of os.environ do not count:
 torch and scikit-learn set some of their own, now and then."""
