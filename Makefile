@@ -40,9 +40,9 @@ demo: $(RUNTIME) ## write videos, train AdaSSL-V and BYOL on them, forecast, rep
 	$(BIN)/worldmodel evaluate --run runs/demo_byol
 	$(BIN)/worldmodel evaluate --run runs/demo --compare runs/demo_byol
 
-# Most tests use one core, and some wait: three workers for two cores. The tests of a file run in one process, which creates
-# their shared fixtures once. Files start in the order of tests/conftest.py, the longest first. Programs that tests start import compiled modules, even where the
-# environment prevents Python from writing them.
+# Most tests use one core, and some wait: three workers for two cores. The tests of a file run in one process, which
+# creates their shared fixtures once. Files start in the order of tests/conftest.py, the longest first. Programs that
+# tests start import compiled modules, even where the environment prevents Python from writing them.
 test: export PYTHONDONTWRITEBYTECODE :=
 test: $(TESTS) ## run the fast tests on two cores, and list the 20 slowest
 	$(BIN)/python -m pytest -q -m "not slow" --durations=20 --numprocesses 3 --dist loadfile --no-loadscope-reorder

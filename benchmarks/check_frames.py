@@ -39,6 +39,9 @@ from data_pipelines.errors import UserError
 from data_pipelines.facts import BadFile, Video
 from data_pipelines.indexing.probe import index_file
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.scheduling import kept_scheduling
+
 SIZE_PX = 96
 NUM_FRAMES = 60
 RATE = 25
@@ -177,7 +180,7 @@ def encode(path: Path, codec: Codec) -> None:
     """Encode a video of NUM_FRAMES numbered frames."""
     import av
 
-    with av.open(str(path), "w") as out:
+    with kept_scheduling(), av.open(str(path), "w") as out:
         stream: Any = out.add_stream(codec.encoder, rate=RATE, options=dict(codec.options))
         stream.width, stream.height, stream.pix_fmt = SIZE_PX, SIZE_PX, codec.pix_fmt
         stream.codec_context.thread_count = 1

@@ -20,8 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -46,6 +45,7 @@ from worldmodel.training.machine import child_processes, machine_description, me
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import stream as stream_benchmark
 from benchmarks.peer_loaders import LOADERS, Job
+from benchmarks.scheduling import kept_scheduling
 
 OURS = "worldmodel"
 NUM_FRAMES = 9
@@ -355,19 +355,6 @@ def written_files(case: Case, out: Path) -> list[Path]:
                 stream_benchmark.write_scene(partial, scene, number, case.codec, **(AV1 if "av1" in case.codec else {}))
             partial.replace(path)
     return paths
-
-
-@contextmanager
-def kept_scheduling() -> Iterator[None]:
-    """Restore the scheduling of this thread. If root runs SVT-AV1, it leaves its caller with real-time priority.
-
-    The loaders, which start from this process, would have it as well.
-    """
-    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
-    try:
-        yield
-    finally:
-        os.sched_setscheduler(0, policy, parameters)
 
 
 def write_tables(case: Case, root: Path) -> None:

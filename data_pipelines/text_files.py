@@ -187,6 +187,9 @@ def is_optional(kind: Any) -> bool:
     return get_origin(kind) in (Union, UnionType) and NoneType in get_args(kind)
 
 
+_type_hints = cache(partial(get_type_hints, include_extras=True))
+
+
 def type_hints(kind: Any) -> Mapping[str, Any]:
     """Return the types of the fields of a dataclass with their annotations, evaluated once per dataclass."""
     return MappingProxyType(_type_hints(kind))
@@ -211,9 +214,6 @@ def kind_of_items(kind: Any) -> Any:
         kind = next((_plain(option) for option in get_args(kind) if get_origin(_plain(option)) in (list, tuple)), Any)
     items = {item for item in get_args(kind) if item is not Ellipsis} if get_origin(kind) in (list, tuple) else set()
     return items.pop() if len(items) == 1 else Any
-
-
-_type_hints = cache(partial(get_type_hints, include_extras=True))
 
 
 def _plain(kind: Any) -> Any:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.scheduling import kept_scheduling
+
 HEIGHT, WIDTH, BLOCK = 96, 128, 32  # a size that H.263 has too
 NUM_FRAMES, FPS = 24, 25
 NUM_BITS = 6  # painted twice, the second time inverted
@@ -62,7 +64,7 @@ def write_video(path: Path, codec: Codec, num_frames: int = NUM_FRAMES) -> None:
     """Write a video. Raises av.FFmpegError, ValueError: the container does not support the codec."""
     import av
 
-    with av.open(str(path), "w") as container:
+    with kept_scheduling(), av.open(str(path), "w") as container:
         stream: Any = container.add_stream(codec.name, rate=FPS, options=dict(codec.options))
         stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, codec.pix_fmt
         stream.codec_context.thread_count = 1

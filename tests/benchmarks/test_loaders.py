@@ -1,7 +1,6 @@
 """The comparison of loaders: its files are data sets of each kind, its check of frames, its clock."""
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -54,14 +53,6 @@ def test_a_case_is_a_folder_of_videos_a_lerobot_set_and_one_of_stable_worldmodel
     job = make_job(written, tmp_path)
     assert job.rows.tolist() == [[file, start, 36 * file + start] for file in (0, 1) for start in (0, 9, 18, 27)]
     assert [Path(path).name for path in job.path_of] == ["ep_0.mp4", "ep_1.mp4"]
-
-
-def test_writing_av1_changes_no_scheduling(tmp_path: Path) -> None:
-    """SVT-AV1 makes a program that root runs a real-time one, which slows the wakes of what it starts."""
-    before = os.sched_getscheduler(0), os.sched_getparam(0).sched_priority
-    short = Case("short", "", 1, 12, 2, "libsvtav1", distinct=1, pool_clips=16)
-    assert len(write_case(short, tmp_path).videos) == 1
-    assert (os.sched_getscheduler(0), os.sched_getparam(0).sched_priority) == before
 
 
 def test_our_loader_delivers_each_clip_and_resumes(written: tuple[Path, VideoIndex], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def find_config(name: str | Path) -> Path:
     if name in shipped:
         return shipped[name]
     if is_folder or path.is_absolute() or path.suffix in (".yaml", ".yml"):
-        return path  # the error of reading it says what is wrong
+        return path  # reading it reports what is wrong
     hint = did_you_mean(name, shipped)
     raise UserError(f"config {shown(name)} is neither a file nor a shipped config{hint}: {', '.join(shipped)}")
 

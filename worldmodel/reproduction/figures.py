@@ -66,7 +66,7 @@ def as_markdown(table: Table, compared: Sequence[Compared], took: str) -> str:
     notes = [
         f"Spread of values without a documented one, {entry.spread}: {entry.assumed}." if entry.assumed else "",
         entry.note,
-        *(f"Not made anew: {', '.join(part.rows)}: {part.why}." for part in entry.left_out),
+        *(f"Not measured again: {', '.join(part.rows)}: {part.why}." for part in entry.left_out),
         summary(compared),
         took,
     ]
