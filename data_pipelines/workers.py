@@ -189,7 +189,6 @@ class _Worker:
     ) -> None:
         self._make_parts, self._worker, self._num_workers = make_parts, worker, num_workers
         self._decode_timeout_s, self._failures = decode_timeout_s, failures
-        self._patience = Patience()
         self._num_received = 0
         self._num_deaths = 0  # since the last part came
         self._died_at: Place | None = None
@@ -204,6 +203,7 @@ class _Worker:
         what = (self._make_parts, self._worker, self._num_workers, self._num_received, frozenset(self._fatal))
         self._process = context.Process(target=_work, args=(*what, theirs, Parent.here()), daemon=True)
         self._process.start()
+        self._patience = Patience()  # a new process counts its tasks from the beginning
         theirs.close()  # the process holds the only other end: when it ends, the connection ends
 
     def end(self) -> None:

@@ -31,6 +31,7 @@ from data_pipelines.index import VideoIndex
 from data_pipelines.messages import Inbox, Outbox
 from data_pipelines.processes import Parent, Patience, environment_int
 from data_pipelines.stream import VideoStream
+from data_pipelines.workers import Part
 from tests.data_pipelines.streams import make_stream
 
 REPO = Path(__file__).parents[2]
@@ -44,6 +45,7 @@ SETTINGS: dict[str, Any] = {
     "pool_clips": 64,
     "seed": 3,
 }
+PART = Part(np.zeros((1, 3, 1, 2, 2), np.uint8), np.zeros(1, np.int64), np.zeros(1, np.int64), {})
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc and prctl are Linux's")
 
 
@@ -138,6 +140,25 @@ def test_a_worker_that_is_stuck_while_not_decoding_is_replaced(
     monkeypatch.setattr(stream_module, "stack_clips", stuck_once)
     assert _hashes(make_stream(index, SPEC, **SETTINGS, num_workers=1, decode_timeout_s=0.3), 4) == whole
     assert [record.message[:37] for record in caplog.records] == ["a decoding process made no progress fo"[:37]]
+
+
+def test_the_process_that_replaces_a_hanging_one_gets_the_whole_time_limit(
+    index: VideoIndex, caplog: pytest.LogCaptureFixture, quick_polls: None
+) -> None:
+    """Even for the task that has the same number as the one at which the other process hung."""
+
+    def make_parts(_worker: int, _num_workers: int, _first_part: int, faults: workers_module.Faults) -> Iterator[Part]:
+        replaces = faults.is_known_fatal(0, 0, 1)
+        faults.progress.decode(1 if replaces else 0)
+        time.sleep(0.4 if replaces else 1000)
+        yield PART
+
+    failures = workers_module.Failures(index, 1.0)
+    assert len(list(workers_module.run_workers(make_parts, 1, 1.0, failures))) == 1
+    first = index.videos[0].path
+    reason = "does not decode (opening it took more than decode_timeout_s=1)"
+    assert failures.reasons == {first: reason}
+    assert [record.message for record in caplog.records] == [f"video '{first}' {reason}: its clips are left out"]
 
 
 def test_workers_that_are_stuck_again_and_again_are_one_line(
