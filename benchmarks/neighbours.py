@@ -195,9 +195,11 @@ def training(kind: Kind, config: Config) -> Iterator[Training]:
     process = spawning.Process(target=serve, args=(kind, config, there), daemon=True)
     process.start()
     there.close()  # only the process holds it now: its end is seen
-    with here:
-        yield Training(here)
-    process.join()
+    try:
+        with here:
+            yield Training(here)
+    finally:
+        process.join()
 
 
 def serve(kind: Kind, config: Config, requests: Connection) -> None:

@@ -159,9 +159,11 @@ def plain_process(config: Config) -> Iterator[Callable[..., Any]]:
             raise answer
         return answer
 
-    with here:
-        yield ask
-    process.join()
+    try:
+        with here:
+            yield ask
+    finally:
+        process.join()
 
 
 def serve_plain(config: Config, requests: Connection) -> None:

@@ -1,6 +1,7 @@
 """The plain step computes what the trainer's does, and the benchmark of both runs; no test looks at a clock."""
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,9 @@ def test_senseless_numbers_and_other_models_end_with_one_line() -> None:
     assert_one_line(
         "benchmarks/train_step.py", "--config", PAPER, "model.latent=none", tells="for model.latent.name=gaussian alone"
     )
-    # The process of the plain step is the first to meet this one.
+    # The process of the plain step is the first to meet this one. It has ended when the program ends.
+    processes = multiprocessing.active_children()
     assert_one_line(
         "benchmarks/train_step.py", "--config", PAPER, "data.mnist_dir=nowhere", tells="in nowhere: the MNIST folder"
     )
+    assert set(multiprocessing.active_children()) <= set(processes)
