@@ -17,6 +17,8 @@ from data_pipelines.facts import Video
 from data_pipelines.index import VideoIndex
 from data_pipelines.workers import Faults
 
+SLOWEST_FRAMES_PER_S = 5.0  # of frames that are decoded on the way to a clip
+
 Clip = tuple[int, Sequence[Frame] | None]  # id and frames; None: its file does not decode
 
 
@@ -100,9 +102,13 @@ class _CameraVideo:
 
     def is_known_to_fail(self, first: int, last: int, faults: Faults) -> bool:
         """Return whether decoding the frames `first` to `last` of the clip's video would fail at the same frame."""
-        first, last = first + self.shift, last + self.shift
-        keyframe = self.facts.keyframes[bisect_right(self.facts.keyframes, first) - 1]
-        return keyframe <= self.failed_frame or faults.is_known_fatal(self.number, keyframe, last + 1)
+        keyframe = self.keyframe_of(first)
+        return keyframe <= self.failed_frame or faults.is_known_fatal(self.number, keyframe, last + self.shift + 1)
+
+    def keyframe_of(self, frame: int) -> int:
+        """Return the frame of this camera from which a frame of the clip's video is decoded."""
+        keyframes = self.facts.keyframes
+        return keyframes[bisect_right(keyframes, frame + self.shift) - 1]
 
     def close(self) -> None:
         if self.reader is not None:
@@ -124,11 +130,12 @@ class ClipDecoder:
         self._cameras: list[_CameraVideo] = []
         self._source_frames = np.empty(0, dtype=np.int64)  # by number of the resampled frame
         self._recent: dict[int, Frame] = {}  # source frames that overlapping clips share
+        self._last = -1  # the last source frame that was read
 
     def close(self) -> None:
         for camera in self._cameras:
             camera.close()
-        self._recent = {}
+        self._recent, self._last = {}, -1
 
     def decode(self, video: int, group: int, start: int) -> list[Frame] | None:
         """Return the frames of the clip of `video` from (resampled) frame `start` on; None if they do not decode."""
@@ -153,6 +160,7 @@ class ClipDecoder:
         try:
             for camera in self._cameras:
                 self._open(camera)
+            progress.decode(video, extra_s=self._num_skipped(passed[0]) / SLOWEST_FRAMES_PER_S)
             recent = {frame: array for frame, array in self._recent.items() if frame >= passed[0]}
             for frame in passed:
                 if frame not in recent:
@@ -172,8 +180,16 @@ class ClipDecoder:
             return None
         finally:
             progress.work()
-        self._recent = recent
+        self._recent, self._last = recent, passed[-1]
         return [recent[frame] for frame in shown[:: spec.frame_stride].tolist()]
+
+    def _num_skipped(self, first: int) -> int:
+        """Return how many frames are decoded, at most, before source frame `first`.
+
+        They are few in a stream that reads clip after clip, and can be thousands where it resumes in a long file.
+        """
+        begins = (max(camera.keyframe_of(first) - camera.shift, self._last) for camera in self._cameras)
+        return max(0, *(first - begin for begin in begins))
 
     def _open(self, camera: _CameraVideo) -> None:
         """Open the file of a camera, unless it is open. Raises DecodeError."""

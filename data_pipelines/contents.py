@@ -7,7 +7,7 @@ changes nothing, and another video under the same name is never used in place of
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,10 @@ def probe_again(root: str | Path, video: Video) -> Video | BadFile:
     """Return the facts of a file as it is now."""
     max_frame_px = max(MAX_FRAME_PX, video.width * video.height)
     if video.shard:
-        return index_member(root, video.shard, video.path, video.offset_bytes, video.size_bytes, max_frame_px)
+        folder, _, name = video.shard.rpartition("/")  # of one of several roots
+        place = f"{root}/{folder}" if folder else root
+        now = index_member(place, name, video.path, video.offset_bytes, video.size_bytes, max_frame_px)
+        return replace(now, shard=video.shard) if isinstance(now, Video) else now
     return index_file(root, video.path, max_frame_px)
 
 

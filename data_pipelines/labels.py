@@ -209,9 +209,10 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 
 def _number_or_text(cell: str) -> int | float | str:
-    for number in (int, float):
-        with suppress(ValueError):
-            return number(cell)
+    if "_" not in cell:  # Python reads 1_2 as 12
+        for number in (int, float):
+            with suppress(ValueError):
+                return number(cell)
     return cell
 
 

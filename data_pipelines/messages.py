@@ -21,6 +21,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from data_pipelines.errors import UserError
+
 Numbers: TypeAlias = Any  # a memoryview of float64, or a list of floats
 ALIGNMENT = 64  # of buffers, in bytes
 TABLE_BYTES = 4096  # for the sizes of the pickle and of its buffers
@@ -72,14 +74,19 @@ class Inbox:
         self._memory: dict[int, memoryview] = {}
 
     def receive(self) -> Any:
-        """Return the next message. Raises EOFError, OSError: the sender has ended."""
-        name, files, *_ = socket.recv_fds(self._source, 1, 1)
+        """Return the next message.
+
+        Raises EOFError, OSError: the sender has ended; UserError: too many files are open to map its memory.
+        """
+        name, files, flags, _ = socket.recv_fds(self._source, 1, 1)
         if not name:
             raise EOFError("the sender has ended")
         [slot] = name
         for file in files:
             self._memory[slot] = _mapped(file)
             os.close(file)
+        if flags & socket.MSG_CTRUNC:
+            raise UserError("too many open files: raise the limit of this process (ulimit -n), or lower num_workers")
         memory = self._memory[slot]
         count, *sizes = _TABLE.unpack_from(memory)
         places = list(accumulate(map(_padded, sizes[:count]), initial=0))

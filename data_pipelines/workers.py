@@ -10,6 +10,7 @@ import socket
 import traceback
 from collections.abc import Collection, Generator, Iterator, Mapping
 from itertools import cycle
+from multiprocessing.util import Finalize
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -203,10 +204,13 @@ class _Worker:
         what = (self._make_parts, self._worker, self._num_workers, self._num_received, frozenset(self._fatal))
         self._process = context.Process(target=_work, args=(*what, theirs, Parent.here()), daemon=True)
         self._process.start()
+        # At exit multiprocessing sends SIGTERM, which a worker ignores, and would wait for ever.
+        self._at_exit = Finalize(None, self._process.kill, exitpriority=0)
         self._patience = Patience()  # a new process counts its tasks from the beginning
         theirs.close()  # the process holds the only other end: when it ends, the connection ends
 
     def end(self) -> None:
+        self._at_exit.cancel()
         self._process.kill()
         self._process.join()
         self._socket.close()

@@ -39,7 +39,7 @@ class Group:
 
     def names(self) -> list[str]:
         """Return the names of the groups and data sets in this group."""
-        return list(self._group)
+        return [_text(name) for name in self._group]
 
     def at(self, path: str) -> "Group":
         """Return the group at a path below this one. Raises UserError: there is none."""
@@ -53,10 +53,17 @@ class Group:
     def texts(self, path: str) -> list[str]:
         """Return a data set of texts. Raises UserError: there is none."""
         data = _resolve(self._group, path)
-        values = _checked(data, path)[:].ravel().tolist() if hasattr(data, "dtype") else []
-        if not all(isinstance(value, bytes | str) for value in values):
+        is_list = bool(getattr(data, "shape", None))
+        values = _checked(data, path)[:].ravel().tolist() if is_list else []
+        if not is_list or not all(isinstance(value, bytes | str) for value in values):
             raise UserError(f"{shown(path)} does not hold texts")
         return [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values]
+
+    def is_group(self, path: str) -> bool:
+        """Return whether there is a group at a path. Raises UserError: it leads to another file."""
+        import h5py
+
+        return isinstance(_resolve(self._group, path), h5py.Group)
 
     def holds(self, path: str) -> bool:
         """Return whether there is anything at a path. Raises UserError: it leads to another file."""
@@ -101,7 +108,7 @@ def _walk(group: Any, prefix: str, depth: int, seen: list[int] | None = None) ->
     import h5py
 
     seen = [0] if seen is None else seen
-    for name in group:
+    for name in map(_text, group):
         seen[0] += 1
         if seen[0] > MAX_OBJECTS or depth > MAX_DEPTH:
             raise UserError(f"more than {MAX_OBJECTS:,} objects, or groups nested more than {MAX_DEPTH} deep")
@@ -110,6 +117,13 @@ def _walk(group: Any, prefix: str, depth: int, seen: list[int] | None = None) ->
             yield from _walk(found, f"{prefix}{name}/", depth + 1, seen)
         elif isinstance(found, h5py.Dataset) and found.shape is not None:
             yield f"{prefix}{name}", _checked(found, f"{prefix}{name}")
+
+
+def _text(name: str | bytes) -> str:
+    """Return the name of an object, which h5py gives as bytes if it is not UTF-8. Raises UserError for such a name."""
+    if isinstance(name, bytes):
+        raise UserError(f"the name {name!r} is not UTF-8: rename it")
+    return name
 
 
 def _resolve(group: Any, path: str) -> Any:

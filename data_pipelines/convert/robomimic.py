@@ -32,7 +32,7 @@ class Robomimic:
     def detect(self, source: Path) -> bool:
         for _, path in source_files(source, SUFFIXES):
             with open_hdf5(path) as file:
-                return file.holds("data") and any(name.startswith("demo") for name in file.at("data").names())
+                return file.is_group("data") and any(name.startswith("demo") for name in file.at("data").names())
         return False
 
     def episodes(self, source: Path, keys: Keys, siblings: Sequence[Path]) -> "list[DemoEpisode]":

@@ -245,6 +245,7 @@ def _work(job: _Job) -> tuple[Row | None, str]:
     Raises SourceChangedError; OSError: the video cannot be written.
     """
     stamp = _stamp(job.episode)
+    failed: OSError | None = None
     try:
         with job.episode.open() as clip:
             labels = label_fields(clip)
@@ -254,11 +255,16 @@ def _work(job: _Job) -> tuple[Row | None, str]:
                     raise SourceChangedError(f"'{job.episode.place}' has other frames or labels")
                 if job.has_video:
                     return job.row | {"source_stamp": stamp}, ""
-            written = write_clip(job.folder / job.name, clip, job.fps, job.crf)
+            try:
+                written = write_clip(job.folder / job.name, clip, job.fps, job.crf)
+            except OSError as error:  # open_hdf5 would take it for a damaged source
+                failed = error
     except SourceChangedError:
         raise
     except UserError as error:
         return None, str(error)
+    if failed is not None:
+        raise failed
     row = {
         "file_name": job.name,
         "source": printable(job.episode.place),

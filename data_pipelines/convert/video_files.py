@@ -97,6 +97,8 @@ def _encode(path: Path, clip: Clip, fps: Fraction, crf: int | None) -> list[byte
         with replacing(path) as file:
             _encode_frames(file, hashed(), fps, clip.frame_ms, crf)
     except (av.FFmpegError, ValueError) as error:
+        if isinstance(error.__context__, OSError):  # PyAV hides what writing to the file raised
+            raise error.__context__ from None
         raise UserError(f"its frames cannot be encoded: {one_line(error)}") from None
     return hashes
 

@@ -119,7 +119,7 @@ def _labelled_before(
     root: Path, video: Video, fields: Mapping[str, Any], label: str, num_objects: int
 ) -> Labelled | None:
     source, _, result = str(fields.get(f"{label}_source", "")).partition(": ")
-    if source != _source(video, num_objects):
+    if source != _source(video, num_objects) or label not in fields:
         return None
     if fields[label] is None:
         return Labelled(root, video, None, fault=result)

@@ -67,7 +67,7 @@ class RemoteShards:
         while True:
             with suppress(FileNotFoundError, NotADirectoryError):
                 pin = self._open(path)
-                if _lock(pin, path, shared=True):
+                if self._locked(pin, path, shared=True):
                     if os.fstat(pin.fileno()).st_size == shard.size_bytes:
                         with suppress(OSError):  # the cache of another user
                             os.utime(path)  # the least recently used one is evicted first
@@ -82,6 +82,14 @@ class RemoteShards:
         except OSError as error:
             if isinstance(error, FileNotFoundError | NotADirectoryError):
                 raise
+            raise self._unusable(error) from None
+
+    def _locked(self, file: BinaryIO, path: Path, *, shared: bool = False) -> bool:
+        """Lock as `_lock` does. Raises UserError, and closes the file: the file system has no locks."""
+        try:
+            return _lock(file, path, shared=shared)
+        except OSError as error:
+            file.close()
             raise self._unusable(error) from None
 
     def _unusable(self, error: OSError) -> UserError:
@@ -100,7 +108,7 @@ class RemoteShards:
             raise self._unusable(error) from None
         # The lock is a separate file: a lock on the shard itself would wait for the processes that decode from it.
         with fetching:
-            _lock(fetching, turn)
+            self._locked(fetching, turn)
             if path.exists():
                 return
             try:
@@ -207,11 +215,16 @@ class HeldShards:
 
     def hold(self, lane: int, shard: str) -> None:
         """Keep `shard` for a lane, in place of the one that the lane held before. Raises UserError."""
-        if self.remote is None or self._holds.get(lane) == shard:
+        if self.remote is None:
+            return
+        is_planned = (lane, shard) in self._plan
+        if is_planned:
+            self._plan.remove((lane, shard))
+        if self._holds.get(lane) == shard:  # an epoch may begin with the shard that ended the one before
+            if is_planned:
+                self._look_ahead(self.remote)
             return
         self.release(lane)
-        with suppress(ValueError):
-            self._plan.remove((lane, shard))
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == shard:
             pin = ahead[1].result()

@@ -38,6 +38,7 @@ NOT_WORTH_A_RETRY = (
     ImportError,
     MemoryError,
 )
+FORBIDDEN = 403
 TRANSIENT_STATUS = (408, 429)  # besides 5xx
 
 T = TypeVar("T")
@@ -101,7 +102,10 @@ class Store:
         return self._try(name, attempt)
 
     def holds(self, name: str) -> bool:
-        """Return whether there is such a file. Raises UserError: the store does not say."""
+        """Return whether there is such a file that may be read. Raises UserError: the store does not say.
+
+        A bucket that may not be listed forbids files that it does not have: S3 then answers 403 in place of 404.
+        """
 
         def attempt() -> bool:
             try:
@@ -109,6 +113,11 @@ class Store:
                     return True
             except FileNotFoundError:
                 return False
+            except Exception as error:  # each kind of store raises its own exceptions
+                if isinstance(error, PermissionError) or getattr(error, "status", None) == FORBIDDEN:
+                    log.info("'%s/%s' may not be read: taken as missing", self.url, name)
+                    return False
+                raise
 
         return self._try(name, attempt)
 

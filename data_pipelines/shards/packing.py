@@ -39,10 +39,12 @@ def pack_videos(
     shard_mb: MiB of video per shard; a larger video has a shard to itself.
 
     Raises UserError: no readable videos, another format than a folder of video files, `out` exists and is not empty,
-    or a file changes meanwhile.
+    a file changes meanwhile, or a shard cannot be written.
     """
     if not shard_mb > 0:
         raise UserError(f"shard_mb={shard_mb:g} must be more than 0")
+    if seed < 0:
+        raise UserError(f"seed={seed} must be at least 0")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"'{out}' is not an empty folder: name another one for the shards")
     found = detect_format(str(source))
@@ -65,6 +67,8 @@ def pack_videos(
         if out.exists():
             out.rmdir()
         os.replace(aside, out)
+    except OSError as error:
+        raise UserError(f"cannot write shards to '{out}': {one_line(error)}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return load_videos(out, progress=progress)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from data_pipelines.errors import UserError
 from data_pipelines.splits import SPLITS, Split
 from data_pipelines.worlds.digits import load_sprites
-from data_pipelines.worlds.written import finish_split, start_world
+from data_pipelines.worlds.written import finish_split, start_world, write_errors
 
 WORLD = "digit_images"
 IMAGE_PX = 28
@@ -85,14 +85,15 @@ def _write_split(folder: Path, pixels: Tensor, digits: Sequence[int]) -> None:
     """Write gray images uint8 [N, H, W] of digits, and their labels last."""
     from PIL import Image
 
-    for digit in set(digits):
-        (folder / str(digit)).mkdir(parents=True, exist_ok=True)
     names = [f"{digit}/{row:06d}.png" for row, digit in enumerate(digits)]
-    for name, image in zip(tqdm(names, desc=f"{folder.name} images", unit="file"), pixels.numpy(), strict=True):
-        if not (folder / name).is_file():
-            aside = (folder / name).with_suffix(".partial")
-            Image.fromarray(image).save(aside, format="PNG")
-            aside.replace(folder / name)
+    with write_errors(folder):
+        for digit in set(digits):
+            (folder / str(digit)).mkdir(parents=True, exist_ok=True)
+        for name, image in zip(tqdm(names, desc=f"{folder.name} images", unit="file"), pixels.numpy(), strict=True):
+            if not (folder / name).is_file():
+                aside = (folder / name).with_suffix(".partial")
+                Image.fromarray(image).save(aside, format="PNG")
+                aside.replace(folder / name)
     measures = {name: values.tolist() for name, values in measure(pixels.float() / 255).items()}
     rows = (
         {"label": digit, **{name: round(values[row], 5) for name, values in measures.items()}}

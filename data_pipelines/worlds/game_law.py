@@ -7,6 +7,7 @@ evaluation draws the same random numbers each time, and finds them there.
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import as_completed
 from dataclasses import dataclass
@@ -224,7 +225,7 @@ def _read_draws(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32] | Non
     try:
         with np.load(path, allow_pickle=False) as stored:
             values = stored["position"]
-    except (OSError, ValueError, KeyError, BadZipFile, EOFError):
+    except (OSError, ValueError, KeyError, BadZipFile, EOFError, RuntimeError, zlib.error):
         return None
     return values if values.shape == shape and values.dtype == np.float32 and np.isfinite(values).all() else None
 

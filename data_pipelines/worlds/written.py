@@ -3,19 +3,22 @@
 import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, one_line
+from data_pipelines.files import read_text, remove, write_bytes, write_text
 from data_pipelines.labels import METADATA_NAME
 from data_pipelines.processes import ending, spawned_pool
 from data_pipelines.splits import SPLITS, Split
@@ -98,8 +101,10 @@ def write_videos(
     An interrupted world is continued. A complete one is left unchanged.
 
     Raises:
-        UserError: `out` holds a world of other parameters, or something else, and `overwrite` is not given.
+        UserError: `out` holds a world of other parameters, or something else, and `overwrite` is not given; it cannot
+            be written; num_processes is below 1.
     """
+    check_processes(num_processes)
     unfinished = start_world(out, world, overwrite=overwrite)
     if not unfinished:
         return
@@ -112,25 +117,46 @@ def start_world(out: Path, world: Mapping[str, Any], *, overwrite: bool) -> list
     """Write world.json, or find the same world in the folder. Return the splits that are not complete.
 
     Raises:
-        UserError: `out` holds a world of other parameters, or something else, and `overwrite` is not given.
+        UserError: `out` holds a world of other parameters, or something else, and `overwrite` is not given; it cannot
+            be written.
     """
     marker = out / WORLD_NAME
-    if marker.is_file() and read_world(out) != world and not overwrite:
+    if marker.is_file() and not overwrite and read_world(out) != world:
         raise UserError(f"{out} holds a world of other parameters: choose another folder, or overwrite it")
     if not marker.is_file() and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
         raise UserError(f"{out} is not empty and does not hold a world: choose another folder")
-    if overwrite and marker.is_file():
-        for split in SPLITS:
-            shutil.rmtree(out / split, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
-    marker.write_text(json.dumps(world, indent=1) + "\n", encoding="utf-8")
+    with write_errors(out):
+        if overwrite and marker.is_file():
+            for split in SPLITS:
+                if (out / split).is_dir() and not (out / split).is_symlink():
+                    (out / split / METADATA_NAME).unlink(missing_ok=True)  # first: the split is no longer complete
+                remove(out / split)
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(marker, json.dumps(world, indent=1) + "\n")
     return [split for split in SPLITS if not (out / split / METADATA_NAME).is_file()]
 
 
 def read_world(root: Path) -> dict[str, Any] | None:
-    """Return the content of a folder's world.json; None if there is none."""
+    """Return the content of a folder's world.json; None if there is none. Raises UserError: it is damaged."""
     marker = root / WORLD_NAME
-    return json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else None
+    if not marker.is_file():
+        return None
+    try:
+        world = json.loads(read_text(marker))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{marker}' is damaged ({one_line(error)}): overwrite the world") from None
+    if not isinstance(world, dict) or not isinstance(world.get("world"), str):
+        raise UserError(f"'{marker}' does not name a world: overwrite it")
+    return world
+
+
+@contextmanager
+def write_errors(out: Path) -> Iterator[None]:
+    """Raise an OSError of the block as a UserError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to '{out}': {one_line(error)}") from error
 
 
 def read_sprites(folder: Path) -> Sprites:
@@ -140,7 +166,8 @@ def read_sprites(folder: Path) -> Sprites:
 
 
 def _write_split(folder: Path, split: WorldSplit, pool: Executor) -> None:
-    folder.mkdir(exist_ok=True)
+    with write_errors(folder):
+        folder.mkdir(exist_ok=True)
     names = video_names(len(split.labels))
     missing = [row for row, name in enumerate(names) if not (folder / name).is_file()]
 
@@ -149,7 +176,8 @@ def _write_split(folder: Path, split: WorldSplit, pool: Executor) -> None:
 
     run_chunks(start, missing, len(names), folder.name, chunk_size=64)
     images = (split.sprites.images * 255).round().byte()
-    save_file({"images": images, "digits": split.sprites.digits}, folder / SPRITES_NAME)
+    with write_errors(folder):
+        write_bytes(folder / SPRITES_NAME, save({"images": images, "digits": split.sprites.digits}))
     finish_split(folder, names, split.labels)
 
 
@@ -186,7 +214,8 @@ def write_episodes(
         with ending(spawned_pool(num_processes)) as pool:
             for split in unfinished:
                 folder, names = out / split, video_names(counts[split])
-                (folder / ROWS_NAME).mkdir(parents=True, exist_ok=True)
+                with write_errors(folder):
+                    (folder / ROWS_NAME).mkdir(parents=True, exist_ok=True)
 
                 def start(numbers: list[int], folder: Path = folder, split: Split = split) -> Future[None]:
                     return pool.submit(_record_chunk, episodes, folder, split, numbers)
@@ -208,6 +237,11 @@ def check_counts(counts: Mapping[Split, int], num_processes: int) -> None:
     for split in SPLITS:
         if counts[split] < 1:
             raise UserError(f"{counts[split]} {split} episodes: there must be at least one")
+    check_processes(num_processes)
+
+
+def check_processes(num_processes: int) -> None:
+    """Raise UserError if there are no processes."""
     if num_processes < 1:
         raise UserError(f"num_processes={num_processes} must be at least 1")
 
@@ -218,9 +252,10 @@ def _record_chunk(episodes: Episodes, folder: Path, split: Split, numbers: Seque
     for episode in numbers:
         frames, row = episodes.play(split, episode)
         path = _row_path(folder, episode)
-        aside = path.with_suffix(".partial")
-        aside.write_text(json.dumps(row), encoding="utf-8")
-        aside.replace(path)
+        with write_errors(folder):
+            aside = path.with_suffix(".partial")
+            aside.write_text(json.dumps(row), encoding="utf-8")
+            aside.replace(path)
         write_whole(folder / names[episode], frames, episodes.fps)
 
 
@@ -235,10 +270,11 @@ def video_names(count: int) -> list[str]:
 
 def finish_split(folder: Path, names: Sequence[str], labels: Iterable[Mapping[str, Any]]) -> None:
     """Write the labels, last and atomically: a split with this file is complete."""
-    aside = folder / ".metadata.partial"
-    with open(aside, "w", encoding="utf-8") as out:
-        out.writelines(json.dumps({"file_name": name, **row}) + "\n" for name, row in zip(names, labels, strict=True))
-    aside.replace(folder / METADATA_NAME)
+    with write_errors(folder):
+        aside = folder / ".metadata.partial"
+        with open(aside, "w", encoding="utf-8") as out:
+            out.writelines(json.dumps({"file_name": n, **row}) + "\n" for n, row in zip(names, labels, strict=True))
+        aside.replace(folder / METADATA_NAME)
 
 
 def run_chunks(
@@ -258,11 +294,17 @@ def run_chunks(
                 job.result()
                 bar.update(count)
 
-        for first in range(0, len(rows), chunk_size):
-            chunk = list(rows[first : first + chunk_size])
-            pending.append((start(chunk), len(chunk)))
-            wait(leave=MAX_PENDING_CHUNKS)
-        wait(leave=0)
+        try:
+            for first in range(0, len(rows), chunk_size):
+                chunk = list(rows[first : first + chunk_size])
+                pending.append((start(chunk), len(chunk)))
+                wait(leave=MAX_PENDING_CHUNKS)
+            wait(leave=0)
+        except BrokenProcessPool:
+            raise UserError(
+                "a process that writes videos was killed, perhaps for want of memory: start again with fewer "
+                "processes; what is written is kept"
+            ) from None
 
 
 def _encode_chunk(paths: list[Path], frames: np.ndarray) -> None:
@@ -271,10 +313,11 @@ def _encode_chunk(paths: list[Path], frames: np.ndarray) -> None:
 
 
 def write_whole(path: Path, frames: np.ndarray, fps: int = 10) -> None:
-    """Write a file as encode_h264 does. It appears complete or not at all."""
+    """Write a file as encode_h264 does. It appears complete or not at all. Raises UserError: it cannot be written."""
     aside = path.with_suffix(".partial")
-    encode_h264(aside, frames, fps)
-    aside.replace(path)
+    with write_errors(path.parent):
+        encode_h264(aside, frames, fps)
+        aside.replace(path)
 
 
 def encode_h264(path: Path, frames: np.ndarray, fps: int = 10) -> None:
