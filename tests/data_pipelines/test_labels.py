@@ -12,6 +12,7 @@ import torch
 
 from data_pipelines.errors import UserError
 from data_pipelines.formats.registry import load_videos
+from data_pipelines.labels import read_metadata
 
 Rows = list[dict[str, Any]]
 
@@ -59,6 +60,23 @@ def test_numeric_fields_are_labels_in_every_format(
     assert labels.keys() == {"digit", "weight"}
     assert labels["digit"].dtype == torch.int64 and labels["digit"].tolist() == [3, 7]
     assert labels["weight"].dtype == torch.float32 and labels["weight"].tolist() == [0.25, 1.0]
+
+
+def test_digits_with_an_underscore_are_a_text(tmp_path: Path, write_video: Any) -> None:
+    """Python reads 1_2 as 12."""
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name)
+    _write_csv(
+        tmp_path,
+        [
+            {"file_name": "a.mp4", "take": "1_2", "weight": "0_1.5", "year": "2020"},
+            {"file_name": "b.mp4", "take": "1_3", "weight": "1_0e3", "year": "2021"},
+        ],
+    )
+    rows = read_metadata(tmp_path / "metadata.csv")
+    assert rows["a.mp4"] == {"take": "1_2", "weight": "0_1.5", "year": 2020}
+    labels = _labels(tmp_path)
+    assert labels.keys() == {"year"} and labels["year"].tolist() == [2020, 2021]
 
 
 @pytest.mark.parametrize("write", [_write_jsonl, _write_parquet])

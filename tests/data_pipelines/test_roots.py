@@ -1,5 +1,6 @@
 """Several roots with weights: the order of their clips, their splits, labels and formats, resuming, and mistakes."""
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
@@ -16,6 +17,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.index import VideoIndex
 from data_pipelines.mixing import clips_per_lane, mixed_epoch_order
 from data_pipelines.roots import WeightedRoot, load_roots
+from data_pipelines.shards.index_file import SHARDS_NAME
 from data_pipelines.shards.packing import pack_videos
 from data_pipelines.stream import ReadSettings, open_videos, read_all
 from tests.data_pipelines.conftest import ReadNumbers, WriteVideo
@@ -212,6 +214,28 @@ def test_shards_and_files_are_mixed(
             for video in batch["video"]
         )
         assert seen[True] / seen.total() == pytest.approx(2 / 3, abs=0.03)
+
+
+def test_touched_shards_of_several_roots_change_nothing(
+    tmp_path: Path, write_video: WriteVideo, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tars that are newer than their index: its facts are checked against them."""
+    several = [WeightedRoot(str(tmp_path / "shards" / name)) for name in "ab"]
+    for video in range(8):
+        write_video(tmp_path / "ab"[video % 2] / f"{video}.mp4", video=video)
+    for root, name in zip(several, "ab", strict=True):
+        pack_videos(tmp_path / name, Path(root.path), shard_mb=0.004, progress=False)
+
+    def pixels() -> list[bytes]:
+        stream = make_stream(load_roots(several, None), SPEC, num_workers=0, **STREAM)
+        return [batch["video"].numpy().tobytes() for batch in islice(stream, 2 * stream.batches_per_epoch)]
+
+    before = pixels()
+    for root in several:
+        later_ns = (Path(root.path) / SHARDS_NAME).stat().st_mtime_ns + 10**10
+        for tar in Path(root.path).glob("*.tar"):
+            os.utime(tar, ns=(later_ns, later_ns))
+    assert pixels() == before and not caplog.records
 
 
 def test_labels_that_not_all_roots_have_are_left_out(tmp_path: Path, write_video: WriteVideo) -> None:

@@ -7,6 +7,7 @@ import logging
 import math
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ import pytest
 from data_pipelines import clip_decoder, messages, processes
 from data_pipelines import stream as stream_module
 from data_pipelines import workers as workers_module
+from data_pipelines.clip_decoder import ClipDecoder, _CameraVideo, make_clip_set
 from data_pipelines.clips import ClipSpec
 from data_pipelines.errors import UserError
 from data_pipelines.formats.registry import load_videos
@@ -32,9 +35,9 @@ from data_pipelines.messages import Inbox, Outbox
 from data_pipelines.processes import Parent, Patience, environment_int
 from data_pipelines.stream import VideoStream
 from data_pipelines.workers import Part
+from tests.conftest import REPO, script_environment
 from tests.data_pipelines.streams import make_stream
 
-REPO = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("no_other_workers")
 SPEC = ClipSpec()
 SETTINGS: dict[str, Any] = {
@@ -161,6 +164,68 @@ def test_the_process_that_replaces_a_hanging_one_gets_the_whole_time_limit(
     assert [record.message for record in caplog.records] == [f"video '{first}' {reason}: its clips are left out"]
 
 
+class _SlowOnTheWay:
+    """Takes its time for each frame that is decoded and not asked for."""
+
+    def __init__(self, reader: Any, pause_s: float) -> None:
+        self._reader, self._pause_s, self._next = reader, pause_s, 0
+        self.close = reader.close
+
+    def read(self, frame: int) -> Any:
+        time.sleep(self._pause_s * (frame - self._next))
+        self._next = frame + 1
+        return self._reader.read(frame)
+
+
+def test_frames_on_the_way_to_a_clip_do_not_count_for_its_time_limit(
+    tmp_path: Path,
+    write_video: Any,
+    read_numbers: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    quick_polls: None,
+) -> None:
+    """A stream begins at clip 25 of a video with one keyframe, 100 frames behind it."""
+    write_video(tmp_path / "long.mp4", num_frames=120, options={"g": "1000", "sc_threshold": "0"})
+    index = load_videos(tmp_path, progress=False)
+    assert list(index.videos[0].keyframes) == [0]
+    open_video = clip_decoder.open_video
+    monkeypatch.setattr(
+        clip_decoder, "open_video", lambda *args, **more: _SlowOnTheWay(open_video(*args, **more), 0.014)
+    )
+    settings = SETTINGS | {"batch_size": 1, "num_lanes": 1, "shuffle": False, "num_workers": 1}
+    stream = make_stream(index, ClipSpec(1, 4), **settings, decode_timeout_s=0.8, max_bad_fraction=1.0)
+    assert stream.batches_per_epoch == 30
+    batches = stream.batches(25)
+    shown = [[read_numbers(frame)[1] for video in next(batches)["video"] for frame in video] for _ in range(5)]
+    batches.close()
+    assert shown == [[4 * clip + frame for frame in range(4)] for clip in range(25, 30)]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "num_skipped"),
+    [
+        (10, -1, 10),  # from frame 0 of the first camera on; the second one has begun with frame 10 of the first
+        (45, -1, 15),  # from frames 40 and 30 on
+        (70, -1, 10),  # from frames 60 and 70 on
+        (45, 35, 10),  # from the last frame that was read on
+        (70, 50, 10),  # that is before the keyframes
+    ],
+)
+def test_frames_on_the_way_are_those_of_the_camera_with_most(
+    index: VideoIndex, first: int, last: int, num_skipped: int
+) -> None:
+    decoder = ClipDecoder(
+        make_clip_set(index, SPEC, size_px=None, channels=1, decoder="pyav"), workers_module.Faults(), lambda _: None
+    )
+    one = replace(index.videos[0], num_frames=100, keyframes=(0, 40, 60))
+    other = replace(index.videos[0], num_frames=100, keyframes=(0, 20, 60))
+    decoder._cameras = [_CameraVideo(0, one, shift=0), _CameraVideo(1, other, shift=-10)]
+    decoder._last = last
+    assert decoder._num_skipped(first) == num_skipped
+
+
 def test_workers_that_are_stuck_again_and_again_are_one_line(
     index: VideoIndex, monkeypatch: pytest.MonkeyPatch, quick_polls: None
 ) -> None:
@@ -272,6 +337,47 @@ def test_a_stopped_worker_ends_with_a_main_process_that_is_killed(index: VideoIn
     for pid in filter(_is_running, pids):
         os.kill(pid, signal.SIGKILL)
     pytest.fail("a worker lives on")
+
+
+HELD = """
+import sys
+from data_pipelines.stream import open_videos
+
+def start():
+    batches = iter(open_videos(sys.argv[1], num_frames=3, batch_size=2, size_px=32, num_workers=1))
+    next(batches)
+    return batches
+
+def main():
+    batches = start()
+    raise ValueError("a mistake of the user")
+
+if sys.argv[2] == "ends":
+    batches = start()
+else:
+    main()
+print("the end", flush=True)
+"""
+
+
+def test_a_script_that_holds_an_iterator_of_a_stream_ends(index: VideoIndex) -> None:
+    """Fresh processes, both at once: forks of tests.forked end without the functions that other packages registered."""
+    scripts = {
+        how: subprocess.Popen(
+            [sys.executable, "-c", HELD, str(index.root / "long"), how],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO, env=script_environment(),
+        )
+        for how in ("ends", "raises")
+    }  # fmt: skip
+    try:
+        outputs = {how: script.communicate(timeout=30) for how, script in scripts.items()}
+    finally:
+        for script in scripts.values():
+            script.kill()  # its worker ends with it
+            script.wait()
+    assert {how: script.returncode for how, script in scripts.items()} == {"ends": 0, "raises": 1}, outputs
+    assert outputs["ends"][0] == "the end\n"
+    assert outputs["raises"][1].rstrip().endswith("ValueError: a mistake of the user")
 
 
 def test_workers_of_another_thread_are_not_tied_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,6 +493,29 @@ def test_there_is_room_for_as_many_messages_as_slots(ends: tuple[Outbox, Inbox, 
     outbox.send(2)
     assert not outbox.has_room(0)
     assert [inbox.receive(), inbox.receive()] == [1, 2]
+
+
+@linux
+@pytest.mark.parametrize("sizes", [[3], [10, 100_000]], ids=["a first message", "a larger one in the same slot"])
+def test_a_message_whose_descriptor_is_dropped_is_one_line(sizes: list[int]) -> None:
+    """The system drops it where the receiver has as many files open as it may."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        outbox, inbox = Outbox(ours, 1), Inbox(theirs)
+        *before, last = sizes
+        for size in before:
+            outbox.send(np.zeros(size))
+            assert len(inbox.receive()) == size and outbox.has_room(0)
+        outbox.send(np.ones(last))
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.dup(ours.fileno())  # all lower numbers are taken
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+        try:
+            with pytest.raises(UserError, match=r"^too many open files: raise the limit .*, or lower num_workers$"):
+                inbox.receive()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 # ------------------------------------------------------------------------------------------------------ environment

@@ -17,6 +17,7 @@ from benchmarks.fuzz.sandbox import is_clean
 from data_pipelines.convert import npz
 from data_pipelines.convert.columns import find_bounds
 from data_pipelines.convert.episodes import Keys, checked_name
+from data_pipelines.convert.hdf5 import HDF5_TABLE
 from data_pipelines.convert.npz import open_npz
 from data_pipelines.convert.run import Conversion, convert
 from data_pipelines.errors import UserError
@@ -106,6 +107,37 @@ def test_soft_links_within_a_file_are_followed(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "r+") as file:
         del file["round"]
     assert convert(tmp_path / "a.h5", tmp_path / "out", Conversion(keys=Keys(frames="pixels"))).num_videos == 1
+
+
+@pytest.mark.parametrize("frames", ["data", "pixels"])
+def test_an_array_called_data_is_no_group_of_robomimic(tmp_path: Path, frames: str) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file[frames] = painted(0)
+        if frames != "data":
+            file["data"] = np.arange(LENGTHS[0], dtype=np.float32)
+    result = convert(tmp_path / "a.h5", tmp_path / "out", Conversion())
+    assert (result.layout, result.num_videos) == (HDF5_TABLE.name, 1)
+
+
+@pytest.mark.parametrize("place", ["", "group/", "data/", "data/demo_0/obs/", "mask/"])
+def test_names_that_are_not_utf8_are_one_line(tmp_path: Path, place: str) -> None:
+    if place.startswith(("data", "mask")):
+        write_robomimic(tmp_path / "a.h5", masks=True)
+    else:
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            file["pixels"] = painted(0)
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        file[place.encode() + b"k\xe4se"] = np.zeros(LENGTHS[0])
+    assert r"the name b'k\xe4se' is not UTF-8: rename it" in refusal(tmp_path / "a.h5", tmp_path / "out")
+
+
+@pytest.mark.parametrize("names", [b"demo_0", h5py.Empty("S6")], ids=["scalar", "empty"])
+def test_masks_that_are_no_lists_are_one_line(tmp_path: Path, names: Any) -> None:
+    write_robomimic(tmp_path / "a.hdf5", masks=True)
+    with h5py.File(tmp_path / "a.hdf5", "r+") as file:
+        del file["mask/train"]
+        file["mask/train"] = names
+    assert "a.hdf5': 'mask/train' does not hold texts" in refusal(tmp_path / "a.hdf5", tmp_path / "out")
 
 
 def test_damaged_hdf5_is_one_line(tmp_path: Path) -> None:

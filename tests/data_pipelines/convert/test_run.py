@@ -1,5 +1,6 @@
 """Conversions that are stopped, repeated, or begun again: nothing is done twice, and a changed source is noticed."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,20 +8,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.convert import run
+from data_pipelines.convert import run, video_files
 from data_pipelines.convert.episodes import Keys
 from data_pipelines.convert.output import PARTIAL_NAME, read_rows
 from data_pipelines.convert.run import Conversion, convert
 from data_pipelines.errors import UserError
+from data_pipelines.files import replacing
 from data_pipelines.labels import METADATA_NAME
 from data_pipelines.split_folders import load_split
 from data_pipelines.stream import open_videos
@@ -311,6 +314,48 @@ def test_the_disk_is_full(source_of: Source, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(run, "write_clip", full)
     with pytest.raises(UserError, match=r"cannot write to '.*out': No space left on device"):
         convert(source_of("npz"), tmp_path / "out", Conversion())
+
+
+class _FullFile:
+    """A file on a disk that has room for a few bytes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell, self.name = file.seek, file.tell, file.name
+
+    def write(self, content: bytes) -> int:
+        if self._file.tell() + len(content) > 100:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self._file.write(content)
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "when"),
+    [("image folders", "writing"), ("stable-worldmodel", "writing"), ("stable-worldmodel", "opening")],
+)
+def test_a_full_disk_is_not_taken_for_a_bad_episode(
+    layout: str, when: str, skip_bad: bool, source_of: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyAV hides what writing to the file raised, and open_hdf5 takes any OSError for one of the source."""
+
+    @contextmanager
+    def replacing_on_a_full_disk(path: Path) -> Iterator[Any]:
+        is_first = path.name in ("clip_0.mp4", "000000.mp4")
+        if not is_first and when == "opening":
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        with replacing(path) as file:
+            yield file if is_first else _FullFile(file)
+
+    out, settings = tmp_path / "out", Conversion(skip_bad=skip_bad)
+    with monkeypatch.context() as patch:
+        patch.setattr(video_files, "replacing", replacing_on_a_full_disk)
+        reason = "Disk quota exceeded" if when == "opening" else "No space left on device"
+        with pytest.raises(UserError, match=rf"^cannot write to '.*out': {reason}"):
+            convert(source_of(layout), out, settings)
+    assert not (out / METADATA_NAME).exists() and len(list(out.glob("*.mp4"))) == 1
+    result = convert(source_of(layout), out, settings)
+    assert (result.num_videos, result.num_kept, result.bad) == (4, 1, {})
 
 
 def test_the_output_is_not_in_the_source(source_of: Source, tmp_path: Path) -> None:

@@ -168,6 +168,19 @@ def test_what_is_tracked_again(folder_of: Callable[..., Path], quick: list[str],
     assert quick == ["a.mp4", "b.mp4"]
 
 
+def test_a_label_that_was_deleted_is_tracked_again(folder_of: Callable[..., Path], quick: list[str]) -> None:
+    """Its line still says where the label came from."""
+    root = folder_of("a.mp4", "b.mp4")
+    label_motion(root, progress=False)
+    first, second = rows_of(root / "metadata.jsonl")
+    without = {name: value for name, value in first.items() if name != "position"}
+    assert without.keys() == {"file_name", "position_source"}
+    (root / "metadata.jsonl").write_text(f"{json.dumps(without)}\n{json.dumps(second)}\n", encoding="utf-8")
+    quick.clear()
+    label_motion(root, progress=False)
+    assert quick == ["a.mp4"] and rows_of(root / "metadata.jsonl") == [first, second]
+
+
 def test_a_video_without_motion_has_a_null(folder_of: Callable[..., Path], quick: list[str]) -> None:
     root = folder_of("a.mp4", "still.mp4")
     for _ in range(2):

@@ -240,6 +240,31 @@ def test_the_next_shard_is_fetched_while_one_is_decoded_and_no_more(server: Shar
     held.close()
 
 
+def test_an_epoch_may_begin_with_the_shard_that_ended_the_one_before(server: ShardServer, index: VideoIndex) -> None:
+    a, b, c, d = sorted({video.shard for video in index.videos})[:4]
+    held = HeldShards(index.remote)
+
+    def ahead() -> str | None:
+        """The shard that is being fetched ahead, once it is there."""
+        if held._ahead is None:
+            return None
+        held._ahead[1].result(timeout=30)
+        return held._ahead[0]
+
+    held.expect([(0, a), (0, b)])
+    for shard, expected in ((a, b), (b, None)):
+        held.hold(0, shard)
+        assert ahead() == expected
+    held.expect([(0, b), (0, c), (0, a), (0, d)])
+    for shard, expected in ((b, c), (c, a), (a, d), (d, None)):
+        held.hold(0, shard)
+        assert ahead() == expected
+    held.hold(0, d)  # it is held, and not planned again
+    assert ahead() is None
+    held.close()
+    assert server.requests == [SHARDS_NAME, a, b, c, d]  # a is in the cache
+
+
 def test_the_cache_keeps_to_its_bound_without_what_was_used_least_recently(
     server: ShardServer, index: VideoIndex, tmp_path: Path
 ) -> None:
@@ -402,6 +427,25 @@ def test_a_cache_folder_that_cannot_be_written_is_one_line(server: ShardServer, 
     index = load_videos(server.url, cache_dir=tmp_path / "file", cache_mb=8, progress=False)
     with pytest.raises(UserError, match=r"remote_cache_dir='.*file' cannot be used"):
         _epoch(index)
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_a_cache_folder_without_locks_is_one_line(
+    server: ShardServer, index: VideoIndex, monkeypatch: pytest.MonkeyPatch, is_cached: bool
+) -> None:
+    """As on some network file systems."""
+    remote = _remote(index)
+    if is_cached:
+        remote.pin(FIRST).close()
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    message = r"^remote_cache_dir='.*cache' cannot be used \(Function not implemented\): name another folder$"
+    with pytest.raises(UserError, match=message):
+        remote.pin(FIRST)
+    assert server.requests.count(FIRST) == is_cached
 
 
 def test_shards_follow_each_other_in_a_lane(packed: VideoIndex) -> None:

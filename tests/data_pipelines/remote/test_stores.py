@@ -236,6 +236,35 @@ def test_a_shard_without_end_is_left_at_the_length_that_its_index_states(
         assert out.tell() <= 1000
 
 
+@pytest.mark.parametrize("status", [404, 403])
+def test_a_file_that_is_missing_or_forbidden_is_not_held(
+    server: ShardServer, store: Store, slept: list[float], status: int
+) -> None:
+    """A bucket that may not be listed answers 403 for what it does not have."""
+    server.faults["train/shards.jsonl"] = [status]
+    assert store.holds(SHARDS_NAME) and not store.holds("train/shards.jsonl")
+    assert len(server.requests) == 2 and not slept
+
+
+def test_a_store_may_also_raise_a_permission_error(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As s3fs does."""
+
+    def refuse(*_: Any) -> Any:
+        raise PermissionError("Forbidden")
+
+    monkeypatch.setattr(Store, "_open", refuse)
+    assert not store.holds(SHARDS_NAME)
+
+
+@pytest.mark.parametrize(("status", "tries"), [(500, "8 times"), (503, "8 times"), (401, "once"), (400, "once")])
+def test_other_answers_do_not_say_whether_a_file_is_held(
+    server: ShardServer, store: Store, status: int, tries: str
+) -> None:
+    server.faults[SHARDS_NAME] = [status] * 8
+    with pytest.raises(UserError, match=rf"could not be fetched, tried {tries}: {status}"):
+        store.holds(SHARDS_NAME)
+
+
 def test_a_lack_of_memory_is_not_tried_again(store: Store, slept: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise MemoryError

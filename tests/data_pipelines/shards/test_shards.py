@@ -1,5 +1,6 @@
 """Videos packed into tars: what others can read, what we read from others, and what is refused."""
 
+import errno
 import io
 import json
 import shutil
@@ -273,6 +274,8 @@ def test_mistakes_are_named(source: Path, packed: VideoIndex, tmp_path: Path) ->
         pack_videos(source, packed.root, progress=False)
     with pytest.raises(UserError, match="shard_mb=0 must be more than 0"):
         pack_videos(source, tmp_path / "out", shard_mb=0, progress=False)
+    with pytest.raises(UserError, match="seed=-1 must be at least 0"):
+        pack_videos(source, tmp_path / "out", seed=-1, progress=False)
     with pytest.raises(UserError, match=r"holds no shards \(\*.tar\)"):
         index_shards(tmp_path)
     (tmp_path / "a b.tar").write_bytes(b"")
@@ -280,6 +283,22 @@ def test_mistakes_are_named(source: Path, packed: VideoIndex, tmp_path: Path) ->
         index_shards(tmp_path)
     with pytest.raises(UserError, match=r"camera='top': .* is a folder of shards, which has no cameras"):
         load_videos(packed.root, camera="top")
+
+
+@pytest.mark.parametrize("when", ["tar", "index"])
+def test_shards_that_cannot_be_written_are_one_line(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if when == "tar":
+        monkeypatch.setattr(tarfile.TarFile, "addfile", full)
+    else:
+        monkeypatch.setattr(packing, "write_shards", full)
+    with pytest.raises(UserError, match=r"^cannot write shards to '.*out': No space left on device"):
+        pack_videos(source, tmp_path / "out", progress=False)
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_script_packs_splits_and_indexes(source: Path, tmp_path: Path) -> None:

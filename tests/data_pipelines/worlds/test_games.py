@@ -174,6 +174,26 @@ def test_constant_velocity_goes_on_from_the_last_two_frames(tmp_path: Path) -> N
     assert ahead.tolist() == [[[11.0], [15.5]]]
 
 
+def test_draws_in_damaged_files_are_drawn_again(tmp_path: Path) -> None:
+    """Flipped bytes of the compressed data; then members that need a password or another method."""
+    path = tmp_path / "draws.npz"
+    values = np.random.default_rng(0).random((4, 8, 3, 2), np.float32).round(1)
+    game_law._keep_draws(path, values)
+    good = path.read_bytes()
+    kept = game_law._read_draws(path, values.shape)
+    assert kept is not None and np.array_equal(kept, values)
+    [central] = [place for place in range(len(good)) if good[place : place + 4] == b"PK\x01\x02"]
+    begin = 30 + int.from_bytes(good[26:28], "little") + int.from_bytes(good[28:30], "little")
+    damages = [{int(np.random.default_rng(seed).integers(begin, central)): 255} for seed in range(12)]
+    damages += [{6: 1, central + 8: 1}, {8: 64, central + 10: 64}]  # encrypted; compressed in another way
+    for damage in damages:
+        content = bytearray(good)
+        for place, bits in damage.items():
+            content[place] ^= bits
+        path.write_bytes(content)
+        assert game_law._read_draws(path, values.shape) is None, damage
+
+
 def test_a_recording_is_what_another_process_plays_again(name: str, tmp_path: Path) -> None:
     """Workers record; this process plays the same episodes, and compares decoded pixels and labels frame by frame."""
     root, counts = tmp_path / "game", COUNTS | {"train": 2}
