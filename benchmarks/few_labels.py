@@ -314,7 +314,7 @@ def main() -> int:
         )
         scores = summary(compare(run, training, test, args.labels, args.draws, args.seed))
         facts = {name: getattr(args, name) for name in ("label", "draws", "clips", "test_clips", "seed")}
-        write_result(folder.few_labels, facts | {"step": run.state["step"], "accuracy": scores})
+        write_result(folder.few_labels, facts | {"step": run.num_updates, "accuracy": scores})
         print(f"\n{table(scores)}\n\n{folder.few_labels}")
     return 0
 

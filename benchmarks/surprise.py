@@ -41,7 +41,7 @@ def main() -> int:
         run = load(args.run, which=args.checkpoint, device=args.device)
         RunFolder(args.run).check_writable()
         result = detect(run, args.num_videos, args.seed, args.false_alarms)
-        facts = {"num_videos": args.num_videos, "seed": args.seed, "step": run.state["step"]}
+        facts = {"num_videos": args.num_videos, "seed": args.seed, "step": run.num_updates}
         out = RunFolder(args.run).surprise_events
         write_result(out, facts | result)
         print("", *tables(result), "", out, sep="\n")

@@ -125,7 +125,7 @@ def main() -> int:
         found: dict[str, dict[str, float]] = {
             kind: score(run, queries, args.samples, base_rate, args.seed) for kind, queries in drawn.items()
         }
-        facts = {"queries": args.queries, "samples": args.samples, "seed": args.seed, "step": run.state["step"]}
+        facts = {"queries": args.queries, "samples": args.samples, "seed": args.seed, "step": run.num_updates}
         write_result(folder.two_outcomes, facts | found)
         print(f"\n{table(found)}\n\n{folder.two_outcomes}")
     return 0

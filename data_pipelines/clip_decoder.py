@@ -130,12 +130,12 @@ class ClipDecoder:
         self._cameras: list[_CameraVideo] = []
         self._source_frames = np.empty(0, dtype=np.int64)  # by number of the resampled frame
         self._recent: dict[int, Frame] = {}  # source frames that overlapping clips share
-        self._last = -1  # the last source frame that was read
+        self._last = -math.inf  # the last source frame that was read
 
     def close(self) -> None:
         for camera in self._cameras:
             camera.close()
-        self._recent, self._last = {}, -1
+        self._recent, self._last = {}, -math.inf
 
     def decode(self, video: int, group: int, start: int) -> list[Frame] | None:
         """Return the frames of the clip of `video` from (resampled) frame `start` on; None if they do not decode."""
@@ -183,8 +183,8 @@ class ClipDecoder:
         self._recent, self._last = recent, passed[-1]
         return [recent[frame] for frame in shown[:: spec.frame_stride].tolist()]
 
-    def _num_skipped(self, first: int) -> int:
-        """Return how many frames are decoded, at most, before source frame `first`.
+    def _num_skipped(self, first: int) -> float:
+        """Return about how many frames are decoded before source frame `first`.
 
         They are few in a stream that reads clip after clip, and can be thousands where it resumes in a long file.
         """

@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from data_pipelines.errors import UserError, one_line
+
 MAX_TEXT_BYTES = 2**28
 MAX_LINE_BYTES = 2**27
 
@@ -48,6 +50,15 @@ def replacing(path: Path, *, is_shared: bool = False) -> Iterator[BinaryIO]:
         with suppress(OSError):
             aside.unlink()
         raise
+
+
+@contextmanager
+def write_errors(out: Path) -> Iterator[None]:
+    """Raise an OSError of the block, which writes files into the folder, as a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to '{out}': {one_line(error)}") from error
 
 
 def check_writable(folder: Path) -> None:

@@ -31,7 +31,7 @@ class Robomimic:
 
     def detect(self, source: Path) -> bool:
         for _, path in source_files(source, SUFFIXES):
-            with open_hdf5(path) as file:
+            with naming(path), open_hdf5(path) as file:
                 return file.is_group("data") and any(name.startswith("demo") for name in file.at("data").names())
         return False
 
@@ -39,12 +39,18 @@ class Robomimic:
         found: list[DemoEpisode] = []
         for name, path in source_files(source, SUFFIXES):
             prefix = "" if path == source else f"{name.rpartition('.')[0]}/"
-            try:
-                with open_hdf5(path) as file:
-                    found += _episodes_of(file, name, prefix, path, keys)
-            except UserError as error:
-                raise error if str(path) in str(error) else UserError(f"'{path}': {error}") from None
+            with naming(path), open_hdf5(path) as file:
+                found += _episodes_of(file, name, prefix, path, keys)
         return found
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add the path to a UserError of the block that does not name it."""
+    try:
+        yield
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"'{path}': {error}") from None
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_pipelines.errors import UserError
+from data_pipelines.files import write_errors
 from data_pipelines.splits import SPLITS, Split
 from data_pipelines.worlds.digits import load_sprites
-from data_pipelines.worlds.written import finish_split, start_world, write_errors
+from data_pipelines.worlds.written import finish_split, start_world
 
 WORLD = "digit_images"
 IMAGE_PX = 28

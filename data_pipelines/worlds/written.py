@@ -3,10 +3,9 @@
 import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_pipelines.errors import UserError, one_line
-from data_pipelines.files import read_text, remove, write_bytes, write_text
+from data_pipelines.files import read_text, remove, write_bytes, write_errors, write_text
 from data_pipelines.labels import METADATA_NAME
 from data_pipelines.processes import ending, spawned_pool
 from data_pipelines.splits import SPLITS, Split
@@ -143,20 +142,11 @@ def read_world(root: Path) -> dict[str, Any] | None:
         return None
     try:
         world = json.loads(read_text(marker))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"'{marker}' is damaged ({one_line(error)}): overwrite the world") from None
     if not isinstance(world, dict) or not isinstance(world.get("world"), str):
         raise UserError(f"'{marker}' does not name a world: overwrite it")
     return world
-
-
-@contextmanager
-def write_errors(out: Path) -> Iterator[None]:
-    """Raise an OSError of the block as a UserError that names the folder."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write to '{out}': {one_line(error)}") from error
 
 
 def read_sprites(folder: Path) -> Sprites:

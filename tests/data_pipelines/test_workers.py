@@ -150,7 +150,7 @@ def test_the_process_that_replaces_a_hanging_one_gets_the_whole_time_limit(
 ) -> None:
     """Even for the task that has the same number as the one at which the other process hung."""
 
-    def make_parts(_worker: int, _num_workers: int, _first_part: int, faults: workers_module.Faults) -> Iterator[Part]:
+    def make_parts(worker: int, num_workers: int, first_part: int, faults: workers_module.Faults) -> Iterator[Part]:
         replaces = faults.is_known_fatal(0, 0, 1)
         faults.progress.decode(1 if replaces else 0)
         time.sleep(0.4 if replaces else 1000)
@@ -206,15 +206,15 @@ def test_frames_on_the_way_to_a_clip_do_not_count_for_its_time_limit(
 @pytest.mark.parametrize(
     ("first", "last", "num_skipped"),
     [
-        (10, -1, 10),  # from frame 0 of the first camera on; the second one has begun with frame 10 of the first
-        (45, -1, 15),  # from frames 40 and 30 on
-        (70, -1, 10),  # from frames 60 and 70 on
+        (10, -math.inf, 10),  # from frame 0 of the first camera on; the second one has begun with frame 10 of the first
+        (45, -math.inf, 15),  # from frames 40 and 30 on
+        (70, -math.inf, 10),  # from frames 60 and 70 on
         (45, 35, 10),  # from the last frame that was read on
         (70, 50, 10),  # that is before the keyframes
     ],
 )
 def test_frames_on_the_way_are_those_of_the_camera_with_most(
-    index: VideoIndex, first: int, last: int, num_skipped: int
+    index: VideoIndex, first: int, last: float, num_skipped: int
 ) -> None:
     decoder = ClipDecoder(
         make_clip_set(index, SPEC, size_px=None, channels=1, decoder="pyav"), workers_module.Faults(), lambda _: None
@@ -224,6 +224,8 @@ def test_frames_on_the_way_are_those_of_the_camera_with_most(
     decoder._cameras = [_CameraVideo(0, one, shift=0), _CameraVideo(1, other, shift=-10)]
     decoder._last = last
     assert decoder._num_skipped(first) == num_skipped
+    decoder._cameras = [_CameraVideo(0, replace(one, num_frames=200, keyframes=(0,)), shift=100)]
+    assert decoder._num_skipped(first) == min(first + 100, first - last)
 
 
 def test_workers_that_are_stuck_again_and_again_are_one_line(

@@ -111,6 +111,26 @@ def test_segments_of_a_video_come_in_order(tiny_config: Callable[..., Config]) -
         assert offset.abs().max() < 4
 
 
+@pytest.mark.parametrize(("fraction", "num_clips"), [(0.5, 3), (0.1, None)])
+def test_an_evaluation_leaves_out_as_many_bad_videos_as_the_config_allows(
+    fraction: float, num_clips: int | None, tiny_config: Callable[..., Config], world: Path, tmp_path: Path
+) -> None:
+    """One of four files is damaged after it was indexed."""
+    for split in SPLITS:
+        (tmp_path / "few" / split).mkdir(parents=True)
+        for path in sorted((world / split).glob("*.mp4"))[:4]:
+            shutil.copy(path, tmp_path / "few" / split)
+    source = make_source(tiny_config(f"data.root={tmp_path / 'few'}", f"data.max_bad_fraction={fraction}"))
+    assert isinstance(source, VideosSource) and len(source.index("selection").videos) == 4
+    (tmp_path / "few" / "selection" / path.name).write_bytes(b"damaged")
+    batches = source.evaluation_batches("selection", 4)
+    if num_clips is None:
+        with pytest.raises(UserError, match=r"1 of 4 videos .* more than max_bad_fraction=0\.1 allows"):
+            list(batches)
+    else:
+        assert sum(len(batch["video"]) for batch in batches) == num_clips
+
+
 def test_evaluation_gives_the_asked_number_of_clips_always_the_same(
     tiny_config: Callable[..., Config],
 ) -> None:

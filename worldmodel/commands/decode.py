@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     keep_freed_memory()
     trained = load_run(args)
     check_remote(trained.source.url, args.allow_remote)
-    folder, step = RunFolder(trained.folder), trained.state["step"]
+    folder, step = RunFolder(trained.folder), trained.num_updates
     folder.check_writable()
     facts = stored_facts(trained.folder, step)
     if facts is None or args.overwrite:

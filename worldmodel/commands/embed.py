@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     make_out_folder(args.out, str(args.out))
     result = embed_collection(
         RunPlace(args.run, args.checkpoint, device, allowed, weights_of(trained)),
-        trained.state["step"],
+        trained.num_updates,
         data,
         args.out,
         EmbedOptions(args.engine, args.num_processes, args.videos_per_part, host_index, num_hosts),

@@ -167,4 +167,7 @@ def check_same_configs(grid: Sequence[GridRun]) -> None:
 def is_done(run: GridRun) -> bool:
     """Return whether the run is evaluated at its last step, with this config."""
     metrics = read_metrics(run.folder)
-    return value_at(metrics, "train.steps") == run.config.train.steps and not changes_of(run)
+    train = run.config.train
+    refine_steps = value_at(metrics, "train.refine_steps")  # of an earlier version: None
+    is_last = value_at(metrics, "train.steps") == train.steps and refine_steps in (train.refine_steps, None)
+    return is_last and not changes_of(run)

@@ -192,7 +192,9 @@ def check_device(name: str | None) -> "torch.device":
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(1, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.cpu()  # the device meta holds no values
+        return probe.device
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(f"--device {name} cannot be used here: {one_line(error)}") from error
 

@@ -107,6 +107,8 @@ def run_step(name: str, step: Step, key: str, out: Path, lock: int, stop: Callab
     folder = out / "steps" / name
     folder.mkdir(parents=True, exist_ok=True)
     began_s = time.monotonic() - (seconds_in(folder / STOPPED, key) or 0.0)
+    for path in [folder / DONE, *(path for pattern in step.results for path in folder.glob(pattern))]:
+        path.unlink(missing_ok=True)  # of another command: a table must not show it if this one fails
     child = start_logged(shell_command(step), folder / "log.txt", lock, folder=out)
     try:
         while child.poll() is None:

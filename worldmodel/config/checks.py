@@ -1,5 +1,6 @@
 """Conditions between keys, which the type of a single key cannot state."""
 
+import math
 from collections.abc import Iterator
 
 from data_pipelines.text_files import shown
@@ -181,10 +182,10 @@ def _of_steps(config: Config) -> Iterator[str]:
     if isinstance(config.model.latent, OracleConfig) and trained > 1:
         yield "model.latent=oracle knows the r of one step: objective.rollout_steps and train.refine_horizon must be 1"
     weights = objective.step_weights
-    if weights is not None and (len(weights) != objective.rollout_steps or not sum(weights)):
+    if weights is not None and not (len(weights) == objective.rollout_steps and 0 < sum(weights) < math.inf):
         yield (
             f"objective.step_weights={shown(list(weights))} needs a number for each of "
-            f"objective.rollout_steps={objective.rollout_steps} steps, not all of them 0"
+            f"objective.rollout_steps={objective.rollout_steps} steps, with a finite sum above 0"
         )
 
 

@@ -177,20 +177,35 @@ def _make_missing(
     work = Work(place, collection.spec, settings, here)
     counts = {number: len(collection.rows(number)) for number in numbers}
     total, done = sum(counts.values()), sum(counts.values()) - sum(counts[number] for number in missing)
-    failed: dict[str, str] = {}
+    failed = _failed_before(collection, set(numbers) - set(missing))
     num_videos = collection.manifest.num_videos
     bar = tqdm(total=total, initial=done, desc="embedding", unit="video", disable=not options.progress)
+
+    def check_failed() -> None:
+        if len(failed) > data.max_bad_fraction * num_videos:
+            path, reason = list(failed.items())[-1]
+            raise UserError(
+                f"{len(failed)} of {num_videos} videos do not decode or have changed, more than "
+                f"data.max_bad_fraction={data.max_bad_fraction:g} allows; the last is '{path}', which {reason}: "
+                f"delete the parts that {collection.folder.bad} names to embed them again, or raise the limit"
+            )
+
+    check_failed()
     with bar, closing(make_parts(options.engine, work, map(collection.part, missing), count)) as made:
         for finished in made:
             bar.update(finished.num_videos)
             failed |= finished.failed
-            if len(failed) > data.max_bad_fraction * num_videos:
-                path, reason = list(failed.items())[-1]
-                raise UserError(
-                    f"{len(failed)} of {num_videos} videos do not decode or have changed, more than "
-                    f"data.max_bad_fraction={data.max_bad_fraction:g} allows; the last is '{path}', which {reason}: "
-                    f"delete the parts that {collection.folder.bad} names to embed them again, or raise the limit"
-                )
+            check_failed()
+
+
+def _failed_before(collection: Collection, numbers: set[int]) -> dict[str, str]:
+    """Return the reasons of the videos that failed in finished parts, by path. Short videos have not failed."""
+    return {
+        path: reason
+        for number in sorted(numbers)
+        for path, reason in read_part(collection.path(number)).left_out.items()
+        if path not in collection.part(number).too_short
+    }
 
 
 def _write_bad(collection: Collection) -> list[StoredPart]:

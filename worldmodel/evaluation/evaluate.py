@@ -1,9 +1,11 @@
 """Evaluate a trained run, and store the results in its folder."""
 
 import dataclasses
+from itertools import islice
 from pathlib import Path
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, one_line_logger
+from data_pipelines.files import write_errors
 from worldmodel.evaluation.decoded import store_futures, stored_facts
 from worldmodel.evaluation.factors import evaluate_factors
 from worldmodel.evaluation.forecast import evaluate_forecasts
@@ -16,7 +18,10 @@ from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import Metrics, Training, read_metrics, write_metrics
 from worldmodel.runs.trained_run import TrainedRun
 
+log = one_line_logger(__name__)
+
 MIN_TIMELINE_TRANSITIONS = 4
+MAX_TIMELINE_VIDEOS = 3  # that are tried
 
 
 def evaluate(run: TrainedRun, *, compare: Path | None = None) -> Metrics:
@@ -52,24 +57,34 @@ def _evaluate_videos(run: TrainedRun, compare: Path | None) -> Metrics:
     if compared is not None:
         if compared.get("queries_sha256") != metrics["queries_sha256"]:
             raise UserError(f"{compare} was scored on other queries: evaluate both runs on the same data and settings")
+        if compared.get("quantity") != metrics["quantity"] or compared.get("horizon") != metrics["horizon"]:
+            raise UserError(
+                f"{compare} was scored by another quantity or horizon: evaluate both runs with the same "
+                "evaluation.label, data.size_px and evaluation.horizon"
+            )
         metrics["forecasts"]["no_latent"] = compared["forecasts"]["model"]
-    if evaluation.readout is not None and evaluation.quantity is not None:
-        save_readout(run.folder, evaluation.readout, evaluation.quantity, run.state["step"])
-    if evaluation.recalibrated:
-        save_recalibration(run.folder, evaluation.recalibrated, run.state["step"])
+    ordinary = None
     if not why_unsupported(run.model):
         ordinary = ordinary_transitions(run.networks, run.config.evaluation.selection_clips)
-        save_ordinary(run.folder, ordinary, run.state["step"])
     illustrations = dataclasses.replace(evaluation.illustrations, timeline=timeline_of_test_video(run))
-    save_records(folder.illustrations, [illustrations])
-    if stored_facts(run.folder, run.state["step"]) is not None:
-        store_futures(run.folder, run.networks, run.config, run.state["step"])
+    with write_errors(run.folder):
+        for path in (folder.readout, folder.recalibration, folder.surprise):
+            path.unlink(missing_ok=True)  # of an evaluation with other settings
+        if evaluation.readout is not None and evaluation.quantity is not None:
+            save_readout(run.folder, evaluation.readout, evaluation.quantity, run.num_updates)
+        if evaluation.recalibrated:
+            save_recalibration(run.folder, evaluation.recalibrated, run.num_updates)
+        if ordinary is not None:
+            save_ordinary(run.folder, ordinary, run.num_updates)
+        save_records(folder.illustrations, [illustrations])
+    if stored_facts(run.folder, run.num_updates) is not None:
+        store_futures(run.folder, run.networks, run.config, run.num_updates)
     return metrics
 
 
 def _with_training(run: TrainedRun, scores: Metrics) -> Metrics:
     """Return the scores preceded by the facts of the training."""
-    training = Training(seconds=run.state["train_seconds"], steps=run.state["step"])
+    training = Training(seconds=run.state["train_seconds"], steps=run.state["step"], refine_steps=run.refine_steps)
     metrics = Metrics(run=run.folder.name, train=training, seed=run.config.seed)
     metrics.update(scores)
     return metrics
@@ -82,8 +97,12 @@ def timeline_of_test_video(run: TrainedRun) -> Timeline | None:
     """
     if why_unsupported(run.model):
         return None
-    path = next(run.source.video_files("test", MIN_TIMELINE_TRANSITIONS), None)
-    return None if path is None else run.surprise(path, progress=True)
+    for path in islice(run.source.video_files("test", MIN_TIMELINE_TRANSITIONS), MAX_TIMELINE_VIDEOS):
+        try:
+            return run.surprise(path, progress=True)
+        except UserError as error:  # a damaged video, of which evaluations leave out the clips
+            log.warning("the report does not show the surprise of a video: %s", error)
+    return None
 
 
 def compared_metrics(compare: Path) -> Metrics:

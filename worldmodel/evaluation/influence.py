@@ -190,7 +190,7 @@ def stored_gradients(run: "TrainedRun", num_clips: int, *, progress: bool = Fals
     """
     path, clip_set = RunFolder(run.folder).influence, training_clips(run)
     total = min(num_clips, clip_set.table.num_clips)
-    step, clips = run.state["step"], json.dumps([clip_set.index.content_hash, asdict(clip_set.spec), total, NUM_DIMS])
+    step, clips = run.num_updates, json.dumps([clip_set.index.content_hash, asdict(clip_set.spec), total, NUM_DIMS])
     for found in load_records(path, ClipGradients):
         if (found.step, found.clips) == (step, clips):
             return found

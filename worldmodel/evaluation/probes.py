@@ -17,17 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from data_pipelines.errors import one_line_logger
 from data_pipelines.worlds.law import Law
 from worldmodel.evaluation.embed import EmbeddedSplit
 from worldmodel.evaluation.readout import RIDGE_STRENGTHS, choose_readout
 from worldmodel.evaluation.scores import r_squared
 from worldmodel.runs.metrics import ProbeScores, Targets
+from worldmodel.runs.record_types import MAX_NAMES
+
+log = one_line_logger(__name__)
 
 # Few clips of many dimensions need more shrinkage than a readout of all clips.
 PROBE_STRENGTHS = (*RIDGE_STRENGTHS, 1e4)
 NEIGHBOURS = (1, 5, 20, 50)
 MLP_FIT_CLIPS = 4096
 MLP_ITERATIONS = 30
+MIN_STOPPED_EARLY = 10  # with as few clips, the tenth that would stop the fit has no two
 NEIGHBOUR_CLIPS = 1024
 MAX_CLASSES = 1024  # of a label that is probed for
 
@@ -55,6 +60,9 @@ def probe_clips(
         }
     labels = [law.probe_targets(part.labels) if law else label_targets(part.labels) for part in parts]
     common = [name for name in labels[0] if name in labels[1] and name in labels[2]]
+    if len(common) > MAX_NAMES:
+        log.warning("probes are fitted for the first %d of %d labels", MAX_NAMES, len(common))
+        common = common[:MAX_NAMES]
     targets: dict[str, Splits] = {name: (labels[0][name], labels[1][name], labels[2][name]) for name in common}
     return probe_all(representations, targets)
 
@@ -158,9 +166,10 @@ def fit_mlp(inputs: Tensor, outputs: Tensor, max_iterations: int = 100) -> Calla
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    stops_early = len(inputs) > MIN_STOPPED_EARLY
     mlp = make_pipeline(
         StandardScaler(),
-        MLPRegressor(hidden_layer_sizes=(256,), early_stopping=True, max_iter=max_iterations, random_state=0),
+        MLPRegressor(hidden_layer_sizes=(256,), early_stopping=stops_early, max_iter=max_iterations, random_state=0),
     )
     with warnings.catch_warnings():
         # Reaching `max_iterations` is a chosen budget, not a problem to report.

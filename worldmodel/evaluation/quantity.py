@@ -22,6 +22,7 @@ from worldmodel.evaluation.readout import RIDGE_STRENGTHS, Readout, choose_reado
 from worldmodel.evaluation.recalibration import Recalibration
 from worldmodel.evaluation.scores import energy_scores, forecast_scores, r_squared
 from worldmodel.runs.metrics import Forecasts
+from worldmodel.runs.record_types import MAX_HORIZON
 from worldmodel.sources.source import ClipPlaces
 
 CLIMATOLOGIES = ("climatology", "training_climatology")
@@ -41,9 +42,7 @@ class FrameLabel:
         Raises:
             UserError: the clips have no such per-frame label.
         """
-        if self.name not in labels or labels[self.name].ndim != 3:
-            has = ", ".join(sorted(key for key, values in labels.items() if values.ndim == 3)) or "none"
-            raise UserError(f"evaluation.label={self.name!r} is not a per-frame label: these videos have {has}")
+        check_label(self.name, {key: values.shape[-1] for key, values in labels.items() if values.ndim == 3})
         return Quantity(self.name, "", tuple(str(k) for k in range(labels[self.name].shape[-1])))
 
     def truth(self, labels: dict[str, Tensor], horizon: int) -> Tensor:
@@ -61,6 +60,21 @@ class FrameLabel:
         if self.num_frames > 1:
             found["constant_velocity"] = constant_velocity(context, horizon)[:, None]
         return found
+
+
+def check_label(name: str, of_frames: Mapping[str, int]) -> None:
+    """Check that evaluation.label is one of the labels of frames, given with their sizes.
+
+    Raises:
+        UserError: it is not, or it has too many numbers.
+    """
+    if name not in of_frames:
+        has = ", ".join(sorted(of_frames)) or "none"
+        raise UserError(f"evaluation.label={name!r} is not a per-frame label: these videos have {has}")
+    if of_frames[name] > MAX_HORIZON:
+        raise UserError(
+            f"evaluation.label={name!r} has {of_frames[name]:,} numbers per frame: at most {MAX_HORIZON:,} are forecast"
+        )
 
 
 KnownTruth = Law | FrameLabel

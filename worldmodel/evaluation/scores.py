@@ -229,15 +229,16 @@ def interval_width(samples: Tensor, level: float) -> Tensor:
 
 
 def r_squared(predicted: Tensor, truth: Tensor) -> float:
-    """Return 1 - residual / total sum of squares, averaged over dimensions: [N, D], [N, D] -> at most 1.
+    """Return 1 - residual / total sum of squares, averaged over dimensions that vary: [N, D], [N, D] -> at most 1.
 
-    NaN if a value is not finite.
+    NaN if a value is not finite, or nothing varies.
     """
     from sklearn.metrics import r2_score
 
-    if not (predicted.isfinite().all() and truth.isfinite().all()):
+    varies = (truth != truth[:1]).any(dim=0)
+    if not (predicted.isfinite().all() and truth.isfinite().all() and varies.any()):
         return float("nan")
-    return float(r2_score(truth.numpy(), predicted.numpy(), force_finite=False))
+    return float(r2_score(truth[:, varies].numpy(), predicted[:, varies].numpy(), force_finite=False))
 
 
 def effective_rank(embeddings: Tensor) -> float:

@@ -160,7 +160,8 @@ def video_surprise(
         )  # fmt: skip
 
     def frames_from(start: int) -> np.ndarray:
-        return np.stack(list(islice(read(start, start + 2 * layout.span), 0, None, layout.frame_stride)))
+        stop = start + (2 * layout.num_frames - 1) * layout.frame_stride + 1  # a video may end with the transition
+        return np.stack(list(islice(read(start, stop), 0, None, layout.frame_stride)))
 
     frames = read(0, len(on_screen))
     found = score_transitions(networks, frames, len(on_screen), name=f"video '{path}'", options=options)

@@ -141,7 +141,7 @@ def goal_conditioned_policy(run: TrainedRun, config: PlanningConfig) -> GoalCond
             into the folder.
     """
     settings = {
-        "step": run.state["step"],
+        "step": run.num_updates,
         "seed": run.config.seed,
         "goal_steps": config.goal_steps,
         "clips": config.policy_clips,
@@ -205,7 +205,9 @@ def fit_policy(policy: GoalConditionedPolicy, clips: GoalClips, seed: int, updat
     generator = torch.Generator().manual_seed(seed)
     for layer in policy.net:
         if isinstance(layer, nn.Linear):
-            nn.init.kaiming_uniform_(layer.weight, math.sqrt(5), generator=generator)
+            drawn = torch.empty(layer.weight.shape)  # on the CPU, as the generator is
+            nn.init.kaiming_uniform_(drawn, math.sqrt(5), generator=generator)
+            layer.weight.data.copy_(drawn)
             nn.init.zeros_(layer.bias)
     policy.standardise(clips.states, clips.goals)
     optimizer = torch.optim.AdamW(policy.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)

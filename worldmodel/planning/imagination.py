@@ -86,7 +86,7 @@ class LatentCost:
         cost = state.new_zeros(len(state))
         nearest = torch.full_like(cost, math.inf)
         generator = self.generator if self.config.num_samples else None
-        with torch.autocast(state.device.type, torch.bfloat16, enabled=computes_bf16()):
+        with torch.autocast(state.device.type, torch.bfloat16, enabled=computes_bf16(state.device)):
             goal = self._coordinates(self.goal).repeat_interleave(num_candidates * num_futures, dim=0)
             for imagined in imagine(self.model, self.decoder, state, flat, generator):
                 state = imagined
@@ -126,7 +126,7 @@ def propose(model: WorldModel, policy: GoalConditionedPolicy, state: Tensor, goa
     towards = model.embedding_of(goal)
     actions = [policy(model.persistent(state), towards)]
     while len(actions) < horizon:
-        with torch.autocast(state.device.type, torch.bfloat16, enabled=computes_bf16()):
+        with torch.autocast(state.device.type, torch.bfloat16, enabled=computes_bf16(state.device)):
             state = model.edit(state, model.prior_mean(state, actions[-1]), actions[-1])
         actions.append(policy(model.persistent(state), towards))
     return torch.cat([action.unflatten(1, (policy.block, -1)) for action in actions], dim=1)
@@ -304,7 +304,7 @@ class LatentPolicy:
         state = torch.cat([decision.state[rows] for decision, rows in zip(self.decisions, own, strict=True)])
         actions = torch.cat([decision.actions[rows] for decision, rows in zip(self.decisions, own, strict=True)])
         generator = torch.Generator(self.run.device).manual_seed(self.seed) if self.config.num_samples else None
-        with torch.autocast(self.run.device.type, torch.bfloat16, enabled=computes_bf16()):
+        with torch.autocast(self.run.device.type, torch.bfloat16, enabled=computes_bf16(self.run.device)):
             states = imagine(
                 self.run.model,
                 self.decoder,

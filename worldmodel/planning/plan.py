@@ -9,8 +9,9 @@ import gymnasium
 import numpy as np
 
 from data_pipelines.errors import UserError
+from data_pipelines.files import write_errors
 from worldmodel.build import clip_layout
-from worldmodel.config import GradientConfig, IcemConfig, PlanningConfig
+from worldmodel.config import CategoricalConfig, CemConfig, GradientConfig, IcemConfig, PlanningConfig
 from worldmodel.evaluation.records import save_records
 from worldmodel.planning.controls import PrivilegedPolicy, RandomPolicy, ReplayPolicy
 from worldmodel.planning.goal_conditioned import goal_conditioned_policy
@@ -96,10 +97,12 @@ def plan(
     planning["protocol"] = protocol_facts(protocol, config, run, labels, policy)
     if labels:
         planning["curve"] = [_with_labels(count, one.scores) for count, one in zip(labels, planned, strict=True)]
-    folder.planned_episodes.unlink(missing_ok=True)  # of earlier episodes
+    with write_errors(run.folder):
+        folder.planned_episodes.unlink(missing_ok=True)  # of earlier episodes
     write_planning(run.folder, planning)
     episodes = planned_episodes(run, last.policies[0], last.first, env_hook(protocol, "state_px"))
-    save_records(folder.planned_episodes, episodes)
+    with write_errors(run.folder):
+        save_records(folder.planned_episodes, episodes)
     if vary:
 
         def plan_again(varied: PlanningProtocol, label: str) -> Planned:
@@ -168,6 +171,8 @@ def _ceiling(protocol: PlanningProtocol, config: PlanningConfig) -> Planned | No
     if not env_hook(protocol, "privileged_cost"):
         return None
     planner = IcemConfig() if isinstance(config.planner, GradientConfig) else config.planner
+    if isinstance(planner, CemConfig | IcemConfig | CategoricalConfig):
+        planner = dataclasses.replace(planner, elites=min(planner.elites, CEILING_CANDIDATES // 2))
     smaller = dataclasses.replace(config, planner=planner, candidates=CEILING_CANDIDATES, horizon=CEILING_HORIZON)
 
     def privileged(seed: int, envs: Sequence[gymnasium.Env]) -> GoalPolicy:
@@ -211,7 +216,7 @@ def protocol_facts(
         block=clip_layout(run.config).span,
         first_seed=protocol.first_seed,
         planning=dataclasses.asdict(config),
-        step=run.state["step"],
+        step=run.num_updates,
         labels=labels[-1] if labels else None,
         policy=policy,
     )

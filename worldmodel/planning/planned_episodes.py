@@ -85,7 +85,7 @@ def planned_episodes(
     decoder of the run's checkpoint.
     """
     readout = None if state_px is None else state_readout(run)
-    step = run.state["step"]
+    step = run.num_updates
     decoder = load_decoder(run.folder, run.config, step, run.device) if stored_facts(run.folder, step) else None
     shown = []
     for number in choose_shown(results.success):

@@ -34,8 +34,9 @@ def parse_factors(texts: Sequence[str]) -> list[Factor]:
     """
     factors = [_parse_factor(text) for text in texts]
     names = [factor.name for factor in factors]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"factor {shown(twice)} is given twice: list all of its values at once, such as {twice}=1,2")
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"factor {shown(name)} is given twice: list all of its values at once, such as {name}=1,2")
     return factors
 
 
@@ -47,8 +48,9 @@ def _parse_factor(text: str) -> Factor:
         values = []
     if not name or not isinstance(values, list) or not values or None in values:
         raise UserError(f"factor {shown(text)} must read NAME=VALUE,VALUE,..., such as noise=10,20,40")
-    if twice := next((value for value in values if values.count(value) > 1), None):
-        raise UserError(f"factor {shown(text)}: the value {shown(twice)} is given twice")
+    for value in values:
+        if values.count(value) > 1:
+            raise UserError(f"factor {shown(text)}: the value {shown(value)} is given twice")
     return Factor(name, values)
 
 

@@ -75,12 +75,26 @@ class VideosChangedError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors by name, and the state: step, train_seconds, stream fingerprint, best score."""
+    """Tensors by name, and the state: step, updates, train_seconds, stream fingerprint, best score."""
 
     model: dict[str, Tensor]
     teacher: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
+
+
+def updates_of(state: Mapping[str, Any]) -> int:
+    """Return the updates of training and refinement that a checkpoint has seen.
+
+    Refined checkpoints of earlier versions do not state those of refinement, and neither do the results in their runs.
+    """
+    updates: int = state.get("updates", state["step"])
+    return updates
+
+
+def name_of(state: Mapping[str, Any]) -> str:
+    """Return the name of a checkpoint's folder."""
+    return f"step_{updates_of(state):08d}"
 
 
 # --------------------------------------------------------------------------------------------------- run folders
@@ -194,15 +208,15 @@ def lasting_changes(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[
 def save_checkpoint(run: Path, checkpoint: Checkpoint, *, keep: int, is_best: bool) -> Path:
     """Write a checkpoint under a temporary name and rename it. Then remove all but the last `keep` and the best.
 
-    One of the same step, as before refinement, is kept under another name until the index is written:
-    `remove_leftovers` puts it back after a kill in between.
+    One with as many updates is kept under another name until the index is written: `remove_leftovers` puts it back
+    after a kill in between.
 
     Raises:
         UserError: a value is not finite, or the disk is full or not writable. Earlier checkpoints stay intact.
     """
     check_finite(checkpoint.state["step"], **{part: getattr(checkpoint, part) for part in _WEIGHT_FILES})
     folder = RunFolder(run).checkpoints
-    name = f"step_{checkpoint.state['step']:08d}"
+    name = name_of(checkpoint.state)
     aside, replaced = folder / f".{name}.partial", folder / f".{name}.replaced"
     if folder.is_symlink():
         raise UserError(f"{folder} is a link, and checkpoints are not written through links: replace it by a folder")
@@ -252,7 +266,7 @@ def export_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    name = f"step_{checkpoint.state['step']:08d}"
+    name = name_of(checkpoint.state)
     folder = RunFolder(run).checkpoints / name
     folder.mkdir(parents=True)
     exported = dataclasses.replace(checkpoint, state=checkpoint.state | {"exported": True})
@@ -412,7 +426,8 @@ def _read_state(folder: Path) -> dict[str, Any]:
     state = json.loads(read_text(folder / "state.json", MAX_STATE_BYTES))
     if not isinstance(state, dict):
         raise ValueError("state.json is not a JSON object")
-    is_step = isinstance(state.get("step"), int) and not isinstance(state["step"], bool) and 0 <= state["step"] < 10**12
+    counts = [state.get("step"), state.get("updates", state.get("step"))]
+    is_step = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 10**12 for n in counts)
     is_number = all(isinstance(state.get(key), int | float) for key in ("train_seconds", "best_score"))
     if not (is_step and is_number and isinstance(state.get("stream"), str)):
         raise ValueError("state.json lacks a valid step, train_seconds, best_score or stream")

@@ -144,8 +144,11 @@ class QuantityFacts(Part, total=False):
 
 
 class Training(Part, total=False):
+    """The training of the weights: its duration, its steps, and the updates of refinement."""
+
     seconds: Score
     steps: Whole
+    refine_steps: Whole
 
 
 class ReadoutFacts(Part, total=False):

@@ -27,7 +27,7 @@ from worldmodel.evaluation.recalibration import load_recalibrations
 from worldmodel.evaluation.surprise import SurpriseOptions, Timeline, check_model, clip_surprise, video_surprise
 from worldmodel.nets.teacher import Teacher
 from worldmodel.nets.world_model import WorldModel
-from worldmodel.runs.checkpoint import Checkpoint, load_checkpoint, load_run_config
+from worldmodel.runs.checkpoint import Checkpoint, load_checkpoint, load_run_config, updates_of
 from worldmodel.runs.hub import download, is_repository_name
 from worldmodel.sources import make_source
 from worldmodel.sources.source import ClipPlaces, Source
@@ -56,6 +56,16 @@ class TrainedRun:
     def source(self) -> Source:
         """The source of the run's clips, which holds what it has read."""
         return make_source(self.config)
+
+    @property
+    def refine_steps(self) -> int:
+        """The updates of refinement that the weights have seen."""
+        return self.config.train.refine_steps if self.state.get("refined", False) else 0
+
+    @property
+    def num_updates(self) -> int:
+        """The updates of training and refinement. In the files of a run they identify the weights."""
+        return updates_of(self.state)
 
     @property
     def model(self) -> WorldModel:
@@ -139,7 +149,7 @@ class TrainedRun:
 
     def _recalibrated(self, space: str, samples: Tensor, seed: int, video: str | Path | None) -> Tensor:
         """Recalibrate samples [B, S, horizon, K] in a space. Raises UserError: there is no recalibration for them."""
-        spaces = load_recalibrations(self.folder, self.state["step"])
+        spaces = load_recalibrations(self.folder, self.num_updates)
         if space not in spaces:
             raise UserError(
                 f"the run {self.folder} has no recalibration: set evaluation.recalibrate to true in its config.yaml, "
@@ -176,7 +186,7 @@ class TrainedRun:
         Raises:
             UserError: as `rollout`, or the run was not evaluated at this checkpoint, or its videos have no labels.
         """
-        readout, _ = load_readout(self.folder, self.state["step"], self.device)
+        readout, _ = load_readout(self.folder, self.num_updates, self.device)
         if len(readout.centre) != self.model.embedding_dim:
             raise UserError(f"the readout of {self.folder} is of another model: evaluate the run again")
         values = readout(self._rollout(clip, horizon, num_samples, seed, actions))
@@ -200,7 +210,7 @@ class TrainedRun:
                 f"futures of shape {list(futures.shape)} do not fit {len(clip)} clips of the run {self.folder}: it "
                 f"takes [{len(clip)}, S, horizon, {dim}]"
             )
-        decoder = load_decoder(self.folder, self.config, self.state["step"], self.device)
+        decoder = load_decoder(self.folder, self.config, self.num_updates, self.device)
         before = resized(context[:, -1:], decoder.side_px)[:, 0]
         frames = decode_paths(decoder, futures.float(), before)
         return resized(frames.flatten(0, 2), context.shape[-1]).unflatten(0, frames.shape[:3])
@@ -232,7 +242,7 @@ class TrainedRun:
         """
         options = SurpriseOptions(num_peaks, step_frames, progress)
         check_model(self.model)
-        ordinary = load_ordinary(self.folder, self.state["step"])
+        ordinary = load_ordinary(self.folder, self.num_updates)
         threshold = None if false_alarms is None else threshold_of(ordinary, false_alarms, self.folder)
         networks = dataclasses.replace(self.networks, ordinary_motion=ordinary and ordinary.motion)
         if isinstance(video, Tensor):

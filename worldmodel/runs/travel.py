@@ -104,13 +104,13 @@ def _export(run: TrainedRun, folder: Path, name: str, programs: bool) -> Path:
         if metrics is not None:
             write_metrics(folder, metrics)
             if RunFolder(run.folder).readout.is_file():
-                save_readout(folder, *load_readout(run.folder, run.state["step"]), run.state["step"])
-            if spaces := load_recalibrations(run.folder, run.state["step"]):
-                save_recalibration(folder, spaces, run.state["step"])
-            if (ordinary := load_ordinary(run.folder, run.state["step"])) is not None:
-                save_ordinary(folder, ordinary, run.state["step"])
-        if (facts := stored_facts(run.folder, run.state["step"])) is not None:
-            save_decoder(folder, load_decoder(run.folder, run.config, run.state["step"]), facts)
+                save_readout(folder, *load_readout(run.folder, run.num_updates), run.num_updates)
+            if spaces := load_recalibrations(run.folder, run.num_updates):
+                save_recalibration(folder, spaces, run.num_updates)
+            if (ordinary := load_ordinary(run.folder, run.num_updates)) is not None:
+                save_ordinary(folder, ordinary, run.num_updates)
+        if (facts := stored_facts(run.folder, run.num_updates)) is not None:
+            save_decoder(folder, load_decoder(run.folder, run.config, run.num_updates), facts)
         write_text(folder / "README.md", model_card(run, config, metrics, name, left_out))
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
@@ -127,9 +127,11 @@ def _metrics_of(run: TrainedRun) -> tuple[Metrics | None, list[str]]:
     metrics = read_metrics(run.folder)
     if metrics is None:
         return None, [*always, "metrics: the run was not evaluated"]
-    step = value_at(metrics, "train.steps")
-    if step != run.state["step"]:
-        return None, [*always, f"metrics: they belong to step {step}, not to step {run.state['step']} of the weights"]
+    steps, refine_steps = value_at(metrics, "train.steps"), value_at(metrics, "train.refine_steps")
+    if steps != run.state["step"]:
+        return None, [*always, f"metrics: they belong to step {steps}, not to step {run.state['step']} of the weights"]
+    if refine_steps not in (run.refine_steps, None):  # None: an earlier version evaluated it
+        return None, [*always, f"metrics: they belong to {refine_steps} updates of refinement, not {run.refine_steps}"]
     return metrics, always
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_pipelines.batches import Batch, BatchStream
 from data_pipelines.clip_decoder import ClipSet, clips_of, make_clip_set
-from data_pipelines.clips import ClipSpec
+from data_pipelines.clips import ClipSpec, frames_on_screen
 from data_pipelines.contents import Contents, contents_of
 from data_pipelines.errors import UserError
 from data_pipelines.formats.base import Format
@@ -201,7 +201,7 @@ class VideosSource:
             return
         index, span = self.index(split), self.clip_spec(steps).span
         for video in index.videos:
-            if not video.shard and video.num_frames >= span:
+            if not video.shard and len(frames_on_screen(video, self._data.fps)) >= span:
                 yield index.root / video.path
 
 
@@ -213,6 +213,7 @@ def read_settings(data: VideosConfig, batch_size: int) -> ReadSettings:
         channels=data.channels,
         decoder=data.decoder,
         num_workers=data.num_workers,
+        max_bad_fraction=data.max_bad_fraction,
         decode_timeout_s=data.decode_timeout_s,
     )
 

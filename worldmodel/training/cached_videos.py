@@ -13,7 +13,6 @@ import json
 import math
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -175,7 +174,7 @@ class CachedVideos(VideosSource):
 
     def _parts(self, segments: Segments, ids: Ints, per_part: int, stop: Stop) -> Generator[tuple[Keys, NDArray[Any]]]:
         """Yield the keys and tokens of segments, `per_part` at a time; after a signal, those that are done."""
-        settings = replace(read_settings(self._data, SEGMENTS_AT_ONCE), max_bad_fraction=self._data.max_bad_fraction)
+        settings = read_settings(self._data, SEGMENTS_AT_ONCE)
         keys: list[Keys] = []
         tokens: list[NDArray[Any]] = []
         batches = read_clips(segments.alone, ids, settings, ranks=self._accelerator.num_processes)

@@ -172,7 +172,7 @@ def train_decoder(examples: DecodingExamples, settings: DecoderSettings) -> Deco
         for step in bar:
             set_lr(optimizer, learning_rate(step, PEAK_LR, warmup_steps, settings.steps))
             generator = step_generator(settings.seed, step, torch.device("cpu"))
-            with torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16()):
+            with torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device)):
                 embeddings, before, frames = draw_examples(decoder, examples, generator)
                 decoded = decoder(embeddings, before)
             loss = F.mse_loss(decoded, frames)

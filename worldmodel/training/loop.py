@@ -13,16 +13,19 @@ from typing import NamedTuple
 from accelerate import Accelerator
 
 from data_pipelines.batches import Batch, BatchStream
-from data_pipelines.errors import one_line_logger
+from data_pipelines.errors import UserError, one_line_logger
+from data_pipelines.splits import SPLITS
 from worldmodel.build import clip_layout
-from worldmodel.config import Config, TrainConfig, cautions, flatten, to_dict
+from worldmodel.config import Config, EvaluationConfig, TrainConfig, cautions, flatten, to_dict
 from worldmodel.data import check_contents, check_splits, evaluation_uses, training_uses
+from worldmodel.evaluation.quantity import check_label
 from worldmodel.runs.checkpoint import open_run, remove_leftovers
 from worldmodel.runs.lock import run_lock
 from worldmodel.runs.tracking import RowLostError
 from worldmodel.runs.wandb_tracking import wandb_mode
 from worldmodel.sources import make_source
 from worldmodel.sources.source import Source
+from worldmodel.sources.videos import VideosSource
 from worldmodel.training.augment import check_augmentation
 from worldmodel.training.cached_videos import cached_videos
 from worldmodel.training.finite import NotFiniteStep
@@ -62,6 +65,8 @@ def train(
         >>> config = worldmodel.load_config("demo", ["train.steps=400"])
         >>> folder = worldmodel.train(config)
     """
+    if resume and overwrite:
+        raise UserError("a run is either resumed or overwritten: leave out one of the two")
     run, train_config = Path(config.run_dir), config.train
     wandb_mode(config.tracking.wandb)  # reports a mistake before there is a run folder
     with launched(train_config.precision, train_config.timeout_s) as accelerator, ExitStack() as held:
@@ -146,6 +151,7 @@ def open_run_and_stream(
     with accelerator.main_process_first(), accelerator.local_main_process_first():
         source = make_source(config)
         check_splits(source, labels, uses)
+        check_forecast_label(source, config.evaluation)
         check_augmentation(source, config)
         stream = training_stream(config, source, accelerator)
         if config.train.refine_steps:
@@ -158,6 +164,21 @@ def open_run_and_stream(
             check_contents(source, labels, run)
     contents = source.contents(labels)
     return source, stream, stream.fingerprint + (f"-{contents.hash()}" if contents else "")
+
+
+def check_forecast_label(source: Source, config: EvaluationConfig) -> None:
+    """Check, before hours of training, that evaluation.label is a label of frames in each split.
+
+    Where a law is known, its quantity is forecast in place of a label.
+
+    Raises:
+        UserError: it is not.
+    """
+    if config.label is None or not isinstance(source, VideosSource) or source.known_law("test", config.horizon):
+        return
+    for split in SPLITS:
+        sizes = {name: values.shape[1] for name, values in source.index(split).frame_labels.items() if values.ndim == 2}
+        check_label(config.label, sizes)
 
 
 def training_stream(config: Config, source: Source, accelerator: Accelerator) -> BatchStream:

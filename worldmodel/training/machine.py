@@ -16,9 +16,9 @@ from worldmodel.nets.cpu import cpu_flags, cpuinfo, has_amx
 from worldmodel.training.timing import synchronise
 
 
-def computes_bf16() -> bool:
-    """Return True if the device that Accelerate will train on has native bf16 arithmetic."""
-    if uses_gpu():
+def computes_bf16(device: torch.device | None = None) -> bool:
+    """Return True if a device has native bf16 arithmetic; None: the device that Accelerate will train on."""
+    if uses_gpu() if device is None else device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return cpu_computes_bf16()
 

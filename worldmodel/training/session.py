@@ -192,6 +192,7 @@ class Session:
             scaler = self.accelerator.scaler
             state = {
                 "step": trainer.step,
+                "updates": self.logged_step,
                 "train_seconds": self.train_seconds,
                 "stream": self.stream_fingerprint,
                 "best_score": self.best_score,

@@ -39,6 +39,12 @@ MIN_SCALE = 2.0**-24
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def set_seeds(seed: int) -> None:
+    """Seed the generators of Python, NumPy and torch. That of NumPy takes 32 bits."""
+    set_seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 class Trainer:
     """The state of a training, and one optimiser step at a time.
 
@@ -51,7 +57,7 @@ class Trainer:
         self.layout = clip_layout(config)
         self.step = 0
         self.turns: AbstractContextManager[None] = nullcontext()
-        set_seed(config.seed)
+        set_seeds(config.seed)
         self.student = build_training_model(config)
         # The teacher starts as a copy of the student. It is outside of the wrapped module.
         self.teacher = Teacher(self.student.embedder) if self.student.objective.needs_teacher else None

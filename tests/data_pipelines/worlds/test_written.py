@@ -74,7 +74,7 @@ def test_splits_that_are_links_are_replaced_and_their_targets_stay(tmp_path: Pat
         assert (disk / split / "metadata.jsonl").read_text() == "{}\n"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"seed": 1}', '{"world": 3}', "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"seed": 1}', '{"world": 3}', "\xff", "[" * 100_000])
 def test_a_damaged_world_json_is_one_line_or_replaced(tmp_path: Path, text: str) -> None:
     out = tmp_path / "out"
     write_finished(out, "")

@@ -226,6 +226,10 @@ def test_metrics_count_only_for_the_same_config_and_the_last_step(tmp_path: Path
         check_same_configs([changed])
     (folder / "metrics.json").write_text('{"train": {"steps": 4}}')
     assert not is_done(run)
+    (folder / "metrics.json").write_text('{"train": {"steps": 8, "refine_steps": 2}}')
+    assert not is_done(run)
+    (folder / "metrics.json").write_text('{"train": {"steps": 8, "refine_steps": 0}}')
+    assert is_done(run)
 
 
 def test_cores_are_shared_and_a_begun_run_keeps_its_threads(tmp_path: Path) -> None:

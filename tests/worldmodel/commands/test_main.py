@@ -108,6 +108,8 @@ def test_the_constants_that_help_shows_are_those_of_the_library() -> None:
         (["kicked-mnist", "--num-frames", "31"], "--num-frames 31 must be a multiple of 3, at least 6"),
         (["two-rooms", "--env-kwargs", "slip=2"], "slip=2"),
         (["two-rooms", "--num-processes", "0"], "num_processes=0 must be at least 1"),
+        (["moving-mnist", "--num-processes", "0"], "num_processes=0 must be at least 1"),
+        (["digits", "--test", "0"], "--test must be at least 1, not 0"),
     ],
 )
 def test_options_of_worlds(

@@ -86,6 +86,16 @@ def test_a_failure_is_reported_and_retried(files: Path, capsys: pytest.CaptureFi
     assert (files / "out" / "order").read_text() == "d12"
 
 
+def test_a_failed_step_does_not_leave_the_figures_of_an_earlier_command(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(files, "success") == 0
+    capsys.readouterr()
+    set_steps(files, "fail.py")
+    assert call(files, "success") == 1
+    assert "1 are missing" in capsys.readouterr().out
+
+
 def test_what_follows_a_failure_is_not_run(files: Path) -> None:
     text = (files / "steps.yaml").read_text().replace("[python, write.py, data/x", "[python, fail.py, data/x")
     (files / "steps.yaml").write_text(text)

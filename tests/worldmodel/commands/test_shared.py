@@ -136,7 +136,7 @@ def test_outputs_are_checked_before_the_work(tmp_path: Path) -> None:
 
 def test_devices_and_numbers() -> None:
     assert check_device("cpu").type == "cpu"
-    for name in ("gpu", "cuda:99", "", "cpu:x", "xla"):
+    for name in ("gpu", "cuda:99", "", "cpu:x", "xla", "meta"):
         with pytest.raises(UserError, match=f"--device {name} cannot be used here"):
             check_device(name)
     for value in (0, -1, 2**20 + 1, 10**400):

@@ -109,6 +109,7 @@ def test_overrides_replace_values_and_numbers_may_have_exponents(tmp_path: Path)
             f"objective={{name: vicreg, vicreg_weights: [{'1, ' * 9000}]}}",
             ["objective.vicreg_weights=[1, 1", "not 9000"],
         ),
+        ("objective={name: byol, rollout_steps: 2, step_weights: [1.0e+308, 1.0e+308]}", ["a finite sum above 0"]),
         (f"objective.step_weights=[{'1, ' * 9000}]", ["objective.step_weights=[1.0, 1.0", "for each of"]),
         ("data={size_px: 8, size_px: 9}", ["size_px", "valid YAML"]),
     ],

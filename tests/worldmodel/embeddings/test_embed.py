@@ -20,6 +20,7 @@ import torch
 from data_pipelines.decoders import read_frames
 from data_pipelines.errors import UserError
 from data_pipelines.transforms import to_float
+from data_pipelines.worlds.written import encode_h264
 from tests.conftest import REPO, script_environment
 from worldmodel.commands import embed as command
 from worldmodel.commands.main import main
@@ -300,6 +301,30 @@ def test_too_many_bad_videos_end_it(
     with pytest.raises(UserError, match=r"of 24 videos do not decode .* more than data.max_bad_fraction=0.1 allows"):
         make(root)
     assert (tmp_path / "out" / "_bad.jsonl").stat().st_size
+
+
+def test_the_videos_that_failed_before_count_when_it_continues(make: Callable[..., Any], tmp_path: Path) -> None:
+    root = tmp_path / "noisy"
+    root.mkdir()
+    for number in range(6):
+        frames = np.random.default_rng(number).integers(0, 255, (30, 64, 64), dtype=np.uint8)
+        encode_h264(root / f"{number}.mp4", frames)
+        if number % 2:
+            damage_frames(root / f"{number}.mp4")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"of 6 videos do not decode .* more than data.max_bad_fraction=0.2 allows"):
+            make(root, overrides=("data.max_bad_fraction=0.2",), videos_per_part=1)
+    embedded = make(root, overrides=("data.max_bad_fraction=0.6",), videos_per_part=1)
+    assert embedded.num_bad == 3
+
+
+def damage_frames(path: Path) -> None:
+    """Overwrite half of the coded frames of an .mp4 file, from a third on, by zeros."""
+    content = bytearray(path.read_bytes())
+    start = content.find(b"mdat") + 4
+    size = int.from_bytes(content[start - 8 : start - 4], "big")
+    content[start + size // 3 : start + size // 3 + size // 2] = bytes(size // 2)
+    path.write_bytes(content)
 
 
 # --------------------------------------------------------------------------------------------------------- mistakes

@@ -128,7 +128,7 @@ def test_gradients_are_computed_once_for_a_checkpoint(
         again = run.influence(world / "test" / "000000.mp4", num_clips=16)
     assert (again.influence == first.influence).all()
     assert len(run.influence(world / "test" / "000000.mp4", num_clips=20).clip_id) == 20
-    run.state["step"] += 1
+    run.state["updates"] += 1
     monkeypatch.setattr(run.source, "evaluation_batches", None)
     with pytest.raises(TypeError):
         run.influence(world / "test" / "000000.mp4", num_clips=20)

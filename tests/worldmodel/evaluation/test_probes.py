@@ -1,10 +1,13 @@
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from worldmodel.evaluation.probes import Splits, few_clips, fit_mlp, nearest_clips, probe, probe_all
+from worldmodel.evaluation import probes
+from worldmodel.evaluation.probes import Splits, few_clips, fit_mlp, nearest_clips, probe, probe_all, probe_clips
+from worldmodel.runs.record_types import MAX_NAMES
 
 NAMES = {"linear", "knn", "mlp", "few_shot_1", "few_shot_5", "few_shot_10"}
 
@@ -76,6 +79,23 @@ def test_nearest_clips_are_in_order_and_no_more_than_there_are() -> None:
 
 def test_an_mlp_of_one_output_keeps_its_dimension() -> None:
     assert fit_mlp(normal(60, 3, seed=0), normal(60, 1, seed=1), 2)(normal(7, 3, seed=2)).shape == (7, 1)
+
+
+@pytest.mark.parametrize("count", [2, 3, 10, 11])
+def test_an_mlp_is_fitted_to_few_clips(count: int) -> None:
+    read = fit_mlp(normal(count, 3, seed=0), normal(count, 2, seed=1), 5)
+    assert read(normal(4, 3, seed=2)).shape == (4, 2)
+
+
+def test_no_more_labels_are_probed_for_than_metrics_hold(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = {f"label_{number:03d}": normal(6, 1, seed=number) for number in range(MAX_NAMES + 5)}
+    clips: Any = SimpleNamespace(backbone=normal(6, 3, seed=0), embedding=normal(6, 3, seed=0), r=torch.empty(6, 0))
+    clips.labels = labels
+    monkeypatch.setattr(probes, "probe_all", lambda representations, targets: dict(targets))
+    assert list(probe_clips(None, clips, clips, clips)) == sorted(labels)[:MAX_NAMES]
+    assert [record.message for record in caplog.records] == ["probes are fitted for the first 100 of 105 labels"]
 
 
 def test_probe_all_pairs_every_representation_with_every_target() -> None:

@@ -106,6 +106,14 @@ def test_r_squared() -> None:
     assert r_squared(noisy, truth) == pytest.approx(0, abs=0.15)
 
 
+def test_r_squared_is_of_the_dimensions_that_vary() -> None:
+    truth, predicted = normal(500, 2, seed=0), normal(500, 2, seed=1)
+    constant = torch.full((500, 1), 3.0)
+    expected = r_squared(predicted, truth)
+    assert r_squared(torch.cat([predicted, constant + 1], 1), torch.cat([truth, constant], 1)) == expected
+    assert math.isnan(r_squared(constant, constant))
+
+
 def test_effective_rank_of_known_spectra() -> None:
     orthogonal = torch.linalg.qr(normal(64, 8, seed=0) - normal(64, 8, seed=0).mean(dim=0)).Q
     assert effective_rank(torch.zeros(10, 4)) == 1

@@ -3,6 +3,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from data_pipelines.batches import Batch
 from data_pipelines.decoders import read_frames
 from data_pipelines.errors import UserError
+from data_pipelines.worlds.written import encode_h264
 from tests.conftest import run_script
 from tests.worldmodel.commands.test_scripts import assert_one_line
 from worldmodel import TrainedRun, load
@@ -373,6 +375,41 @@ def test_an_evaluation_has_a_timeline_of_every_model_that_scores_videos(
     config, training = tiny(VideosConfig(root=str(kicked_world), channels=1), **changes)  # type: ignore[arg-type]
     timeline = timeline_of_test_video(TrainedRun(kicked_world, config, training, None, {"step": 0}))
     assert (timeline and timeline.unit) == unit
+
+
+def test_a_video_may_end_with_its_last_transition(tmp_path: Path) -> None:
+    """Without the frames that a stride of 2 would leave out after it."""
+    config, training = tiny(VideosConfig(channels=1, frame_stride=2), latent=NoLatentConfig())
+    path = tmp_path / "short.mp4"
+    encode_h264(path, (clip(11)[:, 0] * 255).round().byte().numpy())
+    [kept] = video_surprise(networks(config, training), config.data, path).peak_frames
+    np.testing.assert_array_equal(kept, list(read_frames(path, channels=1, size_px=64))[::2])
+
+
+def test_the_timeline_is_of_a_video_that_is_long_enough_and_decodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The lengths are those after resampling: 20 frames at ten a second are 10 at five."""
+    (tmp_path / "test").mkdir()
+    for name, num_frames in (("a", 20), ("b", 40), ("c", 40)):
+        encode_h264(tmp_path / "test" / f"{name}.mp4", np.zeros((num_frames, 64, 64), np.uint8))
+    config, training = tiny(VideosConfig(root=str(tmp_path), channels=1, fps=5.0))
+    surprise = TrainedRun.surprise
+
+    def damaged(run: TrainedRun, video: Path, **options: Any) -> Any:
+        if video.name == "b.mp4":
+            raise UserError("it cannot be decoded")
+        return surprise(run, video, **options)
+
+    run = TrainedRun(tmp_path, config, training, None, {"step": 0})
+    shown = timeline_of_test_video(run)
+    assert shown is not None and shown.video == "b.mp4" and not caplog.records
+    monkeypatch.setattr(TrainedRun, "surprise", damaged)
+    shown = timeline_of_test_video(run)
+    assert shown is not None and shown.video == "c.mp4"
+    assert [record.message for record in caplog.records] == [
+        "the report does not show the surprise of a video: it cannot be decoded"
+    ]
 
 
 def test_what_cannot_be_scored_is_told_in_one_line(long_video: Path, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_the_cost_of_imagined_futures_falls(latent: LatentConfig, samples: int, 
 
 
 def test_gradients_of_the_imagined_cost_are_those_of_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worldmodel.planning.imagination.computes_bf16", lambda: False)
+    monkeypatch.setattr("worldmodel.planning.imagination.computes_bf16", lambda _: False)
     config = PlanningConfig(planner=IcemConfig(), horizon=3)
     cost = LatentCost(world(), None, config, normal(1, 1, 8), normal(2, 1, 8), torch.Generator())
     actions = (0.3 * normal(3, 1, 2, 3, 2)).requires_grad_()

@@ -74,6 +74,7 @@ def run_of(plane: Plane) -> Any:
         networks=None,
         folder=Path("plane"),
         state={"step": 1},
+        num_updates=1,
         device=torch.device("cpu"),
     )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from data_pipelines.errors import UserError
 from tests.conftest import REPO
 from worldmodel.config import CemConfig, IcemConfig, MppiConfig, PlannerConfig, PlanningConfig, load_config
+from worldmodel.planning import plan as plan_module
 from worldmodel.planning.planners import (
     Cost,
     Plan,
@@ -25,6 +26,7 @@ from worldmodel.planning.planners import (
 )
 from worldmodel.planning.planners.icem import colouring
 from worldmodel.planning.planners.mppi import path_integral_weights
+from worldmodel.planning.protocol import PlanningProtocol
 
 EFFORT = 0.5
 CPU = torch.device("cpu")
@@ -332,3 +334,20 @@ def test_colouring_is_a_filter_and_cem_and_mppi_have_none() -> None:
     assert not torch.allclose(first_candidates(IcemConfig(noise_beta=2.0)), white, atol=1e-3)
     for name in ("cem", "mppi"):
         torch.testing.assert_close(first_candidates(PLANNERS[name]), white, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("planner", [CemConfig(elites=120), IcemConfig(elites=120), MppiConfig()])
+def test_the_ceiling_fits_its_candidates_whatever_the_plan_compares(
+    planner: PlannerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It searches with fewer candidates, of which there cannot be more elites."""
+    config = PlanningConfig(planner=planner, candidates=500)
+    searched: list[PlanningConfig] = []
+    monkeypatch.setattr(plan_module, "env_hook", lambda *_: True)
+    monkeypatch.setattr(plan_module, "PrivilegedPolicy", lambda _, smaller, __: searched.append(smaller))
+    monkeypatch.setattr(plan_module, "evaluate_policy", lambda _, make_policy, label: make_policy(0, []))
+    plan_module._ceiling(PlanningProtocol("x", {}, seeds=1, episodes=1, budget=1, first_seed=0), config)
+    [smaller] = searched
+    assert smaller.candidates == plan_module.CEILING_CANDIDATES < config.candidates
+    goal = goals(4, farthest=2.0)
+    assert decide(replace(smaller, horizon=3), reaching(goal), len(goal))[0]

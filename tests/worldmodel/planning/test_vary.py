@@ -36,6 +36,7 @@ def test_values_are_yaml() -> None:
         (["noise=1,,2"], "must read NAME=VALUE"),
         (["background=#102030"], "must read NAME=VALUE"),
         (["noise=1,2,1.0"], "the value 1 is given twice"),
+        (["noise=0,5,0"], "the value 0 is given twice"),
         (["noise=1", "blur=1", "noise=2"], "factor 'noise' is given twice"),
     ],
 )

@@ -14,13 +14,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import accelerate.utils
+import numpy as np
 import pytest
 import torch
 from accelerate.state import is_initialized
 from safetensors.torch import load_file
 
 from data_pipelines.errors import UserError
+from data_pipelines.splits import SPLITS
 from data_pipelines.transforms import split_segments, to_float
+from data_pipelines.worlds.written import encode_h264
 from tests.conftest import REPO, run_here, run_processes, run_script, script_environment
 from worldmodel import load
 from worldmodel.config import Config
@@ -31,6 +35,7 @@ from worldmodel.training import step_log, timing
 from worldmodel.training.launch import compile_mode, make_accelerator
 from worldmodel.training.loop import train
 from worldmodel.training.losses import TrainingModel
+from worldmodel.training.trainer import set_seeds
 
 AUGMENTED = [
     "data.channels=3",  # the law of the tiny world holds for one channel, and augmentation is refused with it
@@ -62,6 +67,47 @@ def assert_same_weights(a: Path, b: Path) -> None:
     assert one.keys() == other.keys()
     differing = [name for name in one if not torch.equal(one[name], other[name])]
     assert not differing, f"{len(differing)} of {len(one)} tensors differ, such as {differing[0]}"
+
+
+def test_a_run_is_not_resumed_and_overwritten(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("of a run")
+    with pytest.raises(UserError, match="either resumed or overwritten"):
+        train(tiny_config(), resume=True, overwrite=True)
+    assert (tmp_path / "run" / "config.yaml").read_text() == "of a run"
+
+
+@pytest.mark.parametrize(
+    ("label", "tells"),
+    [("nope", "is not a per-frame label: these videos have position"), ("speed", "is not a per-frame label"),
+     ("wide", "has 1,025 numbers per frame: at most 1,024 are forecast")],
+)  # fmt: skip
+def test_a_label_that_cannot_be_forecast_is_reported_before_training(
+    label: str, tells: str, tiny_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    for split in SPLITS:
+        (tmp_path / "videos" / split).mkdir(parents=True)
+        fields = {"speed": 1.0, "position": [[0.0, 1.0]] * 18, "wide": [[0.5] * 1025] * 18}
+        lines = []
+        for number in range(4):
+            encode_h264(tmp_path / "videos" / split / f"{number}.mp4", np.full((18, 64, 64), number, np.uint8))
+            lines.append(json.dumps({"file_name": f"{number}.mp4", **fields}) + "\n")
+        (tmp_path / "videos" / split / "metadata.jsonl").write_text("".join(lines))
+    with pytest.raises(UserError, match=tells):
+        train(tiny_config(f"data.root={tmp_path / 'videos'}", f"evaluation.label={label}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_seeds_of_more_than_32_bits() -> None:
+    set_seeds(10**18)
+    assert torch.initial_seed() == 10**18
+    drawn = [torch.rand(1), random.random()]
+    set_seeds(10**18)
+    assert [torch.rand(1), random.random()] == drawn
+    accelerate.utils.set_seed(7)
+    drawn = [torch.rand(1), random.random(), np.random.rand()]
+    set_seeds(7)
+    assert [torch.rand(1), random.random(), np.random.rand()] == drawn
 
 
 def test_beta_warms_up(tiny_config: Callable[..., Config]) -> None:

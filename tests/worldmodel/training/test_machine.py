@@ -6,7 +6,7 @@ import torch
 
 from tests.conftest import run_python
 from worldmodel.training import machine
-from worldmodel.training.machine import fair_share_of_cores, peak_flops_per_s
+from worldmodel.training.machine import computes_bf16, fair_share_of_cores, peak_flops_per_s
 
 KEPT = """
 import os, threading
@@ -67,3 +67,14 @@ def test_processes_share_cores(cores: int, processes: int, share: int, monkeypat
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux")
 def test_amx_is_found_where_the_kernel_finds_it() -> None:
     assert machine.has_amx() == (" amx_tile" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
+
+
+@pytest.mark.parametrize("of_cpu", [False, True])
+def test_the_precision_is_that_of_the_device_that_computes(of_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of a GPU that is not used."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not of_cpu)
+    monkeypatch.setattr("worldmodel.training.machine.cpu_computes_bf16", lambda: of_cpu)
+    assert computes_bf16(torch.device("cpu")) == of_cpu
+    assert computes_bf16(torch.device("cuda")) == computes_bf16() == (not of_cpu)

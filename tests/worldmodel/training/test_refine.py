@@ -4,6 +4,7 @@ from contextlib import closing, nullcontext
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,11 +12,15 @@ from torch import nn
 from data_pipelines.errors import UserError
 from data_pipelines.stream import VideoStream
 from tests.worldmodel.training.test_loop import assert_same_weights, final_tensors, rows
-from worldmodel import WorldModel
+from worldmodel import WorldModel, export, load
 from worldmodel.build import build_model, build_training_model
 from worldmodel.config import Config
 from worldmodel.data import segments_of
+from worldmodel.evaluation.ordinary import load_ordinary, save_ordinary
+from worldmodel.evaluation.surprise import Ordinary
 from worldmodel.nets.teacher import Teacher
+from worldmodel.runs.checkpoint import updates_of
+from worldmodel.runs.metrics import Metrics, Training, write_metrics
 from worldmodel.sources import make_source
 from worldmodel.training.loop import train
 from worldmodel.training.refine import (
@@ -28,7 +33,7 @@ from worldmodel.training.refine import (
     refinement_stream,
     steps_of,
 )
-from worldmodel.training.session import Interrupted
+from worldmodel.training.session import Interrupted, Session
 
 CPU = torch.device("cpu")
 REFINED = ["train.refine_steps=4", "train.refine_clips=12"]
@@ -293,6 +298,37 @@ def test_a_run_is_refined_once_and_an_interrupted_refinement_begins_anew(
         patched.setattr("worldmodel.training.session.refine", lambda *_: pytest.fail("a refined run is refined again"))
         train(interrupted, resume=True)
     assert (tmp_path / "interrupted" / "metrics.jsonl").read_text() == metrics, "rows of refinement are kept"
+
+
+@pytest.mark.parametrize(("scores", "best"), [([1.0, 2.0], False), ([2.0, 1.0], True)], ids=["worse", "better"])
+def test_refined_weights_have_a_checkpoint_of_their_own(
+    scores: list[float],
+    best: bool,
+    tiny_config: Callable[..., Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that those of before are not lost if they are better, and results are not taken for those of the others."""
+    found = iter(scores)
+    monkeypatch.setattr(Session, "_selection_scores", lambda *_: ({}, next(found)))
+    run = train(tiny_config(*REFINED))
+    latest, chosen = load(run), load(run, which="best")
+    assert (latest.refine_steps, latest.num_updates, latest.state["step"]) == (4, 10, 6)
+    assert (chosen.refine_steps, chosen.num_updates, chosen.state["step"]) == ((4, 10, 6) if best else (0, 6, 6))
+    assert {"step_00000006", "step_00000010"} <= {path.name for path in (run / "checkpoints").iterdir()}
+
+    ordinary = Ordinary(np.zeros(1, np.float32), None)
+    save_ordinary(run, ordinary, 6)
+    assert load_ordinary(run, latest.num_updates) is None
+    write_metrics(run, Metrics(run="run", train=Training(seconds=1.0, steps=6, refine_steps=0)))
+    exported = export(latest, tmp_path / "exported")
+    assert not (exported / "metrics.json").exists()
+    assert load(exported).num_updates == 10
+
+
+def test_a_checkpoint_of_an_earlier_version_is_known_by_its_step() -> None:
+    assert updates_of({"step": 6, "refined": True}) == 6
+    assert updates_of({"step": 6, "refined": True, "updates": 10}) == 10
 
 
 def test_videos_too_short_for_refinement_are_told_before_training(
