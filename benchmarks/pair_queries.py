@@ -40,6 +40,7 @@ from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
 from data_pipelines.clips import Ints
+from data_pipelines.errors import UserError
 from data_pipelines.files import write_bytes
 from data_pipelines.worlds.digits import load_sprites
 from worldmodel.commands.exits import report_errors
@@ -264,6 +265,12 @@ def main() -> int:
     args = parser.parse_args()
     with report_errors():
         check_counts(args, "images", "dim", "seeds")
+        num_pairs = args.images * (args.images - 1) // 2
+        if num_pairs < max(BUDGETS):
+            raise UserError(f"--images {args.images} have {num_pairs:,} pairs, fewer than {max(BUDGETS):,} queries")
+        num_pixels = load_images(args.images, args.mnist_dir, np.random.default_rng(0)).pixels[0].shape[1]
+        if args.dim > num_pixels:
+            raise UserError(f"--dim {args.dim} must be at most {num_pixels}, the number of pixels")
         make_out_folder(args.out)
 
         def images_of(seed: int) -> Images:

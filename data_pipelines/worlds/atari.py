@@ -171,11 +171,12 @@ class Atari:
         assert path is not None, "the package holds the ROMs of all games"
         self.ale.loadROM(path)
         self._rules = rules
-        self._start = self.ale.cloneState()
+        self._start = self.ale.cloneState(), self.ale.getScreenGrayscale()
         self._held, self._intention = Action.NOOP, rules.start
+        self._restored: NDArray[np.uint8] | None = None  # the screen, until the console draws one again
 
     def restart(self) -> None:
-        self.restore((self._start, Action.NOOP, self._rules.start))
+        self.restore((*self._start, Action.NOOP, self._rules.start))
         self._serve()
 
     def step(self, chance: Chance) -> None:
@@ -184,26 +185,37 @@ class Atari:
         for number in stickiness:
             if number >= STICKINESS:
                 self._held = wanted
-            self.ale.act(self._held)
-        if self.ale.game_over():
-            self.ale.restoreState(self._start)
+            self._act(self._held)
+        self._begin_if_over()
         self._serve()
 
     def _serve(self) -> None:
         for _ in range(MAX_PAUSE):
             if self._rules.in_play(self.ale.getRAM()):
                 return
-            self.ale.act(self._rules.serve)
-            if self.ale.game_over():
-                self.ale.restoreState(self._start)
+            self._act(self._rules.serve)
+            self._begin_if_over()
         raise RuntimeError(f"no ball was served in {MAX_PAUSE} frames")
 
+    def _act(self, action: Action) -> None:
+        """Hold an action for a frame of the console."""
+        self.ale.act(action)
+        self._restored = None
+
+    def _begin_if_over(self) -> None:
+        if self.ale.game_over():
+            emulator, self._restored = self._start
+            self.ale.restoreState(emulator)
+
     def save(self) -> Any:
-        return self.ale.cloneState(), self._held, self._intention
+        return self.ale.cloneState(), self._screen(), self._held, self._intention
 
     def restore(self, state: Any) -> None:
-        emulator, self._held, self._intention = state
-        self.ale.restoreState(emulator)
+        emulator, self._restored, self._held, self._intention = state
+        self.ale.restoreState(emulator)  # not the screen
+
+    def _screen(self) -> NDArray[np.uint8]:
+        return self.ale.getScreenGrayscale() if self._restored is None else self._restored
 
     def labels(self) -> dict[str, list[float]]:
         return self._rules.labels(self.ale.getRAM())
@@ -211,7 +223,7 @@ class Atari:
     def picture(self) -> Picture:
         """Return the cut in gray. Every pixel is the mean over its area of the screen."""
         cut = self._rules.cut
-        screen = self.ale.getScreenGrayscale()[cut.top : cut.bottom, cut.left : cut.right].astype(np.float64)
+        screen = self._screen()[cut.top : cut.bottom, cut.left : cut.right].astype(np.float64)
         return area_means(area_means(screen, SIZE_PX).T, SIZE_PX).T.round().astype(np.uint8)
 
 

@@ -83,7 +83,24 @@ def test_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert second["active_related"] > second["random_related"]
     assert found["all_pairs"] > second["random"] and "queries" in capsys.readouterr().out
     assert (tmp_path / "pair_queries.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(sys, "argv", ["pair_queries", "--out", str(tmp_path), "--dim", "0"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tells"),
+    [
+        (["--dim", "0"], "--dim must be at least 1"),
+        (["--dim", "257"], "--dim 257 must be at most 256, the number of pixels"),
+        (["--images", "80"], "--images 80 have 3,160 pairs, fewer than 3,200 queries"),
+    ],
+)
+def test_numbers_that_do_not_fit(
+    arguments: list[str],
+    tells: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pair_queries", "--out", str(tmp_path / "out"), *arguments])
     with pytest.raises(SystemExit) as end:
         pair_queries.main()
-    assert end.value.code == 2 and "--dim must be at least 1" in capsys.readouterr().err
+    assert end.value.code == 2 and tells in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -59,7 +59,7 @@ class TrainConfig:
     refine_lr: PositiveFloat = 1e-3
     """Largest learning rate of refinement."""
     refine_rollout_steps: Repeat | None = None
-    """Segments predicted in sequence in refinement. null: `objective.rollout_steps`."""
+    """Segments predicted in sequence in refinement, with equal weights in the loss. null: those of the objective."""
     refine_energy_weight: NonNegativeFloat = 0.0
     """Weight, in refinement, of the Energy Score of futures sampled from the prior. Editor and prior then learn from it
     alone, and the posterior from the other losses. 0: they all learn from the other losses."""

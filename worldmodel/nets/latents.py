@@ -127,7 +127,7 @@ class FlowPrior(nn.Module):
             bins=self.NUM_BINS,
             transforms=self.NUM_TRANSFORMS,
             passes=min(2, latent_dim),
-            hidden_features=[hidden_dim // 4] * 2,
+            hidden_features=[max(1, hidden_dim // 4)] * 2,
         )
 
     def forward(self, context: Tensor) -> Flow:

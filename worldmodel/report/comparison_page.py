@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -173,7 +173,8 @@ def group_curve_cards(
             for run, history in zip(runs, histories, strict=True):
                 if (run.objective, run.latent) != (group.objective, group.latent):
                     continue
-                for step, value in zip(*history_series(history, key, train=key != "energy_score"), strict=True):
+                split: Literal["train", "selection"] = "selection" if key == "energy_score" else "train"
+                for step, value in zip(*history_series(history, key, split), strict=True):
                     values.setdefault(int(step), []).append(float(value))
             if values:
                 steps = np.array(sorted(values))

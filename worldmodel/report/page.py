@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -83,15 +83,17 @@ def line_words(lines: Sequence[Line], digits: int = 2) -> str:
     )
 
 
-def history_series(history: Sequence[Mapping[str, Any]], key: str, *, train: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return the steps and finite values of `key` in training rows, or in all other rows.
+def history_series(
+    history: Sequence[Mapping[str, Any]], key: str, split: Literal["train", "selection"]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps and finite values of `key` in the rows of training, or in those of selection clips.
 
     A later row replaces an earlier one of the same step.
     """
     values = {
         int(row["step"]): float(row[key])
         for row in history
-        if (row.get("split") == "train") == train and "step" in row and number(row.get(key)) != DASH
+        if row.get("split") == split and "step" in row and number(row.get(key)) != DASH
     }
     steps = sorted(values)
     return np.array(steps), np.array([values[step] for step in steps])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -220,14 +220,18 @@ def _level_words(levels: Mapping[str, float]) -> str:
     return "".join(f" {name.capitalize()}: {level:.3f}." for name, level in levels.items())
 
 
+CURVE_SPLITS: Sequence[tuple[str, str, Literal["train", "selection"]]] = (
+    ("training", "model", "train"),
+    ("evaluation", "truth", "selection"),
+)
+"""The names, the colours and the rows of curves."""
+
+
 def curve_pictures(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, Picture]]:
     """Return a title and a chart for each curve in `history`."""
     pictures = []
     for key, title in CURVES.items():
-        curves = [
-            (name, colour, *history_series(history, key, train=train))
-            for name, colour, train in (("training", "model", True), ("evaluation", "truth", False))
-        ]
+        curves = [(name, colour, *history_series(history, key, split)) for name, colour, split in CURVE_SPLITS]
         drawn = [curve for curve in curves if len(curve[2])]
         if drawn:
             _, _, steps, values = drawn[-1]

@@ -22,8 +22,14 @@ if the embedding or the fit has learned the training clips by heart."""
 KEPT = 0.6
 """Share of what refinement has changed that is kept, weight by weight. Most of the gain stays, and forecasts
 of a time that differs from that of training and selection are safer (Wortsman et al., arXiv 2109.01903)."""
+CONSTANT = 1e-6
+"""Standard deviation of an input that counts as constant."""
 LEAST_VARIANCE = 1e-5
 """Added to the variance of residuals, in units of the embedding's."""
+
+
+STARTED = ("editor.", "latent.")
+"""The beginnings of the names of the weights that have a linear start."""
 
 
 def starts_linear(model: WorldModel) -> bool:
@@ -54,7 +60,8 @@ def start_linear(
     dim = contexts.shape[1]
     code = contexts.new_zeros(len(contexts), len(prior.centre) - dim - actions.shape[1])
     inputs = torch.cat([contexts, code, actions], dim=1).double()
-    centre, spread = inputs.mean(dim=0), inputs.std(dim=0) + 1e-6
+    centre, spread = inputs.mean(dim=0), inputs.std(dim=0) + CONSTANT
+    spread[spread <= 2 * CONSTANT] = 1.0  # the scene code, and actions that were never taken
     x, y = (inputs - centre) / spread, (targets - centre[:dim]).double() / spread[:dim]
     bias = y.mean(dim=0)
     gram, moment, eye = x.T @ x, x.T @ (y - bias), torch.eye(x.shape[1]).to(x)
@@ -88,7 +95,10 @@ def start_linear(
 
 @torch.no_grad()
 def keep_share(training: nn.Module, start: dict[str, Tensor]) -> None:
-    """Move the trained weights back towards those of the start, so that the share KEPT of their change remains."""
+    """Move the weights of a forecast back towards those of its start, so that the share KEPT of their change remains.
+
+    Those of other networks, such as a temporal distance, had no start but a random one.
+    """
     for name, value in training.state_dict().items():
-        if value.is_floating_point():
+        if name.startswith(STARTED) and value.is_floating_point():
             value.copy_(start[name].lerp(value, KEPT))

@@ -144,3 +144,22 @@ def test_pixels_are_means_over_areas() -> None:
     parts = source.repeat(64, axis=0).reshape(64, 152, 3)  # 64 equal parts of every source pixel
     assert np.allclose(area_means(source, 64), parts.mean(axis=1))
     assert Cut(14, 198, 8, 160).x_px(8 - 0.5) == -0.5 and Cut(14, 198, 8, 160).y_px(197.5) == 63.5
+
+
+@pytest.mark.parametrize("name", ["freeway", "pong", "breakout"])
+def test_the_first_frame_of_an_episode_is_not_that_of_the_one_before(name: str) -> None:
+    """Nor is the frame after a game over, or a restored one: the console restores its memory, but not its screen."""
+    fresh, used = simulator(name), simulator(name)
+    fresh.restart()
+    state, shown = fresh.save(), fresh.picture()
+    used.restart()
+    for row in np.random.default_rng(0).random((200, GAMES[name].num_chances), dtype=np.float32):
+        used.step(row)
+    played = used.save(), used.picture()
+    assert not np.array_equal(played[1], shown)
+    used.restart()
+    np.testing.assert_array_equal(used.picture(), shown)
+    used.restore(played[0])
+    np.testing.assert_array_equal(used.picture(), played[1])
+    used.restore(state)
+    np.testing.assert_array_equal(used.picture(), shown)

@@ -119,6 +119,12 @@ def test_gaussian_latent_draws_from_its_posterior_and_pays_the_kl(prior: str, nu
     assert all(value.grad is not None and value.grad.isfinite().all() for value in latent.parameters())
 
 
+@pytest.mark.parametrize("latent_dim", [1, 16])
+def test_a_flow_of_few_hidden_units(latent_dim: int) -> None:
+    flow = FlowPrior(4, hidden_dim=3, latent_dim=latent_dim)(normal(0, 1, 5, 4))
+    assert flow.log_density(normal(1, 1, 5, latent_dim)).isfinite().all()
+
+
 def test_sparse_latent_pays_the_expected_number_of_coordinates_that_are_on() -> None:
     latent = make("sparse").eval()
     context, later = (value.repeat(20_000, 1) for value in normal(0, 2, 2, 8))

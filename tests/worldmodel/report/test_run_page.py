@@ -660,6 +660,8 @@ def test_texts_are_escaped(tmp_path: Path) -> None:
 def test_both_splits_of_the_history_are_drawn_and_the_later_row_of_a_step_counts(tmp_path: Path) -> None:
     rows = [{"step": s, "split": "train", "loss": v} for s, v in [(1, 9.0), (2, 8.0), (3, math.nan), (2, 4.25)]]
     rows += [{"step": 9, "split": "selection", "energy_score": 0.25}]
+    # Rows of refinement are neither: their losses are others, and of training clips.
+    rows += [{"step": s, "split": "refinement", "loss": 7.0, "energy_score": 3.0} for s in (1, 2, 20)]
     _, page = report(tmp_path / "report.html", metrics={}, history=rows)
     alts = " ".join(image["alt"] or "" for image in page.images)
     assert "Loss against training step; 4.250 at step 2, the last one drawn." in alts and "0.250 at step 9" in alts

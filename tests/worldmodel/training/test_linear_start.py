@@ -27,7 +27,14 @@ def linear_config(*, action_dim: int = 0, **changes: Any) -> Config:
     }
     data = {"source": "videos", "root": "x", "num_frames": 1, "channels": 1, "frame_stride": 1}
     return validate(
-        {"run_dir": "x", "data": data, "model": model | changes, "objective": {"name": "vicreg"}}, source="test"
+        {
+            "run_dir": "x",
+            "data": data,
+            "model": model | changes,
+            "objective": {"name": "vicreg"},
+            "train": {"refine_steps": 1},
+        },
+        source="test",
     )
 
 
@@ -89,12 +96,29 @@ def test_other_models_do_not_start_linear() -> None:
 
 
 def test_a_share_of_the_change_is_kept() -> None:
-    training = build_training_model(linear_config())
+    """That of a forecast, and not of networks that started at random."""
+    training = build_training_model(linear_config(scene_dim=2, distance_dim=2))
     start = {name: torch.zeros_like(value) for name, value in training.state_dict().items()}
     trained = {name: value.clone() for name, value in training.state_dict().items()}
     keep_share(training, start)
+    parts = set()
     for name, value in training.state_dict().items():
-        torch.testing.assert_close(value, KEPT * trained[name] if value.is_floating_point() else trained[name])
+        part = name.split(".")[0]
+        kept = KEPT if value.is_floating_point() and part in ("editor", "latent") else 1
+        torch.testing.assert_close(value, kept * trained[name])
+        parts.add(part)
+    assert {"editor", "latent", "scene", "distance", "embedder"} <= parts
+
+
+@torch.no_grad()
+def test_inputs_that_do_not_vary_in_training_are_not_magnified() -> None:
+    """Scene codes, of which the start uses nothing, and actions that were never taken."""
+    model = build_training_model(linear_config(action_dim=2, scene_dim=2)).model.eval()
+    x, y, action, _ = law(torch.Generator().manual_seed(0), 500)
+    start_linear(model, x, y, torch.cat([action, torch.full_like(action, 0.5)], dim=1), lambda: 0.0)
+    assert isinstance(model.latent.prior, LinearPrior)
+    assert model.latent.prior.spread[DIM : DIM + 2].tolist() == [1, 1] and model.latent.prior.spread[-1] == 1
+    torch.testing.assert_close(model.latent.prior.spread[:DIM], x.std(dim=0), atol=1e-4, rtol=0)
 
 
 def test_a_linear_editor_without_r_is_refused() -> None:

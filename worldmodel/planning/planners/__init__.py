@@ -11,7 +11,8 @@ Planners draw candidates around a mean, compute their costs, move the mean towar
         plan = shift(plan)
 
 Actions lie in the unit ball or in the box [-1, 1]^A, or they are one-hot; candidates outside are moved to the nearest
-point. All episodes use the same random numbers, so that the plan of one does not depend on the others in its batch.
+point. All episodes use the same random numbers, so that the plan of one does not depend on the others in its batch,
+unless futures are sampled (planning.num_samples): each episode's are drawn in turn from one generator.
 
 Legend: E episodes, N candidates, L elites, A action dimensions. Steps of the horizon are written out as `horizon`.
 """
