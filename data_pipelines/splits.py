@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+from data_pipelines.errors import UserError, did_you_mean
 from data_pipelines.index import VideoIndex
 
 Split = Literal["train", "selection", "test"]
@@ -22,7 +23,11 @@ def split_index(index: VideoIndex, split: Split) -> VideoIndex:
 
     The shares are those of share_of_split. With fewer than ten videos, "test" gets the last tenth of each, and
     "selection" the tenth before it.
+
+    Raises UserError: there is no such split.
     """
+    if split not in SPLITS:
+        raise UserError(f"split={split!r} is not one of {', '.join(SPLITS)}{did_you_mean(split, SPLITS)}")
     return share_of_split(index, SPLITS.index(split), SHARES)
 
 

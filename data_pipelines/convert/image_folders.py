@@ -19,6 +19,7 @@ from data_pipelines.facts import Video
 from data_pipelines.formats import image_folders
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
+from data_pipelines.indexing.folder import video_paths
 
 
 class ImageFolders:
@@ -28,7 +29,8 @@ class ImageFolders:
     keys: frozenset[str] = frozenset()
 
     def detect(self, source: Path) -> bool:
-        return image_folders.ImageFolders().detect(str(source)) or _is_clip(source)
+        # Pictures next to videos, such as that of label-motion, are no clip.
+        return image_folders.ImageFolders().detect(str(source)) or (_is_clip(source) and not any(video_paths(source)))
 
     def episodes(self, source: Path, keys: Keys, siblings: Sequence[Path]) -> "list[FolderEpisode]":
         if _is_clip(source):

@@ -90,7 +90,8 @@ def _warn_of_folder(error: OSError) -> None:
 def _all_paths(root: Path) -> list[str]:
     """Return the sorted paths of the videos under root. Raises UserError: it is not a folder."""
     if not root.is_dir():
-        raise UserError(f"data root '{root}' is not a folder: give a folder that holds videos")
+        where = "" if root.is_absolute() else f" below {Path.cwd()}"
+        raise UserError(f"data root '{root}' is not a folder{where}: give a folder that holds videos")
     return sorted(video_paths(root, warn=True)) or sorted(image_folders(root))
 
 

@@ -238,7 +238,10 @@ def _policy(env: gymnasium.Env, recording: Recording, rng: np.random.Generator) 
 
 
 def _render(env: gymnasium.Env, recording: Recording) -> np.ndarray:
-    picture = env.render()
+    try:
+        picture = env.render()
+    except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
+        raise UserError(f"environment {recording.env!r} renders no pictures: {one_line(error)}") from None
     if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] != (3,):
         what = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
         raise UserError(f"environment {recording.env!r} renders {what} with render_mode='rgb_array', not RGB pictures")
@@ -300,5 +303,8 @@ def parse_kwargs(texts: Sequence[str]) -> dict[str, Any]:
                 raise ValueError
             kwargs[name] = parse_yaml(value)
         except (ValueError, yaml.YAMLError):
-            raise UserError(f"argument {text!r} of the environment must read NAME=VALUE, such as slip=0.1") from None
+            hint = ": put overrides before the options, or after --" if "." in text.partition("=")[0] else ""
+            raise UserError(
+                f"argument {text!r} of the environment must read NAME=VALUE, such as slip=0.1{hint}"
+            ) from None
     return kwargs

@@ -292,8 +292,8 @@ def run_chunks(
             wait(leave=0)
         except BrokenProcessPool:
             raise UserError(
-                "a process that writes videos was killed, perhaps for want of memory: start again with fewer "
-                "processes; what is written is kept"
+                "a process that writes videos has died: a message above may say why; if memory ran out, start again "
+                "with fewer processes, what is written is kept; a script needs `if __name__ == '__main__':`"
             ) from None
 
 

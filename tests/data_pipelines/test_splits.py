@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from data_pipelines.errors import UserError
 from data_pipelines.facts import Video
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
@@ -37,6 +39,11 @@ def test_many_videos_are_split_by_video() -> None:
     for part in (train, selection, test):
         assert [video.path for video in part.videos] == [f"{row}.mp4" for row in part.labels["row"].tolist()]
     assert len({part.content_hash for part in (train, selection, test)}) == 3
+
+
+def test_a_split_that_does_not_exist() -> None:
+    with pytest.raises(UserError, match=r"split='trian' is not one of train, selection, test \(did you mean train\?\)"):
+        split_index(VideoIndex(Path("x"), [_facts("a.mp4")]), "trian")  # type: ignore[arg-type]
 
 
 def test_few_videos_are_split_by_time() -> None:

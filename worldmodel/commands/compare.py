@@ -194,6 +194,24 @@ def provenance(args: argparse.Namespace, config_text: str, failures: Sequence[Fa
     }
 
 
+def why_not_comparable(metrics: Sequence[Metrics]) -> str:
+    """Return a sentence about why Energy Scores of these evaluations cannot be compared, "" if they can."""
+    scored = [each for each in metrics if each.get("forecasts")]
+    if len(scored) < 2:
+        return ""
+    if len({each.get("queries_sha256") for each in scored}) > 1:
+        return "These runs were scored on different queries: their Energy Scores cannot be compared."
+    quantities = [each.get("quantity") for each in scored]
+    if None in quantities:
+        return (
+            "Without a law or evaluation.label, each run is scored in its own embedding space: Energy Scores of "
+            "different runs cannot be compared."
+        )
+    if any(quantity != quantities[0] for quantity in quantities):
+        return "These runs were scored by different quantities: their Energy Scores cannot be compared."
+    return ""
+
+
 def write_comparison(out: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
     """Write comparison.json, comparison.md, comparison.png and compare.html, and print the table and their paths.
 
@@ -205,8 +223,8 @@ def write_comparison(out: Path, rows: Sequence[Row], about: dict[str, Any]) -> N
     from worldmodel.runs.tracking import read_history
 
     runs = [row.run for row in rows]
-    if len({row.metrics.get("queries_sha256") for row in rows}) > 1:
-        print("warning: these runs were scored on different queries", file=sys.stderr)
+    if caution := why_not_comparable([row.metrics for row in rows]):
+        print(f"warning: {caution}", file=sys.stderr)
     content = {
         **about,
         "runs": [{"folder": os.path.relpath(row.folder, out), **dataclasses.asdict(row.run)} for row in rows],
@@ -218,7 +236,7 @@ def write_comparison(out: Path, rows: Sequence[Row], about: dict[str, Any]) -> N
     try:
         write_text(paths[0], json.dumps(content, indent=1) + "\n")
         write_text(paths[1], markdown + "\n")
-        write_comparison_page(paths[2], title=out.name, runs=runs, histories=histories)
+        write_comparison_page(paths[2], title=out.name, runs=runs, histories=histories, caution=caution)
         if figure is None:
             paths.pop().unlink(missing_ok=True)
         else:

@@ -46,7 +46,7 @@ class DeviationEncoder(nn.Module):
                 follow_mean(self.mean_frame, video, self.num_batches)
             maps = rearrange((video - self.mean_frame).abs().mean(dim=2), "b t h w -> (b t) h w")
             moments = torch.cat([_moments(maps, power, self.FAINT) for power in self.POWERS], dim=1)
-            return self.standardise(rearrange(moments, "(b t) f -> b (t f)", b=len(video)))
+            return self.standardise(rearrange(moments, "(b t) f -> b (t f)", t=video.shape[1]))
 
 
 @torch.no_grad()

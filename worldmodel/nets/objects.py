@@ -76,7 +76,7 @@ class ObjectsEncoder(nn.Module):
         if frames.shape[-1] > self.size_px:
             frames = F.adaptive_avg_pool2d(frames, self.size_px)
         if self.training:
-            self._update(rearrange(frames, "(b t) c h w -> b t c h w", b=len(video)))
+            self._update(rearrange(frames, "(b t) c h w -> b t c h w", t=video.shape[1]))
         deviation = frames - self.mean_frame
         variance = (self.mean_square - self.mean_frame.square()).clamp(min=0)
         scale = variance.mean() + 1e-6
@@ -89,8 +89,8 @@ class ObjectsEncoder(nn.Module):
             energy = energy / (energy + self.HALF)
             mass, centres, spread = _clusters(shares, energy)
         features = torch.cat([mass[:, :, None], centres], dim=2).detach()
-        by_clip = rearrange(features, "(b t) k f -> b (t k f)", b=len(video))
-        return by_clip, rearrange(spread, "(b t) -> b t", b=len(video)).mean(dim=1)
+        by_clip = rearrange(features, "(b t) k f -> b (t k f)", t=video.shape[1])
+        return by_clip, rearrange(spread, "(b t) -> b t", t=video.shape[1]).mean(dim=1)
 
     @torch.no_grad()
     def _update(self, frames: Tensor) -> None:

@@ -30,8 +30,12 @@ from worldmodel.runs.metrics import place
 History = Sequence[Mapping[str, Any]]
 
 
-def write_comparison_page(path: Path, *, title: str, runs: Sequence[RunScores], histories: Sequence[History]) -> None:
+def write_comparison_page(
+    path: Path, *, title: str, runs: Sequence[RunScores], histories: Sequence[History], caution: str = ""
+) -> None:
     """Write the comparison of `runs` to `path`; `histories` are their rows of metrics.jsonl.
+
+    caution: a sentence that says why the forecasts cannot be compared, in place of the one that names the best.
 
     Parts that no run has are left out. The file appears whole or not at all.
 
@@ -44,7 +48,7 @@ def write_comparison_page(path: Path, *, title: str, runs: Sequence[RunScores], 
         path,
         "comparison_page.html.j2",
         title=title,
-        headline=best_group_sentence(groups),
+        headline=caution or best_group_sentence(groups),
         table=Table(
             [("", name) for name in head[2:]],
             [

@@ -138,7 +138,8 @@ class TrainedRun:
         wanted = (len(clip), num_before + horizon, self.model.action_dim) if self.model.action_dim else None
         given = None if actions is None else tuple(actions.shape)
         if given != wanted:
-            raise UserError(f"actions of shape {given} do not fit the run {self.folder}: it takes {wanted}")
+            takes = f"it takes {wanted}, as it is conditioned on actions" if wanted else "it takes none"
+            raise UserError(f"actions of shape {given} do not fit the run {self.folder}: {takes}")
         generator = torch.Generator(self.device).manual_seed(seed)
         taken = segments.new_empty(len(clip), num_before, 0) if actions is None else actions.float().to(self.device)
         state = self.model.observe(segments[:, -1])

@@ -12,6 +12,7 @@ An exported run is a run folder with what inference needs:
 """
 
 import dataclasses
+import shutil
 import tempfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.parse import urlsplit
@@ -115,7 +116,11 @@ def _export(run: TrainedRun, folder: Path, name: str, programs: bool) -> Path:
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
     if programs:
-        write_programs(folder, run.model, run.config.data)
+        try:
+            write_programs(folder, run.model, run.config.data)
+        except UserError:
+            shutil.rmtree(folder)  # it was empty, and the same call should work once the cause is mended
+            raise
     for part in left_out:
         log.info("left out: %s", part)
     return folder

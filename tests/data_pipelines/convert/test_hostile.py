@@ -383,9 +383,11 @@ def test_lance_that_leads_to_other_folders_is_refused(tmp_path: Path, monkeypatc
 
 def test_sources_that_are_read_as_they_are(tmp_path: Path, write_video: Any) -> None:
     write_video(tmp_path / "videos" / "a.mp4")
-    assert "is a folder of video files, which is read as it is: data.root=" in refusal(
-        tmp_path / "videos", tmp_path / "out"
-    )
+    for _ in range(2):
+        assert "is a folder of video files, which is read as it is: data.root=" in refusal(
+            tmp_path / "videos", tmp_path / "out"
+        )
+        Image.new("L", (8, 8)).save(tmp_path / "videos" / "motion.png")  # as label-motion does
     (tmp_path / "empty").mkdir()
     assert "has no layout that is known: a LeRobot data set of version 2, " in refusal(
         tmp_path / "empty", tmp_path / "out"

@@ -249,6 +249,16 @@ def test_mistakes_are_told_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_package_that_draws_and_is_missing_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def render(_: object) -> None:
+        raise gymnasium.error.DependencyNotInstalled('pygame is not installed, run `pip install "gymnasium[x]"`')
+
+    monkeypatch.setattr("tests.data_pipelines.worlds.tiny_env.CounterEnv.render", render)
+    with pytest.raises(UserError, match="renders no pictures: pygame is not installed, run"):
+        record(tmp_path / "out", COUNTS, Recording(COUNTER), num_processes=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_there_are_episodes_in_every_split_and_processes_to_record_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="0 test episodes: there must be at least one"):
         record(tmp_path, COUNTS | {"test": 0}, Recording(COUNTER), num_processes=1)
@@ -265,6 +275,7 @@ def test_there_are_episodes_in_every_split_and_processes_to_record_them(tmp_path
             ["--env", ROOMS, "--env-kwargs", "slip"],
             "argument 'slip' of the environment must read NAME=VALUE",
         ),
+        (["--env", ROOMS, "--env-kwargs", "slip=0", "train.lr=1"], "put overrides before the options, or after --"),
         (["--env", ROOMS], "does not hold a world"),
     ],
 )

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -176,9 +176,25 @@ def test_folders_of_evaluated_runs_are_compared_without_training(
     assert (
         "Energy Score at horizon 2" in page and "1.500" in page and str(out / "compare.html") in capsys.readouterr().out
     )
+    assert "forecasts best" not in page and "in its own embedding space" in page
     (runs[0].folder / "metrics.json").unlink()
     with pytest.raises(UserError, match=r"--runs .*seed_0: there is no metrics\.json, evaluate the run first"):
         compare.compare_folders(parsed(*arguments))
+
+
+def test_scores_that_cannot_be_compared_name_no_winner(tmp_path: Path) -> None:
+    """Those of two runs without labels are in the spaces of two embeddings."""
+    speed, place = ({"name": name, "unit": "px", "dimensions": ["x"]} for name in ("speed", "position"))
+    first: Any = {"queries_sha256": "ab", "quantity": speed, "forecasts": {"model": {"energy_score": [0.5]}}}
+    assert not compare.why_not_comparable([first])
+    assert not compare.why_not_comparable([first, first, cast(Any, {"factors": {}})])
+    for change, tells in (
+        ({"queries_sha256": "cd"}, "different queries"),
+        ({"quantity": place}, "different quantities"),
+        ({"quantity": None}, "in its own embedding space"),
+    ):
+        assert tells in compare.why_not_comparable([first, first | change])
+    assert "in its own embedding space" in compare.why_not_comparable([first | {"quantity": None}] * 2)
 
 
 def test_overrides_from_the_general_to_the_particular(tmp_path: Path) -> None:

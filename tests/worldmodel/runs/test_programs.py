@@ -16,6 +16,8 @@ from worldmodel.runs.programs import EncoderProgram, write_programs
 CASES = {
     "conv3d": ["model.encoder=conv3d", "model.encoder.width=0.125", "model.action_dim=2"],
     "vit_tiny": ["model.encoder=vit_tiny", "model.latent.prior_components=1"],
+    "deviation": ["model.encoder=deviation"],
+    "objects": ["model.encoder=objects"],
 }
 
 CHECK = """
