@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_script
+from tests.conftest import run_here, run_script
 
 SCRIPT = "benchmarks/stream.py"
 
@@ -33,6 +33,6 @@ def test_it_measures_the_stream_against_decoding_in_order(tmp_path: Path) -> Non
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "mine.txt").write_text("keep", encoding="utf-8")
-    done = run_script(SCRIPT, "--data", str(tmp_path), "--cases", "tiny", "--fraction", "0.01")
+    done = run_here(SCRIPT, "--data", str(tmp_path), "--cases", "tiny", "--fraction", "0.01")
     assert done.returncode == 2
     assert done.stderr.startswith("error:") and "is not empty" in done.stderr

@@ -171,7 +171,7 @@ def test_a_killed_process_of_the_pool_is_one_line(num_rows: int) -> None:
         def start(_: list[int]) -> Future[None]:
             return pool.submit(be_killed)
 
-        with pytest.raises(UserError, match=r"^a process that writes videos was killed, .*: start again with fewer"):
+        with pytest.raises(UserError, match=r"^a process that writes videos has died: .* start again with fewer"):
             run_chunks(start, range(num_rows), num_rows, "train", chunk_size=1)
 
 

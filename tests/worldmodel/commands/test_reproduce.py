@@ -129,7 +129,7 @@ def test_a_step_that_changed_runs_again_with_all_that_follow(files: Path) -> Non
 def test_an_interruption_stops_the_step_and_the_same_command_continues(
     files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (files / "wait.py").write_text("import time; time.sleep(60)")
+    (files / "wait.py").write_text("import time; time.sleep(10)")
     set_steps(files, "wait.py")
     order = files / "out" / "order"
 
