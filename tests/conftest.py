@@ -70,10 +70,18 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+LONG_FILES = {"test_cached_videos.py", "test_combinations.py", "test_forecast.py", "test_run_page.py"}
+"""Files that start no processes, and nevertheless take more than ten seconds."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files first that start processes, which take the longest: the workers should finish together."""
+    """Put the files first that take the longest, as those do that start processes: workers should finish together."""
     starters = {"run_processes", "run_python", "run_script", "subprocess"}
-    items.sort(key=lambda item: starters.isdisjoint(vars(getattr(item, "module"))))  # noqa: B009
+
+    def is_short(item: pytest.Item) -> bool:
+        return item.path.name not in LONG_FILES and starters.isdisjoint(vars(getattr(item, "module")))  # noqa: B009
+
+    items.sort(key=is_short)
 
 
 @pytest.fixture(scope="session", autouse=True)
