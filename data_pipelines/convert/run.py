@@ -30,8 +30,8 @@ from data_pipelines.convert.output import (
 )
 from data_pipelines.convert.registry import find_episodes
 from data_pipelines.convert.video_files import source_digest, write_clip
-from data_pipelines.errors import UserError, one_line, one_line_logger, printable
-from data_pipelines.files import MAX_LINE_BYTES
+from data_pipelines.errors import UserError, one_line_logger, printable
+from data_pipelines.files import MAX_LINE_BYTES, write_errors
 from data_pipelines.indexing.probe import stamp_of
 from data_pipelines.labels import METADATA_NAME
 from data_pipelines.processes import ending, spawned_pool
@@ -112,18 +112,17 @@ def convert(source: Path, out: Path, settings: Conversion) -> Converted:
         raise UserError(f"'{out}' is in the source '{source}': name a folder outside of it")
     layout, episodes = find_episodes(source, settings.keys)
     try:
-        place = out.with_name(f".{out.name}.videos") if settings.in_shards else out
-        if settings.in_shards and (out / SETTINGS_NAME).is_file() and not settings.overwrite:
-            place, rows_name = out, ROWS_NAME
-        else:
-            rows_name = METADATA_NAME
-        start_output(place, out, _facts(layout, settings), overwrite=settings.overwrite)
-        result = _convert_all(place, episodes, settings, layout.name, rows_name)
-        if place != out:
-            pack_output(place, out, list(episodes), settings.shard_mb)
-        return result
-    except OSError as error:
-        raise UserError(f"cannot write to '{out}': {one_line(error)}") from None
+        with write_errors(out):
+            place = out.with_name(f".{out.name}.videos") if settings.in_shards else out
+            if settings.in_shards and (out / SETTINGS_NAME).is_file() and not settings.overwrite:
+                place, rows_name = out, ROWS_NAME
+            else:
+                rows_name = METADATA_NAME
+            start_output(place, out, _facts(layout, settings), overwrite=settings.overwrite)
+            result = _convert_all(place, episodes, settings, layout.name, rows_name)
+            if place != out:
+                pack_output(place, out, list(episodes), settings.shard_mb)
+            return result
     except BrokenProcessPool:
         raise UserError(
             f"a process that read '{source}' has died: a file of it crashes a decoder, or memory ran out; use fewer "

@@ -293,7 +293,7 @@ def run_chunks(
         except BrokenProcessPool:
             raise UserError(
                 "a process that writes videos has died: a message above may say why; if memory ran out, start again "
-                "with fewer processes, what is written is kept; a script needs `if __name__ == '__main__':`"
+                "with fewer processes (what is written is kept); a script needs `if __name__ == '__main__':`"
             ) from None
 
 

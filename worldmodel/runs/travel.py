@@ -12,13 +12,12 @@ An exported run is a run folder with what inference needs:
 """
 
 import dataclasses
-import shutil
 import tempfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.parse import urlsplit
 
 from data_pipelines.errors import UserError, one_line_logger
-from data_pipelines.files import write_text
+from data_pipelines.files import remove, write_text
 from worldmodel.config import (
     Config,
     ImagesConfig,
@@ -119,7 +118,8 @@ def _export(run: TrainedRun, folder: Path, name: str, programs: bool) -> Path:
         try:
             write_programs(folder, run.model, run.config.data)
         except UserError:
-            shutil.rmtree(folder)  # it was empty, and the same call should work once the cause is mended
+            for path in folder.iterdir():  # it was empty: the same call works once the cause is mended
+                remove(path)
             raise
     for part in left_out:
         log.info("left out: %s", part)

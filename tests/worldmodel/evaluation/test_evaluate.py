@@ -1,4 +1,4 @@
-"""What an evaluation writes into a run folder, and which runs it compares."""
+"""The files that an evaluation writes into a run folder, and the runs that it compares."""
 
 import errno
 import json

@@ -123,6 +123,23 @@ def test_training_cannot_continue_from_an_export(
         worldmodel.train(config, resume=True)
 
 
+def test_programs_that_fail_leave_an_empty_folder(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the user, which may be a link."""
+
+    def fail(folder: Path, *_: object) -> None:
+        (folder / "encoder.pt2").write_bytes(b"half")
+        raise UserError("these networks cannot be exported")
+
+    monkeypatch.setattr("worldmodel.runs.travel.write_programs", fail)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "exported").symlink_to(tmp_path / "disk")
+    with pytest.raises(UserError, match="these networks cannot be exported"):
+        worldmodel.export(worldmodel.load(trained_run), tmp_path / "exported", programs=True)
+    assert (tmp_path / "exported").is_symlink() and not any((tmp_path / "disk").iterdir())
+
+
 def test_only_a_new_folder_is_written(trained_run: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty: export to a new folder"):
