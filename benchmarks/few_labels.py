@@ -1,6 +1,7 @@
 """Compare ways to classify clips from few labels, on the frozen encoder of a run or close to it.
 
 python benchmarks/few_labels.py --run runs/demo --label digit --labels 1 10 100 --draws 5
+python benchmarks/few_labels.py --run runs/freeway --label position --bins 10 --shift-px 0
 
     pixels         logistic regression on the pixels of the last frame, 16 px a side: without a model
     embedding      logistic regression on the embedding
@@ -49,7 +50,7 @@ LBFGS_STEPS = 200
 RANK, LORA_STEPS, LORA_BATCH, LORA_LR = 4, 200, 32, 1e-3
 HEAD_STEPS, HEAD_LR, WEIGHT_DECAY = 300, 1e-2, 1e-2
 CONFIDENCE = 0.95
-SHIFT_PX, NOISE = 3, 0.03
+NOISE = 0.03
 
 Probabilities = Callable[["Clips"], Tensor]
 
@@ -59,7 +60,7 @@ class Clips:
     """N contexts with their classes.
 
     video [N, T, C, H, W] in [0, 1]; features [N, F] and embedding [N, D] of the frozen encoder; augmented [N, F], the
-    features of an augmented view; classes int64 [N].
+    features of an augmented view; classes int64 [N], of a label of numbers first its values, float [N].
     """
 
     video: Tensor
@@ -68,34 +69,68 @@ class Clips:
     embedding: Tensor
     classes: Tensor
 
+    def with_classes(self, classes: Tensor) -> "Clips":
+        return dataclasses.replace(self, classes=classes)
+
     def rows(self, rows: Tensor) -> "Clips":
         return Clips(*(values[rows] for values in vars(self).values()))
 
 
-def read(run: TrainedRun, split: Split, label: str, count: int, generator: torch.Generator) -> Clips:
+@dataclass(frozen=True)
+class Label:
+    """The label to classify: a class of each video or, with a dimension, a number of each frame."""
+
+    name: str
+    dimension: int | None
+
+    def of(self, labels: Mapping[str, Tensor], num_frames: int) -> Tensor:
+        """Return the classes of contexts, int64 [B], or the numbers in the last of their num_frames frames, float [B].
+
+        Raises:
+            UserError: the videos have no such label.
+        """
+        values = labels.get(self.name)
+        has = ", ".join(sorted(labels)) or "none"
+        if self.dimension is None:
+            if values is None or values.ndim != 1 or values.is_floating_point():
+                raise UserError(f"--label {self.name} is not a class of each video: these videos have {has}")
+            return values
+        if values is None or values.ndim != 3:
+            raise UserError(f"--bins: --label {self.name} is not numbers of each frame: these videos have {has}")
+        if not 0 <= self.dimension < values.shape[2]:
+            raise UserError(f"--dimension {self.dimension} must be 0 to {values.shape[2] - 1}")
+        return values[:, num_frames - 1, self.dimension].float()
+
+
+def in_bins(training: Clips, test: Clips, num_bins: int) -> tuple[Clips, Clips]:
+    """Return clips whose classes are num_bins intervals of a number, each with about as many training clips."""
+    edges = training.classes.quantile(torch.arange(1, num_bins) / num_bins).unique()
+    training, test = (clips.with_classes(torch.bucketize(clips.classes, edges)) for clips in (training, test))
+    return training, test
+
+
+def read(run: TrainedRun, split: Split, label: Label, count: int, shift_px: int, generator: torch.Generator) -> Clips:
     """Embed the contexts of clips of a split.
 
     Raises:
-        UserError: the videos have no such label, or it is not a class.
+        UserError: the videos have no such label.
     """
     networks = run.networks
     parts = []
     with frozen(networks.model):
         for batch in tqdm(networks.source.evaluation_batches(split, count), desc=f"encoding {split}", unit="batch"):
-            classes = batch["labels"].get(label)
-            if classes is None or classes.ndim != 1 or classes.is_floating_point():
-                has = ", ".join(sorted(batch["labels"])) or "none"
-                raise UserError(f"--label {label} is not a class of each video: these videos have {has}")
+            classes = label.of(batch["labels"], networks.layout.num_frames)
             video = segments_of(batch, networks.layout.segments_for(1), networks.device)[:, 0]
             embedder = networks.model.embedder
-            features, augmented = embedder.features(video), embedder.features(augment(video, generator))
+            features = embedder.features(video)
+            augmented = embedder.features(augment(video, shift_px, generator))
             parts.append((video, features, augmented, embedder.project(features), classes))
     return Clips(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def augment(video: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift each clip [B, T, C, H, W] by up to SHIFT_PX, change its contrast, and add noise."""
-    shifts = torch.randint(-SHIFT_PX, SHIFT_PX + 1, (len(video), 2), generator=generator).tolist()
+def augment(video: Tensor, shift_px: int, generator: torch.Generator) -> Tensor:
+    """Shift each clip [B, T, C, H, W] by up to shift_px, change its contrast, and add noise."""
+    shifts = torch.randint(-shift_px, shift_px + 1, (len(video), 2), generator=generator).tolist()
     moved = torch.stack([clip.roll(shift, dims=(-2, -1)) for clip, shift in zip(video, shifts, strict=True)])
     contrast = 0.6 + 0.8 * torch.rand(len(video), 1, 1, 1, 1, generator=generator)
     noise = NOISE * torch.randn(video.shape, generator=generator)
@@ -181,7 +216,9 @@ def with_low_rank(encoder: nn.Module) -> nn.Module:
     return encoder
 
 
-def fine_tune(encoder: nn.Module, clips: Clips, num_classes: int, generator: torch.Generator) -> Probabilities:
+def fine_tune(
+    encoder: nn.Module, clips: Clips, num_classes: int, shift_px: int, generator: torch.Generator
+) -> Probabilities:
     """Fit a head to labelled clips, and train it on augmented ones, along with low-rank updates of the encoder."""
     torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
     tuned, head = with_low_rank(encoder), fit_head(clips.features, clips.classes, num_classes)
@@ -189,7 +226,7 @@ def fine_tune(encoder: nn.Module, clips: Clips, num_classes: int, generator: tor
     optimizer = torch.optim.AdamW(weights, LORA_LR, weight_decay=WEIGHT_DECAY)
     for _ in range(LORA_STEPS):
         rows = torch.randint(len(clips.classes), (min(LORA_BATCH, len(clips.classes)),), generator=generator)
-        logits = head(tuned(augment(clips.video[rows], generator)))
+        logits = head(tuned(augment(clips.video[rows], shift_px, generator)))
         F.cross_entropy(logits, clips.classes[rows]).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -223,7 +260,7 @@ def agree(labelled: Clips, unlabelled: Clips, num_classes: int) -> Probabilities
 
 
 def accuracies(
-    encoder: nn.Module, training: Clips, test: Clips, count: int, generator: torch.Generator
+    encoder: nn.Module, training: Clips, test: Clips, count: int, shift_px: int, generator: torch.Generator
 ) -> Iterator[tuple[str, float]]:
     """Yield the name of each method and its accuracy on test clips, with `count` labels of each class."""
     num_classes = int(training.classes.max()) + 1
@@ -239,7 +276,7 @@ def accuracies(
     of_embedding = probe(lambda clips: clips.embedding, labelled, labelled.classes, num_classes)
     of_features = probe(lambda clips: clips.features, labelled, labelled.classes, num_classes)
     yield from (("pixels", score(of_pixels)), ("embedding", score(of_embedding)), ("features", score(of_features)))
-    tuned = fine_tune(encoder, labelled, num_classes, generator)
+    tuned = fine_tune(encoder, labelled, num_classes, shift_px, generator)
     yield "lora", score(tuned)
     yield "pseudo_labels", score(self_train([of_features], labelled, unlabelled, num_classes))
     yield "ensemble", score(self_train([of_embedding, of_features, tuned], labelled, unlabelled, num_classes))
@@ -247,7 +284,7 @@ def accuracies(
 
 
 def compare(
-    run: TrainedRun, training: Clips, test: Clips, counts: list[int], draws: int, seed: int
+    run: TrainedRun, training: Clips, test: Clips, counts: list[int], draws: int, shift_px: int, seed: int
 ) -> dict[str, dict[str, list[float]]]:
     """Return the accuracies of each method for each number of labels per class, one for each draw of labels."""
     found: dict[str, dict[str, list[float]]] = {}
@@ -255,7 +292,8 @@ def compare(
         for count in counts:
             for draw in range(draws):
                 generator = torch.Generator().manual_seed(seed + draw)
-                for name, accuracy in accuracies(run.model.embedder.encoder, training, test, count, generator):
+                encoder = run.model.embedder.encoder
+                for name, accuracy in accuracies(encoder, training, test, count, shift_px, generator):
                     found.setdefault(name, {}).setdefault(str(count), []).append(accuracy)
                 bar.update()
     return found
@@ -286,6 +324,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder of a run on labelled videos")
     parser.add_argument("--label", default="digit", help="label of the videos to classify (default: digit)")
+    parser.add_argument(
+        "--bins", type=int, metavar="N", help="classes of a label of numbers: N intervals, each with as many clips"
+    )
+    parser.add_argument("--dimension", type=int, default=0, help="which number of the label, with --bins (default: 0)")
+    parser.add_argument(
+        "--shift-px", type=int, default=3, metavar="PX", help="largest shift of augmented clips (default: 3)"
+    )
     parser.add_argument("--labels", type=int, nargs="+", default=[1, 10, 100], metavar="N", help="labels of each class")
     parser.add_argument("--draws", type=int, default=5, help="draws of the labelled clips (default: 5)")
     parser.add_argument(
@@ -300,20 +345,26 @@ def main() -> int:
         keep_freed_memory()
         if min(args.labels) < 1:
             raise UserError(f"--labels {min(args.labels)} must be at least 1")
+        if args.bins is not None and args.bins < 2:
+            raise UserError(f"--bins {args.bins} must be at least 2")
+        if args.shift_px < 0:
+            raise UserError(f"--shift-px {args.shift_px} must be at least 0")
         run = load(args.run)
         folder = RunFolder(args.run)
         folder.check_writable()
         generator = torch.Generator().manual_seed(args.seed)
-        training = read(run, "train", args.label, args.clips, generator)
-        test = read(run, "test", args.label, args.test_clips, generator)
+        label = Label(args.label, None if args.bins is None else args.dimension)
+        training = read(run, "train", label, args.clips, args.shift_px, generator)
+        test = read(run, "test", label, args.test_clips, args.shift_px, generator)
+        if args.bins is not None:
+            training, test = in_bins(training, test, args.bins)
         known = training.classes.unique()
         if not torch.isin(test.classes, known).all():
             raise UserError(f"--label {args.label}: test clips have classes that training clips have not")
-        training, test = (
-            dataclasses.replace(clips, classes=torch.searchsorted(known, clips.classes)) for clips in (training, test)
-        )
-        scores = summary(compare(run, training, test, args.labels, args.draws, args.seed))
-        facts = {name: getattr(args, name) for name in ("label", "draws", "clips", "test_clips", "seed")}
+        training, test = (clips.with_classes(torch.searchsorted(known, clips.classes)) for clips in (training, test))
+        scores = summary(compare(run, training, test, args.labels, args.draws, args.shift_px, args.seed))
+        named = ("label", "bins", "dimension", "shift_px", "draws", "clips", "test_clips", "seed")
+        facts = {name: getattr(args, name) for name in named}
         write_result(folder.few_labels, facts | {"step": run.num_updates, "accuracy": scores})
         print(f"\n{table(scores)}\n\n{folder.few_labels}")
     return 0

@@ -113,6 +113,7 @@ def build_training_model(config: Config) -> TrainingModel:
         beta=objective.beta,
         distance_error_weight=objective.distance_error_weight,
         energy_weight=config.train.refine_energy_weight,
+        energy_by_dimension=config.train.refine_energy_of == "dimensions",
         energy_samples=config.train.refine_samples,
     )
 
@@ -121,7 +122,12 @@ def _embedder(config: Config, *, learned_scale: bool) -> Embedder:
     model, data = config.model, config.data
     shape = {"channels": frame_channels(data), "num_frames": data.num_frames, "size_px": data.size_px}
     encoder = parts.build_module("model.encoder.name", model.encoder, Encoder, **shape)
-    hidden = [model.hidden_dim] * model.projector_layers
+    hidden = None if model.projector_layers is None else [model.hidden_dim] * model.projector_layers
+    if hidden is None and model.embedding_dim != encoder.num_features:
+        raise UserError(
+            f"model.projector_layers=null: model.embedding_dim={model.embedding_dim} must be the number of features of "
+            f"model.encoder={model.encoder.name}, {encoder.num_features}"
+        )
     assert model.embedding_norm  # Config replaces null
     return Embedder(encoder, hidden, model.embedding_dim, model.embedding_norm, learned_scale=learned_scale)
 

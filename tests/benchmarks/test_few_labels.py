@@ -9,11 +9,13 @@ import torch
 from benchmarks import few_labels
 from benchmarks.few_labels import (
     Clips,
+    Label,
     agree,
     augment,
     draw_labelled,
     fine_tune,
     fit_head,
+    in_bins,
     pixels,
     probe,
     self_train,
@@ -84,7 +86,7 @@ def test_low_rank_updates_start_at_the_encoder_and_train_alone() -> None:
     }
     before = [weight.clone() for weight in encoder.parameters()]
     clips = clusters(30, 0)
-    found = fine_tune(encoder, dataclass_with(clips, encoder), 3, torch.Generator().manual_seed(0))
+    found = fine_tune(encoder, dataclass_with(clips, encoder), 3, 1, torch.Generator().manual_seed(0))
     assert accuracy(found(clips), clips) > 0.9
     assert all(torch.equal(a, b) for a, b in zip(before, encoder.parameters(), strict=True))
 
@@ -96,8 +98,22 @@ def dataclass_with(clips: Clips, encoder: torch.nn.Module) -> Clips:
 
 def test_augmented_clips_stay_clips() -> None:
     video = torch.rand(5, 3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    other = augment(video, torch.Generator().manual_seed(0))
+    other = augment(video, 3, torch.Generator().manual_seed(0))
     assert other.shape == video.shape and other.min() >= 0 and other.max() <= 1 and not torch.equal(other, video)
+
+
+def test_a_label_of_numbers_is_that_of_the_last_context_frame_in_bins_of_equal_size() -> None:
+    numbers = normal(0, 400, 9, 2)
+    found = Label("place", 1).of({"place": numbers}, 3)
+    assert torch.equal(found, numbers[:, 2, 1])
+    clips = clusters(400, 0).with_classes(found)
+    training, test = in_bins(clips, clips.with_classes(torch.tensor([-9.0, 9.0]).repeat(200)), 4)
+    assert training.classes.bincount().tolist() == [100] * 4 and test.classes.unique().tolist() == [0, 3]
+    assert all(found[training.classes == k].max() < found[training.classes == k + 1].min() for k in range(3))
+    with pytest.raises(UserError, match="--dimension 2 must be 0 to 1"):
+        Label("place", 2).of({"place": numbers}, 3)
+    with pytest.raises(UserError, match="--bins: --label digit is not numbers of each frame: these videos have digit"):
+        Label("digit", 0).of({"digit": torch.zeros(4, dtype=torch.int64)}, 3)
 
 
 def test_the_table_shows_mean_and_spread() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from data_pipelines.errors import UserError
 from tests.conftest import normal
 from worldmodel import build, parts
 from worldmodel.build import build_training_model
@@ -52,6 +53,20 @@ def test_a_model_is_put_together_by_hand_and_trained(with_latent: bool) -> None:
     assert losses[-1] < losses[0] - 0.1
     futures = model.eval().rollout(inputs.segments[:, 0], 3, 5, torch.Generator().manual_seed(0))
     assert futures.shape == (4, 5, 3, 8) and (futures.std(dim=1).max() > 1e-6) == with_latent
+
+
+def test_without_a_projector_the_embedding_has_as_many_dimensions_as_the_features(
+    tiny_config: Callable[..., Config],
+) -> None:
+    objects = ["model.encoder=objects", "model.encoder.num_objects=4", "model.projector_layers=null"]
+    model = build_training_model(tiny_config(*objects, "model.embedding_dim=36")).model
+    assert model.encode(normal(0, 5, 3, 1, 64, 64).sigmoid()).shape == (5, 36)
+    line = (
+        r"^model.projector_layers=null: model.embedding_dim=32 must be the number of features of "
+        r"model.encoder=objects, 36$"
+    )
+    with pytest.raises(UserError, match=line):
+        build_training_model(tiny_config(*objects, "model.embedding_dim=32"))
 
 
 def test_a_training_model_shares_the_parts_of_its_model_under_their_names(tiny_config: Callable[..., Config]) -> None:

@@ -21,6 +21,7 @@ from worldmodel.config.data import (
     num_cameras,
 )
 from worldmodel.config.model import (
+    BlocksEditorConfig,
     Conv3dConfig,
     DeviationConfig,
     EditorConfig,
@@ -95,6 +96,7 @@ from worldmodel.config.trees import apply_override, flatten
 __all__ = [
     "MAX_CAMERAS",
     "AugmentConfig",
+    "BlocksEditorConfig",
     "ByolConfig",
     "CategoricalConfig",
     "CausalConfig",

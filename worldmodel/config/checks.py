@@ -19,6 +19,9 @@ from worldmodel.config.model import (
 from worldmodel.config.objective import ResslConfig
 from worldmodel.config.sections import CategoricalConfig, CemConfig, Config, IcemConfig, MeanRiskConfig
 
+TAKING_CONDITIONS = "mlp, residual, blocks or linear"
+"""Editors that take actions, a scene code and a history alongside r."""
+
 
 def contradictions(config: Config) -> Iterator[str]:
     """Yield what is wrong with a config whose keys are valid one by one, as phrases that name keys and values."""
@@ -145,9 +148,9 @@ def _of_latent_and_editor(config: Config) -> Iterator[str]:
     if isinstance(editor, External):
         return
     if model.action_dim and not editor.takes_conditions:
-        yield f"model.editor={editor.name} takes no actions: with model.action_dim it must be mlp, residual or linear"
+        yield f"model.editor={editor.name} takes no actions: with model.action_dim it must be {TAKING_CONDITIONS}"
     if model.scene_dim and not editor.takes_conditions:
-        yield f"model.editor={editor.name} takes no scene code: with model.scene_dim it must be mlp, residual or linear"
+        yield f"model.editor={editor.name} takes no scene code: with model.scene_dim it must be {TAKING_CONDITIONS}"
     dim = None if isinstance(latent, NoLatentConfig | External) else latent.dim
     if isinstance(editor, SumEditorConfig) and dim not in (None, model.embedding_dim):
         yield (
@@ -164,7 +167,7 @@ def _of_history(config: Config) -> Iterator[str]:
         return
     key = f"data.history_segments={config.data.history_segments}"
     if not isinstance(editor, External) and not editor.takes_conditions:
-        yield f"model.editor={editor.name} takes no history: with {key} it must be mlp, residual or linear"
+        yield f"model.editor={editor.name} takes no history: with {key} it must be {TAKING_CONDITIONS}"
     if isinstance(latent, OracleConfig):
         yield f"model.latent=oracle knows the r of the first segment of a clip: with {key} that is not the context"
     if isinstance(latent, GaussianConfig) and latent.prior == "linear":

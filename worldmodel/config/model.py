@@ -267,6 +267,19 @@ class ResidualEditorConfig:
 
 
 @dataclass(frozen=True, config=KEYS)
+class BlocksEditorConfig:
+    """t(z, r) is z plus a linear map and a residual network of both, which learns sharp changes in many dimensions."""
+
+    built_by: ClassVar[str] = "worldmodel.nets.editors:BlocksEditor"
+    takes_conditions: ClassVar[bool] = True
+
+    name: Literal["blocks"] = "blocks"
+    """Name of the editor."""
+    num_blocks: Repeat = 2
+    """Residual blocks of layer norm and two layers."""
+
+
+@dataclass(frozen=True, config=KEYS)
 class SumEditorConfig:
     """t(z, r) = z + r."""
 
@@ -305,7 +318,13 @@ class LinearEditorConfig:
 
 
 EditorConfig = (
-    LinearEditorConfig | MlpEditorConfig | ResidualEditorConfig | SumEditorConfig | LowRankEditorConfig | External
+    LinearEditorConfig
+    | MlpEditorConfig
+    | ResidualEditorConfig
+    | BlocksEditorConfig
+    | SumEditorConfig
+    | LowRankEditorConfig
+    | External
 )
 
 
@@ -327,8 +346,9 @@ class ModelConfig:
     also uncorrelated. null: standard for the objective jepa, otherwise sphere."""
     hidden_dim: Size = 1024
     """Hidden units of projector, editor, prior and posterior."""
-    projector_layers: Annotated[int, Field(strict=True, ge=0, le=64)] = 2
-    """Hidden layers of the projector. 0: the embedding is linear in the features of the encoder."""
+    projector_layers: Annotated[int, Field(strict=True, ge=0, le=64)] | None = 2
+    """Hidden layers of the projector. 0: the embedding is linear in the features of the encoder. null: there is no
+    projector, and the embedding is the normalised features. `embedding_dim` must be their number."""
     action_dim: SizeFrom0 = 0
     """Size of the action vector (per-frame label `data.action_label`) that conditions editor, prior and posterior. A
     step of the model takes those of all its source frames: `data.num_frames` times `data.frame_stride`. 0: learn from

@@ -20,6 +20,8 @@ MIN_MOMENTS = 16
 STRENGTHS = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 """Ridge strengths of the linear-Gaussian forecast. The largest one forecasts little more than the mean."""
 
+HARDLY_VARIES = 0.1
+"""Spread of a dimension, relative to the root mean square of all, below which it counts as one that hardly varies."""
 CHOICE_SAMPLES = 32
 """Futures per selection clip by which the strength is chosen."""
 VELOCITY_FRAMES = 5
@@ -103,8 +105,9 @@ class LinearGaussian:
         f is a ridge, and its strength has the lowest mean Energy Score of the futures [M, horizon, D] of selection
         clips, which begin at `start` [M, D] under actions [M, horizon, A]. C has the shape of the covariance of the
         residuals on training clips, shrunk (Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional
-        covariance matrices"), and the size of the residuals on selection clips: those on training clips are too small
-        if the fit or the embedding has learned the clips by heart.
+        covariance matrices") except for the size of dimensions that hardly vary, and the size of the residuals on
+        selection clips: those on training clips are too small if the fit or the embedding has learned the clips by
+        heart.
         """
         best: tuple[float, LinearGaussian] | None = None
         for mean in fit_ridges(context, target, STRENGTHS):
@@ -129,12 +132,20 @@ class LinearGaussian:
 
 
 def _root_of_covariance(residuals: Tensor, held_out: Tensor) -> Tensor:
-    """Return a root [D, D] of the shrunk covariance of residuals [N, D], as large as those that were held out."""
+    """Return a root [D, D] of the shrunk covariance of residuals [N, D], as large as those that were held out.
+
+    Shrinkage draws variances towards their mean. Dimensions that hardly vary are brought to that size before it, and
+    back after it: they would take their noise from the others.
+    """
     from sklearn.covariance import ledoit_wolf
 
     if not (residuals.isfinite().all() and held_out.isfinite().all()):
         return torch.full((residuals.shape[1],) * 2, torch.nan)
-    covariance = torch.from_numpy(ledoit_wolf(residuals.double().numpy(), assume_centered=True)[0])
+    spread = residuals.double().square().mean(dim=0).sqrt()
+    relative = spread / spread.square().mean().sqrt().clamp(min=1e-12)
+    scale = torch.where(relative < HARDLY_VARIES, relative.clamp(min=1e-12), 1.0)
+    shrunk = torch.from_numpy(ledoit_wolf((residuals / scale).numpy(), assume_centered=True)[0])
+    covariance = shrunk * scale[:, None] * scale
     size = held_out.double().square().mean() / covariance.diagonal().mean().clamp(min=1e-12)
     values, vectors = torch.linalg.eigh(covariance * size)
     return (vectors * values.clamp(min=0).sqrt()).float()

@@ -44,6 +44,41 @@ class ResidualEditor(nn.Module):
         return context + self.net(torch.cat([context, r], dim=-1))
 
 
+class BlocksEditor(nn.Module):
+    """t = f(x) + W [f(x), r] + g([f(x), r]), where g is a residual network.
+
+    g has a linear layer, `num_blocks` blocks h + MLP(LayerNorm(h)) with 2 * hidden_dim hidden units and GELU (the
+    blocks of a transformer without attention: Xiong et al., arXiv 2002.04745), and a last layer. W and that layer start
+    at zero, and the editor as t = f(x).
+    """
+
+    def __init__(self, embedding_dim: int, hidden_dim: int, latent_dim: int, num_blocks: int = 2) -> None:
+        super().__init__()
+        self.linear = nn.Linear(embedding_dim + latent_dim, embedding_dim)
+        self.first = nn.Linear(embedding_dim + latent_dim, hidden_dim)
+        self.blocks = nn.ModuleList(_block(hidden_dim) for _ in range(num_blocks))
+        last = nn.Linear(hidden_dim, embedding_dim)
+        self.last = nn.Sequential(nn.LayerNorm(hidden_dim), nn.GELU(), last)
+        for layer in (self.linear, last):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, context: Tensor, r: Tensor) -> Tensor:
+        """Edit context [B, D] by r [B, R]: [B, D]."""
+        both = torch.cat([context, r], dim=-1)
+        hidden = self.first(both)
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return context + self.linear(both) + self.last(hidden)
+
+
+def _block(dim: int) -> nn.Sequential:
+    """Build the MLP of a residual block, which starts at zero."""
+    last = nn.Linear(2 * dim, dim)
+    nn.init.zeros_(last.weight)
+    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), last)
+
+
 class LinearEditor(nn.Module):
     """t = f(x) + W r: r holds all that changes, and W how the changes of dimensions go together. W starts as identity.
 

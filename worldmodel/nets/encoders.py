@@ -205,7 +205,7 @@ class Embedder(nn.Module):
 
     Args:
         encoder: any module with the members of `Encoder`.
-        hidden_dims: sizes of the projector's hidden layers.
+        hidden_dims: sizes of the projector's hidden layers. None: no projector, and D = F.
         embedding_dim: D.
         norm: "sphere" gives every embedding the length sqrt(D). "standard" ends in batch norm, "white" in `Whitening`.
         learned_scale: as in `mlp`.
@@ -217,7 +217,7 @@ class Embedder(nn.Module):
     def __init__(
         self,
         encoder: nn.Module,
-        hidden_dims: Sequence[int],
+        hidden_dims: Sequence[int] | None,
         embedding_dim: int,
         norm: Literal["sphere", "standard", "white"],
         learned_scale: bool = True,
@@ -227,8 +227,12 @@ class Embedder(nn.Module):
         self.num_features = cast(int, encoder.num_features)
         self.embedding_dim = embedding_dim
         self.norm = norm
-        dims = [self.num_features, *hidden_dims, embedding_dim]
-        self.projector = mlp(dims, final_norm=norm != "white", learned_scale=learned_scale)
+        self.projector = nn.Sequential()
+        if hidden_dims is not None:
+            dims = [self.num_features, *hidden_dims, embedding_dim]
+            self.projector = mlp(dims, final_norm=norm != "white", learned_scale=learned_scale)
+        elif norm != "white":
+            self.projector.append(nn.BatchNorm1d(embedding_dim, affine=False))
         if norm == "white":
             self.projector.append(Whitening(embedding_dim))
 

@@ -26,7 +26,9 @@ READING = {"cache_mb", "decode_timeout_s", "decoder", "max_bad_fraction", "num_w
 READING |= {"remote_cache_dir", "remote_cache_mb", "max_frame_px", "action_label", "batch_size"}
 
 
-def model_card(run: TrainedRun, config: Config, metrics: Metrics | None, name: str, left_out: Sequence[str]) -> str:
+def model_card(
+    run: TrainedRun, config: Config, metrics: Metrics | None, name: str, left_out: Sequence[str], has_decoder: bool
+) -> str:
     """Return README.md of an exported run.
 
     config: of the exported folder. metrics: None if the run was not evaluated. name: the argument of `load`.
@@ -37,7 +39,7 @@ def model_card(run: TrainedRun, config: Config, metrics: Metrics | None, name: s
         "Model": aligned_table([["property", "value"], *_facts(run, config)], num_left=2),
         "Scores": "The run was not evaluated at this checkpoint." if metrics is None else _scores(metrics),
         "Training data": aligned_table([["key", "value"], *_data(config)], num_left=2),
-        "Limitations": _bullets(_limitations(config)),
+        "Limitations": _bullets(_limitations(config, has_decoder)),
         "Left out": _bullets([_plain(part) for part in left_out]),
         "License": "None is stated. Add `license:` to the first lines of this file.",
     }
@@ -64,6 +66,8 @@ def _facts(run: TrainedRun, config: Config) -> list[list[str]]:
         "parameters": number(parameters),
         "training": f"{number(run.state['step'])} steps, {duration(run.state['train_seconds'])}",
     }
+    if run.refine_steps:
+        facts["refinement"] = f"{number(run.refine_steps)} steps"
     return [[key, _plain(value)] for key, value in facts.items()]
 
 
@@ -103,9 +107,11 @@ def _data(config: Config) -> list[list[str]]:
     return [[f"data.{key}", _plain(value)] for key, value in flat.items() if key not in READING and value is not None]
 
 
-def _limitations(config: Config) -> list[str]:
+def _limitations(config: Config, has_decoder: bool) -> list[str]:
     found = [
-        "It predicts embeddings, not frames.",
+        "It predicts embeddings. A small decoder, trained on embeddings of real frames, draws frames from them."
+        if has_decoder
+        else "It predicts embeddings, not frames.",
         "It was trained on the data above alone. The scores hold for the test split of this data, and for no other "
         "videos.",
         f"Forecasts beyond horizon {config.evaluation.horizon}, in segments, were not scored.",

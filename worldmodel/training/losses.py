@@ -111,6 +111,7 @@ class TrainingModel(nn.Module):
         beta: the weight of the latent's penalty after its warm-up. None: the objective's default.
         distance_error_weight: in refinement, the weight of prediction errors as a temporal distance measures them.
         energy_weight: in refinement, the weight of the `relative_scores` of its `step_energy_scores`.
+        energy_by_dimension: score each dimension by itself.
         energy_samples: sampled futures per clip for this score.
     """
 
@@ -126,6 +127,7 @@ class TrainingModel(nn.Module):
         beta: float | None = None,
         distance_error_weight: float = 0.0,
         energy_weight: float = 0.0,
+        energy_by_dimension: bool = False,
         energy_samples: int = 2,
     ) -> None:
         super().__init__()
@@ -142,6 +144,7 @@ class TrainingModel(nn.Module):
         self.step_weights = [weight / sum(step_weights) for weight in step_weights]
         self.distance_error_weight = distance_error_weight
         self.energy_weight, self.energy_samples = energy_weight, energy_samples
+        self.energy_by_dimension = energy_by_dimension
 
     def train(self, mode: bool = True) -> "TrainingModel":
         """Set training or evaluation mode, also of `model`."""
@@ -252,7 +255,8 @@ class TrainingModel(nn.Module):
                 states[:, 0], self.num_steps, self.energy_samples, generator, actions=predictions.actions
             )
             with torch.autocast(states.device.type, enabled=False):
-                scores = step_energy_scores(futures.float(), predictions.real[:, 1:].float())
+                targets = predictions.real[:, 1:].float()
+                scores = step_energy_scores(futures.float(), targets, by_dimension=self.energy_by_dimension)
             losses["loss"] = losses["loss"] + self.energy_weight * relative_scores(scores).mean()
             losses["energy_score"] = scores.detach().mean()
         if examples is not None:
@@ -313,16 +317,19 @@ def step_losses(
     return {"loss": loss} | terms
 
 
-def step_energy_scores(futures: Tensor, targets: Tensor) -> Tensor:
+def step_energy_scores(futures: Tensor, targets: Tensor, *, by_dimension: bool = False) -> Tensor:
     """Return the Energy Score of futures [B, S, K, D] for targets [B, K, D], a mean over clips, by sqrt(D): [K].
+
+    by_dimension: the mean of the score of each dimension, instead of that of the whole embedding by sqrt(D).
 
     ES = mean |X - y| - (1/2) mean_{s != s'} |X_s - X_s'|, the unbiased estimate (Gneiting and Raftery 2007, eq. 22). As
     a training loss it fits the spread of the samples along with their mean (arXiv 2606.12997).
     """
     num_samples = futures.shape[1]
     by_step = futures.transpose(1, 2)  # [B, K, S, D]
-    to_truth = _lengths(by_step - targets[:, :, None]).mean(dim=(0, 2))
-    within = _lengths(by_step[:, :, :, None] - by_step[:, :, None]).sum(dim=(2, 3)).mean(dim=0)
+    length = _mean_lengths if by_dimension else _lengths
+    to_truth = length(by_step - targets[:, :, None]).mean(dim=(0, 2))
+    within = length(by_step[:, :, :, None] - by_step[:, :, None]).sum(dim=(2, 3)).mean(dim=0)
     return (to_truth - within / (2 * num_samples * (num_samples - 1))) / math.sqrt(futures.shape[-1])
 
 
@@ -337,6 +344,11 @@ def relative_scores(scores: Tensor) -> Tensor:
 def _lengths(differences: Tensor) -> Tensor:
     """Return the Euclidean lengths [...] of differences [..., D], with a finite gradient at zero."""
     return differences.square().sum(dim=-1).add(1e-12).sqrt()
+
+
+def _mean_lengths(differences: Tensor) -> Tensor:
+    """Return the mean absolute values [...] of differences [..., D], by the length of a vector of ones."""
+    return differences.abs().mean(dim=-1) * math.sqrt(differences.shape[-1])
 
 
 def distance_losses(

@@ -76,6 +76,7 @@ NEW_CHOICES = {
     ("model.encoder", "deviation"),
     ("model.encoder", "objects"),
     ("model.editor", "linear"),
+    ("model.editor", "blocks"),
 } | {("planning.planner", name) for name in ("gradient", "categorical")}
 TAGS = {
     "data.source": "data",

@@ -105,6 +105,15 @@ def test_clips_learned_by_heart_do_not_make_linear_gaussian_overconfident() -> N
     assert float(inside.float().mean()) == pytest.approx(0.9, abs=0.05)
 
 
+def test_linear_gaussian_leaves_dimensions_that_hardly_vary_as_they_are() -> None:
+    draw = generator()
+    scale = torch.tensor([1.0, 1e-4]).repeat(10)
+    clips = [scale * torch.randn(60, 20, generator=draw) for _ in range(4)]
+    forecast = LinearGaussian.fitted(clips[0], clips[1], clips[2], passive(60), clips[3][:, None])
+    spread = forecast.factor.square().sum(dim=1).sqrt()
+    assert float(spread[1::2].max()) < 2e-4 and float(spread[::2].min()) > 0.5
+
+
 def test_linear_gaussian_of_a_collapsed_embedding_is_that_embedding() -> None:
     same = torch.full((50, 4), 0.3)
     samples = LinearGaussian.fitted(same, same, same, passive(50), same[:, None]).roll_out(

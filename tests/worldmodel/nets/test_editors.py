@@ -4,6 +4,7 @@ import torch
 
 from worldmodel import parts
 from worldmodel.config import (
+    BlocksEditorConfig,
     LinearEditorConfig,
     LowRankEditorConfig,
     MlpEditorConfig,
@@ -11,6 +12,7 @@ from worldmodel.config import (
     SumEditorConfig,
 )
 from worldmodel.nets.editors import (
+    BlocksEditor,
     Editor,
     LinearEditor,
     LowRankEditor,
@@ -23,6 +25,7 @@ from worldmodel.nets.editors import (
 CONFIGS: dict[str, Any] = {
     "mlp": MlpEditorConfig,
     "residual": ResidualEditorConfig,
+    "blocks": BlocksEditorConfig,
     "linear": LinearEditorConfig,
     "sum": SumEditorConfig,
     "low_rank": LowRankEditorConfig,
@@ -89,6 +92,25 @@ def test_the_linear_editor_adds_a_linear_map_of_r_that_starts_as_identity() -> N
     torch.testing.assert_close(editor(context, r), context + torch.stack([editor.weight @ each for each in r]))
 
 
+def test_blocks_start_as_the_context_and_are_a_linear_map_plus_a_residual_network() -> None:
+    torch.manual_seed(0)
+    editor = BlocksEditor(6, 8, 3, num_blocks=2)
+    context, r = batch(0, 5, 6), batch(1, 5, 3)
+    assert torch.equal(editor(context, r), context)
+    for parameter in editor.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    both = torch.cat([context, r], dim=1)
+    hidden = both @ editor.first.weight.T + editor.first.bias
+    blocks: Any = editor.blocks
+    for norm, wide, _, narrow in blocks:
+        centred = hidden - hidden.mean(dim=1, keepdim=True)
+        scaled = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
+        hidden = hidden + narrow(torch.nn.functional.gelu(wide(scaled * norm.weight + norm.bias)))
+    expected = context + editor.linear(both) + editor.last(hidden)
+    torch.testing.assert_close(editor(context, r), expected)
+    torch.testing.assert_close(editor(context[:2], r[:2]), expected[:2])
+
+
 def test_with_layer_norm_no_clip_depends_on_the_others() -> None:
     torch.manual_seed(0)
     context, r = batch(0, 5, 6), batch(1, 5, 3)
@@ -103,11 +125,12 @@ def test_the_name_in_the_config_makes_the_editor() -> None:
     sizes: dict[str, Any] = {"embedding_dim": 6, "hidden_dim": 8}
     kinds = {
         (name, predictor): type(make_editor(CONFIGS[name](), **sizes, latent_dim=6, predictor=predictor))
-        for name in ("mlp", "residual", "linear", "sum", "low_rank")
+        for name in CONFIGS
         for predictor in (False, True)
     }
     assert kinds["mlp", False] is kinds["mlp", True] is MlpEditor
     assert kinds["residual", False] is kinds["residual", True] is ResidualEditor
+    assert kinds["blocks", False] is kinds["blocks", True] is BlocksEditor
     assert kinds["linear", False] is kinds["linear", True] is LinearEditor
     assert kinds["sum", False] is SumEditor and kinds["low_rank", False] is LowRankEditor
     assert kinds["sum", True] is kinds["low_rank", True] is WithPredictor

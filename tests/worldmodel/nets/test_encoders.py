@@ -123,6 +123,27 @@ def test_off_the_sphere_dimensions_have_mean_0_and_variance_1(norm: Literal["sta
     assert (off_diagonal < 0.01) == (norm == "white")
 
 
+@pytest.mark.parametrize("norm", ["sphere", "standard", "white"])
+def test_without_a_projector_the_embedding_is_the_normalised_features(
+    norm: Literal["sphere", "standard", "white"],
+) -> None:
+    torch.manual_seed(0)
+    encoder = MlpEncoder(6, 1, 0.125)
+    embedder = Embedder(encoder, None, encoder.num_features, norm)
+    assert not list(embedder.projector.parameters())
+    features = encoder(observations())
+    expected = {
+        "sphere": lambda: normalise(standardised(features)),
+        "standard": lambda: standardised(features),
+        "white": lambda: Whitening(encoder.num_features)(features),
+    }[norm]()
+    torch.testing.assert_close(embedder(observations()), expected, atol=1e-4, rtol=1e-4)
+
+
+def standardised(features: torch.Tensor) -> torch.Tensor:
+    return (features - features.mean(dim=0)) / (features.var(dim=0, correction=0) + 1e-5).sqrt()
+
+
 def test_whitening_in_evaluation_takes_the_running_statistics() -> None:
     torch.manual_seed(0)
     layer = Whitening(3)

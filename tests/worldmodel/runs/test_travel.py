@@ -102,7 +102,8 @@ def test_the_card(evaluated_run: Path, tmp_path: Path) -> None:
     assert isinstance(oracle, float) and f"{oracle:.3f}" in rows["Simulator oracle"]
     assert isinstance(climatology, float) and f"{climatology:.3f}" in rows["Climatology"]
     metrics["quantity"] = {"name": "x", "unit": "<script>|\n# y"}
-    card = model_card(run, run.config, metrics, "a", ["<b>"])
+    card = model_card(run, run.config, metrics, "a", ["<b>"], has_decoder=True)
+    assert "embeddings, not frames" in text and "refinement" not in rows and "embeddings, not frames" not in card
     assert "<script>" not in card and "\n# y" not in card
 
 

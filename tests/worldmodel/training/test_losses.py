@@ -89,6 +89,27 @@ def test_the_energy_score_is_that_of_evaluations_and_lowest_for_the_law() -> Non
     assert scores[1.0] < min(scores[0.5], scores[2.0]) - 0.01
 
 
+def test_the_energy_score_by_dimension_is_the_mean_of_those_of_each_dimension() -> None:
+    futures, targets = batch(0, 5, 7, 2, 3), batch(1, 5, 2, 3)
+    alone = [step_energy_scores(futures[..., d : d + 1], targets[..., d : d + 1]) for d in range(3)]
+    found = step_energy_scores(futures, targets, by_dimension=True)
+    torch.testing.assert_close(found, torch.stack(alone).mean(dim=0))
+
+
+def test_by_dimension_a_sharp_forecast_of_one_of_many_dimensions_counts() -> None:
+    truth = torch.cat([torch.zeros(4000, 1, 1), 10 * batch(0, 4000, 1, 63)], dim=2)
+    sharp, blurred = 10 * batch(1, 4000, 4, 1, 64), 10 * batch(1, 4000, 4, 1, 64)
+    sharp[..., 0], blurred[..., 0] = 0.01 * batch(2, 4000, 4, 1), batch(2, 4000, 4, 1)
+
+    def gain(by_dimension: bool) -> float:
+        of_sharp, of_blurred = (
+            float(step_energy_scores(futures, truth, by_dimension=by_dimension)) for futures in (sharp, blurred)
+        )
+        return of_blurred - of_sharp
+
+    assert gain(True) > 50 * abs(gain(False))
+
+
 def test_relative_scores_have_the_gradient_of_the_mean_logarithm() -> None:
     scores = torch.tensor([0.2, 3.0, -0.5, 1e-6], requires_grad=True)
     relative_scores(scores).mean().backward()
