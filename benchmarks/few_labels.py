@@ -42,6 +42,7 @@ from worldmodel.commands.process import keep_freed_memory
 from worldmodel.commands.shared import check_counts, check_seed, write_result
 from worldmodel.data import segments_of
 from worldmodel.evaluation.embed import frozen
+from worldmodel.evaluation.quantity import FrameLabel
 from worldmodel.runs.folder import RunFolder
 
 AT_ONCE = 256
@@ -99,7 +100,7 @@ class Label:
             raise UserError(f"--bins: --label {self.name} is not numbers of each frame: these videos have {has}")
         if not 0 <= self.dimension < values.shape[2]:
             raise UserError(f"--dimension {self.dimension} must be 0 to {values.shape[2] - 1}")
-        return values[:, num_frames - 1, self.dimension].float()
+        return FrameLabel(self.name, num_frames).origin(dict(labels))[:, self.dimension]
 
 
 def in_bins(training: Clips, test: Clips, num_bins: int) -> tuple[Clips, Clips]:
@@ -288,11 +289,11 @@ def compare(
 ) -> dict[str, dict[str, list[float]]]:
     """Return the accuracies of each method for each number of labels per class, one for each draw of labels."""
     found: dict[str, dict[str, list[float]]] = {}
+    encoder = run.model.embedder.encoder
     with tqdm(total=len(counts) * draws, desc="few labels", unit="draw") as bar:
         for count in counts:
             for draw in range(draws):
                 generator = torch.Generator().manual_seed(seed + draw)
-                encoder = run.model.embedder.encoder
                 for name, accuracy in accuracies(encoder, training, test, count, shift_px, generator):
                     found.setdefault(name, {}).setdefault(str(count), []).append(accuracy)
                 bar.update()

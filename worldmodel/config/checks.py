@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Iterator
+from typing import get_args
 
 from data_pipelines.text_files import shown
 from worldmodel.config.data import ImagesConfig, SameImageConfig, VideosConfig, frame_channels, num_cameras
 from worldmodel.config.model import (
+    EditorConfig,
     External,
     GaussianConfig,
     LinearEditorConfig,
@@ -19,8 +21,10 @@ from worldmodel.config.model import (
 from worldmodel.config.objective import ResslConfig
 from worldmodel.config.sections import CategoricalConfig, CemConfig, Config, IcemConfig, MeanRiskConfig
 
-TAKING_CONDITIONS = "mlp, residual, blocks or linear"
-"""Editors that take actions, a scene code and a history alongside r."""
+TAKING_CONDITIONS = " or ".join(
+    kind.name for kind in get_args(EditorConfig) if getattr(kind, "takes_conditions", False)
+)
+"""The editors that take actions, a scene code and a history alongside r."""
 
 
 def contradictions(config: Config) -> Iterator[str]:

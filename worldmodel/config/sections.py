@@ -64,7 +64,7 @@ class TrainConfig:
     """Weight, in refinement, of the Energy Score of futures sampled from the prior. Editor and prior then learn from it
     alone, and the posterior from the other losses. 0: they all learn from the other losses."""
     refine_energy_of: Literal["embedding", "dimensions"] = "embedding"
-    """What this score is of. embedding: the embedding as a whole. dimensions: each dimension by itself, averaged (the
+    """Scope of this score. embedding: the embedding as a whole. dimensions: each dimension by itself, averaged (the
     CRPS), in which a sharp dimension is not lost among many uncertain ones; for embeddings without a projector, whose
     dimensions have a meaning."""
     refine_samples: SamplesFrom2 = 8

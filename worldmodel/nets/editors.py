@@ -73,7 +73,7 @@ class BlocksEditor(nn.Module):
 
 
 def _block(dim: int) -> nn.Sequential:
-    """Build the MLP of a residual block, which starts at zero."""
+    """Build the MLP of a residual block, which starts as a constant."""
     last = nn.Linear(2 * dim, dim)
     nn.init.zeros_(last.weight)
     return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), last)

@@ -63,7 +63,7 @@ def check_factors(protocol: PlanningProtocol, factors: Sequence[Factor]) -> None
     present = present_values(protocol)
     for factor in factors:
         if factor.name.startswith("planning."):
-            raise UserError(f"{factor.name} is no factor: put overrides before the options, or after --")
+            raise UserError(f"{factor.name} is not a factor: put overrides before the options, or after --")
         if factor.name not in present:
             raise UserError(
                 f"factor {shown(factor.name)} is unknown: the environment {protocol.env} has {', '.join(present)}"

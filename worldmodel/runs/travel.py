@@ -109,9 +109,10 @@ def _export(run: TrainedRun, folder: Path, name: str, programs: bool) -> Path:
                 save_recalibration(folder, spaces, run.num_updates)
             if (ordinary := load_ordinary(run.folder, run.num_updates)) is not None:
                 save_ordinary(folder, ordinary, run.num_updates)
-        if has_decoder := (facts := stored_facts(run.folder, run.num_updates)) is not None:
+        facts = stored_facts(run.folder, run.num_updates)
+        if facts is not None:
             save_decoder(folder, load_decoder(run.folder, run.config, run.num_updates), facts)
-        write_text(folder / "README.md", model_card(run, config, metrics, name, left_out, has_decoder))
+        write_text(folder / "README.md", model_card(run, config, metrics, name, left_out, facts is not None))
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
     if programs:

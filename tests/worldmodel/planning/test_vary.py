@@ -50,7 +50,8 @@ def test_texts_that_cannot_be(texts: list[str], tells: str) -> None:
     [
         (Factor("colour", [1]), "factor 'colour' is unknown: the environment .*TwoRooms-v0 has blur, contrast, "
          "brightness, noise, agent_size, background, slip$"),
-        (Factor("planning.horizon", [5]), "planning.horizon is no factor: put overrides before the options, or after"),
+        (Factor("planning.horizon", [5]),
+         "planning.horizon is not a factor: put overrides before the options, or after"),
         (Factor("noise", [5, 300]), "noise=300 must be a number within 0..255"),
         (Factor("agent_size", [0]), "agent_size=0 must be a number within 0.25..4"),
         (Factor("background", ["mauv"]), "background='mauv' must be a colour: a name such as navy"),
