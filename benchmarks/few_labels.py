@@ -41,7 +41,7 @@ from worldmodel.commands.exits import report_errors
 from worldmodel.commands.process import keep_freed_memory
 from worldmodel.commands.shared import check_counts, check_seed, write_result
 from worldmodel.data import segments_of
-from worldmodel.evaluation.embed import frozen
+from worldmodel.evaluation.embed import counted, frozen
 from worldmodel.evaluation.quantity import FrameLabel
 from worldmodel.runs.folder import RunFolder
 
@@ -119,7 +119,7 @@ def read(run: TrainedRun, split: Split, label: Label, count: int, shift_px: int,
     networks = run.networks
     parts = []
     with frozen(networks.model):
-        for batch in tqdm(networks.source.evaluation_batches(split, count), desc=f"encoding {split}", unit="batch"):
+        for batch in counted(networks.source.evaluation_batches(split, count), count, f"encoding {split}"):
             classes = label.of(batch["labels"], networks.layout.num_frames)
             video = segments_of(batch, networks.layout.segments_for(1), networks.device)[:, 0]
             embedder = networks.model.embedder
@@ -364,8 +364,8 @@ def main() -> int:
             raise UserError(f"--label {args.label}: test clips have classes that training clips have not")
         training, test = (clips.with_classes(torch.searchsorted(known, clips.classes)) for clips in (training, test))
         scores = summary(compare(run, training, test, args.labels, args.draws, args.shift_px, args.seed))
-        named = ("label", "bins", "dimension", "shift_px", "draws", "clips", "test_clips", "seed")
-        facts = {name: getattr(args, name) for name in named}
+        named = ("label", "bins", "shift_px", "draws", "clips", "test_clips", "seed")
+        facts = {name: getattr(args, name) for name in named} | {"dimension": label.dimension}
         write_result(folder.few_labels, facts | {"step": run.num_updates, "accuracy": scores})
         print(f"\n{table(scores)}\n\n{folder.few_labels}")
     return 0

@@ -143,4 +143,5 @@ def test_the_program(
     assert written["step"] == load(run).state["step"] and set(written["accuracy"]) == {
         "pixels", "embedding", "features", "lora", "pseudo_labels", "ensemble", "consistency"
     }  # fmt: skip
+    assert written["bins"] is written["dimension"] is None
     assert f"{written['accuracy']['lora']['1']['mean']:.3f}" in capsys.readouterr().out

@@ -197,10 +197,13 @@ def _of_steps(config: Config) -> Iterator[str]:
 
 
 def _of_refinement(config: Config) -> Iterator[str]:
-    model = config.model
+    model, train = config.model, config.train
     for key, dim in (("scene_dim", model.scene_dim), ("distance_dim", model.distance_dim)):
-        if dim and not config.train.refine_steps:
+        if dim and not train.refine_steps:
             yield f"model.{key}={dim} is learned in refinement: it needs train.refine_steps"
+    if train.refine_energy_of != "embedding" and not train.refine_energy_weight:
+        score = f"train.refine_energy_of={train.refine_energy_of}"
+        yield f"{score} is a choice of score: it needs train.refine_energy_weight"
 
 
 def _of_weights(config: Config) -> Iterator[str]:

@@ -185,7 +185,8 @@ def embed_split(
     batches = networks.source.evaluation_batches(
         split, num_clips, horizon, rank=share.rank, world_size=share.world_size
     )
-    shown = tqdm(batches, desc=f"encoding {split}", unit="batch", disable=not progress)
+    most = -(-num_clips // share.world_size)
+    shown = counted(batches, most, f"encoding {split}", progress=progress)
     own, own_labels = _parts_of(networks, shown, horizon, law, num_framed)
     parts, labels = (concat_processes(part, share.world_size) for part in (own, own_labels))
     if len(parts.get("clip_id", ())) < MIN_CLIPS:
@@ -208,6 +209,16 @@ def embed_split(
         frames=parts.get("frames", torch.empty(0))[:num_framed],
         extrapolated=parts.get("extrapolated"),
     )
+
+
+def counted(batches: Iterable[Batch], most: int, title: str, *, progress: bool = True) -> Iterator[Batch]:
+    """Yield batches of at most `most` clips together, with a progress bar. The bar ends full, also with fewer clips."""
+    with tqdm(total=most, desc=title, unit="clip", disable=not progress) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch["clip_id"]))
+        bar.total = bar.n
+        bar.refresh()
 
 
 Parts = dict[str, list[Tensor]]

@@ -29,7 +29,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.files import check_regular, write_bytes
 from worldmodel.config import PlanningConfig
 from worldmodel.data import actions_of, segments_of, without_history
-from worldmodel.evaluation.embed import frozen
+from worldmodel.evaluation.embed import counted, frozen
 from worldmodel.nets.encoders import mlp
 from worldmodel.planning.planners import project_
 from worldmodel.runs.folder import RunFolder
@@ -175,8 +175,8 @@ def embed_clips(run: TrainedRun, num_steps: int, num_clips: int) -> GoalClips:
     """
     model, layout, parts = run.model, run.networks.layout, []
     batches = run.source.evaluation_batches("train", num_clips, num_steps)
-    with frozen(model, run.target_encoder), tqdm(desc="embedding for the policy", unit="clip") as bar:
-        for batch in batches:
+    with frozen(model, run.target_encoder):
+        for batch in counted(batches, num_clips, "embedding for the policy"):
             segments = segments_of(batch, layout.segments_for(num_steps), run.device)
             segments = segments[:, layout.history_segments :][:, : num_steps + 1]
             state = model.state_of(encode_segments(model.embedder.features, segments).flatten(0, 1)).float()
@@ -187,7 +187,6 @@ def embed_clips(run: TrainedRun, num_steps: int, num_clips: int) -> GoalClips:
                 goals = encode_segments(run.target_encoder, still).float()
             states = model.persistent(state).unflatten(0, segments.shape[:2])
             parts.append((states, goals, actions_of(without_history(batch, layout), layout, num_steps, run.device)))
-            bar.update(len(segments))
     clips = GoalClips(*(torch.cat(part) for part in zip(*parts, strict=True)))
     if len(clips.states) < MIN_CLIPS:
         raise UserError(

@@ -41,7 +41,6 @@ def write_page(path: Path, template: str, **content: Any) -> None:
     colours = {f"{name}_{key}": colour for name, theme in THEMES.items() for key, colour in theme.items()}
     page = _compiled(template).render(
         colours={"fan": FAN, "followed": TRUTH, "goal": GOAL, **colours},
-        dash=DASH,
         **content,
     )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -199,6 +199,10 @@ def test_a_key_that_resembles_none_has_no_hint() -> None:
         (["model.scene_dim=4"], "model.scene_dim=4 is learned in refinement: it needs train.refine_steps"),
         (["model.scene_dim=4", "train.refine_steps=1", "model.editor=low_rank"], "takes no scene code"),
         (["model.distance_dim=4"], "model.distance_dim=4 is learned in refinement: it needs train.refine_steps"),
+        (
+            ["train.refine_energy_of=dimensions"],
+            "train.refine_energy_of=dimensions is a choice of score: it needs train.refine_energy_weight",
+        ),
         (["objective.distance_error_weight=1"], "objective.distance_error_weight weighs errors by a distance"),
         (
             ["data.augment.hue=0.1", "data.augment.saturation=0.1", "data.channels=1"],

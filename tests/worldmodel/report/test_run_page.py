@@ -379,12 +379,12 @@ def drop(metrics: Any, key: str) -> Any:
     return {k: v for k, v in metrics.items() if k != key}
 
 
-@pytest.mark.parametrize("key", ["horizon", "quantity", "forecasts", "embedding", "readout", "probes", "train"])
+@pytest.mark.parametrize("key", ["horizon", "quantity", "forecasts", "embedding", "readout", "probes", "train", "seed"])
 @pytest.mark.parametrize("missing", ["absent", "null"])
 def test_any_part_of_the_metrics_may_be_missing(tmp_path: Path, no_charts: None, key: str, missing: str) -> None:
     metrics = drop(make_metrics(2), key) | ({key: None} if missing == "null" else {})
     _, page = report(tmp_path / "report.html", metrics=metrics)
-    assert "Run details" in page.text
+    assert "Run details" in page.text and ("Seed" in page.text) == (key != "seed")
     assert markdown_table(metrics)
 
 
