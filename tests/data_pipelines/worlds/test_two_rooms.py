@@ -168,12 +168,12 @@ def test_the_shortest_path_is_the_least_of_densely_sampled_ones() -> None:
             (right, inside, (from_inside + to_far).min()),
             (left, left[::-1].clip(LOW_PX, wall_x - half), None),
         ]
-        for start, end, dense in cases:
+        starts, ends = (torch.tensor(np.stack(points)) for points in list(zip(*cases, strict=True))[:2])
+        there, back = shortest_path_px(torch.cat([starts, ends]), torch.cat([ends, starts]), wall_x, door_y).chunk(2)
+        for number, (start, end, dense) in enumerate(cases):
             straight = float(np.linalg.norm(start - end))
             expected = straight if dense is None else float(dense)
-            for pair in ((start, end), (end, start)):
-                state, goal = (torch.tensor(point.copy()) for point in pair)
-                found = shortest_path_px(state, goal, wall_x, door_y)
+            for found in (there[number], back[number]):
                 assert found.item() == pytest.approx(expected, abs=1e-3 + 1e-3 * (dense is not None))
                 assert found.item() >= straight - 1e-9
             longer += expected > straight + 1
