@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm.auto import tqdm
 
 from data_pipelines.batches import Batch
 from data_pipelines.clip_decoder import ClipSet, frames_of
@@ -36,7 +35,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.stream import read_clips
 from worldmodel.config import VideosConfig
 from worldmodel.data import check_one_camera
-from worldmodel.evaluation.embed import Networks, embed_batches, frozen
+from worldmodel.evaluation.embed import Networks, counted, embed_batches, frozen
 from worldmodel.evaluation.records import Axes, load_records, save_records
 from worldmodel.evaluation.surprise import check_model
 from worldmodel.nets.distributions import kl_divergence
@@ -195,11 +194,8 @@ def stored_gradients(run: "TrainedRun", num_clips: int, *, progress: bool = Fals
         if (found.step, found.clips) == (step, clips):
             return found
     gradients_of = TransitionGradients(run.training)
-    parts: list[tuple[Tensor, Tensor]] = []
-    with tqdm(total=total, desc="gradients", unit="clip", disable=not progress) as bar:
-        for transitions in embed_transitions(run.networks, run.source.evaluation_batches("train", total)):
-            parts.append((transitions.clip_id, gradients_of(transitions).cpu()))
-            bar.update(len(transitions.clip_id))
+    batches = counted(run.source.evaluation_batches("train", total), total, "gradients", progress=progress)
+    parts = [(each.clip_id, gradients_of(each).cpu()) for each in embed_transitions(run.networks, batches)]
     clip_id, gradients = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
     made = ClipGradients(step, clips, clip_id, gradients)
     try:

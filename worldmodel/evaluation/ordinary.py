@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.errors import UserError
-from worldmodel.evaluation.embed import Networks, frozen
+from worldmodel.evaluation.embed import Networks, counted, frozen
 from worldmodel.evaluation.stored_tensors import damage_reported, read_tensors, save_tensors
 from worldmodel.evaluation.surprise import Ordinary, score_clips
 from worldmodel.runs.folder import RunFolder
@@ -25,7 +25,7 @@ def ordinary_transitions(networks: Networks, num_clips: int) -> Ordinary:
     """Score the first transition of up to num_clips selection clips."""
     batches = networks.source.evaluation_batches("selection", num_clips)
     with frozen(networks.model, networks.target_encoder):
-        return score_clips(networks, batches, progress=True)
+        return score_clips(networks, counted(batches, num_clips, "surprise"))
 
 
 def check_rate(rate: float) -> None:

@@ -279,7 +279,8 @@ def score_transitions(
     segments = np.unique(np.concatenate(needed))
     cut = cut_segments(frames, segments.tolist(), layout.num_frames, layout.frame_stride)
     with_motion = networks.ordinary_motion is not None
-    embedded = _embed_segments(networks, cut, len(segments), with_motion=with_motion, progress=options.progress)
+    shown = tqdm(cut, total=len(segments), desc="surprise", unit="segment", disable=not options.progress)
+    embedded = _embed_segments(networks, shown, with_motion=with_motion)
     places = (np.searchsorted(segments, starts + span * at) for at in (0, 1, model.seen_at))
     history = np.where(before >= 0, np.searchsorted(segments, before), -1)
     return Transitions(starts, *_score_embedded(networks, embedded, history, *places))
@@ -296,7 +297,7 @@ class Ordinary(NamedTuple):
 
 
 @torch.no_grad()
-def score_clips(networks: Networks, batches: Iterable[Batch], *, progress: bool = False) -> Ordinary:
+def score_clips(networks: Networks, batches: Iterable[Batch]) -> Ordinary:
     """Score the first transition of each clip of batches, whose own motion is taken as the ordinary one."""
     layout, moves = networks.layout, networks.layout.num_frames > 1
     num_before = layout.history_segments
@@ -307,7 +308,7 @@ def score_clips(networks: Networks, batches: Iterable[Batch], *, progress: bool 
             clips = split_segments(batch["video"], layout.segments_for(1))[:, :num_segments]
             yield from clips.flatten(0, 1).numpy()
 
-    embedded = _embed_segments(networks, segments(), None, with_motion=moves, progress=progress)
+    embedded = _embed_segments(networks, segments(), with_motion=moves)
     context = np.arange(num_before, len(embedded.state), num_segments)
     history = context[:, None] - np.arange(num_before, 0, -1)
     motion = embedded.motion[context + 1].sort().values if moves else None
@@ -328,25 +329,22 @@ class _EmbeddedSegments(NamedTuple):
     motion: Tensor
 
 
-def _embed_segments(
-    networks: Networks, segments: Iterator[np.ndarray], total: int | None, *, with_motion: bool, progress: bool
-) -> _EmbeddedSegments:
+def _embed_segments(networks: Networks, segments: Iterable[np.ndarray], *, with_motion: bool) -> _EmbeddedSegments:
     """Embed segments [T, C, H, W] one by one, without a history, a few at once."""
+    remaining = iter(segments)
 
     def batches() -> Iterator[Batch]:
-        while batch := list(islice(segments, SEGMENTS_AT_ONCE)):
+        while batch := list(islice(remaining, SEGMENTS_AT_ONCE)):
             number = torch.arange(len(batch))
             yield Batch(video=torch.from_numpy(np.stack(batch)), clip_id=number, row=number, labels={})
 
     parts = []
     model = networks.model
     alone = replace(networks, layout=replace(networks.layout, num_segments=1, history_segments=0))
-    with tqdm(total=total, desc="surprise", unit="segment", disable=not progress) as bar:
-        for embedded in embed_batches(alone, batches(), steps=1):
-            kept, video = model.scene.project(embedded.features), embedded.segments[:, 0]
-            motion = segment_motion(model, video, embedded.state) if with_motion else video.new_zeros(len(video))
-            parts.append(_EmbeddedSegments(embedded.state, embedded.context_as_target(), kept, motion))
-            bar.update(len(embedded.state))
+    for embedded in embed_batches(alone, batches(), steps=1):
+        kept, video = model.scene.project(embedded.features), embedded.segments[:, 0]
+        motion = segment_motion(model, video, embedded.state) if with_motion else video.new_zeros(len(video))
+        parts.append(_EmbeddedSegments(embedded.state, embedded.context_as_target(), kept, motion))
     return _EmbeddedSegments(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
