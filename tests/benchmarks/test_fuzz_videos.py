@@ -32,7 +32,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     return Workplace(tmp_path_factory.mktemp("fuzz"))
 
 
-@pytest.mark.parametrize("num_files", [30, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_files", [15, pytest.param(300, marks=pytest.mark.slow)])
 def test_damaged_files_are_survived_and_accounted_for(num_files: int) -> None:
     done = run_fuzzer("--files", str(num_files), "--seed", "1")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,5 +1,7 @@
 """Shapes of the encoders, tried in processes of their own."""
 
+import pytest
+
 from benchmarks.probe_conv3d import Shape, is_replaced, run, shapes
 from worldmodel.nets.encoders import Conv3dEncoder, ResNetEncoder
 
@@ -33,6 +35,7 @@ def test_what_training_replaces_depends_on_the_precision() -> None:
     assert replaced == {(SPATIAL, "bf16"), (FRAMES, "bf16"), (NARROW, "fp32")}
 
 
+@pytest.mark.slow
 def test_replacements_are_right_and_wrong_ones_are_told() -> None:
     """A single pixel's centre is all that a kernel meets; of more pixels it is not."""
     assert not run(NARROW, "fp32", "replaced", threads=1).failed

@@ -107,6 +107,7 @@ def test_play_is_interesting() -> None:
     assert heights.min() < 8 and heights.max() > 58  # the chicken arrives, and starts again
 
 
+@pytest.mark.slow
 def test_stickiness_has_the_law_of_the_emulators_own() -> None:
     """A chicken that went down is to go up for four frames: how many are lost, by our stickiness and the emulator's."""
 

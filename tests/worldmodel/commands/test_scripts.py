@@ -50,7 +50,7 @@ def test_train_evaluate_and_roll_out(tiny_overrides: list[str], world: Path, tmp
         "--out",
         str(out),
     ]
-    rolled = run_script("rollout.py", *arguments)
+    rolled = run_here("rollout.py", *arguments)
     assert rolled.returncode == 0, rolled.stderr
     with np.load(out) as stored:
         assert stored["futures"].shape == (5, 3, 16) and stored["context"].shape == (16,)
