@@ -35,12 +35,21 @@ def _copy(trained_run: Path, folder: Path, root: str, **data: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["evaluate.py"], ["plan.py", "--env", "no:such", "--labels", "10"]], ids=["evaluate", "plan"]
+    ("arguments", "label"),
+    [
+        (["evaluate.py"], None),
+        (["plan.py", "--env", "no:such", "--labels", "10"], None),
+        (["plan.py", "--env", "no:such"], "state"),  # imagined paths need a readout of the state
+    ],
+    ids=["evaluate", "plan", "plan, with paths"],
 )
 def test_a_run_that_names_a_url_is_refused(
-    trained_run: Path, tmp_path: Path, server: ShardServer, arguments: list[str]
+    trained_run: Path, tmp_path: Path, server: ShardServer, arguments: list[str], label: str | None
 ) -> None:
     run = _copy(trained_run, tmp_path / "run", server.url.replace("//", "//me:secret@"))
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    config["evaluation"]["label"] = label
+    (run / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     done = run_here(*arguments, "--run", str(run))
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     from worldmodel.config import to_dict
     from worldmodel.planning.plan import plan
     from worldmodel.planning.protocol import PlanningProtocol
-    from worldmodel.planning.recorded import recorded_starts
+    from worldmodel.planning.recorded import STATE_LABEL, recorded_starts
     from worldmodel.planning.vary import parse_factors
     from worldmodel.report.run_page import report_of_run
     from worldmodel.report.tables import success_table
@@ -111,7 +111,8 @@ def run(args: argparse.Namespace) -> None:
     vary = parse_factors(args.vary or ())
     trained = load_run(args)
     config = planning_config(to_dict(trained.config), args.overrides, args.trust_code)
-    if args.labels or recorded or args.policy == "gc" or config.warm_start:
+    draws_paths = trained.config.evaluation.label == STATE_LABEL  # with a readout of the state from real frames
+    if args.labels or recorded or args.policy == "gc" or config.warm_start or draws_paths:
         check_remote(trained.source.url, args.allow_remote)
     protocol = PlanningProtocol(
         env=args.env,

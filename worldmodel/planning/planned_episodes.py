@@ -93,7 +93,7 @@ def planned_episodes(
         paths = None
         if state_px is not None and readout is not None:
             decided = read_paths(policy.imagined(number).float().cpu(), readout, state_px)
-            paths = decided.repeat(policy.executed, axis=0)[: results.steps[number]]
+            paths = decided.repeat(policy.executed, axis=0)[: len(results.frames[number]) - 1]
         shown.append(
             PlannedEpisode(
                 number=number,

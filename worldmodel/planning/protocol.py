@@ -126,12 +126,12 @@ class _Episode:
 
     def __init__(self, env: gymnasium.Env, first_info: Mapping[str, Any], *, keep_frames: bool) -> None:
         self.env, self.first_info, self.keep_frames = env, first_info, keep_frames
-        self.success = False
+        self.success = self.ended = False
 
     def start(self) -> None:
         """Read the first state and render the first frame, once the environment is known to have a goal image."""
         self.goal_state = self.first_info.get("goal")
-        self.states = [self.first_info["state"]]
+        self.states = [state_in(self.first_info)]
         self.new_frames = [self._rendered()]
         self.frames = list(self.new_frames)
         self.shortest = float(getattr(self.env.unwrapped, "shortest_path_px", lambda: np.nan)())
@@ -143,13 +143,15 @@ class _Episode:
         return float(np.linalg.norm(np.diff(state_px(np.stack(self.states)), axis=0), axis=1).sum())
 
     def run(self, actions: np.ndarray) -> None:
-        """Execute flat actions [K, A] one after the other, until the goal is reached."""
+        """Execute flat actions [K, A] one after the other, until the goal is reached or the environment ends."""
         self.new_frames = []
         for action in actions:
-            _, _, self.success, _, info = self.env.step(unflatten_action(self.env.action_space, action))
+            _, _, terminated, truncated, info = self.env.step(unflatten_action(self.env.action_space, action))
             self.new_frames.append(self._rendered())
-            self.states.append(info["state"])
-            if self.success:
+            self.states.append(state_in(info))
+            self.success = bool(info.get("is_success", terminated))
+            self.ended = self.success or terminated or truncated
+            if self.ended:
                 break
         if self.keep_frames:
             self.frames += self.new_frames
@@ -168,8 +170,10 @@ def run_episodes(
 ) -> EpisodeResults:
     """Run the episodes of one seed under a policy, all at once.
 
+    The goal is reached when info["is_success"] is true or, in an environment without it, when an episode terminates.
+
     Raises:
-        UserError: the environment renders no goal image.
+        UserError: the environment renders no goal image, or does not state its state.
     """
     envs = [protocol.make_env() for _ in range(protocol.episodes)]
     if not all(hasattr(env.unwrapped, "goal_frame") for env in envs):
@@ -193,8 +197,8 @@ def run_episodes(
             decisions += len(running)
             for episode, block in zip(running, actions, strict=True):
                 episode.run(block)
-            policy.keep(torch.tensor([not episode.success for episode in running]))
-            running = [episode for episode in running if not episode.success]
+            policy.keep(torch.tensor([not episode.ended for episode in running]))
+            running = [episode for episode in running if not episode.ended]
             steps_left -= actions.shape[1]
             bar.update(actions.shape[1])
     for env in envs:
@@ -202,7 +206,7 @@ def run_episodes(
     ways = [np.stack(episode.states) for episode in episodes]
     return EpisodeResults(
         success=np.array([episode.success for episode in episodes], bool),
-        steps=np.array([len(way) - 1 for way in ways]),
+        steps=np.array([len(one.states) - 1 if one.success else protocol.budget for one in episodes]),
         path=np.array([episode.path for episode in episodes]),
         shortest=np.array([episode.shortest for episode in episodes]),
         states=ways,
@@ -212,6 +216,14 @@ def run_episodes(
         decision_s=decision_s,
         decisions=decisions,
     )
+
+
+def state_in(info: Mapping[str, Any]) -> np.ndarray:
+    """Return info["state"], the state of an environment [K]. Raises UserError: there is none."""
+    if "state" not in info:
+        raise UserError('the environment does not state its state: planning needs info["state"] from reset and step')
+    state: np.ndarray = info["state"]
+    return state
 
 
 def run_seeds(
