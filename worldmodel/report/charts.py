@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_POINTS = 1500  # of a scatter plot
+LABEL_DISTANCE = 0.085  # of the names at the ends of lines, of the height; lines beyond a full column have no name
 
 # Colours of series without a fixed colour, in this order.
 SERIES_COLOURS = ("model", "truth", "teal", "violet", "olive", "pink", "sky", "brown", "text", "law")
@@ -110,8 +111,8 @@ def horizon_chart(
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         low, high = axes.get_ylim()
         named = [(line, (end - low) / (high - low)) for line, end in zip(lines, ends, strict=True)]
-        named = [(line, place) for line, place in named if -0.02 <= place <= 1.02]
-        places = spread_labels([place for _, place in named], 0.085)
+        named = [(line, place) for line, place in named if -0.02 <= place <= 1.02][: int(1 / LABEL_DISTANCE)]
+        places = spread_labels([place for _, place in named], LABEL_DISTANCE)
         for (line, _), place in zip(named, places, strict=True):
             bold = "bold" if line.colour == "model" else "normal"
             axes.annotate(

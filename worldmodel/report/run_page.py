@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from data_pipelines.errors import one_line_logger
-from data_pipelines.files import write_text
+from data_pipelines.files import write_errors, write_text
 from worldmodel.config import to_yaml
 from worldmodel.evaluation.decoded import DecodedFutures
 from worldmodel.evaluation.illustrations import NO_ILLUSTRATIONS, Illustrations
@@ -36,7 +36,7 @@ def report_of_run(run: Path) -> Path:
     forecasts are also written to forecasts.md.
 
     Raises:
-        UserError: one of the files is damaged.
+        UserError: one of the files is damaged, or the report cannot be written.
     """
     folder = RunFolder(run)
     metrics, planning = read_metrics(run), read_planning(run)
@@ -46,24 +46,27 @@ def report_of_run(run: Path) -> Path:
     shown = RunMetrics()
     if metrics:
         shown.update(cast(RunMetrics, metrics))
-        write_text(folder.forecasts, tables.markdown_table(shown) + "\n")
+        with write_errors(run):
+            write_text(folder.forecasts, tables.markdown_table(shown) + "\n")
     if planning:
         shown["planning"] = planning
-    step = value_at(shown, "train.steps")
+    updates = [value_at(shown, f"train.{name}") for name in ("steps", "refine_steps")]
+    step = None if updates[0] is None else sum(number or 0 for number in updates)
     decoded = [futures for futures in load_records(folder.decoded, DecodedFutures) if futures.step == step]
     if decoded and (facts := read_decoder_facts(run)):
         shown["decoder"] = facts
-    write_report(
-        folder.report,
-        title=run.name,
-        metrics=shown,
-        config_yaml=to_yaml(load_run_config(run)),
-        history=read_history(run),
-        illustrations=drawn[0] if drawn else NO_ILLUSTRATIONS,
-        episodes=load_records(folder.planned_episodes, PlannedEpisode) if planning else [],
-        decoded=decoded,
-        versions=versions(),
-    )
+    with write_errors(run):
+        write_report(
+            folder.report,
+            title=run.resolve().name,
+            metrics=shown,
+            config_yaml=to_yaml(load_run_config(run)),
+            history=read_history(run),
+            illustrations=drawn[0] if drawn else NO_ILLUSTRATIONS,
+            episodes=load_records(folder.planned_episodes, PlannedEpisode) if planning else [],
+            decoded=decoded,
+            versions=versions(),
+        )
     return folder.report
 
 

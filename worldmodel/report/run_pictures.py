@@ -15,6 +15,9 @@ from worldmodel.report.plan_pictures import plan_picture
 from worldmodel.report.timeline import draw_timeline, timeline_moment
 from worldmodel.runs.metrics import RunMetrics, value_at
 
+MAX_FANNED = 8
+"""Dimensions of a quantity in a fan chart, at most; those after them are left out."""
+
 
 def future_pictures(illustrations: Illustrations, metrics: RunMetrics) -> list[tuple[Picture, Picture | None]]:
     """Return an animation for each query, and a fan chart if a quantity is forecast."""
@@ -33,6 +36,7 @@ def future_pictures(illustrations: Illustrations, metrics: RunMetrics) -> list[t
         dimensions = [str(name) for name in quantity.get("dimensions") or ()]
         if len(dimensions) != fans.true.shape[-1]:
             dimensions = [f"dimension {k + 1}" for k in range(fans.true.shape[-1])]
+        dimensions = dimensions[:MAX_FANNED]
         words = charts.fan_words(fans, query, dimensions, unit)
         moving = animations.animation(
             frames,

@@ -281,15 +281,21 @@ def value_at(metrics: Any, path: str) -> Any:
 
 
 def find_value(content: Any, path: str) -> Any:
-    """Return the value at a dotted path of nested dicts and lists; None if it is missing."""
-    for key in path.split("."):
-        if isinstance(content, Mapping):
-            content = content.get(key)
-        elif isinstance(content, list | tuple) and re.fullmatch(r"[0-9]{1,9}", key) and int(key) < len(content):
-            content = content[int(key)]
-        else:
-            return None
-    return content
+    """Return the value at a dotted path of nested dicts and lists, whose names may hold dots; None if it is missing."""
+    return _found(content, path.split("."))
+
+
+def _found(content: Any, parts: list[str]) -> Any:
+    if not parts:
+        return content
+    if isinstance(content, Mapping):
+        for n in range(1, len(parts) + 1):
+            value = _found(content.get(".".join(parts[:n])), parts[n:])
+            if value is not None:
+                return value
+    elif isinstance(content, list | tuple) and re.fullmatch(r"[0-9]{1,9}", parts[0]) and int(parts[0]) < len(content):
+        return _found(content[int(parts[0])], parts[1:])
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------- files

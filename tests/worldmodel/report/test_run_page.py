@@ -1,6 +1,7 @@
 """The report: every number is the one in the metrics, and any part may be missing."""
 
 import base64
+import errno
 import json
 import math
 from collections.abc import Sequence
@@ -375,6 +376,19 @@ def test_quantities_that_are_no_positions_get_a_fan_chart_and_plain_frames(tmp_p
     assert any("against the horizon" in alt for alt in alts) and not any("under sampled paths" in alt for alt in alts)
 
 
+def test_of_many_dimensions_the_first_are_drawn(tmp_path: Path) -> None:
+    drawn = make_illustrations(queries=1, num_steps=2, size_px=24, on_frames=False)
+    assert drawn.fans is not None
+    many: Any = {
+        name: np.concatenate([getattr(drawn.fans, name)] * 50, axis=-1) for name in ("origin", "samples", "true", "law")
+    }
+    fans = replace(drawn.fans, **many)
+    quantity = {"name": "state", "dimensions": [f"number {k}" for k in range(fans.true.shape[-1])]}
+    _, page = report(tmp_path / "report.html", metrics={"quantity": quantity}, illustrations=replace(drawn, fans=fans))
+    (alt,) = [image["alt"] or "" for image in page.images if "against the horizon" in (image["alt"] or "")]
+    assert "number 7" in alt and "number 8" not in alt
+
+
 def drop(metrics: Any, key: str) -> Any:
     return {k: v for k, v in metrics.items() if k != key}
 
@@ -642,6 +656,22 @@ def test_damaged_results_are_one_line(run_folder: Path, name: str, content: str)
     with pytest.raises(UserError, match=f"{name} is damaged"):
         report_of_run(run_folder)
     assert not (run_folder / "report.html").exists()
+
+
+def test_a_report_that_cannot_be_written_is_one_line(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("worldmodel.report.run_page.write_page", full)
+    with pytest.raises(UserError, match=f"cannot write to '{run_folder}': No space left on device"):
+        report_of_run(run_folder)
+
+
+def test_the_title_is_the_name_of_the_folder(
+    run_folder: Path, no_charts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run_folder)
+    assert f"<title>{run_folder.name}" in report_of_run(Path(".")).read_text(encoding="utf-8")
 
 
 def test_texts_are_escaped(tmp_path: Path) -> None:

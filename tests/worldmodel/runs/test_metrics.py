@@ -15,6 +15,7 @@ from tests.worldmodel.report.samples import make_metrics, make_planning, make_un
 from worldmodel.config import Config, to_yaml
 from worldmodel.report.comparison import RunScores, comparison_markdown, flat_numbers, num_steps
 from worldmodel.report.run_page import report_of_run
+from worldmodel.report.tables import probe_tables
 from worldmodel.runs.metrics import MAX_BYTES, place, read_metrics, read_planning, value_at
 
 
@@ -145,9 +146,13 @@ def test_keys_that_look_like_places_in_lists() -> None:
     }
     runs = [RunScores("a", "none", 0, flat_numbers(odd))]
     assert num_steps(runs) == 2 and "1.000" in comparison_markdown(runs)
-    assert value_at(odd, "forecasts.model.energy_score.².energy_score.0") is None
+    assert value_at(odd, "forecasts.model.energy_score.².energy_score.0") == 1
     assert value_at(odd, f"forecasts.model.energy_score.{'9' * 5000}") is None
     assert value_at(odd, "forecasts.model.energy_score.1") == 2
+    dotted = {"probes": {"embedding": {"light": {"knn": 0.5}, "light.level": {"linear": 0.25}}}}
+    assert value_at(dotted, "probes.embedding.light.level.linear") == 0.25
+    assert value_at(dotted, "probes.embedding.light.knn") == 0.5
+    assert [row.cells for _, table in probe_tables(dotted) for row in table.rows]  # type: ignore[arg-type]
 
 
 def test_a_place_that_no_record_declares_is_refused_also_in_empty_metrics() -> None:
