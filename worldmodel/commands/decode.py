@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> None:
     check_remote(trained.source.url, args.allow_remote)
     folder, step = RunFolder(trained.folder), trained.num_updates
     folder.check_writable()
-    facts = stored_facts(trained.folder, step)
-    if facts is None or args.overwrite:
+    facts = None if args.overwrite else stored_facts(trained.folder, step)
+    if facts is None:
         settings = DecoderSettings(args.steps, args.clips, args.seed)
         decoder, facts = fit_decoder(trained.networks, settings, step=step, horizon=trained.config.evaluation.horizon)
         save_decoder(trained.folder, decoder, facts)

@@ -14,6 +14,7 @@ from worldmodel.evaluation.readout import save_readout
 from worldmodel.evaluation.recalibration import save_recalibration
 from worldmodel.evaluation.records import save_records
 from worldmodel.evaluation.surprise import Timeline, why_unsupported
+from worldmodel.runs.checkpoint import load_run_config
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import Metrics, Training, read_metrics, write_metrics
 from worldmodel.runs.trained_run import TrainedRun
@@ -38,6 +39,7 @@ def evaluate(run: TrainedRun, *, compare: Path | None = None) -> Metrics:
         >>> metrics["forecasts"]["model"]["energy_score"]
     """
     RunFolder(run.folder).check_writable()
+    stored_facts(run.folder, run.num_updates)  # a damaged file shows before minutes of work
     if run.source.content == "factors":
         if compare is not None:
             raise UserError("a run on a causal world has no forecasts to compare: compare runs on their known factors")
@@ -85,7 +87,7 @@ def _evaluate_videos(run: TrainedRun, compare: Path | None) -> Metrics:
 def _with_training(run: TrainedRun, scores: Metrics) -> Metrics:
     """Return the scores preceded by the facts of the training."""
     training = Training(seconds=run.state["train_seconds"], steps=run.state["step"], refine_steps=run.refine_steps)
-    metrics = Metrics(run=run.folder.name, train=training, seed=run.config.seed)
+    metrics = Metrics(run=run.folder.resolve().name, train=training, seed=run.config.seed)
     metrics.update(scores)
     return metrics
 
@@ -109,12 +111,14 @@ def compared_metrics(compare: Path) -> Metrics:
     """Return the metrics of another run, whose forecasts of a labelled quantity can be compared with.
 
     Raises:
-        UserError: that run was not evaluated, or its forecasts have no labelled quantity.
+        UserError: that run was not evaluated, has a latent, or its forecasts have no labelled quantity.
     """
     path = RunFolder(compare).metrics
     metrics = read_metrics(compare)
     if metrics is None:
         raise UserError(f"{path} does not exist: evaluate that run first")
+    if (latent := load_run_config(compare).model.latent.name) != "none":
+        raise UserError(f"{compare} has model.latent={latent}: compare with a run without a latent variable")
     if metrics.get("quantity") is None:
         raise UserError(
             f"{compare} was scored in embedding space alone, which two runs do not share: comparing needs the law "

@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from data_pipelines.batches import Batch
 from data_pipelines.clip_decoder import ClipSet, frames_of
 from data_pipelines.decoders import read_frames
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.stream import read_clips
 from worldmodel.config import VideosConfig
 from worldmodel.data import check_one_camera
@@ -47,6 +47,8 @@ from worldmodel.training.losses import TrainingModel
 
 if TYPE_CHECKING:
     from worldmodel.runs.trained_run import TrainedRun
+
+log = one_line_logger(__name__)
 
 NUM_DIMS = 512
 NUM_DRAWS = 8  # of q, as in the loss of a transition
@@ -185,12 +187,17 @@ def stored_gradients(run: "TrainedRun", num_clips: int, *, progress: bool = Fals
     They are stored in the run folder, and read from it the next time, for the same checkpoint and the same clips.
 
     Raises:
-        UserError: the clips cannot be read, the file in the folder is damaged, or it cannot be written.
+        UserError: the clips cannot be read, or the file in the folder cannot be written.
     """
     path, clip_set = RunFolder(run.folder).influence, training_clips(run)
     total = min(num_clips, clip_set.table.num_clips)
     step, clips = run.num_updates, json.dumps([clip_set.index.content_hash, asdict(clip_set.spec), total, NUM_DIMS])
-    for found in load_records(path, ClipGradients):
+    try:
+        stored = load_records(path, ClipGradients)
+    except UserError as error:
+        log.warning("computing the gradients again: %s", error)
+        stored = []
+    for found in stored:
         if (found.step, found.clips) == (step, clips):
             return found
     gradients_of = TransitionGradients(run.training)

@@ -30,7 +30,7 @@ from worldmodel.planning.protocol import (
 from worldmodel.planning.recorded import RecordedStarts
 from worldmodel.planning.vary import Factor, check_factors, success_by_factor
 from worldmodel.runs.folder import RunFolder
-from worldmodel.runs.metrics import read_metrics, write_planning
+from worldmodel.runs.metrics import read_decoder_facts, read_metrics, write_planning
 from worldmodel.runs.planning_metrics import Planned, PlannedWithLabels, Planning, ProtocolFacts
 from worldmodel.runs.trained_run import TrainedRun
 
@@ -62,7 +62,8 @@ def plan(
     """
     config = run.config.planning if config is None else config
     folder = RunFolder(run.folder)
-    read_metrics(run.folder)  # a damaged file would be found by the report, after hours of planning
+    for read in (read_metrics, read_decoder_facts):
+        read(run.folder)  # a damaged file would be found by the report, after hours of planning
     folder.check_writable()
     check_actions(protocol, config)
     check_factors(protocol, vary)

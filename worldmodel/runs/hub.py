@@ -16,7 +16,11 @@ from data_pipelines.files import user_cache_dir
 from worldmodel.runs.checkpoint import EXPORTED_FILES, checkpoint_name
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
-OF_EVALUATION = ("metrics.json", "readout.safetensors", "recalibration.safetensors", "surprise.safetensors")
+OF_RESULTS = (
+    *("metrics.json", "readout.safetensors", "recalibration.safetensors", "surprise.safetensors"),
+    *("decoder.json", "decoder.safetensors"),
+)
+"""The files of an exported run that `evaluate` and `decode` wrote."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -54,7 +58,7 @@ def download(name: str, revision: str | None, which: Literal["latest", "best"]) 
             missing = "config.yaml" if checkpoint else f"the {which} checkpoint in checkpoints/index.json"
             raise UserError(f"the repository {name!r} does not hold a run: it lacks {missing}")
         parts = [f"checkpoints/{checkpoint}/{file}" for file in EXPORTED_FILES]
-        fetch(allow_patterns=[*parts, *OF_EVALUATION])
+        fetch(allow_patterns=[*parts, *OF_RESULTS])
     return folder
 
 
@@ -91,7 +95,7 @@ def upload(folder: Path, name: str, *, private: bool) -> str:
             repo_id=name,
             folder_path=folder,
             commit_message="Upload a run",
-            delete_patterns=["checkpoints/*", *OF_EVALUATION, "*.pt2"],
+            delete_patterns=["checkpoints/*", *OF_RESULTS, "*.pt2"],
         )
     return str(url)
 

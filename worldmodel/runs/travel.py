@@ -97,8 +97,12 @@ def _export(run: TrainedRun, folder: Path, name: str, programs: bool) -> Path:
     teacher = {} if run.teacher is None else run.teacher.state_dict()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty: export to a new folder")
+        is_empty = not any(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+    if not is_empty:
+        raise UserError(f"{folder} is not empty: export to a new folder")
+    try:
         export_checkpoint(folder, Checkpoint(run.training.state_dict(), teacher, {}, run.state))
         write_text(RunFolder(folder).config, to_yaml(config))
         if metrics is not None:
@@ -113,15 +117,14 @@ def _export(run: TrainedRun, folder: Path, name: str, programs: bool) -> Path:
         if facts is not None:
             save_decoder(folder, load_decoder(run.folder, run.config, run.num_updates), facts)
         write_text(folder / "README.md", model_card(run, config, metrics, name, left_out, facts is not None))
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
-    if programs:
-        try:
+        if programs:
             write_programs(folder, run.model, run.config.data)
-        except UserError:
-            for path in folder.iterdir():  # it was empty: the same call works once the cause is mended
-                remove(path)
+    except (OSError, UserError) as error:
+        for path in folder.iterdir():  # the same call works once the cause is mended
+            remove(path)
+        if isinstance(error, UserError):
             raise
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
     for part in left_out:
         log.info("left out: %s", part)
     return folder

@@ -62,7 +62,7 @@ def test_a_full_disk_is_one_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_only_scores_of_the_same_quantity_are_compared(
-    change: dict[str, Any], tells: str, run: Path, tmp_path: Path, make_folder: Callable[[dict[str, Any]], Path]
+    change: dict[str, Any], tells: str, run: Path, tmp_path: Path, make_folder: Callable[..., Path]
 ) -> None:
     other = make_folder(SCORED | change)
     if not tells:
@@ -73,13 +73,24 @@ def test_only_scores_of_the_same_quantity_are_compared(
     assert not RunFolder(run).metrics.exists()
 
 
-@pytest.fixture
-def make_folder(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
-    """A function that writes metrics into a folder."""
+def test_only_a_run_without_a_latent_is_a_control(run: Path, make_folder: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match=r"has model\.latent=gaussian: compare with a run without a latent"):
+        evaluate(load(run), compare=make_folder(SCORED, "gaussian"))
 
-    def made(metrics: dict[str, Any]) -> Path:
+
+def test_the_folder_names_the_run_wherever_one_is(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run)
+    assert evaluate(load("."))["run"] == run.name
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes metrics into the folder of a run with a latent, `none` by default."""
+
+    def made(metrics: dict[str, Any], latent: str = "none") -> Path:
         (tmp_path / "other").mkdir()
         (tmp_path / "other" / "metrics.json").write_text(json.dumps(metrics))
+        (tmp_path / "other" / "config.yaml").write_text(f"run_dir: other\nmodel: {{latent: {latent}}}\n")
         return tmp_path / "other"
 
     return made

@@ -128,6 +128,11 @@ def test_gradients_are_computed_once_for_a_checkpoint(
         again = run.influence(world / "test" / "000000.mp4", num_clips=16)
     assert (again.influence == first.influence).all()
     assert len(run.influence(world / "test" / "000000.mp4", num_clips=20).clip_id) == 20
+    stored = RunFolder(run.folder).influence
+    for damaged in (b"", stored.read_bytes()[:99], b"of another version"):
+        stored.write_bytes(damaged)
+        again = run.influence(world / "test" / "000000.mp4", num_clips=16)
+        assert (again.influence == first.influence).all() and stored.stat().st_size > 1000
     run.state["updates"] += 1
     monkeypatch.setattr(run.source, "evaluation_batches", None)
     with pytest.raises(TypeError):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,12 @@ import worldmodel
 from data_pipelines.errors import UserError
 from worldmodel.commands.main import main
 from worldmodel.evaluation.decoded import DecodedFutures, decode_paths, load_decoder
-from worldmodel.evaluation.records import load_records
+from worldmodel.evaluation.records import load_records, save_records
+from worldmodel.planning.plan import plan
+from worldmodel.planning.protocol import PlanningProtocol
+from worldmodel.report.run_page import report_of_run
 from worldmodel.runs.folder import RunFolder
+from worldmodel.runs.hub import OF_RESULTS
 
 CLIP = torch.rand(2, 3, 1, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -56,6 +61,40 @@ def test_the_report_shows_them_below_its_limit(decoded_run: Path) -> None:
     page = (decoded_run / "report.html").read_text()
     assert "Futures as pictures" in page and page.count("frame by frame: what came, 6 sampled futures") == 3
     assert 'data-metric="decoder.mse"' in page and len(page) < 5_000_000
+
+
+@pytest.mark.parametrize("refine_steps", [4, 3])
+def test_the_report_shows_those_of_the_weights_that_were_evaluated(
+    decoded_run: Path, tmp_path: Path, refine_steps: int
+) -> None:
+    """A checkpoint is known by its updates of training (6) and refinement."""
+    run = tmp_path / "run"
+    shutil.copytree(decoded_run, run)
+    folder = RunFolder(run)
+    save_records(folder.decoded, [replace(each, step=10) for each in load_records(folder.decoded, DecodedFutures)])
+    metrics = json.loads(folder.metrics.read_text())
+    metrics["train"]["refine_steps"] = refine_steps
+    folder.metrics.write_text(json.dumps(metrics))
+    assert ("Futures as pictures" in report_of_run(run).read_text()) == (refine_steps == 4)
+
+
+def test_damaged_facts_are_written_again(
+    decoded_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And they are found before minutes of work."""
+    run = tmp_path / "run"
+    shutil.copytree(decoded_run, run)
+    RunFolder(run).decoder_facts.write_text("{")
+    with monkeypatch.context() as patched:
+        patched.setattr("worldmodel.evaluation.evaluate.evaluate_forecasts", None)
+        with pytest.raises(UserError, match=r"decoder\.json is damaged"):
+            worldmodel.evaluate(worldmodel.load(run))
+    protocol = PlanningProtocol("no:env", {}, seeds=1, episodes=1, budget=1, first_seed=0)
+    with pytest.raises(UserError, match=r"decoder\.json is damaged"):
+        plan(worldmodel.load(run), protocol)
+    assert main(["decode", "--run", str(run), "--steps", "1", "--clips", "8", "--overwrite"]) == 0
+    assert "mean squared error" in capsys.readouterr().out
+    assert json.loads(RunFolder(run).decoder_facts.read_text())["decoder_steps"] == 1
 
 
 @pytest.mark.slow
@@ -101,6 +140,8 @@ def test_decode_in_python(decoded_run: Path) -> None:
 def test_an_export_holds_the_decoder(decoded_run: Path, tmp_path: Path) -> None:
     run = worldmodel.load(decoded_run)
     exported = worldmodel.load(worldmodel.export(run, tmp_path / "exported"))
+    of_run = {"README.md", "checkpoints", "config.yaml"}
+    assert {path.name for path in exported.folder.iterdir()} - of_run == {*OF_RESULTS} - {"recalibration.safetensors"}
     futures = run.rollout(CLIP, 1, 2)
     assert torch.equal(exported.decode(CLIP, futures), run.decode(CLIP, futures))
 

@@ -13,6 +13,7 @@ from data_pipelines.errors import UserError
 from tests.conftest import videos_of
 from worldmodel.commands.main import main
 from worldmodel.config import load_config
+from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import read_metrics
 from worldmodel.runs.model_card import model_card
 from worldmodel.runs.travel import public_path
@@ -139,6 +140,17 @@ def test_programs_that_fail_leave_an_empty_folder(
     with pytest.raises(UserError, match="these networks cannot be exported"):
         worldmodel.export(worldmodel.load(trained_run), tmp_path / "exported", programs=True)
     assert (tmp_path / "exported").is_symlink() and not any((tmp_path / "disk").iterdir())
+
+
+def test_an_export_that_fails_can_be_repeated(evaluated_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(evaluated_run, tmp_path / "run")
+    surprise = RunFolder(tmp_path / "run").surprise
+    intact = surprise.read_bytes()
+    surprise.write_bytes(intact[:100])
+    with pytest.raises(UserError, match="damaged"):
+        worldmodel.export(worldmodel.load(tmp_path / "run"), tmp_path / "exported")
+    surprise.write_bytes(intact)
+    assert worldmodel.export(worldmodel.load(tmp_path / "run"), tmp_path / "exported").is_dir()
 
 
 def test_only_a_new_folder_is_written(trained_run: Path, tmp_path: Path) -> None:
