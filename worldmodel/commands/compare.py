@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 OVERRIDE = re.compile(r"[\w.]+=.*", re.DOTALL)
 LISTS = ("objectives", "latents", "seeds", "set")
+OF_GRIDS = {"jobs": 1, "launch": "", "table_only": False, "skip_refused": False}
+"""Further options of a grid, with their defaults."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,11 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latents", nargs="+", metavar="NAME", help="values of model.latent")
     parser.add_argument("--seeds", nargs="+", metavar="N", help="values of seed")
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores (default: 1)"
+        "--jobs",
+        type=int,
+        default=OF_GRIDS["jobs"],
+        metavar="N",
+        help="runs at a time, which share the cores (default: 1)",
     )
     parser.add_argument(
         "--launch",
-        default="",
+        default=OF_GRIDS["launch"],
         metavar="COMMAND",
         help='launcher of training, such as "accelerate launch --num_processes 2" (default: one process)',
     )
@@ -94,6 +100,7 @@ def split_lists(args: argparse.Namespace) -> None:
             setattr(args, name, [value for value in values if not OVERRIDE.fullmatch(value)])
     given = [f"--{name}" for name in ("config", "objectives", "latents", "seeds", "set") if getattr(args, name)]
     if args.runs:
+        given += [f"--{name.replace('_', '-')}" for name in OF_GRIDS if getattr(args, name) != OF_GRIDS[name]]
         if given or args.overrides:
             raise UserError(f"--runs takes --out only, not {(given + args.overrides)[0]}")
         return
@@ -110,16 +117,18 @@ def compare_folders(args: argparse.Namespace) -> int:
     """Compare evaluated runs. Each is a row named by its path below the folder that all have in common.
 
     Raises:
-        UserError: a folder holds no evaluated run, or --out cannot be written.
+        UserError: a folder holds no evaluated run or is given twice, or --out cannot be written.
     """
     from worldmodel.report.comparison import RunScores, flat_numbers
     from worldmodel.runs.checkpoint import load_run_config
     from worldmodel.runs.metrics import read_metrics
 
-    rows = []
+    rows: list[Row] = []
     above = os.path.commonpath([folder.resolve().parent for folder in args.runs])
     for folder in args.runs:
         metrics = read_metrics(folder)
+        if any(row.folder.resolve() == folder.resolve() for row in rows):
+            raise UserError(f"--runs {folder}: this run is given twice")
         if metrics is None:
             raise UserError(f"--runs {folder}: there is no metrics.json, evaluate the run first")
         config, name = load_run_config(folder), os.path.relpath(folder.resolve(), above)
@@ -236,7 +245,7 @@ def write_comparison(out: Path, rows: Sequence[Row], about: dict[str, Any]) -> N
     try:
         write_text(paths[0], json.dumps(content, indent=1) + "\n")
         write_text(paths[1], markdown + "\n")
-        write_comparison_page(paths[2], title=out.name, runs=runs, histories=histories, caution=caution)
+        write_comparison_page(paths[2], title=out.resolve().name, runs=runs, histories=histories, caution=caution)
         if figure is None:
             paths.pop().unlink(missing_ok=True)
         else:

@@ -110,7 +110,7 @@ def opened(path: Path, cameras: Sequence[str] = ()) -> Iterator[dict[str, VideoI
             (Path(folder) / "shard.tar").symlink_to(path.resolve())
             yield {str(path): load_videos(folder, max_bad_fraction=1.0)}
     else:
-        yield {str(path): VideoIndex(path.resolve().parent, [read_facts(path)])}
+        yield {str(path): VideoIndex(path.parent.resolve(), [read_facts(path)])}
 
 
 def index_file(folder: Path) -> Path | None:

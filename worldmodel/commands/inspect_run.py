@@ -22,7 +22,13 @@ SCORES = {
 def is_run(folder: Path) -> bool:
     """Return True for the folder of a run, which may be damaged."""
     files = RunFolder(folder)
-    return files.config.is_file() or files.checkpoints.is_dir()
+    if files.history.is_file() or files.checkpoint_index.is_file():
+        return True
+    try:
+        load_run_config(folder)
+    except UserError:
+        return False  # there is no config, or it is that of another program
+    return True
 
 
 def runs_below(folder: Path, depth: int = MAX_DEPTH) -> list[Path]:
@@ -48,7 +54,10 @@ def describe_runs(folder: Path, runs: Sequence[Path]) -> str:
 def summary(run: Path) -> list[str]:
     """Return the steps that a run has done, and its main scores."""
     config = load_run_config(run)
-    step = max((row["step"] for row in read_history(run) if row.get("split", "train") == "train"), default=0)
+    step = max((row["step"] for row in read_history(run) if row.get("split", "train") == "train"), default=None)
+    if step is None:  # an exported run has no history
+        checkpoint = load_checkpoint(run, with_optimizer=False)
+        step = 0 if checkpoint is None else checkpoint.state["step"]
     scores = ["not evaluated"] if read_metrics(run) is None else describe_scores(run)
     return [f"step {step:,} of {config.train.steps:,}", *scores]
 

@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> None:
     if args.num_samples * args.horizon > MAX_SEGMENTS:
         raise UserError(f"--num-samples times --horizon must be at most {MAX_SEGMENTS:,}")
     trained = load_run(args)
+    if trained.source.content != "frames":
+        raise UserError(f"rollout needs a run on videos: this one has data.source={trained.config.data.source}")
     check_video(args.video)
     check_out_file(args.out, ".npz")
     clip = read_clip(trained, args.video, args.start_frame)

@@ -123,9 +123,11 @@ def run_step(name: str, step: Step, key: str, out: Path, lock: int, stop: Callab
             child.wait()
     if child.returncode:
         return reason_of(folder / "log.txt", child.returncode)[1]
+    reason = keep_results(step, key, out, folder, time.monotonic() - began_s)
+    (folder / STOPPED).unlink(missing_ok=True)
     if number := stop():
         raise Interrupted(number)
-    return keep_results(step, key, out, folder, time.monotonic() - began_s)
+    return reason
 
 
 def shell_command(step: Step) -> str:

@@ -253,22 +253,21 @@ class Reproduction:
     steps: Mapping[str, Step]
 
     def select(self, name: str) -> list[Table]:
-        """Return the tables of a section or the table whose address this is; the beginning is enough if one matches.
+        """Return the tables whose addresses begin with this name: those of a section, or some of its tables.
 
         Raises:
             UserError: there is none, the beginning fits several sections, or the section cannot be reproduced.
         """
-        addresses = [*self.sections, *(table.address for table in self.tables)]
-        if name not in addresses:
-            near = list(dict.fromkeys(address for address in addresses if address.startswith(name)))
-            of_one = {address.partition("/")[0] for address in near}
-            if len(of_one) != 1:
-                kind = f"may be {' or '.join(near)}" if near else f"is not a table{did_you_mean(name, addresses)}"
-                raise UserError(f"{shown(name)} {kind}: `worldmodel reproduce` lists the tables")
-            name = near[0]
-        if (section := self.sections.get(name)) and section.not_reproduced:
-            raise UserError(f"{name} cannot be reproduced: {section.not_reproduced}")
-        return [table for table in self.tables if table.address == name or table.address.startswith(f"{name}/")]
+        addresses = list(dict.fromkeys([*self.sections, *(table.address for table in self.tables)]))
+        beginning = f"{name}/" if name in addresses else name
+        chosen = [address for address in addresses if address == name or address.startswith(beginning)]
+        of_sections = {address.partition("/")[0] for address in chosen}
+        if len(of_sections) != 1:
+            kind = f"may be {' or '.join(chosen)}" if chosen else f"is not a table{did_you_mean(name, addresses)}"
+            raise UserError(f"{shown(name)} {kind}: `worldmodel reproduce` lists the tables")
+        if (section := self.sections.get(chosen[0])) and section.not_reproduced:
+            raise UserError(f"{chosen[0]} cannot be reproduced: {section.not_reproduced}")
+        return [table for table in self.tables if table.address in chosen]
 
     def needed(self, tables: Sequence[Table]) -> list[str]:
         """Return the names of all steps that these tables need, in an order in which they can run."""

@@ -182,6 +182,31 @@ def test_folders_of_evaluated_runs_are_compared_without_training(
         compare.compare_folders(parsed(*arguments))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "tells"),
+    [
+        (["--jobs", "2"], "--runs takes --out only, not --jobs"),
+        (["--launch", "none"], "--runs takes --out only, not --launch"),
+        (["--table-only"], "--runs takes --out only, not --table-only"),
+        (["--skip-refused"], "--runs takes --out only, not --skip-refused"),
+        (["seed=1"], "--runs takes --out only, not seed=1"),
+    ],
+)
+def test_given_runs_take_no_options_of_a_grid(tmp_path: Path, arguments: list[str], tells: str) -> None:
+    assert_one_line("--runs", "a", "b", "--out", str(tmp_path / "out"), *arguments, tells=tells)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_given_once(tmp_path: Path) -> None:
+    run = make_grid(parsed(*grid(tmp_path / "made", objectives="byol")))[0][0]
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.yaml").write_text(to_yaml(run.config))
+    (run.folder / "metrics.json").write_text("{}")
+    (tmp_path / "link").symlink_to(run.folder)
+    twice = [str(run.folder), str(tmp_path / "link"), "--out", str(tmp_path / "out")]
+    assert_one_line("--runs", *twice, tells="link: this run is given twice")
+
+
 def test_scores_that_cannot_be_compared_name_no_winner(tmp_path: Path) -> None:
     """Those of two runs without labels are in the spaces of two embeddings."""
     speed, place = ({"name": name, "unit": "px", "dimensions": ["x"]} for name in ("speed", "position"))

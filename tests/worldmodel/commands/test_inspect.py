@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import worldmodel
 from data_pipelines.indexing.index_file import INDEX_NAME
 from data_pipelines.shards.index_file import SHARDS_NAME
 from data_pipelines.shards.packing import pack_videos
@@ -144,7 +145,31 @@ def test_damaged_runs(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureF
         assert "Traceback" not in text and ("    error: " in text or name == "metrics.jsonl"), text
     bare = tmp_path / "bare"
     (bare / "checkpoints").mkdir(parents=True)
+    shutil.copy(trained_run / "checkpoints" / "index.json", bare / "checkpoints")
     assert "error: no run in" in output(capsys, bare)
+
+
+def test_videos_with_files_of_another_program(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(world / "test", tmp_path / "videos")
+    (tmp_path / "videos" / "checkpoints").mkdir()
+    (tmp_path / "videos" / "config.yaml").write_text("camera: front\n")
+    assert "videos" in output(capsys, tmp_path / "videos").splitlines()[0]
+
+
+def test_a_link_is_shown_under_its_own_name(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "alias.mp4").symlink_to(world / "test" / "000000.mp4")
+    assert "9 frames" in output(capsys, tmp_path / "alias.mp4", "--sheet", str(tmp_path / "linked.png"))
+    output(capsys, world / "test" / "000000.mp4", "--sheet", str(tmp_path / "direct.png"))
+    sheets = [np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("linked", "direct")]
+    rows = min(len(sheet) for sheet in sheets) // 2
+    assert (sheets[0][-rows:] == sheets[1][-rows:]).all()
+
+
+def test_an_exported_run_has_the_steps_of_its_weights(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worldmodel.export(worldmodel.load(trained_run), tmp_path / "runs" / "exported")
+    assert "step 6 of 6, not evaluated" in output(capsys, tmp_path / "runs")
 
 
 def test_inputs_that_are_no_data_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+import worldmodel
 from data_pipelines.errors import UserError
-from tests.conftest import REPO, run_here, videos_of
+from tests.conftest import REPO, TINY, run_here, videos_of
 from worldmodel.commands import compare, grid, jobs, main
 from worldmodel.config import Config, load_config, to_yaml
 from worldmodel.config.shipped import command_for_data, shipped_configs
@@ -105,6 +106,16 @@ def test_devices_and_numbers(refused: Call, trained_run: Path, long_video: Path,
     assert "it has 36 frames" in refused("rollout", *given, *npz, "--start-frame", -5)
     assert "it has 36 frames" in refused("rollout", *given, *npz, "--start-frame", 10**30)
     assert "--peaks must be at most" in refused("surprise", *given, "--out", tmp_path, "--peaks", 10**9)
+
+
+def test_a_causal_run_is_not_rolled_out_over_a_video(
+    refused: Call, long_video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [*TINY, "data.source=causal", "data.batch_size=32", "train.steps=1", f"run_dir={tmp_path / 'run'}"]
+    run = worldmodel.train(load_config(REPO / "configs" / "causal" / "heteroscedastic.yaml", overrides))
+    capsys.readouterr()
+    given = ["--run", run, "--video", long_video, "--out", tmp_path / "f.npz"]
+    assert "rollout needs a run on videos" in refused("rollout", *given)
 
 
 def test_a_video_whose_name_looks_like_a_formula(trained_run: Path, long_video: Path, tmp_path: Path) -> None:

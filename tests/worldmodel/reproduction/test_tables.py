@@ -145,6 +145,8 @@ def test_names_may_be_short_if_they_fit_one_section() -> None:
     rooms = [table.address for table in files.select("planning-two-rooms")]
     assert rooms == [f"planning-two-rooms/{name}" for name in ("fixed-wall", "random-walls", "slips")]
     assert [table.address for table in files.select("planning-two-rooms/slips")] == rooms[2:]
+    assert [table.address for table in files.select("planning-two-rooms/")] == rooms
+    assert [table.address for table in files.select("planning-two-rooms/s")] == rooms[2:]
     for name, message in (
         ("planning-t", "may be planning-two"),
         ("gamse", "did you mean"),
