@@ -1,4 +1,4 @@
-"""Find the training clips that made a forecast: those that lowered its loss most, and those that raised it most.
+"""Find the training clips that influenced a forecast: those that lowered its loss most, and those that raised it most.
 
 The forecast is that of a clip of the video: its context, and what followed. Writes influence.csv, with a row for each
 training clip, the most helpful first, and influence.png, with the frames of the clip and of the training clips at both

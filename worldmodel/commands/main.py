@@ -30,7 +30,7 @@ COMMANDS = {
     "rollout": "sample futures of a video, as embeddings",
     "embed": "write the embeddings of a collection of videos as Parquet",
     "surprise": "score every transition of a video by its surprise",
-    "influence": "find the training clips that made a forecast",
+    "influence": "find the training clips that influenced a forecast",
     "decode": "train a decoder, and show sampled futures as pictures",
     "plan": "reach goal images in an environment by planning with a run",
     "export": "export a run into a folder that loads on any machine",

@@ -154,7 +154,7 @@ class VideosConfig:
     num_workers: RepeatFrom0 = 1
     """Decoding processes per training process. 0: the training process decodes."""
     decoder: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
-    """Library that decodes videos. auto: the best for each file."""
+    """Library that decodes videos. auto: the first of these that is installed."""
     decode_timeout_s: Seconds = 60.0
     """Time limit for decoding one clip, seconds. A slower decoding process is replaced and the frame skipped."""
     max_bad_fraction: Fraction = 0.1

@@ -103,7 +103,8 @@ def _override_value(override: str, text: str, kind: Any) -> Any:
     try:
         return parse_yaml(text, kind)
     except yaml.YAMLError as error:
-        raise UserError(f"override {shown(override)}: the value is not valid YAML") from error
+        hint = ", put quotes around the whole override if it has spaces" if text.startswith(("{", "[")) else ""
+        raise UserError(f"override {shown(override)}: the value is not valid YAML{hint}") from error
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

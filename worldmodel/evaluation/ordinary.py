@@ -48,7 +48,7 @@ def threshold_at(rate: float, surprise: np.ndarray) -> float:
         needed = math.ceil(round(1 / rate, 6)) - 1
         raise UserError(
             f"a false alarm rate of {rate:g} needs {needed:,} selection transitions, but the run was evaluated with "
-            f"{count:,}: ask for a higher rate, or evaluate with more evaluation.selection_clips"
+            f"{count:,}: ask for a higher rate, or evaluate with more videos or evaluation.selection_clips"
         )
     return float(surprise[rank - 1])
 

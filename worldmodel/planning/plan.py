@@ -8,7 +8,7 @@ from typing import Literal
 import gymnasium
 import numpy as np
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.files import write_errors
 from worldmodel.build import clip_layout
 from worldmodel.config import CategoricalConfig, CemConfig, GradientConfig, IcemConfig, PlanningConfig
@@ -33,6 +33,8 @@ from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import read_decoder_facts, read_metrics, write_planning
 from worldmodel.runs.planning_metrics import Planned, PlannedWithLabels, Planning, ProtocolFacts
 from worldmodel.runs.trained_run import TrainedRun
+
+log = one_line_logger(__name__)
 
 PolicyName = Literal["search", "gc"]
 
@@ -142,6 +144,13 @@ def check_actions(protocol: PlanningProtocol, config: PlanningConfig) -> None:
         )
     if not isinstance(space, gymnasium.spaces.Box | gymnasium.spaces.Discrete):
         raise UserError(f"the environment {protocol.env} has actions of {space}: planning needs Box or Discrete")
+    if isinstance(space, gymnasium.spaces.Box) and not ((space.low == -1).all() and (space.high == 1).all()):
+        log.warning(
+            "the environment %s has actions of %s, and plans hold actions in [-1, 1] only: record and plan in one with "
+            "gymnasium.wrappers.RescaleAction",
+            protocol.env,
+            space,
+        )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from worldmodel.config import External, IcemConfig, PlanningConfig, load_config
 from worldmodel.evaluation.records import load_records
 from worldmodel.planning import goal_conditioned
 from worldmodel.planning.controls import PrivilegedPolicy, RandomPolicy
+from worldmodel.planning.plan import check_actions
 from worldmodel.planning.planned_episodes import PlannedEpisode
 from worldmodel.planning.planners import Cost, Plan
 from worldmodel.planning.protocol import (
@@ -102,6 +103,35 @@ def test_the_script_prints_and_writes_success_its_controls_and_the_protocol(plan
 
 
 @pytest.mark.slow
+def test_the_guide_acts_in_python(planner: Path) -> None:
+    """With the block of docs/planning.md, as it is."""
+    page = (REPO / "docs" / "planning.md").read_text(encoding="utf-8").partition("## Actions from Python\n")[2]
+    code = page.partition("```python\n")[2].partition("```")[0].replace("runs/two_rooms", str(planner))
+    env, executed = protocol().make_env(), []
+    env.reset(seed=0)
+
+    def execute(actions: np.ndarray) -> None:
+        executed.append(actions)
+        for action in actions:
+            env.step(action)
+
+    exec(code, {"goal": env.get_wrapper_attr("goal_frame")(), "camera": env.render, "execute": execute})
+    assert len(executed) == 10 and {each.shape for each in executed} == {(1, 2)} and np.any(executed)
+
+
+def test_actions_of_another_range_are_warned_of(
+    planner: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config(planner / "config.yaml").planning
+    check_actions(protocol(), config)
+    assert not caplog.records
+    env = protocol().make_env()
+    env.action_space = gymnasium.spaces.Box(-3, 3, (2,), np.float32)
+    monkeypatch.setattr(PlanningProtocol, "make_env", lambda _: env)
+    check_actions(protocol(), config)
+    assert "plans hold actions in [-1, 1] only" in caplog.text
+
+
 def test_the_report_has_the_planning_by_itself_and_beside_the_forecasts(planner: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(planner, run)
