@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from data_pipelines.errors import UserError, one_line_logger
 from worldmodel.commands.process import keep_freed_memory
 from worldmodel.commands.shared import (
-    add_allow_remote,
+    add_data,
     add_overwrite,
     add_run,
     add_seed,
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_seed(parser, "seed of the decoder")
     add_overwrite(parser, "the run's decoder")
-    add_allow_remote(parser)
+    add_data(parser)
 
 
 def run(args: argparse.Namespace) -> None:

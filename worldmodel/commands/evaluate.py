@@ -10,7 +10,7 @@ from pathlib import Path
 
 from worldmodel.commands.process import keep_freed_memory
 from worldmodel.commands.shared import (
-    add_allow_remote,
+    add_data,
     add_run,
     check_remote,
     load_run,
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare", type=Path, metavar="FOLDER", help="an evaluated run without a latent variable, shown as a control"
     )
-    add_allow_remote(parser)
+    add_data(parser)
 
 
 def run(args: argparse.Namespace) -> None:

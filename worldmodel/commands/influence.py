@@ -21,7 +21,7 @@ from data_pipelines.errors import UserError, printable
 from data_pipelines.files import write_bytes, write_text
 from worldmodel.commands.process import keep_freed_memory
 from worldmodel.commands.shared import (
-    add_allow_remote,
+    add_data,
     add_out,
     add_run,
     add_video,
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"training clips to compare, at most, spread evenly over all (default: {2**14:,})",
     )
-    add_allow_remote(parser)
+    add_data(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from data_pipelines.errors import UserError
 from data_pipelines.text_files import shown
 from worldmodel.commands.shared import (
-    add_allow_remote,
+    add_data,
     add_env,
     add_env_kwargs,
     add_overrides,
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=int, default=50, metavar="N", help="steps per episode (default: 50)")
     parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="seed of the first episode (default: 0)")
     add_overrides(parser, "values that replace the config's", metavar="planning.KEY=VALUE")
-    add_allow_remote(parser)
+    add_data(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -110,8 +110,11 @@ def add_overrides(parser: argparse.ArgumentParser, meaning: str, metavar: str = 
     parser.add_argument("overrides", nargs="*", metavar=metavar, help=meaning)
 
 
-def add_allow_remote(parser: argparse.ArgumentParser) -> None:
-    """Add --allow-remote, on which `check_remote` insists."""
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add --data-root, which `load_run` reads, and --allow-remote, on which `check_remote` insists."""
+    parser.add_argument(
+        "--data-root", metavar="FOLDER", help="the run's videos, if they are no longer where its config says"
+    )
     parser.add_argument(
         "--allow-remote", action="store_true", help="allow reading the run's videos from the URL in its config"
     )
@@ -129,7 +132,7 @@ def trust_code(args: argparse.Namespace) -> bool:
 
 
 def load_run(args: argparse.Namespace) -> "TrainedRun":
-    """Load the run of a command with `add_run`, and warn if its training has not ended.
+    """Load the run of a command with `add_run`, on the videos of `add_data`, and warn if its training has not ended.
 
     Raises:
         UserError: this machine has no such device, or as `worldmodel.load`.
@@ -137,7 +140,8 @@ def load_run(args: argparse.Namespace) -> "TrainedRun":
     from worldmodel.runs.trained_run import load
 
     device = check_device(args.device)
-    run = load(args.run, which=args.checkpoint, device=device, trust_code=trust_code(args))
+    root = getattr(args, "data_root", None)
+    run = load(args.run, which=args.checkpoint, device=device, trust_code=trust_code(args), data_root=root)
     warn_if_unfinished(args, run)
     return run
 

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.transforms import split_segments, to_float
 from worldmodel.build import build_training_model, clip_layout
-from worldmodel.config import Config, GaussianConfig, PretrainedConfig, VideosConfig, check_trust, outside_names
+from worldmodel.config import (
+    Config,
+    GaussianConfig,
+    ImagesConfig,
+    PretrainedConfig,
+    VideosConfig,
+    check_trust,
+    outside_names,
+)
 from worldmodel.evaluation.decoded import decode_paths, load_decoder
 from worldmodel.evaluation.embed import Networks
 from worldmodel.evaluation.influence import Influence, InfluenceOptions, video_influence
@@ -315,6 +323,7 @@ def load(
     device: str | torch.device = "cpu",
     revision: str | None = None,
     trust_code: bool = False,
+    data_root: str | Path | None = None,
 ) -> TrainedRun:
     """Load a run folder, an exported run, or a run of the Hugging Face Hub.
 
@@ -325,10 +334,11 @@ def load(
         device: the device of the networks.
         revision: a branch, a tag or a commit of the repository; by default the main branch.
         trust_code: import the code from outside of the project that the run's config names.
+        data_root: the folder or URL of the run's data, if it is no longer the data.root of its config.
 
     Raises:
-        UserError: there is no such run, it has no checkpoint, the checkpoint is damaged, the download fails, or the
-            config names code from outside without `trust_code`.
+        UserError: there is no such run, it has no checkpoint, the checkpoint is damaged, the download fails, the config
+            names code from outside without `trust_code`, or the run has no data.root.
 
     Examples:
         >>> run = worldmodel.load("runs/demo")
@@ -338,6 +348,8 @@ def load(
     folder = _folder_of(run, which, revision)
     config = load_run_config(folder)
     check_trust(config, trust_code, source=f"{folder}/config.yaml")
+    if data_root is not None:
+        config = _with_data_root(config, str(data_root))
     checkpoint = load_checkpoint(folder, which, with_optimizer=False)
     if checkpoint is None:
         raise UserError(f"the run {run} has no checkpoint yet: train it first")
@@ -351,6 +363,13 @@ def load(
         teacher.load_state_dict(checkpoint.teacher)
         teacher = teacher.to(device).eval()
     return TrainedRun(folder, config, training.to(device).eval(), teacher, checkpoint.state)
+
+
+def _with_data_root(config: Config, root: str) -> Config:
+    data = config.data
+    if not isinstance(data, VideosConfig | ImagesConfig):
+        raise UserError(f"the clips of data.source={data.source} are not in a folder: leave out the data root {root!r}")
+    return dataclasses.replace(config, data=dataclasses.replace(data, root=root))
 
 
 def _folder_of(run: str | Path, which: Literal["latest", "best"], revision: str | None) -> Path:

@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import worldmodel
 from data_pipelines.decoders import read_frames
 from data_pipelines.errors import UserError
 from data_pipelines.worlds.law import Quantity
-from tests.conftest import REPO
+from tests.conftest import REPO, videos_of
 from worldmodel import TrainedRun, load
+from worldmodel.commands.main import main
+from worldmodel.config import Config
 from worldmodel.evaluation.readout import Readout, load_readout, save_readout
 from worldmodel.evaluation.surprise import SEGMENTS_AT_ONCE
 
@@ -43,6 +46,28 @@ def evaluated(trained_run: Path, tmp_path: Path) -> TrainedRun:
     loaded = load(folder)
     save_readout(folder, readout(), CENTROID, loaded.state["step"])
     return loaded
+
+
+def test_videos_that_were_moved_are_named(
+    trained_run: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a folder from which the data.root of the exported config leads nowhere."""
+    exported, moved = worldmodel.export(load(trained_run), tmp_path / "exported"), tmp_path / "moved"
+    moved.symlink_to(world)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"is not a folder below|does not exist"):
+        worldmodel.evaluate(load(exported))
+    here = load(exported, data_root=moved)
+    assert here.source.content == "frames" and videos_of(here.config).root == str(moved)
+    given = ["decode", "--run", "exported", "--steps", "1", "--clips", "4"]
+    assert main([*given, "--data-root", "moved"]) == 0 and "mean squared error" in capsys.readouterr().out
+    assert "root: moved" not in (exported / "config.yaml").read_text()
+
+
+def test_clips_that_are_generated_have_no_folder(tiny_config: Callable[..., Config]) -> None:
+    folder = worldmodel.train(tiny_config("data.source=moving_mnist", "train.steps=1"))
+    with pytest.raises(UserError, match=r"data\.source=moving_mnist are not in a folder: leave out the data root 'a'"):
+        load(folder, data_root="a")
 
 
 def test_networks_are_in_evaluation_mode(run: TrainedRun) -> None:
