@@ -34,10 +34,10 @@ class PyAVReader:
         self._av_errors = decoding_errors()
         self._path, self._video = path, video
         self._size_px = size_px
-        self._format = "gray" if channels == 1 else "gbrp"  # planar: nothing to transpose
         # As stored: pictures are rotated last.
         self._size = (video.width, video.height) if video.quarter_turns % 2 else (video.height, video.width)
         self._scaled_size = scaled_size(self._size, size_px)
+        self._format = "gray" if channels == 1 else _colour_format(self._size, self._scaled_size)
         self._frame_of_pts = dict(zip(video.keyframe_pts, video.keyframes, strict=False))
         self._pts_of_frame = {frame: pts for pts, frame in self._frame_of_pts.items()}
         self._open()
@@ -163,6 +163,15 @@ def _luma(decoded: "VideoFrame") -> Frame | None:
     return None
 
 
+def _colour_format(size: tuple[int, int], scaled: tuple[int, int]) -> str:
+    """Return the format that frames in colour are converted to: planar, so that there is nothing to transpose.
+
+    The direct conversion of subsampled colour to planes, without scaling, leaves up to the last eight columns unwritten
+    unless the width is a multiple of 16 (libswscale 9.5 on x86).
+    """
+    return "rgb24" if size == scaled and size[1] % 16 else "gbrp"
+
+
 _thread = threading.local()
 
 
@@ -193,6 +202,9 @@ def _reformat(decoded: "VideoFrame", format_name: str, size: tuple[int, int]) ->
     if format_name == "gray":
         return _plane(frame, 0)[None].copy()
     planes = frame.planes
+    if format_name == "rgb24":
+        lines = np.frombuffer(memoryview(planes[0]), np.uint8).reshape(-1, planes[0].line_size)
+        return np.ascontiguousarray(lines[:height, : 3 * width].reshape(height, width, 3).transpose(2, 0, 1))
     # One copy of all planes. np.stack of views takes three times as long for small frames.
     joined = np.frombuffer(b"".join([planes[2], planes[0], planes[1]]), np.uint8)
     return joined.reshape(len(planes), -1, planes[0].line_size)[:, :height, :width]

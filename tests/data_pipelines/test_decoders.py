@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 
@@ -249,6 +250,31 @@ def test_resize_keeps_the_centre(tmp_path: Path, write_video: Any, decoder: str,
     assert np.abs(frame[:, 2:14, 2:14] - 220).max() <= 4
     assert np.abs(frame[:, 18:30, 2:30] - 100).max() <= 4
     assert np.abs(frame[:, 2:14, 18:30] - 100).max() <= 4
+
+
+def gradient(height: int, width: int) -> np.ndarray:
+    """Colours that change slowly over a picture, uint8 [H, W, 3]."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([40 + x, 60 + y, 220 - x], axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuvj420p", "yuv422p", "yuva420p", "nv12", "yuv444p", "rgb24"])
+def test_every_column_of_a_colour_picture_is_converted(pix_fmt: str) -> None:
+    for width in range(17, 150):
+        image = gradient(33, width)
+        frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format=pix_fmt)
+        size = image.shape[:2]
+        found = pyav._reformat(frame, pyav._colour_format(size, size), size)
+        assert np.abs(found.transpose(1, 2, 0).astype(int) - image).max() < 12, width
+
+
+@pytest.mark.parametrize("width", [84, 100, 150])
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_colour_pictures_of_any_width(tmp_path: Path, write_video: Any, decoder: str, width: int) -> None:
+    image = gradient(48, width)
+    path = write_video(tmp_path / "v.mp4", images=[image] * 3)
+    for frame in read_frames(path, channels=3, size_px=None, decoder=decoder):
+        assert np.abs(frame.transpose(1, 2, 0).astype(int) - image).max() < 16
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
