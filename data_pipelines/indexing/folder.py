@@ -130,8 +130,6 @@ def index_folder(
     if part is not None:
         stem, extra = part_stem(*part), {"folder": hash_of_paths(paths)}
         paths = paths[part[0] - 1 :: part[1]]
-        if not paths:
-            raise UserError(f"part {part[0]} of {part[1]} of '{root}' is empty: use fewer parts")
     known, stale = _split_by_freshness(root, paths, stored, max_frame_px)
     new = index_files(root, stale, num_workers=num_workers, progress=progress, max_frame_px=max_frame_px)
     fresh = {entry.path: entry for entry in new}

@@ -20,6 +20,9 @@ from data_pipelines.formats.video_folder import VideoFolder
 from data_pipelines.index import VideoIndex
 from data_pipelines.shards.index_file import SHARDS_NAME, Entry, write_shards
 
+MAX_MEMBER_BYTES = 2**33
+"""The size of a file that the header of a tar archive cannot state."""
+
 
 def pack_videos(
     source: Path,
@@ -51,6 +54,8 @@ def pack_videos(
     if not isinstance(found, VideoFolder):
         raise UserError(f"'{source}' is {found.name}: only a folder of video files can be packed; it is read as it is")
     index = load_videos(source, format=found, siblings=siblings, progress=progress)
+    if large := [video.path for video in index.videos if video.size_bytes >= MAX_MEMBER_BYTES]:
+        raise UserError(f"'{large[0]}' has more than 8 GiB, the most in a tar archive: cut it into parts")
     rows = np.argsort(np.random.Generator(np.random.PCG64(seed)).random(len(index.videos)), kind="stable").tolist()
     aside = out.absolute().with_name(f".{out.name}.packing")
     _make_packing_folder(aside)

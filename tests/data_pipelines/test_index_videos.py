@@ -54,6 +54,22 @@ def test_parts_and_merge(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert [path.name for path in folder.glob(".*")] == [INDEX_NAME]
 
 
+def test_splits_that_share_a_folder_are_indexed_once(
+    tmp_path: Path, write_video: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And those with fewer videos than parts are merged, too."""
+    for name in ("train/a", "train/b", "train/c", "test/a"):
+        write_video(tmp_path / f"{name}.mp4", video=ord(name[-1]) - 97)
+    for part in range(1, 4):
+        assert _run(monkeypatch, str(tmp_path), "--part", f"{part}/3", "--workers", "1") == 0
+    capsys.readouterr()
+    assert _run(monkeypatch, str(tmp_path), "--merge") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("3 videos") == printed.count("1 videos") == 1
+    assert _run(monkeypatch, str(tmp_path), "--verify", "--workers", "1") == 0
+    assert capsys.readouterr().out.count("0 changes") == 2
+
+
 def test_each_split_folder_gets_an_index(tmp_path: Path, write_video: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = [tmp_path / name for name in ("train", "validation", "test")]
     for folder in folders:

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     part = parse_part(args.part) if args.part else None
     check_counts(args, "workers")
     splits = split_folders(args.root)
-    folders = [args.root] if splits is None else list(map(Path, splits.values()))
+    folders = [args.root] if splits is None else [Path(folder) for folder in dict.fromkeys(splits.values())]
     if args.verify:
         verify(folders, args.workers)
         return

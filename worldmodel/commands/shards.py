@@ -14,14 +14,16 @@ import argparse
 from pathlib import Path
 
 from data_pipelines.errors import UserError
-from worldmodel.commands.shared import add_seed
+from worldmodel.commands.shared import add_seed, check_seed
+
+SHARD_MB = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, nargs="?", metavar="SOURCE", help="folder of videos")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of shards")
     parser.add_argument(
-        "--shard-mb", type=float, default=64, metavar="MIB", help="MiB of video per shard (default: 64)"
+        "--shard-mb", type=float, default=SHARD_MB, metavar="MIB", help=f"MiB of video per shard (default: {SHARD_MB})"
     )
     add_seed(parser, "seed of the shuffle of videos over shards")
     parser.add_argument("--index", action="store_true", help="index the shards in OUT instead of packing")
@@ -33,6 +35,9 @@ def run(args: argparse.Namespace) -> None:
     from data_pipelines.shards.scan import index_shards
     from data_pipelines.split_folders import split_folders
 
+    check_seed(args)
+    if args.index and (args.shard_mb, args.seed) != (SHARD_MB, 0):
+        raise UserError("--index takes shards as they are: leave out --shard-mb and --seed")
     if args.index != (args.source is None):
         raise UserError("shards takes SOURCE and OUT, or --index and OUT")
     if args.index:
@@ -40,7 +45,10 @@ def run(args: argparse.Namespace) -> None:
         print(f"{len(load_videos(args.out).videos):,} videos in {args.out}")
         return
     splits = split_folders(args.source)
-    sources = {args.out: args.source} if splits is None else {args.out / name: Path(splits[name]) for name in splits}
+    sources = {args.out: args.source} if splits is None else {}
+    for name, folder in (splits or {}).items():
+        if Path(folder) not in sources.values():  # splits that share a folder share its shards in the same way
+            sources[args.out / name] = Path(folder)
     siblings = list(sources.values())
     for out, source in sources.items():
         index = pack_videos(source, out, siblings=siblings, shard_mb=args.shard_mb, seed=args.seed)

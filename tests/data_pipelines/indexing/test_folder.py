@@ -292,9 +292,16 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path, write_vid
     index_folder(tmp_path, part=(1, 2), num_workers=0, progress=False)
     with pytest.raises(UserError, match=r"has parts of 2 and parts of 3: remove the older ones"):
         merge_parts(tmp_path)
-    with pytest.raises(UserError, match=r"part 9 of 9 of .* is empty: use fewer parts"):
-        index_folder(tmp_path, part=(9, 9), progress=False)
     assert not (tmp_path / INDEX_NAME).exists()
+
+
+def test_more_parts_than_files_are_merged(tmp_path: Path, write_video: Any) -> None:
+    """As where several splits are indexed in as many parts."""
+    for number in range(2):
+        write_video(tmp_path / f"{number}.mp4", video=number)
+    for part in range(1, 5):
+        assert len(index_folder(tmp_path, part=(part, 4), num_workers=0, progress=False)) == (part <= 2)
+    assert [entry.path for entry in merge_parts(tmp_path)] == ["0.mp4", "1.mp4"]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["files", "shards"])

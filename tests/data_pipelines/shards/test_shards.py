@@ -21,8 +21,11 @@ from data_pipelines.shards import packing
 from data_pipelines.shards.index_file import SHARDS_NAME
 from data_pipelines.shards.packing import pack_videos
 from data_pipelines.shards.scan import index_shards
+from data_pipelines.split_folders import load_split
+from data_pipelines.splits import SPLITS
 from tests.conftest import run_here, run_script
 from tests.data_pipelines.conftest import DECODERS
+from worldmodel.commands.main import main
 
 NUM_VIDEOS = 12
 
@@ -44,6 +47,26 @@ def source(tmp_path_factory: pytest.TempPathFactory, write_video: Any) -> Path:
 def packed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> VideoIndex:
     out = tmp_path_factory.mktemp("packed") / "o,dd ,,: földer#?%"
     return pack_videos(source, out, shard_mb=0.008, progress=False)
+
+
+def test_splits_that_share_a_folder_share_its_shards(
+    tmp_path: Path, write_video: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that no video is in two splits."""
+    for name in [*(f"train/{number}" for number in range(12)), *(f"test/{number}" for number in range(3))]:
+        write_video(tmp_path / "in" / f"{name}.mp4", num_frames=12, video=int(name.rpartition("/")[2]))
+    assert main(["shards", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["test", "train"]
+    assert "15 videos" not in capsys.readouterr().out
+    for split in SPLITS:
+        before, after = (load_split(str(tmp_path / root), split) for root in ("in", "out"))
+        assert len(before.videos) == len(after.videos) > 0
+    held_out = {video.path for video in load_split(str(tmp_path / "out"), "selection").videos}
+    assert not held_out & {video.path for video in load_split(str(tmp_path / "out"), "train").videos}
+    for arguments in (["--seed", "1"], ["--shard-mb", "9"]):
+        with pytest.raises(SystemExit):
+            main(["shards", "--index", str(tmp_path / "out" / "train"), *arguments])
+        assert "leave out --shard-mb and --seed" in capsys.readouterr().err
 
 
 def _numbers(index: VideoIndex, row: int, read_numbers: Any, decoder: str = "pyav") -> set[tuple[int, int]]:
