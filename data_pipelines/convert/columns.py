@@ -229,6 +229,9 @@ def choose_labels(columns: Mapping[str, Column], keys: Keys, frames: str) -> dic
     for label, key in [*given.items(), *((name.rpartition("/")[2], name) for name in keys.labels)]:
         names = (key,) if key is not None else LABEL_NAMES[label]
         usable = [name for name in names if name != frames and _is_label(columns.get(name), num_rows)]
+        if usable and labels.get(label, usable[0]) != usable[0]:
+            both = f"{shown(labels[label])} and {shown(usable[0])}"
+            raise UserError(f"{both} would both be the label {shown(label)}: keep one of them")
         if usable:
             labels[label] = usable[0]
         elif key is not None:

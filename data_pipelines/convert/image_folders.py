@@ -13,6 +13,7 @@ from typing import Any
 
 from data_pipelines.containers import image_names, open_container, video_stream
 from data_pipelines.convert.episodes import Clip, Frame, Keys, checked_name
+from data_pipelines.convert.pictures import is_gray_picture
 from data_pipelines.decoders import read_facts, read_frames
 from data_pipelines.errors import UserError
 from data_pipelines.facts import Video
@@ -20,6 +21,7 @@ from data_pipelines.formats import image_folders
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
 from data_pipelines.indexing.folder import video_paths
+from data_pipelines.labels import metadata_in
 
 
 class ImageFolders:
@@ -33,7 +35,7 @@ class ImageFolders:
         return image_folders.ImageFolders().detect(str(source)) or (_is_clip(source) and not any(video_paths(source)))
 
     def episodes(self, source: Path, keys: Keys, siblings: Sequence[Path]) -> "list[FolderEpisode]":
-        if _is_clip(source):
+        if not image_folders.ImageFolders().detect(str(source)):
             name = source.absolute().name
             return [FolderEpisode(name, checked_name(name, str(source)), source, (source,), {}, {})]
         index = load_videos(source, siblings=siblings, max_bad_fraction=1.0)
@@ -54,7 +56,8 @@ def _episode_of(source: Path, index: VideoIndex, row: int) -> "FolderEpisode":
         frame_labels = {name: v[first : first + video.num_frames].numpy() for name, v in index.frame_labels.items()}
     labels = {name: values[row].tolist() for name, values in index.labels.items()}
     path = source / video.path
-    return FolderEpisode(video.path, checked_name(video.path, video.path), path, (path,), labels, frame_labels)
+    files = (path, *filter(None, map(metadata_in, dict.fromkeys((source, path.parent)))))
+    return FolderEpisode(video.path, checked_name(video.path, video.path), path, files, labels, frame_labels)
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,10 @@ def _channels(path: Path) -> int:
         raise UserError("its images have no known format")
     if any(component.bits > 8 for component in pixels.components):
         raise UserError(f"images of format {pixels.name}, with more than 8 bits: convert them to 8 bits")
-    return 1 if pixels.name == "gray" else 3
+    if pixels.name != "gray":
+        return 3
+    names = image_names(path)
+    return 1 if all(is_gray_picture(path / name) for name in names) else 3
 
 
 def _frames(path: Path, facts: Video, channels: int) -> Iterator[Frame]:

@@ -16,6 +16,7 @@ from typing import Any
 from data_pipelines.convert.episodes import PROVENANCE
 from data_pipelines.errors import UserError
 from data_pipelines.files import bounded_lines, read_text, replacing, write_text
+from data_pipelines.indexing.index_file import INDEX_NAME
 from data_pipelines.labels import METADATA_NAME
 from data_pipelines.shards.index_file import SHARDS_NAME
 from data_pipelines.shards.packing import pack_videos
@@ -32,6 +33,8 @@ Row = dict[str, Any]
 def start_output(place: Path, out: Path, facts: Mapping[str, Any], *, overwrite: bool) -> None:
     """Make the folder with its convert.json, or find the same one. Raises UserError: it holds something else."""
     ours = [folder for folder in dict.fromkeys([place, out]) if overwrite and (folder / SETTINGS_NAME).is_file()]
+    if out in ours and place != out and (foreign := _foreign_file(out)):
+        raise UserError(f"'{out}' also holds '{foreign}', which is not of the conversion: move it away first")
     for folder in ours:
         _remove(folder)
     begun = (place / SETTINGS_NAME).is_file()
@@ -53,21 +56,33 @@ def start_output(place: Path, out: Path, facts: Mapping[str, Any], *, overwrite:
     write_text(path, json.dumps(facts, indent=1) + "\n")
 
 
-def _remove(folder: Path) -> None:
-    """Remove what a conversion wrote: the videos that its rows name, the rows, shards, and its settings."""
+def _written(folder: Path) -> Iterator[Path]:
+    """Yield the files of a conversion: the videos that its rows name, the rows, shards, indices, and its settings."""
     for split in ("", *SPLITS):
         for name in (METADATA_NAME, PARTIAL_NAME, ROWS_NAME):
             for row in read_rows(folder / split / name):
                 with suppress(OSError):
-                    _video_path(folder / split, row).unlink()
-            (folder / split / name).unlink(missing_ok=True)
+                    yield _video_path(folder / split, row)
+            yield folder / split / name
         if (folder / split / SHARDS_NAME).is_file():
-            for path in [*(folder / split).glob("shard-*.tar"), folder / split / SHARDS_NAME]:
-                path.unlink()
-    (folder / SETTINGS_NAME).unlink()
+            yield from [*(folder / split).glob("shard-*.tar"), folder / split / SHARDS_NAME]
+        yield folder / split / INDEX_NAME
+    yield folder / SETTINGS_NAME
+
+
+def _remove(folder: Path) -> None:
+    for path in list(_written(folder)):
+        path.unlink(missing_ok=True)
     for split in SPLITS:
         with suppress(OSError):  # it is not there, or holds other files
             (folder / split).rmdir()
+
+
+def _foreign_file(folder: Path) -> str | None:
+    """Return the path of a file in the folder that its conversion did not write; None if there is none."""
+    written = set(_written(folder))
+    others = (path for path in sorted(folder.rglob("*")) if path not in written and not path.is_dir())
+    return next((path.relative_to(folder).as_posix() for path in others), None)
 
 
 def _video_path(folder: Path, row: Row) -> Path:

@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PICTURE_BYTES = 2**28
+PNG_BEGINS = b"\x89PNG\r\n\x1a\n"
 
 
 def decode_picture(content: bytes) -> Frame:
     """Return a JPEG, PNG or WebP picture as a frame. Raises UserError: it is damaged, too large, or has 16 bits."""
     if len(content) > MAX_PICTURE_BYTES:
         raise UserError(f"a picture of {len(content):,} bytes: at most {MAX_PICTURE_BYTES:,} are accepted")
+    if content[:8] == PNG_BEGINS and content[24:25] == b"\x10":  # Pillow would cut colours to 8 bits
+        raise UserError("a picture with 16 bits: convert it to 8 bits")
     try:
         with open_picture(io.BytesIO(content), ("JPEG", "PNG", "WEBP")) as picture:
             return frame_of(picture)
@@ -51,6 +54,15 @@ def frame_of(picture: "Image") -> Frame:
     if picture.mode[0] in "IF":
         raise UserError(f"a picture of mode {picture.mode}, with more than 8 bits: convert it to 8 bits")
     return np.asarray(picture.convert("RGB"))
+
+
+def is_gray_picture(path: Path) -> bool:
+    """Return whether a file is a gray picture of at most 8 bits. Raises UserError: it is damaged, or too large."""
+    try:
+        with open_picture(path, ("JPEG", "PNG")) as picture:
+            return picture.mode in ("1", "L")
+    except picture_errors() as error:
+        raise UserError(f"'{path.name}' cannot be read: {one_line(error)}") from None
 
 
 def picture_errors() -> Any:

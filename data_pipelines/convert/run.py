@@ -87,6 +87,9 @@ class Converted(NamedTuple):
     psnr_db: Mapping[str, float]
 
 
+MORE_EPISODES = "it has more episodes than the shards"
+
+
 class SourceChangedError(UserError):
     """The source is not the one that the output was begun with."""
 
@@ -113,7 +116,7 @@ def convert(source: Path, out: Path, settings: Conversion) -> Converted:
     layout, episodes = find_episodes(source, settings.keys)
     try:
         with write_errors(out):
-            place = out.with_name(f".{out.name}.videos") if settings.in_shards else out
+            place = _beside(out) if settings.in_shards else out
             if settings.in_shards and (out / SETTINGS_NAME).is_file() and not settings.overwrite:
                 place, rows_name = out, ROWS_NAME
             else:
@@ -128,6 +131,13 @@ def convert(source: Path, out: Path, settings: Conversion) -> Converted:
             f"a process that read '{source}' has died: a file of it crashes a decoder, or memory ran out; use fewer "
             "processes, or find the file by converting parts"
         ) from None
+
+
+def _beside(out: Path) -> Path:
+    """Return the folder of the videos that become shards. Raises UserError: shards would replace the current folder."""
+    if out.resolve() == Path.cwd():
+        raise UserError("shards replace their folder, which must not be the current one: name another folder")
+    return out.with_name(f".{out.name}.videos")
 
 
 def _facts(layout: Layout, settings: Conversion) -> dict[str, Any]:
@@ -198,8 +208,8 @@ def _convert_split(
     if gone := rows.keys() - {job.name for job in jobs}:
         raise SourceChangedError(f"it no longer has the episode of '{min(gone)}'")
     pending = [job for job in jobs if not job.is_done]
-    if in_shards and any(job.row is None for job in pending):
-        raise SourceChangedError("it has more episodes than the shards")
+    if in_shards and not settings.skip_bad and any(job.row is None for job in pending):
+        raise SourceChangedError(MORE_EPISODES)
     bad: dict[str, str] = {}
     if pending:
         with appending(folder / PARTIAL_NAME) as note, tqdm(total=len(pending), desc=title, unit="video") as bar:
@@ -248,6 +258,9 @@ def _work(job: _Job) -> tuple[Row | None, str]:
     try:
         with job.episode.open() as clip:
             labels = label_fields(clip)
+            if job.row is None and job.in_shards:  # those that were left out must still be bad
+                source_digest(clip, job.crf)
+                raise SourceChangedError(MORE_EPISODES)
             if job.row is not None:
                 before = {key: value for key, value in job.row.items() if key not in ("file_name", *PROVENANCE)}
                 if labels != before or source_digest(clip, job.crf) != job.row["source_digest"]:

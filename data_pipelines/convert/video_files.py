@@ -47,12 +47,12 @@ def write_clip(path: Path, clip: Clip, fps: Fraction, crf: int | None) -> Writte
         if clip.video is not None and crf is None:
             digest, psnr_db = _copy(clip.video, path), None
         else:
-            hashes = _encode(path, clip, clip.fps or fps, crf)
+            hashes, is_gray = _encode(path, clip, clip.fps or fps, crf)
             digest, psnr_db = _digest_of(hashes), None
             if crf is None:
-                _check_lossless(path, hashes, is_gray=_is_gray(clip))
+                _check_lossless(path, hashes, is_gray=is_gray)
             else:
-                psnr_db = _measure_psnr(path, clip)
+                psnr_db = _measure_psnr(path, clip, is_gray=is_gray)
     except UserError:
         with suppress(OSError):
             path.unlink()
@@ -82,15 +82,18 @@ def _copy(source: Path, path: Path) -> str:
     return digest
 
 
-def _encode(path: Path, clip: Clip, fps: Fraction, crf: int | None) -> list[bytes]:
-    """Encode the frames of a clip. Returns a hash of each. Raises UserError."""
+def _encode(path: Path, clip: Clip, fps: Fraction, crf: int | None) -> tuple[list[bytes], bool]:
+    """Encode the frames of a clip. Returns a hash of each, and whether they are gray. Raises UserError."""
     import av
 
     hashes: list[bytes] = []
+    is_gray = False
 
     def hashed() -> Iterator[Frame]:
+        nonlocal is_gray
         for frame in checked_frames(clip):
             hashes.append(_hash_of(frame))
+            is_gray = frame.ndim == 2
             yield frame
 
     try:
@@ -100,7 +103,7 @@ def _encode(path: Path, clip: Clip, fps: Fraction, crf: int | None) -> list[byte
         if isinstance(error.__context__, OSError):  # PyAV hides what writing to the file raised
             raise error.__context__ from None
         raise UserError(f"its frames cannot be encoded: {one_line(error)}") from None
-    return hashes
+    return hashes, is_gray
 
 
 def _encode_frames(file: BinaryIO, frames: Iterator[Frame], fps: Fraction, frame_ms: Any, crf: int | None) -> None:
@@ -144,10 +147,10 @@ def _check_lossless(path: Path, hashes: list[bytes], *, is_gray: bool) -> None:
             raise UserError(f"frame {number} of the written file does not decode to the frame of the source")
 
 
-def _measure_psnr(path: Path, clip: Clip) -> float:
+def _measure_psnr(path: Path, clip: Clip, *, is_gray: bool) -> float:
     """Return the peak signal-to-noise ratio of all frames together, in dB. Raises UserError: frames are missing."""
     squares, count = 0.0, 0
-    for has, expected in zip_longest(_decode(path, _is_gray(clip)), checked_frames(clip)):
+    for has, expected in zip_longest(_decode(path, is_gray), checked_frames(clip)):
         if has is None or expected is None or has.shape != expected.shape:
             raise UserError("the written file does not decode to as many frames as the source has")
         squares += float(np.square(has.astype(np.int32) - expected).sum())
@@ -158,10 +161,6 @@ def _measure_psnr(path: Path, clip: Clip) -> float:
 def _decode(path: Path, is_gray: bool) -> Iterator[Frame]:
     for frame in read_frames(path, channels=1 if is_gray else 3, size_px=None, decoder="pyav"):
         yield frame[0] if is_gray else frame.transpose(1, 2, 0)
-
-
-def _is_gray(clip: Clip) -> bool:
-    return next(checked_frames(clip)).ndim == 2
 
 
 def _hash_of(frame: Frame) -> bytes:

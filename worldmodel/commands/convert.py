@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shards", action="store_true", help="write tar shards instead of single videos")
     parser.add_argument(
-        "--shard-mb", type=float, default=64, metavar="MIB", help="MiB of video per shard (default: 64)"
+        "--shard-mb", type=float, metavar="MIB", help="MiB of video per shard, with --shards (default: 64)"
     )
     parser.add_argument("--skip-bad", action="store_true", help="leave out episodes that cannot be converted")
     add_processes(parser)
@@ -54,15 +54,18 @@ def run(args: argparse.Namespace) -> None:
     from data_pipelines.convert.run import Conversion, convert
 
     check_counts(args, "num_processes")
-    if not args.shard_mb > 0:
-        raise UserError(f"--shard-mb {args.shard_mb:g} must be more than 0")
+    if args.shard_mb is not None and not args.shards:
+        raise UserError(f"--shard-mb {args.shard_mb:g} is of --shards")
+    shard_mb = 64 if args.shard_mb is None else args.shard_mb
+    if not shard_mb > 0:
+        raise UserError(f"--shard-mb {shard_mb:g} must be more than 0")
     keys = Keys(args.frames, args.actions, args.states, args.rewards, tuple(args.bounds), tuple(args.labels))
     settings = Conversion(
         keys=keys,
         fps=args.fps,
         crf=args.crf,
         in_shards=args.shards,
-        shard_mb=args.shard_mb,
+        shard_mb=shard_mb,
         skip_bad=args.skip_bad,
         overwrite=args.overwrite,
         num_processes=args.num_processes if args.num_processes is not None else os.cpu_count() or 1,

@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +21,7 @@ from data_pipelines.convert.columns import find_bounds
 from data_pipelines.convert.episodes import Keys, checked_name
 from data_pipelines.convert.hdf5 import HDF5_TABLE
 from data_pipelines.convert.npz import open_npz
+from data_pipelines.convert.pictures import decode_picture
 from data_pipelines.convert.run import Conversion, convert
 from data_pipelines.errors import UserError
 from tests.data_pipelines.convert.conftest import (
@@ -339,6 +342,21 @@ def test_images_with_16_bits_are_refused(tmp_path: Path) -> None:
     for frame in range(3):
         Image.fromarray(np.full((32, 32), 1000 * frame, np.uint16)).save(tmp_path / "images" / "a" / f"{frame}.png")
     assert "with more than 8 bits: convert them to 8 bits" in refusal(tmp_path / "images", tmp_path / "out")
+
+
+def test_encoded_colours_with_16_bits_are_refused() -> None:
+    """Pillow would cut them to 8."""
+    data = zlib.compress(b"".join(b"\0" + bytes(6 * 4) for _ in range(4)))
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0))
+    content = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    assert Image.open(io.BytesIO(content)).mode == "RGB"
+    with pytest.raises(UserError, match="a picture with 16 bits: convert it to 8 bits"):
+        decode_picture(content)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Each layout -> videos: every frame, by the numbers painted into it, next to the labels of that frame."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,26 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data_pipelines.clips import ClipSpec
 from data_pipelines.convert.episodes import Keys
 from data_pipelines.convert.run import Conversion, convert
 from data_pipelines.decoders import read_frames
+from data_pipelines.errors import UserError
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
 from tests.data_pipelines.conftest import DECODERS, ReadNumbers
-from tests.data_pipelines.convert.conftest import CAMERA, LENGTHS, LOSSLESS, WRITERS, columns_of, encoded, painted
+from tests.data_pipelines.convert.conftest import (
+    CAMERA,
+    LENGTHS,
+    LOSSLESS,
+    WRITERS,
+    columns_of,
+    encoded,
+    painted,
+    write_image_folders,
+)
 from tests.data_pipelines.streams import make_stream, read_clips
 
 WITH_LABELS = [name for name in WRITERS if name not in ("gif", "webp")]
@@ -185,6 +197,34 @@ def test_encoded_frames_in_hdf5(tmp_path: Path) -> None:
     convert(tmp_path / "a.h5", tmp_path / "out", Conversion())
     [video] = index_of(tmp_path / "out").videos
     assert np.array_equal(frames_of(tmp_path / "out" / video.path), painted(0))
+
+
+def test_a_picture_next_to_image_folders_is_not_the_data(tmp_path: Path) -> None:
+    source = write_image_folders(tmp_path / "images")
+    Image.fromarray(painted(0)[0]).save(source / "motion.png")
+    assert convert(source, tmp_path / "out", Conversion()).num_videos == 4
+    assert convert(source / "clip_1", tmp_path / "clip", Conversion()).num_videos == 1
+
+
+def test_colour_after_a_gray_image_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "images" / "a"
+    folder.mkdir(parents=True)
+    for number, frame in enumerate(painted(0)[:4]):
+        picture = Image.fromarray(frame)
+        (picture.convert("L") if number == 0 else picture).save(folder / f"{number}.png")
+    convert(tmp_path / "images", tmp_path / "out", Conversion())
+    found = frames_of(tmp_path / "out" / "a.mp4")
+    assert np.array_equal(found[1:], painted(0)[1:4])
+
+
+@pytest.mark.parametrize("names", [("obs/pose", "next/pose"), ("next/action",)])
+def test_labels_of_one_name_are_refused(names: tuple[str, ...], source_of: Source, tmp_path: Path) -> None:
+    path = Path(shutil.copyfile(source_of("stable-worldmodel"), tmp_path / "a.h5"))
+    with h5py.File(path, "r+") as file:
+        for name in names:
+            file[name] = np.zeros((sum(LENGTHS), 2))
+    with pytest.raises(UserError, match=r"would both be the label '(pose|action)': keep one of them"):
+        convert(path, tmp_path / "out", Conversion(keys=Keys(labels=names)))
 
 
 def test_another_camera_and_further_labels(source_of: Source, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from data_pipelines.convert.output import PARTIAL_NAME, read_rows
 from data_pipelines.convert.run import Conversion, convert
 from data_pipelines.errors import UserError
 from data_pipelines.files import replacing
+from data_pipelines.indexing.index_file import INDEX_NAME
 from data_pipelines.labels import METADATA_NAME
 from data_pipelines.split_folders import load_split
 from data_pipelines.stream import open_videos
@@ -147,6 +148,15 @@ def test_labels_that_changed_are_noticed(tmp_path: Path) -> None:
     with h5py.File(source, "r+") as file:
         file["action"][LENGTHS[0] + 2, 0] += 1
     with pytest.raises(UserError, match=r"'a.h5:9-21' has other frames or labels"):
+        convert(source, out, Conversion())
+
+
+def test_labels_of_image_folders_that_changed_are_noticed(tmp_path: Path) -> None:
+    source, out = write_image_folders(tmp_path / "images"), tmp_path / "out"
+    convert(source, out, Conversion())
+    rows = (source / METADATA_NAME).read_text().replace('"number": 2', '"number": 20')
+    (source / METADATA_NAME).write_text(rows)
+    with pytest.raises(UserError, match=r"'clip_2' has other frames or labels"):
         convert(source, out, Conversion())
 
 
@@ -305,6 +315,45 @@ def test_bad_episodes_are_named_and_may_be_left_out(tmp_path: Path, counted: lis
     result = convert(source, out, Conversion(skip_bad=True))
     assert list(result.bad) == ["clip_2"] and result.num_videos == 3 and result.num_kept == 3
     assert counted in ([], ["clip_2.mp4"]) and len(index_of(out).videos) == 3
+
+
+def test_shards_without_bad_episodes_are_kept(tmp_path: Path) -> None:
+    """Until one of them is mended, which shards cannot take."""
+    source, out = write_image_folders(tmp_path / "images"), tmp_path / "out"
+    good = (source / "clip_2" / "005.png").read_bytes()
+    (source / "clip_2" / "005.png").write_bytes(b"no picture")
+    settings = Conversion(skip_bad=True, in_shards=True)
+    assert convert(source, out, settings).num_videos == 3
+    again = convert(source, out, settings)
+    assert again.num_videos == again.num_kept == 3 and list(again.bad) == ["clip_2"]
+    (source / "clip_2" / "005.png").write_bytes(good)
+    with pytest.raises(UserError, match="it has more episodes than the shards"):
+        convert(source, out, settings)
+
+
+def test_a_conversion_becomes_shards(tmp_path: Path) -> None:
+    """With the index that training left there; a user's own file is not in the way of the first conversion."""
+    source, out = write_image_folders(tmp_path / "images"), tmp_path / "out"
+    convert(source, out, Conversion())
+    index_of(out)
+    assert (out / INDEX_NAME).is_file()
+    (out / "notes.txt").write_text("mine")
+    before = contents(out)
+    with pytest.raises(UserError, match=r"also holds 'notes\.txt', which is not of the conversion: move it away"):
+        convert(source, out, Conversion(in_shards=True, overwrite=True))
+    assert contents(out) == before
+    (out / "notes.txt").unlink()
+    assert convert(source, out, Conversion(in_shards=True, overwrite=True)).num_videos == 4
+    assert len(index_of(out).videos) == 4 and not list(out.glob("*.mp4"))
+
+
+def test_shards_do_not_replace_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_npz(tmp_path / "a.npz")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="must not be the current one"):
+        convert(source, Path("."), Conversion(in_shards=True))
+    assert convert(source, Path("."), Conversion()).num_videos == 4
 
 
 def test_the_disk_is_full(source_of: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
