@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from data_pipelines.errors import UserError
 from data_pipelines.processes import environment_int
+from data_pipelines.shards.index_file import SHARDS_NAME
 from data_pipelines.text_files import shown
 from worldmodel.commands.shared import (
     add_overrides,
@@ -150,6 +151,8 @@ def data_of(config: Config, root: str, overrides: Sequence[str], trust_code: boo
     """
     from worldmodel.config import VideosConfig, apply_override, check_trust, to_dict, validate
 
+    if (Path(root) / "train" / SHARDS_NAME).is_file():
+        raise UserError(f"'{root}' holds shards of several splits: embed each of them, such as '{root}/train'")
     if config.data.content == "factors":
         raise UserError(f"embed needs a run on videos: this one has data.source={config.data.source}")
     tree = to_dict(config)

@@ -23,7 +23,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipelines.errors import UserError
-from worldmodel.commands.shared import add_env_kwargs, add_out, add_overwrite, add_processes, add_seed, check_counts
+from worldmodel.commands.shared import (
+    add_env_kwargs,
+    add_out,
+    add_overwrite,
+    add_processes,
+    add_seed,
+    check_counts,
+    check_seed,
+)
 
 if TYPE_CHECKING:
     from data_pipelines.splits import Split
@@ -82,7 +90,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    check_counts(args, "train", "selection", "test")
+    check_counts(args, "train", "selection", "test", "num_processes")
+    check_seed(args)
+    if args.world == "digits" and args.num_processes is not None:
+        raise UserError("digits are written by one process: leave out --num-processes")
     counts = {split: getattr(args, split) or count for split, count in COUNTS[args.world].items()}
     options = own_options(args)
     num_processes = args.num_processes if args.num_processes is not None else os.cpu_count() or 1

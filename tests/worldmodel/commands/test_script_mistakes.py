@@ -108,6 +108,15 @@ def test_devices_and_numbers(refused: Call, trained_run: Path, long_video: Path,
     assert "--peaks must be at most" in refused("surprise", *given, "--out", tmp_path, "--peaks", 10**9)
 
 
+def test_videos_and_environments_that_cannot_be_made(refused: Call, tmp_path: Path) -> None:
+    out = ["--out", tmp_path / "out"]
+    assert "--seed must be from 0" in refused("videos", "moving-mnist", *out, "--seed", 10**20)
+    assert "leave out --num-processes" in refused("videos", "digits", *out, "--num-processes", 2)
+    lake = ["--env", "FrozenLake-v1", "--env-kwargs", "map_name=9x9"]
+    assert refused("record", *lake, *out) == "environment 'FrozenLake-v1' cannot be made: KeyError: '9x9'"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_causal_run_is_not_rolled_out_over_a_video(
     refused: Call, long_video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
