@@ -41,7 +41,7 @@ class Teacher(nn.Module):
             learned = [
                 (local_shard(own.detach()), local_shard(other.detach())) for own, other in pairs if other.requires_grad
             ]
-            own, followed = (list(values) for values in zip(*learned, strict=True))
-            self._followed = own, followed
+            self._followed = [own for own, _ in learned], [other for _, other in learned]
         own, followed = self._followed
-        torch._foreach_lerp_(own, followed, 1 - momentum)
+        if own:
+            torch._foreach_lerp_(own, followed, 1 - momentum)

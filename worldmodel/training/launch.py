@@ -15,7 +15,7 @@ from torch.distributed import DistError
 
 from data_pipelines.errors import UserError
 from data_pipelines.processes import environment_int
-from worldmodel.training.machine import computes_bf16
+from worldmodel.training.machine import computes_bf16, uses_gpu
 
 OTHER_ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 MPI_PREFIXES = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
@@ -94,11 +94,14 @@ def make_accelerator(precision: str, timeout_s: float) -> Accelerator:
         timeout_s: time that processes wait for each other before the connection counts as lost.
 
     Raises:
-        UserError: Accelerate is set to an engine other than PyTorch, or a launcher's variables are not valid.
+        UserError: Accelerate is set to an engine other than PyTorch, a launcher's variables are not valid, or
+            precision is "fp16" without a GPU.
     """
     world_size = check_launch_environment()
     if precision == "auto":
         precision = "bf16" if computes_bf16() else "fp32"
+    if precision == "fp16" and not uses_gpu():
+        raise UserError("train.precision=fp16 needs a GPU: use auto, bf16 or fp32")
     # Accelerate ignores a timeout that equals its own default, which not every backend shares: hence the microsecond.
     timeout = timedelta(seconds=timeout_s, microseconds=1)
     accelerator = Accelerator(

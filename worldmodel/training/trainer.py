@@ -45,6 +45,24 @@ def set_seeds(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def check_something_learns(config: Config, student: TrainingModel) -> None:
+    """Check that training, and refinement without the encoder, have weights to learn.
+
+    Raises:
+        UserError: they have none, as a sum with the embedding of a fixed encoder, without a latent.
+    """
+    fixed = {id(parameter) for parameter in student.embedder.parameters()}
+    learned = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    about = f"model.latent={config.model.latent.name} with model.editor={config.model.editor.name}"
+    if not learned:
+        raise UserError(f"nothing of this model is learned: {about}, and an encoder that is fixed")
+    if config.train.refine_steps and all(id(parameter) in fixed for parameter in learned):
+        raise UserError(
+            f"train.refine_steps={config.train.refine_steps}: apart from the encoder, nothing of this model is learned "
+            f"({about}): set train.refine_steps=0"
+        )
+
+
 class Trainer:
     """The state of a training, and one optimiser step at a time.
 
@@ -59,6 +77,7 @@ class Trainer:
         self.turns: AbstractContextManager[None] = nullcontext()
         set_seeds(config.seed)
         self.student = build_training_model(config)
+        check_something_learns(config, self.student)
         # The teacher starts as a copy of the student. It is outside of the wrapped module.
         self.teacher = Teacher(self.student.embedder) if self.student.objective.needs_teacher else None
         self.sharded = sharding.fsdp_requested(accelerator)

@@ -24,6 +24,15 @@ def test_parameters_follow_by_the_momentum() -> None:
         torch.testing.assert_close(new, old + 0.1)
 
 
+def test_a_student_that_learns_nothing_is_followed() -> None:
+    world = student()
+    teacher = Teacher(world.embedder)
+    world.embedder.requires_grad_(False)
+    before = [p.clone() for p in teacher.parameters()]
+    teacher.update(world.embedder, 0.9)
+    assert all(torch.equal(old, new) for old, new in zip(before, teacher.parameters(), strict=True))
+
+
 def test_it_shares_nothing_with_the_student_and_has_no_gradient() -> None:
     world = student()
     teacher = Teacher(world.embedder)

@@ -124,6 +124,32 @@ def test_other_engines_are_refused(tiny_config: Callable[..., Config], monkeypat
         train(tiny_config())
 
 
+def test_half_precision_needs_a_gpu(tiny_config: Callable[..., Config]) -> None:
+    with pytest.raises(UserError, match=r"train\.precision=fp16 needs a GPU: use auto, bf16 or fp32"):
+        train(tiny_config("train.precision=fp16"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tells"),
+    [
+        (["train.refine_steps=2", "train.refine_clips=8"], "apart from the encoder, nothing of this model is learned"),
+        (["model.encoder=deviation", "model.projector_layers=null", "model.embedding_dim=36"], "nothing of this model"),
+    ],
+)
+def test_a_model_without_weights_to_learn_is_refused(
+    tiny_config: Callable[..., Config], overrides: list[str], tells: str
+) -> None:
+    plain = ["objective=vicreg", "model.latent=none", "model.editor=sum", "model.embedding_norm=standard"]
+    with pytest.raises(UserError, match=tells):
+        train(tiny_config(*plain, *overrides))
+
+
+def test_fixed_features_are_forecast(tiny_config: Callable[..., Config]) -> None:
+    """By an objective whose teacher then has nothing to follow."""
+    fixed = ["model.encoder=deviation", "model.projector_layers=null", "model.embedding_dim=36"]
+    assert train(tiny_config(*fixed, "objective=byol", "train.steps=2", "train.eval_every=2")).is_dir()
+
+
 def test_a_step_whose_gradients_never_came_leaves_no_trace(
     tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
