@@ -28,7 +28,7 @@ LEAST_VARIANCE = 1e-5
 """Added to the variance of residuals, in units of the embedding's."""
 
 
-STARTED = ("editor.", "latent.")
+STARTED = ("editor.", "latent.prior.")
 """The beginnings of the names of the weights that have a linear start."""
 
 
@@ -97,7 +97,8 @@ def start_linear(
 def keep_share(training: nn.Module, start: dict[str, Tensor]) -> None:
     """Move the weights of a forecast back towards those of its start, so that the share KEPT of their change remains.
 
-    Those of other networks, such as a temporal distance, had no start but a random one.
+    Those of other networks had no such start: a temporal distance a random one, and the posterior one for an r with
+    other coordinates.
     """
     for name, value in training.state_dict().items():
         if name.startswith(STARTED) and value.is_floating_point():

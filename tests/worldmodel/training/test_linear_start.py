@@ -103,11 +103,11 @@ def test_a_share_of_the_change_is_kept() -> None:
     keep_share(training, start)
     parts = set()
     for name, value in training.state_dict().items():
-        part = name.split(".")[0]
-        kept = KEPT if value.is_floating_point() and part in ("editor", "latent") else 1
+        part = ".".join(name.split(".")[: 2 if name.startswith("latent.") else 1])
+        kept = KEPT if value.is_floating_point() and part in ("editor", "latent.prior") else 1
         torch.testing.assert_close(value, kept * trained[name])
         parts.add(part)
-    assert {"editor", "latent", "scene", "distance", "embedder"} <= parts
+    assert {"editor", "latent.prior", "latent.posterior_net", "scene", "distance", "embedder"} <= parts
 
 
 @torch.no_grad()
