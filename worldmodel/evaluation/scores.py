@@ -268,7 +268,9 @@ def dci(importance: Tensor) -> tuple[float, float]:
     assert num_codes > 1 and num_factors > 1, importance.shape
 
     def purity(rows: Tensor) -> Tensor:
-        shares = rows / rows.sum(dim=1, keepdim=True).clamp(min=1e-12)
+        """[N, M] -> [N]; 0 for a row without importance."""
+        totals = rows.sum(dim=1, keepdim=True)
+        shares = torch.where(totals > 0, rows / totals.clamp(min=1e-12), 1 / rows.shape[1])
         return 1 - torch.special.entr(shares).sum(dim=1) / torch.log(torch.tensor(float(rows.shape[1])))
 
     weights = importance.sum(dim=1) / importance.sum().clamp(min=1e-12)

@@ -38,7 +38,11 @@ from worldmodel.training.trainer import Trainer
 
 logger = one_line_logger(__name__)
 
-COLLAPSE_RANK = 2.0
+
+def collapse_rank(embedding_dim: int) -> float:
+    """Return the effective rank below which embeddings of so many dimensions count as collapsed."""
+    return min(2.0, (1 + embedding_dim) / 2)
+
 
 Stop = Callable[[], int]
 """Returns the number of the signal that asks training to stop, or 0."""
@@ -104,7 +108,7 @@ class Session:
             "lr": trainer.lr_at(trainer.step - 1),
             "beta": trainer.beta_at(trainer.step - 1),
         }
-        if values["effective_rank"] < COLLAPSE_RANK:
+        if values["effective_rank"] < collapse_rank(self.trainer.config.model.embedding_dim):
             logger.warning(
                 "step %d: effective rank %.2f, embeddings have collapsed", trainer.step, values["effective_rank"]
             )

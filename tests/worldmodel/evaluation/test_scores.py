@@ -98,6 +98,12 @@ def test_dci_of_known_importances() -> None:
     assert dci(torch.cat([torch.eye(2), torch.full((1, 2), 1e-9)]))[0] == pytest.approx(1, abs=1e-6)
 
 
+def test_dci_of_a_collapsed_code_is_zero() -> None:
+    assert dci(torch.zeros(3, 2)) == pytest.approx((0, 0), abs=1e-6)
+    # One factor has a dimension, the other has none.
+    assert dci(torch.tensor([[1.0, 0.0], [0.0, 0.0]])) == pytest.approx((1, 0.5), abs=1e-6)
+
+
 def test_r_squared() -> None:
     truth = normal(500, 2, seed=0)
     assert r_squared(truth, truth) == 1
