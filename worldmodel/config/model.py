@@ -187,7 +187,7 @@ class GaussianConfig:
     Gaussian whose mean is linear in the context plus a small MLP; with `model.editor=linear`, refinement starts it at
     the linear-Gaussian forecast."""
     prior_components: Repeat = 1
-    """Components of a mixture; the paper has one."""
+    """Components of a mixture; the paper has one. Other priors have no use for it."""
 
 
 @dataclass(frozen=True, config=KEYS)
