@@ -73,6 +73,7 @@ def test_random_pairs_are_of_different_images() -> None:
     assert np.unique(pairs, axis=0, return_counts=True)[1].min() > 250  # of 12 pairs
 
 
+@pytest.mark.slow
 def test_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(pair_queries, "BUDGETS", (0, 60))
     monkeypatch.setattr(sys, "argv", ["pair_queries", "--out", str(tmp_path), "--images", "120", "--seeds", "2"])

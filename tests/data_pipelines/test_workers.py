@@ -385,7 +385,10 @@ def _small_shm() -> bool:
 
 @linux
 @pytest.mark.skipif(not _small_shm(), reason="mounting takes root")
-@pytest.mark.parametrize("options", ["size=64k", "size=4k,nr_inodes=1", "ro"])
+@pytest.mark.parametrize(
+    "options",
+    ["size=64k", *(pytest.param(options, marks=pytest.mark.slow) for options in ("size=4k,nr_inodes=1", "ro"))],
+)
 def test_a_small_dev_shm_is_enough(index: VideoIndex, options: str) -> None:
     """As in a container: batches of 442 kB do not need it at all."""
     arguments = json.dumps([str(index.root), SETTINGS | {"num_workers": 2}, 0.0])

@@ -125,7 +125,11 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, float], None]:
     return poison
 
 
-@pytest.mark.parametrize(("bad_step", "value"), [(4, NAN), (5, INF), (6, NAN)], ids=["at a save", "between", "last"])
+@pytest.mark.parametrize(
+    ("bad_step", "value"),
+    [(4, NAN), pytest.param(5, INF, marks=pytest.mark.slow), (6, NAN)],
+    ids=["at a save", "between", "last"],
+)
 def test_a_bad_step_leaves_the_checkpoint_before_it_from_which_the_run_continues(
     tiny_config: Callable[..., Config], poisoned: Callable[[int, float], None], bad_step: int, value: float
 ) -> None:
