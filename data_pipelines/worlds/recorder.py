@@ -143,6 +143,8 @@ def make_env(
             disable_env_checker=True,
             **kwargs,
         )
+    except UserError:
+        raise
     except Exception as error:  # whatever the code of an environment raises
         name = "" if isinstance(error, gymnasium.error.Error | ImportError | TypeError) else f"{type(error).__name__}: "
         raise UserError(f"environment {env!r} cannot be made: {name}{one_line(error)}") from error

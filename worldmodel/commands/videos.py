@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    check_counts(args, "train", "selection", "test", "num_processes")
+    check_counts(args, "train", "selection", "test")
     check_seed(args)
     if args.world == "digits" and args.num_processes is not None:
         raise UserError("digits are written by one process: leave out --num-processes")

@@ -281,8 +281,12 @@ def value_at(metrics: Any, path: str) -> Any:
 
 
 def find_value(content: Any, path: str) -> Any:
-    """Return the value at a dotted path of nested dicts and lists, whose names may hold dots; None if it is missing."""
-    return _found(content, path.split("."))
+    """Return the value at a dotted path of nested dicts and lists; None if it is missing.
+
+    Names below the first may hold dots.
+    """
+    first, *rest = path.split(".")
+    return _found(content.get(first), rest) if isinstance(content, Mapping) else None
 
 
 def _found(content: Any, parts: list[str]) -> Any:

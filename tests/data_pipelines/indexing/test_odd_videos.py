@@ -295,16 +295,8 @@ def test_one_bad_timestamp_costs_no_others(tmp_path: Path, write_video: Any, fau
 
 
 @pytest.mark.slow
-def test_frame_lists_are_those_of_ffmpeg_everywhere() -> None:
-    _check_frames("--seed", "5")
-
-
 def test_frame_lists_are_those_of_ffmpeg() -> None:
-    _check_frames("--every", "83", "--seed", "7")
-
-
-def _check_frames(*arguments: str) -> None:
-    done = run_script("benchmarks/check_frames.py", *arguments, timeout_s=900)
+    done = run_script("benchmarks/check_frames.py", "--seed", "5", timeout_s=900)
     if "ffmpeg" in done.stderr and "No such file" in done.stderr:
         pytest.skip("the ffmpeg command is not installed")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -102,7 +102,6 @@ def test_the_script_prints_and_writes_success_its_controls_and_the_protocol(plan
     assert "Factors of variation" in page and "Success against noise, with 95% intervals: 0 " in page
 
 
-@pytest.mark.slow
 def test_the_guide_acts_in_python(planner: Path) -> None:
     """With the block of docs/planning.md, as it is."""
     page = (REPO / "docs" / "planning.md").read_text(encoding="utf-8").partition("## Actions from Python\n")[2]
@@ -132,6 +131,7 @@ def test_actions_of_another_range_are_warned_of(
     assert "plans hold actions in [-1, 1] only" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_report_has_the_planning_by_itself_and_beside_the_forecasts(planner: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(planner, run)
@@ -161,6 +161,7 @@ def test_the_report_has_the_planning_by_itself_and_beside_the_forecasts(planner:
             assert np.abs(np.array([x, y]) - place).max() <= 0.6
 
 
+@pytest.mark.slow
 def test_several_counts_of_labels_make_a_curve(passive: Path) -> None:
     arguments = ["--run", str(passive), "--env", ENV, "--seeds", "2", "--episodes", "2", "--budget", "2"]
     done = run_here("plan.py", *arguments, "--labels", "40", "20", "--vary", "noise=5", "--checkpoint", "latest")

@@ -41,7 +41,12 @@ def train_and_roll_out(config: Config) -> None:
     assert (futures.std(dim=1).max() > 1e-6) == (config.model.latent.name != "none")
 
 
-@pytest.mark.parametrize("latent", LATENTS)
+QUICK = ("none", "gaussian")
+
+
+@pytest.mark.parametrize(
+    "latent", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in LATENTS]
+)
 @pytest.mark.parametrize("objective", choices("objective"))
 def test_trains_and_rolls_out(objective: str, latent: str, tiny_config: Callable[..., Config]) -> None:
     train_and_roll_out(tiny_config(*SHORT, f"objective.name={objective}", f"model.latent={latent}", *LATENTS[latent]))
