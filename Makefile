@@ -45,7 +45,7 @@ demo: $(RUNTIME) ## write videos, train AdaSSL-V and BYOL on them, forecast, rep
 # tests start import compiled modules, even where the environment prevents Python from writing them.
 test: export PYTHONDONTWRITEBYTECODE :=
 test: $(TESTS) ## run the fast tests on two cores, and list the 20 slowest
-	$(BIN)/python -m pytest -q -m "not slow" --durations=20 --numprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -m "not slow" --durations=20 --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(TESTS) ## run the slow tests
 	$(BIN)/python -m pytest -q -m slow --durations=20
