@@ -20,7 +20,7 @@ from data_pipelines.errors import UserError
 from tests.conftest import run_python
 
 REPO = Path(__file__).parents[2]
-SLOW_KINDS = {"run"}  # a run must be trained first
+SLOW_KINDS = {"run", "videos"}  # a run must be trained first; videos take seconds each
 
 
 def run_fuzzer(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -183,6 +183,7 @@ def test_a_case_that_cannot_be_built_is_skipped(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- command
 
 
+@pytest.mark.slow
 def test_rounds_end_in_a_table_and_name_the_next_seed(tmp_path: Path) -> None:
     done = run_fuzzer("--minutes", "0.02", "--kinds", "tar", "--seed", "2", "--out", str(tmp_path))
     assert done.returncode in (0, 1), done.stderr

@@ -23,7 +23,7 @@ from data_pipelines.shards.packing import pack_videos
 from data_pipelines.shards.scan import index_shards
 from data_pipelines.split_folders import load_split
 from data_pipelines.splits import SPLITS
-from tests.conftest import run_here, run_script
+from tests.conftest import run_here
 from tests.data_pipelines.conftest import DECODERS
 from worldmodel.commands.main import main
 
@@ -327,7 +327,7 @@ def test_shards_that_cannot_be_written_are_one_line(
 def test_the_script_packs_splits_and_indexes(source: Path, tmp_path: Path) -> None:
     for split in ("train", "selection", "test"):
         shutil.copytree(source, tmp_path / "in" / split)
-    done = run_script("make_shards.py", str(tmp_path / "in"), str(tmp_path / "out"), "--shard-mb", "0.01")
+    done = run_here("make_shards.py", str(tmp_path / "in"), str(tmp_path / "out"), "--shard-mb", "0.01")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 3 and "12 videos in" in done.stdout
     written = (tmp_path / "out" / "test" / SHARDS_NAME).read_bytes()

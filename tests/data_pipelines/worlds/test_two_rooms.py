@@ -279,6 +279,7 @@ def test_episodes_end_after_50_steps() -> None:
     assert ends == [(False, False)] * 49 + [(False, True)]
 
 
+@pytest.mark.slow
 def test_slips_replace_actions_as_often_as_asked() -> None:
     env = TwoRoomsEnv(slip=0.3)
     env.reset(seed=1)

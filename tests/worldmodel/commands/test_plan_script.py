@@ -332,6 +332,7 @@ def test_the_privileged_policy_plans_with_a_planner_from_outside() -> None:
     assert len(angles) > 8 and np.allclose(angles / 45, np.round(angles / 45), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_chance_is_far_below_it_and_the_same_for_the_same_seed() -> None:
     first, again = (run_episodes(protocol(episodes=20), 0, lambda envs: RandomPolicy(envs, 3)).states for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))

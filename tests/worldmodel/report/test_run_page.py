@@ -409,6 +409,7 @@ def test_nothing_to_show_still_makes_a_page(tmp_path: Path) -> None:
     assert page.images == [] and "This run has no forecast score." in page.text
 
 
+@pytest.mark.slow
 def test_six_queries_of_restless_colour_stay_under_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worldmodel.report.drawing.CHART_DPI", CHART_DPI)
     drawn = make_illustrations(queries=1, size_px=128, channels=3, texture=True, num_neighbours=4)

@@ -78,6 +78,7 @@ def test_the_report_shows_those_of_the_weights_that_were_evaluated(
     assert ("Futures as pictures" in report_of_run(run).read_text()) == (refine_steps == 4)
 
 
+@pytest.mark.slow
 def test_damaged_facts_are_written_again(
     decoded_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
