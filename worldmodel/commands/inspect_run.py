@@ -7,7 +7,7 @@ from typing import Any
 
 from data_pipelines.errors import UserError
 from worldmodel.config import Config, flatten, to_dict
-from worldmodel.runs.checkpoint import load_checkpoint, load_run_config
+from worldmodel.runs.checkpoint import latest_state, load_checkpoint, load_run_config
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import read_metrics, value_at
 from worldmodel.runs.tracking import read_history
@@ -56,8 +56,8 @@ def summary(run: Path) -> list[str]:
     config = load_run_config(run)
     step = max((row["step"] for row in read_history(run) if row.get("split", "train") == "train"), default=None)
     if step is None:  # an exported run has no history
-        checkpoint = load_checkpoint(run, with_optimizer=False)
-        step = 0 if checkpoint is None else checkpoint.state["step"]
+        state = latest_state(run)
+        step = 0 if state is None else state["step"]
     scores = ["not evaluated"] if read_metrics(run) is None else describe_scores(run)
     return [f"step {step:,} of {config.train.steps:,}", *scores]
 

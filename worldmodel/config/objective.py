@@ -112,8 +112,8 @@ class ContrastiveObjective(AnyObjective):
     """Keys of objectives that contrast a clip with the others of its batch."""
 
     temperature: PositiveFloat = 0.1
-    """Divisor of the similarities. The quotients are limited to 20: below 0.05, similar pairs are no longer told
-    apart."""
+    """Divisor of the similarities. The quotients are limited to 20: below 0.05, similar pairs become
+    indistinguishable."""
 
 
 @dataclass(frozen=True, config=KEYS)

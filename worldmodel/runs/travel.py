@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.parse import urlsplit
 
 from data_pipelines.errors import UserError, one_line_logger
-from data_pipelines.files import remove, write_text
+from data_pipelines.files import remove, write_errors, write_text
 from worldmodel.config import (
     Config,
     ImagesConfig,
@@ -94,40 +94,41 @@ def _export(run: TrainedRun, folder: Path, name: str, programs: bool) -> Path:
     config, left_out = portable_config(run.config, name.rpartition("/")[2])
     metrics, missing = _metrics_of(run)
     left_out += missing
-    teacher = {} if run.teacher is None else run.teacher.state_dict()
-    try:
+    with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        is_empty = not any(folder.iterdir())
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
-    if not is_empty:
-        raise UserError(f"{folder} is not empty: export to a new folder")
-    try:
-        export_checkpoint(folder, Checkpoint(run.training.state_dict(), teacher, {}, run.state))
-        write_text(RunFolder(folder).config, to_yaml(config))
-        if metrics is not None:
-            write_metrics(folder, metrics)
-            if RunFolder(run.folder).readout.is_file():
-                save_readout(folder, *load_readout(run.folder, run.num_updates), run.num_updates)
-            if spaces := load_recalibrations(run.folder, run.num_updates):
-                save_recalibration(folder, spaces, run.num_updates)
-            if (ordinary := load_ordinary(run.folder, run.num_updates)) is not None:
-                save_ordinary(folder, ordinary, run.num_updates)
-        facts = stored_facts(run.folder, run.num_updates)
-        if facts is not None:
-            save_decoder(folder, load_decoder(run.folder, run.config, run.num_updates), facts)
-        write_text(folder / "README.md", model_card(run, config, metrics, name, left_out, facts is not None))
-        if programs:
-            write_programs(folder, run.model, run.config.data)
-    except (OSError, UserError) as error:
-        for path in folder.iterdir():  # the same call works once the cause is mended
-            remove(path)
-        if isinstance(error, UserError):
+        if any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty: export to a new folder")
+        try:
+            _write_files(run, folder, config, metrics, name, left_out)
+            if programs:
+                write_programs(folder, run.model, run.config.data)
+        except (OSError, UserError):
+            for path in folder.iterdir():  # the same call works once the cause is mended
+                remove(path)
             raise
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
     for part in left_out:
         log.info("left out: %s", part)
     return folder
+
+
+def _write_files(
+    run: TrainedRun, folder: Path, config: Config, metrics: Metrics | None, name: str, left_out: list[str]
+) -> None:
+    teacher = {} if run.teacher is None else run.teacher.state_dict()
+    export_checkpoint(folder, Checkpoint(run.training.state_dict(), teacher, {}, run.state))
+    write_text(RunFolder(folder).config, to_yaml(config))
+    if metrics is not None:
+        write_metrics(folder, metrics)
+        if RunFolder(run.folder).readout.is_file():
+            save_readout(folder, *load_readout(run.folder, run.num_updates), run.num_updates)
+        if spaces := load_recalibrations(run.folder, run.num_updates):
+            save_recalibration(folder, spaces, run.num_updates)
+        if (ordinary := load_ordinary(run.folder, run.num_updates)) is not None:
+            save_ordinary(folder, ordinary, run.num_updates)
+    facts = stored_facts(run.folder, run.num_updates)
+    if facts is not None:
+        save_decoder(folder, load_decoder(run.folder, run.config, run.num_updates), facts)
+    write_text(folder / "README.md", model_card(run, config, metrics, name, left_out, facts is not None))
 
 
 def _metrics_of(run: TrainedRun) -> tuple[Metrics | None, list[str]]:
