@@ -70,8 +70,13 @@ class Mixture:
 
     def draw(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw once: [B, R]. No gradient flows to the weights. Depends on the ambient `global_batch`."""
-        mean, scale = _choose(self.log_weights, (self.components.mean, self.components.scale), generator)
-        return Gaussian(mean, scale).draw(generator)
+        return self.draw_and_choice(generator)[0]
+
+    def draw_and_choice(self, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Draw as `draw` does, and return the log weight [B] of the component that was chosen with it."""
+        chosen = _choose(self.log_weights, generator)
+        mean, scale = _selected(chosen, (self.components.mean, self.components.scale))
+        return Gaussian(mean, scale).draw(generator), self.log_weights.gather(1, chosen).squeeze(1)
 
     def log_density(self, r: Tensor) -> Tensor:
         """Return the log density of r [B, R] in nats: [B]."""
@@ -96,9 +101,15 @@ class SpikeAndSlab:
         return (self.log_weights.exp().unsqueeze(-1) * self.on_logits.sigmoid() * self.slab.mean).sum(dim=1)
 
     def draw(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw once: [B, R]. Depends on the ambient `global_batch`."""
-        on_logits, mean, scale = _choose(self.log_weights, (self.on_logits, self.slab.mean, self.slab.scale), generator)
-        return bernoulli_mask(on_logits, generator) * Gaussian(mean, scale).draw(generator)
+        """Draw once: [B, R]. No gradient flows to the weights. Depends on the ambient `global_batch`."""
+        return self.draw_and_choice(generator)[0]
+
+    def draw_and_choice(self, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Draw as `draw` does, and return the log weight [B] of the component that was chosen with it."""
+        chosen = _choose(self.log_weights, generator)
+        on_logits, mean, scale = _selected(chosen, (self.on_logits, self.slab.mean, self.slab.scale))
+        r = bernoulli_mask(on_logits, generator) * Gaussian(mean, scale).draw(generator)
+        return r, self.log_weights.gather(1, chosen).squeeze(1)
 
     def log_density(self, r: Tensor) -> Tensor:
         """Return the log density of r [B, R] in nats: [B]. Coordinates that are exactly zero have a log probability."""
@@ -152,6 +163,14 @@ class Certain:
         return self.mean.new_zeros(len(r))
 
 
+def draw_and_choice(distribution: Distribution, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Draw r [B, R] once per clip, with the log weight [B] of the component that was chosen; 0 without components."""
+    if isinstance(distribution, Mixture | SpikeAndSlab):
+        return distribution.draw_and_choice(generator)
+    r = distribution.draw(generator)
+    return r, r.new_zeros(len(r))
+
+
 def kl_divergence(posterior: Gaussian, prior: Distribution, r: Tensor) -> Tensor:
     """Return KL(q || p) in nats: [B].
 
@@ -182,10 +201,11 @@ def bernoulli_mask(logits: Tensor, generator: torch.Generator | None = None) -> 
     return (noisy > 0).to(soft) + (soft - soft.detach())
 
 
-def _choose(log_weights: Tensor, values: Sequence[Tensor], generator: torch.Generator | None) -> list[Tensor]:
-    """Draw a component [B] by its weight and select it from each of values [B, K, R]: [B, R] each.
+def _choose(log_weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw a component by its weight: its index [B, 1]. Depends on the ambient `global_batch`."""
+    return multinomial_rows(log_weights.detach().exp(), generator)
 
-    Depends on the ambient `global_batch`.
-    """
-    chosen = multinomial_rows(log_weights.detach().exp(), generator)
+
+def _selected(chosen: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
+    """Select the components with index chosen [B, 1] from each of values [B, K, R]: [B, R] each."""
     return [v.gather(1, chosen.unsqueeze(-1).expand(-1, -1, v.shape[-1])).squeeze(1) for v in values]

@@ -25,6 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from worldmodel.nets.distance import Distance
+from worldmodel.nets.distributions import draw_and_choice
 from worldmodel.nets.encoders import Embedder
 from worldmodel.nets.history import History, NoHistory
 from worldmodel.nets.latents import Inference, Latent
@@ -293,9 +294,33 @@ class WorldModel(nn.Module):
             return r.roll(shift, dims=0) if shuffle else r
 
         shift = num_samples * max(1, len(state) // 2)
-        taken = _taken(actions, state, horizon).repeat_interleave(num_samples, dim=0)
-        states = self.steps(state.repeat_interleave(num_samples, dim=0), taken, choose_r)
-        futures = torch.stack([self.embedding_of(each) for each in states], dim=1)
+        return self._sampled_futures(state, _taken(actions, state, horizon), num_samples, choose_r)
+
+    def futures_with_choices(
+        self, state: Tensor, actions: Tensor, num_samples: int, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Sample futures as `rollout_embedding` does, for training: embeddings [B, S, K, D] and log weights [B, S, K].
+
+        The log weights are those of the components of the prior that were chosen up to each step, summed. No gradient
+        passes the choice itself. They are 0 for a prior without components.
+        """
+        of_steps: list[Tensor] = []
+
+        def choose_r(state: Tensor, action: Tensor) -> Tensor:
+            r, log_weight = draw_and_choice(self.latent.prior(self.context(state, action)), generator)
+            of_steps.append(log_weight)
+            return r
+
+        futures = self._sampled_futures(state, actions, num_samples, choose_r)
+        log_weights = torch.stack(of_steps, dim=1).cumsum(dim=1)
+        return futures, rearrange(log_weights, "(b s) k -> b s k", s=num_samples)
+
+    def _sampled_futures(
+        self, state: Tensor, actions: Tensor, num_samples: int, choose_r: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Roll each of B states forward num_samples times, with arguments as for `steps`: [B, S, K, D]."""
+        starts, taken = (each.repeat_interleave(num_samples, dim=0) for each in (state, actions))
+        futures = torch.stack([self.embedding_of(each) for each in self.steps(starts, taken, choose_r)], dim=1)
         return rearrange(futures, "(b s) k d -> b s k d", s=num_samples)
 
     def prior_mean_rollout(self, state: Tensor, horizon: int, actions: Tensor | None = None) -> Tensor:

@@ -251,12 +251,14 @@ class TrainingModel(nn.Module):
             predictions, states = self.model.predict(embedded, known_r, actions, generator)
         losses = self.batch_losses(predictions, self.beta, generator)
         if self.energy_weight:
-            futures = self.model.rollout_embedding(
-                states[:, 0], self.num_steps, self.energy_samples, generator, actions=predictions.actions
+            futures, log_weights = self.model.futures_with_choices(
+                states[:, 0], predictions.actions, self.energy_samples, generator
             )
             with torch.autocast(states.device.type, enabled=False):
                 targets = predictions.real[:, 1:].float()
-                scores = step_energy_scores(futures.float(), targets, by_dimension=self.energy_by_dimension)
+                scores = step_energy_scores(
+                    futures.float(), targets, log_weights.float(), by_dimension=self.energy_by_dimension
+                )
             losses["loss"] = losses["loss"] + self.energy_weight * relative_scores(scores).mean()
             losses["energy_score"] = scores.detach().mean()
         if examples is not None:
@@ -317,20 +319,45 @@ def step_losses(
     return {"loss": loss} | terms
 
 
-def step_energy_scores(futures: Tensor, targets: Tensor, *, by_dimension: bool = False) -> Tensor:
+def step_energy_scores(
+    futures: Tensor, targets: Tensor, log_weights: Tensor | None = None, *, by_dimension: bool = False
+) -> Tensor:
     """Return the Energy Score of futures [B, S, K, D] for targets [B, K, D], a mean over clips, by sqrt(D): [K].
-
-    by_dimension: the mean of the score of each dimension, instead of that of the whole embedding by sqrt(D).
 
     ES = mean |X - y| - (1/2) mean_{s != s'} |X_s - X_s'|, the unbiased estimate (Gneiting and Raftery 2007, eq. 22). As
     a training loss it fits the spread of the samples along with their mean (arXiv 2606.12997).
+
+    Args:
+        log_weights: [B, S, K], the log probabilities of choices that no gradient passes, as `futures_with_choices`
+            returns them. They add no value, but the gradient of the expected score by these probabilities.
+        by_dimension: the mean of the score of each dimension, instead of that of the whole embedding by sqrt(D).
     """
     num_samples = futures.shape[1]
     by_step = futures.transpose(1, 2)  # [B, K, S, D]
     length = _mean_lengths if by_dimension else _lengths
-    to_truth = length(by_step - targets[:, :, None]).mean(dim=(0, 2))
-    within = length(by_step[:, :, :, None] - by_step[:, :, None]).sum(dim=(2, 3)).mean(dim=0)
-    return (to_truth - within / (2 * num_samples * (num_samples - 1))) / math.sqrt(futures.shape[-1])
+    to_truth = length(by_step - targets[:, :, None])  # [B, K, S]
+    between = length(by_step[:, :, :, None] - by_step[:, :, None])  # [B, K, S, S]
+    scores = to_truth.mean(dim=(0, 2)) - between.sum(dim=(2, 3)).mean(dim=0) / (2 * num_samples * (num_samples - 1))
+    if log_weights is not None and log_weights.requires_grad:
+        gain = (log_weights.transpose(1, 2) * _choice_costs(to_truth.detach(), between.detach())).mean(dim=(0, 2))
+        scores = scores + gain - gain.detach()
+    return scores / math.sqrt(futures.shape[-1])
+
+
+def _choice_costs(to_truth: Tensor, between: Tensor) -> Tensor:
+    """Return what each of S samples adds to the expected Energy Score, less a baseline from the others: [..., S].
+
+    The gradient of the expected score is the mean of these costs times that of the samples' log probabilities (score
+    function: Williams 1992, with the baseline of Mnih and Rezende 2016). A sample costs its distance to the truth less
+    its mean distance to the others. The baseline is the mean cost of the others without that sample.
+
+    to_truth: [..., S] distances to the truth; between: [..., S, S] distances between samples.
+    """
+    others = to_truth.shape[-1] - 1
+    cost = to_truth - between.sum(dim=-1) / others
+    among_others = (between.sum(dim=(-2, -1)).unsqueeze(-1) - 2 * between.sum(dim=-1)) / (others * max(1, others - 1))
+    baseline = (to_truth.sum(dim=-1, keepdim=True) - to_truth) / others - among_others
+    return cost - baseline
 
 
 def relative_scores(scores: Tensor) -> Tensor:

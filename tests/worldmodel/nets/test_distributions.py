@@ -15,6 +15,7 @@ from worldmodel.nets.distributions import (
     Mixture,
     SpikeAndSlab,
     bernoulli_mask,
+    draw_and_choice,
     gaussian_kl,
 )
 from worldmodel.nets.distributions import kl_divergence as kl_to_prior
@@ -248,6 +249,18 @@ def test_components_let_one_coordinate_be_on_only_while_the_other_is_off() -> No
     on = SpikeAndSlab(weights, on_logits, slab).draw(torch.Generator().manual_seed(0)) != 0
     assert (on.sum(dim=1) == 1).all()
     assert on[:, 0].float().mean().item() == pytest.approx(0.3, abs=0.015)
+
+
+def test_a_draw_comes_with_the_weight_of_its_component() -> None:
+    mean = torch.tensor([[[-9.0], [0.0], [9.0]]]).expand(2_000, -1, -1)
+    log_weights = torch.tensor([0.2, 0.3, 0.5]).log().expand(2_000, -1)
+    narrow = Gaussian(mean, torch.full_like(mean, 0.1))
+    always = torch.full_like(mean, 20.0)
+    for mixture in (Mixture(log_weights, narrow), SpikeAndSlab(log_weights, always, narrow)):
+        r, log_weight = draw_and_choice(mixture, torch.Generator().manual_seed(0))
+        assert torch.equal(r, mixture.draw(torch.Generator().manual_seed(0)))
+        nearest = (r[:, None] - mean).abs().argmin(dim=1)
+        assert torch.equal(log_weight, log_weights.gather(1, nearest).squeeze(1))
 
 
 def fitted_patterns(num_components: int) -> dict[tuple[bool, bool], float]:

@@ -18,7 +18,7 @@ from worldmodel.config import (
     choices,
 )
 from worldmodel.data import TrainingInputs
-from worldmodel.nets.distributions import Gaussian, Mixture, gaussian_kl
+from worldmodel.nets.distributions import Gaussian, Mixture, draw_and_choice, gaussian_kl
 from worldmodel.nets.latents import PRIOR_NLL, GaussianLatent
 from worldmodel.nets.scene import SceneCode
 from worldmodel.nets.world_model import WorldModel, concat
@@ -34,12 +34,13 @@ def training(
     num_segments: int = 3,
     step_weights: tuple[float, ...] = (1.0,),
     posterior_sees: str = "later",
+    prior_components: int = 1,
     editor: str = "mlp",
     data_changes: dict[str, Any] | None = None,
     **changes: object,
 ) -> TrainingModel:
     torch.manual_seed(0)
-    latent_keys: dict[str, Any] = {} if latent == "none" else {"dim": 3}
+    latent_keys: dict[str, Any] = {} if latent == "none" else {"dim": 3, "prior_components": prior_components}
     if latent in ("gaussian", "sparse"):
         latent_keys["posterior_sees"] = posterior_sees
     parts = {
@@ -324,6 +325,28 @@ def test_shuffling_gives_each_clip_the_r_of_one_half_the_batch_away() -> None:
         r = world.sample(context.repeat_interleave(3, dim=0), torch.Generator().manual_seed(0))
         expected = world.edit(context.repeat_interleave(3, dim=0), r.roll(3 * (len(context) // 2), dims=0))
     torch.testing.assert_close(shuffled[:, :, 0].flatten(0, 1), expected)
+
+
+@pytest.mark.parametrize("latent", ["gaussian", "sparse"])
+def test_futures_come_with_the_weights_of_the_components_chosen_so_far(latent: str) -> None:
+    world = model(latent, prior_components=3).eval()
+    context = embeddings()
+    futures, log_weights = world.futures_with_choices(context, no_actions(4, 2), 5, torch.Generator().manual_seed(0))
+    assert torch.equal(futures, world.rollout_embedding(context, 2, 5, torch.Generator().manual_seed(0)))
+    state, total = context.repeat_interleave(5, dim=0), torch.zeros(20)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(2):
+        r, log_weight = draw_and_choice(world.latent.prior(state), generator)
+        state, total = world.edit(state, r), total + log_weight
+        assert torch.equal(log_weights[:, :, step].flatten(), total)
+    assert log_weights.requires_grad
+
+
+@pytest.mark.parametrize("latent", ["none", "gaussian", "oracle"])
+def test_without_components_futures_come_with_weights_of_zero(latent: str) -> None:
+    world = model(latent).eval()
+    log_weights = world.futures_with_choices(embeddings(), no_actions(4, 2), 5)[1]
+    assert log_weights.shape == (4, 5, 2) and not log_weights.any()
 
 
 def test_the_prior_mean_is_rolled_out_step_by_step() -> None:

@@ -1,7 +1,11 @@
+import itertools
+
+import pytest
 import torch
 from torch import Tensor
 
 from worldmodel.evaluation.scores import energy_score
+from worldmodel.nets.distributions import Gaussian, Mixture
 from worldmodel.nets.latents import PRIOR_NLL
 from worldmodel.nets.world_model import ENCODER_LOSS, Predictions
 from worldmodel.training.losses import CachedGradient, SequenceTerms, relative_scores, step_energy_scores, step_losses
@@ -87,6 +91,50 @@ def test_the_energy_score_is_that_of_evaluations_and_lowest_for_the_law() -> Non
     drawn, truth = batch(2, 4000, 8, 1, 2), batch(3, 4000, 1, 2)
     scores = {scale: float(step_energy_scores(scale * drawn, truth)) for scale in (0.5, 1.0, 2.0)}
     assert scores[1.0] < min(scores[0.5], scores[2.0]) - 0.01
+
+
+@pytest.mark.parametrize("by_dimension", [False, True])
+@pytest.mark.parametrize("num_samples", [2, 3])
+def test_the_gradient_by_choices_is_that_of_the_expected_energy_score(num_samples: int, by_dimension: bool) -> None:
+    """Four outcomes, and all the tuples of samples there are: expectations are sums."""
+    outcomes, targets = batch(0, 4, 1, 3), batch(1, 1, 1, 3)
+    logits = batch(2, 4).requires_grad_()
+    weights = logits.softmax(dim=0)
+    tuples = torch.tensor(list(itertools.product(range(4), repeat=num_samples)))
+    found = logits.new_zeros(4)
+    for chosen in tuples:
+        scores = step_energy_scores(
+            outcomes[chosen][None], targets, weights[chosen].log()[None, :, None], by_dimension=by_dimension
+        )
+        (gradient,) = torch.autograd.grad(scores.sum(), logits, retain_graph=True)
+        found = found + weights[chosen].prod().detach() * gradient
+    of_tuples = [step_energy_scores(outcomes[chosen][None], targets, by_dimension=by_dimension) for chosen in tuples]
+    expectation = (weights[tuples].prod(dim=1) * torch.cat(of_tuples)).sum()
+    torch.testing.assert_close(found, torch.autograd.grad(expectation, logits)[0])
+
+
+def test_log_weights_add_a_gradient_and_no_value() -> None:
+    futures, targets = batch(0, 5, 7, 2, 3), batch(1, 5, 2, 3)
+    log_weights = batch(2, 5, 7, 2).requires_grad_()
+    scores = step_energy_scores(futures, targets, log_weights)
+    torch.testing.assert_close(scores, step_energy_scores(futures, targets))
+    assert torch.autograd.grad(scores.sum(), log_weights)[0].abs().min() > 0
+
+
+def test_the_energy_score_fits_the_weights_of_a_mixture() -> None:
+    generator = torch.Generator().manual_seed(0)
+    components = Gaussian(torch.tensor([-3.0, 3.0])[None, :, None].expand(512, -1, -1), torch.full((512, 2, 1), 0.1))
+    logits = torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+    for _ in range(150):
+        mixture = Mixture(logits.log_softmax(dim=0).expand(512, -1), components)
+        draws = [mixture.draw_and_choice(generator) for _ in range(2)]
+        futures, log_weights = (torch.stack(each, dim=1) for each in zip(*draws, strict=True))
+        truth = torch.where(torch.rand(512, 1, 1, generator=generator) < 0.2, -3.0, 3.0)
+        optimizer.zero_grad()
+        step_energy_scores(futures[:, :, None], truth, log_weights[..., None]).sum().backward()
+        optimizer.step()
+    assert logits.softmax(dim=0)[0].item() == pytest.approx(0.2, abs=0.03)
 
 
 def test_the_energy_score_by_dimension_is_the_mean_of_those_of_each_dimension() -> None:
