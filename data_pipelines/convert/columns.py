@@ -260,8 +260,8 @@ def find_bounds(table: Columns, columns: Mapping[str, Column], num_rows: int, ke
     stated = " and ".join(map(shown, names))
     if bounds is None:
         raise UserError(f"{stated} does not state the bounds of episodes in {num_rows} rows")
-    if any(not 0 <= start < stop <= num_rows or stop - start > MAX_FRAMES for start, stop in bounds):
-        raise UserError(f"{stated} states an episode that is empty or leads beyond the {num_rows} rows")
+    if any(not 0 <= start <= stop <= num_rows or stop - start > MAX_FRAMES for start, stop in bounds):
+        raise UserError(f"{stated} states an episode that leads beyond the {num_rows} rows, or is too long")
     return bounds
 
 
@@ -293,13 +293,17 @@ def _bounds_of(arrays: list[NDArray[np.int64]], num_rows: int, *, are_numbers: b
         return [(start, start + length) for length, start in zip(first.tolist(), others[0].tolist(), strict=True)]
     elif others:
         return None
-    elif first.sum() == num_rows and (first > 0).all():
-        stops = np.cumsum(first)
-    elif len(first) and (np.diff(first) > 0).all() and first[-1] == num_rows:
-        stops = first
+    elif first.sum() == num_rows and (first >= 0).all():
+        return _between(np.cumsum(first))
+    elif len(first) and (np.diff(first) >= 0).all() and first[0] >= 0 and first[-1] == num_rows:
+        return _between(first)
     else:
         return None
-    ends = np.union1d(stops, [num_rows])
+    return _between(np.union1d(stops, [num_rows]))
+
+
+def _between(ends: NDArray[np.int64]) -> Bounds:
+    """Return the rows of episodes that follow each other, from their ends. Equal ends: an episode without rows."""
     return list(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
 
 

@@ -169,7 +169,9 @@ def checked_frames(clip: Clip) -> Iterator[Frame]:
             raise UserError(f"more than {MAX_FRAMES:,} frames")
         yield np.ascontiguousarray(frame)
         count = number + 1
-    if not count or count != clip.num_frames:
+    if not count and not clip.num_frames:
+        raise UserError("it has no frames")
+    if count != clip.num_frames:
         raise UserError(f"{count} frames, and {clip.num_frames} are expected")
 
 

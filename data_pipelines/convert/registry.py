@@ -8,15 +8,16 @@ animations.py is a simple example, lerobot.py one with tables.
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_pipelines.convert import animations
 from data_pipelines.convert.animations import Animations
-from data_pipelines.convert.episodes import ALL_KEYS, Episode, Keys, Layout
+from data_pipelines.convert.episodes import ALL_KEYS, Episode, Keys, Layout, source_files
 from data_pipelines.convert.hdf5 import HDF5_TABLE
 from data_pipelines.convert.image_folders import ImageFolders
 from data_pipelines.convert.lance import Lance
 from data_pipelines.convert.lerobot import LeRobotV2
 from data_pipelines.convert.npz import NPZ_TABLE
 from data_pipelines.convert.robomimic import Robomimic
-from data_pipelines.errors import UserError, one_line_logger
+from data_pipelines.errors import UserError, one_line_logger, printable
 from data_pipelines.formats.registry import detect_format
 from data_pipelines.indexing.folder import video_paths
 from data_pipelines.split_folders import split_folders
@@ -28,6 +29,9 @@ LAYOUTS: tuple[Layout, ...] = (
     LeRobotV2(), Lance(), Robomimic(), HDF5_TABLE, NPZ_TABLE, ImageFolders(), Animations(),
 )  # fmt: skip
 """In the order of detection."""
+
+SUFFIXES = (*HDF5_TABLE.suffixes, *NPZ_TABLE.suffixes, *animations.SUFFIXES)
+"""Of files that hold episodes in one of the layouts."""
 
 
 def detect_layout(source: Path) -> Layout:
@@ -70,6 +74,10 @@ def find_episodes(source: Path, keys: Keys) -> tuple[Layout, dict[str, list[Epis
         _check_names(group)
     if not found:
         raise UserError(f"'{source}' has no episodes")
+    used = {path for _, episode in found for path in episode.files}
+    if others := [name for name, path in source_files(source, SUFFIXES) if path not in used]:
+        more = f" and {len(others) - 1:,} more are" if len(others) > 1 else " is"
+        log.warning("'%s' is converted as %s: '%s'%s left out", source, layout.name, printable(others[0]), more)
     return layout, episodes
 
 

@@ -260,9 +260,8 @@ def test_a_demo_whose_name_leads_out_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bounds", "message"),
     [
-        ({"ep_len": [9, 12], "ep_offset": [0, -3]}, "states an episode that is empty or leads beyond the 42 rows"),
-        ({"ep_len": [9, 12], "ep_offset": [0, 2**62]}, "states an episode that is empty or leads beyond the 42 rows"),
-        ({"ep_len": [9, 0], "ep_offset": [0, 9]}, "states an episode that is empty"),
+        ({"ep_len": [9, 12], "ep_offset": [0, -3]}, "states an episode that leads beyond the 42 rows"),
+        ({"ep_len": [9, 12], "ep_offset": [0, 2**62]}, "states an episode that leads beyond the 42 rows"),
         ({"ep_len": [9, 12]}, "'ep_len' does not state the bounds of episodes in 42 rows"),
         ({"episode_ends": [9, 50]}, "does not state the bounds"),
         ({"ep_len": [9.5, 32.5]}, "holds other numbers than whole ones"),
@@ -294,6 +293,13 @@ def test_bounds_cover_all_rows_without_overlap() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
         lengths = rng.integers(1, 6, rng.integers(1, 6))
+        some_empty = lengths * rng.integers(0, 2, len(lengths))
+        ends = np.cumsum(some_empty)
+        for name, values in {"ep_len": some_empty, "episode_ends": ends}.items():
+            if len(values) < ends[-1]:
+                columns = {name: Column(values.shape, values.dtype)}
+                expected = list(zip((ends - some_empty).tolist(), ends.tolist(), strict=True))
+                assert find_bounds(Given(values), columns, int(ends[-1]), ()) == expected, (name, some_empty)
         count = int(lengths.sum())
         expected = list(zip((np.cumsum(lengths) - lengths).tolist(), np.cumsum(lengths).tolist(), strict=True))
         marks = np.isin(np.arange(count), np.cumsum(lengths) - 1)

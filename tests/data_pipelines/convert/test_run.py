@@ -34,6 +34,7 @@ from tests.data_pipelines.convert.conftest import (
     LENGTHS,
     columns_of,
     painted,
+    write_animations,
     write_image_folders,
     write_lerobot,
     write_npz,
@@ -315,6 +316,34 @@ def test_bad_episodes_are_named_and_may_be_left_out(tmp_path: Path, counted: lis
     result = convert(source, out, Conversion(skip_bad=True))
     assert list(result.bad) == ["clip_2"] and result.num_videos == 3 and result.num_kept == 3
     assert counted in ([], ["clip_2.mp4"]) and len(index_of(out).videos) == 3
+
+
+@pytest.mark.parametrize(
+    "bounds", [{"ep_len": [9, 0, 33]}, {"episode_ends": [9, 9, 42]}, {"ep_len": [9, 0, 33], "ep_offset": [0, 9, 9]}]
+)
+def test_an_episode_without_frames_is_a_bad_one(bounds: dict[str, list[int]], tmp_path: Path) -> None:
+    source, out = tmp_path / "a.npz", tmp_path / "out"
+    arrays: dict[str, Any] = {name: np.array(values) for name, values in bounds.items()}
+    np.savez(source, pixels=columns_of()["pixels"], **arrays)
+    message = r"^1 of 3 episodes cannot be converted; the first is 'a.npz:9-9' \(it has no frames\)"
+    with pytest.raises(UserError, match=message):
+        convert(source, out, Conversion())
+    assert list(convert(source, out, Conversion(skip_bad=True)).bad) == ["a.npz:9-9"]
+    assert [(video.path, video.num_frames) for video in index_of(out).videos] == [("000000.mp4", 9), ("000002.mp4", 33)]
+
+
+def test_files_of_another_layout_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    np.savez(source / "a.npz", pixels=painted(0))
+    np.savez(source / "b.npz", pixels=painted(1))
+    assert convert(source, tmp_path / "all", Conversion()).num_videos == 2 and not caplog.records
+    write_animations(source / "old", "gif")
+    assert convert(source, tmp_path / "out", Conversion()).num_videos == 2
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"'{source}' is converted as an .npz archive of frames: 'old/clip_0.gif' and 3 more are left out"
+    )
 
 
 def test_shards_without_bad_episodes_are_kept(tmp_path: Path) -> None:
