@@ -1,13 +1,17 @@
 """Made-up metrics and illustrations of an evaluated run, for the tests of what is written from them."""
 
+import base64
+from io import BytesIO
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from worldmodel.evaluation.decoded import DecodedFutures
 from worldmodel.evaluation.illustrations import Fans, Illustrations, Latents
 from worldmodel.evaluation.surprise import Timeline
 from worldmodel.planning.planned_episodes import PlannedEpisode
+from worldmodel.report.drawing import Picture
 from worldmodel.runs.metrics import is_declared
 
 ONE_FUTURE = ("prior_mean", "no_latent", "pixel_constant_velocity", "persistence")
@@ -294,3 +298,8 @@ def undeclared(content: Any, path: str = "") -> list[str]:
     if isinstance(content, list | tuple):
         return [one for i, value in enumerate(content) for one in undeclared(value, f"{path}.{i}")]
     return [] if is_declared(path) else [path]
+
+
+def moving_image(picture: Picture) -> Any:
+    """Open the light version of a picture by Pillow."""
+    return Image.open(BytesIO(base64.b64decode(picture.light.split(",")[1])))

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
 from data_pipelines.errors import UserError
@@ -28,23 +27,21 @@ from tests.worldmodel.report.samples import (
     make_metrics,
     make_planning,
     make_unlabelled_metrics,
+    moving_image,
     undeclared,
 )
 from worldmodel.config import load_config, to_yaml
 from worldmodel.evaluation.decoded import DecodedFutures
-from worldmodel.evaluation.illustrations import NO_ILLUSTRATIONS, Fans, Illustrations
+from worldmodel.evaluation.illustrations import NO_ILLUSTRATIONS, Illustrations
 from worldmodel.evaluation.records import save_records
 from worldmodel.planning.planned_episodes import DecodedPlans, PlannedEpisode
-from worldmodel.report import charts
-from worldmodel.report.animations import animation, imagined_paths, path_until, planning_animation
-from worldmodel.report.charts import principal_components, spread_labels
+from worldmodel.report.animations import planning_animation
 from worldmodel.report.decoded_pictures import decoded_pictures, still_image
-from worldmodel.report.drawing import THEMES, Picture
+from worldmodel.report.drawing import Picture
 from worldmodel.report.headline import headline, protocol_facts, verdict
-from worldmodel.report.numbers import duration, marked_steps, number, text_of
+from worldmodel.report.numbers import text_of
 from worldmodel.report.run_page import report_of_run, write_report
 from worldmodel.report.tables import factor_table, markdown_table, planning_table, score_table
-from worldmodel.report.timeline import timeline_figure
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import value_at
 
@@ -204,20 +201,6 @@ def test_the_best_forecast_is_marked_and_an_oracle_never_is() -> None:
     assert [row.label for row in score_table(metrics).rows if row.best] == ["Shuffled r"]
 
 
-def test_the_best_of_each_column_is_bold() -> None:
-    """The lowest mean over the horizon must not be bold where another row is lower."""
-    metrics = make_unlabelled_metrics(3)
-    metrics["forecasts"] = {
-        "model": {"energy_score": [1.0, 2.0, 9.0]},
-        "climatology": {"energy_score": [3.0, 3.0, 3.0]},
-        "simulator_oracle": {"energy_score": [0.1, 0.1, 0.1]},
-    }
-    rows = {line.split("|")[1].strip(): line for line in markdown_table(metrics).splitlines()}
-    assert rows["This run"].count("**") == 4 and "**1.000**" in rows["This run"] and "**2.000**" in rows["This run"]
-    assert rows["Climatology"].count("**") == 2 and "**" not in rows["Simulator oracle"]
-    assert [sorted(row.best) for row in score_table(metrics).rows] == [[0, 1], [2], []]
-
-
 def test_a_run_that_a_baseline_beats_says_so_first(tmp_path: Path, no_charts: None) -> None:
     metrics = make_metrics(4)
     clear = "This run is better than every baseline at every horizon (Energy Score)"
@@ -265,33 +248,6 @@ def test_skill_scores_have_their_intervals(tmp_path: Path, no_charts: None) -> N
     assert "This run over climatology" in shown.text
 
 
-def test_markdown_of_one_step_is_one_aligned_table() -> None:
-    lines = markdown_table(make_metrics(1)).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
-    assert cells[0] == ["forecast", "Energy Score, px", "x oracle", "90% coverage x / y"]
-    assert ["This run", "**0.659**", "**1.10**", "0.88 / 0.89"] in cells
-    assert ["Persistence", "1.619", "2.71", "–"] in cells
-    assert len(markdown_table({}).splitlines()) == 2
-
-
-def test_markdown_over_a_horizon_has_every_step() -> None:
-    scores, ratios, coverage = markdown_table(make_metrics(8)).split("\n\n")
-    assert scores.splitlines()[0].count("h = ") == 8 and "**2.736**" in scores
-    assert "1.17" in ratios and "h = 8" in ratios
-    assert "Prior mean" not in coverage and "0.84 / 0.85" in coverage
-
-
-def test_table_of_the_page_at_the_first_a_middle_and_the_last_step() -> None:
-    assert [marked_steps(n) for n in (1, 2, 3, 8)] == [[0], [0, 1], [0, 1, 2], [0, 3, 7]]
-    table = score_table(make_metrics(8))
-    assert table.groups == [("Energy Score, px", 3), ("× oracle", 3), ("90% coverage x / y", 2)]
-    assert [text_of(cell) for cell in table.rows[0].cells] == [
-        *("0.659", "1.549", "2.736", "1.10", "1.13", "1.17", "0.88 / 0.89", "0.84 / 0.85")
-    ]
-    assert [group for group, _ in score_table(make_metrics(1)).columns][-1] == "90% width x / y"
-
-
 def test_page_is_whole_and_needs_nothing_else(full: tuple[str, Page]) -> None:
     html, page = full
     assert html.lstrip().startswith("<!DOCTYPE html>")
@@ -327,34 +283,6 @@ def test_the_animation_plays_all_frames_and_has_a_still(full: tuple[str, Page]) 
     moving = Image.open(BytesIO(base64.b64decode(source.split(",")[1])))
     assert getattr(moving, "n_frames") == 4 * 3 and moving.info["loop"] == 0  # noqa: B009
     assert html.count("prefers-reduced-motion: reduce") == 1 + 2  # and two episodes of planning
-
-
-def test_paths_grow_straight_between_the_ends_of_segments() -> None:
-    ends = np.array([[[2.0, 0.0], [2.0, 4.0]]])
-    origin = np.zeros(2)
-    assert path_until(origin, ends, 0.5).tolist() == [[[0, 0], [1, 0]]]
-    assert path_until(origin, ends, 1.25).tolist() == [[[0, 0], [2, 0], [2, 1]]]
-    assert path_until(origin, ends, 2.0).tolist() == [[[0, 0], [2, 0], [2, 4]]]
-
-
-def test_the_ring_is_drawn_where_the_frames_show_the_truth() -> None:
-    """A white pixel moves along the true path: in the last frame the ring must be around it."""
-    centre, velocity, n = np.array([20, 12]), np.array([4, 3]), 3
-    frames = np.zeros((2 * n, 1, 64, 64), dtype=np.uint8)
-    for k in range(1, n + 1):
-        frames[n + k - 1, 0, centre[1] + k * velocity[1], centre[0] + k * velocity[0]] = 255
-    true = (centre + n * velocity).astype(float)
-    fans = Fans(np.array([[[[40.0, 4.0]]]]), None, true[None, None], centre[None].astype(float), on_frames=True)
-    picture = animation(frames, n, "alt", fans=fans)
-    assert picture.still is not None
-    image = Image.open(BytesIO(base64.b64decode(picture.still.split(",")[1]))).convert("RGB")
-    pixels = np.asarray(image).astype(int)[:320, :320]
-    white = np.argwhere((pixels.min(axis=2) > 100) & (np.ptp(pixels, axis=2) < 20))
-    orange = np.argwhere((pixels[..., 0] > 190) & (pixels[..., 2] < 100))
-    tip = orange.max(axis=0)  # the path goes right and down, so the ring's edge is the outermost orange
-    middle = true[::-1] * 5 + 2
-    assert np.abs(white.mean(axis=0) - middle).max() < 4
-    assert np.all(tip - middle > 5) and abs((tip - middle)[0] - (tip - middle)[1]) <= 3
 
 
 @pytest.mark.parametrize("num_frames", [1, 7])
@@ -451,10 +379,6 @@ def test_tiles_of_a_still_are_the_frames(tmp_path: Path) -> None:
     np.testing.assert_array_equal(image[16 : 16 + 112, 86 : 86 + 112], decoded.context[0, 0, 0])
 
 
-def moving_image(picture: Picture) -> Any:
-    return Image.open(BytesIO(base64.b64decode(picture.light.split(",")[1])))
-
-
 def test_the_protocol_of_planning_is_shown_whole(full: tuple[str, Page]) -> None:
     facts = {
         "env": "data_pipelines.worlds.two_rooms:worldmodel/TwoRooms-v0",
@@ -521,20 +445,6 @@ def test_success_against_factors_is_drawn_and_listed(tmp_path: Path, no_charts: 
     assert "Factors of variation" in page.text and "Factors of variation" not in bare.text
 
 
-def test_points_of_an_interval_chart_are_to_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = Figure()
-    monkeypatch.setattr("worldmodel.report.charts.chart", lambda draw, alt: draw(figure, THEMES["light"]))
-    points = [(40, 0.2, 0.1, 0.3), (0, 0.9, 0.8, 1.0), (10, 0.5, 0.4, 0.6)]
-    charts.interval_chart(points, ["forty", "none", "ten"], {"random": 0.125}, xlabel="noise", alt="")
-    (axes,) = figure.axes
-    level, rates = axes.lines
-    assert np.array_equal(level.get_ydata(), [0.125] * 2)
-    assert np.array_equal(rates.get_xydata(), [(0, 0.9), (10, 0.5), (40, 0.2)])
-    (bars,) = axes.collections
-    assert [np.asarray(bar.vertices)[:, 1].tolist() for bar in bars.get_paths()] == [[0.1, 0.3], [0.8, 1.0], [0.4, 0.6]]
-    assert [text.get_text() for text in axes.get_xticklabels()] == ["forty", "none", "ten"]
-
-
 @pytest.mark.parametrize(("labels", "drawn"), [((), False), ((100,), False), ((100, 1000), True)])
 def test_success_against_labels_is_drawn_for_several_counts(
     tmp_path: Path, no_charts: None, labels: tuple[int, ...], drawn: bool
@@ -553,41 +463,6 @@ def test_an_episode_moves_through_all_its_frames_and_says_what_came_of_it(full: 
     moving = Image.open(BytesIO(base64.b64decode((reached["src"] or "").split(",")[1])))
     assert getattr(moving, "n_frames") == 6 + 1 and moving.info["loop"] == 0  # noqa: B009
     assert sum("the goal image" in (image["alt"] or "") for image in full[1].images) == 2
-
-
-def test_long_episodes_are_thinned_from_their_first_frame_to_their_last() -> None:
-    (episode,) = make_episodes(1, size_px=16, num_steps=200)
-    assert moving_image(planning_animation(episode, "alt")).n_frames == 64
-
-
-def test_the_way_the_goal_and_the_plan_are_drawn_where_they_are() -> None:
-    """Blue from the agent to where the plan leads, a pink cross at the goal, orange behind the agent."""
-    way = np.array([[10.0, 10.0], [20.0, 10.0]])
-    plan = np.array([[[[20.0, 40.0], [50.0, 40.0]]]])
-    frames = np.zeros((2, 3, 64, 64), np.uint8)
-    episode = PlannedEpisode(0, True, frames, frames[0], way, np.array([50.0, 20.0]), plan)
-    assert imagined_paths(episode, 0).tolist() == [[[10, 10], [20, 40], [50, 40]]]
-    moving = moving_image(planning_animation(episode, "alt"))
-
-    def seen(number: int) -> dict[str, np.ndarray]:
-        moving.seek(number)
-        red, green, blue = np.moveaxis(np.asarray(moving.convert("RGB")).astype(int)[:320], -1, 0)
-        return {
-            "plan": np.argwhere((blue > 150) & (red < 140)),
-            "goal": np.argwhere((red > 150) & (blue > 120) & (green < 150)),
-            "way": np.argwhere((red > 180) & (blue < 90)),
-        }
-
-    def at(x: float, y: float) -> np.ndarray:
-        return 5 * np.array([y, x]) + 2
-
-    first, last = seen(0), seen(1)
-    assert np.abs(first["plan"].min(axis=0) - at(10, 10)).max() < 5
-    assert np.abs(first["plan"].max(axis=0) - at(50, 40)).max() < 8
-    assert np.abs(first["goal"].mean(axis=0) - at(50, 20)).max() < 3
-    assert len(first["way"]) == 0 and len(last["plan"]) == 0
-    assert np.abs(last["way"].min(axis=0) - at(10, 10)).max() < 5
-    assert np.abs(last["way"].max(axis=0) - at(20, 10)).max() < 5
 
 
 def test_episodes_without_positions_show_frames_only(tmp_path: Path) -> None:
@@ -709,62 +584,3 @@ def test_a_failed_write_keeps_the_report_that_was_there(tmp_path: Path, monkeypa
     with pytest.raises(OSError, match="No space left"):
         report(path, metrics={})
     assert path.read_text() == "before"
-
-
-def test_labels_keep_their_distance_and_stay_in_the_frame() -> None:
-    assert spread_labels([0.2, 0.8], 0.1) == [0.2, 0.8]
-    assert spread_labels([0.5, 0.5, 0.52], 0.1) == pytest.approx([0.5, 0.6, 0.7])
-    assert spread_labels([1.0, 0.99], 0.1) == pytest.approx([1.0, 0.9])
-
-
-def test_the_leading_plane_of_r() -> None:
-    line = np.outer(np.arange(5.0), [3.0, 4.0, 0.0])
-    plane, held = principal_components(line)
-    assert held == pytest.approx(1) and np.abs(plane[:, 0]) == pytest.approx([10, 5, 0, 5, 10])
-    assert principal_components(np.arange(4.0)[:, None])[0].shape == (4, 2)
-
-
-def test_the_picture_of_surprise_has_the_frames_of_every_peak() -> None:
-    timeline = make_illustrations(queries=1, size_px=16).timeline
-    assert timeline is not None
-    figure = timeline_figure(timeline)
-    assert len(figure.axes) == 1 + 2 * 6
-    assert "5.00 nats at frame 63, 2.52 s" in [text.get_text() for text in figure.texts]
-    curve: Any = figure.axes[0].lines[0]
-    assert np.array_equal(curve.get_ydata(), timeline.surprise)
-
-
-def test_a_threshold_of_surprise_is_a_line_across() -> None:
-    timeline = make_illustrations(queries=1, size_px=16).timeline
-    assert timeline is not None
-    with_threshold = timeline_figure(replace(timeline, threshold=4.5)).axes[0]
-    flat = [line for line in with_threshold.lines if set(np.asarray(line.get_ydata())) == {4.5}]
-    assert len(flat) == 1 and len(with_threshold.lines) == 1 + len(timeline_figure(timeline).axes[0].lines)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (None, "–"),
-        (math.nan, "–"),
-        (np.float32("inf"), "–"),
-        (12345, "12,345"),
-        (np.int64(7), "7"),
-        (0.12345, "0.123"),
-        (np.float32(0.5), "0.500"),
-        ([0.5, None], "0.500 / –"),
-        ([], "–"),
-        ("text", "text"),
-        (True, "True"),
-    ],
-)
-def test_number(value: Any, text: str) -> None:
-    assert number(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(None, "–"), (42.4, "42 s"), (211.4, "3 min 31 s"), (8177, "2 h 16 min"), (59.7, "1 min 0 s")],
-)
-def test_duration(seconds: float | None, text: str) -> None:
-    assert duration(seconds) == text

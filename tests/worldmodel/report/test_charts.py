@@ -1,0 +1,34 @@
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from worldmodel.report import charts
+from worldmodel.report.charts import principal_components, spread_labels
+from worldmodel.report.drawing import THEMES
+
+
+def test_points_of_an_interval_chart_are_to_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = Figure()
+    monkeypatch.setattr("worldmodel.report.charts.chart", lambda draw, alt: draw(figure, THEMES["light"]))
+    points = [(40, 0.2, 0.1, 0.3), (0, 0.9, 0.8, 1.0), (10, 0.5, 0.4, 0.6)]
+    charts.interval_chart(points, ["forty", "none", "ten"], {"random": 0.125}, xlabel="noise", alt="")
+    (axes,) = figure.axes
+    level, rates = axes.lines
+    assert np.array_equal(level.get_ydata(), [0.125] * 2)
+    assert np.array_equal(rates.get_xydata(), [(0, 0.9), (10, 0.5), (40, 0.2)])
+    (bars,) = axes.collections
+    assert [np.asarray(bar.vertices)[:, 1].tolist() for bar in bars.get_paths()] == [[0.1, 0.3], [0.8, 1.0], [0.4, 0.6]]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["forty", "none", "ten"]
+
+
+def test_labels_keep_their_distance_and_stay_in_the_frame() -> None:
+    assert spread_labels([0.2, 0.8], 0.1) == [0.2, 0.8]
+    assert spread_labels([0.5, 0.5, 0.52], 0.1) == pytest.approx([0.5, 0.6, 0.7])
+    assert spread_labels([1.0, 0.99], 0.1) == pytest.approx([1.0, 0.9])
+
+
+def test_the_leading_plane_of_r() -> None:
+    line = np.outer(np.arange(5.0), [3.0, 4.0, 0.0])
+    plane, held = principal_components(line)
+    assert held == pytest.approx(1) and np.abs(plane[:, 0]) == pytest.approx([10, 5, 0, 5, 10])
+    assert principal_components(np.arange(4.0)[:, None])[0].shape == (4, 2)

@@ -1,0 +1,35 @@
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from worldmodel.report.numbers import duration, number
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (math.nan, "–"),
+        (np.float32("inf"), "–"),
+        (12345, "12,345"),
+        (np.int64(7), "7"),
+        (0.12345, "0.123"),
+        (np.float32(0.5), "0.500"),
+        ([0.5, None], "0.500 / –"),
+        ([], "–"),
+        ("text", "text"),
+        (True, "True"),
+    ],
+)
+def test_number(value: Any, text: str) -> None:
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "–"), (42.4, "42 s"), (211.4, "3 min 31 s"), (8177, "2 h 16 min"), (59.7, "1 min 0 s")],
+)
+def test_duration(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text
