@@ -73,7 +73,7 @@ class Mixture:
         return self.draw_and_choice(generator)[0]
 
     def draw_and_choice(self, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Draw as `draw` does, and return the log weight [B] of the component that was chosen with it."""
+        """Draw as `draw` does, and return the log probability [B] of the chosen component with it."""
         chosen = _choose(self.log_weights, generator)
         mean, scale = _selected(chosen, (self.components.mean, self.components.scale))
         return Gaussian(mean, scale).draw(generator), self.log_weights.gather(1, chosen).squeeze(1)
@@ -101,15 +101,17 @@ class SpikeAndSlab:
         return (self.log_weights.exp().unsqueeze(-1) * self.on_logits.sigmoid() * self.slab.mean).sum(dim=1)
 
     def draw(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw once: [B, R]. No gradient flows to the weights. Depends on the ambient `global_batch`."""
+        """Draw once: [B, R]. No gradient flows to weights and probabilities. Depends on the ambient `global_batch`."""
         return self.draw_and_choice(generator)[0]
 
     def draw_and_choice(self, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Draw as `draw` does, and return the log weight [B] of the component that was chosen with it."""
+        """Draw as `draw` does, and return the log probability [B] of the component and of the zeros with it."""
         chosen = _choose(self.log_weights, generator)
         on_logits, mean, scale = _selected(chosen, (self.on_logits, self.slab.mean, self.slab.scale))
-        r = bernoulli_mask(on_logits, generator) * Gaussian(mean, scale).draw(generator)
-        return r, self.log_weights.gather(1, chosen).squeeze(1)
+        is_on = bernoulli_mask(on_logits.detach(), generator)
+        r = is_on * Gaussian(mean, scale).draw(generator)
+        of_zeros = torch.where(is_on > 0, F.logsigmoid(on_logits), F.logsigmoid(-on_logits)).sum(dim=-1)
+        return r, self.log_weights.gather(1, chosen).squeeze(1) + of_zeros
 
     def log_density(self, r: Tensor) -> Tensor:
         """Return the log density of r [B, R] in nats: [B]. Coordinates that are exactly zero have a log probability."""
@@ -164,7 +166,10 @@ class Certain:
 
 
 def draw_and_choice(distribution: Distribution, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Draw r [B, R] once per clip, with the log weight [B] of the component that was chosen; 0 without components."""
+    """Draw r [B, R] once per clip, with the log probability [B] of what no gradient passes: components and zeros.
+
+    It is 0 for distributions without either.
+    """
     if isinstance(distribution, Mixture | SpikeAndSlab):
         return distribution.draw_and_choice(generator)
     r = distribution.draw(generator)

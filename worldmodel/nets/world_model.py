@@ -299,21 +299,23 @@ class WorldModel(nn.Module):
     def futures_with_choices(
         self, state: Tensor, actions: Tensor, num_samples: int, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Sample futures as `rollout_embedding` does, for training: embeddings [B, S, K, D] and log weights [B, S, K].
+        """Sample futures as `rollout_embedding` does, for training, with the log probabilities of choices.
 
-        The log weights are those of the components of the prior that were chosen up to each step, summed. No gradient
-        passes the choice itself. They are 0 for a prior without components.
+        The choices are the components and the zeros of r that were drawn up to a step. No gradient passes them.
+        Log probabilities are 0 for a prior without either.
+
+        Returns: embeddings [B, S, K, D] and log probabilities [B, S, K].
         """
         of_steps: list[Tensor] = []
 
         def choose_r(state: Tensor, action: Tensor) -> Tensor:
-            r, log_weight = draw_and_choice(self.latent.prior(self.context(state, action)), generator)
-            of_steps.append(log_weight)
+            r, log_probability = draw_and_choice(self.latent.prior(self.context(state, action)), generator)
+            of_steps.append(log_probability)
             return r
 
         futures = self._sampled_futures(state, actions, num_samples, choose_r)
-        log_weights = torch.stack(of_steps, dim=1).cumsum(dim=1)
-        return futures, rearrange(log_weights, "(b s) k -> b s k", s=num_samples)
+        log_probabilities = torch.stack(of_steps, dim=1).cumsum(dim=1)
+        return futures, rearrange(log_probabilities, "(b s) k -> b s k", s=num_samples)
 
     def _sampled_futures(
         self, state: Tensor, actions: Tensor, num_samples: int, choose_r: Callable[[Tensor, Tensor], Tensor]

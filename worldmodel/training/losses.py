@@ -251,13 +251,13 @@ class TrainingModel(nn.Module):
             predictions, states = self.model.predict(embedded, known_r, actions, generator)
         losses = self.batch_losses(predictions, self.beta, generator)
         if self.energy_weight:
-            futures, log_weights = self.model.futures_with_choices(
+            futures, log_probabilities = self.model.futures_with_choices(
                 states[:, 0], predictions.actions, self.energy_samples, generator
             )
             with torch.autocast(states.device.type, enabled=False):
                 targets = predictions.real[:, 1:].float()
                 scores = step_energy_scores(
-                    futures.float(), targets, log_weights.float(), by_dimension=self.energy_by_dimension
+                    futures.float(), targets, log_probabilities.float(), by_dimension=self.energy_by_dimension
                 )
             losses["loss"] = losses["loss"] + self.energy_weight * relative_scores(scores).mean()
             losses["energy_score"] = scores.detach().mean()
@@ -320,7 +320,7 @@ def step_losses(
 
 
 def step_energy_scores(
-    futures: Tensor, targets: Tensor, log_weights: Tensor | None = None, *, by_dimension: bool = False
+    futures: Tensor, targets: Tensor, log_probabilities: Tensor | None = None, *, by_dimension: bool = False
 ) -> Tensor:
     """Return the Energy Score of futures [B, S, K, D] for targets [B, K, D], a mean over clips, by sqrt(D): [K].
 
@@ -328,8 +328,8 @@ def step_energy_scores(
     a training loss it fits the spread of the samples along with their mean (arXiv 2606.12997).
 
     Args:
-        log_weights: [B, S, K], the log probabilities of choices that no gradient passes, as `futures_with_choices`
-            returns them. They add no value, but the gradient of the expected score by these probabilities.
+        log_probabilities: [B, S, K], of choices that no gradient passes, as `futures_with_choices` returns them. They
+            add no value, but the gradient of the expected score by these probabilities.
         by_dimension: the mean of the score of each dimension, instead of that of the whole embedding by sqrt(D).
     """
     num_samples = futures.shape[1]
@@ -338,8 +338,8 @@ def step_energy_scores(
     to_truth = length(by_step - targets[:, :, None])  # [B, K, S]
     between = length(by_step[:, :, :, None] - by_step[:, :, None])  # [B, K, S, S]
     scores = to_truth.mean(dim=(0, 2)) - between.sum(dim=(2, 3)).mean(dim=0) / (2 * num_samples * (num_samples - 1))
-    if log_weights is not None and log_weights.requires_grad:
-        gain = (log_weights.transpose(1, 2) * _choice_costs(to_truth.detach(), between.detach())).mean(dim=(0, 2))
+    if log_probabilities is not None and log_probabilities.requires_grad:
+        gain = (log_probabilities.transpose(1, 2) * _choice_costs(to_truth.detach(), between.detach())).mean(dim=(0, 2))
         scores = scores + gain - gain.detach()
     return scores / math.sqrt(futures.shape[-1])
 

@@ -251,16 +251,24 @@ def test_components_let_one_coordinate_be_on_only_while_the_other_is_off() -> No
     assert on[:, 0].float().mean().item() == pytest.approx(0.3, abs=0.015)
 
 
-def test_a_draw_comes_with_the_weight_of_its_component() -> None:
+def test_a_draw_comes_with_the_log_probability_of_its_component_and_zeros() -> None:
     mean = torch.tensor([[[-9.0], [0.0], [9.0]]]).expand(2_000, -1, -1)
     log_weights = torch.tensor([0.2, 0.3, 0.5]).log().expand(2_000, -1)
     narrow = Gaussian(mean, torch.full_like(mean, 0.1))
-    always = torch.full_like(mean, 20.0)
-    for mixture in (Mixture(log_weights, narrow), SpikeAndSlab(log_weights, always, narrow)):
-        r, log_weight = draw_and_choice(mixture, torch.Generator().manual_seed(0))
-        assert torch.equal(r, mixture.draw(torch.Generator().manual_seed(0)))
-        nearest = (r[:, None] - mean).abs().argmin(dim=1)
-        assert torch.equal(log_weight, log_weights.gather(1, nearest).squeeze(1))
+    r, log_weight = draw_and_choice(Mixture(log_weights, narrow), torch.Generator().manual_seed(0))
+    assert torch.equal(r, Mixture(log_weights, narrow).draw(torch.Generator().manual_seed(0)))
+    nearest = (r[:, None] - mean).abs().argmin(dim=1)
+    assert torch.equal(log_weight, log_weights.gather(1, nearest).squeeze(1))
+
+    one = spike_and_slab(7, batch=2_000)
+    always = SpikeAndSlab(log_weights, one.on_logits[:, :1, :1].expand(-1, 3, -1), Gaussian(mean + 20, narrow.scale))
+    r, log_probability = draw_and_choice(always, torch.Generator().manual_seed(0))
+    assert torch.equal(r, always.draw(torch.Generator().manual_seed(0)))
+    nearest = (r[:, None] - mean - 20).abs().argmin(dim=1)
+    on, chance_on = r[:, 0] != 0, one.on_logits[:, 0, 0].sigmoid()
+    torch.testing.assert_close(log_probability[on], log_weights.gather(1, nearest).squeeze(1)[on] + chance_on.log()[on])
+    off = log_weights[0] + (1 - chance_on[~on, None]).log()
+    assert (log_probability[~on, None] - off).abs().amin(dim=1).max() < 1e-5
 
 
 def fitted_patterns(num_components: int) -> dict[tuple[bool, bool], float]:

@@ -328,25 +328,27 @@ def test_shuffling_gives_each_clip_the_r_of_one_half_the_batch_away() -> None:
 
 
 @pytest.mark.parametrize("latent", ["gaussian", "sparse"])
-def test_futures_come_with_the_weights_of_the_components_chosen_so_far(latent: str) -> None:
+def test_futures_come_with_the_probability_of_the_choices_so_far(latent: str) -> None:
     world = model(latent, prior_components=3).eval()
     context = embeddings()
-    futures, log_weights = world.futures_with_choices(context, no_actions(4, 2), 5, torch.Generator().manual_seed(0))
+    futures, log_probabilities = world.futures_with_choices(
+        context, no_actions(4, 2), 5, torch.Generator().manual_seed(0)
+    )
     assert torch.equal(futures, world.rollout_embedding(context, 2, 5, torch.Generator().manual_seed(0)))
     state, total = context.repeat_interleave(5, dim=0), torch.zeros(20)
     generator = torch.Generator().manual_seed(0)
     for step in range(2):
-        r, log_weight = draw_and_choice(world.latent.prior(state), generator)
-        state, total = world.edit(state, r), total + log_weight
-        assert torch.equal(log_weights[:, :, step].flatten(), total)
-    assert log_weights.requires_grad
+        r, log_probability = draw_and_choice(world.latent.prior(state), generator)
+        state, total = world.edit(state, r), total + log_probability
+        assert torch.equal(log_probabilities[:, :, step].flatten(), total)
+    assert log_probabilities.requires_grad
 
 
-@pytest.mark.parametrize("latent", ["none", "gaussian", "oracle"])
-def test_without_components_futures_come_with_weights_of_zero(latent: str) -> None:
+@pytest.mark.parametrize("latent", ["none", "gaussian"])
+def test_without_choices_their_log_probability_is_zero(latent: str) -> None:
     world = model(latent).eval()
-    log_weights = world.futures_with_choices(embeddings(), no_actions(4, 2), 5)[1]
-    assert log_weights.shape == (4, 5, 2) and not log_weights.any()
+    log_probabilities = world.futures_with_choices(embeddings(), no_actions(4, 2), 5)[1]
+    assert log_probabilities.shape == (4, 5, 2) and not log_probabilities.any()
 
 
 def test_the_prior_mean_is_rolled_out_step_by_step() -> None:

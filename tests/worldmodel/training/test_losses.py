@@ -1,11 +1,13 @@
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from worldmodel.evaluation.scores import energy_score
-from worldmodel.nets.distributions import Gaussian, Mixture
+from worldmodel.nets.distributions import Gaussian, Mixture, SpikeAndSlab, draw_and_choice
 from worldmodel.nets.latents import PRIOR_NLL
 from worldmodel.nets.world_model import ENCODER_LOSS, Predictions
 from worldmodel.training.losses import CachedGradient, SequenceTerms, relative_scores, step_energy_scores, step_losses
@@ -113,28 +115,40 @@ def test_the_gradient_by_choices_is_that_of_the_expected_energy_score(num_sample
     torch.testing.assert_close(found, torch.autograd.grad(expectation, logits)[0])
 
 
-def test_log_weights_add_a_gradient_and_no_value() -> None:
+def test_log_probabilities_add_a_gradient_and_no_value() -> None:
     futures, targets = batch(0, 5, 7, 2, 3), batch(1, 5, 2, 3)
-    log_weights = batch(2, 5, 7, 2).requires_grad_()
-    scores = step_energy_scores(futures, targets, log_weights)
+    log_probabilities = batch(2, 5, 7, 2).requires_grad_()
+    scores = step_energy_scores(futures, targets, log_probabilities)
     torch.testing.assert_close(scores, step_energy_scores(futures, targets))
-    assert torch.autograd.grad(scores.sum(), log_weights)[0].abs().min() > 0
+    assert torch.autograd.grad(scores.sum(), log_probabilities)[0].abs().min() > 0
 
 
-def test_the_energy_score_fits_the_weights_of_a_mixture() -> None:
+def mixture_of_two(logit: Tensor) -> Mixture:
+    """Of values around 0 and 3, of which the second has the probability sigmoid(logit)."""
+    components = Gaussian(torch.tensor([0.0, 3.0])[None, :, None].expand(512, -1, -1), torch.full((512, 2, 1), 0.1))
+    return Mixture(torch.stack([F.logsigmoid(-logit), F.logsigmoid(logit)]).expand(512, -1), components)
+
+
+def zero_or_three(logit: Tensor) -> SpikeAndSlab:
+    """The same, with exact zeros."""
+    slab = Gaussian(torch.full((512, 1, 1), 3.0), torch.full((512, 1, 1), 0.1))
+    return SpikeAndSlab(torch.zeros(512, 1), logit.expand(512, 1, 1), slab)
+
+
+@pytest.mark.parametrize("distribution", [mixture_of_two, zero_or_three])
+def test_the_energy_score_fits_probabilities(distribution: Callable[[Tensor], Mixture | SpikeAndSlab]) -> None:
     generator = torch.Generator().manual_seed(0)
-    components = Gaussian(torch.tensor([-3.0, 3.0])[None, :, None].expand(512, -1, -1), torch.full((512, 2, 1), 0.1))
-    logits = torch.zeros(2, requires_grad=True)
-    optimizer = torch.optim.Adam([logits], lr=0.05)
-    for _ in range(150):
-        mixture = Mixture(logits.log_softmax(dim=0).expand(512, -1), components)
-        draws = [mixture.draw_and_choice(generator) for _ in range(2)]
-        futures, log_weights = (torch.stack(each, dim=1) for each in zip(*draws, strict=True))
-        truth = torch.where(torch.rand(512, 1, 1, generator=generator) < 0.2, -3.0, 3.0)
+    logit = torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.Adam([logit], lr=0.05)
+    for _ in range(100):
+        fitted = distribution(logit)
+        draws = [draw_and_choice(fitted, generator) for _ in range(2)]
+        futures, log_probabilities = (torch.stack(each, dim=1) for each in zip(*draws, strict=True))
+        truth = 3 * (torch.rand(512, 1, 1, generator=generator) < 0.2).float()
         optimizer.zero_grad()
-        step_energy_scores(futures[:, :, None], truth, log_weights[..., None]).sum().backward()
+        step_energy_scores(futures[:, :, None], truth, log_probabilities[..., None]).sum().backward()
         optimizer.step()
-    assert logits.softmax(dim=0)[0].item() == pytest.approx(0.2, abs=0.03)
+    assert logit.sigmoid().item() == pytest.approx(0.2, abs=0.03)
 
 
 def test_the_energy_score_by_dimension_is_the_mean_of_those_of_each_dimension() -> None:
