@@ -43,6 +43,7 @@ from data_pipelines.worlds.two_rooms_law import (
     in_pit,
     is_free,
     move,
+    out_of_the_wall,
     shortest_path_px,
     step_of_action,
 )
@@ -334,9 +335,8 @@ def _distances(env: TwoRoomsEnv) -> Tensor:
     """Return the length of the shortest path from each of `grid_points` to the goal, [56, 56] px."""
     if env.pit:
         return distances_around_the_pit(env._goal)
-    grid = grid_points()
-    lengths = shortest_path_px(grid, env._goal, env._wall_x, env._door_y).float()
-    return torch.where(is_free(grid, env._wall_x, env._door_y), lengths, lengths.new_tensor(UNREACHABLE_PX))
+    points = out_of_the_wall(grid_points().float(), env._wall_x, env._door_y)
+    return shortest_path_px(points, env._goal, env._wall_x, env._door_y).float()
 
 
 def _check_range(name: str, value: Any, low: float, high: float) -> None:

@@ -69,6 +69,19 @@ def is_free(state: Tensor, wall_x: Tensor | float, door_y: Tensor | float, *, pi
     return free & ~in_pit(state) if pit else free
 
 
+def out_of_the_wall(points: Tensor, wall_x: float, door_y: float) -> Tensor:
+    """Move points [..., 2] px that lie in the wall to its nearest edge, at a side of it or in the door: [..., 2] px."""
+    x, y = points.unbind(-1)
+    edges = [
+        *(torch.stack([torch.full_like(x, wall_x + side * WALL_WIDTH_PX / 2), y], dim=-1) for side in (-1, 1)),
+        *(torch.stack([x, torch.full_like(y, door_y + end * DOOR_HEIGHT_PX / 2)], dim=-1) for end in (-1, 1)),
+    ]
+    near = torch.stack(edges)
+    nearest = (near - points).norm(dim=-1).argmin(dim=0)
+    moved = near.gather(0, nearest[None, ..., None].expand(1, *points.shape)).squeeze(0)
+    return torch.where(is_free(points, wall_x, door_y)[..., None], points, moved)
+
+
 def in_pit(state: Tensor, margin_px: float = 0.0) -> Tensor:
     """Return whether points [..., 2] px are in the pit, made larger by a margin on all sides: bool [...]."""
     low, high = torch.tensor(PIT_PX, dtype=state.dtype, device=state.device)

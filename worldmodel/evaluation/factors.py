@@ -26,6 +26,7 @@ def evaluate_factors(networks: Networks, config: EvaluationConfig) -> Metrics:
     A ridge readout is fitted on `evaluation.fit_clips` fresh observations, and its strength is chosen on
     `selection_clips` others. It is scored on `queries` further observations from the distribution of training, and on
     as many from a box WIDER times as wide. DCI of r: the importance of its dimensions for the change of each factor.
+    DCI needs two dimensions.
     """
     with frozen(networks.model):
         embed = partial(_embed, networks, seed=config.seed, generator=torch.Generator().manual_seed(config.seed))
@@ -40,8 +41,9 @@ def evaluate_factors(networks: Networks, config: EvaluationConfig) -> Metrics:
         factors=FactorScores(
             in_distribution_r2=_score(readout, inside), out_of_distribution_r2=_score(readout, outside)
         ),
-        dci=dci_by_forests(fit.embedding, fit.factors),
     )
+    if fit.embedding.shape[1] > 1:
+        metrics["dci"] = dci_by_forests(fit.embedding, fit.factors)
     if fit.r.shape[1] > 1:
         metrics["dci_of_r"] = dci_by_forests(fit.r, fit.change)
     metrics.update(mean_penalty(networks.model, inside.penalty))
@@ -76,7 +78,7 @@ def _embed(
     assert world is not None, "a source of factors"
     batch = world.draw_batch(count, generator, width)
     (embedded,) = embed_batches(networks, [batch], steps=1)
-    on_device = torch.Generator(device).manual_seed(seed)
+    on_device = torch.Generator(device).manual_seed(seed + 2)  # `generator` has the seed itself, or the next one
     known_r = oracle_r(batch, layout, device)
     inferred = model.infer(embedded.state, embedded.segments, known_r, on_device)
     return _Observations(
@@ -115,9 +117,10 @@ def factors_table(metrics: Metrics) -> str:
     rows: dict[str, Any] = {
         "linear R² of the factors, in distribution": value_at(metrics, "factors.in_distribution_r2"),
         "linear R² of the factors, out of distribution": value_at(metrics, "factors.out_of_distribution_r2"),
-        "DCI disentanglement": value_at(metrics, "dci.disentanglement"),
-        "DCI completeness": value_at(metrics, "dci.completeness"),
     }
+    if "dci" in metrics:
+        rows["DCI disentanglement"] = value_at(metrics, "dci.disentanglement")
+        rows["DCI completeness"] = value_at(metrics, "dci.completeness")
     if "dci_of_r" in metrics:
         rows["DCI disentanglement of r, for the changes"] = value_at(metrics, "dci_of_r.disentanglement")
         rows["DCI completeness of r"] = value_at(metrics, "dci_of_r.completeness")

@@ -140,7 +140,8 @@ def evaluate_forecasts(networks: Networks, config: EvaluationConfig) -> Evaluati
         found = _score_all(forecasts, queries, scored)
         recalibrated = {}
         if config.recalibrate:
-            apart = torch.Generator().manual_seed(config.seed)  # the other forecasts are the same without it
+            # The other forecasts are the same without it, and have other random numbers.
+            apart = torch.Generator().manual_seed(config.seed + 1)
             recalibrated = fit_recalibrations(networks, config, clips.selection_futures, known, scored, apart)
             # With the same draws of climatology as that row, a weight of 1 has exactly its score.
             pooled = recalibrated["embedding"].fitted(found.samples, found.past, apart)

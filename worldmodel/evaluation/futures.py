@@ -88,14 +88,23 @@ def roll_out(
     model, device, horizon = networks.model, networks.device, actions.shape[1]
     on_device = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
     chunks = []
-    for start in range(0, len(state), ROLLOUT_BATCH):
-        rows = slice(start, start + ROLLOUT_BATCH)
+    for rows in _chunks(len(state)):
         taken = actions[rows].to(device)
         futures = model.rollout_embedding(
             state[rows].to(device), horizon, num_samples, on_device, actions=taken, shuffle=shuffle
         )
         chunks.append(futures.cpu())
     return torch.cat(chunks)
+
+
+def _chunks(count: int) -> Iterator[slice]:
+    """Yield the rows of chunks of at most ROLLOUT_BATCH clips; the last is not a single one, which has no other r."""
+    start = 0
+    while start < count:
+        stop = min(start + ROLLOUT_BATCH, count)
+        stop -= stop == count - 1 and stop - start > 2
+        yield slice(start, stop)
+        start = stop
 
 
 def roll_out_share(

@@ -17,11 +17,12 @@ from worldmodel.runs.metrics import Metrics
 def score_images(fit: EmbeddedSplit, selection: EmbeddedSplit, queries: EmbeddedSplit) -> Metrics:
     """Probe the contexts of image pairs for their own labels: accuracy of classes, R^2 of attributes; and DCI.
 
-    DCI is that of the embedding of `fit`, by random forests. It needs at least two attributes of one number each.
+    DCI is that of the embedding of `fit`, by random forests. It needs at least two dimensions, and two attributes of
+    one number each.
     """
     fit, selection, queries = (replace(part, labels=context_labels(part.labels)) for part in (fit, selection, queries))
     scores = Metrics(probes=probe_clips(None, fit, selection, queries))
-    if (attributes := attributes_of(fit.labels)).shape[1] > 1:
+    if (attributes := attributes_of(fit.labels)).shape[1] > 1 and fit.embedding.shape[1] > 1:
         scores["dci"] = dci_by_forests(fit.embedding, attributes)
     return scores
 

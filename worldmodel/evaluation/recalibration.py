@@ -35,15 +35,18 @@ class Recalibration:
     spread: tuple[float, ...]
     weight: tuple[float, ...]
 
-    def __call__(self, samples: Tensor, moments: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(
+        self, samples: Tensor, moments: Tensor, generator: torch.Generator, mean: Tensor | None = None
+    ) -> Tensor:
         """Return recalibrated samples, of which each is replaced by a moment with the probability of the weight.
 
         samples and moments [Q, S, horizon, K], draws of climatology. A sample that is replaced at one step remains so
-        at the steps with the same or a larger weight. A single sample is repeated for all moments.
+        at the steps with the same or a larger weight. A single sample is repeated for all moments. The samples are
+        scaled around `mean` [Q, 1, horizon, K], by default their own.
         """
         samples = samples.expand_as(moments)
         spread, weight = (samples.new_tensor(values)[: samples.shape[2]] for values in (self.spread, self.weight))
-        mean = samples.mean(dim=1, keepdim=True)
+        mean = samples.mean(dim=1, keepdim=True) if mean is None else mean
         chance = torch.rand(samples.shape[:2], generator=generator, device=samples.device)
         scaled = samples + (spread - 1)[:, None] * (samples - mean)
         return torch.where((chance[:, :, None] < weight)[..., None], moments, scaled)
@@ -147,10 +150,14 @@ class Recalibrated:
         moments = past[training_clips(places, selection_places, MAX_MOMENTS, generator)]
         return cls(fit_recalibration(samples, moments, observed, num_blocks), past, places)
 
-    def __call__(self, samples: Tensor, places: ClipPlaces, generator: torch.Generator) -> Tensor:
-        """Recalibrate samples [Q, S, horizon, K] of clips at these places, on the CPU."""
-        moments = self.past[training_clips(self.places, places, moments_for(samples.shape[1]), generator)]
-        return self.fitted(samples, moments[:, :, : samples.shape[2]], generator)
+    def __call__(self, samples: Tensor, mean: Tensor, places: ClipPlaces, generator: torch.Generator) -> Tensor:
+        """Recalibrate samples [Q, S, horizon, K] of clips at these places, on the CPU.
+
+        mean [Q, 1, horizon, K] is that of as many samples as the recalibration was fitted to.
+        """
+        num_samples, horizon = samples.shape[1:3]
+        moments = self.past[training_clips(self.places, places, moments_for(num_samples), generator)]
+        return self.fitted(samples, moments[:, :, :horizon], generator, mean)[:, :num_samples]
 
     @property
     def facts(self) -> RecalibrationFacts:

@@ -212,7 +212,8 @@ def central_interval(samples: Tensor, level: float) -> tuple[Tensor, Tensor]:
     """Return the ends of the central interval per query and dimension: samples [Q, S, D] -> lower, upper [Q, D].
 
     Quantiles are at ranks p (S + 1) of the sorted samples (Hyndman and Fan 1996, type 6). For samples of a continuous
-    law a fresh draw then falls inside with probability `level` exactly, if S is at least 2 / (1 - level) - 1.
+    law a fresh draw then falls inside with probability `level`, if S is at least 2 / (1 - level) - 1: exactly where the
+    ranks are whole (S = 19 or 39 for 0.9), otherwise within 0.001 for 64 samples of a normal law, and 0.009 for 28.
     """
     return _interval(_ordered(samples), level)
 

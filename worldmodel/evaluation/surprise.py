@@ -313,7 +313,8 @@ def score_clips(networks: Networks, batches: Iterable[Batch]) -> Ordinary:
     history = context[:, None] - np.arange(num_before, 0, -1)
     motion = embedded.motion[context + 1].sort().values if moves else None
     networks = replace(networks, ordinary_motion=motion)
-    surprise = _score_embedded(networks, embedded, history, context, context + 1, context + networks.model.seen_at)[0]
+    places = (context, context + 1, context + networks.model.seen_at)
+    surprise = _score_embedded(networks, embedded, history, *places, are_ordinary=True)[0]
     return Ordinary(np.sort(surprise), motion)
 
 
@@ -355,10 +356,13 @@ def _score_embedded(
     context: np.ndarray,
     target: np.ndarray,
     seen: np.ndarray,
+    *,
+    are_ordinary: bool = False,
 ) -> np.ndarray:
     """Return surprise and its parts, [len(MEASURES), N], of transitions whose segments are at these positions [N].
 
     history [N, J] are the positions of the J segments before each context, -1 for those that the video does not have.
+    are_ordinary: as for `still_nats`.
     """
     model, training = networks.model, training_of(networks)
     scores = []
@@ -371,7 +375,8 @@ def _score_embedded(
         scene = model.scene.change_nats(embedded.kept[before], embedded.kept[after])
         still = torch.zeros_like(kl)
         if networks.ordinary_motion is not None:
-            still = still_nats(embedded.motion[after], networks.ordinary_motion.to(kl))
+            ordinary = networks.ordinary_motion.to(kl)
+            still = still_nats(embedded.motion[after], ordinary, are_ordinary=are_ordinary)
         surprise = kl + error / training.beta + scene + still if weighs_kl(training) else error
         scores.append(torch.stack([surprise, kl, error, scene, still]).cpu())
     return torch.cat(scores, dim=1).numpy()
@@ -410,17 +415,21 @@ def segment_motion(model: WorldModel, video: Tensor, state: Tensor) -> Tensor:
     return (model.embedding_of(state) - at_rest).square().mean(dim=1).float()
 
 
-def still_nats(motion: Tensor, ordinary: Tensor) -> Tensor:
+def still_nats(motion: Tensor, ordinary: Tensor, *, are_ordinary: bool = False) -> Tensor:
     """Return -log P(ordinary), in nats, for the motion [B] of segments and that of ordinary ones [N] in rising order.
 
     P holds if ordinary and unusually still segments are equally frequent, and likelihoods are in the ratio 1 : B. p is
     the share of ordinary segments with at most this motion, and B = 1 / (-e p log p) for p < 1 / e, otherwise 1: the
     largest ratio that is compatible with p as a p-value (Sellke, Bayarri and Berger 2001, "Calibration of p values for
     testing precise null hypotheses"). With N = 2,048, a segment at rest has 4.6 nats, half of all segments log 2.
+
+    are_ordinary: the segments are among the ordinary ones, and each is compared with the others. Otherwise the stillest
+    of them would seem less still than a new segment of the same kind.
     """
     ordinary, motion = (values.clamp(min=LEAST_MOTION) for values in (ordinary, motion))
-    rank = torch.searchsorted(ordinary, motion, right=True)
-    nats = -((rank + 1) / (len(ordinary) + 1)).log()
+    itself = int(are_ordinary)
+    rank = torch.searchsorted(ordinary, motion, right=True) - itself
+    nats = -((rank + 1) / (len(ordinary) - itself + 1)).log()
     log_ratio = torch.where(nats > 1, nats - 1 - nats.clamp(min=1).log(), 0)
     return F.softplus(log_ratio)
 

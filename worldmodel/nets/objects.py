@@ -112,10 +112,11 @@ def _clusters(shares: Tensor, energy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     height, width = energy.shape[1:]
     weights = pixel_weights(height, width, "moments", energy.device).to(energy).unflatten(1, (height, width))
     one, x, y, xx, _, yy = weights
-    of_pixels = torch.stack([one, x, y, xx + yy])  # [4, H, W]
-    cells = F.adaptive_avg_pool2d(energy[:, None] * of_pixels, (shares.shape[2], shares.shape[3])).flatten(
-        2
-    )  # [I, 4, h * w]
+    of_pixels = energy[:, None] * torch.stack([one, x, y, xx + yy])  # [I, 4, H, W]
+    # Windows of equal size, so that each pixel counts once: those of adaptive pooling overlap at odd sizes.
+    rows, columns = (-(-size // cells) for size, cells in zip((height, width), shares.shape[2:], strict=True))
+    below, right = rows * shares.shape[2] - height, columns * shares.shape[3] - width
+    cells = F.avg_pool2d(F.pad(of_pixels, (0, right, 0, below)), (rows, columns)).flatten(2)  # [I, 4, h * w]
     cells = cells / (cells[:, :1].sum(dim=2, keepdim=True) + 1e-6)
     moments = shares.flatten(2) @ cells.transpose(1, 2)  # [I, K, 4]
     mass = moments[:, :, 0]

@@ -28,6 +28,7 @@ from worldmodel.config import (
 )
 from worldmodel.evaluation.decoded import decode_paths, load_decoder
 from worldmodel.evaluation.embed import Networks
+from worldmodel.evaluation.futures import num_futures
 from worldmodel.evaluation.influence import Influence, InfluenceOptions, video_influence
 from worldmodel.evaluation.ordinary import load_ordinary, threshold_of
 from worldmodel.evaluation.readout import load_readout
@@ -135,7 +136,10 @@ class TrainedRun:
                 `recalibrate`, the run has no recalibration for this checkpoint or horizon.
         """
         futures = self._rollout(clip, horizon, num_samples, seed, actions)
-        return self._recalibrated("embedding", futures, seed, video) if recalibrate else futures
+        if not recalibrate:
+            return futures
+        others = self._other_futures(clip, horizon, num_samples, seed, actions)
+        return self._recalibrated("embedding", futures, others, seed, video)
 
     def _rollout(self, clip: Tensor, horizon: int, num_samples: int, seed: int, actions: Tensor | None) -> Tensor:
         for name, value in (("horizon", horizon), ("num_samples", num_samples)):
@@ -156,8 +160,21 @@ class TrainedRun:
         ahead = None if actions is None else taken[:, num_before:]
         return self.model.rollout_embedding(state, horizon, num_samples, generator, actions=ahead)
 
-    def _recalibrated(self, space: str, samples: Tensor, seed: int, video: str | Path | None) -> Tensor:
-        """Recalibrate samples [B, S, horizon, K] in a space. Raises UserError: there is no recalibration for them."""
+    def _other_futures(self, clip: Tensor, horizon: int, num_samples: int, seed: int, actions: Tensor | None) -> Tensor:
+        """Draw futures besides num_samples ones, to as many as a recalibration was fitted to: [B, S, horizon, D].
+
+        A spread is fitted around the mean of that many. Around that of fewer, their deviations are too small.
+        """
+        missing = num_futures(self.model, self.config.evaluation.num_samples) - num_samples
+        if missing > 0:
+            return self._rollout(clip, horizon, missing, _seed_apart(seed, 0), actions)
+        return torch.empty(len(clip), 0, horizon, self.model.embedding_dim, device=self.device)
+
+    def _recalibrated(self, space: str, samples: Tensor, others: Tensor, seed: int, video: str | Path | None) -> Tensor:
+        """Recalibrate samples [B, S, horizon, K] in a space, around the mean of these and of others.
+
+        Raises UserError: there is no recalibration for them.
+        """
         spaces = load_recalibrations(self.folder, self.num_updates)
         if space not in spaces:
             raise UserError(
@@ -172,8 +189,9 @@ class TrainedRun:
         data = self.config.data
         number = number_of_file(data.base, video) if video is not None and isinstance(data, VideosConfig) else -1
         places = ClipPlaces(torch.full((len(samples),), number), torch.zeros(len(samples), dtype=torch.int64), 1)
-        generator = torch.Generator().manual_seed(seed)
-        return spaces[space](samples.cpu(), places, generator).to(samples.device)
+        generator = torch.Generator().manual_seed(_seed_apart(seed, 1))
+        mean = torch.cat([samples, others], dim=1).mean(dim=1, keepdim=True)
+        return spaces[space](samples.cpu(), mean.cpu(), places, generator).to(samples.device)
 
     @torch.no_grad()
     def forecast(
@@ -199,7 +217,10 @@ class TrainedRun:
         if len(readout.centre) != self.model.embedding_dim:
             raise UserError(f"the readout of {self.folder} is of another model: evaluate the run again")
         values = readout(self._rollout(clip, horizon, num_samples, seed, actions))
-        return self._recalibrated("quantity", values, seed, video) if recalibrate else values
+        if not recalibrate:
+            return values
+        others = readout(self._other_futures(clip, horizon, num_samples, seed, actions))
+        return self._recalibrated("quantity", values, others, seed, video)
 
     def decode(self, clip: Tensor, futures: Tensor) -> Tensor:
         """Show futures of clips [B, L * T, C, H, W] as pictures, by the decoder of `worldmodel decode`.
@@ -406,6 +427,11 @@ def _check_before_building(config: Config, checkpoint: Checkpoint, run: str | Pa
     except (RuntimeError, OverflowError, MemoryError, ValueError) as error:
         raise UserError(f"{run}/config.yaml describes networks that cannot be built: {one_line(error)}") from None
     _check_shapes(network, checkpoint, run, without="latent.prior." if is_flow else None)
+
+
+def _seed_apart(seed: int, use: int) -> int:
+    """Return a seed for other random numbers than those that `seed` itself is for. use: 0 or 1."""
+    return int(torch.randint(2**62, (2,), generator=torch.Generator().manual_seed(seed))[use])
 
 
 def _check_shapes(network: nn.Module, checkpoint: Checkpoint, run: str | Path, without: str | None = None) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 STEP = 0
-"""Separates the seeds of steps from those of batches, which also have a seed and a number."""
+"""A step's draws but for its augmentation."""
 AUGMENT = 1
 """Separates the seeds of a step's augmentation from those of its other draws."""
 
@@ -55,6 +55,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def step_generator(seed: int, step: int, device: torch.device, purpose: int = STEP) -> torch.Generator:
-    """Return the random generator of one step for one purpose. It is the same on all processes."""
+    """Return the random generator of one step for one purpose. It is the same on all processes.
+
+    A batch has a seed and a number, too (data_pipelines/worlds/fresh.py). NumPy takes a purpose of 0 for nothing, so
+    that both mix alike; the shift makes them different seeds.
+    """
     mixed = np.random.SeedSequence([seed, step, purpose]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(mixed >> np.uint64(1)))

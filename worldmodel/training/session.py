@@ -180,6 +180,8 @@ class Session:
         trainer.step = self.saved_step = state["step"]
         self.best_score, self.refined = state["best_score"], state.get("refined", False)
         self.earlier_s = state["train_seconds"]
+        if state.get("step_flops"):
+            trainer.log.step_flops = state["step_flops"] / accelerator.num_processes
         accelerator.print(f"resuming {self.run} at step {trainer.step}")
 
     def save(self, is_best: bool = False) -> None:
@@ -202,6 +204,7 @@ class Session:
                 "best_score": self.best_score,
                 "refined": self.refined,
                 "scaler": scaler.state_dict() if scaler else None,
+                "step_flops": (trainer.log.step_flops or 0) * self.accelerator.num_processes,
                 "num_threads": torch.get_num_threads(),
                 "num_cores": fair_share_of_cores(),
             }

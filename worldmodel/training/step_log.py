@@ -25,7 +25,7 @@ class StepLog:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.times = StepTimes(device)
         self._device, self._dtype = device, dtype
-        self._step_flops: int | None = None  # of this process, counted in its first step
+        self.step_flops: float | None = None  # of this process: counted in its first step, or of the checkpoint
         self.restart()
 
     def restart(self) -> None:
@@ -62,8 +62,8 @@ class StepLog:
         """Return means, times, FLOP/s and utilisation of the steps since the last row, and restart."""
         values = self.means()
         seconds = self.times.means(self._num_batches)
-        assert self._step_flops is not None
-        flops_per_s = self._step_flops / seconds["step_s"]
+        assert self.step_flops is not None
+        flops_per_s = self.step_flops / seconds["step_s"]
         values |= seconds | {"tflops": flops_per_s / 1e12, "mfu": flops_per_s / self._peak_flops_per_s}
         self.restart()
         return values
@@ -72,14 +72,16 @@ class StepLog:
     def flops_counted(self) -> Iterator[None]:
         """Count the operations of the first step, on which utilisation is based.
 
-        The step runs eagerly, because compiled code cannot be counted. Recomputed activations count twice.
+        The step runs eagerly, because compiled code cannot be counted. A resumed training has the number from its
+        checkpoint: after another eager step it would differ from one that was not interrupted. Recomputed activations
+        count twice.
         """
-        if self._step_flops is not None:
+        if self.step_flops is not None:
             yield
             return
         with FlopCounter() as counter, torch.compiler.set_stance("force_eager"):
             yield
-        self._step_flops = counter.total
+        self.step_flops = counter.total
 
     @cached_property
     def _peak_flops_per_s(self) -> float:

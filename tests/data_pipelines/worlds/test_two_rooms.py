@@ -10,7 +10,7 @@ from gymnasium.utils.env_checker import check_env
 
 from data_pipelines.errors import UserError
 from data_pipelines.worlds.digits import pixel_centroid
-from data_pipelines.worlds.two_rooms import ENV_ID, TwoRoomsEnv, run_straight, wander
+from data_pipelines.worlds.two_rooms import ENV_ID, PrivilegedCost, TwoRoomsEnv, run_straight, wander
 from data_pipelines.worlds.two_rooms_law import (
     DOOR_HEIGHT_PX,
     DOOR_Y_RANGE_PX,
@@ -408,3 +408,24 @@ def test_explorations_walk_wander_and_run_straight_equally_often() -> None:
     assert {name: pytest.approx(1 / 3, abs=0.05) for name in names} == {
         name: names.count(name) / 900 for name in ("smooth_walk", "wander", "run_straight")
     }
+
+
+def test_the_privileged_cost_is_the_shortest_path_from_free_places_by_the_wall() -> None:
+    """The grid that its distances come from is 1 px wide, and its nearest point may lie in the wall."""
+    rng, seen = np.random.default_rng(0), 0
+    while seen < 8:
+        env = TwoRoomsEnv(layout="random")
+        env.reset(seed=int(rng.integers(2**31)))
+        wall_x, door_y = env._wall_x, env._door_y
+        beside = wall_x + rng.choice([-1, 1]) * (WALL_WIDTH_PX / 2 + rng.uniform(0.01, 0.4)), rng.uniform(5, 58)
+        in_door = (
+            wall_x + rng.uniform(-2, 2),
+            door_y + rng.choice([-1, 1]) * (DOOR_HEIGHT_PX / 2 - rng.uniform(0.01, 0.4)),
+        )
+        state = torch.tensor(beside if seen % 2 else in_door, dtype=torch.float32)
+        env._state = state
+        if bool(is_free(state, wall_x, door_y)):
+            cost = PrivilegedCost([env])(torch.zeros(1, 1, 1, 2))
+            whole = float(shortest_path_px(state, env._goal, wall_x, door_y))
+            assert cost.item() == pytest.approx(whole, abs=1.0)
+            seen += 1

@@ -96,6 +96,36 @@ def test_a_latent_is_scored_by_the_changes_that_its_coordinates_hold(mixing: str
     assert "DCI disentanglement of r" in factors_table(metrics)
 
 
+def of_one_dimension(config: Config) -> Networks:
+    trained = networks(config, 0)
+    whole = trained.model.embedder.project
+    trained.model.embedder.project = lambda features: whole(features)[:, :1]  # type: ignore[method-assign]
+    trained.model.embedding_dim = 1
+    return trained
+
+
+def test_an_embedding_of_one_dimension_has_no_dci() -> None:
+    config = load_config(CAUSAL, SIZES)
+    metrics: Any = evaluate_factors(of_one_dimension(config), config.evaluation)
+    assert "dci" not in metrics and undeclared(metrics) == [] and "DCI" not in factors_table(metrics)
+
+
+def test_factors_and_draws_of_r_have_different_random_numbers() -> None:
+    config = load_config(CAUSAL, SIZES)
+    trained, drawn = of_one_dimension(config), []
+
+    def infer(state: Tensor, segments: Tensor, known_r: Tensor, generator: torch.Generator, **_: Any) -> Inference:
+        drawn.append(torch.randn(1000, generator=generator))
+        return Inference(state)
+
+    trained.model.infer = infer  # type: ignore[method-assign,assignment]
+    evaluate_factors(trained, config.evaluation)
+    development_scores(trained, config.evaluation.seed)
+    for seed in (config.evaluation.seed, config.evaluation.seed + 1):  # those of the factors
+        of_factors = torch.randn(1000, generator=torch.Generator().manual_seed(seed))
+        assert not any(torch.equal(numbers, of_factors) for numbers in drawn)
+
+
 def test_a_warped_copy_fails_out_of_distribution_first() -> None:
     config = load_config(CAUSAL, SIZES)
     scores: Any = evaluate_factors(networks(config, 2.0), config.evaluation)["factors"]

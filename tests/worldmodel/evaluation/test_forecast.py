@@ -18,6 +18,7 @@ from worldmodel.build import build_model, clip_layout
 from worldmodel.config import Config, EvaluationConfig
 from worldmodel.evaluation.embed import Networks, embed_split
 from worldmodel.evaluation.forecast import development_scores, evaluate_forecasts
+from worldmodel.evaluation.futures import roll_out
 from worldmodel.evaluation.probes import label_targets
 from worldmodel.evaluation.recalibration import Recalibration, save_recalibration
 from worldmodel.nets.history import NoHistory
@@ -211,11 +212,36 @@ def test_recalibrated_forecasts_stand_beside_the_raw_ones(kicked: Any, tmp_path:
     weight = result.recalibrated["embedding"].fitted.weight[0]
     assert float(from_past.float().mean()) == pytest.approx(weight, abs=0.3)
     assert torch.equal(changed, kicked.rollout(clip, 4, 16, recalibrate=True))
+    assert kicked.rollout(clip, 4, 1, recalibrate=True).shape == (2, 1, 4, 16)
     with pytest.raises(UserError, match=r"horizon=5: the recalibration of .* reaches to 4"):
         kicked.rollout(clip, 5, 16, recalibrate=True)
     RunFolder(kicked.folder).recalibration.unlink()
     with pytest.raises(UserError, match=r"has no recalibration: set evaluation.recalibrate to true in its config.yaml"):
         kicked.rollout(clip, 4, 16, recalibrate=True)
+
+
+def test_recalibration_is_fitted_with_random_numbers_apart(kicked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    rollout = WorldModel.rollout_embedding
+
+    def spy(model: WorldModel, *args: Any, **kwargs: Any) -> Tensor:
+        seeds.append(args[3].initial_seed())
+        return rollout(model, *args, **kwargs)
+
+    monkeypatch.setattr(WorldModel, "rollout_embedding", spy)
+    monkeypatch.setattr("worldmodel.evaluation.forecast.known_truth", lambda *_: None)  # its draws would come first
+    evaluate_forecasts(kicked.networks, replace(kicked.config.evaluation, recalibrate=True))
+    assert len(set(seeds)) == len(seeds) == 3  # the futures, the control, and those of the fit
+
+
+def test_every_chunk_of_futures_has_another_r_to_shuffle(monkeypatch: pytest.MonkeyPatch, kicked: Any) -> None:
+    monkeypatch.setattr("worldmodel.evaluation.futures.ROLLOUT_BATCH", 4)
+    state, actions = torch.randn(5, kicked.model.embedding_dim), torch.empty(5, 1, 0)
+    plain, shuffled = (
+        roll_out(kicked.networks, state, actions, 3, torch.Generator().manual_seed(0), shuffle=shuffle)
+        for shuffle in (False, True)
+    )
+    assert not any(torch.equal(one, other) for one, other in zip(plain, shuffled, strict=True))
 
 
 def test_a_forecast_that_is_recalibrated_into_climatology_has_its_score(

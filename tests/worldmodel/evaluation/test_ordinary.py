@@ -12,7 +12,7 @@ from tests.conftest import run_here
 from tests.worldmodel.commands.test_scripts import assert_one_line
 from worldmodel import TrainedRun, load
 from worldmodel.evaluation.ordinary import load_ordinary, ordinary_transitions, save_ordinary, threshold_at
-from worldmodel.evaluation.surprise import Ordinary, clip_surprise
+from worldmodel.evaluation.surprise import Ordinary, clip_surprise, still_nats
 from worldmodel.runs.folder import RunFolder
 
 
@@ -41,6 +41,20 @@ def test_the_threshold_of_selection_predicts_the_rate_of_other_clips() -> None:
         for _ in range(300)
     ]
     assert np.mean(rates) == pytest.approx(0.05, abs=0.004)
+
+
+def test_stillness_keeps_the_rate_of_false_alarms() -> None:
+    """Ordinary motions are compared with each other, as further ones are with them."""
+    generator = torch.Generator().manual_seed(0)
+    rates = []
+    for _ in range(300):
+        ordinary, further = (torch.rand(count, generator=generator) for count in (99, 2_000))
+        ordinary = ordinary.sort().values
+        calibration, found = still_nats(ordinary, ordinary, are_ordinary=True), still_nats(further, ordinary)
+        noise = [0.3 * torch.randn(len(nats), generator=generator) for nats in (calibration, found)]
+        threshold = threshold_at(0.01, np.sort((calibration + noise[0]).numpy()))
+        rates.append(float(((found + noise[1]).numpy() > threshold).mean()))
+    assert 0.006 < np.mean(rates) < 0.011
 
 
 @pytest.mark.parametrize(

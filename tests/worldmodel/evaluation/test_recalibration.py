@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,18 @@ def test_a_model_of_a_single_future_is_pooled() -> None:
     assert score(pooled, world.future) < score(single, world.future) - 0.1
 
 
+@pytest.mark.parametrize("num_samples", [1, 2, 8])
+def test_few_samples_are_scaled_around_the_mean_of_many(num_samples: int) -> None:
+    """Around their own mean, the deviations of S samples are too small by a factor of sqrt(1 - 1 / S)."""
+    count = 2000
+    samples = normal(generator(), count, num_samples, 1, 1)
+    places = ClipPlaces(torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64), 1)
+    space = Recalibrated(Recalibration((2.0,), (0.0,)), torch.zeros(20, 1, 1), replace(places, video=places.video[:20]))
+    changed = space(samples, torch.zeros(count, 1, 1, 1), places, generator())
+    assert changed.shape == samples.shape
+    assert changed.std().item() == pytest.approx(2, rel=0.05)
+
+
 def test_samples_keep_their_identity() -> None:
     world = World(count=4)
     forecast = world.forecast(std=1.0)
@@ -134,7 +147,7 @@ def test_climatology_is_of_the_video_of_a_clip() -> None:
     places = ClipPlaces(torch.tensor([5] * 20 + [6] * 20), torch.arange(40), 1)
     space = Recalibrated(Recalibration((1.0, 1.0), (1.0, 1.0)), past, places)
     asked = ClipPlaces(torch.tensor([6, 5, 99]), torch.zeros(3, dtype=torch.int64), 1)
-    found = space(torch.zeros(3, 30, 2, 3), asked, generator())
+    found = space(torch.zeros(3, 30, 2, 3), torch.zeros(3, 1, 2, 3), asked, generator())
     assert (found[0] >= 20).all() and (found[1] < 20).all()
     assert (found[2] < 20).any() and (found[2] >= 20).any()
     assert torch.equal(found[:, :, 0], found[:, :, 1])  # a moment is a whole future

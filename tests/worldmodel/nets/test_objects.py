@@ -63,6 +63,19 @@ def test_shares_centres_and_spread_are_those_that_numpy_computes() -> None:
         assert spread[image] == pytest.approx(expected_spread, abs=1e-6)
 
 
+@pytest.mark.parametrize("size", [7, 32, 33])
+def test_every_pixel_counts_once(size: int) -> None:
+    """At odd sizes, too, where the last cells reach beyond the frame."""
+    energy = torch.zeros(1, size, size)
+    energy[0, 3, 2] = energy[0, size - 1, size - 2] = 1
+    cells = (size + 1) // 2
+    (mass,), (centre,), _ = _clusters(torch.ones(1, 1, cells, cells), energy)
+    at = torch.linspace(-1, 1, size)
+    expected = torch.stack([at[2] + at[size - 2], at[3] + at[size - 1]]) / 2 / (1 + ABSENT)
+    assert mass.item() == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(centre[0], expected, atol=1e-5, rtol=0)
+
+
 def test_places_of_two_objects_are_linear_in_the_features_after_training() -> None:
     encoder, losses = trained(200)
     assert np.mean(losses[-10:]) < 0.5 * losses[0]

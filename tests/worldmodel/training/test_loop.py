@@ -30,11 +30,13 @@ from worldmodel import load
 from worldmodel.config import Config
 from worldmodel.data import TrainingInputs
 from worldmodel.nets.teacher import Teacher
+from worldmodel.runs.checkpoint import load_checkpoint
 from worldmodel.sources import make_source
 from worldmodel.training import step_log, timing
 from worldmodel.training.launch import compile_mode, make_accelerator
 from worldmodel.training.loop import train
 from worldmodel.training.losses import TrainingModel
+from worldmodel.training.session import Interrupted
 from worldmodel.training.trainer import set_seeds
 
 AUGMENTED = [
@@ -354,6 +356,21 @@ def test_training_uses_an_accelerator_that_is_there(tiny_config: Callable[..., C
     accelerator = make_accelerator("fp32", timeout_s=60.0)
     train(tiny_config("train.steps=1"))
     assert is_initialized() and accelerator.device.type == "cpu"
+
+
+def test_only_the_first_session_counts_operations(
+    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counting is eager. If a compiled encoder counted again after a resume, the run would differ from a whole one."""
+    config = tiny_config("train.steps=4")
+    asked = iter([0, 0])
+    with pytest.raises(Interrupted):
+        train(config, stop=lambda: next(asked, signal.SIGTERM))
+    before = load_checkpoint(Path(config.run_dir))
+    assert before is not None and 0 < before.state["step"] < 4 and before.state["step_flops"] > 0
+    monkeypatch.delattr("worldmodel.training.step_log.FlopCounter")
+    after = load_checkpoint(train(config, resume=True))
+    assert after is not None and after.state["step_flops"] == before.state["step_flops"]
 
 
 def test_what_is_compiled(tiny_config: Callable[..., Config]) -> None:
