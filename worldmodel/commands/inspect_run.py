@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, printable
 from worldmodel.config import Config, flatten, to_dict
+from worldmodel.report.numbers import number
 from worldmodel.runs.checkpoint import latest_state, load_checkpoint, load_run_config
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import read_metrics, value_at
@@ -31,24 +32,33 @@ def is_run(folder: Path) -> bool:
     return True
 
 
-def runs_below(folder: Path, depth: int = MAX_DEPTH) -> list[Path]:
-    """Return the runs with a config in the folders below `folder`, sorted. Links are not followed."""
+def runs_below(folder: Path) -> list[Path]:
+    """Return the folders below `folder` that have a config, sorted, if any of them is a run. Links are not followed.
+
+    Configs of other programs may be anywhere next to videos.
+    """
+    found = _with_config(folder, MAX_DEPTH)
+    return found if any(map(is_run, found)) else []
+
+
+def _with_config(folder: Path, depth: int) -> list[Path]:
     if not folder.is_dir() or not depth:
         return []
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
     below = (folder / name for name in names)
     return [
-        run for path in below for run in ([path] if RunFolder(path).config.is_file() else runs_below(path, depth - 1))
+        run for path in below for run in ([path] if RunFolder(path).config.is_file() else _with_config(path, depth - 1))
     ]
 
 
 def describe_runs(folder: Path, runs: Sequence[Path]) -> str:
     """Return a line for each run of a folder: its name, its steps and its main scores."""
-    names = [str(run.relative_to(folder)) for run in runs]
+    names = [printable(run.relative_to(folder)) for run in runs]
     width = max(map(len, names))
     lines = [f"  {name:<{width}}  {', '.join(_or_fault(summary, run))}" for name, run in zip(names, runs, strict=True)]
-    return "\n".join([f"{folder}: {len(runs):,} runs, each of which `worldmodel inspect RUN` describes", *lines])
+    title = "1 run, which" if len(runs) == 1 else f"{len(runs):,} runs, each of which"
+    return "\n".join([f"{folder}: {title} `worldmodel inspect RUN` describes", *lines])
 
 
 def summary(run: Path) -> list[str]:
@@ -118,7 +128,7 @@ def describe_scores(run: Path) -> list[str]:
     if metrics is None:
         return ["not evaluated: worldmodel evaluate --run " + str(run)]
     found = {name: value_at(metrics, path) for name, path in SCORES.items()}
-    return [f"{name}: {value:.3f}" for name, value in found.items() if value is not None] or ["see metrics.json"]
+    return [f"{name}: {number(value)}" for name, value in found.items() if value is not None] or ["see metrics.json"]
 
 
 def describe_files(run: Path) -> list[str]:

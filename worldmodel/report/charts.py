@@ -22,18 +22,20 @@ MAX_POINTS = 1500  # of a scatter plot
 LABEL_DISTANCE = 0.085  # of the names at the ends of lines, of the height; lines beyond a full column have no name
 
 # Colours of series without a fixed colour, in this order.
-SERIES_COLOURS = ("model", "truth", "teal", "violet", "olive", "pink", "sky", "brown", "text", "law")
+SERIES_COLOURS = ("model", "truth", "teal", "violet", "olive", "pink", "sky", "brown", "law")
+SERIES_DASHES: tuple[str | tuple[int, tuple[float, ...]], ...] = ("-", (0, (6, 2)), (0, (2, 2)), (0, (6, 2, 1, 2)))
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart; `colour` is a name of the themes."""
+    """A line of a chart; `colour` is a name of the themes. An emphasised line is drawn last, and its name bold."""
 
     label: str
     values: np.ndarray
     colour: str
     dashes: str | tuple[int, tuple[float, ...]] = "-"
     width: float = 1.5
+    emphasised: bool = False
 
 
 # Colour, dashes and width of each forecast.
@@ -58,7 +60,7 @@ FORECAST_LINES: dict[str, tuple[str, str | tuple[int, tuple[float, ...]], float]
 def forecast_line(name: str, label: str, values: np.ndarray) -> Line:
     """Return the line of a forecast in its own style."""
     colour, dashes, width = FORECAST_LINES.get(name, ("law", "-", 1.4))
-    return Line(label, values, colour, dashes, width)
+    return Line(label, values, colour, dashes, width, emphasised=colour == "model")
 
 
 def spread_labels(places: Sequence[float], gap: float) -> list[float]:
@@ -94,7 +96,7 @@ def horizon_chart(
         ends = []
         for line in lines:
             steps = np.arange(1, len(line.values) + 1)
-            order = 3 if line.colour == "model" else 2
+            order = 3 if line.emphasised else 2
             axes.plot(
                 *(steps, line.values),
                 color=theme[line.colour],
@@ -114,7 +116,7 @@ def horizon_chart(
         named = [(line, place) for line, place in named if -0.02 <= place <= 1.02][: int(1 / LABEL_DISTANCE)]
         places = spread_labels([place for _, place in named], LABEL_DISTANCE)
         for (line, _), place in zip(named, places, strict=True):
-            bold = "bold" if line.colour == "model" else "normal"
+            bold = "bold" if line.emphasised else "normal"
             axes.annotate(
                 short(line.label),
                 (1.02, place),
@@ -259,7 +261,7 @@ def fan_chart(fans: Fans, query: int, dimensions: Sequence[str], unit: str, alt:
             axes.plot(steps, truth, color=theme["truth"], marker="o", markersize=3.5)
             axes.set_ylabel(short(f"{name}, {unit}" if unit else name))
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-            if fans.on_frames and k == 1:
+            if fans.law is not None and name.split()[-1] == "y":
                 axes.invert_yaxis()
         panels[-1].set_xlabel("horizon, segments")
         figure.align_ylabels()
@@ -288,7 +290,7 @@ def fan_words(fans: Fans, query: int, dimensions: Sequence[str], unit: str) -> s
 
 
 def principal_components(r: np.ndarray) -> tuple[np.ndarray, float]:
-    """Project r [N, R] on its two leading directions: coordinates [N, 2], and the explained share of variance."""
+    """Project finite r [N, R] on its two leading directions: coordinates [N, 2], and the share of variance there."""
     centred = r - r.mean(axis=0)
     _, singular, directions = np.linalg.svd(centred, full_matrices=False)
     held = float((singular[:2] ** 2).sum() / max((singular**2).sum(), 1e-12))
@@ -298,20 +300,22 @@ def principal_components(r: np.ndarray) -> tuple[np.ndarray, float]:
 
 def latent_charts(latents: Latents) -> list[tuple[str, Picture]]:
     """Draw inferred r in its leading plane: a title and a chart per dimension of the true change, or a plain one."""
-    if len(latents.r) < 3 or latents.r.shape[1] == 0:
+    is_finite = np.isfinite(latents.r).all(axis=1)
+    if is_finite.sum() < 3 or latents.r.shape[1] == 0:
         return []
-    plane, held = principal_components(latents.r.astype(float))
+    changes = None if latents.change is None else latents.change[is_finite]
+    plane, held = principal_components(latents.r[is_finite].astype(float))
     keep = np.linspace(0, len(plane) - 1, min(len(plane), MAX_POINTS)).round().astype(int)
     about = f"{len(plane):,} inferred r in the plane with {held:.0%} of their variance"
-    if latents.change is None:
+    if changes is None:
         return [("r", chart(lambda f, t: _scatter(f, t, plane[keep], None), f"{about}."))]
     charts = []
     inputs = np.column_stack([plane, np.ones(len(plane))])
-    for k in range(latents.change.shape[1]):
-        change = latents.change[:, k].astype(float)
+    for k in range(changes.shape[1]):
+        change = changes[:, k].astype(float)
         fit = inputs @ np.linalg.lstsq(inputs, change, rcond=None)[0]
         r2 = 1 - ((change - fit) ** 2).sum() / max(((change - change.mean()) ** 2).sum(), 1e-12)
-        name = f"{latents.change_name}, dimension {k + 1}" if latents.change.shape[1] > 1 else latents.change_name
+        name = f"{latents.change_name}, dimension {k + 1}" if changes.shape[1] > 1 else latents.change_name
         alt = f"{about}, coloured by {name}: a straight line across the plane explains {max(r2, 0.0):.0%} of it."
 
         def draw(figure: Figure, theme: Theme, change: np.ndarray = change) -> None:

@@ -10,7 +10,7 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -44,14 +44,15 @@ class Column:
 
 
 LAST = "{last}"
+COVERAGE = "90% coverage"
 COLUMNS = (
     Column("Energy Score", f"{ENERGY_SCORE}.0", ".3f"),
     Column("Energy Score at horizon {horizon}", f"{ENERGY_SCORE}.{LAST}", ".3f"),
     Column("x oracle", f"{RATIO}.0", ".3f"),
     Column("x oracle at horizon {horizon}", f"{RATIO}.{LAST}", ".3f"),
     Column("encode-decode x oracle", "forecasts.encode_decode_oracle.ratio_to_oracle.0", ".3f"),
-    Column("90% coverage x", "forecasts.model.coverage.90.0.0", ".2f"),
-    Column("90% coverage y", "forecasts.model.coverage.90.0.1", ".2f"),
+    Column(f"{COVERAGE} x", "forecasts.model.coverage.90.0.0", ".2f"),
+    Column(f"{COVERAGE} y", "forecasts.model.coverage.90.0.1", ".2f"),
     Column("KL, nats", "kl_nats", ".2f"),
     Column("expected L0", "expected_l0", ".2f"),
     Column("digit accuracy", "probes.embedding.digit.linear", ".3f"),
@@ -177,7 +178,10 @@ def columns_of(groups: Sequence[RunGroup]) -> list[Column]:
         for column in COLUMNS
         if LAST not in column.path or steps > 1
     ]
-    return [column for column in filled if any(group.stat(column.path) for group in groups)]
+    found = [column for column in filled if any(group.stat(column.path) for group in groups)]
+    if sum(column.title.startswith(COVERAGE) for column in found) == 1:  # it is not that of an x
+        found = [replace(column, title=COVERAGE) if column.title.startswith(COVERAGE) else column for column in found]
+    return found
 
 
 def table_rows(groups: Sequence[RunGroup]) -> list[list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,17 +58,29 @@ def write_comparison_page(
         ),
         references=references(runs),
         horizon=group_horizon_cards(runs, groups),
+        has_scores=num_steps(runs) > 0,
         calibration=group_calibration_cards(groups),
         ranks=group_rank_cards(groups),
         curves=group_curve_cards(runs, groups, histories),
         probes=group_probe_tables(groups),
-        seeds=", ".join(map(str, sorted({run.seed for run in runs}))),
+        seeds=ranges({run.seed for run in runs}),
     )
 
 
 def name_of(group: RunGroup) -> str:
     """Return the name of a group in charts and tables."""
     return f"{group.objective}, {group.latent}"
+
+
+def ranges(numbers: Collection[int]) -> str:
+    """Return whole numbers in order, with runs of more than two as '0 to 4'."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 def colour_of(index: int) -> str:
@@ -98,20 +110,25 @@ def group_horizon_cards(runs: Sequence[RunScores], groups: Sequence[RunGroup]) -
     """Return charts with a line per group and one for the oracle; none for a single horizon step."""
     steps = num_steps(runs)
     cards: list[Card] = []
+    has_oracle = any(group.stat("forecasts.simulator_oracle.energy_score.0") for group in groups)
+    floor = "; the simulator oracle is the floor" if has_oracle else ""
     for title, key, hint in (
-        ("Energy Score", "energy_score", "Means over seeds; the simulator oracle is the floor."),
+        ("Energy Score", "energy_score", f"Means over seeds{floor}."),
         ("Energy Score over the oracle's", "ratio_to_oracle", "Means over seeds; 1 is the oracle."),
     ):
         lines = [
-            Line(name_of(group), means(group, f"forecasts.model.{key}.{{}}", steps), colour_of(i), width=2)
+            Line(
+                name_of(group),
+                means(group, f"forecasts.model.{key}.{{}}", steps),
+                colour_of(i),
+                charts.SERIES_DASHES[i // len(charts.SERIES_COLOURS) % len(charts.SERIES_DASHES)],
+                width=2,
+            )
             for i, group in enumerate(groups)
         ]
         oracle = summarise_groups([RunScores("", "", run.seed, run.numbers) for run in runs])[0]
-        lines.append(
-            Line(
-                "Simulator oracle", means(oracle, f"forecasts.simulator_oracle.{key}.{{}}", steps), "text", (0, (4, 2))
-            )
-        )
+        of_oracle = means(oracle, f"forecasts.simulator_oracle.{key}.{{}}", steps)
+        lines.insert(0, Line("Simulator oracle", of_oracle, "text", (0, (4, 2))))  # there may be no room for the last
         lines = [line for line in lines if np.isfinite(line.values).sum() > 1]
         if lines:
             alt = f"{title} from horizon 1 to {steps}, mean over seeds: {line_words(lines)}."
@@ -192,7 +209,7 @@ def group_curve_cards(
 def group_probe_tables(groups: Sequence[RunGroup]) -> list[tuple[str, Table]]:
     """Return a title and a table of groups against representations for each target, by linear probes."""
     pattern = re.escape(place("probes.NAME.TARGET.linear"))
-    linear = re.compile(pattern.replace("NAME", r"(\w+)").replace("TARGET", r"(\w+)"))
+    linear = re.compile(pattern.replace("NAME", r"(\w+)").replace("TARGET", r"(.+)"))
     found = list(dict.fromkeys(m.groups() for group in groups for path in group.stats if (m := linear.fullmatch(path))))
     made = []
     for target in dict.fromkeys(target for _, target in found):

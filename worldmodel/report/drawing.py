@@ -21,6 +21,7 @@ import numpy as np
 from data_pipelines.errors import printable
 
 if TYPE_CHECKING:
+    import PIL.Image
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
@@ -29,6 +30,7 @@ Theme = Mapping[str, str]
 
 MAX_FRAMES_SHOWN = 4  # of each segment, so that a frame stays large on a phone
 CHART_DPI = 200
+MAX_LOSSLESS_BYTES = 8_000  # of gray frames side by side
 SIDE_IN = 3.9  # width of a chart, for 10 pt to be legible on a phone
 
 # Over frames of a video, for any colours of the page.
@@ -193,10 +195,17 @@ def strip(frames: np.ndarray, alt: str, *, max_px: int = 96) -> Picture:
     whole = Image.new("RGBA", (len(tiles) * (width + gap) - gap, height))
     for i, tile in enumerate(tiles):
         whole.paste(tile, (i * (width + gap), 0))
-    buffer = BytesIO()
-    whole.save(buffer, format="webp", **({"lossless": True} if frames.shape[1] == 1 else {"quality": 70}))
-    uri = data_uri(buffer.getvalue())
+    encoded = _webp(whole, lossless=frames.shape[1] == 1)
+    if len(encoded) > MAX_LOSSLESS_BYTES:  # noise
+        encoded = _webp(whole, lossless=False)
+    uri = data_uri(encoded)
     return Picture(uri, uri, alt, *whole.size)
+
+
+def _webp(image: PIL.Image.Image, *, lossless: bool) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, format="webp", **({"lossless": True} if lossless else {"quality": 70}))
+    return buffer.getvalue()
 
 
 def pixels(frame: np.ndarray) -> np.ndarray:

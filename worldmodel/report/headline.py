@@ -12,6 +12,7 @@ from worldmodel.report.numbers import (
     between,
     dimensions,
     duration,
+    equal_to,
     forecast_names,
     horizon,
     joined,
@@ -56,6 +57,8 @@ def verdict(metrics: Metrics) -> str:
         return ""
     if worse := _defeats(metrics):
         return " ".join(worse)
+    if equals := _equals(metrics):
+        return f"No baseline is better than this run at any horizon (Energy Score); equal to it: {'; '.join(equals)}."
     clear = "This run is better than every baseline at every horizon (Energy Score)"
     return f"{'; '.join([clear, *_ties(metrics)])}."
 
@@ -96,6 +99,15 @@ def _defeats(metrics: Metrics) -> list[str]:
                 comma = "," if "," in label(own) else ""
                 found.append(f"{label(own)}{comma} is worse than {names} (Energy Score, {space}).")
     return found
+
+
+def _equals(metrics: Metrics) -> list[str]:
+    """Return a phrase for each baseline and space with the same scores as the run."""
+    return [
+        f"{label(name, inside=True)} at {_horizons(steps)} ({space})"
+        for folder, space in _spaces(metrics).items()
+        for name, steps in equal_to(metrics, "model", folder).items()
+    ]
 
 
 def _horizons(steps: Sequence[int]) -> str:
@@ -156,10 +168,36 @@ def planning_sentence(metrics: RunMetrics) -> list[Number]:
     if success.text == DASH:
         return []
     interval = between(numbers_at(metrics, "planning.ci95"), " to ")
-    parts = [Number("Plans reach "), success, Number(" of their goals (95% interval "), *interval, Number(")")]
+    parts = [
+        Number(f"{_planned_earlier(metrics)}Plans reach "),
+        success,
+        Number(" of their goals (95% interval "),
+        *interval,
+        Number(")"),
+    ]
     if chance.text != DASH:
         parts += [Number(", random actions "), chance]
     return [*parts, Number(".")]
+
+
+def _planned_earlier(metrics: RunMetrics) -> str:
+    """Return words about the updates that planning is of, if the scores are of others; otherwise nothing."""
+    planned, scored = value_at(metrics, "planning.protocol.step"), num_updates(metrics)
+    if not isinstance(planned, int) or scored is None or planned == scored:
+        return ""
+    return f"At step {planned:,} (the scores are of step {scored:,}): "
+
+
+def num_updates(metrics: RunMetrics) -> int | None:
+    """Return the updates of training and refinement that the scores are of; None if they are not known."""
+    of_training, of_refinement = (value_at(metrics, f"train.{name}") for name in ("steps", "refine_steps"))
+    return None if of_training is None else of_training + (of_refinement or 0)
+
+
+def _training_label(metrics: RunMetrics) -> str:
+    refined = value_at(metrics, "train.refine_steps")
+    more = f" and {number(refined)} of refinement" if refined else ""
+    return f"of training, {number(value_at(metrics, 'train.steps'))} steps{more}"
 
 
 def tiles(metrics: RunMetrics) -> list[tuple[str, list[Number]]]:
@@ -180,10 +218,7 @@ def tiles(metrics: RunMetrics) -> list[tuple[str, list[Number]]]:
     found.append(_coverage_tile(metrics, last))
     found += [
         ("KL, nats", [number_at(metrics, "kl_nats", 2)]),
-        (
-            f"of training, {number(value_at(metrics, 'train.steps'))} steps",
-            [Number(duration(value_at(metrics, "train.seconds")))],
-        ),
+        (_training_label(metrics), [Number(duration(value_at(metrics, "train.seconds")))]),
         ("held-out queries", [number_at(metrics, "queries")]),
         ("of goals reached by planning", [number_at(metrics, "planning.success_rate")]),
     ]

@@ -6,7 +6,8 @@ Metrics may lack any part: a missing number is left out or shown as a dash.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -237,8 +238,8 @@ def score(metrics: Metrics, name: str, step: int = 0, folder: str = "forecasts")
     return float(scores[step]) if -len(scores) <= step < len(scores) else math.nan
 
 
-def best_at(metrics: Metrics, key: str, folder: str = "forecasts") -> str | None:
-    """Return the forecast with the lowest value of a score, such as "energy_score.0"; None if there is none.
+def best_at(metrics: Metrics, key: str, folder: str = "forecasts") -> frozenset[str]:
+    """Return the forecasts with the lowest value of a score, such as "energy_score.0": several if they are equal.
 
     Oracles do not take part: they know the law.
     """
@@ -248,15 +249,36 @@ def best_at(metrics: Metrics, key: str, folder: str = "forecasts") -> str | None
         for name, value in values.items()
         if name not in ORACLES and isinstance(value, int | float) and math.isfinite(value)
     }
-    return min(finite, key=lambda name: finite[name]) if finite else None
+    lowest = min(finite.values(), default=math.nan)
+    return frozenset(name for name, value in finite.items() if value == lowest)
 
 
 def worse_than(metrics: Metrics, own: str = "model", folder: str = "forecasts") -> dict[str, list[int]]:
-    """Return the baselines with a lower Energy Score than the run's forecast, and at which horizon steps, from 1."""
+    """Return the baselines with a lower Energy Score than the run's forecast, and at which horizon steps, from 1.
+
+    A forecast with a score at some step is worse at a step where its score is not finite.
+    """
+    if not np.isfinite(series(metrics, f"{folder}.{own}.energy_score")).any():
+        return {}
+
+    def is_worse(own_score: float, other: float) -> bool:
+        return math.isfinite(other) and not own_score <= other
+
+    return _baselines_where(is_worse, metrics, own, folder)
+
+
+def equal_to(metrics: Metrics, own: str = "model", folder: str = "forecasts") -> dict[str, list[int]]:
+    """Return the baselines with the same Energy Score as the run's forecast, and at which horizon steps, from 1."""
+    return _baselines_where(operator.eq, metrics, own, folder)
+
+
+def _baselines_where(
+    holds: Callable[[float, float], bool], metrics: Metrics, own: str, folder: str
+) -> dict[str, list[int]]:
     steps = range(horizon(metrics))
-    worse = {
-        name: [step + 1 for step in steps if score(metrics, own, step, folder) > score(metrics, name, step, folder)]
+    found = {
+        name: [s + 1 for s in steps if holds(score(metrics, own, s, folder), score(metrics, name, s, folder))]
         for name in forecast_names(metrics, folder)
         if name in BASELINES
     }
-    return {name: at for name, at in worse.items() if at}
+    return {name: at for name, at in found.items() if at}

@@ -22,7 +22,7 @@ from worldmodel.report.decoded_pictures import decoded_pictures
 from worldmodel.report.page import plain, write_page
 from worldmodel.runs.checkpoint import load_run_config
 from worldmodel.runs.folder import RunFolder
-from worldmodel.runs.metrics import RunMetrics, read_decoder_facts, read_metrics, read_planning, value_at
+from worldmodel.runs.metrics import RunMetrics, read_decoder_facts, read_metrics, read_planning
 from worldmodel.runs.tracking import read_history, versions
 
 logger = one_line_logger(__name__)
@@ -50,8 +50,7 @@ def report_of_run(run: Path) -> Path:
             write_text(folder.forecasts, tables.markdown_table(shown) + "\n")
     if planning:
         shown["planning"] = planning
-    updates = [value_at(shown, f"train.{name}") for name in ("steps", "refine_steps")]
-    step = None if updates[0] is None else sum(number or 0 for number in updates)
+    step = headline.num_updates(shown)
     decoded = [futures for futures in load_records(folder.decoded, DecodedFutures) if futures.step == step]
     if decoded and (facts := read_decoder_facts(run)):
         shown["decoder"] = facts

@@ -23,7 +23,8 @@ def future_pictures(illustrations: Illustrations, metrics: RunMetrics) -> list[t
     """Return an animation for each query, and a fan chart if a quantity is forecast."""
     fans, num_frames = illustrations.fans, illustrations.num_frames
     quantity = numbers.mapping(metrics.get("quantity"))
-    unit = str(quantity.get("unit") or "")
+    # A law draws its quantity as positions.
+    unit = str(quantity.get("unit") or "") if fans is None or fans.law is None else "px"
     pictures: list[tuple[Picture, Picture | None]] = []
     for query, frames in enumerate(illustrations.frames):
         num_steps = len(frames) // num_frames - 1

@@ -123,7 +123,7 @@ def markdown_table(metrics: Metrics) -> str:
 
 def _bold_if_best(metrics: Metrics, name: str, key: str, digits: int) -> str:
     text = text_of(numbers_at(metrics, f"forecasts.{name}.{key}", digits))
-    return f"**{text}**" if key.startswith(LOWER_IS_BETTER) and best_at(metrics, key) == name else text
+    return f"**{text}**" if key.startswith(LOWER_IS_BETTER) and name in best_at(metrics, key) else text
 
 
 def _skill_tables(metrics: Metrics) -> list[str]:
@@ -175,7 +175,9 @@ def score_table(metrics: Metrics, folder: str = "forecasts") -> Table:
         for step in steps
     ]
     names = forecast_names(metrics, folder)
-    best = [best_at(metrics, key, folder) if key.startswith(LOWER_IS_BETTER) else None for _, _, key, _ in columns]
+    best = [
+        best_at(metrics, key, folder) if key.startswith(LOWER_IS_BETTER) else frozenset() for _, _, key, _ in columns
+    ]
     longest = max((s for name in names if math.isfinite(s := score(metrics, name, 0, folder))), default=0.0)
     return table_of_numbers(
         [(group, title) for group, title, _, _ in columns],
@@ -184,7 +186,7 @@ def score_table(metrics: Metrics, folder: str = "forecasts") -> Table:
                 label(name),
                 [numbers_at(metrics, f"{folder}.{name}.{key}", digits) for _, _, key, digits in columns],
                 kind="model" if name in OWN_FORECASTS else "oracle" if name in ORACLES else "",
-                best=frozenset(i for i, best_name in enumerate(best) if best_name == name),
+                best=frozenset(i for i, best_names in enumerate(best) if name in best_names),
                 bar_percent=None if last or not longest else _percent(score(metrics, name, 0, folder), longest),
             )
             for name in names
@@ -227,7 +229,7 @@ def retrieval_table(metrics: Metrics) -> Table:
             TableRow(
                 label(name),
                 [numbers_at(metrics, f"{folder}.{name}.{key}.{step}", 2) for key, step in columns],
-                kind="model" if name == "model" else "",
+                kind="model" if name in OWN_FORECASTS else "",
             )
             for name in forecast_names(metrics, folder)
         ],

@@ -128,6 +128,25 @@ def test_a_folder_of_runs_is_a_line_for_each(
     assert "holds no videos" in error(capsys, runs, "--sheet", "sheet.png")
 
 
+def test_videos_next_to_the_config_of_another_program_are_videos(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(world / "test", tmp_path / "v")
+    (tmp_path / "v" / "extra").mkdir()
+    (tmp_path / "v" / "extra" / "config.yaml").write_text("a: 1")
+    assert "videos" in output(capsys, tmp_path / "v") and "missing key run_dir" not in output(capsys, tmp_path / "v")
+
+
+def test_one_run_with_a_name_of_two_lines_and_a_score_of_several_numbers(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "runs" / "a\nb"
+    shutil.copytree(trained_run, run)
+    (run / "metrics.json").write_text(json.dumps({"forecasts": {"model": {"energy_score": [[1.0, 2.0]]}}}))
+    heading, line = output(capsys, tmp_path / "runs").splitlines()
+    assert ": 1 run, which `" in heading and line.endswith("energy score of the first step: 1.000 / 2.000")
+
+
 def test_damaged_runs(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, (name, content) in enumerate(
         {

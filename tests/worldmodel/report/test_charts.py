@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from worldmodel.evaluation.illustrations import Fans, Latents
 from worldmodel.report import charts
-from worldmodel.report.charts import principal_components, spread_labels
-from worldmodel.report.drawing import THEMES
+from worldmodel.report.charts import latent_charts, principal_components, spread_labels
+from worldmodel.report.drawing import THEMES, Picture
 
 
 def test_points_of_an_interval_chart_are_to_scale(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,3 +33,25 @@ def test_the_leading_plane_of_r() -> None:
     plane, held = principal_components(line)
     assert held == pytest.approx(1) and np.abs(plane[:, 0]) == pytest.approx([10, 5, 0, 5, 10])
     assert principal_components(np.arange(4.0)[:, None])[0].shape == (4, 2)
+
+
+@pytest.mark.parametrize("has_law", [True, False])
+def test_what_points_down_on_the_frames_points_down_in_a_fan_chart(
+    has_law: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = Figure()
+    monkeypatch.setattr("worldmodel.report.charts.chart", lambda draw, alt, **_: draw(figure, THEMES["light"]))
+    values = np.zeros((1, 3, 2, 4))
+    fans = Fans(values, values if has_law else None, values[:, 0], values[:, 0, 0], on_frames=has_law)
+    charts.fan_chart(fans, 0, ["ball x", "ball y", "player y", "y"], "px", "")
+    assert [axes.yaxis_inverted() for axes in figure.axes] == [False, has_law, has_law, has_law]
+
+
+def test_inferred_r_that_is_not_finite_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worldmodel.report.charts.chart", lambda draw, alt, **_: Picture("", "", alt, 1, 1))
+    r = np.random.default_rng(0).normal(size=(6, 2))
+    r[1, 0] = np.nan
+    ((_, plain),) = latent_charts(Latents(r, None, ""))
+    ((_, coloured),) = latent_charts(Latents(r, np.arange(6.0)[:, None], "change"))
+    assert plain.alt.startswith("5 inferred r") and coloured.alt.startswith("5 inferred r")
+    assert latent_charts(Latents(r[:3], None, "")) == []

@@ -22,6 +22,8 @@ from worldmodel.report.comparison import (
     summarise,
     summarise_groups,
 )
+from worldmodel.report.comparison_page import group_horizon_cards, group_probe_tables, ranges
+from worldmodel.report.drawing import Picture
 
 
 def drawn(runs: list[RunScores]) -> Any:
@@ -96,6 +98,44 @@ def test_table_of_the_columns_that_runs_have() -> None:
         "|           | gaussian |     3 | 1.167 ± 0.764 | 2.333 ± 1.528 | 3.00 ± 1.41 (n=2) |",
         "| byol      | none     |     1 |         0.625 |         1.250 |                 – |",
     ]
+
+
+def test_coverage_of_a_single_number_is_not_that_of_an_x() -> None:
+    def head(coverage: list[float]) -> str:
+        model = {"energy_score": [1.0], "coverage": {"90": [coverage]}}
+        return comparison_table(
+            summarise_groups([RunScores("byol", "none", 0, flat_numbers({"forecasts": {"model": model}}))])
+        ).splitlines()[0]
+
+    assert "90% coverage |" in head([0.9]) and "90% coverage x" in head([0.9, 0.8])
+
+
+def test_seeds_as_ranges() -> None:
+    assert ranges({3, 0, 1, 2, 7, 9, 10}) == "0 to 3, 7, 9, 10"
+
+
+def test_probes_of_labels_with_other_characters_than_letters() -> None:
+    probes = {"embedding": {name: {"linear": 0.5} for name in ("head-angle", "pose.x", "speed")}}
+    groups = summarise_groups([RunScores("byol", "none", 0, flat_numbers({"probes": probes}))])
+    assert len(group_probe_tables(groups)) == 3
+
+
+def test_the_oracle_has_a_name_among_many_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scores(value: float) -> dict[str, Any]:
+        return {"energy_score": [value, value + 1]}
+
+    runs = [
+        RunScores("byol", str(k), 0, flat_numbers({"forecasts": {"model": scores(k), "simulator_oracle": scores(0.1)}}))
+        for k in range(1, 13)
+    ]
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        "worldmodel.report.charts.horizon_chart", lambda lines, **_: seen.append(lines) or Picture("", "", "", 1, 1)
+    )
+    group_horizon_cards(runs, summarise_groups(runs))
+    (lines,) = seen
+    assert lines[0].label == "Simulator oracle" and len({(line.colour, line.dashes) for line in lines}) == len(lines)
+    assert not any(line.emphasised for line in lines)
 
 
 def test_table_of_a_world_with_other_metrics() -> None:

@@ -38,9 +38,10 @@ from worldmodel.planning.planned_episodes import DecodedPlans, PlannedEpisode
 from worldmodel.report.animations import planning_animation
 from worldmodel.report.decoded_pictures import decoded_pictures, still_image
 from worldmodel.report.drawing import Picture
-from worldmodel.report.headline import headline, protocol_facts, verdict
+from worldmodel.report.headline import headline, protocol_facts, tiles, verdict
 from worldmodel.report.numbers import text_of
 from worldmodel.report.run_page import report_of_run, write_report
+from worldmodel.report.run_pictures import future_pictures
 from worldmodel.report.tables import factor_table, markdown_table, planning_table, score_table
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import value_at
@@ -226,6 +227,44 @@ def test_a_run_that_a_baseline_beats_says_so_first(tmp_path: Path, no_charts: No
     assert text_of_headline(metrics).startswith(f"{sentence} Forecasts reach an Energy Score of ")
     assert sentence in report(tmp_path / "report.html", metrics=metrics)[1].text
     assert verdict({}) == "" and verdict({"forecasts": {"model": {"energy_score": [1.0]}}}) == ""
+
+
+def test_a_score_that_is_missing_or_equal_is_not_better() -> None:
+    def of(model: list[float], other: list[float]) -> Any:
+        return {
+            "horizon": len(model),
+            "forecasts": {"model": {"energy_score": model}, "persistence": {"energy_score": other}},
+        }
+
+    assert verdict(of([0.1, math.nan], [0.2, 0.3])).startswith("This run is worse than persistence at horizon 2 ")
+    equal = verdict(of([0.1, 0.3], [0.2, 0.3]))
+    assert equal == (
+        "No baseline is better than this run at any horizon (Energy Score); equal to it: persistence at horizon 2 "
+        "(embedding space)."
+    )
+    assert verdict(of([0.1, 0.2], [0.2, math.nan])).startswith("This run is better than every baseline")
+
+
+def test_planning_of_another_checkpoint_and_refinement_are_named() -> None:
+    metrics: Any = make_metrics(1) | {"planning": make_planning()}
+    metrics["planning"]["protocol"]["step"] = 1200
+    assert " Plans reach " in text_of_headline(metrics) and "At step" not in text_of_headline(metrics)
+    metrics["train"]["refine_steps"] = 2000
+    assert " At step 1,200 (the scores are of step 3,200): Plans reach " in text_of_headline(metrics)
+    assert "of training, 1,200 steps and 2,000 of refinement" in dict(tiles(metrics))
+
+
+def test_fans_of_a_law_are_positions_in_px(no_charts: None) -> None:
+    """Whatever the quantity is: that of the demo is a velocity."""
+    metrics: Any = make_metrics(2)
+    metrics["quantity"]["unit"] = "px/frame"
+    ((_, fan),) = future_pictures(make_illustrations(queries=1, num_steps=2), metrics)
+    assert fan is not None and "mean ± SD, in px. " in fan.alt
+    illustrations = make_illustrations(queries=1, num_steps=2)
+    assert illustrations.fans is not None
+    labelled = replace(illustrations, fans=replace(illustrations.fans, law=None, on_frames=False))
+    ((_, fan),) = future_pictures(labelled, metrics)
+    assert fan is not None and "mean ± SD, in px/frame. " in fan.alt
 
 
 def test_skill_scores_have_their_intervals(tmp_path: Path, no_charts: None) -> None:

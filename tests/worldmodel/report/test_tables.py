@@ -1,6 +1,8 @@
+from typing import Any
+
 from tests.worldmodel.report.samples import make_metrics, make_unlabelled_metrics
 from worldmodel.report.numbers import marked_steps, text_of
-from worldmodel.report.tables import markdown_table, score_table
+from worldmodel.report.tables import markdown_table, retrieval_table, score_table
 
 
 def test_the_best_of_each_column_is_bold() -> None:
@@ -15,6 +17,21 @@ def test_the_best_of_each_column_is_bold() -> None:
     assert rows["This run"].count("**") == 4 and "**1.000**" in rows["This run"] and "**2.000**" in rows["This run"]
     assert rows["Climatology"].count("**") == 2 and "**" not in rows["Simulator oracle"]
     assert [sorted(row.best) for row in score_table(metrics).rows] == [[0, 1], [2], []]
+
+
+def test_all_of_several_equal_lowest_values_are_bold() -> None:
+    scores = {"model": 0.5, "persistence": 0.5, "climatology": 0.7, "simulator_oracle": 0.5}
+    metrics = {"forecasts": {name: {"energy_score": [value]} for name, value in scores.items()}}
+    bold = [line.split("|")[1].strip() for line in markdown_table(metrics).splitlines() if "**0.500**" in line]
+    assert bold == ["This run", "Persistence"]
+    assert [len(row.best) for row in score_table(metrics).rows] == [1, 1, 0, 0]
+
+
+def test_both_forecasts_of_the_run_are_marked_in_every_table() -> None:
+    values = {key: [0.5] for key in ("mrr", "hit_1", "hit_5", "hit_10")}
+    forecasts = dict.fromkeys(("model", "model_recalibrated", "persistence"), values)
+    metrics: Any = {"horizon": 1, "embedding": {"retrieval": {"forecasts": forecasts}}}
+    assert [row.kind for row in retrieval_table(metrics).rows] == ["model", "model", ""]
 
 
 def test_markdown_of_one_step_is_one_aligned_table() -> None:
