@@ -129,9 +129,12 @@ def test_the_oracle_has_a_name_among_many_groups(monkeypatch: pytest.MonkeyPatch
         for k in range(1, 13)
     ]
     seen: list[Any] = []
-    monkeypatch.setattr(
-        "worldmodel.report.charts.horizon_chart", lambda lines, **_: seen.append(lines) or Picture("", "", "", 1, 1)
-    )
+
+    def chart(lines: list[Any], **_: Any) -> Picture:
+        seen.append(lines)
+        return Picture("", "", "", 1, 1)
+
+    monkeypatch.setattr("worldmodel.report.charts.horizon_chart", chart)
     group_horizon_cards(runs, summarise_groups(runs))
     (lines,) = seen
     assert lines[0].label == "Simulator oracle" and len({(line.colour, line.dashes) for line in lines}) == len(lines)

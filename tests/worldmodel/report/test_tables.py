@@ -21,7 +21,7 @@ def test_the_best_of_each_column_is_bold() -> None:
 
 def test_all_of_several_equal_lowest_values_are_bold() -> None:
     scores = {"model": 0.5, "persistence": 0.5, "climatology": 0.7, "simulator_oracle": 0.5}
-    metrics = {"forecasts": {name: {"energy_score": [value]} for name, value in scores.items()}}
+    metrics: Any = {"forecasts": {name: {"energy_score": [value]} for name, value in scores.items()}}
     bold = [line.split("|")[1].strip() for line in markdown_table(metrics).splitlines() if "**0.500**" in line]
     assert bold == ["This run", "Persistence"]
     assert [len(row.best) for row in score_table(metrics).rows] == [1, 1, 0, 0]
