@@ -271,9 +271,11 @@ def fan_chart(fans: Fans, query: int, dimensions: Sequence[str], unit: str, alt:
 
 def fan_words(fans: Fans, query: int, dimensions: Sequence[str], unit: str) -> str:
     """Return mean and SD of the samples and of the law, and the truth, at the first and the last step, in words."""
+    largest = float(np.nanmax(np.abs(fans.true[query]), initial=0))
+    digits = 1 if not 0 < largest < 1 else 1 - math.floor(math.log10(largest))
 
     def spread(values: np.ndarray) -> str:
-        return f"{np.nanmean(values):.1f} ± {np.nanstd(values):.1f}"
+        return f"{np.nanmean(values):.{digits}f} ± {np.nanstd(values):.{digits}f}"
 
     parts = []
     for step in sorted({0, fans.true.shape[1] - 1}):
@@ -281,7 +283,7 @@ def fan_words(fans: Fans, query: int, dimensions: Sequence[str], unit: str) -> s
         for k, name in enumerate(dimensions):
             law = "" if fans.law is None else f" (law {spread(fans.law[query, :, step, k])})"
             sampled = spread(fans.samples[query, :, step, k])
-            words.append(f"{name} {sampled}{law}, true {fans.true[query, step, k]:.1f}")
+            words.append(f"{name} {sampled}{law}, true {fans.true[query, step, k]:.{digits}f}")
         parts.append(f"Horizon {step + 1}: {'; '.join(words)}.")
     return f"{fans.samples.shape[1]} sampled futures, mean ± SD, in {unit or 'their own unit'}. {' '.join(parts)}"
 

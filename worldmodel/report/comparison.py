@@ -15,7 +15,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from worldmodel.report.drawing import PLAIN_TEXT, save, short
-from worldmodel.report.numbers import DASH
+from worldmodel.report.numbers import DASH, spec_for
 from worldmodel.report.tables import aligned_table
 from worldmodel.runs.metrics import place
 
@@ -166,6 +166,7 @@ def format_stat(stat: Stat | None, spec: str, num_runs: int) -> str:
     """Format '1.12 ± 0.03', '1.12' for one run, a dash for none; '(n=2)' is added if some numbers are not finite."""
     if stat is None:
         return DASH
+    spec = spec_for(stat.mean, 3) if spec == ".3f" else spec
     text = format(stat.mean, spec) if stat.sd is None else f"{stat.mean:{spec}} ± {stat.sd:{spec}}"
     return text if stat.n == num_runs else f"{text} (n={stat.n})"
 

@@ -107,7 +107,10 @@ Numbers = Sequence[Number]
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """Format a value: floats to `digits` decimals, sequences joined by ' / ', a dash for None and NaN."""
+    """Format a value: floats to `digits` decimals, sequences joined by ' / ', a dash for None and NaN.
+
+    Below 0.001, three decimals would be zeros: such a number is written as 6.10e-05.
+    """
     if isinstance(value, list | tuple | np.ndarray):
         return " / ".join(number(v, digits) for v in value) if len(value) else DASH
     if value is None or (isinstance(value, float | np.floating) and not math.isfinite(value)):
@@ -116,7 +119,12 @@ def number(value: Any, digits: int = 3) -> str:
         return str(value)
     if isinstance(value, int | np.integer):
         return f"{value:,}"
-    return f"{float(value):.{digits}f}"
+    return format(float(value), spec_for(float(value), digits))
+
+
+def spec_for(value: float, digits: int) -> str:
+    """Return the format of a number with so many decimals, as `number` writes it."""
+    return ".2e" if digits >= 3 and 0 < abs(value) < 10**-3 else f".{digits}f"
 
 
 def duration(seconds: Any) -> str:
@@ -220,7 +228,8 @@ def forecast_names(metrics: Metrics, folder: str = "forecasts") -> list[str]:
 
 def label(name: str, *, inside: bool = False) -> str:
     """Return the label of a forecast, score, target or representation; `inside` of a sentence in lower case."""
-    text = FORECASTS[name][0] if name in FORECASTS else LABELS.get(name, name.replace("_", " ").capitalize())
+    own = name if name != name.lower() else name.replace("_", " ").capitalize()  # such as pH, a label of the user's
+    text = FORECASTS[name][0] if name in FORECASTS else LABELS.get(name, own)
     return text[:1].lower() + text[1:] if inside else text
 
 

@@ -4,7 +4,7 @@ from matplotlib.figure import Figure
 
 from worldmodel.evaluation.illustrations import Fans, Latents
 from worldmodel.report import charts
-from worldmodel.report.charts import latent_charts, principal_components, spread_labels
+from worldmodel.report.charts import fan_words, latent_charts, principal_components, spread_labels
 from worldmodel.report.drawing import THEMES, Picture
 
 
@@ -45,6 +45,15 @@ def test_what_points_down_on_the_frames_points_down_in_a_fan_chart(
     fans = Fans(values, values if has_law else None, values[:, 0], values[:, 0, 0], on_frames=has_law)
     charts.fan_chart(fans, 0, ["ball x", "ball y", "player y", "y"], "px", "")
     assert [axes.yaxis_inverted() for axes in figure.axes] == [False, has_law, has_law, has_law]
+
+
+def test_words_about_small_numbers_have_decimals_for_them() -> None:
+    def words(scale: float) -> str:
+        values = scale * np.ones((1, 2, 1, 1))
+        return fan_words(Fans(values, None, values[:, 0], values[:, 0, 0], on_frames=False), 0, ["k"], "m")
+
+    assert "k 0.012 ± 0.000, true 0.012." in words(0.01234)
+    assert "k 14.1 ± 0.0, true 14.1." in words(14.12) and "true 0.0." in words(0.0)
 
 
 def test_inferred_r_that_is_not_finite_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

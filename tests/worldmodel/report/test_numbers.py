@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from worldmodel.report.numbers import duration, number
+from worldmodel.report.numbers import duration, label, number
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,8 @@ from worldmodel.report.numbers import duration, number
         (0.12345, "0.123"),
         (np.float32(0.5), "0.500"),
         ([0.5, None], "0.500 / –"),
+        (0.0, "0.000"),
+        (-0.00061234, "-6.12e-04"),
         ([], "–"),
         ("text", "text"),
         (True, "True"),
@@ -25,6 +27,12 @@ from worldmodel.report.numbers import duration, number
 )
 def test_number(value: Any, text: str) -> None:
     assert number(value) == text
+
+
+def test_labels_of_the_user_keep_their_capitals() -> None:
+    assert [label(name) for name in ("pH", "EEG_power", "wrist_angle", "mrr")] == [
+        *("pH", "EEG_power", "Wrist angle", "MRR")
+    ]
 
 
 @pytest.mark.parametrize(
