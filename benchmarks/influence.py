@@ -19,7 +19,8 @@ scores, again as AUROC among the clean clips. "effect": editor and latent are tr
 embedded training clips, and a test clip's loss after each is compared with the sum of the scores of the clips in the
 half: the rank correlation over halves, a mean over test clips (linear datamodeling score, TRAK, arXiv 2303.14186).
 
-Each seed's scores are written to OUT/seed_N/influence.json. The same command continues after an interruption.
+Each seed's scores are written to OUT/seed_N/influence.json. The same command continues after an interruption. Videos of
+other numbers of clips need another folder: OUT/seed_N/planted.json states those of its videos.
 
 Legend: Q queries, N training clips, T frames, H = W pixels.
 """
@@ -40,6 +41,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from data_pipelines.batches import Batch
+from data_pipelines.errors import UserError, one_line
 from data_pipelines.files import write_text
 from data_pipelines.labels import METADATA_NAME
 from data_pipelines.worlds.digits import load_sprites, render
@@ -68,6 +70,7 @@ from worldmodel.training.loop import train
 from worldmodel.training.losses import TrainingModel
 from worldmodel.training.optimisation import set_lr
 
+PLANTED_NAME = "planted.json"
 KERNEL, NEIGHBOURS, TEST_CLIPS = 0.3, 5, 128
 HEAD_STEPS, HEAD_BATCH, HEAD_LR = 200, 128, 1e-3
 OF_QUERY, BAD = ("copy", "altered", "other_future"), ("noise", "shuffled", "wrong_future")
@@ -142,11 +145,37 @@ def _bytes(videos: Tensor) -> Tensor:
     return (videos[:, :, 0] * 255).round().byte()
 
 
+def facts_of_videos(sizes: Sizes, seed: int) -> dict[str, int]:
+    """Return the content of planted.json: what the videos of a seed follow from."""
+    return {"seed": seed} | {name: size for name, size in sizes._asdict().items() if name != "halves"}
+
+
+def check_videos(folder: Path, sizes: Sizes, seed: int) -> None:
+    """Check that videos of an earlier call in the folder, if there are any, are those of these sizes and this seed.
+
+    Raises:
+        UserError: they are others, or nothing states what they are.
+    """
+    path = folder / PLANTED_NAME
+    if not path.exists():
+        if (folder / "data").exists():
+            raise UserError(f"{folder} has videos, and no {PLANTED_NAME} that states their sizes: choose another --out")
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}: choose another --out") from error
+    if found != facts_of_videos(sizes, seed):
+        raise UserError(f"{folder} has videos of other sizes, {json.dumps(found)}: choose another --out")
+
+
 def write_videos(folder: Path, planted: Planted, sizes: Sizes, seed: int) -> None:
     """Write training videos, queries, and videos of other digits for the other splits. Those that exist are kept.
 
-    The digits are labels, for benchmarks/few_labels.py.
+    `check_videos` has found them to be of the same sizes. The digits are labels, for benchmarks/few_labels.py.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / PLANTED_NAME, json.dumps(facts_of_videos(sizes, seed)) + "\n")
     generator = torch.Generator().manual_seed(1000 + seed)
     parts = {"data/train": (torch.cat(list(planted.videos.values())), planted.digits)}
     for split in ("selection", "test"):
@@ -337,6 +366,8 @@ def main() -> int:
         keep_freed_memory()
         make_out_folder(args.out)
         sizes = Sizes(*(getattr(args, name) for name in Sizes._fields))
+        for seed in args.seeds:
+            check_videos(args.out / f"seed_{seed}", sizes, seed)
         results = []
         for seed in args.seeds:
             folder = args.out / f"seed_{seed}"

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks import influence
-from benchmarks.influence import BAD, OF_QUERY, Scores, Sizes, found, plant
+from benchmarks.influence import BAD, OF_QUERY, Scores, Sizes, check_videos, found, plant, write_videos
+from data_pipelines.errors import UserError
 
 
 def test_planted_clips_are_what_their_kind_says() -> None:
@@ -34,6 +35,31 @@ def test_scores_rank_the_clip_of_each_query() -> None:
     scores = found(Scores({"one": of_queries}, {"other": of_clips}, {}), kinds)
     assert scores["duplicates"]["one"] == {"copy": 1.0, "altered": 0.5, "other_future": 0.5, "first": 0.5}
     assert scores["bad"]["other"] == dict(zip(BAD, (1.0, 0.5, 0.0), strict=True))
+
+
+def test_videos_of_an_earlier_call_are_continued_with_the_same_sizes_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, sizes = tmp_path / "seed_1", Sizes(clean=2, queries=1, bad=1, held_out=1)
+    check_videos(folder, sizes, seed=1)
+    write_videos(folder, plant(sizes, seed=1), sizes, seed=1)
+    check_videos(folder, sizes._replace(halves=3), seed=1)
+    with pytest.raises(UserError, match=r"seed_1 has videos of other sizes, .*: choose another --out"):
+        check_videos(folder, sizes, seed=2)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    monkeypatch.setattr(influence, "keep_freed_memory", lambda: None)  # would be for all tests to come
+    given = ["--clean", "1", "--queries", "2", "--bad", "1", "--held-out", "1"]  # as many videos, of other kinds
+    monkeypatch.setattr(sys, "argv", ["influence.py", "--out", str(tmp_path), "--seeds", "0", "1", *given])
+    with pytest.raises(SystemExit) as end:
+        influence.main()
+    assert end.value.code == 2 and "choose another --out" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    (folder / "planted.json").write_text("{")
+    with pytest.raises(UserError, match=r"cannot read .*planted\.json"):
+        check_videos(folder, sizes, seed=1)
+    (folder / "planted.json").unlink()
+    with pytest.raises(UserError, match=r"no planted\.json that states their sizes"):
+        check_videos(folder, sizes, seed=1)
 
 
 def test_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
