@@ -14,7 +14,8 @@ A round asks about a batch of pairs, and fits the representation again:
              a logistic regression of the answers so far on the distance
 
 The score is the accuracy of a linear probe of the representation, fitted on all training labels: what the graph has
-taught. The images are the digits of scikit-learn, or those of MNIST.
+taught. The images are the digits of scikit-learn, or those of MNIST. A strategy stops when the answers to all pairs are
+known, which may be before a budget is spent: the number of pairs that it asked about is stored as well.
 
 Prints a table, and writes pair_queries.json and pair_queries.png into the folder.
 
@@ -87,6 +88,12 @@ class Graph:
         groups.sort(axis=1)
         known = np.isin(groups[:, 0] * size + groups[:, 1], apart[:, 0] * size + apart[:, 1])
         return (groups[:, 0] != groups[:, 1]) & ~known
+
+    def unknown_groups(self) -> Ints:
+        """Return a pair of images for each two groups that are not known to be of different classes, [., 2]."""
+        first = np.unique(self.groups, return_index=True)[1]
+        pairs = first[np.stack(np.triu_indices(len(first), 1), axis=1)]
+        return pairs[self.unknown(pairs)]
 
 
 def spectral_representation(pixels: Floats, groups: Ints, dim: int) -> Floats:
@@ -178,28 +185,40 @@ def probe_accuracy(images: Images, groups: Ints, dim: int) -> float:
     return float((readout(test).argmax(dim=1) == codes[2].argmax(dim=1)).float().mean())
 
 
+def next_pairs(strategy: str, images: Images, graph: Graph, count: int, dim: int, rng: np.random.Generator) -> Ints:
+    """Return the pairs to ask about next, at most `count`: [Q, 2]. There are none if no pair is unknown."""
+    candidates = np.unique(np.sort(random_pairs(len(graph.groups), CANDIDATES, rng), axis=1), axis=0)
+    candidates = rng.permutation(candidates[graph.unknown(candidates)])
+    if not len(candidates):
+        candidates = rng.permutation(graph.unknown_groups())[:CANDIDATES]
+    if strategy == "random" or not len(candidates):
+        return candidates[:count]
+    representation = spectral_representation(images.pixels[0], graph.groups, dim)
+    return most_unsure(representation, graph, candidates, count)
+
+
 def accuracies(strategy: str, images: Images, budgets: Sequence[int], dim: int, seed: int) -> dict[int, dict[str, Any]]:
-    """Ask up to the largest budget; return accuracy, related pairs and largest group at each budget."""
+    """Ask up to each budget, in ascending order, or until no pair is unknown.
+
+    Return the number of pairs asked about, accuracy, related pairs and largest group at each budget.
+    """
     rng, graph = np.random.default_rng(seed), Graph.empty(len(images.classes[0]))
     found, asked = {}, 0
-    while True:
-        if asked in budgets:
-            largest = int(np.bincount(graph.groups).max())
-            accuracy = probe_accuracy(images, graph.groups, dim)
-            found[asked] = {"accuracy": accuracy, "related": len(graph.together), "largest_group": largest}
-        if asked >= max(budgets):
-            return found
-        count = min(PER_ROUND, min(budget for budget in budgets if budget > asked) - asked)
-        candidates = np.unique(np.sort(random_pairs(len(graph.groups), CANDIDATES, rng), axis=1), axis=0)
-        candidates = rng.permutation(candidates[graph.unknown(candidates)])
-        if strategy == "active":
-            representation = spectral_representation(images.pixels[0], graph.groups, dim)
-            pairs = most_unsure(representation, graph, candidates, count)
-        else:
-            pairs = candidates[:count]
-        classes = images.classes[0][pairs]
-        graph.add(pairs, classes[:, 0] == classes[:, 1])
-        asked += count
+    for budget in budgets:
+        while asked < budget:
+            pairs = next_pairs(strategy, images, graph, min(PER_ROUND, budget - asked), dim, rng)
+            if not len(pairs):
+                break
+            classes = images.classes[0][pairs]
+            graph.add(pairs, classes[:, 0] == classes[:, 1])
+            asked += len(pairs)
+        found[budget] = {
+            "asked": asked,
+            "accuracy": probe_accuracy(images, graph.groups, dim),
+            "related": len(graph.together),
+            "largest_group": int(np.bincount(graph.groups).max()),
+        }
+    return found
 
 
 def compare(images_of: Callable[[int], Images], budgets: Sequence[int], dim: int, seeds: int) -> list[dict[str, Any]]:
@@ -215,18 +234,21 @@ def compare(images_of: Callable[[int], Images], budgets: Sequence[int], dim: int
             values = [run[budget]["accuracy"] for run in of_seeds]
             row[strategy] = fmean(values)
             row[f"{strategy}_std"] = stdev(values) if seeds > 1 else 0.0
+            row[f"{strategy}_asked"] = fmean(run[budget]["asked"] for run in of_seeds)
             row[f"{strategy}_related"] = fmean(run[budget]["related"] for run in of_seeds)
         rows.append(row)
     return rows
 
 
 def table(rows: Sequence[Mapping[str, Any]], ceiling: float) -> str:
-    """Return the rows as text."""
-    lines = [f"{'queries':>8}{'random':>18}{'active':>18}{'related pairs found':>24}"]
+    """Return the rows as text. asked: pairs asked about, random / active, a mean over seeds."""
+    lines = [f"{'queries':>8}{'random':>18}{'active':>18}{'asked':>18}{'related pairs found':>24}"]
     for row in rows:
         cells = [f"{row[strategy]:.3f} ± {row[f'{strategy}_std']:.3f}" for strategy in STRATEGIES]
-        related = " / ".join(f"{row[f'{strategy}_related']:.0f}" for strategy in STRATEGIES)
-        lines.append(f"{row['queries']:>8}{cells[0]:>18}{cells[1]:>18}{related:>24}")
+        asked, related = (
+            " / ".join(f"{row[f'{strategy}_{what}']:,.0f}" for strategy in STRATEGIES) for what in ("asked", "related")
+        )
+        lines.append(f"{row['queries']:>8,}{cells[0]:>18}{cells[1]:>18}{asked:>18}{related:>24}")
     return "\n".join([*lines, f"{'all':>8}{ceiling:>18.3f}"])
 
 
@@ -240,8 +262,9 @@ def draw_figure(rows: Sequence[Mapping[str, Any]], ceiling: float) -> bytes:
     for strategy, colour in zip(STRATEGIES, ("#9aa1ab", "#1f5fd6"), strict=True):
         mean = np.array([row[strategy] for row in rows])
         spread = np.array([row[f"{strategy}_std"] for row in rows])
-        axes.plot(queries, mean, marker="o", markersize=3, color=colour, label=strategy)
-        axes.fill_between(queries, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
+        asked = [row[f"{strategy}_asked"] for row in rows]
+        axes.plot(asked, mean, marker="o", markersize=3, color=colour, label=strategy)
+        axes.fill_between(asked, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
     axes.axhline(ceiling, color="#d9480f", linewidth=0.8, label="all pairs known")
     axes.set_xscale("symlog", linthresh=100, linscale=0.3)
     axes.set_xticks(queries, [f"{count:,}" for count in queries])

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from benchmarks import pair_queries
-from benchmarks.pair_queries import Graph, most_unsure, random_pairs, spectral_representation
+from benchmarks.pair_queries import (
+    STRATEGIES,
+    Graph,
+    Images,
+    accuracies,
+    compare,
+    most_unsure,
+    random_pairs,
+    spectral_representation,
+    table,
+)
 
 
 def pixels(count: int = 60, dim: int = 5) -> np.ndarray:
@@ -71,6 +81,38 @@ def test_random_pairs_are_of_different_images() -> None:
     pairs = random_pairs(4, 4000, np.random.default_rng(0))
     assert (pairs[:, 0] != pairs[:, 1]).all()
     assert np.unique(pairs, axis=0, return_counts=True)[1].min() > 250  # of 12 pairs
+
+
+def test_pairs_that_are_left_are_those_of_groups_that_are_not_known_to_be_apart() -> None:
+    graph = Graph.empty(5)
+    graph.add(np.array([[1, 3], [3, 0]]), np.array([True, False]))
+    assert graph.unknown_groups().tolist() == [[0, 2], [0, 4], [1, 2], [1, 4], [2, 4]]
+    graph.add(np.array([[0, 2], [1, 4]]), np.array([True, True]))
+    assert not len(graph.unknown_groups())
+
+
+@pytest.mark.parametrize("candidates", [1, 4000])
+def test_only_pairs_that_are_asked_about_are_counted(candidates: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve images have 66 pairs, and the answers to all are known before that."""
+    monkeypatch.setattr(pair_queries, "CANDIDATES", candidates)
+    added: list[int] = []
+    add = Graph.add
+
+    def counting(graph: Graph, pairs: np.ndarray, answers: np.ndarray) -> None:
+        added.append(len(pairs))
+        add(graph, pairs, answers)
+
+    monkeypatch.setattr(Graph, "add", counting)
+    values, classes = pixels(12), np.arange(12) % 3
+    images = Images((values, values, values), (classes, classes, classes))
+    [row] = compare(lambda seed: images, (900,), 2, seeds=1)
+    for strategy in STRATEGIES:
+        added.clear()
+        found = accuracies(strategy, images, (0, 5, 500, 900), 2, seed=0)
+        assert [at["asked"] for at in found.values()] == [0, 5, sum(added), sum(added)]
+        assert 9 < sum(added) <= 66 and found[900]["largest_group"] == 4
+        assert 9 < row[f"{strategy}_asked"] <= 66
+    assert f"{row['random_asked']:.0f} / {row['active_asked']:.0f}" in table([row], 0.5)
 
 
 @pytest.mark.slow

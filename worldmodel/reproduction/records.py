@@ -161,14 +161,16 @@ class Neighbours(Part, total=False):
 
 
 class QueryScores(Part, total=False):
-    """Probe accuracy after a number of queries, mean and standard deviation over seeds, and the related pairs found."""
+    """Probe accuracy within a budget, mean and standard deviation over seeds, queries asked, related pairs found."""
 
     queries: Whole
     random: Score
     random_std: Score
+    random_asked: Score
     random_related: Score
     active: Score
     active_std: Score
+    active_asked: Score
     active_related: Score
 
 
