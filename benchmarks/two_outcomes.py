@@ -8,7 +8,9 @@ scores are expectations over both outcomes:
     energy score     of embeddings: the run's samples, the mean of these samples as a single forecast, persistence,
                      and the law itself, which is p (1 - p) d for outcomes d apart
     Brier score      of the share of samples that are nearer to the first outcome: the run's, that of the average
-                     probability of seen states, and the law's, which is the mean of p (1 - p)
+                     probability of seen states, and the law's, which is the mean of p (1 - p). That of the run is the
+                     fair score, an estimate of what infinitely many samples would have (Ferro 2014, "Fair scores for
+                     ensemble forecasts"): samples of the law have the law's score, however few they are
 
 Prints a table and writes two_outcomes.json into the run's folder.
 """
@@ -36,7 +38,7 @@ from data_pipelines.worlds.commands import (
 )
 from worldmodel import TrainedRun, load
 from worldmodel.commands.exits import report_errors
-from worldmodel.commands.shared import check_counts, write_result
+from worldmodel.commands.shared import check_counts, check_seed, write_result
 from worldmodel.evaluation.scores import energy_score
 from worldmodel.runs.folder import RunFolder
 
@@ -87,7 +89,11 @@ def score(run: TrainedRun, queries: Queries, num_samples: int, base_rate: float,
 
 
 def scores_of(samples: Tensor, now: Tensor, both: Tensor, probability: Tensor, base_rate: float) -> dict[str, float]:
-    """Return the scores of samples [Q, S, D] for outcomes [Q, 2, D] of states [Q, D], the first of probability [Q]."""
+    """Return the scores of samples [Q, S, D] for outcomes [Q, 2, D] of states [Q, D], the first of probability [Q].
+
+    brier_model is the fair score: the variance of the share of S samples, estimated without bias, is subtracted from
+    its squared error. For a single sample it is not known, and nothing is subtracted.
+    """
     weights = torch.stack([probability, 1 - probability], dim=1)
 
     def expected(forecasts: Tensor) -> float:
@@ -96,14 +102,15 @@ def scores_of(samples: Tensor, now: Tensor, both: Tensor, probability: Tensor, b
 
     variance = probability * (1 - probability)
     apart = torch.linalg.vector_norm(samples[:, :, None] - both[:, None], dim=-1)
-    share = (apart[..., 0] < apart[..., 1]).float().mean(dim=1)
+    share, num_samples = (apart[..., 0] < apart[..., 1]).float().mean(dim=1), samples.shape[1]
+    of_share = share * (1 - share) / max(1, num_samples - 1)  # 0 for a single sample
     return {
         "law": float((variance * torch.linalg.vector_norm(both[:, 0] - both[:, 1], dim=-1)).mean()),
         "model": expected(samples),
         "mean_of_samples": expected(samples.mean(dim=1, keepdim=True)),
         "persistence": expected(now[:, None]),
         "brier_law": float(variance.mean()),
-        "brier_model": float((variance + (share - probability).square()).mean()),
+        "brier_model": float((variance + (share - probability).square() - of_share).mean()),
         "brier_base_rate": float((variance + (base_rate - probability).square()).mean()),
     }
 
@@ -117,6 +124,7 @@ def main() -> int:
     args = parser.parse_args()
     with report_errors():
         check_counts(args, "queries", "samples")
+        check_seed(args)
         run = load(args.run)
         folder = RunFolder(args.run)
         folder.check_writable()
@@ -133,7 +141,7 @@ def main() -> int:
 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
     """Return the scores as a table, with the energy scores also as multiples of the law's."""
-    lines = [f"{'':<26}" + "".join(f"{kind:>20}" for kind in found)]
+    lines = [f"{'':<34}" + "".join(f"{kind:>20}" for kind in found)]
     for name in found["seen"]:
         cells = []
         for scores in found.values():

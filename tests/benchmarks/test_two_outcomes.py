@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import two_outcomes
-from benchmarks.two_outcomes import draw_queries, scores_of
+from benchmarks.two_outcomes import draw_queries, scores_of, table
 from data_pipelines.worlds.commands import ENV_ID
 from tests.conftest import REPO, TINY
 from worldmodel.commands.main import main
@@ -28,6 +28,34 @@ def test_scores_are_expectations_over_both_outcomes() -> None:
     assert found["brier_base_rate"] == pytest.approx((0.1875 + 0.0625 + 0.25) / 2)
     certain = scores_of(both[:, :1].expand(-1, 2, -1), now, both, probability, base_rate=0.5)
     assert certain["brier_model"] == pytest.approx((0.75 + 0.5) / 2)  # the expected square of 1 - {0, 1}
+
+
+@pytest.mark.parametrize("num_samples", [4, 64])
+def test_samples_of_the_law_have_its_brier_score_however_few_they_are(num_samples: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    probability = torch.rand(2000, generator=generator)
+    both = torch.tensor([[[1.0], [0.0]]]).expand(2000, -1, -1)
+    samples = (torch.rand(2000, num_samples, generator=generator) < probability[:, None]).float()[..., None]
+    found = scores_of(samples, both[:, 0], both, probability, base_rate=0.5)
+    of_few = found["brier_law"] / num_samples  # by which the score of the share is above the law's
+    assert found["brier_model"] == pytest.approx(found["brier_law"], abs=0.2 * of_few)
+    one = scores_of(samples[:, :1], both[:, 0], both, probability, base_rate=0.5)
+    assert one["brier_model"] == pytest.approx(2 * found["brier_law"], rel=0.1)
+
+
+def test_the_columns_of_the_table_are_below_their_heads() -> None:
+    names = ("law", "model", "mean_of_samples", "persistence", "brier_law", "brier_model", "brier_base_rate")
+    lines = table({kind: dict.fromkeys(names, 0.5) for kind in ("seen", "unseen")}).splitlines()
+    assert {len(line) for line in lines} == {34 + 2 * 20}
+
+
+def test_a_seed_that_no_generator_takes_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["two_outcomes.py", "--run", "nowhere", "--seed", "-1"])
+    with pytest.raises(SystemExit) as end:
+        two_outcomes.main()
+    assert end.value.code == 2 and "error: --seed must be from 0 to" in capsys.readouterr().err
 
 
 def test_queries_are_drawn_from_the_combinations() -> None:
