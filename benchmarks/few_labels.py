@@ -364,8 +364,9 @@ def main() -> int:
             raise UserError(f"--label {args.label}: test clips have classes that training clips have not")
         training, test = (clips.with_classes(torch.searchsorted(known, clips.classes)) for clips in (training, test))
         scores = summary(compare(run, training, test, args.labels, args.draws, args.shift_px, args.seed))
-        named = ("label", "bins", "shift_px", "draws", "clips", "test_clips", "seed")
+        named = ("label", "bins", "shift_px", "draws", "seed")
         facts = {name: getattr(args, name) for name in named} | {"dimension": label.dimension}
+        facts |= {"clips": len(training.classes), "test_clips": len(test.classes)}  # there may be fewer than asked for
         write_result(folder.few_labels, facts | {"step": run.num_updates, "accuracy": scores})
         print(f"\n{table(scores)}\n\n{folder.few_labels}")
     return 0

@@ -302,7 +302,8 @@ def main() -> int:
         rows = compare(images_of, BUDGETS, args.dim, args.seeds)
         of_all = [images_of(seed) for seed in range(args.seeds)]
         ceiling = fmean(probe_accuracy(images, images.classes[0], args.dim) for images in of_all)
-        facts = {"seeds": args.seeds, "images": args.images, "dim": args.dim, "all_pairs": ceiling, "rows": rows}
+        num_images = len(of_all[0].classes[0])  # there may be fewer than asked for
+        facts = {"seeds": args.seeds, "images": num_images, "dim": args.dim, "all_pairs": ceiling, "rows": rows}
         write_result(args.out / "pair_queries.json", facts)
         write_bytes(args.out / "pair_queries.png", draw_figure(rows, ceiling))
         print(f"\n{table(rows, ceiling)}\n\n{args.out / 'pair_queries.json'}")

@@ -144,4 +144,5 @@ def test_the_program(
         "pixels", "embedding", "features", "lora", "pseudo_labels", "ensemble", "consistency"
     }  # fmt: skip
     assert written["bins"] is written["dimension"] is None
+    assert (written["clips"], written["test_clips"]) == (64, 24)  # all that there are
     assert f"{written['accuracy']['lora']['1']['mean']:.3f}" in capsys.readouterr().out

@@ -128,6 +128,14 @@ def test_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert (tmp_path / "pair_queries.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_images_that_there_are_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, result in (("compare", []), ("probe_accuracy", 0.5), ("draw_figure", b"")):
+        monkeypatch.setattr(pair_queries, name, lambda *_, result=result: result)
+    monkeypatch.setattr(sys, "argv", ["pair_queries", "--out", str(tmp_path), "--images", "5000", "--seeds", "1"])
+    assert pair_queries.main() == 0
+    assert json.loads((tmp_path / "pair_queries.json").read_text())["images"] == 1297
+
+
 @pytest.mark.parametrize(
     ("arguments", "tells"),
     [
