@@ -6,8 +6,8 @@ python benchmarks/gpu.py --out runs/bench_gpu data.mnist_dir=data/mnist [key=val
     paper          configs/paper.yaml, trained to its end in the device's fast precision and scored
     best_gpu-SEED  configs/best_gpu.yaml, trained and scored for each seed
 
-Each part runs in separate processes that write to OUT/PART.log. OUT/gpu.json is written after each part, and the same
-command continues an interrupted suite. A part that fails does not stop the others.
+Each part runs in separate processes that write to OUT/PART.log. OUT/gpu.json is written after each part, with the
+machine that it ran on, and the same command continues an interrupted suite. A part that fails does not stop the others.
 """
 
 import argparse
@@ -15,21 +15,23 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
 from worldmodel.commands.exits import report_errors
-from worldmodel.commands.shared import add_overrides, write_result
+from worldmodel.commands.shared import add_overrides, make_out_folder, write_result
+from worldmodel.config import TrainConfig
 from worldmodel.training.machine import machine_description
 
 REPO = Path(__file__).resolve().parents[1]
 CONFIGS = REPO / "configs"
 PARTS = "step", "paper", "best_gpu"
+MODES = get_args(get_type_hints(TrainConfig)["compile"])
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,17 @@ def main() -> int:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run (default: all)")
     parser.add_argument(
-        "--compile", nargs="+", default=["auto"], metavar="MODE", help="modes of the timed steps (default: auto)"
+        "--compile", nargs="+", choices=MODES, default=["auto"], help="modes of the timed steps (default: auto)"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of best_gpu (default: 0)")
     add_overrides(parser, "values for every part, such as train.steps=100")
     args = parser.parse_intermixed_args()
     with report_errors():
+        make_out_folder(args.out)
         parts = make_parts(args)
         results = run_parts(parts, args.out)
         print(f"\n{summary(results)}\n{args.out / 'gpu.json'}")
-        failed = [name for name, result in results["parts"].items() if "failed" in result]
+        failed = [part.name for part in parts if "failed" in results["parts"][part.name]]
         if failed:
             raise UserError(f"{', '.join(failed)} failed: see {args.out / failed[0]}.log")
     return 0
@@ -114,18 +117,33 @@ def trained_part(name: str, config: str, out: Path, overrides: list[str]) -> Par
 def run_parts(parts: list[Part], out: Path) -> dict[str, Any]:
     """Run the parts that are not done and return the content of gpu.json, including earlier calls."""
     path = out / "gpu.json"
-    found = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.is_file() else {}
-    results = {"machine": machine_description(), "parts": found}
-    out.mkdir(parents=True, exist_ok=True)
+    found = read_parts(path)
+    results, machine = {"parts": found}, machine_description()
     with tqdm(parts, unit="part") as bar:
         for part in bar:
             bar.set_postfix_str(part.name)
             commands = [shlex.join(command) for command in part.commands]
             earlier = found.get(part.name, {})
             if earlier.get("commands") != commands or "failed" in earlier:
-                found[part.name] = {"commands": commands, **outcome(part, out / f"{part.name}.log")}
+                of_part = outcome(part, out / f"{part.name}.log")
+                found[part.name] = {"machine": machine, "commands": commands, **of_part}
                 write_result(path, results)
     return results
+
+
+def read_parts(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the parts of earlier calls by name, from gpu.json.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
+        return {name: dict(part) for name, part in parts.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: remove it, or choose another --out") from error
 
 
 def outcome(part: Part, log: Path) -> dict[str, Any]:
@@ -139,9 +157,12 @@ def outcome(part: Part, log: Path) -> dict[str, Any]:
 
 
 def summary(results: dict[str, Any]) -> str:
-    machine = results["machine"]
-    lines = [f"{machine['gpu'] or machine['cpu']}, torch {machine['torch']}"]
+    """Return a line for each part, below one for its machine."""
+    lines: list[str] = []
+    title = ""
     for name, result in results["parts"].items():
+        if (of_part := title_of(result.get("machine"))) != title:
+            lines.append(title := of_part)
         if "failed" in result:
             found = f"failed: {result['failed']}"
         elif "speedup" in result:
@@ -156,6 +177,11 @@ def summary(results: dict[str, Any]) -> str:
             )
         lines.append(f"{name:<18} {found}")
     return "\n".join(lines)
+
+
+def title_of(machine: Mapping[str, Any] | None) -> str:
+    """Return the line of a machine. None: of an earlier version, which did not store it."""
+    return f"{machine['gpu'] or machine['cpu']}, torch {machine['torch']}" if machine else "on an unknown machine"
 
 
 if __name__ == "__main__":
