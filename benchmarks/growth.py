@@ -41,7 +41,7 @@ from data_pipelines.indexing.probe import index_file, stamp_of
 from data_pipelines.stream import StreamSettings, VideoStream
 from data_pipelines.worlds.moving_mnist import write_moving_mnist
 from worldmodel.commands.exits import report_errors
-from worldmodel.commands.shared import write_result
+from worldmodel.commands.shared import make_out_folder, write_result
 from worldmodel.training.machine import child_processes, machine_description, memory_mb
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 DISTINCT_VIDEOS = 500
 RESUMED_FILES = 10_000
+MEMORY_BATCHES = 100
 SETTINGS = StreamSettings(batch_size=64, size_px=64, channels=1, num_workers=1, num_lanes=32, pool_clips=1024)
 TRAIN = (
     "data.mnist_dir=null",
@@ -117,7 +118,7 @@ def first_batch_s(num_files: int, work: Path) -> float:
 def stream_mb(num_files: int, work: Path) -> float:
     index = load_videos(linked_folder(num_files, work))
     with closing(make_stream(index).batches()) as batches:
-        for _ in islice(batches, min(100, num_files // SETTINGS.batch_size)):
+        for _ in islice(batches, MEMORY_BATCHES):
             pass
         return sum(memory_mb(process, "Pss") for process in [os.getpid(), *child_processes(os.getpid())])
 
@@ -181,17 +182,26 @@ def main() -> int:
             name, _, size = args.measure.partition("=")
             (args.out / "value.json").write_text(json.dumps(QUANTITIES[name].measure(int(size), args.out)))
             return 0
-        args.out.mkdir(parents=True, exist_ok=True)
-        result = measured(args.quantities, args.most)
+        names = [name for name in args.quantities if sizes_of(name, args.most)]
+        if not names:
+            least = min(min(QUANTITIES[name].sizes) for name in args.quantities)
+            raise UserError(f"--most {args.most} leaves nothing to measure: the smallest size is {least:,}")
+        make_out_folder(args.out)
+        result = measured(names, args.most)
         write_result(args.out / "growth.json", {"machine": machine_description()} | result)
         draw(result, args.out / "growth.webp")
         print(f"{table(result)}\n{args.out / 'growth.json'}\n{args.out / 'growth.webp'}")
     return 0
 
 
+def sizes_of(name: str, most: int | None) -> list[int]:
+    """Return the sizes of a quantity that are not above `most`."""
+    return [size for size in QUANTITIES[name].sizes if most is None or size <= most]
+
+
 def measured(names: Sequence[str], most: int | None) -> dict[str, dict[str, list[float]]]:
     """Return {"sizes": [...], "values": [...]} of each quantity."""
-    points = [(name, size) for name in names for size in QUANTITIES[name].sizes if most is None or size <= most]
+    points = [(name, size) for name in names for size in sizes_of(name, most)]
     result: dict[str, dict[str, list[float]]] = {name: {"sizes": [], "values": []} for name in names}
     with tempfile.TemporaryDirectory(prefix="growth_") as folder, tqdm(points, unit="point") as bar:
         for name, size in bar:
