@@ -20,8 +20,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ from worldmodel.commands.shared import check_counts
 
 COMMAND = [sys.executable, "-m", "worldmodel"]
 TWO = ["--num-processes", "2"]
+HALF = ["--num-processes", "1", "--num-hosts", "2"]
 TRAINING = [
     *("train.steps=4", "train.warmup_steps=2", "train.eval_every=4", "data.batch_size=16", "data.num_lanes=4"),
     *("evaluation.selection_clips=32", "tracking.wandb=disabled"),
@@ -87,13 +88,24 @@ def call(*arguments: str) -> None:
         raise UserError(f"worldmodel {' '.join(arguments)} failed: see above")
 
 
-def start(
+@contextmanager
+def started(
     folder: Path, out: Path, *arguments: str, environment: Mapping[str, str] | None = None
-) -> "subprocess.Popen[bytes]":
-    """Start to embed, in a session of its own. environment: further variables."""
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """Start to embed, in a session of its own, and kill what still runs at the end of the block, however it ends.
+
+    environment: further variables.
+    """
     command = [*COMMAND, "embed", str(folder / "videos"), str(out), "--run", str(folder / "run"), *arguments]
     variables = os.environ | (environment or {})
-    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, env=variables)
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, env=variables)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def finish(*commands: "subprocess.Popen[bytes]") -> None:
@@ -107,12 +119,16 @@ def finished_parts(out: Path) -> int:
     return len(list(out.glob("part-*.parquet")))
 
 
-def timed(commands: Callable[[Path, Path], Sequence["subprocess.Popen[bytes]"]]) -> Callable[[Path, Path], dict]:
-    """Return a step that runs commands without interruption, and measures the videos per second of its parts."""
+def timed(*of_commands: Sequence[str]) -> Callable[[Path, Path], dict]:
+    """Return a step that runs commands next to each other, and measures the videos per second of their parts.
+
+    of_commands: the further arguments of each.
+    """
 
     def step(folder: Path, out: Path) -> dict:
         before, started_s = finished_parts(out), time.monotonic()
-        finish(*commands(folder, out))
+        with ExitStack() as running:
+            finish(*[running.enter_context(started(folder, out, *arguments)) for arguments in of_commands])
         seconds, parts = time.monotonic() - started_s, finished_parts(out)
         num_videos = json.loads((out / "_manifest.json").read_text())["num_videos"] * (parts - before) / parts
         return {"seconds": round(seconds, 1), "videos_per_s": round(num_videos / seconds, 1)}
@@ -127,24 +143,17 @@ def killed(*arguments: str) -> Callable[[Path, Path], dict]:
         chance = random.Random(0)
         at_kill = []
         for _ in range(KILLS):
-            command, goal = start(folder, out, *arguments), finished_parts(out) + chance.randint(1, 12)
-            while command.poll() is None and finished_parts(out) < goal:
-                time.sleep(POLL_S)
-            time.sleep(chance.uniform(0, 0.5))  # into the middle of a part
-            with suppress(ProcessLookupError):
-                os.killpg(command.pid, signal.SIGKILL)
-            command.wait()
+            with started(folder, out, *arguments) as command:  # which is killed at the end
+                goal = finished_parts(out) + chance.randint(1, 12)
+                while command.poll() is None and finished_parts(out) < goal:
+                    time.sleep(POLL_S)
+                time.sleep(chance.uniform(0, 0.5))  # into the middle of a part
             at_kill.append(finished_parts(out))
-        finish(start(folder, out, *arguments))
+        with started(folder, out, *arguments) as command:
+            finish(command)
         return {"finished_parts_at_kills": at_kill, "parts": finished_parts(out)}
 
     return step
-
-
-def two_hosts(folder: Path, out: Path) -> list["subprocess.Popen[bytes]"]:
-    """Start two commands that take disjoint parts."""
-    share = ["--num-processes", "1", "--num-hosts", "2", "--host-index"]
-    return [start(folder, out, *share, str(host)) for host in range(2)]
 
 
 def ray_lost_host(folder: Path, out: Path) -> dict:
@@ -155,22 +164,22 @@ def ray_lost_host(folder: Path, out: Path) -> dict:
     try:
         second = cluster.add_node(num_cpus=1)
         goal = finished_parts(out) + 10
-        command = start(folder, out, "--engine", "ray", environment={"RAY_ADDRESS": cluster.address})
-        while command.poll() is None and finished_parts(out) < goal:
-            time.sleep(POLL_S)
-        cluster.remove_node(second, allow_graceful=False)
-        lost_at = finished_parts(out)
-        finish(command)
+        with started(folder, out, "--engine", "ray", environment={"RAY_ADDRESS": cluster.address}) as command:
+            while command.poll() is None and finished_parts(out) < goal:
+                time.sleep(POLL_S)
+            cluster.remove_node(second, allow_graceful=False)
+            lost_at = finished_parts(out)
+            finish(command)
     finally:
         cluster.shutdown()
     return {"finished_parts_at_loss": lost_at, "parts": finished_parts(out)}
 
 
 STEPS: dict[str, Callable[[Path, Path], dict]] = {
-    "processes": timed(lambda folder, out: [start(folder, out, *TWO)]),
+    "processes": timed(TWO),
     "processes_killed": killed(*TWO),
-    "two_hosts": timed(two_hosts),
-    "ray": timed(lambda folder, out: [start(folder, out, "--engine", "ray", *TWO)]),
+    "two_hosts": timed(*([*HALF, "--host-index", str(host)] for host in range(2))),
+    "ray": timed(["--engine", "ray", *TWO]),
     "ray_killed": killed("--engine", "ray", *TWO),
     "ray_lost_host": ray_lost_host,
 }

@@ -28,13 +28,16 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
+from data_pipelines.errors import UserError
 from data_pipelines.worlds.moving_mnist import write_moving_mnist
+from worldmodel.commands.exits import report_errors
+from worldmodel.commands.shared import check_counts
 from worldmodel.training.machine import child_processes
 
 REPO = Path(__file__).resolve().parents[1]
@@ -57,7 +60,7 @@ CONFIG = (
 
 
 class Session:
-    """A training process and its child processes."""
+    """A training process and its child processes. As a context manager, it ends them with its block."""
 
     def __init__(self, videos: Path, run: Path) -> None:
         self.run = run
@@ -80,6 +83,15 @@ class Session:
                 env=os.environ | environment,
                 start_new_session=True,
             )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def seconds(self) -> float:
         return time.time() - self.started_s
@@ -211,9 +223,9 @@ def kill_runs(folder: Path, num_kills: int, seed: int) -> tuple[Counter[tuple[st
     chance = random.Random(seed)
     videos, reference = folder / "videos", folder / "reference"
     write_moving_mnist(videos, {"train": 64, "selection": 32, "test": 24}, num_processes=1)
-    session = Session(videos, reference)
-    if session.process.wait():
-        raise RuntimeError(f"the uninterrupted training failed: {session.output.read_text()[-2000:]}")
+    with Session(videos, reference) as session:
+        if session.process.wait():
+            raise UserError(f"the uninterrupted training failed: {session.output.read_text()[-2000:]}")
     kills: Counter[tuple[str, str]] = Counter()
     faults: list[str] = []
     num_runs = 0
@@ -223,20 +235,20 @@ def kill_runs(folder: Path, num_kills: int, seed: int) -> tuple[Counter[tuple[st
             for index in videos.rglob(".worldmodel_index*"):  # to be made again, so that kills fall into that as well
                 index.unlink()
             while True:
-                session = Session(videos, run)
-                while kills.total() < num_kills and session.wait(chance.choice(WHEN), chance):
-                    phase = session.phase()
-                    whom = session.kill(chance.choice(WHOM), chance)
-                    kills[whom, phase] += 1
-                    bar.update()
-                    if whom != "worker":
-                        break
-                with suppress(subprocess.TimeoutExpired):
-                    session.process.wait(timeout=LONGEST_S)
-                code = session.process.poll()
-                faults += [f"run_{num_runs}: {left} is left after the end or a kill" for left in session.left()]
-                if code not in (0, -signal.SIGKILL):
-                    faults.append(f"run_{num_runs}: exit code {code}: {session.output.read_text()[-500:]}")
+                with Session(videos, run) as session:
+                    while kills.total() < num_kills and session.wait(chance.choice(WHEN), chance):
+                        phase = session.phase()
+                        whom = session.kill(chance.choice(WHOM), chance)
+                        kills[whom, phase] += 1
+                        bar.update()
+                        if whom != "worker":
+                            break
+                    with suppress(subprocess.TimeoutExpired):
+                        session.process.wait(timeout=LONGEST_S)
+                    code = session.process.poll()
+                    faults += [f"run_{num_runs}: {left} is left after the end or a kill" for left in session.left()]
+                    if code not in (0, -signal.SIGKILL):
+                        faults.append(f"run_{num_runs}: exit code {code}: {session.output.read_text()[-500:]}")
                 if code != -signal.SIGKILL:
                     break
             if code == 0:
@@ -252,16 +264,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments and targets (default: 0)")
     args = parser.parse_args(arguments)
     started_s = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        kills, num_runs, faults = kill_runs(Path(folder), args.kills, args.seed)
-    phases = ("starting", "training", "saving", "refining")
-    print("| killed | " + " | ".join(phases) + " | all |\n|" + " --- |" * (len(phases) + 2))
-    for whom in WHOM:
-        counts = [kills[whom, phase] for phase in phases]
-        print(f"| {whom} | " + " | ".join(map(str, counts)) + f" | {sum(counts)} |")
-    print(f"{kills.total()} kills, {num_runs} trainings, {len(faults)} faults, {time.monotonic() - started_s:.0f} s")
-    for fault in faults:
-        print(f"- {fault}")
+    with report_errors():
+        check_counts(args, "kills")
+        with tempfile.TemporaryDirectory() as folder:
+            kills, num_runs, faults = kill_runs(Path(folder), args.kills, args.seed)
+        phases = ("starting", "training", "saving", "refining")
+        print("| killed | " + " | ".join(phases) + " | all |\n|" + " --- |" * (len(phases) + 2))
+        for whom in WHOM:
+            counts = [kills[whom, phase] for phase in phases]
+            print(f"| {whom} | " + " | ".join(map(str, counts)) + f" | {sum(counts)} |")
+        print(
+            f"{kills.total()} kills, {num_runs} trainings, {len(faults)} faults, {time.monotonic() - started_s:.0f} s"
+        )
+        for fault in faults:
+            print(f"- {fault}")
     return int(bool(faults))
 
 

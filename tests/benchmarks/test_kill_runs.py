@@ -1,9 +1,12 @@
 """benchmarks/kill_runs.py, and that it sees what it looks for."""
 
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks import kill_runs
 from benchmarks.kill_runs import Session, differences, faults_of, main, untimed_rows
 from tests.conftest import REPO
 from worldmodel.config import Config
@@ -62,3 +66,36 @@ def test_processes_that_are_left_are_seen_and_ended(monkeypatch: pytest.MonkeyPa
     session.kill("main", None)  # type: ignore[arg-type]
     assert f"process {forked}" in session.left()
     assert f"process {forked}" not in session.left()
+
+
+def test_an_interrupted_program_leaves_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Endless(Session):
+        def __init__(self, videos: Path, run: Path) -> None:
+            command = [sys.executable, "-c", "import time; time.sleep(60)"]
+            self.run, self.started_s, self.shared = run, time.time(), set(os.listdir("/dev/shm"))
+            self.process = subprocess.Popen(command, start_new_session=True)
+            started.append(self.process)
+            if run.name == "reference":  # ends at once, well
+                self.process.kill()
+                self.process.wait()
+                self.process.returncode = 0
+
+        def wait(self, when: str, chance: random.Random) -> bool:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(kill_runs, "Session", Endless)
+    monkeypatch.setattr(kill_runs, "write_moving_mnist", lambda *_, **__: None)
+    with pytest.raises(SystemExit) as end:
+        main(["--kills", "1"])
+    assert end.value.code == 130 and "interrupted" in capsys.readouterr().err
+    assert [process.returncode for process in started] == [0, -signal.SIGKILL]
+
+
+def test_a_number_of_kills_below_one_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--kills", "-3"])
+    assert end.value.code == 2 and capsys.readouterr().err == "error: --kills must be at least 1, not -3\n"
