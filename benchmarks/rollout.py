@@ -5,7 +5,8 @@ python benchmarks/rollout.py --config configs/demo.yaml --out rollout.json
 Latency is the time to sample --samples futures of --steps segments of one clip, on one CPU thread, with the model
 loaded. Throughput counts queries x samples x steps per second, on one thread and on all available cores: one rollout of
 all samples of --queries clips, against a loop that calls the same rollout for each sample of each clip. The two
-alternate, --repeats times; medians are reported. Without --run the weights are random, which costs the same.
+alternate, --repeats times; medians are reported. Without --run the weights are random, which costs the same. A model
+that is conditioned on actions gets random ones.
 """
 
 import argparse
@@ -71,20 +72,25 @@ def random_clips(config: Config, count: int) -> Tensor:
 @torch.inference_mode()
 def bench(model: WorldModel, clips: Tensor, samples: int, steps: int, repeats: int) -> dict[str, Any]:
     """Return the latency in ms and the throughputs, each with all repeats. clips: [Q, T, C, H, W]."""
+    actions = 2 * torch.rand(len(clips), steps, model.action_dim) - 1 if model.action_dim else None
+    of_clips = [None] * len(clips) if actions is None else actions.split(1)
+
+    def latency() -> None:
+        model.rollout(clips[:1], steps, samples, actions=of_clips[0])
 
     def batched() -> None:
-        model.rollout(clips, steps, samples)
+        model.rollout(clips, steps, samples, actions=actions)
 
     def loop() -> None:
-        for clip in clips.split(1):
+        for clip, taken in zip(clips.split(1), of_clips, strict=True):
             for _ in range(samples):
-                model.rollout(clip, steps, 1)
+                model.rollout(clip, steps, 1, actions=taken)
 
     count = len(clips) * samples * steps
     threads_before, throughput = torch.get_num_threads(), []
     try:
         torch.set_num_threads(1)
-        [latencies_s] = seconds_in_turns([lambda: model.rollout(clips[:1], steps, samples)], repeats, "latency")
+        [latencies_s] = seconds_in_turns([latency], repeats, "latency")
         for num_threads in sorted({1, fair_share_of_cores()}):
             torch.set_num_threads(num_threads)
             batched_s, loop_s = seconds_in_turns([batched, loop], repeats, f"throughput, {num_threads} threads")

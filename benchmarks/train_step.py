@@ -13,7 +13,7 @@ import argparse
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import cycle, islice
 from multiprocessing.connection import Connection
@@ -49,6 +49,7 @@ PLAIN = {
     "data.source": "moving_mnist",
     "model.encoder.name": "conv3d",
     "model.encoder.pooling": "mean",
+    "model.encoder.kernels": "space_time",
     "model.embedding_norm": "sphere",
     "model.projector_layers": 2,
     "model.latent.name": "gaussian",
@@ -145,7 +146,10 @@ def bench(config: Config, plain: Callable[..., Any], steps: int, compare_steps: 
 
 @contextmanager
 def plain_process(config: Config) -> Iterator[Callable[..., Any]]:
-    """Run the plain step in a separate process; yield a function that requests "losses" or a "step"."""
+    """Run the plain step in a separate process; yield a function that requests "losses" or a "step".
+
+    The function raises UserError: the process has met one, or has ended.
+    """
     spawning = multiprocessing.get_context("spawn")
     here, there = spawning.Pipe()
     process = spawning.Process(target=serve_plain, args=(config, there), daemon=True)
@@ -153,8 +157,12 @@ def plain_process(config: Config) -> Iterator[Callable[..., Any]]:
     there.close()  # only the process holds it now: its end is seen
 
     def ask(*request: Any) -> Any:
-        here.send(request)
-        answer = here.recv()
+        try:
+            with suppress(BrokenPipeError):  # it has ended, perhaps with an answer that is yet to be read
+                here.send(request)
+            answer = here.recv()
+        except (EOFError, ConnectionError) as error:
+            raise UserError("the process of the plain step has ended: its message is above, if it left one") from error
         if isinstance(answer, UserError):
             raise answer
         return answer

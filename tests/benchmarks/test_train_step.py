@@ -2,14 +2,25 @@
 
 import json
 import multiprocessing
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.train_step import DEFAULTS, make_plain, make_trainer, our_losses, plain_losses
+from benchmarks.train_step import (
+    DEFAULTS,
+    check_plain,
+    make_plain,
+    make_trainer,
+    our_losses,
+    plain_losses,
+    plain_process,
+)
+from data_pipelines.errors import UserError
 from tests.conftest import REPO, run_script
 from tests.worldmodel.commands.test_scripts import assert_one_line
 from worldmodel.config import load_config
@@ -60,6 +71,31 @@ def test_our_step_in_fp32_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> N
     assert min(moved) > 1e-3, "every weight has learned"
 
 
+@pytest.mark.parametrize(
+    ("answer", "tells"),
+    [(None, "the process of the plain step has ended"), (UserError("no such folder"), "no such folder")],
+)
+def test_the_end_of_the_plain_process_is_a_mistake_of_the_user(
+    answer: UserError | None, tells: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ended:
+        def __init__(self, target: object, args: tuple[object, Connection], daemon: bool) -> None:
+            self.requests = args[1]
+
+        def start(self) -> None:
+            if answer:
+                self.requests.send(answer)
+            self.requests.close()
+
+        def join(self) -> None:
+            pass
+
+    context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=Ended)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
+    with plain_process(load_config(PAPER)) as plain, pytest.raises(UserError, match=tells):
+        plain("step")
+
+
 @pytest.mark.slow
 def test_it_times_both_and_compares_their_losses(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
@@ -79,6 +115,11 @@ def test_it_times_both_and_compares_their_losses(tmp_path: Path) -> None:
     assert len(result["steps_s"]) == len(result["baseline_steps_s"]) == 2 and result["render_batch_s"] > 0
     assert result["speedup"] == pytest.approx(result["baseline_step_s"] / result["step_s"])
     assert f"{result['speedup']:.2f} x" in done.stdout
+
+
+def test_other_kernels_are_not_those_of_the_plain_step() -> None:
+    with pytest.raises(UserError, match=r"is written for model\.encoder\.kernels=space_time alone"):
+        check_plain(load_config(PAPER, [*DEFAULTS, "model.encoder.kernels=space"]))
 
 
 def test_senseless_numbers_and_other_models_end_with_one_line() -> None:
