@@ -23,7 +23,7 @@ import argparse
 import copy
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -149,6 +149,17 @@ def draw_labelled(classes: Tensor, count: int, generator: torch.Generator) -> Te
     if (least := min(map(len, groups))) < count:
         raise UserError(f"--labels {count}: a class has only {least} training clips")
     return torch.cat([group[:count] for group in groups])
+
+
+def check_labels(classes: Tensor, counts: Sequence[int]) -> None:
+    """Check that labels can be drawn from training clips of these classes, and leave clips without one.
+
+    Raises:
+        UserError: a class has fewer clips, or none is left.
+    """
+    for count in counts:
+        if len(draw_labelled(classes, count, torch.Generator())) == len(classes):
+            raise UserError(f"--labels {count}: all {len(classes)} training clips would have one, and none is left")
 
 
 # ---------------------------------------------------------------------------------------------------------- methods
@@ -328,7 +339,7 @@ def main() -> int:
     parser.add_argument(
         "--bins", type=int, metavar="N", help="classes of a label of numbers: N intervals, each with as many clips"
     )
-    parser.add_argument("--dimension", type=int, default=0, help="which number of the label, with --bins (default: 0)")
+    parser.add_argument("--dimension", type=int, help="which number of the label, with --bins (default: 0)")
     parser.add_argument(
         "--shift-px", type=int, default=3, metavar="PX", help="largest shift of augmented clips (default: 3)"
     )
@@ -348,13 +359,15 @@ def main() -> int:
             raise UserError(f"--labels {min(args.labels)} must be at least 1")
         if args.bins is not None and args.bins < 2:
             raise UserError(f"--bins {args.bins} must be at least 2")
+        if args.bins is None and args.dimension is not None:
+            raise UserError("--dimension needs --bins")
         if args.shift_px < 0:
             raise UserError(f"--shift-px {args.shift_px} must be at least 0")
         run = load(args.run)
         folder = RunFolder(args.run)
         folder.check_writable()
         generator = torch.Generator().manual_seed(args.seed)
-        label = Label(args.label, None if args.bins is None else args.dimension)
+        label = Label(args.label, None if args.bins is None else args.dimension or 0)
         training = read(run, "train", label, args.clips, args.shift_px, generator)
         test = read(run, "test", label, args.test_clips, args.shift_px, generator)
         if args.bins is not None:
@@ -363,6 +376,7 @@ def main() -> int:
         if not torch.isin(test.classes, known).all():
             raise UserError(f"--label {args.label}: test clips have classes that training clips have not")
         training, test = (clips.with_classes(torch.searchsorted(known, clips.classes)) for clips in (training, test))
+        check_labels(training.classes, args.labels)
         scores = summary(compare(run, training, test, args.labels, args.draws, args.shift_px, args.seed))
         named = ("label", "bins", "shift_px", "draws", "seed")
         facts = {name: getattr(args, name) for name in named} | {"dimension": label.dimension}

@@ -12,6 +12,7 @@ from benchmarks.few_labels import (
     Label,
     agree,
     augment,
+    check_labels,
     draw_labelled,
     fine_tune,
     fit_head,
@@ -47,6 +48,15 @@ def test_labels_are_drawn_from_each_class() -> None:
     assert classes[rows].tolist() == [0, 0, 1, 1, 2, 2] and len(rows.unique()) == 6
     with pytest.raises(UserError, match="--labels 3: a class has only 2 training clips"):
         draw_labelled(classes, 3, torch.Generator())
+
+
+def test_labels_that_leave_no_clip_are_refused() -> None:
+    classes = torch.tensor([0, 1, 0, 1, 1])
+    check_labels(classes, [1, 2])
+    with pytest.raises(UserError, match="--labels 2: all 4 training clips would have one, and none is left"):
+        check_labels(classes[:4], [1, 2])
+    with pytest.raises(UserError, match="--labels 3: a class has only 2 training clips"):
+        check_labels(classes, [1, 3])
 
 
 def test_each_method_finds_clear_clusters_from_one_label() -> None:
