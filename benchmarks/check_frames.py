@@ -38,6 +38,8 @@ from data_pipelines.decoders import DecodeError, open_video, read_frames, resolv
 from data_pipelines.errors import UserError
 from data_pipelines.facts import BadFile, Video
 from data_pipelines.indexing.probe import index_file
+from worldmodel.commands.exits import report_errors
+from worldmodel.commands.shared import check_counts, check_seed, make_out_folder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.scheduling import kept_scheduling
@@ -387,35 +389,39 @@ def main() -> int:
     )
     parser.add_argument("--keep", type=Path, help="folder that keeps the files (default: a temporary one)")
     args = parser.parse_args()
-    decoders = usable_decoders()
-    counts: dict[tuple[str, str], Counter[str]] = {}
-    wrong: list[str] = []
-    taken = combinations()[args.seed % args.every :: args.every]
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.keep or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, combination in enumerate(tqdm(taken, unit="file")):
-            row = counts.setdefault((combination.codec.name, combination.suffix), Counter())
-            rng = np.random.default_rng([args.seed, number])
-            try:
-                verdicts = list(check(folder, combination, rng, decoders))
-            except Exception as error:  # a crash is a finding, whatever it is
-                verdicts = [("WRONG", f"{type(error).__name__}: {error}")]
-            row["files"] += verdicts[0][0] != "unwritable"
-            for verdict, what in verdicts:
-                row[verdict] += 1
-                if verdict == "WRONG":
-                    wrong.append(f"{combination.codec.name} {combination.suffix} {combination.fault}: {what}")
-    columns = ("files", "same", "refused", "excluded", "unwritable", "WRONG")
-    print(f"{'codec':<10} {'file':<6}" + "".join(f"{name:>11}" for name in columns))
-    for (codec, suffix), row in counts.items():
-        print(f"{codec:<10} {suffix:<6}" + "".join(f"{row[name]:>11}" for name in columns))
-    total = sum(counts.values(), Counter())
-    print(f"{'all':<17}" + "".join(f"{total[name]:>11}" for name in columns))
-    for name, reason in EXCLUDED.items():
-        print(f"excluded, {name}: {reason}")
-    for line in wrong:
-        print(f"WRONG {line}")
+    with report_errors():
+        check_counts(args, "every")
+        check_seed(args)
+        if args.keep:
+            make_out_folder(args.keep, f"--keep {args.keep}")
+        decoders = usable_decoders()
+        counts: dict[tuple[str, str], Counter[str]] = {}
+        wrong: list[str] = []
+        taken = combinations()[args.seed % args.every :: args.every]
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = args.keep or Path(temporary)
+            for number, combination in enumerate(tqdm(taken, unit="file")):
+                row = counts.setdefault((combination.codec.name, combination.suffix), Counter())
+                rng = np.random.default_rng([args.seed, number])
+                try:
+                    verdicts = list(check(folder, combination, rng, decoders))
+                except Exception as error:  # a crash is a finding, whatever it is
+                    verdicts = [("WRONG", f"{type(error).__name__}: {error}")]
+                row["files"] += verdicts[0][0] != "unwritable"
+                for verdict, what in verdicts:
+                    row[verdict] += 1
+                    if verdict == "WRONG":
+                        wrong.append(f"{combination.codec.name} {combination.suffix} {combination.fault}: {what}")
+        columns = ("files", "same", "refused", "excluded", "unwritable", "WRONG")
+        print(f"{'codec':<10} {'file':<6}" + "".join(f"{name:>11}" for name in columns))
+        for (codec, suffix), row in counts.items():
+            print(f"{codec:<10} {suffix:<6}" + "".join(f"{row[name]:>11}" for name in columns))
+        total = sum(counts.values(), Counter())
+        print(f"{'all':<17}" + "".join(f"{total[name]:>11}" for name in columns))
+        for name, reason in EXCLUDED.items():
+            print(f"excluded, {name}: {reason}")
+        for line in wrong:
+            print(f"WRONG {line}")
     return int(bool(wrong))
 
 

@@ -39,7 +39,7 @@ from data_pipelines.index import VideoIndex
 from data_pipelines.stream import ReadSettings, read_clips
 from data_pipelines.worlds.moving_mnist import write_moving_mnist
 from worldmodel.commands.exits import report_errors
-from worldmodel.commands.shared import write_result
+from worldmodel.commands.shared import make_out_folder, write_result
 from worldmodel.training.machine import child_processes, machine_description, memory_mb
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -138,6 +138,7 @@ def main() -> int:
         if args.workers < 1 or args.repeats < 1 or not 0 < args.fraction <= 1:
             raise UserError("--workers and --repeats must be at least 1, and --fraction above 0 and at most 1")
         cases = [shrunk(case, args.fraction) for case in CASES if case.name in args.cases]
+        make_out_folder(args.out)
         outcome = compare(cases, args)
         write_result(args.out / "loaders.json", {"machine": machine_description(), **asdict(outcome)})
         lines = [table(outcome.rows, outcome.resumes), *verdicts(cases, outcome.rows)]

@@ -18,6 +18,7 @@ from statistics import fmean
 from tqdm.auto import tqdm
 
 from data_pipelines.clips import ClipSpec
+from data_pipelines.errors import UserError
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.stream import StreamSettings, VideoStream
 from data_pipelines.worlds.moving_mnist import write_moving_mnist
@@ -27,6 +28,7 @@ from worldmodel.training.machine import child_processes, memory_mb
 BATCH_SIZE = 64
 SAMPLE_EVERY = 7  # batches; not a divisor of an epoch's, so that all parts of epochs are seen
 MAX_GROWTH = 0.02
+LEAST_CLIPS = 10 * SAMPLE_EVERY * BATCH_SIZE  # a sample in each tenth
 
 
 def main() -> int:
@@ -39,6 +41,8 @@ def main() -> int:
     parser.add_argument("--decoder", default="auto")
     args = parser.parse_args()
     with report_errors():
+        if args.clips < LEAST_CLIPS:
+            raise UserError(f"--clips must be at least {LEAST_CLIPS:,}, not {args.clips}: each tenth is measured")
         if args.root:
             return check(args.root, args)
         with tempfile.TemporaryDirectory(prefix="memory_") as folder:

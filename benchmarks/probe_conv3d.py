@@ -26,7 +26,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from data_pipelines.errors import UserError
+from worldmodel.commands.exits import report_errors
 from worldmodel.commands.process import set_threads
+from worldmodel.commands.shared import check_counts
 from worldmodel.nets.convolutions import (
     Conv2d,
     Conv3d,
@@ -94,16 +97,23 @@ def main() -> int:
         shape, precision, way = args.one
         print(json.dumps(measure(shape_of(json.loads(shape)), precision, way == "replaced")))
         return 0
-    print(*(f"{name}: {value}" for name, value in machine_description().items()), f"amx: {has_amx()}", sep="\n")
-    failed, missed = 0, 0
-    for shape, precision in product(shapes(args.sizes, args.widths, args.frames, args.batch), MAX_ERRORS):
-        outcomes = [run(shape, precision, "native", args.threads)]
-        if is_replaced(shape, precision):
-            outcomes.append(run(shape, precision, "replaced", args.threads))
-        failed += outcomes[0].failed
-        missed += outcomes[-1].failed
-        print(f"{precision} {shape}: {', replaced: '.join(map(str, outcomes))}", flush=True)
-    print(f"{failed} shapes fail as PyTorch computes them, {missed} as training does on a processor with AMX")
+    with report_errors():
+        check_counts(args, "batch", "threads")
+        for name, least in (("sizes", min(args.sizes)), ("frames", min(args.frames))):
+            if least < 1:
+                raise UserError(f"--{name} must be at least 1, not {least}")
+        if not min(args.widths) > 0:
+            raise UserError(f"--widths must be above 0, not {min(args.widths):g}")
+        print(*(f"{name}: {value}" for name, value in machine_description().items()), f"amx: {has_amx()}", sep="\n")
+        failed, missed = 0, 0
+        for shape, precision in product(shapes(args.sizes, args.widths, args.frames, args.batch), MAX_ERRORS):
+            outcomes = [run(shape, precision, "native", args.threads)]
+            if is_replaced(shape, precision):
+                outcomes.append(run(shape, precision, "replaced", args.threads))
+            failed += outcomes[0].failed
+            missed += outcomes[-1].failed
+            print(f"{precision} {shape}: {', replaced: '.join(map(str, outcomes))}", flush=True)
+        print(f"{failed} shapes fail as PyTorch computes them, {missed} as training does on a processor with AMX")
     return int(missed > 0)
 
 

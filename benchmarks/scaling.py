@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
+from data_pipelines.worlds.fresh import share_of_rank
 from worldmodel.commands.exits import leave, report_errors
 from worldmodel.commands.process import keep_freed_memory
 from worldmodel.commands.shared import add_overrides, check_counts, check_out_file, write_result
@@ -65,6 +66,8 @@ def main() -> int:
         check_out_file(args.out, ".json")
         if min(args.processes) < 1:
             raise UserError(f"--processes must be at least 1, not {min(args.processes)}")
+        for number in args.processes:
+            share_of_rank(config.data.batch_size, 0, number)  # raises UserError if they cannot divide a batch
         arguments = ["--config", str(args.config), "--steps", str(args.steps), *args.overrides]
         result = bench(config, args.processes, args.rounds, arguments)
         write_result(args.out, result)

@@ -40,7 +40,7 @@ from data_pipelines.shards.packing import pack_videos
 from data_pipelines.stream import StreamSettings, VideoStream
 from data_pipelines.worlds.moving_mnist import write_moving_mnist
 from worldmodel.commands.exits import report_errors
-from worldmodel.commands.shared import check_out_file, write_result
+from worldmodel.commands.shared import check_counts, check_out_file, write_result
 from worldmodel.training.machine import child_processes, machine_description, memory_mb
 
 SPEC = ClipSpec()
@@ -109,13 +109,19 @@ def main() -> int:
     parser.add_argument("--fraction", type=float, default=1.0, help="fraction of the videos to use (default: 1)")
     parser.add_argument("--one", nargs=3, metavar=("CASE", "METHOD", "WORKERS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    cases = [shrunk(case, args.fraction) for case in CASES if case.name in args.cases]
     with report_errors():
+        check_counts(args, "repeats")
+        if not 0 < args.fraction <= 1:
+            raise UserError(f"--fraction must be above 0 and at most 1, not {args.fraction}")
+        cases = [shrunk(case, args.fraction) for case in CASES if case.name in args.cases]
         if args.one:
             name, method, workers = args.one
             [case] = [case for case in cases if case.name == name]
             print(json.dumps(asdict(measure(case, method, int(workers), args.data, args.seconds))))
             return 0
+        known = list(dict.fromkeys(method for method, _ in methods_here()))
+        if unknown := [method for method in args.methods or [] if method not in known]:
+            raise UserError(f"--methods {unknown[0]}: this machine has {', '.join(known)}")
         check_out_file(args.out, ".json")
         if args.data:
             rows = bench(cases, args.data, args)

@@ -14,11 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from worldmodel import load
 from worldmodel.commands.exits import report_errors
-from worldmodel.commands.shared import check_counts, check_seed, write_result
+from worldmodel.commands.shared import check_counts, check_device, check_seed, write_result
 from worldmodel.evaluation.surprise import MEASURES
 from worldmodel.evaluation.surprise_events import detect
 from worldmodel.runs.folder import RunFolder
@@ -33,12 +31,12 @@ def main() -> int:
     parser.add_argument("--false-alarms", type=float, default=0.01, help="rate of the threshold (default: 0.01)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", choices=["latest", "best"], default="latest")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="torch device (default: cuda if there is a GPU, else cpu)")
     args = parser.parse_args()
     with report_errors():
         check_counts(args, "num_videos")
         check_seed(args)
-        run = load(args.run, which=args.checkpoint, device=args.device)
+        run = load(args.run, which=args.checkpoint, device=check_device(args.device))
         RunFolder(args.run).check_writable()
         result = detect(run, args.num_videos, args.seed, args.false_alarms)
         facts = {"num_videos": args.num_videos, "seed": args.seed, "step": run.num_updates}
