@@ -92,7 +92,7 @@ def call(*arguments: str) -> None:
 def started(
     folder: Path, out: Path, *arguments: str, environment: Mapping[str, str] | None = None
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """Start to embed, in a session of its own, and kill what still runs at the end of the block, however it ends.
+    """Start to embed, in its own session, and kill what still runs at the end of the block, however it ends.
 
     environment: further variables.
     """
