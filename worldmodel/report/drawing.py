@@ -30,7 +30,7 @@ Theme = Mapping[str, str]
 
 MAX_FRAMES_SHOWN = 4  # of each segment, so that a frame stays large on a phone
 CHART_DPI = 200
-MAX_LOSSLESS_BYTES = 8_000  # of gray frames side by side
+MAX_STRIP_BYTES = 8_000  # of frames side by side, above which they are stored with less quality
 SIDE_IN = 3.9  # width of a chart, for 10 pt to be legible on a phone
 
 # Over frames of a video, for any colours of the page.
@@ -195,16 +195,16 @@ def strip(frames: np.ndarray, alt: str, *, max_px: int = 96) -> Picture:
     whole = Image.new("RGBA", (len(tiles) * (width + gap) - gap, height))
     for i, tile in enumerate(tiles):
         whole.paste(tile, (i * (width + gap), 0))
-    encoded = _webp(whole, lossless=frames.shape[1] == 1)
-    if len(encoded) > MAX_LOSSLESS_BYTES:  # noise
-        encoded = _webp(whole, lossless=False)
+    encoded = _webp(whole, {"lossless": True} if frames.shape[1] == 1 else {"quality": 70})
+    if len(encoded) > MAX_STRIP_BYTES:  # noise
+        encoded = _webp(whole, {"quality": 50})
     uri = data_uri(encoded)
     return Picture(uri, uri, alt, *whole.size)
 
 
-def _webp(image: PIL.Image.Image, *, lossless: bool) -> bytes:
+def _webp(image: PIL.Image.Image, options: dict[str, Any]) -> bytes:
     buffer = BytesIO()
-    image.save(buffer, format="webp", **({"lossless": True} if lossless else {"quality": 70}))
+    image.save(buffer, format="webp", **options)
     return buffer.getvalue()
 
 

@@ -2,7 +2,7 @@ import base64
 
 import numpy as np
 
-from worldmodel.report.drawing import MAX_LOSSLESS_BYTES, strip
+from worldmodel.report.drawing import MAX_STRIP_BYTES, strip
 
 
 def size_of(frames: np.ndarray) -> int:
@@ -15,4 +15,4 @@ def test_gray_frames_are_stored_without_loss_unless_they_are_noise() -> None:
     drawn[:, :, 30:60, 40:50] = 255
     noisy = np.clip(drawn + rng.normal(60, 8, drawn.shape), 0, 255).astype(np.uint8)
     assert size_of(drawn) < 500
-    assert size_of(noisy) < 2 * MAX_LOSSLESS_BYTES
+    assert size_of(noisy) < 2 * MAX_STRIP_BYTES
