@@ -22,6 +22,7 @@ from worldmodel.report.numbers import (
     number_at,
     numbers_at,
     score,
+    series,
     unit,
     worse_than,
 )
@@ -53,10 +54,12 @@ def verdict(metrics: Metrics) -> str:
     Empty without a forecast.
     """
     compared = any(name in BASELINES for name in forecast_names(metrics))
-    if not compared or not math.isfinite(score(metrics, "model")):
+    if not compared or not len(series(metrics, "forecasts.model.energy_score")):
         return ""
     if worse := _defeats(metrics):
         return " ".join(worse)
+    if missing := _missing(metrics):
+        return f"This run has no finite Energy Score at {'; '.join(missing)}."
     if equals := _equals(metrics):
         return f"No baseline is better than this run at any horizon (Energy Score); equal to it: {'; '.join(equals)}."
     clear = "This run is better than every baseline at every horizon (Energy Score)"
@@ -98,6 +101,16 @@ def _defeats(metrics: Metrics) -> list[str]:
                 names = "; ".join(f"{label(name, inside=True)} at {_horizons(steps)}" for name, steps in worse.items())
                 comma = "," if "," in label(own) else ""
                 found.append(f"{label(own)}{comma} is worse than {names} (Energy Score, {space}).")
+    return found
+
+
+def _missing(metrics: Metrics) -> list[str]:
+    """Return a phrase for each space in which the run's scores are not finite at some horizon steps."""
+    found = []
+    for folder, space in _spaces(metrics).items():
+        scores = series(metrics, f"{folder}.model.energy_score")
+        if steps := [step for step, value in enumerate(scores, start=1) if not math.isfinite(value)]:
+            found.append(f"{_horizons(steps)} ({space})")
     return found
 
 

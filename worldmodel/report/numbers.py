@@ -265,9 +265,9 @@ def best_at(metrics: Metrics, key: str, folder: str = "forecasts") -> frozenset[
 def worse_than(metrics: Metrics, own: str = "model", folder: str = "forecasts") -> dict[str, list[int]]:
     """Return the baselines with a lower Energy Score than the run's forecast, and at which horizon steps, from 1.
 
-    A forecast with a score at some step is worse at a step where its score is not finite.
+    A forecast is worse at a step where its score is not finite.
     """
-    if not np.isfinite(series(metrics, f"{folder}.{own}.energy_score")).any():
+    if not len(series(metrics, f"{folder}.{own}.energy_score")):
         return {}
 
     def is_worse(own_score: float, other: float) -> bool:

@@ -237,6 +237,11 @@ def test_a_score_that_is_missing_or_equal_is_not_better() -> None:
         }
 
     assert verdict(of([0.1, math.nan], [0.2, 0.3])).startswith("This run is worse than persistence at horizon 2 ")
+    assert verdict(of([math.nan, 0.1], [0.2, 0.3])).startswith("This run is worse than persistence at horizon 1 ")
+    assert text_of_headline(of([math.nan] * 2, [0.2, 0.3])) == verdict(of([math.nan] * 2, [0.2, 0.3]))
+    assert verdict(of([0.1, math.nan], [0.2, math.nan])) == (
+        "This run has no finite Energy Score at horizon 2 (embedding space)."
+    )
     equal = verdict(of([0.1, 0.3], [0.2, 0.3]))
     assert equal == (
         "No baseline is better than this run at any horizon (Energy Score); equal to it: persistence at horizon 2 "
