@@ -58,7 +58,7 @@ def describe_runs(folder: Path, runs: Sequence[Path]) -> str:
     width = max(map(len, names))
     lines = [f"  {name:<{width}}  {', '.join(_or_fault(summary, run))}" for name, run in zip(names, runs, strict=True)]
     title = "1 run, which" if len(runs) == 1 else f"{len(runs):,} runs, each of which"
-    return "\n".join([f"{folder}: {title} `worldmodel inspect RUN` describes", *lines])
+    return "\n".join([f"{printable(folder)}: {title} `worldmodel inspect RUN` describes", *lines])
 
 
 def summary(run: Path) -> list[str]:
@@ -81,7 +81,7 @@ def describe_run(run: Path) -> str:
         "scores": describe_scores,
         "files": describe_files,
     }
-    lines = [str(run)]
+    lines = [printable(run)]
     for name, describe in sections.items():
         lines += [f"  {name}", *(f"    {line}" for line in _or_fault(describe, run))]
     return "\n".join(lines)
@@ -126,7 +126,7 @@ def describe_scores(run: Path) -> list[str]:
     """Show the main scores of metrics.json."""
     metrics = read_metrics(run)
     if metrics is None:
-        return ["not evaluated: worldmodel evaluate --run " + str(run)]
+        return ["not evaluated: worldmodel evaluate --run " + printable(run)]
     found = {name: value_at(metrics, path) for name, path in SCORES.items()}
     return [f"{name}: {number(value)}" for name, value in found.items() if value is not None] or ["see metrics.json"]
 
@@ -135,4 +135,4 @@ def describe_files(run: Path) -> list[str]:
     """List the files at the top level with their sizes."""
     with os.scandir(run) as entries:
         sizes = {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries if not entry.is_dir()}
-    return [f"{name} ({sizes[name] / 1024:,.1f} KiB)" for name in sorted(sizes)]
+    return [f"{printable(name)} ({sizes[name] / 1024:,.1f} KiB)" for name in sorted(sizes)]

@@ -145,6 +145,7 @@ def test_one_run_with_a_name_of_two_lines_and_a_score_of_several_numbers(
     (run / "metrics.json").write_text(json.dumps({"forecasts": {"model": {"energy_score": [[1.0, 2.0]]}}}))
     heading, line = output(capsys, tmp_path / "runs").splitlines()
     assert ": 1 run, which `" in heading and line.endswith("energy score of the first step: 1.000 / 2.000")
+    assert output(capsys, run).splitlines()[0] == f"{tmp_path}/runs/a\\nb"
 
 
 def test_damaged_runs(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
