@@ -303,6 +303,8 @@ def principal_components(r: np.ndarray) -> tuple[np.ndarray, float]:
 def latent_charts(latents: Latents) -> list[tuple[str, Picture]]:
     """Draw inferred r in its leading plane: a title and a chart per dimension of the true change, or a plain one."""
     is_finite = np.isfinite(latents.r).all(axis=1)
+    if latents.change is not None:
+        is_finite &= np.isfinite(latents.change).all(axis=1)
     if is_finite.sum() < 3 or latents.r.shape[1] == 0:
         return []
     changes = None if latents.change is None else latents.change[is_finite]

@@ -61,6 +61,6 @@ def test_inferred_r_that_is_not_finite_is_left_out(monkeypatch: pytest.MonkeyPat
     r = np.random.default_rng(0).normal(size=(6, 2))
     r[1, 0] = np.nan
     ((_, plain),) = latent_charts(Latents(r, None, ""))
-    ((_, coloured),) = latent_charts(Latents(r, np.arange(6.0)[:, None], "change"))
-    assert plain.alt.startswith("5 inferred r") and coloured.alt.startswith("5 inferred r")
+    ((_, coloured),) = latent_charts(Latents(r, np.array([[0.0], [1.0], [2.0], [3.0], [4.0], [np.inf]]), "change"))
+    assert plain.alt.startswith("5 inferred r") and coloured.alt.startswith("4 inferred r")
     assert latent_charts(Latents(r[:3], None, "")) == []

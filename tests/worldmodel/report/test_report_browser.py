@@ -133,6 +133,14 @@ def test_the_page_does_not_scroll_sideways(browser: Any, page: Path, width_px: i
     assert browser.execute_script("return document.documentElement.scrollWidth") == width_px
 
 
+def test_a_name_of_a_row_uses_the_width_of_a_phone(browser: Any, page: Path) -> None:
+    visit(browser, page, width_px=360)
+    widths = browser.execute_script(
+        "return [...document.querySelectorAll('tbody th')].map(e => [e.clientWidth, getComputedStyle(e).maxWidth])"
+    )
+    assert widths and all(width > 0.6 * 360 and most == "none" for width, most in widths)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_from_its_ground(browser: Any, page: Path, scheme: str) -> None:
     visit(browser, page, scheme=scheme)
