@@ -119,7 +119,6 @@ def compare_folders(args: argparse.Namespace) -> int:
     Raises:
         UserError: a folder holds no evaluated run or is given twice, or --out cannot be written.
     """
-    from worldmodel.report.comparison import RunScores, flat_numbers
     from worldmodel.runs.checkpoint import load_run_config
     from worldmodel.runs.metrics import read_metrics
 
@@ -132,7 +131,7 @@ def compare_folders(args: argparse.Namespace) -> int:
         if metrics is None:
             raise UserError(f"--runs {folder}: there is no metrics.json, evaluate the run first")
         config, name = load_run_config(folder), os.path.relpath(folder.resolve(), above)
-        rows.append(Row(folder, RunScores(name, config.model.latent.name, config.seed, flat_numbers(metrics)), metrics))
+        rows.append(row_of(folder, name, config.model.latent.name, config.seed, metrics))
     make_out_folder(args.out)
     write_comparison(args.out, rows, {"runs_given": [str(folder) for folder in args.runs]})
     return 0
@@ -151,7 +150,6 @@ def compare(args: argparse.Namespace) -> int:
     from worldmodel.commands.jobs import check_launcher, only_writer, run_all
     from worldmodel.config.reading import read_with_bases
     from worldmodel.config.shipped import find_config
-    from worldmodel.report.comparison import RunScores, flat_numbers
     from worldmodel.runs.metrics import Metrics, read_metrics
     from worldmodel.training.machine import fair_share_of_cores
 
@@ -172,7 +170,7 @@ def compare(args: argparse.Namespace) -> int:
         rows = []
         for run in filter(is_done, grid):
             metrics = read_metrics(run.folder) or Metrics()
-            rows.append(Row(run.folder, RunScores(run.objective, run.latent, run.seed, flat_numbers(metrics)), metrics))
+            rows.append(row_of(run.folder, run.objective, run.latent, run.seed, metrics))
         if rows:
             write_comparison(args.out, rows, provenance(args, config_text, failures, refused))
     if not failures:
@@ -189,6 +187,13 @@ class Row:
     folder: Path
     run: RunScores
     metrics: Metrics
+
+
+def row_of(folder: Path, objective: str, latent: str, seed: int, metrics: Metrics) -> Row:
+    """Return the row of an evaluated run, given the content of its metrics.json."""
+    from worldmodel.report.comparison import RunScores, dimensions_of, flat_numbers
+
+    return Row(folder, RunScores(objective, latent, seed, flat_numbers(metrics), dimensions_of(metrics)), metrics)
 
 
 def provenance(args: argparse.Namespace, config_text: str, failures: Sequence[Failure], refused: str) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from worldmodel.report.drawing import PLAIN_TEXT, save, short
-from worldmodel.report.numbers import DASH, spec_for
+from worldmodel.report.numbers import DASH, mapping, spec_for
 from worldmodel.report.tables import aligned_table
-from worldmodel.runs.metrics import place
+from worldmodel.runs.metrics import Metrics, place
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +32,8 @@ CONSTANT_VELOCITY_RATIO = place("forecasts.pixel_constant_velocity.ratio_to_orac
 class Column:
     """A number of every run: `path` is its dotted place in metrics.json with list indices, `spec` a format.
 
-    LAST in a path is the index of the last horizon step. Such a column is for runs with several steps.
+    LAST in a path is the index of the last horizon step. Such a column is for runs with several steps. DIMENSION is the
+    index of a dimension of the quantity, and each has a column.
     """
 
     title: str
@@ -44,15 +45,15 @@ class Column:
 
 
 LAST = "{last}"
-COVERAGE = "90% coverage"
+DIMENSION = "{dimension}"
+MAX_DIMENSIONS = 8  # with columns of their own; those after them are left out
 COLUMNS = (
     Column("Energy Score", f"{ENERGY_SCORE}.0", ".3f"),
     Column("Energy Score at horizon {horizon}", f"{ENERGY_SCORE}.{LAST}", ".3f"),
     Column("x oracle", f"{RATIO}.0", ".3f"),
     Column("x oracle at horizon {horizon}", f"{RATIO}.{LAST}", ".3f"),
     Column("encode-decode x oracle", "forecasts.encode_decode_oracle.ratio_to_oracle.0", ".3f"),
-    Column(f"{COVERAGE} x", "forecasts.model.coverage.90.0.0", ".2f"),
-    Column(f"{COVERAGE} y", "forecasts.model.coverage.90.0.1", ".2f"),
+    Column("90% coverage", f"forecasts.model.coverage.90.0.{DIMENSION}", ".2f"),
     Column("KL, nats", "kl_nats", ".2f"),
     Column("expected L0", "expected_l0", ".2f"),
     Column("digit accuracy", "probes.embedding.digit.linear", ".3f"),
@@ -73,12 +74,16 @@ REFERENCES = (("Simulator oracle", "simulator_oracle"), ("Constant velocity", "p
 
 @dataclass(frozen=True)
 class RunScores:
-    """One trained and evaluated run; `numbers` are its metrics by dotted path, None if not finite."""
+    """One trained and evaluated run; `numbers` are its metrics by dotted path, None if not finite.
+
+    dimensions: the names of those of its quantity.
+    """
 
     objective: str
     latent: str
     seed: int
     numbers: Mapping[str, float | None]
+    dimensions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,12 +97,16 @@ class Stat:
 
 @dataclass(frozen=True)
 class RunGroup:
-    """The runs of one objective and latent; `stats` over their seeds by dotted path."""
+    """The runs of one objective and latent; `stats` over their seeds by dotted path.
+
+    dimensions: the names of those of the quantity, none if runs differ.
+    """
 
     objective: str
     latent: str
     seeds: tuple[int, ...]
     stats: Mapping[str, Stat]
+    dimensions: tuple[str, ...] = ()
 
     def stat(self, path: str) -> Stat | None:
         """Return the numbers at a place of metrics.json; None if no run has one."""
@@ -124,6 +133,11 @@ def flat_numbers(metrics: Any, prefix: str = "") -> dict[str, float | None]:
     }
 
 
+def dimensions_of(metrics: Metrics) -> tuple[str, ...]:
+    """Return the names of the dimensions of the quantity; none without a quantity."""
+    return tuple(map(str, mapping(metrics.get("quantity")).get("dimensions") or ()))
+
+
 def summarise(values: Iterable[float | None]) -> Stat | None:
     """Return mean and sample SD of the finite values; None if there are none."""
     finite = [value for value in values if value is not None]
@@ -147,9 +161,16 @@ def summarise_groups(runs: Sequence[RunScores]) -> list[RunGroup]:
                 latent,
                 tuple(run.seed for run in members),
                 {path: stat for path, stat in stats.items() if stat is not None},
+                _common(member.dimensions for member in members),
             )
         )
     return groups
+
+
+def _common(names: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the names that all have; none if they differ."""
+    found = set(names)
+    return found.pop() if len(found) == 1 else ()
 
 
 def num_steps(runs: Iterable[RunScores | RunGroup]) -> int:
@@ -179,10 +200,21 @@ def columns_of(groups: Sequence[RunGroup]) -> list[Column]:
         for column in COLUMNS
         if LAST not in column.path or steps > 1
     ]
-    found = [column for column in filled if any(group.stat(column.path) for group in groups)]
-    if sum(column.title.startswith(COVERAGE) for column in found) == 1:  # it is not that of an x
-        found = [replace(column, title=COVERAGE) if column.title.startswith(COVERAGE) else column for column in found]
-    return found
+    split = [
+        part for column in filled for part in (_by_dimension(column, groups) if DIMENSION in column.path else [column])
+    ]
+    return [column for column in split if any(group.stat(column.path) for group in groups)]
+
+
+def _by_dimension(column: Column, groups: Sequence[RunGroup]) -> list[Column]:
+    """Return a column for each dimension that any group has a number for, titled by its name if there are several."""
+    paths = [column.path.replace(DIMENSION, str(k)) for k in range(MAX_DIMENSIONS)]
+    with_numbers = [group for group in groups if any(map(group.stat, paths))]
+    names = _common(group.dimensions for group in with_numbers)
+    if len(names) <= 1 and not any(group.stat(path) for group in with_numbers for path in paths[1:]):
+        return [replace(column, path=paths[0])]
+    titles = [f" {names[k]}" if k < len(names) else f", dimension {k + 1}" for k in range(len(paths))]
+    return [replace(column, title=column.title + title, path=path) for title, path in zip(titles, paths, strict=True)]
 
 
 def table_rows(groups: Sequence[RunGroup]) -> list[list[str]]:

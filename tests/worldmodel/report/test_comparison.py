@@ -15,6 +15,7 @@ from worldmodel.report.comparison import (
     comparison_figure,
     comparison_markdown,
     comparison_table,
+    dimensions_of,
     flat_numbers,
     format_stat,
     png,
@@ -101,14 +102,23 @@ def test_table_of_the_columns_that_runs_have() -> None:
     ]
 
 
-def test_coverage_of_a_single_number_is_not_that_of_an_x() -> None:
-    def head(coverage: list[float]) -> str:
-        model = {"energy_score": [1.0], "coverage": {"90": [coverage]}}
-        return comparison_table(
-            summarise_groups([RunScores("byol", "none", 0, flat_numbers({"forecasts": {"model": model}}))])
-        ).splitlines()[0]
+def test_coverage_has_a_column_for_each_dimension_by_its_name() -> None:
+    def titles(*runs: tuple[list[float], list[str] | None]) -> list[str]:
+        scores = []
+        for k, (coverage, names) in enumerate(runs):
+            model = {"energy_score": [1.0], "coverage": {"90": [coverage]}}
+            metrics: Any = {"forecasts": {"model": model}, "quantity": names and {"dimensions": names}}
+            scores.append(RunScores("byol", str(k), 0, flat_numbers(metrics), dimensions_of(metrics)))
+        head = comparison_table(summarise_groups(scores)).splitlines()[0]
+        return [title.strip() for title in head.split("|") if "coverage" in title]
 
-    assert "90% coverage |" in head([0.9]) and "90% coverage x" in head([0.9, 0.8])
+    assert titles(([0.9], ["y"])) == titles(([0.9], None)) == ["90% coverage"]
+    pong = ["ball x", "ball y", "player y", "opponent y"]
+    assert titles(([0.9] * 4, pong)) == [f"90% coverage {name}" for name in pong]
+    assert titles(([0.9] * 2, ["x", "y"]), ([0.9] * 3, pong[:3])) == [
+        *("90% coverage, dimension 1", "90% coverage, dimension 2", "90% coverage, dimension 3")
+    ]
+    assert len(titles(([0.9] * 20, [f"joint {k}" for k in range(20)]))) == 8
 
 
 def test_seeds_as_ranges() -> None:
