@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -16,10 +16,15 @@ from worldmodel.evaluation.illustrations import Fans, Latents
 from worldmodel.report.drawing import SIDE_IN, Picture, Theme, chart, short
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MAX_POINTS = 1500  # of a scatter plot
-LABEL_DISTANCE = 0.085  # of the names at the ends of lines, of the height; lines beyond a full column have no name
+HEIGHT_IN = 2.9
+ROW_IN = 0.19  # height of a name in a legend or at the end of a line
+MAX_BESIDE = 6  # names in a legend beside or inside a chart; more are below it
+MAX_ENDS = 11  # names at the ends of lines; a chart with more is higher
+LABEL_DISTANCE = 0.085  # of these names, of the height, in a chart that is not higher
 
 # Colours of series without a fixed colour, in this order.
 SERIES_COLOURS = ("model", "truth", "teal", "violet", "olive", "pink", "sky", "brown", "law")
@@ -63,6 +68,25 @@ def forecast_line(name: str, label: str, values: np.ndarray) -> Line:
     return Line(label, values, colour, dashes, width, emphasised=colour == "model")
 
 
+def series_style(index: int) -> tuple[str, str | tuple[int, tuple[float, ...]]]:
+    """Return the colour and the dashes of the series with this index: other dashes once all colours are used."""
+    turn, colour = divmod(index, len(SERIES_COLOURS))
+    return SERIES_COLOURS[colour], SERIES_DASHES[turn % len(SERIES_DASHES)]
+
+
+def add_legend(figure: Figure, axes: Axes, count: int, **beside: Any) -> None:
+    """Name `count` series in a legend with these settings; below the axes if there are many."""
+    if count <= MAX_BESIDE:
+        axes.legend(fontsize=8.5, **beside)
+    else:
+        figure.legend(loc="outside lower center", fontsize=8.5, labelspacing=0.2, handlelength=3)
+
+
+def height_with_legend(height_in: float, count: int) -> float:
+    """Return the height of a chart in inches whose legend names `count` series."""
+    return height_in if count <= MAX_BESIDE else height_in + ROW_IN * count
+
+
 def spread_labels(places: Sequence[float], gap: float) -> list[float]:
     """Move labels at `places` from 0 to 1 as little as possible, so that they are `gap` apart."""
     order = sorted(range(len(places)), key=lambda i: places[i])
@@ -89,6 +113,9 @@ def horizon_chart(
     """Draw lines against the horizon, each named at its right end; `levels` are dashed reference lines."""
     from matplotlib.ticker import MaxNLocator
 
+    count = max(MAX_ENDS, len(lines))
+    gap = LABEL_DISTANCE * MAX_ENDS / count
+
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.add_subplot()
         for level in levels:
@@ -113,8 +140,8 @@ def horizon_chart(
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         low, high = axes.get_ylim()
         named = [(line, (end - low) / (high - low)) for line, end in zip(lines, ends, strict=True)]
-        named = [(line, place) for line, place in named if -0.02 <= place <= 1.02][: int(1 / LABEL_DISTANCE)]
-        places = spread_labels([place for _, place in named], LABEL_DISTANCE)
+        named = [(line, place) for line, place in named if -0.02 <= place <= 1.02]
+        places = spread_labels([place for _, place in named], gap)
         for (line, _), place in zip(named, places, strict=True):
             bold = "bold" if line.emphasised else "normal"
             axes.annotate(
@@ -127,7 +154,7 @@ def horizon_chart(
                 fontweight=bold,
             )
 
-    return chart(draw, alt, size_in=(SIDE_IN, 2.9))
+    return chart(draw, alt, size_in=(SIDE_IN, HEIGHT_IN + ROW_IN * (count - MAX_ENDS)))
 
 
 def calibration_chart(curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], alt: str) -> Picture:
@@ -138,9 +165,11 @@ def calibration_chart(curves: Sequence[tuple[str, Sequence[float], Sequence[floa
         axes.plot([0, 1], [0, 1], color=theme["law"], linewidth=1, linestyle=(0, (2, 2)))
         axes.annotate("calibrated", (0.13, 0.15), color=theme["text"], fontsize=8.5, rotation=45, ha="left")
         for i, (name, nominal, empirical) in enumerate(curves):
+            colour, dashes = series_style(i)
             axes.plot(
                 *(nominal, empirical),
-                color=theme[SERIES_COLOURS[i % len(SERIES_COLOURS)]],
+                color=theme[colour],
+                linestyle=dashes,
                 marker="os^Dv"[i % 5],
                 markersize=5,
                 label=short(name),
@@ -148,9 +177,9 @@ def calibration_chart(curves: Sequence[tuple[str, Sequence[float], Sequence[floa
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="nominal level", ylabel="share within", box_aspect=1)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
-        axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8.5, handlelength=1.4)
+        add_legend(figure, axes, len(curves), loc="center left", bbox_to_anchor=(1.02, 0.5), handlelength=1.4)
 
-    return chart(draw, alt, size_in=(SIDE_IN, 2.9))
+    return chart(draw, alt, size_in=(SIDE_IN, height_with_legend(HEIGHT_IN, len(curves))))
 
 
 def rank_chart(histograms: Sequence[tuple[str, np.ndarray]], alt: str) -> Picture:
@@ -168,28 +197,35 @@ def rank_chart(histograms: Sequence[tuple[str, np.ndarray]], alt: str) -> Pictur
             axes.set_xticks([0, 0.5, 1], ["lowest", "middle", "highest"])
         panels[-1].set_xlabel("rank of the truth among the samples")
 
-    return chart(draw, alt, size_in=(SIDE_IN, 2.9))
+    return chart(draw, alt, size_in=(SIDE_IN, HEIGHT_IN))
 
 
-def curve_chart(curves: Sequence[tuple[str, str, np.ndarray, np.ndarray]], alt: str) -> Picture:
-    """Draw learning curves (name, colour, steps, values); many points are smoothed by a moving average."""
+def curve_chart(curves: Sequence[tuple[Line, np.ndarray]], alt: str) -> Picture:
+    """Draw learning curves with their steps; many points are smoothed by a moving average."""
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.add_subplot()
-        for name, colour, steps, values in curves:
-            width = len(steps) // 40
+        for line, steps in curves:
+            values, width = line.values, len(steps) // 40
             if width > 1:
                 if len(curves) <= 2:
                     axes.plot(steps, values, color=theme["law"], linewidth=0.8, alpha=0.45)
                 mean = np.convolve(values, np.ones(width) / width, mode="valid")
                 steps, values = steps[width // 2 : width // 2 + len(mean)], mean
             dots = "o" if len(steps) <= 40 else ""
-            axes.plot(steps, values, color=theme[colour], marker=dots, markersize=3.5, label=short(name))
+            axes.plot(
+                *(steps, values),
+                color=theme[line.colour],
+                linestyle=line.dashes,
+                marker=dots,
+                markersize=3.5,
+                label=short(line.label),
+            )
         if len(curves) > 1:
-            axes.legend(fontsize=8.5)
+            add_legend(figure, axes, len(curves))
         axes.set_xlabel("step")
 
-    return chart(draw, alt)
+    return chart(draw, alt, size_in=(SIDE_IN, height_with_legend(2.7, len(curves))))
 
 
 def interval_chart(

@@ -83,11 +83,6 @@ def ranges(numbers: Collection[int]) -> str:
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
-def colour_of(index: int) -> str:
-    """Return the colour of the group with this index."""
-    return charts.SERIES_COLOURS[index % len(charts.SERIES_COLOURS)]
-
-
 def best_group_sentence(groups: Sequence[RunGroup]) -> str:
     """Return the message of the page: the group with the best forecasts one segment ahead."""
     path = f"{ENERGY_SCORE}.0"
@@ -120,15 +115,14 @@ def group_horizon_cards(runs: Sequence[RunScores], groups: Sequence[RunGroup]) -
             Line(
                 name_of(group),
                 means(group, f"forecasts.model.{key}.{{}}", steps),
-                colour_of(i),
-                charts.SERIES_DASHES[i // len(charts.SERIES_COLOURS) % len(charts.SERIES_DASHES)],
+                *charts.series_style(i),
                 width=2,
             )
             for i, group in enumerate(groups)
         ]
         oracle = summarise_groups([RunScores("", "", run.seed, run.numbers) for run in runs])[0]
         of_oracle = means(oracle, f"forecasts.simulator_oracle.{key}.{{}}", steps)
-        lines.insert(0, Line("Simulator oracle", of_oracle, "text", (0, (4, 2))))  # there may be no room for the last
+        lines.insert(0, Line("Simulator oracle", of_oracle, "text", (0, (4, 2))))
         lines = [line for line in lines if np.isfinite(line.values).sum() > 1]
         if lines:
             alt = f"{title} from horizon 1 to {steps}, mean over seeds: {line_words(lines)}."
@@ -199,9 +193,10 @@ def group_curve_cards(
                     values.setdefault(int(step), []).append(float(value))
             if values:
                 steps = np.array(sorted(values))
-                curves.append((name_of(group), colour_of(i), steps, np.array([np.mean(values[s]) for s in steps])))
+                line = Line(name_of(group), np.array([np.mean(values[s]) for s in steps]), *charts.series_style(i))
+                curves.append((line, steps))
         if curves:
-            words = ", ".join(f"{name} {values[-1]:.3f} at step {steps[-1]:,}" for name, _, steps, values in curves)
+            words = ", ".join(f"{line.label} {line.values[-1]:.3f} at step {steps[-1]:,}" for line, steps in curves)
             cards.append(Card(title, "", charts.curve_chart(curves, f"{title} against training step: {words}.")))
     return cards
 

@@ -231,10 +231,10 @@ def curve_pictures(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, Pict
     """Return a title and a chart for each curve in `history`."""
     pictures = []
     for key, title in CURVES.items():
-        curves = [(name, colour, *history_series(history, key, split)) for name, colour, split in CURVE_SPLITS]
-        drawn = [curve for curve in curves if len(curve[2])]
+        found = [(name, colour, *history_series(history, key, split)) for name, colour, split in CURVE_SPLITS]
+        drawn = [(Line(name, values, colour), steps) for name, colour, steps, values in found if len(steps)]
         if drawn:
-            _, _, steps, values = drawn[-1]
-            alt = f"{title} against training step; {values[-1]:.3f} at step {steps[-1]:,}, the last one drawn."
+            last, steps = drawn[-1]
+            alt = f"{title} against training step; {last.values[-1]:.3f} at step {steps[-1]:,}, the last one drawn."
             pictures.append((title, charts.curve_chart(drawn, alt)))
     return pictures

@@ -1,10 +1,20 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 
 from worldmodel.evaluation.illustrations import Fans, Latents
 from worldmodel.report import charts
-from worldmodel.report.charts import fan_words, latent_charts, principal_components, spread_labels
+from worldmodel.report.charts import (
+    Line,
+    fan_words,
+    latent_charts,
+    principal_components,
+    series_style,
+    spread_labels,
+)
 from worldmodel.report.drawing import THEMES, Picture
 
 
@@ -26,6 +36,31 @@ def test_labels_keep_their_distance_and_stay_in_the_frame() -> None:
     assert spread_labels([0.2, 0.8], 0.1) == [0.2, 0.8]
     assert spread_labels([0.5, 0.5, 0.52], 0.1) == pytest.approx([0.5, 0.6, 0.7])
     assert spread_labels([1.0, 0.99], 0.1) == pytest.approx([1.0, 0.9])
+
+
+@pytest.mark.parametrize("count", [3, 30])
+def test_all_lines_have_a_name_however_many_they_are(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+
+    def draw_light(draw: Any, alt: str, *, size_in: tuple[float, float]) -> Picture:
+        figures.append(Figure(figsize=size_in))
+        draw(figures[-1], THEMES["light"])
+        return Picture("", "", alt, 1, 1)
+
+    monkeypatch.setattr("worldmodel.report.charts.chart", draw_light)
+    lines = [Line(f"group {k}", np.array([1.0, k]), *series_style(k)) for k in range(count)]
+    assert len({(line.colour, line.dashes) for line in lines}) == count
+    charts.horizon_chart(lines, ylabel="", xlabel="", alt="")
+    charts.calibration_chart([(line.label, [0.5, 0.9], [0.5, 0.9]) for line in lines], "")
+    charts.curve_chart([(line, np.array([1, 2])) for line in lines], "")
+    ends, calibration, curves = figures
+    heights = sorted(float(text.xy[1]) for text in ends.axes[0].texts if isinstance(text, Annotation))
+    assert len(heights) == count and heights[0] >= 0 and heights[-1] <= 1 + 1e-9
+    assert np.diff(heights).min() * ends.get_figheight() > 0.16
+    for figure in (calibration, curves):
+        legend = figure.legends[0] if count > 6 else figure.axes[0].get_legend()
+        assert legend is not None and len(legend.get_texts()) == count
+        assert figure.get_figheight() > 0.19 * count + 2.6 or count <= 6
 
 
 def test_the_leading_plane_of_r() -> None:
