@@ -382,16 +382,24 @@ def test_nothing_to_show_still_makes_a_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_six_queries_of_restless_colour_stay_under_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("content", ["restless colour", "gray noise"])
+def test_six_queries_of_any_content_stay_under_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
     monkeypatch.setattr("worldmodel.report.drawing.CHART_DPI", CHART_DPI)
-    drawn = make_illustrations(queries=1, size_px=128, channels=3, texture=True, num_neighbours=4)
+    channels = 3 if content == "restless colour" else 1
+    drawn = make_illustrations(queries=1, size_px=128, channels=channels, texture=True, num_neighbours=4)
     drawn = replace(drawn, latents=None, timeline=None)  # one of each, however many queries
+    if content == "gray noise":
+        rng = np.random.default_rng(0)
+        frames = rng.integers(0, 256, drawn.frames.shape, dtype=np.uint8)
+        drawn = replace(drawn, frames=frames, neighbours=rng.integers(0, 256, drawn.neighbours.shape, dtype=np.uint8))
     html, _ = report(tmp_path / "report.html", metrics={}, illustrations=drawn)
     metrics = {"planning": make_planning(())}
     restless = make_episodes(1, size_px=128, num_steps=50, texture=True)
     planned, _ = report(tmp_path / "planned.html", metrics=metrics, illustrations=NO_ILLUSTRATIONS, episodes=restless)
-    colours = [make_decoded(future=32, channels=3, side_px=128)]
-    futures, _ = report(tmp_path / "futures.html", metrics={}, illustrations=NO_ILLUSTRATIONS, decoded=colours)
+    decoded = [make_decoded(future=32, channels=channels, side_px=128)]
+    futures, _ = report(tmp_path / "futures.html", metrics={}, illustrations=NO_ILLUSTRATIONS, decoded=decoded)
     # Six queries, four episodes and three clips with decoded futures are the most that are drawn.
     assert 6 * len(html.encode()) + 4 * len(planned.encode()) + 3 * len(futures.encode()) < 5_000_000
 
