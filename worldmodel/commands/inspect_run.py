@@ -7,7 +7,7 @@ from typing import Any
 
 from data_pipelines.errors import UserError, printable
 from worldmodel.config import Config, flatten, to_dict
-from worldmodel.report.numbers import number
+from worldmodel.report.numbers import digits_for, number
 from worldmodel.runs.checkpoint import latest_state, load_checkpoint, load_run_config
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import read_metrics, value_at
@@ -128,7 +128,8 @@ def describe_scores(run: Path) -> list[str]:
     if metrics is None:
         return ["not evaluated: worldmodel evaluate --run " + printable(run)]
     found = {name: value_at(metrics, path) for name, path in SCORES.items()}
-    return [f"{name}: {number(value)}" for name, value in found.items() if value is not None] or ["see metrics.json"]
+    texts = {name: number(value, digits_for([value])) for name, value in found.items() if value is not None}
+    return [f"{name}: {text}" for name, text in texts.items()] or ["see metrics.json"]
 
 
 def describe_files(run: Path) -> list[str]:

@@ -15,7 +15,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from worldmodel.report.drawing import PLAIN_TEXT, save, short
-from worldmodel.report.numbers import DASH, mapping, spec_for
+from worldmodel.report.numbers import DASH, digits_for, mapping, number, spec_for
 from worldmodel.report.tables import aligned_table
 from worldmodel.runs.metrics import Metrics, place
 
@@ -187,9 +187,16 @@ def format_stat(stat: Stat | None, spec: str, num_runs: int) -> str:
     """Format '1.12 ± 0.03', '1.12' for one run, a dash for none; '(n=2)' is added if some numbers are not finite."""
     if stat is None:
         return DASH
-    spec = spec_for(stat.mean, 3) if spec == ".3f" else spec
+    spec = spec_for(stat.mean, int(spec.strip(".f")))
     text = format(stat.mean, spec) if stat.sd is None else f"{stat.mean:{spec}} ± {stat.sd:{spec}}"
     return text if stat.n == num_runs else f"{text} (n={stat.n})"
+
+
+def _shared_spec(column: Column, groups: Sequence[RunGroup]) -> str:
+    """Return the format of all numbers of a column: with more decimals if all are small."""
+    if column.spec != ".3f":
+        return column.spec
+    return f".{digits_for(stat.mean for group in groups if (stat := group.stat(column.path)))}f"
 
 
 def columns_of(groups: Sequence[RunGroup]) -> list[Column]:
@@ -203,7 +210,8 @@ def columns_of(groups: Sequence[RunGroup]) -> list[Column]:
     split = [
         part for column in filled for part in (_by_dimension(column, groups) if DIMENSION in column.path else [column])
     ]
-    return [column for column in split if any(group.stat(column.path) for group in groups)]
+    found = [column for column in split if any(group.stat(column.path) for group in groups)]
+    return [replace(column, spec=_shared_spec(column, groups)) for column in found]
 
 
 def _by_dimension(column: Column, groups: Sequence[RunGroup]) -> list[Column]:
@@ -249,7 +257,8 @@ def references(runs: Sequence[RunScores]) -> list[str]:
         score = summarise(_values(runs, f"forecasts.{name}.energy_score.0"))
         ratio = summarise(_values(runs, f"forecasts.{name}.ratio_to_oracle.0"))
         if score and ratio:
-            sentences.append(f"{label}: Energy Score {score.mean:.3f}, {ratio.mean:.3f} x oracle.")
+            text = number(score.mean, digits_for([score.mean]))
+            sentences.append(f"{label}: Energy Score {text}, {ratio.mean:.3f} x oracle.")
     return sentences
 
 

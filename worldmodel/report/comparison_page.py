@@ -22,7 +22,7 @@ from worldmodel.report.comparison import (
     summarise_groups,
     table_rows,
 )
-from worldmodel.report.numbers import Number, label
+from worldmodel.report.numbers import Number, digits_for, label, number
 from worldmodel.report.page import CURVES, HORIZON_LABEL, LEVELS, Card, history_series, line_words, write_page
 from worldmodel.report.tables import Table, TableRow
 from worldmodel.runs.metrics import place
@@ -75,11 +75,11 @@ def name_of(group: RunGroup) -> str:
 def ranges(numbers: Collection[int]) -> str:
     """Return whole numbers in order, with runs of more than two as '0 to 4'."""
     runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
+    for each in sorted(numbers):
+        if runs and runs[-1][-1] == each - 1:
+            runs[-1].append(each)
         else:
-            runs.append([number])
+            runs.append([each])
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
@@ -90,7 +90,8 @@ def best_group_sentence(groups: Sequence[RunGroup]) -> str:
     if not scored:
         return f"Comparison of {len(groups)} groups of runs."
     best = min(scored, key=lambda group: group.stats[path].mean)
-    sentence = f"{name_of(best)} forecasts best at horizon 1: an Energy Score of {best.stats[path].mean:.3f}"
+    mean = best.stats[path].mean
+    sentence = f"{name_of(best)} forecasts best at horizon 1: an Energy Score of {number(mean, digits_for([mean]))}"
     ratio = best.stat(f"{RATIO}.0")
     return sentence + (f", {ratio.mean:.2f} times that of the true law." if ratio else ".")
 

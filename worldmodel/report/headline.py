@@ -10,6 +10,7 @@ from worldmodel.report.numbers import (
     DASH,
     Number,
     between,
+    digits_for,
     dimensions,
     duration,
     equal_to,
@@ -142,12 +143,12 @@ def _forecast_sentence(metrics: RunMetrics) -> list[Number]:
     last = horizon(metrics) - 1
     far = last > 0 and math.isfinite(score(metrics, "model", last))
     space = "in embedding space" if unit(metrics) == "embedding space" else unit(metrics)
-    parts = [Number("Forecasts reach an Energy Score of "), number_at(metrics, "forecasts.model.energy_score.0")]
+    parts = [Number("Forecasts reach an Energy Score of "), _score_number(metrics, "model", 0)]
     parts.append(Number(f" {space}"))
     if far:
         parts += [
             Number(" at horizon 1 and "),
-            number_at(metrics, f"forecasts.model.energy_score.{last}"),
+            _score_number(metrics, "model", last),
             Number(f" at horizon {last + 1}"),
         ]
     for name, what in {
@@ -160,10 +161,15 @@ def _forecast_sentence(metrics: RunMetrics) -> list[Number]:
             if far:
                 parts += [Number(" and "), _ratio(metrics, name, last), Number(f" times those {what}")]
             else:
-                parts += [Number(" times the "), number_at(metrics, f"forecasts.{name}.energy_score.0")]
+                parts += [Number(" times the "), _score_number(metrics, name, 0)]
                 parts.append(Number(f" {what}"))
             break
     return [*parts, Number(".")]
+
+
+def _score_number(metrics: RunMetrics, name: str, step: int) -> Number:
+    """Return the Energy Score of a forecast at a horizon step, with as many decimals as it needs."""
+    return number_at(metrics, f"forecasts.{name}.energy_score.{step}", digits_for([score(metrics, name, step)]))
 
 
 def _ratio(metrics: RunMetrics, name: str, step: int) -> Number:
@@ -222,7 +228,7 @@ def tiles(metrics: RunMetrics) -> list[tuple[str, list[Number]]]:
     found: list[tuple[str, list[Number]]] = [
         (
             f"Energy Score, {unit(metrics)}" + (f", horizon {step + 1}" if last else ""),
-            [number_at(metrics, f"{folder}.energy_score.{step}")],
+            [_score_number(metrics, "model", step)],
         )
         for step in steps
     ]

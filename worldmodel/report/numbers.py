@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +109,7 @@ Numbers = Sequence[Number]
 def number(value: Any, digits: int = 3) -> str:
     """Format a value: floats to `digits` decimals, sequences joined by ' / ', a dash for None and NaN.
 
-    Below 0.001, three decimals would be zeros: such a number is written as 6.10e-05.
+    Below 0.001, three decimals would be zeros: such a number is written as 6.10e-05, and likewise with more decimals.
     """
     if isinstance(value, list | tuple | np.ndarray):
         return " / ".join(number(v, digits) for v in value) if len(value) else DASH
@@ -124,7 +124,28 @@ def number(value: Any, digits: int = 3) -> str:
 
 def spec_for(value: float, digits: int) -> str:
     """Return the format of a number with so many decimals, as `number` writes it."""
-    return ".2e" if digits >= 3 and 0 < abs(value) < 10**-3 else f".{digits}f"
+    return ".2e" if digits >= 3 and 0 < abs(value) < 10**-digits else f".{digits}f"
+
+
+def digits_for(values: Iterable[Any], digits: int = 3) -> int:
+    """Return the decimals of numbers that are shown together.
+
+    They are `digits`, or as many as give the largest number three significant digits if all are below 0.1. Below 0.001
+    they are at least three, with which `number` writes powers of ten.
+    """
+    finite = [abs(float(value)) for value in _flat(values) if isinstance(value, int | float) and math.isfinite(value)]
+    largest = max(finite, default=0.0)
+    if not 0 < largest < 0.1:
+        return digits
+    return max(digits, 3 if largest < 10**-3 else 2 - math.floor(math.log10(largest)))
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _flat(value)
+        else:
+            yield value
 
 
 def duration(seconds: Any) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from data_pipelines.files import write_text
 from worldmodel.report.charts import Line
 from worldmodel.report.drawing import FAN, GOAL, THEMES, TRUTH, Picture
-from worldmodel.report.numbers import DASH, number
+from worldmodel.report.numbers import DASH, digits_for, number
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -77,9 +77,9 @@ def plain(value: Any) -> Any:
 
 def line_words(lines: Sequence[Line], digits: int = 2) -> str:
     """Return 'This run 0.66 to 2.10, Prior mean 0.91 to 3.00', from the first horizon step to the last."""
-    return ", ".join(
-        f"{line.label} {number(line.values[0], digits)} to {number(line.values[-1], digits)}" for line in lines
-    )
+    ends = [(line.label, float(line.values[0]), float(line.values[-1])) for line in lines]
+    digits = digits_for([value for _, *values in ends for value in values], digits)
+    return ", ".join(f"{label} {number(first, digits)} to {number(last, digits)}" for label, first, last in ends)
 
 
 def history_series(

@@ -15,6 +15,7 @@ from worldmodel.report.numbers import (
     Number,
     Numbers,
     best_at,
+    digits_for,
     dimensions,
     factor_text,
     forecast_names,
@@ -35,6 +36,7 @@ from worldmodel.runs.planning_metrics import Planning
 
 NOT_OF_CURVE = ("path_ratio", "steps")  # points of the curve of planning lack these
 LOWER_IS_BETTER = ("energy_score", "ratio_to_oracle")
+WITH_UNIT = ("energy_score", "width")
 PROBES = ("linear", "knn", "mlp", "few_shot_1", "few_shot_5", "few_shot_10")
 
 
@@ -106,8 +108,11 @@ def markdown_table(metrics: Metrics) -> str:
     }
     names = forecast_names(metrics)
     cells = {
-        title: {name: [_bold_if_best(metrics, name, f"{key}.{step}", digits) for step in steps] for name in names}
+        title: {
+            name: [_bold_if_best(metrics, name, f"{key}.{step}", decimals[step]) for step in steps] for name in names
+        }
         for title, (key, digits) in kinds.items()
+        for decimals in [[column_digits(metrics, f"{key}.{step}", digits) for step in steps]]
     }
     labels = {name: label(name) for name in names}
     if len(steps) == 1 or not names:
@@ -119,6 +124,13 @@ def markdown_table(metrics: Metrics) -> str:
         if rows:
             tables.append(aligned_table([[title, *(f"h = {step + 1}" for step in steps)], *rows]))
     return "\n\n".join(tables + _skill_tables(metrics))
+
+
+def column_digits(metrics: Metrics, key: str, digits: int, folder: str = "forecasts") -> int:
+    """Return the decimals of a column of scores: `digits`, or more if the numbers have a unit and all are small."""
+    if not key.startswith(WITH_UNIT):
+        return digits
+    return digits_for([value_at(metrics, f"{folder}.{name}.{key}") for name in forecast_names(metrics, folder)], digits)
 
 
 def _bold_if_best(metrics: Metrics, name: str, key: str, digits: int) -> str:
@@ -170,7 +182,12 @@ def score_table(metrics: Metrics, folder: str = "forecasts") -> Table:
     if not last:
         wanted += [(f"90% width{names_of_dimensions}", "width.90", 2, [0])]
     columns = [
-        (title, f"h = {step + 1}" if last else "", f"{key}.{step}", digits)
+        (
+            title,
+            f"h = {step + 1}" if last else "",
+            f"{key}.{step}",
+            column_digits(metrics, f"{key}.{step}", digits, folder),
+        )
         for title, key, digits, steps in wanted
         for step in steps
     ]

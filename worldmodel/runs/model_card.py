@@ -7,7 +7,7 @@ import worldmodel
 from data_pipelines.errors import printable
 from worldmodel.config import Config, GaussianConfig, NoLatentConfig, PretrainedConfig, flatten, outside_names, to_dict
 from worldmodel.report.numbers import duration, forecast_names, horizon, label, number, score, unit
-from worldmodel.report.tables import aligned_table, markdown_table
+from worldmodel.report.tables import aligned_table, column_digits, markdown_table
 from worldmodel.runs.metrics import Metrics, value_at
 from worldmodel.runs.trained_run import TrainedRun
 
@@ -95,8 +95,9 @@ def _scores(metrics: Metrics) -> str:
 def _embedding_table(metrics: Metrics) -> str:
     """Return the Energy Scores in embedding space, in which every run has a climatology."""
     folder, steps = "embedding.forecasts", range(horizon(metrics))
+    digits = [column_digits(metrics, f"energy_score.{step}", 3, folder) for step in steps]
     rows = [
-        [label(name), *(number(score(metrics, name, step, folder)) for step in steps)]
+        [label(name), *(number(score(metrics, name, step, folder), digits[step]) for step in steps)]
         for name in forecast_names(metrics, folder)
     ]
     return aligned_table([["Energy Score, embedding space", *(f"h = {step + 1}" for step in steps)], *rows])

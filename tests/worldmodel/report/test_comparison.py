@@ -92,6 +92,12 @@ def test_a_number_as_text() -> None:
     assert format_stat(Stat(6.1e-5, 1.2e-6, 2), ".3f", 2) == "6.10e-05 ± 1.20e-06"
 
 
+def test_small_numbers_of_a_column_share_their_decimals() -> None:
+    runs = [run("byol", "none", 0, 0.03), run("byol", "gaussian", 0, 0.0024)]
+    cells = [[cell.strip() for cell in row.split("|")] for row in comparison_table(summarise_groups(runs)).splitlines()]
+    assert [row[4:6] for row in cells[2:]] == [["0.0150", "0.0300"], ["0.0012", "0.0024"]]
+
+
 def test_table_of_the_columns_that_runs_have() -> None:
     assert comparison_table(summarise_groups(RUNS)).splitlines() == [
         "| objective | latent   | seeds |  Energy Score |      x oracle |          KL, nats |",

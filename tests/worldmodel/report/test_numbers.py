@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from worldmodel.report.numbers import duration, label, number
+from worldmodel.report.numbers import digits_for, duration, label, number
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,26 @@ from worldmodel.report.numbers import duration, label, number
 )
 def test_number(value: Any, text: str) -> None:
     assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("values", "digits"),
+    [
+        ([0.5, 0.012], 3),
+        ([12.0], 3),
+        ([0.1], 3),
+        ([0.0149, 0.0021], 4),
+        ([[0.00149, 0.0004], None], 5),
+        ([6e-5], 3),
+        ([0.0], 3),
+        ([], 3),
+        ([math.nan], 3),
+    ],
+)
+def test_small_numbers_of_a_column_have_decimals_for_the_largest(values: list[Any], digits: int) -> None:
+    assert digits_for(values) == digits
+    assert digits_for([0.5], 2) == 2 and digits_for([0.0149], 2) == 4 and digits_for([6e-5], 2) == 3
+    assert [number(value, 5) for value in (0.00149, 0.0004, 2e-6)] == ["0.00149", "0.00040", "2.00e-06"]
 
 
 def test_labels_of_the_user_keep_their_capitals() -> None:

@@ -1,6 +1,7 @@
 from typing import Any
 
 from tests.worldmodel.report.samples import make_metrics, make_unlabelled_metrics
+from worldmodel.report.headline import headline
 from worldmodel.report.numbers import marked_steps, text_of
 from worldmodel.report.tables import markdown_table, retrieval_table, score_table
 
@@ -25,6 +26,16 @@ def test_all_of_several_equal_lowest_values_are_bold() -> None:
     bold = [line.split("|")[1].strip() for line in markdown_table(metrics).splitlines() if "**0.500**" in line]
     assert bold == ["This run", "Persistence"]
     assert [len(row.best) for row in score_table(metrics).rows] == [1, 1, 0, 0]
+
+
+def test_small_scores_have_three_digits_in_words_and_in_aligned_columns() -> None:
+    scores = {"model": [0.00149, 0.012], "persistence": [0.00261, 0.6]}
+    metrics: Any = {"forecasts": {name: {"energy_score": values} for name, values in scores.items()}}
+    rows = [[text_of(cell) for cell in row.cells] for row in score_table(metrics).rows]
+    assert rows == [["0.00149", "0.012"], ["0.00261", "0.600"]]
+    assert "| **0.00149** | **0.012** |" in markdown_table(metrics)
+    words = "".join(part.text for part in headline(metrics))
+    assert "0.00149 in embedding space at horizon 1 and 0.0120 at horizon 2" in words
 
 
 def test_both_forecasts_of_the_run_are_marked_in_every_table() -> None:

@@ -14,6 +14,7 @@ from tests.conftest import videos_of
 from worldmodel.commands.main import main
 from worldmodel.config import load_config
 from worldmodel.report.numbers import number
+from worldmodel.report.tables import column_digits
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import read_metrics
 from worldmodel.runs.model_card import model_card
@@ -102,7 +103,8 @@ def test_the_card(evaluated_run: Path, tmp_path: Path) -> None:
     oracle = metrics["forecasts"]["simulator_oracle"]["energy_score"][0]
     climatology = metrics["embedding"]["forecasts"]["climatology"]["energy_score"][0]
     assert isinstance(oracle, float) and f"{oracle:.3f}" in rows["Simulator oracle"]
-    assert isinstance(climatology, float) and number(climatology) in rows["Climatology"]
+    digits = column_digits(metrics, "energy_score.0", 3, "embedding.forecasts")
+    assert isinstance(climatology, float) and number(climatology, digits) in rows["Climatology"]
     metrics["quantity"] = {"name": "x", "unit": "<script>|\n# y"}
     card = model_card(run, run.config, metrics, "a", ["<b>"], has_decoder=True)
     assert "embeddings, not frames" in text and "refinement" not in rows and "embeddings, not frames" not in card
