@@ -308,7 +308,7 @@ def fan_chart(fans: Fans, query: int, dimensions: Sequence[str], unit: str, alt:
 def fan_words(fans: Fans, query: int, dimensions: Sequence[str], unit: str) -> str:
     """Return mean and SD of the samples and of the law, and the truth, at the first and the last step, in words."""
     largest = float(np.nanmax(np.abs(fans.true[query]), initial=0))
-    digits = 1 if not 0 < largest < 1 else 1 - math.floor(math.log10(largest))
+    digits = 1 if not 0 < largest < 1 else (1 if largest >= 0.1 else 2) - math.floor(math.log10(largest))
 
     def spread(values: np.ndarray) -> str:
         return f"{np.nanmean(values):.{digits}f} ± {np.nanstd(values):.{digits}f}"

@@ -197,7 +197,9 @@ def group_curve_cards(
                 line = Line(name_of(group), np.array([np.mean(values[s]) for s in steps]), *charts.series_style(i))
                 curves.append((line, steps))
         if curves:
-            words = ", ".join(f"{line.label} {line.values[-1]:.3f} at step {steps[-1]:,}" for line, steps in curves)
+            digits = digits_for([line.values[-1] for line, _ in curves])
+            ends = [(line.label, number(line.values[-1], digits), steps[-1]) for line, steps in curves]
+            words = ", ".join(f"{name} {value} at step {step:,}" for name, value, step in ends)
             cards.append(Card(title, "", charts.curve_chart(curves, f"{title} against training step: {words}.")))
     return cards
 

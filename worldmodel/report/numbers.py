@@ -251,7 +251,7 @@ def label(name: str, *, inside: bool = False) -> str:
     """Return the label of a forecast, score, target or representation; `inside` of a sentence in lower case."""
     own = name if name != name.lower() else name.replace("_", " ").capitalize()  # such as pH, a label of the user's
     text = FORECASTS[name][0] if name in FORECASTS else LABELS.get(name, own)
-    return text[:1].lower() + text[1:] if inside else text
+    return text[:1].lower() + text[1:] if inside and text != name else text
 
 
 def interval_words(metrics: Metrics) -> str:

@@ -235,6 +235,7 @@ def curve_pictures(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, Pict
         drawn = [(Line(name, values, colour), steps) for name, colour, steps, values in found if len(steps)]
         if drawn:
             last, steps = drawn[-1]
-            alt = f"{title} against training step; {last.values[-1]:.3f} at step {steps[-1]:,}, the last one drawn."
+            value = numbers.number(last.values[-1], numbers.digits_for([last.values[-1]]))
+            alt = f"{title} against training step; {value} at step {steps[-1]:,}, the last one drawn."
             pictures.append((title, charts.curve_chart(drawn, alt)))
     return pictures

@@ -87,7 +87,7 @@ def test_words_about_small_numbers_have_decimals_for_them() -> None:
         values = scale * np.ones((1, 2, 1, 1))
         return fan_words(Fans(values, None, values[:, 0], values[:, 0, 0], on_frames=False), 0, ["k"], "m")
 
-    assert "k 0.012 ± 0.000, true 0.012." in words(0.01234)
+    assert "k 0.0123 ± 0.0000, true 0.0123." in words(0.01234) and "k 0.12 ± 0.00, true 0.12." in words(0.1234)
     assert "k 14.1 ± 0.0, true 14.1." in words(14.12) and "true 0.0." in words(0.0)
 
 

@@ -53,6 +53,7 @@ def test_labels_of_the_user_keep_their_capitals() -> None:
     assert [label(name) for name in ("pH", "EEG_power", "wrist_angle", "mrr")] == [
         *("pH", "EEG_power", "Wrist angle", "MRR")
     ]
+    assert [label(name, inside=True) for name in ("EEG_power", "persistence")] == ["EEG_power", "persistence"]
 
 
 @pytest.mark.parametrize(

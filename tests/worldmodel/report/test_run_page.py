@@ -40,6 +40,7 @@ from worldmodel.report.decoded_pictures import decoded_pictures, still_image
 from worldmodel.report.drawing import Picture
 from worldmodel.report.headline import headline, protocol_facts, tiles, verdict
 from worldmodel.report.numbers import text_of
+from worldmodel.report.run_charts import curve_pictures
 from worldmodel.report.run_page import report_of_run, write_report
 from worldmodel.report.run_pictures import future_pictures
 from worldmodel.report.tables import factor_table, markdown_table, planning_table, score_table
@@ -623,6 +624,8 @@ def test_both_splits_of_the_history_are_drawn_and_the_later_row_of_a_step_counts
     _, page = report(tmp_path / "report.html", metrics={}, history=rows)
     alts = " ".join(image["alt"] or "" for image in page.images)
     assert "Loss against training step; 4.250 at step 2, the last one drawn." in alts and "0.250 at step 9" in alts
+    (_, picture), *_ = curve_pictures([{"step": 1, "split": "train", "loss": 0.00123}])
+    assert "0.00123 at step 1" in picture.alt
 
 
 def test_a_failed_write_keeps_the_report_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
