@@ -20,7 +20,7 @@ from data_pipelines.errors import UserError
 from tests.conftest import run_python
 
 REPO = Path(__file__).parents[2]
-SLOW_KINDS = {"run", "videos"}  # a run must be trained first; videos take seconds each
+SLOW_KINDS = {"run", "times", "videos"}  # a run must be trained first; the others take seconds each
 
 
 def run_fuzzer(*arguments: str) -> subprocess.CompletedProcess[str]:
