@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
 from data_pipelines.transforms import to_float
 from worldmodel.commands.exits import leave, report_errors
+from worldmodel.commands.jobs import signal_group
 from worldmodel.commands.shared import check_counts
 
 COMMAND = [sys.executable, "-m", "worldmodel"]
@@ -103,8 +104,7 @@ def started(
         yield process
     finally:
         if process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            signal_group(process, signal.SIGKILL)
             process.wait()
 
 

@@ -146,7 +146,7 @@ def _bytes(videos: Tensor) -> Tensor:
 
 
 def facts_of_videos(sizes: Sizes, seed: int) -> dict[str, int]:
-    """Return the content of planted.json: what the videos of a seed follow from."""
+    """Return the content of planted.json: the seed and the sizes that videos are drawn from."""
     return {"seed": seed} | {name: size for name, size in sizes._asdict().items() if name != "halves"}
 
 

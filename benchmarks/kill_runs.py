@@ -37,6 +37,7 @@ from tqdm.auto import tqdm
 from data_pipelines.errors import UserError
 from data_pipelines.worlds.moving_mnist import write_moving_mnist
 from worldmodel.commands.exits import report_errors
+from worldmodel.commands.jobs import signal_group
 from worldmodel.commands.shared import check_counts
 from worldmodel.training.machine import child_processes
 
@@ -89,8 +90,7 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            signal_group(self.process, signal.SIGKILL)
             self.process.wait()
 
     def seconds(self) -> float:

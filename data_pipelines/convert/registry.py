@@ -8,7 +8,7 @@ animations.py is a simple example, lerobot.py one with tables.
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipelines.convert import animations
+from data_pipelines.convert.animations import SUFFIXES as ANIMATION_SUFFIXES
 from data_pipelines.convert.animations import Animations
 from data_pipelines.convert.episodes import ALL_KEYS, Episode, Keys, Layout, source_files
 from data_pipelines.convert.hdf5 import HDF5_TABLE
@@ -30,7 +30,7 @@ LAYOUTS: tuple[Layout, ...] = (
 )  # fmt: skip
 """In the order of detection."""
 
-SUFFIXES = (*HDF5_TABLE.suffixes, *NPZ_TABLE.suffixes, *animations.SUFFIXES)
+SUFFIXES = (*HDF5_TABLE.suffixes, *NPZ_TABLE.suffixes, *ANIMATION_SUFFIXES)
 """Of files that hold episodes in one of the layouts."""
 
 

@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments", "tells"),
+    ("script", "arguments", "message"),
     [
         ("check_frames", "--every 0", "--every must be at least 1, not 0"),
         ("check_frames", "--seed -1", "--seed must be from 0 to"),
@@ -35,7 +35,7 @@ import pytest
 def test_a_mistake_is_one_line(
     script: str,
     arguments: str,
-    tells: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -49,4 +49,4 @@ def test_a_mistake_is_one_line(
         module.main()
     assert end.value.code == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
-    assert line.startswith(f"error: {tells.replace('FILE', str(file))}")
+    assert line.startswith(f"error: {message.replace('FILE', str(file))}")

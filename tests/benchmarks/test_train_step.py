@@ -72,11 +72,11 @@ def test_our_step_in_fp32_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("answer", "tells"),
+    ("answer", "message"),
     [(None, "the process of the plain step has ended"), (UserError("no such folder"), "no such folder")],
 )
 def test_the_end_of_the_plain_process_is_a_mistake_of_the_user(
-    answer: UserError | None, tells: str, monkeypatch: pytest.MonkeyPatch
+    answer: UserError | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Ended:
         def __init__(self, target: object, args: tuple[object, Connection], daemon: bool) -> None:
@@ -92,7 +92,7 @@ def test_the_end_of_the_plain_process_is_a_mistake_of_the_user(
 
     context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=Ended)
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
-    with plain_process(load_config(PAPER)) as plain, pytest.raises(UserError, match=tells):
+    with plain_process(load_config(PAPER)) as plain, pytest.raises(UserError, match=message):
         plain("step")
 
 

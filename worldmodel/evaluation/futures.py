@@ -102,7 +102,8 @@ def _chunks(count: int) -> Iterator[slice]:
     start = 0
     while start < count:
         stop = min(start + ROLLOUT_BATCH, count)
-        stop -= stop == count - 1 and stop - start > 2
+        if stop == count - 1 and stop - start > 2:
+            stop -= 1
         yield slice(start, stop)
         start = stop
 

@@ -30,7 +30,7 @@ CONSTANT_VELOCITY_RATIO = place("forecasts.pixel_constant_velocity.ratio_to_orac
 
 @dataclass(frozen=True)
 class Column:
-    """A number of every run: `path` is its dotted place in metrics.json with list indices, `spec` a format.
+    """A number of every run: `path` is its dotted place in metrics.json with list indices, `digits` its decimals.
 
     LAST in a path is the index of the last horizon step. Such a column is for runs with several steps. DIMENSION is the
     index of a dimension of the quantity, and each has a column.
@@ -38,7 +38,7 @@ class Column:
 
     title: str
     path: str
-    spec: str
+    digits: int
 
     def __post_init__(self) -> None:
         place(self.path)
@@ -48,24 +48,24 @@ LAST = "{last}"
 DIMENSION = "{dimension}"
 MAX_DIMENSIONS = 8  # with columns of their own; those after them are left out
 COLUMNS = (
-    Column("Energy Score", f"{ENERGY_SCORE}.0", ".3f"),
-    Column("Energy Score at horizon {horizon}", f"{ENERGY_SCORE}.{LAST}", ".3f"),
-    Column("x oracle", f"{RATIO}.0", ".3f"),
-    Column("x oracle at horizon {horizon}", f"{RATIO}.{LAST}", ".3f"),
-    Column("encode-decode x oracle", "forecasts.encode_decode_oracle.ratio_to_oracle.0", ".3f"),
-    Column("90% coverage", f"forecasts.model.coverage.90.0.{DIMENSION}", ".2f"),
-    Column("KL, nats", "kl_nats", ".2f"),
-    Column("expected L0", "expected_l0", ".2f"),
-    Column("digit accuracy", "probes.embedding.digit.linear", ".3f"),
-    Column("velocity R²", "probes.embedding.velocity.linear", ".3f"),
-    Column("velocity change R², linear", "probes.embedding_and_r.velocity_change.linear", ".3f"),
-    Column("velocity change R², MLP", "probes.embedding_and_r.velocity_change.mlp", ".3f"),
-    Column("factors R², in distribution", "factors.in_distribution_r2", ".3f"),
-    Column("factors R², out of distribution", "factors.out_of_distribution_r2", ".3f"),
-    Column("disentanglement", "dci.disentanglement", ".3f"),
-    Column("completeness", "dci.completeness", ".3f"),
-    Column("disentanglement of r", "dci_of_r.disentanglement", ".3f"),
-    Column("training, s", "train.seconds", ".0f"),
+    Column("Energy Score", f"{ENERGY_SCORE}.0", 3),
+    Column("Energy Score at horizon {horizon}", f"{ENERGY_SCORE}.{LAST}", 3),
+    Column("x oracle", f"{RATIO}.0", 3),
+    Column("x oracle at horizon {horizon}", f"{RATIO}.{LAST}", 3),
+    Column("encode-decode x oracle", "forecasts.encode_decode_oracle.ratio_to_oracle.0", 3),
+    Column("90% coverage", f"forecasts.model.coverage.90.0.{DIMENSION}", 2),
+    Column("KL, nats", "kl_nats", 2),
+    Column("expected L0", "expected_l0", 2),
+    Column("digit accuracy", "probes.embedding.digit.linear", 3),
+    Column("velocity R²", "probes.embedding.velocity.linear", 3),
+    Column("velocity change R², linear", "probes.embedding_and_r.velocity_change.linear", 3),
+    Column("velocity change R², MLP", "probes.embedding_and_r.velocity_change.mlp", 3),
+    Column("factors R², in distribution", "factors.in_distribution_r2", 3),
+    Column("factors R², out of distribution", "factors.out_of_distribution_r2", 3),
+    Column("disentanglement", "dci.disentanglement", 3),
+    Column("completeness", "dci.completeness", 3),
+    Column("disentanglement of r", "dci_of_r.disentanglement", 3),
+    Column("training, s", "train.seconds", 0),
 )
 
 # Label and name of the forecasts that no run makes. A sentence below the table states their scores.
@@ -183,27 +183,27 @@ def num_steps(runs: Iterable[RunScores | RunGroup]) -> int:
 # --------------------------------------------------------------------------------------------------------- table
 
 
-def format_stat(stat: Stat | None, spec: str, num_runs: int) -> str:
+def format_stat(stat: Stat | None, digits: int, num_runs: int) -> str:
     """Format '1.12 ± 0.03', '1.12' for one run, a dash for none; '(n=2)' is added if some numbers are not finite."""
     if stat is None:
         return DASH
-    spec = spec_for(stat.mean, int(spec.strip(".f")))
+    spec = spec_for(stat.mean, digits)
     text = format(stat.mean, spec) if stat.sd is None else f"{stat.mean:{spec}} ± {stat.sd:{spec}}"
     return text if stat.n == num_runs else f"{text} (n={stat.n})"
 
 
-def _shared_spec(column: Column, groups: Sequence[RunGroup]) -> str:
-    """Return the format of all numbers of a column: with more decimals if all are small."""
-    if column.spec != ".3f":
-        return column.spec
-    return f".{digits_for(stat.mean for group in groups if (stat := group.stat(column.path)))}f"
+def _shared_digits(column: Column, groups: Sequence[RunGroup]) -> int:
+    """Return the decimals of all numbers of a column: more than three if all are small, otherwise its own."""
+    if column.digits != 3:
+        return column.digits
+    return digits_for(stat.mean for group in groups if (stat := group.stat(column.path)))
 
 
 def columns_of(groups: Sequence[RunGroup]) -> list[Column]:
     """Return the columns that any group has numbers for, with their paths and titles filled in."""
     steps = num_steps(groups)
     filled = [
-        Column(column.title.format(horizon=steps), column.path.replace(LAST, str(steps - 1)), column.spec)
+        Column(column.title.format(horizon=steps), column.path.replace(LAST, str(steps - 1)), column.digits)
         for column in COLUMNS
         if LAST not in column.path or steps > 1
     ]
@@ -211,7 +211,7 @@ def columns_of(groups: Sequence[RunGroup]) -> list[Column]:
         part for column in filled for part in (_by_dimension(column, groups) if DIMENSION in column.path else [column])
     ]
     found = [column for column in split if any(group.stat(column.path) for group in groups)]
-    return [replace(column, spec=_shared_spec(column, groups)) for column in found]
+    return [replace(column, digits=_shared_digits(column, groups)) for column in found]
 
 
 def _by_dimension(column: Column, groups: Sequence[RunGroup]) -> list[Column]:
@@ -233,7 +233,7 @@ def table_rows(groups: Sequence[RunGroup]) -> list[list[str]]:
         *(
             [
                 *(group.objective, group.latent, str(len(group.seeds))),
-                *(format_stat(group.stat(column.path), column.spec, len(group.seeds)) for column in columns),
+                *(format_stat(group.stat(column.path), column.digits, len(group.seeds)) for column in columns),
             ]
             for group in groups
         ),

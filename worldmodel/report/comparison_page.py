@@ -22,7 +22,7 @@ from worldmodel.report.comparison import (
     summarise_groups,
     table_rows,
 )
-from worldmodel.report.numbers import Number, digits_for, label, number
+from worldmodel.report.numbers import Number, consecutive, digits_for, label, number
 from worldmodel.report.page import CURVES, HORIZON_LABEL, LEVELS, Card, history_series, line_words, write_page
 from worldmodel.report.tables import Table, TableRow
 from worldmodel.runs.metrics import place
@@ -74,13 +74,8 @@ def name_of(group: RunGroup) -> str:
 
 def ranges(numbers: Collection[int]) -> str:
     """Return whole numbers in order, with runs of more than two as '0 to 4'."""
-    runs: list[list[int]] = []
-    for each in sorted(numbers):
-        if runs and runs[-1][-1] == each - 1:
-            runs[-1].append(each)
-        else:
-            runs.append([each])
-    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+    texts = (f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in consecutive(numbers))
+    return ", ".join(texts)
 
 
 def best_group_sentence(groups: Sequence[RunGroup]) -> str:
@@ -216,7 +211,7 @@ def group_probe_tables(groups: Sequence[RunGroup]) -> list[tuple[str, Table]]:
             TableRow(
                 name_of(group),
                 [
-                    [Number(format_stat(group.stat(f"probes.{name}.{target}.linear"), ".3f", len(group.seeds)))]
+                    [Number(format_stat(group.stat(f"probes.{name}.{target}.linear"), 3, len(group.seeds)))]
                     for name in names
                 ],
             )

@@ -17,7 +17,7 @@ import numpy as np
 from data_pipelines.files import write_bytes
 from worldmodel.evaluation.decoded import DecodedFutures
 from worldmodel.report.animations import CONTEXT_MS, FUTURE_MS, PAUSE_MS, moving_bytes, spread_over
-from worldmodel.report.drawing import Picture, data_uri, pixels
+from worldmodel.report.drawing import Picture, data_uri, pixels, webp_that_fits
 from worldmodel.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -118,13 +118,8 @@ def _panels(frames: Sequence[np.ndarray], names: Sequence[str]) -> PillowImage:
 
 def still_bytes(futures: DecodedFutures, clip: int) -> bytes:
     """Return the frames of a clip side by side as WebP, with the best quality that fits."""
-    image = still_image(futures, clip)
-    for quality in (82, 60, 35, 10):
-        buffer = BytesIO()
-        image.save(buffer, format="webp", quality=quality)
-        if buffer.tell() <= MAX_STILL_BYTES:
-            break
-    return buffer.getvalue()
+    options = [{"quality": quality} for quality in (82, 60, 35, 10)]
+    return webp_that_fits(still_image(futures, clip), options, MAX_STILL_BYTES)
 
 
 def still_image(futures: DecodedFutures, clip: int) -> PillowImage:

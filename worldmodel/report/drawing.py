@@ -9,7 +9,7 @@ Legend: N frames, C channels, H = W pixels.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -195,16 +195,18 @@ def strip(frames: np.ndarray, alt: str, *, max_px: int = 96) -> Picture:
     whole = Image.new("RGBA", (len(tiles) * (width + gap) - gap, height))
     for i, tile in enumerate(tiles):
         whole.paste(tile, (i * (width + gap), 0))
-    encoded = _webp(whole, {"lossless": True} if frames.shape[1] == 1 else {"quality": 70})
-    if len(encoded) > MAX_STRIP_BYTES:  # noise
-        encoded = _webp(whole, {"quality": 50})
-    uri = data_uri(encoded)
+    best = {"lossless": True} if frames.shape[1] == 1 else {"quality": 70}
+    uri = data_uri(webp_that_fits(whole, (best, {"quality": 50}), MAX_STRIP_BYTES))  # noise does not fit
     return Picture(uri, uri, alt, *whole.size)
 
 
-def _webp(image: PIL.Image.Image, options: dict[str, Any]) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, format="webp", **options)
+def webp_that_fits(image: PIL.Image.Image, options: Sequence[Mapping[str, Any]], max_bytes: int) -> bytes:
+    """Encode an image as WebP with the first of the options of Pillow that fits into `max_bytes`, or with the last."""
+    for each in options:
+        buffer = BytesIO()
+        image.save(buffer, format="webp", **each)
+        if buffer.tell() <= max_bytes:
+            break
     return buffer.getvalue()
 
 

@@ -10,6 +10,7 @@ from worldmodel.report.numbers import (
     DASH,
     Number,
     between,
+    consecutive,
     digits_for,
     dimensions,
     duration,
@@ -126,13 +127,7 @@ def _equals(metrics: Metrics) -> list[str]:
 
 def _horizons(steps: Sequence[int]) -> str:
     """Return 'horizon 2' or 'horizons 1 to 3 and 5'."""
-    runs: list[list[int]] = []
-    for step in steps:
-        if runs and runs[-1][-1] == step - 1:
-            runs[-1].append(step)
-        else:
-            runs.append([step])
-    texts = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in consecutive(steps)]
     *first, last = texts
     return ("horizon " if len(steps) == 1 else "horizons ") + (f"{', '.join(first)} and {last}" if first else last)
 

@@ -205,6 +205,17 @@ def between(parts: Sequence[Number], word: str) -> list[Number]:
     return joined([[part] for part in parts], word)
 
 
+def consecutive(numbers: Iterable[int]) -> list[list[int]]:
+    """Return numbers in ascending order as runs that rise by 1: 0, 1, 2, 4 -> [[0, 1, 2], [4]]."""
+    runs: list[list[int]] = []
+    for each in sorted(numbers):
+        if runs and runs[-1][-1] == each - 1:
+            runs[-1].append(each)
+        else:
+            runs.append([each])
+    return runs
+
+
 def factor_text(value: Any) -> str:
     """Return the value of a factor of variation as text, a number as it was given."""
     return f"{value:g}" if isinstance(value, int | float) else str(value)

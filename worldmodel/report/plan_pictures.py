@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from io import BytesIO
-
 from data_pipelines.decoders import centre_crop
 from worldmodel.planning.planned_episodes import PlannedEpisode
 from worldmodel.report.decoded_pictures import BACKGROUND, GAP_PX, INK, LABEL_PX, font, tile
-from worldmodel.report.drawing import Picture, data_uri
+from worldmodel.report.drawing import Picture, data_uri, webp_that_fits
 
 TILE_PX, STUB_PX = 64, 56  # side of a picture, width of the names of the rows
 MAX_BYTES = 70_000
@@ -36,12 +34,7 @@ def plan_picture(episode: PlannedEpisode) -> Picture | None:
         for place, frame in enumerate([episode.frames[at], *pictures, episode.goal]):
             square = centre_crop(frame, min(frame.shape[1:]))
             whole.paste(tile(square, TILE_PX), (STUB_PX + place * each, top))
-    for options in ({"lossless": True}, {"quality": 75}, {"quality": 30}):
-        buffer = BytesIO()
-        whole.save(buffer, format="webp", **options)
-        if buffer.tell() <= MAX_BYTES:
-            break
-    uri = data_uri(buffer.getvalue())
+    uri = data_uri(webp_that_fits(whole, ({"lossless": True}, {"quality": 75}, {"quality": 30}), MAX_BYTES))
     decisions, last = ", ".join(str(at) for at in plans.at), plans.ahead[-1]
     words = (
         f"Episode {episode.number + 1}: the plans at steps {decisions} as decoded pictures, up to {last} steps ahead."

@@ -108,11 +108,8 @@ def markdown_table(metrics: Metrics) -> str:
     }
     names = forecast_names(metrics)
     cells = {
-        title: {
-            name: [_bold_if_best(metrics, name, f"{key}.{step}", decimals[step]) for step in steps] for name in names
-        }
+        title: {name: [_bold_if_best(metrics, name, f"{key}.{step}", digits) for step in steps] for name in names}
         for title, (key, digits) in kinds.items()
-        for decimals in [[column_digits(metrics, f"{key}.{step}", digits) for step in steps]]
     }
     labels = {name: label(name) for name in names}
     if len(steps) == 1 or not names:
@@ -134,7 +131,7 @@ def column_digits(metrics: Metrics, key: str, digits: int, folder: str = "foreca
 
 
 def _bold_if_best(metrics: Metrics, name: str, key: str, digits: int) -> str:
-    text = text_of(numbers_at(metrics, f"forecasts.{name}.{key}", digits))
+    text = text_of(numbers_at(metrics, f"forecasts.{name}.{key}", column_digits(metrics, key, digits)))
     return f"**{text}**" if key.startswith(LOWER_IS_BETTER) and name in best_at(metrics, key) else text
 
 

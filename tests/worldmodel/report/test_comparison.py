@@ -85,11 +85,11 @@ def test_cells_are_in_the_order_given_with_objectives_together() -> None:
 
 
 def test_a_number_as_text() -> None:
-    assert format_stat(Stat(1.1264, 0.0349, 3), ".3f", 3) == "1.126 ± 0.035"
-    assert format_stat(Stat(1.1264, None, 1), ".2f", 1) == "1.13"
-    assert format_stat(Stat(3.0, 1.0, 2), ".0f", 3) == "3 ± 1 (n=2)"
-    assert format_stat(None, ".2f", 3) == "–"
-    assert format_stat(Stat(6.1e-5, 1.2e-6, 2), ".3f", 2) == "6.10e-05 ± 1.20e-06"
+    assert format_stat(Stat(1.1264, 0.0349, 3), 3, 3) == "1.126 ± 0.035"
+    assert format_stat(Stat(1.1264, None, 1), 2, 1) == "1.13"
+    assert format_stat(Stat(3.0, 1.0, 2), 0, 3) == "3 ± 1 (n=2)"
+    assert format_stat(None, 2, 3) == "–"
+    assert format_stat(Stat(6.1e-5, 1.2e-6, 2), 3, 2) == "6.10e-05 ± 1.20e-06"
 
 
 def test_small_numbers_of_a_column_share_their_decimals() -> None:
