@@ -66,6 +66,7 @@ from worldmodel.evaluation.influence import (
 )
 from worldmodel.evaluation.scores import auroc
 from worldmodel.evaluation.surprise import measure
+from worldmodel.runs.folder import RunFolder
 from worldmodel.training.loop import train
 from worldmodel.training.losses import TrainingModel
 from worldmodel.training.optimisation import set_lr
@@ -225,7 +226,7 @@ class Embedded(NamedTuple):
 
 def embed(run: TrainedRun, folder: Path, sizes: Sizes) -> Embedded:
     """Embed the training clips, the queries, and the first clips of the test split."""
-    clip_set, source = training_clips(run), run.source
+    clip_set, source = training_clips(run.networks, run.config.data), run.source
     videos = [read_clip(clip_set, folder / "queries" / f"{number:06d}.mp4", 0) for number in range(sizes.queries)]
     numbers = torch.arange(sizes.queries)
     batch = Batch(video=torch.from_numpy(np.stack(videos)), clip_id=numbers, row=numbers, labels={})
@@ -237,7 +238,8 @@ def embed(run: TrainedRun, folder: Path, sizes: Sizes) -> Embedded:
 def score_clips(run: TrainedRun, embedded: Embedded) -> Scores:
     """Score all training clips by influence, by similarity and by their losses."""
     clips = embedded.clips
-    gradients = torch.from_numpy(stored_gradients(run, len(clips.state), progress=True).gradients)
+    place = run.networks, run.config.data, RunFolder(run.folder), run.num_updates
+    gradients = torch.from_numpy(stored_gradients(*place, len(clips.state), progress=True).gradients)
 
     def of_queries(queries: EmbeddedTransitions) -> dict[str, Tensor]:
         own, apart = TransitionGradients(run.training)(queries), torch.cdist(_whole(queries), _whole(clips))

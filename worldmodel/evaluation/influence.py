@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -33,20 +33,17 @@ from data_pipelines.clip_decoder import ClipSet, frames_of
 from data_pipelines.decoders import read_frames
 from data_pipelines.errors import UserError, one_line_logger
 from data_pipelines.stream import read_clips
-from worldmodel.config import VideosConfig
+from worldmodel.config import DataConfig, VideosConfig
 from worldmodel.data import check_one_camera
 from worldmodel.evaluation.embed import Networks, counted, embed_batches, frozen
 from worldmodel.evaluation.records import Axes, load_records, save_records
-from worldmodel.evaluation.surprise import check_model
+from worldmodel.evaluation.surprise import check_model, training_of
 from worldmodel.nets.distributions import kl_divergence
 from worldmodel.nets.latents import GaussianLatent
 from worldmodel.runs.folder import RunFolder
 from worldmodel.sources.source import EVALUATION_BATCH
 from worldmodel.sources.videos import VideosSource, read_settings
 from worldmodel.training.losses import TrainingModel
-
-if TYPE_CHECKING:
-    from worldmodel.runs.trained_run import TrainedRun
 
 log = one_line_logger(__name__)
 
@@ -181,17 +178,19 @@ class ClipGradients:
     gradients: Annotated[np.ndarray, Axes("f", "clip number")]
 
 
-def stored_gradients(run: "TrainedRun", num_clips: int, *, progress: bool = False) -> ClipGradients:
+def stored_gradients(
+    networks: Networks, data: DataConfig, run: RunFolder, step: int, num_clips: int, *, progress: bool = False
+) -> ClipGradients:
     """Return the gradients of at most num_clips training clips, spread evenly over all.
 
-    They are stored in the run folder, and read from it the next time, for the same checkpoint and the same clips.
+    They are stored in the run folder, and read from it the next time, for the same step of training and the same clips.
 
     Raises:
         UserError: the clips cannot be read, or the file in the folder cannot be written.
     """
-    path, clip_set = RunFolder(run.folder).influence, training_clips(run)
+    path, clip_set = run.influence, training_clips(networks, data)
     total = min(num_clips, clip_set.table.num_clips)
-    step, clips = run.num_updates, json.dumps([clip_set.index.content_hash, asdict(clip_set.spec), total, NUM_DIMS])
+    clips = json.dumps([clip_set.index.content_hash, asdict(clip_set.spec), total, NUM_DIMS])
     try:
         stored = load_records(path, ClipGradients)
     except UserError as error:
@@ -200,9 +199,9 @@ def stored_gradients(run: "TrainedRun", num_clips: int, *, progress: bool = Fals
     for found in stored:
         if (found.step, found.clips) == (step, clips):
             return found
-    gradients_of = TransitionGradients(run.training)
-    batches = counted(run.source.evaluation_batches("train", total), total, "gradients", progress=progress)
-    parts = [(each.clip_id, gradients_of(each).cpu()) for each in embed_transitions(run.networks, batches)]
+    gradients_of = TransitionGradients(training_of(networks))
+    batches = counted(networks.source.evaluation_batches("train", total), total, "gradients", progress=progress)
+    parts = [(each.clip_id, gradients_of(each).cpu()) for each in embed_transitions(networks, batches)]
     clip_id, gradients = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
     made = ClipGradients(step, clips, clip_id, gradients)
     try:
@@ -212,11 +211,11 @@ def stored_gradients(run: "TrainedRun", num_clips: int, *, progress: bool = Fals
     return made
 
 
-def training_clips(run: "TrainedRun") -> ClipSet:
+def training_clips(networks: Networks, data: DataConfig) -> ClipSet:
     """Return the clips that a run was trained on. Raises UserError: they are generated, so that none can be shown."""
-    if not isinstance(run.source, VideosSource):
-        raise UserError(f"influence needs a run on video files: this one has data.source={run.config.data.source}")
-    return run.source.clip_set("train", 1)
+    if not isinstance(networks.source, VideosSource):
+        raise UserError(f"influence needs a run on video files: this one has data.source={data.source}")
+    return networks.source.clip_set("train", 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- a query
@@ -254,39 +253,45 @@ class InfluenceOptions:
     progress: bool = False
 
 
-def video_influence(run: "TrainedRun", path: Path, options: InfluenceOptions | None = None) -> Influence:
+def video_influence(
+    networks: Networks, data: DataConfig, run: RunFolder, step: int, path: Path, options: InfluenceOptions | None = None
+) -> Influence:
     """Return the influence of the training clips of a run on its forecast of a clip of a video file.
 
     The clip is as long as those of training: a context, its target and, if clips have a third segment, what follows.
+
+    Args:
+        run: the folder in which the gradients of training clips are stored.
+        step: the updates that the weights have seen, which identify them.
 
     Raises:
         UserError: the model or its clips are of a kind that has no influence, the video cannot be read or is too short,
             or as `stored_gradients`.
     """
     options = options or InfluenceOptions()
-    check_model(run.model, "influence")
-    clip_set = training_clips(run)
-    check_one_camera(run.config.data, path)
+    check_model(networks.model, "influence")
+    clip_set = training_clips(networks, data)
+    check_one_camera(data, path)
     frames = read_clip(clip_set, path, options.start_frame)
     number = torch.zeros(1, dtype=torch.int64)
     batch = Batch(video=torch.from_numpy(frames)[None], clip_id=number, row=number, labels={})
-    [query] = embed_transitions(run.networks, [batch])
-    stored = stored_gradients(run, options.num_clips, progress=options.progress)
-    query_gradient = TransitionGradients(run.training)(query).cpu()
+    [query] = embed_transitions(networks, [batch])
+    stored = stored_gradients(networks, data, run, step, options.num_clips, progress=options.progress)
+    query_gradient = TransitionGradients(training_of(networks))(query).cpu()
     influence = influences(torch.from_numpy(stored.gradients), query_gradient)[0].numpy()
     order = np.argsort(-influence, kind="stable")
     clip_id, names = stored.clip_id[order], clip_set.index.names
     return Influence(
         video=path.name,
         start_frame=options.start_frame,
-        num_frames=run.config.data.num_frames,
+        num_frames=data.num_frames,
         frames=frames,
         clip_id=clip_id,
         influence=influence[order],
         names=[names[row] for row in clip_set.table.videos_of(clip_id).tolist()],
         first_frame=frames_of(clip_set, clip_id)[:, 0],
-        largest=read_chosen(run, clip_set, clip_id[: options.num_shown]),
-        smallest=read_chosen(run, clip_set, clip_id[::-1][: options.num_shown]),
+        largest=read_chosen(data, clip_set, clip_id[: options.num_shown]),
+        smallest=read_chosen(data, clip_set, clip_id[::-1][: options.num_shown]),
     )
 
 
@@ -309,20 +314,20 @@ def read_clip(clip_set: ClipSet, path: Path, start_frame: int) -> np.ndarray:
     return np.stack(list(frames)[:: spec.frame_stride])
 
 
-def read_chosen(run: "TrainedRun", clip_set: ClipSet, clip_id: np.ndarray) -> np.ndarray:
+def read_chosen(data: DataConfig, clip_set: ClipSet, clip_id: np.ndarray) -> np.ndarray:
     """Read the training clips with these ids [P], in this order: uint8 [P, L * T, C, H, W].
 
     Raises:
         UserError: one of them does not decode any more.
     """
-    data = run.config.data
     assert isinstance(data, VideosConfig)
     batches = read_clips(clip_set, np.sort(clip_id), read_settings(data, EVALUATION_BATCH))
     found: dict[int, Tensor] = {}
     for batch in batches:
         found |= zip(batch["clip_id"].tolist(), batch["video"], strict=True)
     if lost := [number for number in clip_id.tolist() if number not in found]:
-        raise UserError(f"the training clip {lost[0]} of {run.folder} does not decode any more")
+        row = int(clip_set.table.videos_of(np.array(lost[:1]))[0])
+        raise UserError(f"video '{clip_set.index.names[row]}' does not decode any more: its training clip {lost[0]}")
     return np.stack([found[number].numpy() for number in clip_id.tolist()])
 
 

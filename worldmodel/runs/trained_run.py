@@ -37,6 +37,7 @@ from worldmodel.evaluation.surprise import SurpriseOptions, Timeline, check_mode
 from worldmodel.nets.teacher import Teacher
 from worldmodel.nets.world_model import WorldModel
 from worldmodel.runs.checkpoint import Checkpoint, load_checkpoint, load_run_config, updates_of
+from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.hub import download, is_repository_name
 from worldmodel.sources import make_source
 from worldmodel.sources.source import ClipPlaces, Source
@@ -304,7 +305,9 @@ class TrainedRun:
             UserError: the run is not on video files, the latent is sparse or an oracle, the run is conditioned on
                 actions, the video cannot be read or is too short, or the run folder cannot be written.
         """
-        return video_influence(self, Path(video), InfluenceOptions(start_frame, num_shown, num_clips, progress))
+        options = InfluenceOptions(start_frame, num_shown, num_clips, progress)
+        place = RunFolder(self.folder), self.num_updates
+        return video_influence(self.networks, self.config.data, *place, Path(video), options)
 
     def _segments(self, video: Tensor) -> Tensor:
         """Check segments [B, T, C, H, W], and convert them to the input of the networks."""

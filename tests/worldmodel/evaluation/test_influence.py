@@ -203,3 +203,11 @@ def test_clips_that_are_generated_cannot_be_shown(run: TrainedRun, world: Path) 
     run.__dict__["source"] = MovingMnistSource(MovingMnistConfig(), seed=0, evaluation_seed=1)
     with pytest.raises(UserError, match="influence needs a run on video files"):
         run.influence(world / "test" / "000000.mp4")
+
+
+def test_a_training_clip_that_cannot_be_read_any_more_is_named(
+    run: TrainedRun, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(influence, "read_clips", lambda *arguments: iter(()))
+    with pytest.raises(UserError, match=r"^video '0000\d\d\.mp4' does not decode any more: its training clip \d+$"):
+        run.influence(world / "test" / "000000.mp4", num_clips=16)
