@@ -103,6 +103,8 @@ def name_of(state: Mapping[str, Any]) -> str:
 def open_run(run: Path, config: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> None:
     """Create or open the folder of a run, and write its config.yaml.
 
+    A run that ended before it learned anything, as by a mistake in its config, is replaced without `overwrite`.
+
     Args:
         config: the resolved config, as nested dicts.
         resume: accept a folder that holds a run of the same config.
@@ -119,7 +121,7 @@ def open_run(run: Path, config: Mapping[str, Any], *, resume: bool = False, over
         raise UserError(f"run_dir={run} is not empty and does not hold a run: choose another folder")
     try:
         if files.config.is_file():
-            if overwrite:
+            if overwrite or _has_learned_nothing(files):
                 _remove_run(run)
             elif resume:
                 _check_same_config(to_dict(load_run_config(run)), config, run)
@@ -129,6 +131,12 @@ def open_run(run: Path, config: Mapping[str, Any], *, resume: bool = False, over
         write_text(files.config, dump(config))
     except OSError as error:
         raise UserError(f"cannot write to run_dir={run}: {error.strerror or error}") from error
+
+
+def _has_learned_nothing(files: RunFolder) -> bool:
+    """Return whether a run folder holds no more than a training leaves that fails before its first row of metrics."""
+    at_start = {files.config, files.lock, files.history, files.contents, files.wandb}
+    return set(files.path.iterdir()) <= at_start and not (files.history.exists() and files.history.stat().st_size)
 
 
 def _remove_run(run: Path) -> None:

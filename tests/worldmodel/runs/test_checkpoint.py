@@ -20,6 +20,7 @@ from worldmodel.runs.checkpoint import (
     RunExistsError,
     checkpoint_name,
     load_checkpoint,
+    load_run_config,
     open_run,
     remove_leftovers,
     save_checkpoint,
@@ -222,6 +223,27 @@ def test_a_run_folder_is_never_overwritten_unasked(tiny_config: Callable[..., Co
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml"]
 
 
+def test_a_run_that_learned_nothing_is_replaced(tiny_config: Callable[..., Config]) -> None:
+    run = opened(tiny_config("train.lr=0.5"))
+    (run / "videos.jsonl").write_text("{}\n")
+    (run / "wandb").mkdir()
+    (run / "metrics.jsonl").touch()
+    opened(tiny_config("train.lr=0.25"))
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
+    assert opened(tiny_config("train.lr=0.5"), resume=True) == run
+    assert load_run_config(run).train.lr == 0.5
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "notes.txt", "checkpoints/step_00000001/state.json", "report.html"])
+def test_a_run_that_may_hold_something_is_kept(tiny_config: Callable[..., Config], name: str) -> None:
+    run = opened(tiny_config())
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    (run / name).write_text("{}\n")
+    with pytest.raises(RunExistsError):
+        opened(tiny_config())
+    assert (run / name).read_text() == "{}\n"
+
+
 @pytest.mark.parametrize("foreign", ["notes.txt", "src/main.py", ".git/HEAD", "checkpoints/mine.txt", ".notes.partial"])
 def test_overwriting_removes_nothing_but_a_run(tiny_config: Callable[..., Config], foreign: str) -> None:
     run = opened(tiny_config())
@@ -270,6 +292,7 @@ def test_resuming_with_another_config_names_each_key_and_both_values(
     tiny_config: Callable[..., Config],
 ) -> None:
     run = opened(tiny_config())
+    save_checkpoint(run, make(1), keep=1, is_best=False)
     with pytest.raises(OtherConfigError) as caught:
         opened(tiny_config("train.lr=0.5", "train.log_every=2", "model.latent=none"), resume=True)
     assert str(caught.value).startswith(f"run_dir={run} was trained with another config: ")
