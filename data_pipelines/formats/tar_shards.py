@@ -62,14 +62,14 @@ class ShardUrl:
         text = store.read(SHARDS_NAME)
         if text is None:
             raise UserError(
-                f"'{store.url}' holds no {SHARDS_NAME}: index a copy of the shards, and upload the {SHARDS_NAME} that "
-                "this writes to the same folder"
+                f"'{store.shown}' holds no {SHARDS_NAME}: index a copy of the shards, and upload the {SHARDS_NAME} "
+                "that this writes to the same folder"
             )
-        shards, entries = parse_shards(text, f"{store.url}/{SHARDS_NAME}")
+        shards, entries = parse_shards(text, f"{store.shown}/{SHARDS_NAME}")
         cache_dir = (options.cache_dir or default_cache_dir()).absolute()
         folder = cache_dir / sha256(text).hexdigest()[:16]
         remote = RemoteShards(store, shards, cache_dir, folder, options.cache_mb * 2**20)
-        return _make_index(folder, entries, store.url, options, remote)
+        return _make_index(folder, entries, store.shown, options, remote)
 
 
 def _bytes(size_bytes: int | None) -> str:

@@ -58,6 +58,11 @@ def check_url(url: str) -> None:
         raise UserError(f"{shown} is not opened: a URL has no '::' and no control characters in it")
 
 
+def without_password(url: str) -> str:
+    """Return a URL without a user and a password. What precedes the host of abfs is a container."""
+    return url if re.match("abfss?://", url) else re.sub(r"://[^/?#]*@", "://", url, count=1)
+
+
 def host_of(url: str) -> str:
     """Return the host or bucket that a URL names, with its scheme and without a password."""
     scheme, _, rest = url.partition("://")
@@ -82,6 +87,11 @@ class Store:
     def __post_init__(self) -> None:
         check_url(self.url)
 
+    @property
+    def shown(self) -> str:
+        """The URL as messages show it."""
+        return without_password(self.url)
+
     def read(self, name: str) -> bytes | None:
         """Return an index's bytes, or None if there is none. Raises UserError: it cannot be fetched, or is too long."""
 
@@ -92,7 +102,7 @@ class Store:
                     for chunk in self._chunks(source):
                         if text.write(chunk) and text.tell() > self.max_index_bytes:
                             raise UserError(
-                                f"'{self.url}/{name}' is longer than {self.max_index_bytes:,} bytes, the limit of an "
+                                f"'{self.shown}/{name}' is longer than {self.max_index_bytes:,} bytes, the limit of an "
                                 "index: divide the shards into several folders"
                             )
             except FileNotFoundError:
@@ -115,7 +125,7 @@ class Store:
                 return False
             except Exception as error:  # each kind of store raises its own exceptions
                 if isinstance(error, PermissionError) or getattr(error, "status", None) == FORBIDDEN:
-                    log.info("'%s/%s' may not be read: taken as missing", self.url, name)
+                    log.info("'%s/%s' may not be read: taken as missing", self.shown, name)
                     return False
                 raise
 
@@ -165,17 +175,24 @@ class Store:
             except (UserError, LocalError):
                 raise
             except Exception as error:  # each kind of store raises its own exceptions
-                reason = one_line(error)
+                reason = self._reason(error, name)
                 if not _may_pass(error) or tries == TRIES:
                     break
                 pause_s = min(FIRST_PAUSE_S * 2 ** (tries - 1), LONGEST_PAUSE_S) * jitter.uniform(0.5, 1.0)
-                log.warning("'%s/%s': %s: trying again in %.1f s", self.url, name, reason, pause_s)
+                log.warning("'%s/%s': %s: trying again in %.1f s", self.shown, name, reason, pause_s)
                 self.sleep(pause_s)
         times = "once" if tries == 1 else f"{tries} times"
         raise UserError(
-            f"'{self.url}/{name}' could not be fetched, tried {times}: {reason}: nothing was skipped, so the run "
+            f"'{self.shown}/{name}' could not be fetched, tried {times}: {reason}: nothing was skipped, so the run "
             "can be resumed"
         )
+
+    def _reason(self, error: Exception, name: str) -> str:
+        """Return why a try failed. The text of a FileNotFoundError is often no more than the URL or a part of it."""
+        text = one_line(error)
+        if isinstance(error, FileNotFoundError) and text in f"{self.url}/{name}":
+            text = "there is no such file"
+        return text.replace(self.url, self.shown)
 
     @contextmanager
     def _open(self, name: str) -> Iterator[Any]:
@@ -183,14 +200,14 @@ class Store:
         try:
             from fsspec.core import url_to_fs
         except ImportError:
-            raise UserError(f"'{self.url}' needs fsspec, not installed: pip install 'worldmodel[remote]'") from None
+            raise UserError(f"'{self.shown}' needs fsspec, not installed: pip install 'worldmodel[remote]'") from None
         try:
             files, path = url_to_fs(f"{self.url}/{name}", **self._options())
             if "http" in files.protocol:
                 from data_pipelines.remote.http_bodies import HttpBody
         except (ImportError, ValueError) as error:
             hint = "pip install 'worldmodel[remote]', or fsspec's package for it"
-            raise UserError(f"'{self.url}' cannot be opened: {one_line(error)}: {hint}") from None
+            raise UserError(f"'{self.shown}' cannot be opened: {one_line(error)}: {hint}") from None
         if "http" in files.protocol:
             opened = HttpBody(files, path, self.stall_s)
         else:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +265,53 @@ def test_other_answers_do_not_say_whether_a_file_is_held(
     server.faults[SHARDS_NAME] = [status] * 8
     with pytest.raises(UserError, match=rf"could not be fetched, tried {tries}: {status}"):
         store.holds(SHARDS_NAME)
+
+
+def test_what_is_not_there_is_called_so(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = Shard("shard-0.tar", 4, "0" * 64)
+    with pytest.raises(UserError, match=r"shard-0\.tar' could not be fetched, tried once: there is no such file: noth"):
+        store.fetch(shard, FileIO(os.devnull, "w"))
+
+    def no_bucket(*_: Any) -> None:
+        raise FileNotFoundError("The specified bucket does not exist")
+
+    monkeypatch.setattr(Store, "_open", no_bucket)
+    with pytest.raises(UserError, match="tried once: The specified bucket does not exist: noth"):
+        store.fetch(shard, FileIO(os.devnull, "w"))
+
+
+@pytest.mark.parametrize("faults", [[404], [403], [503] * 8, ["corrupt"] * 8, ["reset"] * 8])
+def test_messages_show_no_password(
+    server: ShardServer,
+    folder: Path,
+    faults: list[int | str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    slept: list[float],
+) -> None:
+    caplog.set_level("INFO")
+    url = server.url.replace("//", "//me:secret@")
+    (folder / "a.tar").write_bytes(b"text")
+    (folder / SHARDS_NAME).write_bytes(b"damaged\n")
+    store = Store(url, sleep=slept.append, stall_s=0.3)
+    errors = []
+    with pytest.raises(UserError) as raised:
+        load_videos(url, store=store, cache_dir=tmp_path / "cache", progress=False)
+    errors.append(raised.value)
+    (folder / SHARDS_NAME).unlink()
+    with pytest.raises(UserError) as raised:
+        load_videos(url, store=store, cache_dir=tmp_path / "cache", progress=False)
+    errors.append(raised.value)
+    server.faults["a.tar"] = list(faults)
+    with pytest.raises(UserError) as raised:
+        store.fetch(Shard("a.tar", 4, "0" * 64), FileIO(os.devnull, "w"))
+    errors.append(raised.value)
+    assert all(server.url in str(error) for error in errors)
+    assert "secret" not in "".join([*map(str, errors), caplog.text])
+
+
+def test_the_container_of_abfs_is_no_password() -> None:
+    assert Store("abfs://videos@account.dfs.core.windows.net/a").shown == "abfs://videos@account.dfs.core.windows.net/a"
 
 
 def test_a_lack_of_memory_is_not_tried_again(store: Store, slept: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
