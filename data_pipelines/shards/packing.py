@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -41,15 +42,16 @@ def pack_videos(
     siblings: folders of other splits, as for load_videos.
     shard_mb: MiB of video per shard; a larger video has a shard to itself.
 
-    Raises UserError: no readable videos, another format than a folder of video files, `out` exists and is not empty,
-    a file changes meanwhile, or a shard cannot be written.
+    Raises UserError: no readable videos, another format than a folder of video files, `out` exists and is not empty or
+    cannot be replaced, a file changes meanwhile, or a shard cannot be written.
     """
-    if not shard_mb > 0:
-        raise UserError(f"shard_mb={shard_mb:g} must be more than 0")
+    if not 0 < shard_mb < math.inf:
+        raise UserError(f"shard_mb={shard_mb:g} must be more than 0, and finite")
     if seed < 0:
         raise UserError(f"seed={seed} must be at least 0")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"'{out}' is not an empty folder: name another one for the shards")
+    place = replaced_folder(out)
     found = detect_format(str(source))
     if not isinstance(found, VideoFolder):
         raise UserError(f"'{source}' is {found.name}: only a folder of video files can be packed; it is read as it is")
@@ -57,7 +59,7 @@ def pack_videos(
     if large := [video.path for video in index.videos if video.size_bytes >= MAX_MEMBER_BYTES]:
         raise UserError(f"'{large[0]}' has more than 8 GiB, the most in a tar archive: cut it into parts")
     rows = np.argsort(np.random.Generator(np.random.PCG64(seed)).random(len(index.videos)), kind="stable").tolist()
-    aside = out.absolute().with_name(f".{out.name}.packing")
+    aside = place.with_name(f".{place.name}.packing")
     _make_packing_folder(aside)
     try:
         entries: list[Entry] = []
@@ -69,14 +71,28 @@ def pack_videos(
                         entries.append(_add_sample(tar, shard, index, row))
                         bar.update()
         write_shards(aside, entries, progress)
-        if out.exists():
-            out.rmdir()
-        os.replace(aside, out)
+        if place.exists():
+            place.rmdir()
+        os.replace(aside, place)
     except OSError as error:
         raise UserError(f"cannot write shards to '{out}': {one_line(error)}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return load_videos(out, progress=progress)
+
+
+def replaced_folder(out: Path) -> Path:
+    """Return the folder that shards replace when they are complete: `out`, or the one that it is a link to.
+
+    Raises UserError: it cannot be replaced, as it is the current folder or a mount point.
+    """
+    place = out.resolve()
+    if place == Path.cwd() or place.is_mount():
+        raise UserError(
+            f"shards replace their folder '{out}', which must not be the current one or a mount point: name another "
+            "folder, for example one in it"
+        )
+    return place
 
 
 def _make_packing_folder(aside: Path) -> None:

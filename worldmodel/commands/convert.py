@@ -11,6 +11,7 @@ examples:
 """
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -57,8 +58,8 @@ def run(args: argparse.Namespace) -> None:
     if args.shard_mb is not None and not args.shards:
         raise UserError(f"--shard-mb {args.shard_mb:g} is of --shards")
     shard_mb = 64 if args.shard_mb is None else args.shard_mb
-    if not shard_mb > 0:
-        raise UserError(f"--shard-mb {shard_mb:g} must be more than 0")
+    if not 0 < shard_mb < math.inf:
+        raise UserError(f"--shard-mb {shard_mb:g} must be more than 0, and finite")
     keys = Keys(args.frames, args.actions, args.states, args.rewards, tuple(args.bounds), tuple(args.labels))
     settings = Conversion(
         keys=keys,

@@ -385,6 +385,19 @@ def test_shards_do_not_replace_the_current_folder(tmp_path: Path, monkeypatch: p
     assert convert(source, Path("."), Conversion()).num_videos == 4
 
 
+def test_a_folder_that_shards_cannot_replace_is_named_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[str]
+) -> None:
+    source, out = write_npz(tmp_path / "a.npz"), tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    with pytest.raises(UserError, match="must not be the current one or a mount point"):
+        convert(source, out, Conversion(in_shards=True))
+    assert not counted and [path.name for path in tmp_path.iterdir() if path != source] == ["out"]
+    splits = write_robomimic(tmp_path / "b.hdf5", masks=True)
+    assert convert(splits, out, Conversion(in_shards=True)).num_videos == 3
+
+
 def test_the_disk_is_full(source_of: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> Any:
         raise OSError(28, "No space left on device")

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import math
 import shutil
 import tarfile
 from dataclasses import replace
@@ -297,6 +298,8 @@ def test_mistakes_are_named(source: Path, packed: VideoIndex, tmp_path: Path) ->
         pack_videos(source, packed.root, progress=False)
     with pytest.raises(UserError, match="shard_mb=0 must be more than 0"):
         pack_videos(source, tmp_path / "out", shard_mb=0, progress=False)
+    with pytest.raises(UserError, match="shard_mb=inf must be more than 0, and finite"):
+        pack_videos(source, tmp_path / "out", shard_mb=math.inf, progress=False)
     with pytest.raises(UserError, match="seed=-1 must be at least 0"):
         pack_videos(source, tmp_path / "out", seed=-1, progress=False)
     with pytest.raises(UserError, match=r"holds no shards \(\*.tar\)"):
@@ -306,6 +309,28 @@ def test_mistakes_are_named(source: Path, packed: VideoIndex, tmp_path: Path) ->
         index_shards(tmp_path)
     with pytest.raises(UserError, match=r"camera='top': .* is a folder of shards, which has no cameras"):
         load_videos(packed.root, camera="top")
+
+
+def test_a_link_to_an_empty_folder_remains_one(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    assert len(pack_videos(source, tmp_path / "out", progress=False).videos) == NUM_VIDEOS
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / SHARDS_NAME).is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"disk", "out"}
+
+
+@pytest.mark.parametrize("kind", ["current", "current by its path", "mount point"])
+def test_a_folder_that_cannot_be_replaced_is_named_before_the_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    if kind == "mount point":
+        monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path.resolve())
+    else:
+        monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(packing, "_fill_shards", pytest.fail)
+    with pytest.raises(UserError, match="must not be the current one or a mount point: name another"):
+        pack_videos(source, Path(".") if kind == "current" else tmp_path, progress=False)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("when", ["tar", "index"])

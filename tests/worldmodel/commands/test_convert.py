@@ -73,6 +73,7 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("--fps", "0"): "fps=0 must be from 0.001 to 1000",
         ("--fps", "nan"): "fps=nan must be from 0.001 to 1000",
         ("--shards", "--shard-mb", "0"): "--shard-mb 0 must be more than 0",
+        ("--shards", "--shard-mb", "inf"): "--shard-mb inf must be more than 0, and finite",
         ("--shard-mb", "8"): "--shard-mb 8 is of --shards",
         ("--frames", "rgb"): "it has no array 'rgb': it has frames uint8 [42, 48, 64, 3], action float32 [42, 2]",
         ("--bounds", "state"): "'state' is float64 [42, 3]: bounds are one number per row or episode",
