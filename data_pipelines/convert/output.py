@@ -15,10 +15,10 @@ from typing import Any
 
 from data_pipelines.convert.episodes import PROVENANCE
 from data_pipelines.errors import UserError
-from data_pipelines.files import bounded_lines, read_text, replacing, write_text
+from data_pipelines.files import bounded_lines, read_text, remove, replacing, write_bytes, write_text
 from data_pipelines.indexing.index_file import INDEX_NAME
 from data_pipelines.labels import METADATA_NAME
-from data_pipelines.shards.index_file import SHARDS_NAME
+from data_pipelines.shards.index_file import SHARDS_NAME, read_shards
 from data_pipelines.shards.packing import pack_videos
 from data_pipelines.splits import SPLITS
 
@@ -36,7 +36,10 @@ def start_output(place: Path, out: Path, facts: Mapping[str, Any], *, overwrite:
     if out in ours and place != out and (foreign := _foreign_file(out)):
         raise UserError(f"'{out}' also holds '{foreign}', which is not of the conversion: move it away first")
     for folder in ours:
-        _remove(folder)
+        if folder == out:
+            _remove(folder)
+        else:
+            discard_videos(folder)
     begun = (place / SETTINGS_NAME).is_file()
     for folder in {place, out} - ({place} if place in ours else set()):
         if not begun and folder.exists() and (folder.is_file() or any(folder.iterdir())):
@@ -131,11 +134,39 @@ def write_rows(folder: Path, name: str, rows: Iterable[Row]) -> None:
 
 
 def pack_output(place: Path, out: Path, splits: Sequence[str], shard_mb: float) -> None:
-    """Pack the videos of a finished conversion into shards, and remove them; the rows remain with the shards."""
+    """Pack the videos of a finished conversion into shards, and remove them; the rows remain with the shards.
+
+    Shards of an earlier call, which was stopped, are kept if they hold these videos. If the source has got more
+    episodes since, they are packed again.
+    """
     for split in splits:
-        if not (out / split / SHARDS_NAME).is_file():
+        rows, packed_rows = place / split / METADATA_NAME, out / split / ROWS_NAME
+        if not _hold_videos(out / split, rows):
+            if packed_rows.is_file():
+                _remove(out / split)
             siblings = [place / name for name in splits] if split else []
             pack_videos(place / split, out / split, siblings=siblings, shard_mb=shard_mb)
-        shutil.copyfile(place / split / METADATA_NAME, out / split / ROWS_NAME)
-    os.replace(place / SETTINGS_NAME, out / SETTINGS_NAME)
-    shutil.rmtree(place)
+        shutil.copyfile(rows, packed_rows)
+    write_bytes(out / SETTINGS_NAME, (place / SETTINGS_NAME).read_bytes())
+    discard_videos(place)
+
+
+def _hold_videos(shards: Path, rows: Path) -> bool:
+    """Return whether a folder of shards exists and holds the videos of these rows, and no others."""
+    if not (shards / SHARDS_NAME).is_file():
+        return False
+    _, entries = read_shards(shards / SHARDS_NAME)
+    packed = {(video.path, str(video.size_bytes)) for video, _ in entries}
+    return packed == {(row["file_name"], row["video_bytes"]) for row in read_rows(rows)}
+
+
+def discard_videos(place: Path) -> None:
+    """Remove the folder of the videos that are in shards, if there is one.
+
+    Its settings are the last file: a removal that was stopped is recognised by them, and continued.
+    """
+    if (place / SETTINGS_NAME).is_file() and not place.is_symlink():
+        for path in place.iterdir():
+            if path.name != SETTINGS_NAME:
+                remove(path)
+        shutil.rmtree(place)

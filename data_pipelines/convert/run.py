@@ -24,6 +24,7 @@ from data_pipelines.convert.output import (
     SETTINGS_NAME,
     Row,
     appending,
+    discard_videos,
     pack_output,
     read_rows,
     start_output,
@@ -120,14 +121,15 @@ def convert(source: Path, out: Path, settings: Conversion) -> Converted:
     layout, episodes = find_episodes(source, settings.keys)
     try:
         with write_errors(out):
-            place = _beside(out) if settings.in_shards else out
-            if settings.in_shards and (out / SETTINGS_NAME).is_file() and not settings.overwrite:
-                place, rows_name = out, ROWS_NAME
-            else:
-                rows_name = METADATA_NAME
-                for split in episodes if settings.in_shards else ():
+            beside = _beside(out) if settings.in_shards else out
+            is_packed = settings.in_shards and (out / SETTINGS_NAME).is_file() and not settings.overwrite
+            place, rows_name = (out, ROWS_NAME) if is_packed else (beside, METADATA_NAME)
+            if settings.in_shards and not is_packed:
+                for split in episodes:
                     replaced_folder(out / split)
             start_output(place, out, _facts(layout, settings), overwrite=settings.overwrite)
+            if is_packed:
+                discard_videos(beside)
             result = _convert_all(place, episodes, settings, layout.name, rows_name)
             if place != out:
                 pack_output(place, out, list(episodes), settings.shard_mb)

@@ -303,6 +303,58 @@ def test_packing_that_was_stopped_is_continued(tmp_path: Path, monkeypatch: pyte
     assert len(load_split(str(out), "train").videos) == 2
 
 
+def test_packing_that_was_stopped_takes_episodes_that_are_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a split whose shards are complete."""
+    from data_pipelines.convert import output
+
+    source, out = tmp_path / "in", tmp_path / "out"
+    for split in ("train", "val", "test"):
+        write_animations(source / split, "gif")
+    pack = output.pack_videos
+
+    def stop_at_test(folder: Path, *arguments: Any, **options: Any) -> Any:
+        return (_stop if folder.name == "test" else pack)(folder, *arguments, **options)
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(output, "pack_videos", stop_at_test)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, out, Conversion(in_shards=True))
+    shutil.copy(source / "train" / "clip_0.gif", source / "train" / "new.gif")
+    tar = out / "selection" / "shard-000000.tar"
+    packed_ns = tar.stat().st_mtime_ns
+    assert convert(source, out, Conversion(in_shards=True)).num_videos == 13
+    assert [len(load_split(str(out), split).videos) for split in ("train", "selection", "test")] == [5, 4, 4]
+    assert tar.stat().st_mtime_ns == packed_ns
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_removal_of_packed_videos_that_was_stopped_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    from data_pipelines.convert import output
+
+    source, out = write_npz(tmp_path / "a.npz"), tmp_path / "out"
+    rmtree = shutil.rmtree
+
+    def stop_at_videos(path: Path, **options: Any) -> None:
+        (_stop if path.name == ".out.videos" else rmtree)(path, **options)
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(shutil, "rmtree", stop_at_videos)
+        stopped.setattr(output, "remove", _stop, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, out, Conversion(in_shards=True))
+    assert (tmp_path / ".out.videos").exists()
+    (tmp_path / ".out.videos" / METADATA_NAME).unlink()
+    kept = convert(source, out, Conversion(in_shards=True, overwrite=overwrite)).num_kept
+    assert kept == (0 if overwrite else 4) and len(index_of(out).videos) == 4
+    assert {path.name for path in tmp_path.iterdir()} == {"a.npz", "out"}
+
+
+def _stop(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
 # --------------------------------------------------------------------------------------------------------- bad data
 
 
