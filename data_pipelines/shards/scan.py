@@ -11,13 +11,15 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from data_pipelines.errors import UserError, one_line
+from data_pipelines.errors import UserError, one_line, one_line_logger
 from data_pipelines.facts import SHARD_NAME, BadFile, Video
 from data_pipelines.indexing.folder import VIDEO_EXTENSIONS
 from data_pipelines.indexing.probe import index_member
 from data_pipelines.shards.index_file import SHARDS_NAME, Entry, tars_in, write_shards
 
-MAX_LABELS_BYTES = 2**20
+log = one_line_logger(__name__)
+
+MAX_LABELS_BYTES = 2**24  # of one video: 800,000 numbers as packing writes them
 MAX_HEADER_BYTES = 2**20  # of one member of a tar
 MAX_GLOBAL_HEADERS = 1000  # of pax, which each member of a tar inherits
 
@@ -56,6 +58,7 @@ def _scan_shard(folder: Path, shard: str) -> Iterator[Entry]:
     """Yield each video of a shard, with the path SHARD/MEMBER (keys are unique per shard only), and its labels."""
     videos: dict[str, tuple[str, Video | BadFile]] = {}  # by path
     labels: dict[str, dict[str, Any]] = {}
+    too_large: list[str] = []
     size_bytes = os.path.getsize(folder / shard)
     damage = ""
     try:
@@ -63,7 +66,9 @@ def _scan_shard(folder: Path, shard: str) -> Iterator[Entry]:
             for member in _members(tar, file):
                 key, suffix = _split_name(member.name)
                 path = f"{shard}/{member.name}"
-                if suffix == ".json" and member.isreg() and 0 <= member.size <= MAX_LABELS_BYTES:
+                if suffix == ".json" and member.isreg() and member.size > MAX_LABELS_BYTES:
+                    too_large.append(path)
+                elif suffix == ".json" and member.isreg() and member.size >= 0:
                     file.budget += 2 * MAX_LABELS_BYTES
                     labels[key] = _read_object(tar, member)
                 elif suffix in VIDEO_EXTENSIONS and not os.path.basename(member.name).startswith("."):
@@ -77,6 +82,11 @@ def _scan_shard(folder: Path, shard: str) -> Iterator[Entry]:
                 damage = f"damaged or cut off at byte {tar.offset:,}"
     except (tarfile.TarError, OSError, EOFError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
         damage = f"not a readable tar: {one_line(error)}"
+    if too_large:
+        log.warning(
+            "labels of more than %d MiB are left out: those in '%s' and in %d other members of '%s'",
+            MAX_LABELS_BYTES // 2**20, too_large[0], len(too_large) - 1, shard,
+        )  # fmt: skip
     if damage:
         yield BadFile(shard, size_bytes, 0, damage), {}
     for key, video in videos.values():

@@ -14,6 +14,7 @@ from data_pipelines.facts import BadFile, Video
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
 from data_pipelines.shards import scan
+from data_pipelines.shards.index_file import SHARDS_NAME
 from data_pipelines.shards.scan import _scan_shard
 
 
@@ -149,6 +150,20 @@ def test_labels_that_are_not_readable_do_not_stop_the_data_set(tmp_path: Path, c
     parts = [_member("a.mp4", clip), _member("a.json", labels), _member("b.mp4", clip)]
     index = _index(tmp_path, *parts, _member("b.json", json.dumps({"number": 1}).encode()))
     assert [video.path for video in index.videos] == ["a.tar/a.mp4", "a.tar/b.mp4"] and not index.bad
+
+
+def test_labels_of_long_videos_are_read_and_larger_ones_named(
+    tmp_path: Path, clip: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Packing writes labels of any length: without its index, the shards are to have them still."""
+    described = json.dumps({"number": 1, "padding": "x" * 2**21}).encode()
+    parts = [_member("a.mp4", clip), _member("a.json", described)]
+    assert _index(tmp_path, *parts).labels["number"].tolist() == [1] and not caplog.records
+    monkeypatch.setattr(scan, "MAX_LABELS_BYTES", 2**20)
+    (tmp_path / SHARDS_NAME).unlink()
+    index = _index(tmp_path, *parts, _member("b.mp4", clip), _member("b.json", described))
+    assert not index.labels
+    assert "more than 1 MiB are left out: those in 'a.tar/a.json' and in 1 other members of 'a.tar'" in caplog.text
 
 
 def _scan(folder: Path, *parts: bytes) -> tuple[list[Video | BadFile], float, int]:
