@@ -163,10 +163,13 @@ def scaled_size(size: tuple[int, int], size_px: int | None) -> tuple[int, int]:
 
 
 def centre_crop(frame: Frame, size_px: int | None) -> Frame:
-    """Crop a frame [C, H, W] to [C, size_px, size_px], or not if size_px is None. The result is contiguous."""
+    """Crop a frame [C, H, W] to [C, size_px, size_px], or not if size_px is None.
+
+    The result is contiguous. That of a crop is a copy: a view would keep the whole frame in memory.
+    """
     if size_px is not None and frame.shape[1:] != (size_px, size_px):
         top, left = (frame.shape[1] - size_px) // 2, (frame.shape[2] - size_px) // 2
-        frame = frame[:, top : top + size_px, left : left + size_px]
+        return frame[:, top : top + size_px, left : left + size_px].copy()
     return np.ascontiguousarray(frame)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import decoders
-from data_pipelines.decoders import DecodeError, VideoReader, open_video, read_frames, resolve_decoder
+from data_pipelines.decoders import DecodeError, VideoReader, centre_crop, open_video, read_frames, resolve_decoder
 from data_pipelines.errors import UserError
 from data_pipelines.facts import Video
 from data_pipelines.indexing.probe import index_file
@@ -256,6 +256,15 @@ def gradient(height: int, width: int) -> np.ndarray:
     """Colours that change slowly over a picture, uint8 [H, W, 3]."""
     y, x = np.mgrid[:height, :width]
     return np.stack([40 + x, 60 + y, 220 - x], axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("shape", [(1, 90, 64), (3, 90, 64), (1, 64, 90), (3, 64, 90), (1, 90, 90)])
+def test_a_cropped_frame_keeps_no_other_memory(shape: tuple[int, ...]) -> None:
+    """The cache and the pool of clips count the bytes of the frames that they keep."""
+    frame = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+    cropped = centre_crop(frame, 64)
+    assert cropped.shape == (shape[0], 64, 64) and cropped.flags.c_contiguous
+    assert not np.shares_memory(cropped, frame)
 
 
 @pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuvj420p", "yuv422p", "yuva420p", "nv12", "yuv444p", "rgb24"])
