@@ -219,8 +219,16 @@ def open_videos(
 
     Raises:
         UserError: there are no readable videos, they have fewer clips than one batch, they are shorter than one clip,
-            or `world_size` does not divide `batch_size`.
+            `world_size` does not divide `batch_size`, or another value is out of range.
     """
+    _check_range("world_size", world_size, 1)
+    _check_range("rank", rank, 0, world_size - 1)
+    _check_range("num_workers", num_workers, 0)
+    _check_range("seed", seed, 0)
+    if size_px is not None:
+        _check_range("size_px", size_px, 1)
+    if channels not in (1, 3):
+        raise UserError(f"channels={channels} must be 1 or 3")
     cache = Path(remote_cache_dir) if remote_cache_dir else None
     options: Any = {"camera": camera, "cache_dir": cache, "cache_mb": remote_cache_mb}
     several = None if isinstance(root, str | Path) else root
@@ -231,6 +239,12 @@ def open_videos(
         batch_size, size_px, channels, num_workers=num_workers, num_lanes=num_lanes, seed=seed, shuffle=shuffle
     )
     return VideoStream(index, spec, settings, rank=rank, world_size=world_size)
+
+
+def _check_range(name: str, value: int, least: int, most: int | None = None) -> None:
+    """Raise UserError unless a value is at least `least`, and at most `most`."""
+    if value < least or (most is not None and value > most):
+        raise UserError(f"{name}={value} must be at least {least}" + ("" if most is None else f" and at most {most}"))
 
 
 def _lanes_for(batch_size: int, world_size: int) -> int:

@@ -29,7 +29,7 @@ from data_pipelines.clips import ClipSpec
 from data_pipelines.errors import UserError
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
-from data_pipelines.stream import VideoStream
+from data_pipelines.stream import VideoStream, open_videos
 from tests.conftest import run_python
 from tests.data_pipelines.conftest import DECODERS
 from tests.data_pipelines.streams import make_stream, read_clips
@@ -670,3 +670,21 @@ def test_mistakes_are_named(index: VideoIndex, tmp_path: Path, write_video: Any)
     write_video(tmp_path / "b.mp4", size=(32, 32))
     with pytest.raises(UserError, match=r"'a.mp4' is 64x48, 'b.mp4' 32x32\): set size_px"):
         _stream(load_videos(tmp_path, progress=False), batch_size=1, num_lanes=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"world_size": 0}, "world_size=0 must be at least 1"),
+        ({"rank": 2, "world_size": 2}, "rank=2 must be at least 0 and at most 1"),
+        ({"rank": -1}, "rank=-1 must be at least 0"),
+        ({"num_workers": -1}, "num_workers=-1 must be at least 0"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"size_px": 0}, "size_px=0 must be at least 1"),
+        ({"channels": 2}, "channels=2 must be 1 or 3"),
+        ({"batch_size": 0}, "batch_size=0 must be a positive multiple"),
+    ],
+)
+def test_arguments_out_of_range_are_named(index: VideoIndex, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        open_videos(index.root, **arguments)
