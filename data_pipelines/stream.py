@@ -77,7 +77,8 @@ class StreamSettings(ReadSettings):
 
     num_lanes: independent sequences of clips; it divides batch_size, and the number of ranks divides it.
     pool_clips: decoded clips that may wait in memory for shuffling, over all lanes.
-    shuffle: False: clips come in order of their ids.
+    shuffle: False: the clips of each lane come in order of their ids, which ascend from lane to lane. It is the same
+        order in each epoch.
     cache_mb: MiB of decoded clips that the workers of a rank keep together for later epochs: the first that fit.
     """
 
@@ -115,8 +116,8 @@ class VideoStream(BatchStream):
     """Shuffled batches of clips without end, the same for any number of ranks and workers.
 
     The batch size is global: a rank gets batch_size / world_size clips of every batch. An epoch leaves out
-    num_clips % batch_size clips, different ones in each epoch. The clips of a file that does not decode are dropped and
-    not replaced, so some batches are smaller.
+    num_clips % batch_size clips: different ones in each epoch if clips are shuffled, otherwise the last ones. The clips
+    of a file that does not decode are dropped and not replaced, so some batches are smaller.
 
     clip_set: the clips of the index.
 

@@ -688,3 +688,10 @@ def test_mistakes_are_named(index: VideoIndex, tmp_path: Path, write_video: Any)
 def test_arguments_out_of_range_are_named(index: VideoIndex, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         open_videos(index.root, **arguments)
+
+
+def test_without_shuffling_each_lane_is_in_order(index: VideoIndex) -> None:
+    stream = open_videos(index.root, num_frames=3, batch_size=4, size_px=None, shuffle=False, num_workers=0)
+    first, *others = [batch["clip_id"] for batch in islice(stream, stream.batches_per_epoch)]
+    assert first.tolist() == [lane * stream.batches_per_epoch for lane in range(4)]
+    assert all(torch.equal(clips, first + number) for number, clips in enumerate(others, start=1))
