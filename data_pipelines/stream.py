@@ -212,7 +212,9 @@ def open_videos(
     size_px: side of the square frames; None: frames keep their size, which all videos must share.
     channels: 1 for luma, 3 for RGB, of each camera.
     shuffle: False: clips come in the same order in each epoch.
-    rank, world_size: of a distributed job. A rank gets its batch_size / world_size clips of every batch.
+    rank, world_size: of a distributed job. A rank gets its batch_size / world_size clips of every batch. Batches are
+        the same, and states continue, for every world_size that divides the number of lanes. That is the largest
+        divisor of batch_size up to 32, 20 for a batch of 40. Another world_size has other lanes, in another order.
     camera: of a LeRobot data set; None: the first by name. Several names: the frames of all of them, with C channels
         for each camera, in this order.
     remote_cache_dir, remote_cache_mb: the folder for shards from a URL, and its size limit in MiB; None: in the user's

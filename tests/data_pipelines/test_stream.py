@@ -690,6 +690,17 @@ def test_arguments_out_of_range_are_named(index: VideoIndex, arguments: dict[str
         open_videos(index.root, **arguments)
 
 
+def test_open_videos_continues_on_every_number_of_processes_that_divides_its_lanes(index: VideoIndex) -> None:
+    """A batch of 40 has 20 lanes."""
+    settings: dict[str, Any] = {"num_frames": 3, "batch_size": 40, "size_px": None}
+    prints = {
+        world_size: open_videos(index.root, world_size=world_size, **settings).fingerprint
+        for world_size in (1, 2, 4, 5, 10, 20, 8)
+    }
+    other = prints.pop(8)
+    assert len(set(prints.values())) == 1 and other not in prints.values()
+
+
 def test_without_shuffling_each_lane_is_in_order(index: VideoIndex) -> None:
     stream = open_videos(index.root, num_frames=3, batch_size=4, size_px=None, shuffle=False, num_workers=0)
     first, *others = [batch["clip_id"] for batch in islice(stream, stream.batches_per_epoch)]
