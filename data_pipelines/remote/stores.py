@@ -50,12 +50,20 @@ def is_url(root: str | Path) -> bool:
 
 
 def check_url(url: str) -> None:
-    """Raise UserError unless a URL has a scheme that is opened, and is not a chain of several."""
-    shown = repr(url[:200])
+    """Raise UserError unless a URL has a scheme that is opened, is not a chain of several, and names a folder.
+
+    The names of files are appended to the URL. After a "?" or "#", a server of http would not see them, and answer
+    each request with the same page.
+    """
+    is_http = url.startswith(("http://", "https://"))
+    address = re.split("[?#]", url)[0] if is_http else url  # a query may hold a key
+    shown = repr(without_password(address)[:200])
     if not re.match(rf"({'|'.join(SCHEMES)})://", url):
         raise UserError(f"{shown} is not opened: give a folder, or a URL that begins with {'://, '.join(SCHEMES)}://")
     if "::" in url or not url.isprintable():
         raise UserError(f"{shown} is not opened: a URL has no '::' and no control characters in it")
+    if address != url:
+        raise UserError(f"{shown} is not opened with a '?' or '#' after it: give the URL of a folder alone")
 
 
 def without_password(url: str) -> str:

@@ -25,6 +25,7 @@ from data_pipelines.remote import http_bodies, stores
 from data_pipelines.remote.http_bodies import is_public
 from data_pipelines.remote.stores import MAX_INDEX_BYTES, MIN_BYTES_PER_S, SCHEMES, Store, check_url, host_of
 from data_pipelines.shards.index_file import SHARDS_NAME
+from data_pipelines.split_folders import load_split
 from tests.conftest import REPO, run_here
 from tests.data_pipelines.shard_server import ShardServer
 
@@ -91,6 +92,22 @@ def test_other_schemes_and_chains_are_refused_in_one_line(url: str, tmp_path: Pa
     with pytest.raises(UserError, match="is not opened") as raised:
         load_videos(url, cache_dir=tmp_path / "cache", progress=False)
     assert str(raised.value).isprintable() and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("rest", ["?key=secret", "/?key=secret", "#secret", "?a=1&b=secret#c"])
+def test_a_url_with_a_query_is_refused_before_it_is_requested(server: ShardServer, rest: str, tmp_path: Path) -> None:
+    """Its files are not below it: the server would give the page of the folder for each of them."""
+    url = f"{server.url.replace('//', '//me:secret@')}/moved{rest}"
+    with pytest.raises(UserError, match=r"'http://[\d.:]+/moved/?' is not opened with a '\?' or '#'") as raised:
+        load_split(url, "train", cache_dir=tmp_path / "cache")
+    assert not server.requests and "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("url", ["ftp://me:secret@host/a", "http://me:secret@host/a::b", "file://me:secret@host"])
+def test_a_refused_url_is_shown_without_its_password(url: str) -> None:
+    with pytest.raises(UserError, match=r"host.* is not opened") as raised:
+        check_url(url)
+    assert "secret" not in str(raised.value)
 
 
 def test_the_schemes_that_are_documented_are_accepted() -> None:
