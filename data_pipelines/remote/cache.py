@@ -72,7 +72,7 @@ class RemoteShards:
                         with suppress(OSError):  # the cache of another user
                             os.utime(path)  # the least recently used one is evicted first
                         return pin
-                    path.unlink(missing_ok=True)
+                    self._remove(path)
                 pin.close()
             self._fetch(shard, path)
 
@@ -95,8 +95,18 @@ class RemoteShards:
     def _unusable(self, error: OSError) -> UserError:
         return UserError(f"remote_cache_dir='{self.cache_dir}' cannot be used ({one_line(error)}): name another folder")
 
+    def _remove(self, path: Path) -> None:
+        """Remove a file. Raises UserError."""
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._unusable(error) from None
+
     def _fetch(self, shard: Shard, path: Path) -> None:
-        """Fetch a shard, or wait for the process that is fetching it. Raises UserError."""
+        """Fetch a shard, or wait for the process that is fetching it.
+
+        If the folder is removed meanwhile, there may be no shard afterwards. Raises UserError.
+        """
         aside, turn = path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.lock")
         try:
             self.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -108,8 +118,7 @@ class RemoteShards:
             raise self._unusable(error) from None
         # The lock is a separate file: a lock on the shard itself would wait for the processes that decode from it.
         with fetching:
-            self._locked(fetching, turn)
-            if path.exists():
+            if not self._locked(fetching, turn) or path.exists():
                 return
             try:
                 for is_last in (False, True):
@@ -117,14 +126,22 @@ class RemoteShards:
                         self._make_room(aside, shard.size_bytes, everything=is_last)
                         with open(aside, "r+b", buffering=0, opener=_no_links) as out:
                             self.store.fetch(shard, out)
+                            written = os.fstat(out.fileno())
                         break
                     except LocalError as failed:
+                        if isinstance(failed.error, FileNotFoundError):
+                            raise failed.error from None
                         if is_last or failed.error.errno not in (errno.ENOSPC, errno.EDQUOT):
                             raise UserError(
                                 f"remote_cache_dir='{self.cache_dir}': shard '{shard.name}' of {shard.size_bytes:,} "
                                 f"bytes cannot be written ({failed}): make room there, or name another folder"
                             ) from None
-                os.replace(aside, path)
+                if os.path.samestat(written, os.stat(aside)):  # otherwise it is of a process with another lock
+                    os.replace(aside, path)
+            except FileNotFoundError:
+                return  # the folder was removed
+            except OSError as error:
+                raise self._unusable(error) from None
             finally:
                 aside.unlink(missing_ok=True)
 

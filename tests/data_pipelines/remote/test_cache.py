@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -420,6 +422,33 @@ def test_a_cached_shard_of_another_size_is_fetched_again(server: ShardServer, in
         with open(remote.folder / FIRST, "rb") as other, pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert server.requests.count(FIRST) == 2
+
+
+@pytest.mark.parametrize("what", ["shard", "folder", "cache", "cache, by a process that begins again"])
+def test_a_shard_is_fetched_again_if_the_cache_is_removed_meanwhile(
+    server: ShardServer, index: VideoIndex, packed: VideoIndex, what: str
+) -> None:
+    """A file that another process has begun since then is not taken for the shard."""
+    remote, whole = _remote(index), (packed.root / FIRST).read_bytes()
+    partial = remote.folder / f"{FIRST}.partial"
+
+    def remove_and_answer(handler: BaseHTTPRequestHandler) -> None:
+        if what == "shard":
+            partial.unlink()
+        else:
+            shutil.rmtree(remote.folder if what == "folder" else remote.cache_dir)
+        if what.endswith("again"):
+            remote.folder.mkdir(parents=True)
+            partial.write_bytes(bytes(len(whole)))
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(whole)))
+        handler.end_headers()
+        handler.wfile.write(whole)
+
+    server.faults[FIRST] = [remove_and_answer]
+    with remote.pin(FIRST) as pin:
+        assert pin.read() == whole
+    assert server.requests.count(FIRST) == 2 and _files(remote.cache_dir) == {FIRST}
 
 
 def test_a_cache_folder_that_cannot_be_written_is_one_line(server: ShardServer, tmp_path: Path) -> None:
