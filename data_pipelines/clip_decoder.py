@@ -124,7 +124,7 @@ class ClipDecoder:
     file whose content has changed since it was indexed.
     """
 
-    def __init__(self, clip_set: ClipSet, faults: Faults, hold: Callable[[str], None]) -> None:
+    def __init__(self, clip_set: ClipSet, faults: Faults, hold: Callable[[str], bool]) -> None:
         self._clip_set, self._faults, self._hold = clip_set, faults, hold
         self._group = -1
         self._cameras: list[_CameraVideo] = []
@@ -153,8 +153,7 @@ class ClipDecoder:
             return None
         progress = self._faults.progress
         if any(camera.reader is None for camera in self._cameras):
-            progress.work(math.inf)  # may wait for the network: this is not a hanging decoder
-            self._hold(index.videos[video].shard)
+            self._hold_shard(video)
         progress.decode(video)
         camera = self._cameras[0]
         try:
@@ -173,6 +172,9 @@ class ClipDecoder:
             for camera in self._cameras:
                 self._refuse_changed(camera)  # it may have changed while it was read
         except DecodeError as error:
+            if index.remote is not None and self._hold_shard(video):  # it was removed before it was opened
+                self.close()
+                return self.decode(video, group, start)
             reason = self._clip_set.why_changed(camera.number, self._faults) or f"does not decode ({error})"
             self._faults.found.setdefault(camera.number, reason)
             camera.failed_frame = error.frame
@@ -182,6 +184,11 @@ class ClipDecoder:
             progress.work()
         self._recent, self._last = recent, passed[-1]
         return [recent[frame] for frame in shown[:: spec.frame_stride].tolist()]
+
+    def _hold_shard(self, video: int) -> bool:
+        """Keep the shard of a video, if it is in a remote one. Returns False if it is kept already."""
+        self._faults.progress.work(math.inf)  # may wait for the network: this is not a hanging decoder
+        return self._hold(self._clip_set.index.videos[video].shard)
 
     def _num_skipped(self, first: int) -> float:
         """Return about how many frames are decoded before source frame `first`.
@@ -234,7 +241,7 @@ def lane_clips(
     skip: int,
     faults: Faults,
     cache: ClipCache,
-    hold: Callable[[str], None],
+    hold: Callable[[str], bool],
 ) -> Iterator[Clip]:
     """Yield the clips of one lane in one epoch in order of delivery, from number `skip` on.
 
@@ -242,7 +249,8 @@ def lane_clips(
     their number. Clips that were delivered before `skip`, or are in the cache, are not decoded again.
 
     decoded, delivered: rows of an EpochOrder.
-    hold: called with the name of a shard before a video in it is opened.
+    hold: called with the name of a shard before a video in it is opened, and after it fails. Returns False if the shard
+        is held already.
     """
     wanted = np.ones(len(decoded), dtype=bool)
     wanted[delivered[:skip]] = False

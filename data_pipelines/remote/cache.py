@@ -76,6 +76,13 @@ class RemoteShards:
                 pin.close()
             self._fetch(shard, path)
 
+    def is_pinned(self, name: str, pin: BinaryIO) -> bool:
+        """Return whether a shard is still the file that `pin` keeps: a user may have removed the folder."""
+        try:
+            return os.path.samestat(os.fstat(pin.fileno()), os.stat(self.folder / name))
+        except OSError:
+            return False
+
     def _open(self, path: Path) -> BinaryIO:
         try:
             return open(path, "rb", opener=_no_links)
@@ -230,26 +237,35 @@ class HeldShards:
         """Announce the shards that will be held, as (lane, shard), in approximate order."""
         self._plan = list(plan)
 
-    def hold(self, lane: int, shard: str) -> None:
-        """Keep `shard` for a lane, in place of the one that the lane held before. Raises UserError."""
+    def hold(self, lane: int, shard: str) -> bool:
+        """Keep `shard` for a lane, in place of the one that the lane held before.
+
+        Returns False if the lane holds it already. A shard that was removed from the cache, by anyone but us, is
+        fetched again. Raises UserError.
+        """
         if self.remote is None:
-            return
+            return False
         is_planned = (lane, shard) in self._plan
         if is_planned:
             self._plan.remove((lane, shard))
-        if self._holds.get(lane) == shard:  # an epoch may begin with the shard that ended the one before
+        if self._holds.get(lane) == shard and self.remote.is_pinned(shard, self._pins[lane]):
+            # An epoch may begin with the shard that ended the one before.
             if is_planned:
                 self._look_ahead(self.remote)
-            return
+            return False
         self.release(lane)
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == shard:
             pin = ahead[1].result()
+            if not self.remote.is_pinned(shard, pin):
+                pin.close()
+                pin = self.remote.pin(shard)
         else:
             self._ahead = ahead
             pin = self.remote.pin(shard)
         self._pins[lane], self._holds[lane] = pin, shard
         self._look_ahead(self.remote)
+        return True
 
     def release(self, lane: int) -> None:
         """Let go of the shard of a lane."""

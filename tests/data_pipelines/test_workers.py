@@ -217,7 +217,7 @@ def test_frames_on_the_way_are_those_of_the_camera_with_most(
     index: VideoIndex, first: int, last: float, num_skipped: int
 ) -> None:
     decoder = ClipDecoder(
-        make_clip_set(index, SPEC, size_px=None, channels=1, decoder="pyav"), workers_module.Faults(), lambda _: None
+        make_clip_set(index, SPEC, size_px=None, channels=1, decoder="pyav"), workers_module.Faults(), lambda _: False
     )
     one = replace(index.videos[0], num_frames=100, keyframes=(0, 40, 60))
     other = replace(index.videos[0], num_frames=100, keyframes=(0, 20, 60))

@@ -333,7 +333,7 @@ def test_a_frame_at_which_a_process_hung_is_left_out_in_its_camera_alone(root: P
     table, fatal = clip_set.table, first_frame + shift + 100
     clips = np.arange(table.first_clip[row], table.first_clip[row + 1])
     delivered = []
-    with closing(ClipDecoder(clip_set, Faults({(number, fatal)}), lambda shard: None)) as decoder:
+    with closing(ClipDecoder(clip_set, Faults({(number, fatal)}), lambda shard: False)) as decoder:
         for group, start in zip(table.groups_of(clips).tolist(), table.starts_of(clips).tolist(), strict=True):
             if decoder.decode(row, group, start) is not None:
                 delivered.append(start)

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from itertools import islice
@@ -449,6 +450,39 @@ def test_a_shard_is_fetched_again_if_the_cache_is_removed_meanwhile(
     with remote.pin(FIRST) as pin:
         assert pin.read() == whole
     assert server.requests.count(FIRST) == 2 and _files(remote.cache_dir) == {FIRST}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_no_clip_is_lost_if_the_cache_is_removed_between_batches(
+    index: VideoIndex, epoch: list[tuple[list[int], str]], num_workers: int
+) -> None:
+    """Of the shards that lanes hold, and of those that were fetched ahead."""
+    remote = _remote(index)
+    stream = make_stream(index, ClipSpec(), **(SETTINGS | {"num_workers": num_workers}))
+    shown = []
+    with closing(stream.batches()) as batches:
+        for _ in range(stream.batches_per_epoch):
+            batch = next(batches)
+            shown.append((batch["clip_id"].tolist(), hashlib.sha256(batch["video"].numpy().tobytes()).hexdigest()))
+            shutil.rmtree(remote.cache_dir, ignore_errors=True)
+    assert shown == epoch
+
+
+def test_a_shard_that_was_removed_is_held_again(server: ShardServer, index: VideoIndex) -> None:
+    """Before each group of clips, also if the lane holds it or it was fetched ahead."""
+    remote = _remote(index)
+    first, second = sorted(remote.shards)[:2]
+    with closing(HeldShards(remote)) as held:
+        held.expect([(0, first), (0, second)])
+        held.hold(0, first)
+        while not (remote.folder / second).is_file():
+            time.sleep(0.001)
+        shutil.rmtree(remote.cache_dir)
+        held.hold(0, first)
+        assert (remote.folder / first).is_file()
+        held.hold(0, second)
+        assert (remote.folder / second).is_file()
+    assert server.requests.count(first) == server.requests.count(second) == 2
 
 
 def test_a_cache_folder_that_cannot_be_written_is_one_line(server: ShardServer, tmp_path: Path) -> None:
