@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.facts import SHARD_NAME, Video
+from data_pipelines.files import MAX_LINE_BYTES
 from data_pipelines.formats.registry import detect_format, load_videos
 from data_pipelines.formats.video_folder import VideoFolder
 from data_pipelines.index import VideoIndex
@@ -23,6 +24,8 @@ from data_pipelines.shards.index_file import SHARDS_NAME, Entry, write_shards
 
 MAX_MEMBER_BYTES = 2**33
 """The size of a file that the header of a tar archive cannot state."""
+MAX_LABELS_BYTES = MAX_LINE_BYTES - 2**25
+"""Of a video. The line of the index that holds them also holds the facts of the video."""
 
 
 def pack_videos(
@@ -43,7 +46,7 @@ def pack_videos(
     shard_mb: MiB of video per shard; a larger video has a shard to itself.
 
     Raises UserError: no readable videos, another format than a folder of video files, `out` exists and is not empty or
-    cannot be replaced, a file changes meanwhile, or a shard cannot be written.
+    cannot be replaced, labels are too large, a file changes meanwhile, or a shard cannot be written.
     """
     if not 0 < shard_mb < math.inf:
         raise UserError(f"shard_mb={shard_mb:g} must be more than 0, and finite")
@@ -124,7 +127,10 @@ def _fill_shards(index: VideoIndex, rows: Iterable[int], shard_bytes: int) -> It
 
 
 def _add_sample(tar: tarfile.TarFile, shard: str, index: VideoIndex, row: int) -> Entry:
-    """Append a video and its labels to a tar. Returns its entry of the index. Raises UserError: the file changed."""
+    """Append a video and its labels to a tar. Returns its entry of the index.
+
+    Raises UserError: the file changed, or its labels are too large.
+    """
     video = index.videos[row]
     path = PurePosixPath(video.path)
     # A key ends at the first dot. The number distinguishes paths that are equal without odd characters.
@@ -134,12 +140,17 @@ def _add_sample(tar: tarfile.TarFile, shard: str, index: VideoIndex, row: int) -
         first = int(index.frame_label_offsets[row])
         frames = slice(first, first + video.num_frames)
         labels |= {name: values[frames].tolist() for name, values in index.frame_labels.items()}
+    described = json.dumps({"file_name": video.path, **labels}).encode()
+    if len(described) > MAX_LABELS_BYTES:  # float32 takes up to 20 characters, more than in most metadata
+        raise UserError(
+            f"the labels of '{index.root / video.path}' take {len(described):,} bytes in an index of shards: at most "
+            f"{MAX_LABELS_BYTES:,} are read, so keep fewer labels"
+        )
     with open(index.root / video.path, "rb") as file:
         if os.fstat(file.fileno()).st_size != video.size_bytes:
             raise UserError(f"'{index.root / video.path}' changed while it was packed: start again")
         offset = tar.offset + tarfile.BLOCKSIZE
         tar.addfile(_member(key + path.suffix.lower(), video.size_bytes), file)
-    described = json.dumps({"file_name": video.path, **labels}).encode()
     tar.addfile(_member(f"{key}.json", len(described)), io.BytesIO(described))
     fields = asdict(video) | {"mtime_ns": 0, "shard": shard, "offset_bytes": offset}
     return Video(**fields), labels

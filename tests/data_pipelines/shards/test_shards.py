@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from data_pipelines import files
 from data_pipelines.containers import video_url
 from data_pipelines.decoders import open_video
 from data_pipelines.errors import UserError
@@ -309,6 +310,17 @@ def test_mistakes_are_named(source: Path, packed: VideoIndex, tmp_path: Path) ->
         index_shards(tmp_path)
     with pytest.raises(UserError, match=r"camera='top': .* is a folder of shards, which has no cameras"):
         load_videos(packed.root, camera="top")
+
+
+def test_labels_too_large_for_the_index_are_named_before_there_are_shards(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A third takes more characters as a double, 0.3333333432674408, than in most metadata."""
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 150)
+    monkeypatch.setattr(packing, "MAX_LABELS_BYTES", 40, raising=False)
+    with pytest.raises(UserError, match=r"the labels of '.*' take \d\d bytes in an index of shards: at most 40"):
+        pack_videos(source, tmp_path / "out", progress=False)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_link_to_an_empty_folder_remains_one(source: Path, tmp_path: Path) -> None:
