@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--launch",
         default=OF_GRIDS["launch"],
         metavar="COMMAND",
-        help='launcher of training, such as "accelerate launch --num_processes 2" (default: one process)',
+        help='launcher of training, such as "torchrun --nproc_per_node 2" (default: one process)',
     )
     parser.add_argument(
         "--set",

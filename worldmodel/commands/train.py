@@ -3,8 +3,9 @@
 example:
   worldmodel train --config demo data.root=data/moving_mnist train.steps=400
 
-on two processes, with DDP:
+on two GPUs, and in two processes on CPUs, with DDP:
   accelerate launch --num_processes 2 -m worldmodel train --config demo
+  torchrun --nproc_per_node 2 -m worldmodel train --config demo
 """
 
 import argparse
