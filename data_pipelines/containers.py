@@ -63,10 +63,14 @@ def open_container(path: str | Path, name: str = "") -> "InputContainer":
     return av.open(url)
 
 
+def is_image(name: str) -> bool:
+    """Return whether a file of this name or path is an image, by its extension."""
+    return name.lower().endswith(IMAGE_EXTENSIONS)
+
+
 def image_names(folder: str | Path) -> list[str]:
     """Return the names of the images in a folder, in the order of the frames; hidden files do not count."""
-    names = (name for name in os.listdir(folder) if name[0] != "." and name.lower().endswith(IMAGE_EXTENSIONS))
-    return sorted(names, key=os.fsencode)
+    return sorted((name for name in os.listdir(folder) if name[0] != "." and is_image(name)), key=os.fsencode)
 
 
 def _pattern_of_images(folder: str) -> str:

@@ -3,8 +3,8 @@
     root/a/0001.png, root/a/0002.png, ...      the video "a"
     root/walk/b/0001.jpg, ...                  the video "walk/b", of the class "walk" if there are several
 
-The images of a folder must have one extension and one size. The frame rate is unknown, so every image is one frame and
-cannot be resampled by time (data.fps).
+The images of a folder must have one extension, one size and one orientation (in EXIF). The frame rate is unknown, so
+every image is one frame and cannot be resampled by time (data.fps).
 """
 
 import posixpath

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from data_pipelines.containers import IMAGE_EXTENSIONS
+from data_pipelines.containers import IMAGE_EXTENSIONS, is_image
 from data_pipelines.errors import UserError, one_line, one_line_logger
 from data_pipelines.facts import MAX_FRAME_PX, BadFile, Video
 from data_pipelines.index import LIMIT_KEY, difference_of, within_limit
@@ -39,7 +39,7 @@ def is_video_name(name: str) -> bool:
 
 def is_image_name(name: str) -> bool:
     """Return whether a file of this name is an image, by its extension; hidden files are none."""
-    return not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS)
+    return not name.startswith(".") and is_image(name)
 
 
 def video_paths(root: Path, *, warn: bool = False) -> Iterator[str]:

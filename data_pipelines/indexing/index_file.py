@@ -20,7 +20,7 @@ from data_pipelines.index import VideoIndex
 log = one_line_logger(__name__)
 
 INDEX_NAME = ".worldmodel_index.jsonl"
-INDEX_HEADER = {"format": "worldmodel-video-index", "version": 3}
+INDEX_HEADER = {"format": "worldmodel-video-index", "version": 4}
 DAMAGE = (OSError, ValueError, TypeError, KeyError, RecursionError)  # what reading a damaged index file raises
 
 

@@ -206,7 +206,7 @@ def _probe(reopen: Callable[[], "InputContainer"], max_frame_px: int) -> dict[st
     if is_ascending and not is_avi:
         keyframes = [i for i, time in enumerate(ascending) if i == 0 or time in key_pts]
         keyframe_pts = [ascending[i] for i in keyframes]
-    quarter_turns, mirrored = _orientation(first_frame)
+    quarter_turns, mirrored = orientation_of(first_frame)
     height, width = first_frame.height, first_frame.width
     return {
         **_pace(_shown_s(times, fps, tick_s), fps),
@@ -329,12 +329,9 @@ def _shown_s(times: Sequence[int | None], fps: float, tick_s: float) -> NDArray[
     return seconds - seconds[0]
 
 
-def _orientation(frame: "VideoFrame") -> tuple[int, bool]:
+def orientation_of(frame: "VideoFrame") -> tuple[int, bool]:
     """Return quarter_turns and mirrored of Video, from the display matrix as FFmpeg's command line applies it."""
-    from av.sidedata.sidedata import Type
-
-    side_data: Any = frame.side_data
-    matrices = [bytes(data) for data in side_data if data.type == Type.DISPLAYMATRIX]
+    matrices = [bytes(data) for data in _side_data(frame) if data.type.name == "DISPLAYMATRIX"]
     if not matrices:
         return 0, False
     a, b, _, c, d = np.frombuffer(matrices[0], np.int32)[:5].astype(float)  # x' = a x + c y, y' = b x + d y
@@ -344,6 +341,24 @@ def _orientation(frame: "VideoFrame") -> tuple[int, bool]:
     # In a mirrored picture x has changed its sign before it is turned.
     sign = -1 if mirrored else 1
     return round(float(np.degrees(np.arctan2(-sign * b, sign * a))) / 90) % 4, mirrored
+
+
+def _side_data(frame: "VideoFrame") -> Any:
+    """Return the side data of a frame, also where one is of a type that PyAV has no name for.
+
+    PyAV refuses all of it then: EXIF, in photographs, is such a type of FFmpeg 8.
+    """
+    from av.sidedata.sidedata import Type
+
+    setattr(Type, "_missing_", classmethod(_unnamed_type))  # noqa: B010 (mypy takes it for a method)
+    return frame.side_data
+
+
+def _unnamed_type(types: Any, number: object) -> Any:
+    """Return a member of the enumeration `types` for a number that has no name there."""
+    member = object.__new__(types)
+    member._name_, member._value_ = f"TYPE_{number}", number
+    return member
 
 
 def _pace(shown_s: NDArray[np.float64], fps: float) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Frames of one video file through PyAV: every timestamp that the index knows is verified."""
 
 import contextlib
+import os
 import threading
 from bisect import bisect_right
 from collections import deque
@@ -15,6 +16,7 @@ from data_pipelines.containers import decoded_frames, decoding_errors, open_cont
 from data_pipelines.decoders import SEEK_SAVES_FRAMES, DecodeError, Frame, centre_crop, scaled_size
 from data_pipelines.errors import one_line
 from data_pipelines.facts import MAX_FRAME_PX, Video
+from data_pipelines.indexing.probe import orientation_of
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -33,7 +35,7 @@ class PyAVReader:
     def __init__(self, path: str | Path, video: Video, *, channels: int, size_px: int | None) -> None:
         self._av_errors = decoding_errors()
         self._path, self._video = path, video
-        self._size_px = size_px
+        self._size_px, self._is_folder = size_px, os.path.isdir(path)
         # As stored: pictures are rotated last.
         self._size = (video.width, video.height) if video.quarter_turns % 2 else (video.height, video.width)
         self._scaled_size = scaled_size(self._size, size_px)
@@ -128,10 +130,12 @@ class PyAVReader:
         self._open()
 
     def _convert(self, decoded: "VideoFrame") -> Frame:
-        size = (decoded.height, decoded.width)
+        size, frame = (decoded.height, decoded.width), self._next - 1
         if size != self._size:
-            frame = self._next - 1
             raise DecodeError(f"frame {frame}: {size[1]}x{size[0]} in a file of {self._size[1]}x{self._size[0]}", frame)
+        # Images have an orientation each, in EXIF; a video has one.
+        if self._is_folder and orientation_of(decoded) != (self._video.quarter_turns, self._video.mirrored):
+            raise DecodeError(f"frame {frame}: to be turned in another way than the first image", frame)
         luma = _luma(decoded) if self._format == "gray" and self._scaled_size == size else None
         picture = _reformat(decoded, self._format, self._scaled_size) if luma is None else luma[None]
         if self._video.mirrored:

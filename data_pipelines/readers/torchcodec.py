@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_pipelines.containers import local_url
+from data_pipelines.containers import is_image, local_url
 from data_pipelines.decoders import DecodeError, Frame, from_rgb
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.facts import ROUNDING_S, Video
@@ -33,6 +33,8 @@ class TorchcodecReader:
         is_avi = os.path.splitext(video.path)[1].lower() == ".avi"
         if not (video.keyframe_pts or is_avi):
             raise DecodeError("torchcodec locates frames by times, and some in this file are wrong: use decoder='pyav'")
+        if is_image(video.path) and (video.quarter_turns or video.mirrored):
+            raise DecodeError("its EXIF says that it is to be turned, which torchcodec ignores: use decoder='pyav'")
         self._shown_s = video.shown_s() + video.keyframe_pts[0] * video.tick_s if video.keyframe_pts else None
         self._tolerance_s = min(2 * ROUNDING_S, 0.5 / (video.fps or 1))
         self._open(scan=bool(video.frame_ms))

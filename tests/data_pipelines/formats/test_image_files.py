@@ -4,13 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
+from data_pipelines.decoders import read_frames
 from data_pipelines.errors import UserError
 from data_pipelines.formats.base import LoadOptions
 from data_pipelines.formats.image_files import ImageFiles
 from data_pipelines.split_folders import load_split
 from data_pipelines.splits import SPLITS
+from tests.data_pipelines.conftest import DECODERS
 
 OPTIONS = LoadOptions(num_workers=0, progress=False, max_bad_fraction=0.5)
 
@@ -38,6 +40,32 @@ def test_images_are_frames_of_their_size_and_metadata_labels_them(tmp_path: Path
     ]  # fmt: skip
     assert index.labels["age"].tolist() == [3, 0.5, 7] and "label" not in index.labels
     assert len({video.digest for video in index.videos}) == 1  # equal pixels, equal digests
+
+
+MAKE, ORIENTATION = 0x010F, 0x0112  # tags of EXIF
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", [None, *range(1, 9)])
+def test_photographs_are_shown_as_their_exif_says(tmp_path: Path, suffix: str, orientation: int | None) -> None:
+    picture = np.full((48, 64), 60, np.uint8)
+    picture[:20, :24], picture[:10, 40:] = 200, 130  # which way up, and whether it is mirrored
+    exif = Image.Exif()
+    exif[MAKE] = "A maker"
+    if orientation is not None:
+        exif[ORIENTATION] = orientation
+    path = tmp_path / f"1.{suffix}"
+    Image.fromarray(picture).save(path, exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(path)), dtype=int)
+    [video] = ImageFiles().load(str(tmp_path), OPTIONS).videos
+    assert (video.height, video.width) == expected.shape
+    for decoder in set(DECODERS) - {"decord"}:  # decord refuses all images
+        if decoder == "torchcodec" and orientation not in (None, 1):
+            with pytest.raises(UserError, match="to be turned, which torchcodec ignores"):
+                list(read_frames(path, channels=1, size_px=None, decoder=decoder))
+            continue
+        [frame] = read_frames(path, channels=1, size_px=None, decoder=decoder)
+        assert frame.shape[1:] == expected.shape and np.abs(frame[0] - expected).mean() < 2
 
 
 def test_files_that_are_no_images_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines.clips import ClipSpec
+from data_pipelines.decoders import read_frames
 from data_pipelines.errors import UserError
 from data_pipelines.facts import BadFile, Video
 from data_pipelines.formats.image_folders import ImageFolders
@@ -78,6 +79,20 @@ def test_seeking_gives_the_frame_that_was_asked_for(tmp_path: Path) -> None:
     for frame in (150, 3, 100, 199, 0):
         assert abs(int(reader.read(frame).mean()) - frame) <= 1
     reader.close()
+
+
+def test_every_image_of_a_folder_is_turned_in_the_same_way(tmp_path: Path) -> None:
+    for folder, orientations in (("alike", (6, 6, 6)), ("mixed", (6, 6, 8))):
+        _write(tmp_path / folder, range(0, 60, STEP), "jpg")
+        for path, orientation in zip(sorted((tmp_path / folder).iterdir()), orientations, strict=True):
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            with Image.open(path) as image:
+                image.save(path, exif=exif)
+    frames = list(read_frames(tmp_path / "alike", channels=1, size_px=None))
+    assert [frame.shape for frame in frames] == 3 * [(1, 32, 24)]
+    with pytest.raises(UserError, match="frame 2: to be turned in another way than the first image"):
+        list(read_frames(tmp_path / "mixed", channels=1, size_px=None))
 
 
 def test_metadata_names_the_folders(root: Path) -> None:

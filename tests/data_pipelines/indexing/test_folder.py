@@ -227,7 +227,7 @@ def test_the_index_file_begins_with_its_hash_and_the_bad_files(tmp_path: Path, w
     (tmp_path / "b.mp4").write_bytes(b"")
     index = _index(tmp_path, max_bad_fraction=0.5)
     header, bad, *videos = map(json.loads, (tmp_path / INDEX_NAME).read_text().splitlines())
-    assert header == {"format": "worldmodel-video-index", "version": 3, "content_hash": index.content_hash}
+    assert header == {"format": "worldmodel-video-index", "version": 4, "content_hash": index.content_hash}
     assert (bad["path"], bad["reason"]) == ("b.mp4", "empty file (0 bytes)")
     assert [video["path"] for video in videos] == ["a.mp4", "c.mp4"]
 
@@ -277,8 +277,8 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path, write_vid
     second.unlink()
     with pytest.raises(UserError, match=r"lacks part 2 of 3 of its index: build it first"):
         merge_parts(tmp_path)
-    second.write_text(text.replace('"version": 3', '"version": 1'))
-    with pytest.raises(UserError, match=r"part-2-of-3.jsonl' is not of version 3: build it again"):
+    second.write_text(text.replace('"version": 4', '"version": 1'))
+    with pytest.raises(UserError, match=r"part-2-of-3.jsonl' is not of version 4: build it again"):
         merge_parts(tmp_path)
     second.write_text(text[:-20])
     with pytest.raises(UserError, match=r"part-2-of-3.jsonl' is unreadable \("):
