@@ -60,7 +60,8 @@ def open_container(path: str | Path, name: str = "") -> "InputContainer":
             pass
     if os.path.isdir(url):
         return av.open(_pattern_of_images(url), format="image2", options={"pattern_type": "glob"})
-    return av.open(url)
+    # Otherwise FFmpeg reads a0.png in place of an image that is called a%d.png.
+    return av.open(url, options={"pattern_type": "none"} if is_image(name or str(path)) else {})
 
 
 def is_image(name: str) -> bool:

@@ -35,6 +35,8 @@ class TorchcodecReader:
             raise DecodeError("torchcodec locates frames by times, and some in this file are wrong: use decoder='pyav'")
         if is_image(video.path) and (video.quarter_turns or video.mirrored):
             raise DecodeError("its EXIF says that it is to be turned, which torchcodec ignores: use decoder='pyav'")
+        if is_image(video.path) and "%" in self._path:
+            raise DecodeError("torchcodec takes the % in its path for a pattern of names: use decoder='pyav'")
         self._shown_s = video.shown_s() + video.keyframe_pts[0] * video.tick_s if video.keyframe_pts else None
         self._tolerance_s = min(2 * ROUNDING_S, 0.5 / (video.fps or 1))
         self._open(scan=bool(video.frame_ms))

@@ -42,6 +42,20 @@ def test_images_are_frames_of_their_size_and_metadata_labels_them(tmp_path: Path
     assert len({video.digest for video in index.videos}) == 1  # equal pixels, equal digests
 
 
+@pytest.mark.parametrize("name", ["a%d.png", "a%02d.png", "red%20dress.jpg", "a*.png", "a[0].png", "%*.png"])
+@pytest.mark.parametrize("decoder", sorted({*DECODERS} - {"decord"}))  # decord refuses all images
+def test_the_name_of_an_image_is_not_a_pattern(tmp_path: Path, name: str, decoder: str) -> None:
+    for other in ("a0.png", "a00.png"):
+        write(tmp_path / other, level=20)
+    write(tmp_path / name, level=200)
+    if decoder == "torchcodec" and "%" in name:
+        with pytest.raises(UserError, match="torchcodec takes the % in its path for a pattern"):
+            list(read_frames(tmp_path / name, channels=1, size_px=None, decoder=decoder))
+        return
+    [frame] = read_frames(tmp_path / name, channels=1, size_px=None, decoder=decoder)
+    assert abs(int(frame[0, 0, 0]) - 200) <= 1
+
+
 MAKE, ORIENTATION = 0x010F, 0x0112  # tags of EXIF
 
 
