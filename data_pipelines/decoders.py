@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from data_pipelines.clips import frames_on_screen
 from data_pipelines.errors import UserError
-from data_pipelines.facts import BadFile, Video
+from data_pipelines.facts import MAX_FRAME_PX, BadFile, Video
 from data_pipelines.indexing.probe import index_file
 
 Frame = NDArray[np.uint8]
@@ -156,10 +156,19 @@ def read_frames(
 
 
 def scaled_size(size: tuple[int, int], size_px: int | None) -> tuple[int, int]:
-    """Return (height, width) with the short side scaled to size_px, or the same size if size_px is None."""
+    """Return (height, width) with the short side scaled to size_px, or the same size if size_px is None.
+
+    Raises DecodeError: a frame grows beyond MAX_FRAME_PX pixels, as a line of one pixel's width would.
+    """
     if size_px is None:
         return size
-    return round(size[0] * size_px / min(size)), round(size[1] * size_px / min(size))
+    height, width = round(size[0] * size_px / min(size)), round(size[1] * size_px / min(size))
+    if height * width > max(MAX_FRAME_PX, size[0] * size[1]):
+        raise DecodeError(
+            f"frames of {size[1]}x{size[0]} would be resized to {width}x{height} before they are cropped, more than "
+            f"{MAX_FRAME_PX:,} pixels"
+        )
+    return height, width
 
 
 def centre_crop(frame: Frame, size_px: int | None) -> Frame:

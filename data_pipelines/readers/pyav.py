@@ -137,7 +137,10 @@ class PyAVReader:
         if self._is_folder and orientation_of(decoded) != (self._video.quarter_turns, self._video.mirrored):
             raise DecodeError(f"frame {frame}: to be turned in another way than the first image", frame)
         luma = _luma(decoded) if self._format == "gray" and self._scaled_size == size else None
-        picture = _reformat(decoded, self._format, self._scaled_size) if luma is None else luma[None]
+        try:
+            picture = _reformat(decoded, self._format, self._scaled_size) if luma is None else luma[None]
+        except self._av_errors as error:  # such as a size that FFmpeg's scaler does not take
+            raise DecodeError(f"frame {frame}: {one_line(error)}", frame) from None
         if self._video.mirrored:
             picture = picture[:, :, ::-1]
         if self._video.quarter_turns:

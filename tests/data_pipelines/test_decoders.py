@@ -11,6 +11,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_pipelines import decoders
 from data_pipelines.decoders import DecodeError, VideoReader, centre_crop, open_video, read_frames, resolve_decoder
@@ -284,6 +285,23 @@ def test_colour_pictures_of_any_width(tmp_path: Path, write_video: Any, decoder:
     path = write_video(tmp_path / "v.mp4", images=[image] * 3)
     for frame in read_frames(path, channels=3, size_px=None, decoder=decoder):
         assert np.abs(frame.transpose(1, 2, 0).astype(int) - image).max() < 16
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (2, 40_000)])
+@pytest.mark.parametrize("decoder", sorted({*DECODERS} - {"decord"}))  # decord refuses all images
+def test_a_picture_that_would_be_too_large_before_it_is_cropped(
+    tmp_path: Path, size: tuple[int, int], decoder: str
+) -> None:
+    Image.fromarray(np.zeros(size, np.uint8)).save(tmp_path / "line.png")
+    message = f"frames of {size[1]}x{size[0]} would be resized to .* before they are cropped, more than"
+    with pytest.raises(UserError, match=message):
+        list(read_frames(tmp_path / "line.png", channels=1, size_px=224, decoder=decoder))
+
+
+def test_a_picture_that_ffmpeg_does_not_resize_is_an_error_of_its_frame(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((60_000, 1), np.uint8)).save(tmp_path / "line.png")
+    with pytest.raises(UserError, match=r"line.png' cannot be decoded: frame 0: Invalid argument"):
+        list(read_frames(tmp_path / "line.png", channels=1, size_px=32, decoder="pyav"))
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
