@@ -60,6 +60,9 @@ def index_file(root: str | Path, path: str, max_frame_px: int = MAX_FRAME_PX) ->
     """Index a file or a folder of images, given relative to root. Any fault of it makes a BadFile; never raises.
 
     The images of a folder are the frames of one video, in the order of their names. Its rate is unknown (fps = 0).
+
+    If the system refused to read it, for rights or memory or open files, size and time stamp of the BadFile are 0: it
+    counts as changed and is read again the next time.
     """
     size_bytes, mtime_ns = 0, 0
     place = os.path.join(root, path)
@@ -73,7 +76,8 @@ def index_file(root: str | Path, path: str, max_frame_px: int = MAX_FRAME_PX) ->
             facts |= {"fps": 0.0, "duration_s": 0.0, "frame_ms": ()}
         return checked(Video(path=path, size_bytes=size_bytes, mtime_ns=mtime_ns, **facts))
     except (*decoding_errors(), LookupError, ArithmeticError) as error:
-        return BadFile(path, size_bytes, mtime_ns, one_line(error))
+        is_of_system = isinstance(error, OSError | MemoryError)
+        return BadFile(path, *((0, 0) if is_of_system else (size_bytes, mtime_ns)), one_line(error))
 
 
 def index_member(

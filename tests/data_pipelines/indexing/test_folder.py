@@ -6,16 +6,18 @@ import os
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 
+from data_pipelines import containers
 from data_pipelines.decoders import read_frames
 from data_pipelines.errors import UserError
 from data_pipelines.facts import BadFile, Video
 from data_pipelines.files import user_cache_dir
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
-from data_pipelines.indexing import parallel
+from data_pipelines.indexing import parallel, probe
 from data_pipelines.indexing.folder import index_folder, merge_parts
 from data_pipelines.indexing.index_file import INDEX_HEADER, INDEX_NAME
 from data_pipelines.indexing.probe import index_file
@@ -173,6 +175,30 @@ def test_cache_is_reused_and_only_what_changed_is_read_again(
     ]
     assert second.content_hash != first.content_hash
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied"),
+        OSError(24, "Too many open files"),
+        av.error.MemoryError(12, "No memory"),
+    ],
+)
+def test_a_file_that_the_system_refused_is_read_again(
+    tmp_path: Path, write_video: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(path: str) -> Any:
+        if path.endswith("b.mp4"):
+            raise error
+        return containers.open_container(path)
+
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name)
+    with monkeypatch.context() as refusing:
+        refusing.setattr(probe, "open_container", refuse)
+        assert [entry.path for entry in _index(tmp_path, max_bad_fraction=0.5).bad] == ["b.mp4"]
+    assert [video.path for video in _index(tmp_path).videos] == ["a.mp4", "b.mp4"]
 
 
 def test_content_hash_does_not_depend_on_time_stamps(tmp_path: Path, write_video: Any) -> None:
