@@ -30,12 +30,12 @@ class _OtherVersion(Exception):
 
 def index_path(root: Path) -> Path | None:
     """Return the file that stores the index of root; None: there is none."""
-    return next((path for path in _possible_paths(root) if path.is_file()), None)
+    return next((path for path in _newest_first(_possible_paths(root)) if path.is_file()), None)
 
 
 def read_index_file(root: Path) -> dict[str, Video | BadFile]:
     """Return the stored entries of a folder by path; none if there is no index file, or it cannot be used."""
-    for path in _possible_paths(root):
+    for path in _newest_first(_possible_paths(root)):
         try:
             return {entry.path: entry for entry in _read_entries(path)[1]}
         except FileNotFoundError:
@@ -110,6 +110,18 @@ def _possible_places(root: Path) -> list[tuple[Path, str]]:
 
 def _possible_paths(root: Path, stem: str = "") -> list[Path]:
     return [folder / f"{name}{stem}.jsonl" for folder, name in _possible_places(root)]
+
+
+def _newest_first(paths: Iterable[Path]) -> list[Path]:
+    """Sort paths by time. An index in the user's cache is newer than one in a folder that cannot be written since."""
+
+    def time_ns(path: Path) -> int:
+        try:
+            return path.stat().st_mtime_ns
+        except OSError:
+            return 0
+
+    return sorted(paths, key=time_ns, reverse=True)
 
 
 def _read_entries(path: Path) -> tuple[dict[str, Any], list[Video | BadFile]]:

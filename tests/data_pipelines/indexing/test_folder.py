@@ -10,16 +10,17 @@ import av
 import numpy as np
 import pytest
 
-from data_pipelines import containers
+from data_pipelines import containers, files
 from data_pipelines.decoders import read_frames
 from data_pipelines.errors import UserError
 from data_pipelines.facts import BadFile, Video
 from data_pipelines.files import user_cache_dir
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
+from data_pipelines.indexing import index_file as index_file_module
 from data_pipelines.indexing import parallel, probe
 from data_pipelines.indexing.folder import index_folder, merge_parts
-from data_pipelines.indexing.index_file import INDEX_HEADER, INDEX_NAME
+from data_pipelines.indexing.index_file import INDEX_HEADER, INDEX_NAME, index_path
 from data_pipelines.indexing.probe import index_file
 from data_pipelines.shards.packing import pack_videos
 
@@ -234,6 +235,40 @@ def test_a_folder_that_cannot_be_written_is_cached_at_home(
     assert len(list((home / ".cache" / "worldmodel").iterdir())) == 1
     monkeypatch.setattr(parallel, "index_file", None)
     assert _index(root) == first
+
+
+def test_an_outdated_index_that_cannot_be_written_does_not_hide_the_one_at_home(
+    tmp_path: Path, write_video: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, home, read = tmp_path / "data", tmp_path / "home", []
+    monkeypatch.setattr(Path, "home", lambda: home)
+
+    def spy(folder: Path, path: str, *limit: int) -> Video | BadFile:
+        read.append(path)
+        return index_file(folder, path, *limit)
+
+    def refuse(path: Path, **options: Any) -> Any:
+        if path.is_relative_to(root):
+            raise PermissionError(13, "Permission denied")
+        return files.replacing(path, **options)
+
+    write_video(root / "a.mp4")
+    _index(root)
+    os.utime(root / INDEX_NAME, ns=(0, 10**18))
+    monkeypatch.setattr(parallel, "index_file", spy)
+    with monkeypatch.context() as unwritable:
+        unwritable.setattr(index_file_module, "replacing", refuse)
+        for name in ("b.mp4", "c.mp4"):
+            write_video(root / name)
+            for _ in range(2):
+                found = _index(root)
+        assert read == ["b.mp4", "c.mp4"] and len(found.videos) == 3
+        stored = index_path(root)
+        assert stored is not None and stored.is_relative_to(home)
+    os.utime(stored, ns=(0, 15 * 10**17))
+    write_video(root / "d.mp4")
+    assert len(_index(root).videos) == len(_index(root).videos) == 4
+    assert read == ["b.mp4", "c.mp4", "d.mp4"] and index_path(root) == root / INDEX_NAME
 
 
 def test_processes_give_the_same_index(tmp_path: Path, write_video: Any, monkeypatch: pytest.MonkeyPatch) -> None:
