@@ -75,6 +75,19 @@ def check_regular(path: Path) -> None:
         raise OSError(f"{path.name} is not a regular file")
 
 
+def check_reachable(place: str | Path) -> None:
+    """Raise UserError if the system refuses to look for a file or into a folder: for rights, or for a long name.
+
+    It is no error that nothing is there.
+    """
+    try:
+        os.stat(f"{place}/.")  # the point asks for the right to enter the folder
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+        pass
+    except OSError as error:
+        raise UserError(f"'{place}' cannot be read: {one_line(error)}") from None
+
+
 def user_cache_dir() -> Path | None:
     """Return the folder for files that can be made again; None: this user has no home."""
     if not os.environ.get("HOME", "home"):

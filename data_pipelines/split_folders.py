@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data_pipelines.errors import one_line_logger
 from data_pipelines.facts import MAX_FRAME_PX
+from data_pipelines.files import check_reachable
 from data_pipelines.formats.base import Format
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
@@ -40,7 +41,7 @@ def load_split(
     root: a folder of videos or of shards, a LeRobot data set, or the URL of shards.
     Other arguments, and errors: as for load_videos.
     """
-    root = root.rstrip("/")
+    root = root.rstrip("/") or root[:1]  # the root of the file system
     folders = split_folders(root) if split else None
     index = load_videos(
         folders[split] if folders and split else root,
@@ -68,7 +69,10 @@ def split_folders(root: str | Path) -> dict[Split, str] | None:
     """Return the subfolder of each split; None unless there is one for training and one other.
 
     Names are in lower case, Capitalised or in UPPER CASE. A split without a folder shares the folder of another split.
+
+    Raises UserError: the root cannot be read.
     """
+    check_reachable(root)
     folders: dict[Split, str] = {}
     for split, names in SPLIT_NAMES.items():
         spelt = (f"{root}/{spell(name)}" for name in names for spell in (str.lower, str.capitalize, str.upper))

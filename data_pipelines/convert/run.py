@@ -33,7 +33,7 @@ from data_pipelines.convert.output import (
 from data_pipelines.convert.registry import find_episodes
 from data_pipelines.convert.video_files import source_digest, write_clip
 from data_pipelines.errors import UserError, one_line_logger, printable
-from data_pipelines.files import MAX_LINE_BYTES, write_errors
+from data_pipelines.files import MAX_LINE_BYTES, check_reachable, write_errors
 from data_pipelines.indexing.probe import stamp_of
 from data_pipelines.labels import METADATA_NAME
 from data_pipelines.processes import ending, spawned_pool
@@ -113,9 +113,11 @@ def convert(source: Path, out: Path, settings: Conversion) -> Converted:
 
     A finished output stays as it is. An interrupted one is continued.
 
-    Raises UserError: the source has no known layout or nothing that can be converted; it has changed since the output
-    was begun; `out` holds something else; episodes are bad and skip_bad is not given; a file cannot be written.
+    Raises UserError: the source cannot be read, has no known layout or nothing that can be converted; it has changed
+    since the output was begun; `out` holds something else; episodes are bad and skip_bad is not given; a file cannot be
+    written.
     """
+    check_reachable(source)
     if source.is_dir() and out.absolute().resolve().is_relative_to(source.absolute().resolve()):
         raise UserError(f"'{out}' is in the source '{source}': name a folder outside of it")
     layout, episodes = find_episodes(source, settings.keys)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import UserError
+from data_pipelines.files import check_reachable
 from data_pipelines.formats.base import Format, LoadOptions
 from data_pipelines.formats.image_folders import ImageFolders
 from data_pipelines.formats.lerobot import LeRobot
@@ -36,9 +37,10 @@ def load_videos(root: str | Path, *, format: Format | None = None, **options: An
     format: None detects it.
     options: the fields of LoadOptions.
 
-    Raises UserError: the folder is missing, holds no readable video or too many bad files; its metadata is broken; a
-    package that the format needs is not installed; the data set has no such camera, or none at all.
+    Raises UserError: the folder is missing, cannot be read, holds no readable video or too many bad files; its metadata
+    is broken; a package that the format needs is not installed; the data set has no such camera, or none at all.
     """
+    check_reachable(root)
     chosen, loading = format or detect_format(str(root)), LoadOptions(**options)
     if loading.cameras and not chosen.has_cameras:
         named = ", ".join(map(repr, loading.cameras))

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from data_pipelines.errors import UserError, one_line, one_line_logger
 from data_pipelines.facts import SHARD_NAME, BadFile, Video
+from data_pipelines.files import check_reachable
 from data_pipelines.indexing.folder import VIDEO_EXTENSIONS
 from data_pipelines.indexing.probe import index_member
 from data_pipelines.shards.index_file import SHARDS_NAME, Entry, tars_in, write_shards
@@ -31,6 +32,7 @@ def index_shards(folder: Path, progress: bool = True) -> None:
 
     Raises UserError: no shards, names that a URL would need to quote, or a folder that cannot be written.
     """
+    check_reachable(folder)
     tars = tars_in(folder) if folder.is_dir() else []
     if not tars:
         raise UserError(f"'{folder}' holds no shards (*.tar)")

@@ -1,10 +1,13 @@
 """The registry: which format a data set has, and formats from outside."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_pipelines import split_folders as split_folders_module
+from data_pipelines.convert.run import Conversion, convert
 from data_pipelines.errors import UserError
 from data_pipelines.formats.base import Format, LoadOptions
 from data_pipelines.formats.image_folders import ImageFolders
@@ -14,6 +17,8 @@ from data_pipelines.formats.tar_shards import ShardFolder, ShardUrl
 from data_pipelines.formats.video_folder import VideoFolder
 from data_pipelines.index import VideoIndex
 from data_pipelines.shards.index_file import SHARDS_NAME
+from data_pipelines.shards.scan import index_shards
+from data_pipelines.split_folders import load_split, split_folders
 
 
 @pytest.mark.parametrize(
@@ -68,6 +73,37 @@ def test_a_format_is_passed_as_an_object(tmp_path: Path, write_video: Any) -> No
     assert [video.path for video in index.videos] == ["a.mp4"]
     with pytest.raises(UserError, match="is a folder of video files, which has no cameras: leave camera out"):
         load_videos(tmp_path, camera="front", progress=False)
+
+
+def test_a_root_that_the_system_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = os.stat
+
+    def refuse(path: Any, **options: Any) -> os.stat_result:
+        if "locked/" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    reasons = {tmp_path / "locked": "Permission denied", tmp_path / ("long" * 70): "File name too long"}
+    for root, reason in reasons.items():
+        for use in (
+            lambda root: load_split(str(root), "train"),
+            lambda root: load_split(str(root), None),
+            lambda root: load_videos(root, format=VideoFolder()),
+            lambda root: convert(root, tmp_path / "out", Conversion()),
+            index_shards,
+            split_folders,
+        ):
+            with pytest.raises(UserError, match=f"{root.name}' cannot be read: {reason}"):
+                use(root)
+
+
+@pytest.mark.parametrize(("named", "taken"), [("/", "/"), ("/a/b//", "/a/b"), ("a/", "a")])
+def test_the_root_of_the_file_system_is_a_root(monkeypatch: pytest.MonkeyPatch, named: str, taken: str) -> None:
+    taken_roots: list[str] = []
+    monkeypatch.setattr(split_folders_module, "load_videos", lambda root, **options: taken_roots.append(root))
+    load_split(named, None)
+    assert taken_roots == [taken]
 
 
 def test_a_folder_without_videos_and_one_that_is_missing_are_named(tmp_path: Path) -> None:
