@@ -2,7 +2,7 @@
 
 If packets and their timestamps state which frames come out and when, only the first frame is decoded, as a check: a
 small file costs about a millisecond. Otherwise the file is decoded once: field pictures, streams that begin at a
-packet that does not decode, timestamps that are missing or repeated, AVI.
+packet that does not decode, timestamps that are missing, repeated or in the order of decoding, AVI.
 """
 
 import hashlib
@@ -148,8 +148,15 @@ class _Demuxed:
             and self.first_frame is not None
             and len(set(times)) == len(self.shown)
             and self.first_frame.pts == min(times)
+            and not self.may_follow_decoding
             and (not inversions or (self.is_reordered and inversions > len(times) / 20))
         )
+
+    @property
+    def may_follow_decoding(self) -> bool:
+        """Return whether frames may be reordered but no time steps back, as in a file that was copied from an AVI."""
+        times = [packet.pts for packet in self.shown]
+        return self.is_reordered and len(times) > 2 and _ascend(times)
 
     @property
     def has_open_gop(self) -> bool:
@@ -189,12 +196,13 @@ def _probe(reopen: Callable[[], "InputContainer"], max_frame_px: int) -> dict[st
         demuxed = _demux(container, stream)
         fps = float(stream.average_rate or stream.guessed_rate or 0)
         tick_s = float(stream.time_base or 0)
-        # AVI has no presentation times: what is reported as such follows the order of decoding.
         is_avi = container.format.name == "avi"
         may_be_fields = stream.codec_context.name == "h264" and may_have_fields(stream.codec_context.extradata)
     times: Sequence[int | None] = sorted(packet.pts for packet in demuxed.shown if packet.pts is not None)
     key_pts = frozenset(packet.pts for packet in demuxed.shown if packet.is_key)
     pts, first_frame, begins_late = times, demuxed.first_frame, False
+    # AVI has no presentation times: what is reported as such follows the order of decoding, and may have been copied.
+    follows_decoding = is_avi
     if first_frame is None or is_avi or may_be_fields or not demuxed.is_certain:
         with reopen() as container:
             stream = video_stream(container, number)
@@ -202,12 +210,14 @@ def _probe(reopen: Callable[[], "InputContainer"], max_frame_px: int) -> dict[st
             decoded = _decode_all(container, stream, demuxed.begins_at_keyframe)
         first_frame, begins_late = decoded.first_frame, decoded.begins_late
         key_pts &= decoded.key_pts  # the packets of field pictures may all call themselves keyframes
-        times = _avi_times(demuxed, len(decoded.pts)) if is_avi else decoded.times
         pts = decoded.pts
-    ascending = [time for time in pts if time is not None]
-    is_ascending = len(ascending) == len(pts) and all(a < b for a, b in pairwise(ascending))
+        is_copied = demuxed.may_follow_decoding and len(pts) == len(times) and not _ascend(pts)
+        follows_decoding = is_avi or is_copied
+        if not is_copied:
+            times = _avi_times(demuxed, len(pts)) if is_avi else decoded.times
     keyframes, keyframe_pts = [0], []
-    if is_ascending and not is_avi:
+    if _ascend(pts) and not follows_decoding:
+        ascending = [time for time in pts if time is not None]
         keyframes = [i for i, time in enumerate(ascending) if i == 0 or time in key_pts]
         keyframe_pts = [ascending[i] for i in keyframes]
     quarter_turns, mirrored = orientation_of(first_frame)
@@ -292,6 +302,10 @@ def _decode_all(container: "InputContainer", stream: "VideoStream", begins_at_ke
     if first is None:
         raise ValueError("no frame of it decodes")
     return _Decoded(first, pts, _guessed_times(pts, dts), frozenset(key_pts), begins_late)
+
+
+def _ascend(times: Sequence[int | None]) -> bool:
+    return None not in times and all(a < b for a, b in pairwise(times))  # type: ignore[operator]
 
 
 def _guessed_times(pts: Sequence[int | None], dts: Sequence[int | None]) -> list[int | None]:

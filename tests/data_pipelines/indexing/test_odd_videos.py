@@ -269,6 +269,28 @@ def test_avi_with_b_frames_keeps_its_rate(tmp_path: Path, write_video: Any) -> N
     assert _resampled(path, 5) == list(range(0, 50, 5))
 
 
+@pytest.mark.parametrize("name", ["v.mp4", "v.mov", "v.mkv"])
+@pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
+def test_times_in_the_order_of_decoding_move_no_frame(
+    tmp_path: Path, write_video: Any, read_numbers: Any, name: str, codec: str
+) -> None:
+    """As in a file that was copied from an AVI: frames with B-frames between them, and times that never step back."""
+    import av
+
+    source = write_video(tmp_path / "source.mp4", num_frames=50, codec=codec, options=B_FRAMES, fps=25)
+    with av.open(str(source)) as container, av.open(str(tmp_path / name), "w") as out:
+        stream = container.streams.video[0]
+        copy = out.add_stream_from_template(stream)
+        for number, packet in enumerate(packet for packet in container.demux(stream) if packet.size):
+            packet.stream, packet.time_base = copy, Fraction(1, 1000)
+            packet.pts = packet.dts = 40 * number
+            out.mux(packet)
+    video = _indexed(tmp_path / name)
+    assert (video.fps, video.frame_ms, video.keyframes) == (25, (), (0,))
+    assert _numbers(tmp_path / name, read_numbers) == list(range(50))
+    assert _resampled(tmp_path / name, 5) == list(range(0, 50, 5))
+
+
 def test_avi_with_dropped_frames_keeps_its_length(tmp_path: Path, write_video: Any) -> None:
     source = write_video(tmp_path / "source.mkv", num_frames=30, codec="mpeg4", options={"g": "5"}, fps=25)
     path = _repack(source, tmp_path / "v.avi", times_ms=lambda i: 40 * i if i < 10 else 400 + 1000 * (i - 10))
