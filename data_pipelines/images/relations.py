@@ -122,7 +122,7 @@ def pairs_of_file(path: Path, root: Path, index: VideoIndex) -> Ints:
     Pairs across two splits, and those of an image that cannot be read, are left out with a warning.
 
     Raises:
-        UserError: the file cannot be read, has other columns, or names an image that does not exist.
+        UserError: the file cannot be read, has other columns, or names an image that is not below the root.
     """
     prefix = os.path.relpath(index.root, root).replace(os.sep, "/")
     before = "" if prefix == "." else f"{prefix}/"
@@ -134,8 +134,11 @@ def pairs_of_file(path: Path, root: Path, index: VideoIndex) -> Ints:
         numbers = [number_of.get(name) for name in names]
         for name, number in zip(names, numbers, strict=True):
             if number is None and name not in known_elsewhere:
-                if not os.path.isfile(root / name):
-                    raise UserError(f"'{path}' line {line}: {shown(name)} is not an image below '{root}'")
+                leads_out = os.path.isabs(name) or name.split(os.sep)[0] == os.pardir
+                if leads_out or not os.path.isfile(root / name):
+                    raise UserError(
+                        f"'{path}' line {line}: {shown(name)} is not an image below '{root}', as a path in it"
+                    )
                 known_elsewhere.add(name)
         first, second = numbers
         if first is not None and second is not None:

@@ -91,6 +91,17 @@ def test_mistakes_in_a_file_of_pairs(tmp_path: Path, write_images: WriteImages, 
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["{root}/c0/01.png", "../images/c0/01.png", "../other.png", "c0/../../other.png"])
+def test_paths_in_a_file_of_pairs_that_are_not_below_the_root(
+    tmp_path: Path, write_images: WriteImages, name: str
+) -> None:
+    root = write_images(counts=(3, 3))
+    (tmp_path / "other.png").write_bytes((root / "c0" / "00.png").read_bytes())
+    path = pairs_file(tmp_path, f"first,second\nc0/00.png,c0/02.png\nc0/00.png,{name.format(root=root)}\n")
+    with pytest.raises(UserError, match=r"line 3: '.*' is not an image below '.*', as a path in it"):
+        pairs_of_file(path, root, index_of(root))
+
+
 def test_a_missing_file_of_pairs(tmp_path: Path, write_images: WriteImages) -> None:
     root = write_images(counts=(3, 3))
     with pytest.raises(UserError, match=r"cannot read '.*none.csv': No such file"):
