@@ -45,6 +45,7 @@ BOUNDS_NAMES = (
     ("episode_id",), ("terminals", "timeouts"), ("terminated", "truncated"), ("terminals",), ("terminated",),
     ("dones",), ("done",), ("is_last",),
 )  # fmt: skip
+LENGTHS_NAME = "ep_len"
 NUMBER_NAMES = frozenset({"episode_idx", "ep_idx", "episode_index", "episode_id"})
 MARK_NAMES = frozenset({"terminals", "timeouts", "terminated", "truncated", "dones", "done", "is_last"})
 MIN_SIDE_PX = 8  # of pictures that are found without being named
@@ -256,7 +257,9 @@ def find_bounds(table: Columns, columns: Mapping[str, Column], num_rows: int, ke
     arrays = [_bounds_column(table, columns[name], name) for name in names]
     usual = names[0].rpartition("/")[2]
     are_marks = usual in MARK_NAMES or columns[names[0]].dtype == bool
-    bounds = _bounds_of(arrays, num_rows, are_numbers=usual in NUMBER_NAMES, are_marks=are_marks)
+    bounds = _bounds_of(
+        arrays, num_rows, are_numbers=usual in NUMBER_NAMES, are_marks=are_marks, are_lengths=usual == LENGTHS_NAME
+    )
     stated = " and ".join(map(shown, names))
     if bounds is None:
         raise UserError(f"{stated} does not state the bounds of episodes in {num_rows} rows")
@@ -280,10 +283,16 @@ def _bounds_column(table: Columns, column: Column, name: str) -> NDArray[np.int6
     return whole
 
 
-def _bounds_of(arrays: list[NDArray[np.int64]], num_rows: int, *, are_numbers: bool, are_marks: bool) -> Bounds | None:
-    """Recognise by their content the kind of bounds of the arrays (module docstring); None if it is none of them."""
+def _bounds_of(
+    arrays: list[NDArray[np.int64]], num_rows: int, *, are_numbers: bool, are_marks: bool, are_lengths: bool
+) -> Bounds | None:
+    """Recognise the kind of bounds of the arrays by their content (module docstring); None if it is none of them.
+
+    are_numbers, are_marks, are_lengths: what the usual name of a column says. Lengths of as many episodes as rows look
+    like numbers, so their content alone does not tell.
+    """
     first, *others = arrays
-    is_per_row = all(len(array) == num_rows for array in arrays)
+    is_per_row = all(len(array) == num_rows for array in arrays) and not are_lengths
     seem_numbers = first.max(initial=0) > 1 or (first.sum() > 1 and bool((np.diff(first) >= 0).all()))
     if is_per_row and not others and (are_numbers or (seem_numbers and not are_marks)):
         stops = np.flatnonzero(np.diff(first)) + 1

@@ -296,7 +296,7 @@ def test_bounds_cover_all_rows_without_overlap() -> None:
         some_empty = lengths * rng.integers(0, 2, len(lengths))
         ends = np.cumsum(some_empty)
         for name, values in {"ep_len": some_empty, "episode_ends": ends}.items():
-            if len(values) < ends[-1]:
+            if name == "ep_len" or len(values) < ends[-1]:
                 columns = {name: Column(values.shape, values.dtype)}
                 expected = list(zip((ends - some_empty).tolist(), ends.tolist(), strict=True))
                 assert find_bounds(Given(values), columns, int(ends[-1]), ()) == expected, (name, some_empty)
