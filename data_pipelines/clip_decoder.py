@@ -10,7 +10,7 @@ import torch
 
 from data_pipelines.clips import ClipSpec, ClipTable, Ints, frames_on_screen, make_clip_table, resample, with_shards
 from data_pipelines.containers import video_url
-from data_pipelines.contents import Stamp, shard_stamps, why_changed
+from data_pipelines.contents import Stamp, are_as_seen, look_at_images, shard_stamps, why_changed
 from data_pipelines.decoders import DecodeError, Frame, VideoReader, open_video, resolve_decoder
 from data_pipelines.errors import UserError
 from data_pipelines.facts import Video
@@ -92,6 +92,7 @@ class _CameraVideo:
     number: that of the video in the index (VideoIndex.all_videos).
     shift: frame f of the clip's video is frame f + shift here.
     failed_frame: the last frame that did not decode.
+    images: the result of contents.look_at_images when it was opened.
     """
 
     number: int
@@ -99,6 +100,7 @@ class _CameraVideo:
     shift: int
     failed_frame: int = -1
     reader: VideoReader | None = None
+    images: Sequence[tuple[str, Stamp | None]] = ()
 
     def is_known_to_fail(self, first: int, last: int, faults: Faults) -> bool:
         """Return whether decoding the frames `first` to `last` of the clip's video would fail at the same frame."""
@@ -170,7 +172,7 @@ class ClipDecoder:
                         pictures.append(camera.reader.read(frame + camera.shift))
                     recent[frame] = pictures[0] if len(pictures) == 1 else np.concatenate(pictures)
             for camera in self._cameras:
-                self._refuse_changed(camera)  # it may have changed while it was read
+                self._refuse_changed(camera, passed)  # it may have changed while it was read
         except DecodeError as error:
             if index.remote is not None and self._hold_shard(video):  # it was removed before it was opened
                 self.close()
@@ -201,6 +203,7 @@ class ClipDecoder:
     def _open(self, camera: _CameraVideo) -> None:
         """Open the file of a camera, unless it is open. Raises DecodeError."""
         if camera.reader is None:
+            camera.images = look_at_images(self._clip_set.index.root, camera.facts)
             self._refuse_changed(camera)
             self._faults.progress.decode(camera.number)
             camera.reader = open_video(
@@ -211,7 +214,13 @@ class ClipDecoder:
                 decoder=self._clip_set.decoder,
             )
 
-    def _refuse_changed(self, camera: _CameraVideo) -> None:
+    def _refuse_changed(self, camera: _CameraVideo, frames: Sequence[int] = ()) -> None:
+        """Raise DecodeError if the file of a camera has changed.
+
+        frames: those of a clip that were read. Of a folder, which may hold many images, it is enough to look at theirs.
+        """
+        if frames and are_as_seen(camera.images, [frame + camera.shift for frame in frames]):
+            return
         if reason := self._clip_set.why_changed(camera.number, self._faults):
             raise DecodeError(reason)
 

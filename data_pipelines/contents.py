@@ -6,13 +6,15 @@ changes nothing, and another video under the same name is never used in place of
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from data_pipelines.containers import image_names
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.facts import MAX_FRAME_PX, BadFile, Video
 from data_pipelines.index import VideoIndex, difference_of
@@ -68,6 +70,33 @@ def why_changed(index: VideoIndex, stamps: Mapping[str, Stamp], number: int, fau
         reason = f"has changed since it was indexed ({difference})" if difference else ""
         judged = faults.judged[video.path] = found, reason
     return judged[1]
+
+
+def look_at_images(root: str | Path, video: Video) -> list[tuple[str, Stamp | None]]:
+    """Return path and stamp of a folder of images, and of each image in order of frames; none for another video."""
+    folder = f"{root}/{video.path}"
+    if video.shard or not os.path.isdir(folder):
+        return []
+    try:
+        paths = [folder, *(f"{folder}/{name}" for name in image_names(folder))]
+    except OSError:
+        return []
+    return [(path, _stamp_of_entry(path)) for path in paths]
+
+
+def are_as_seen(images: Sequence[tuple[str, Stamp | None]], frames: Sequence[int]) -> bool:
+    """Return whether a folder and the images of these frames are as look_at_images saw them; False without images."""
+    seen = [images[number] for number in (0, *(frame + 1 for frame in frames))] if len(images) > max(frames) + 1 else []
+    return bool(seen) and all(stamp == _stamp_of_entry(path) for path, stamp in seen)
+
+
+def _stamp_of_entry(path: str) -> Stamp | None:
+    """Return size and time stamp of a file or of a folder itself; None if it is missing."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def probe_again(root: str | Path, video: Video) -> Video | BadFile:

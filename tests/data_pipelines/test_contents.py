@@ -9,17 +9,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data_pipelines import clip_decoder
 from data_pipelines.batches import Batch
+from data_pipelines.clip_decoder import ClipDecoder, make_clip_set
 from data_pipelines.clips import ClipSpec
 from data_pipelines.contents import contents_of, read_contents
 from data_pipelines.errors import UserError
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
 from data_pipelines.shards.packing import pack_videos
+from data_pipelines.workers import Faults
 from tests.data_pipelines.conftest import WriteVideo
 from tests.data_pipelines.streams import make_stream, read_clips
 
@@ -321,3 +325,67 @@ def test_no_contents_are_none(tmp_path: Path) -> None:
 @pytest.fixture(autouse=True)
 def warnings_only(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
+
+
+# ------------------------------------------------------------------------------------------------- folders of images
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images" / "a"
+    folder.mkdir(parents=True)
+    for number in range(60):
+        _write_image(folder / f"{number:02d}.png", number)
+    return folder
+
+
+def _write_image(path: Path, level: int) -> None:
+    Image.fromarray(np.full((24, 32), level, np.uint8)).save(path)
+
+
+def _decoder_of_images(folder: Path) -> ClipDecoder:
+    index = load_videos(folder.parent, progress=False, num_workers=0)
+    clip_set = make_clip_set(index, ClipSpec(1, 3), size_px=None, channels=1, decoder="pyav")
+    return ClipDecoder(clip_set, Faults(), lambda shard: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_noticed"),
+    [
+        (lambda folder: _write_image(folder / "04.png", 99), True),
+        (lambda folder: (folder / "04.png").unlink(), True),
+        (lambda folder: (folder / "30.png").rename(folder / "00a.png"), True),
+        (lambda folder: _write_image(folder / "30.png", 99), False),  # of another clip
+        (lambda folder: os.utime(folder / "04.png"), False),
+        (lambda folder: (folder / "notes.txt").write_text("no image"), False),
+    ],
+)
+def test_an_image_that_changes_while_its_folder_is_open(
+    images: Path, change: Callable[[Path], Any], is_noticed: bool
+) -> None:
+    for path in images.iterdir():
+        os.utime(path, ns=(LATER_NS, LATER_NS))
+    os.utime(images, ns=(LATER_NS, LATER_NS))
+    decoder = _decoder_of_images(images)
+    assert decoder.decode(0, 0, 0) is not None
+    change(images)
+    assert (decoder.decode(0, 0, 3) is None) == is_noticed
+    decoder.close()
+
+
+def test_the_images_of_other_clips_are_not_looked_at_after_each_clip(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = _decoder_of_images(images)
+    assert decoder.decode(0, 0, 0) is not None
+    looked_at: list[str] = []
+    stat = os.stat
+
+    def spy(path: Any, **options: Any) -> os.stat_result:
+        looked_at.append(str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", spy)
+    assert decoder.decode(0, 0, 3) is not None
+    assert looked_at == [str(images), *(str(images / f"{number:02d}.png") for number in (3, 4, 5))]
+    decoder.close()
