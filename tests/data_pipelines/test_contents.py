@@ -346,7 +346,7 @@ def _write_image(path: Path, level: int) -> None:
 def _decoder_of_images(folder: Path) -> ClipDecoder:
     index = load_videos(folder.parent, progress=False, num_workers=0)
     clip_set = make_clip_set(index, ClipSpec(1, 3), size_px=None, channels=1, decoder="pyav")
-    return ClipDecoder(clip_set, Faults(), lambda shard: None)
+    return ClipDecoder(clip_set, Faults(), lambda shard: False)
 
 
 @pytest.mark.parametrize(
