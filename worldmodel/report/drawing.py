@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
+    from matplotlib.transforms import Bbox
 
 Theme = Mapping[str, str]
 
@@ -142,15 +143,24 @@ def style(theme: Theme) -> Iterator[Theme]:
 
 
 def chart(draw: Callable[[Figure, Theme], None], alt: str, *, size_in: tuple[float, float] = (SIDE_IN, 2.7)) -> Picture:
-    """Draw a chart in both themes by `draw(figure, theme)`."""
+    """Draw a chart in both themes by `draw(figure, theme)`.
+
+    Both have the layout of the first, as their texts are equal: a layout takes as long as drawing.
+    """
     from matplotlib.figure import Figure
 
-    uris = {}
+    uris: dict[str, str] = {}
+    places: list[Bbox] = []
     for name, theme in THEMES.items():
         with style(theme):
             figure = Figure(figsize=size_in, layout="constrained")
             draw(figure, theme)
+            if places:
+                figure.set_layout_engine("none")
+                for axes, place in zip(figure.axes, places, strict=True):
+                    axes.set_position(place)
             uris[name], width_px, height_px = _picture_uri(figure, dpi=CHART_DPI, lossless=True)
+            places = [axes.get_position() for axes in figure.axes]
     return Picture(uris["light"], uris["dark"], alt, width_px, height_px)
 
 
