@@ -193,6 +193,7 @@ def test_rounds_end_in_a_table_and_name_the_next_seed(tmp_path: Path) -> None:
     assert last == f"to continue: --seed {2 + int(row.split()[3])}"
 
 
+@pytest.mark.slow
 def test_one_round_is_repeated_and_saved(tmp_path: Path) -> None:
     done = run_fuzzer("--kind", "tar", "--seed", "3", "--repeat", "--out", str(tmp_path))
     assert done.stdout.split()[1:3] == ["tar", "3:"], done.stderr

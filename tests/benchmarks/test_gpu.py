@@ -40,6 +40,7 @@ def test_it_times_trains_and_scores_and_does_nothing_twice(tmp_path: Path) -> No
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.log")} == before
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
     trained = {"updates": 5, "seconds": 2.0, "energy_score": 0.66, "oracle_energy_score": 0.6, "x_oracle": 1.1}
     fails = Part("one", [["scripts/train.py", "--config", "nowhere.yaml"]], dict)
@@ -53,6 +54,7 @@ def test_a_part_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
     assert "failed" not in run_parts(mended, tmp_path)["parts"]["one"]
 
 
+@pytest.mark.slow
 def test_a_failure_is_one_line(tmp_path: Path) -> None:
     arguments = "model.encoder.width=none", "--out", str(tmp_path), "--parts", "paper"
     assert_one_line("benchmarks/gpu.py", *arguments, tells=f"paper failed: see {tmp_path / 'paper.log'}")

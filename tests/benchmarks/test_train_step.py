@@ -122,6 +122,7 @@ def test_other_kernels_are_not_those_of_the_plain_step() -> None:
         check_plain(load_config(PAPER, [*DEFAULTS, "model.encoder.kernels=space"]))
 
 
+@pytest.mark.slow
 def test_senseless_numbers_and_other_models_end_with_one_line() -> None:
     assert_one_line("benchmarks/train_step.py", "--steps", "0", tells="--steps must be at least 1, not 0")
     assert_one_line(

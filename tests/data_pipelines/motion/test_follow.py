@@ -44,6 +44,7 @@ def test_one_object_in_noise_and_changing_light(
     assert errors(motion, path).max() < 1.0
 
 
+@pytest.mark.slow
 def test_a_large_frame_is_reduced_and_positions_are_in_its_own_pixels(write_video: WriteVideo, tmp_path: Path) -> None:
     path = 4.3 * circle(30)[:, None]
     frames = painted(scenery(480, 640), path, [10], radius=20, noise=3)
@@ -137,6 +138,7 @@ def test_a_moving_camera_stirs_the_whole_picture(write_video: WriteVideo, tmp_pa
     assert tracked(write(write_video, tmp_path / "a.mp4", images)).stirring > 0.2
 
 
+@pytest.mark.slow
 def test_long_videos_have_a_background_per_window(
     write_video: WriteVideo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

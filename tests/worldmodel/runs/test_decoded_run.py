@@ -63,7 +63,7 @@ def test_the_report_shows_them_below_its_limit(decoded_run: Path) -> None:
     assert 'data-metric="decoder.mse"' in page and len(page) < 5_000_000
 
 
-@pytest.mark.parametrize("refine_steps", [4, 3])
+@pytest.mark.parametrize("refine_steps", [4, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_report_shows_those_of_the_weights_that_were_evaluated(
     decoded_run: Path, tmp_path: Path, refine_steps: int
 ) -> None:

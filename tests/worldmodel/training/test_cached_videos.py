@@ -84,7 +84,14 @@ def difference(one: Path, other: Path) -> list[float]:
     return [max(abs(a[key] - b[key]) / max(1.0, abs(a[key])) for key in a) for a, b in rows]
 
 
-@pytest.mark.parametrize(("pooling", "name"), [("mean", "dinov2"), ("mean", "vjepa2"), ("attention", "vjepa2")])
+@pytest.mark.parametrize(
+    ("pooling", "name"),
+    [
+        pytest.param("mean", "dinov2", marks=pytest.mark.slow),
+        pytest.param("mean", "vjepa2", marks=pytest.mark.slow),
+        ("attention", "vjepa2"),
+    ],
+)
 def test_losses_and_scores_are_those_of_training_from_pixels(
     models: Path,
     tmp_path: Path,

@@ -282,7 +282,9 @@ def wait_for_step(process: "subprocess.Popen[bytes]", run: Path, step: int) -> N
     raise AssertionError(f"training ended with exit code {process.returncode} before step {step}")
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_signals_save_a_checkpoint_and_set_the_exit_code(
     tiny_overrides: list[str], tmp_path: Path, number: signal.Signals, exit_code: int
 ) -> None:
