@@ -7,6 +7,7 @@ Dimensions: B videos, T frames, N digits in a video, H = W = 64.
 
 import gzip
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -59,6 +60,7 @@ def load_sprites(split: Split, mnist_dir: Path | None = None, size_px: int = SPR
     return Sprites(resized[:, 0].clamp(0, 1), digits[start:stop])
 
 
+@cache
 def _sklearn_digits() -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits
 
