@@ -112,6 +112,7 @@ def frozen_run(rooms: Path) -> Path:
         f"train.encoder_cache={rooms.parent / 'cache'}", "data.size_px=56", "data.batch_size=4", "data.num_lanes=2",
         "data.num_workers=0", "model.embedding_dim=16", "model.hidden_dim=16", "train.steps=2", "train.eval_every=2",
         "evaluation.horizon=1", "evaluation.queries=2", "evaluation.fit_clips=4", "evaluation.selection_clips=2",
+        "tracking.wandb=disabled",
     ]  # fmt: skip
     return train(recipe("dino_wm", *overrides))
 
