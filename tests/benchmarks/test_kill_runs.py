@@ -27,6 +27,7 @@ def test_killed_runs_end_as_the_uninterrupted_one(capsys: pytest.CaptureFixture[
     assert "\n6 kills, " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_faults_of_a_finished_run_are_seen(tiny_config: Callable[..., Config]) -> None:
     run = train(tiny_config())
     copy = Path(shutil.copytree(run, f"{run}_copy"))

@@ -35,6 +35,7 @@ REDUCED = [
 ]
 
 
+@pytest.mark.slow
 def test_our_step_in_fp32_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """At ten times the paper's learning rate, so that an update that differs shows in the next losses."""
 

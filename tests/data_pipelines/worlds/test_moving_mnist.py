@@ -140,6 +140,7 @@ def test_batches_are_a_function_of_seed_and_number_and_ranks_share_them(sprites:
 
 
 @pytest.mark.skipif(not MNIST.is_dir(), reason="MNIST is not on this machine")
+@pytest.mark.slow
 def test_published_oracle_and_pixel_constant_velocity() -> None:
     """Published for 1,024 queries: simulator oracle 0.610, pixel constant velocity 0.797. More queries, less noise."""
     sprites = load_sprites("test", MNIST)

@@ -79,7 +79,9 @@ def test_the_factors_themselves_score_one() -> None:
     assert development_scores(networks(config, 0), config.evaluation.seed)["factors_r2"] == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.parametrize(("mixing", "low", "high"), [("none", 0.95, 1.0), ("all", 0.0, 0.6)])
+@pytest.mark.parametrize(
+    ("mixing", "low", "high"), [pytest.param("none", 0.95, 1.0, marks=pytest.mark.slow), ("all", 0.0, 0.6)]
+)
 def test_a_latent_is_scored_by_the_changes_that_its_coordinates_hold(mixing: str, low: float, high: float) -> None:
     config = load_config(REPO / "configs" / "causal" / "multimodal.yaml", SIZES)
     trained = networks(config, 0)

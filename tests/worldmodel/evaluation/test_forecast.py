@@ -183,6 +183,7 @@ def test_a_label_of_frames_is_forecast_where_no_law_is_known(kicked: Any, tiny_c
         evaluate_forecasts(*labelled("digit"))
 
 
+@pytest.mark.slow
 def test_recalibrated_forecasts_stand_beside_the_raw_ones(kicked: Any, tmp_path: Path) -> None:
     plain, config = evaluate_forecasts(kicked.networks, kicked.config.evaluation), kicked.config.evaluation
     result = evaluate_forecasts(kicked.networks, replace(config, recalibrate=True))

@@ -94,6 +94,7 @@ def test_ties_of_pairs_count_half() -> None:
     assert found["share"] == 2.5 / 4 and found["ci95"] == pytest.approx(wilson(2, 4))
 
 
+@pytest.mark.slow
 def test_pairs_of_the_occlusion_world_are_compared(tiny_config: Callable[..., Config], occlusion_world: Path) -> None:
     run = train(
         tiny_config(f"data.root={occlusion_world}", "data.num_frames=6", "data.num_segments=2", "data.batch_size=4")

@@ -44,6 +44,7 @@ def test_clips_are_similar_if_they_agree_on_what_separates_clips() -> None:
     assert similar_clips(kept[:3], torch.tensor([0.99, 0.0])).shape == (3, 3)
 
 
+@pytest.mark.slow
 def test_it_learns_the_way_around_a_wall() -> None:
     """A corridor of two rows of ten cells that only its far end joins: the distance across, at the near end, is that
     of the way around, though the two rows look almost the same."""

@@ -76,6 +76,7 @@ def test_every_pixel_counts_once(size: int) -> None:
     torch.testing.assert_close(centre[0], expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_places_of_two_objects_are_linear_in_the_features_after_training() -> None:
     encoder, losses = trained(200)
     assert np.mean(losses[-10:]) < 0.5 * losses[0]

@@ -260,6 +260,7 @@ def test_no_step_is_timed_with_the_measurement_of_the_peak(
     assert now_s[0] > 1000 and all(row["step_s"] < 100 and row["mfu"] > 0 for row in rows(run))
 
 
+@pytest.mark.slow
 def test_a_short_run_is_profiled_whole(tiny_config: Callable[..., Config]) -> None:
     run = train(tiny_config("train.steps=2", "train.eval_every=2"), profile=True)
     assert steps_in_trace(run) == ["ProfilerStep#0", "ProfilerStep#1"]
