@@ -78,7 +78,7 @@ def check_regular(path: Path) -> None:
 def check_reachable(place: str | Path) -> None:
     """Raise UserError if the system refuses to look for a file or into a folder: for rights, or for a long name.
 
-    It is no error that nothing is there.
+    A missing place is not an error.
     """
     try:
         os.stat(f"{place}/.")  # the point asks for the right to enter the folder

@@ -289,7 +289,7 @@ def _bounds_of(
     """Recognise the kind of bounds of the arrays by their content (module docstring); None if it is none of them.
 
     are_numbers, are_marks, are_lengths: what the usual name of a column says. Lengths of as many episodes as rows look
-    like numbers, so their content alone does not tell.
+    like numbers, so their content alone does not decide.
     """
     first, *others = arrays
     is_per_row = all(len(array) == num_rows for array in arrays) and not are_lengths

@@ -5,7 +5,6 @@ then by its frames and labels.
 """
 
 import json
-import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -37,7 +36,7 @@ from data_pipelines.files import MAX_LINE_BYTES, check_reachable, write_errors
 from data_pipelines.indexing.probe import stamp_of
 from data_pipelines.labels import METADATA_NAME
 from data_pipelines.processes import ending, spawned_pool
-from data_pipelines.shards.packing import replaced_folder
+from data_pipelines.shards.packing import check_shard_mb, replaced_folder
 
 log = one_line_logger(__name__)
 
@@ -71,8 +70,7 @@ class Conversion:
             raise UserError(f"fps={self.fps:g} must be from 0.001 to 1000")
         if self.crf is not None and not 0 <= self.crf <= 51:
             raise UserError(f"crf={self.crf} must be from 0 (best) to 51")
-        if not 0 < self.shard_mb < math.inf:
-            raise UserError(f"shard_mb={self.shard_mb:g} must be more than 0, and finite")
+        check_shard_mb(self.shard_mb)
         if self.num_processes < 1:
             raise UserError(f"num_processes={self.num_processes} must be at least 1")
 

@@ -48,8 +48,7 @@ def pack_videos(
     Raises UserError: no readable videos, another format than a folder of video files, `out` exists and is not empty or
     cannot be replaced, labels are too large, a file changes meanwhile, or a shard cannot be written.
     """
-    if not 0 < shard_mb < math.inf:
-        raise UserError(f"shard_mb={shard_mb:g} must be more than 0, and finite")
+    check_shard_mb(shard_mb)
     if seed < 0:
         raise UserError(f"seed={seed} must be at least 0")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -82,6 +81,12 @@ def pack_videos(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return load_videos(out, progress=progress)
+
+
+def check_shard_mb(shard_mb: float, stated: str = "shard_mb=") -> None:
+    """Raise UserError unless a size of shards is more than 0 and finite. stated: what precedes it in the message."""
+    if not 0 < shard_mb < math.inf:
+        raise UserError(f"{stated}{shard_mb:g} must be more than 0, and finite")
 
 
 def replaced_folder(out: Path) -> Path:

@@ -11,7 +11,6 @@ examples:
 """
 
 import argparse
-import math
 import os
 from pathlib import Path
 
@@ -53,13 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from data_pipelines.convert.episodes import Keys
     from data_pipelines.convert.run import Conversion, convert
+    from data_pipelines.shards.packing import check_shard_mb
 
     check_counts(args, "num_processes")
     if args.shard_mb is not None and not args.shards:
         raise UserError(f"--shard-mb {args.shard_mb:g} is of --shards")
     shard_mb = 64 if args.shard_mb is None else args.shard_mb
-    if not 0 < shard_mb < math.inf:
-        raise UserError(f"--shard-mb {shard_mb:g} must be more than 0, and finite")
+    check_shard_mb(shard_mb, "--shard-mb ")
     keys = Keys(args.frames, args.actions, args.states, args.rewards, tuple(args.bounds), tuple(args.labels))
     settings = Conversion(
         keys=keys,

@@ -29,8 +29,8 @@ from worldmodel.training.losses import TrainingModel
 class Networks:
     """A run's model, the network that embeds targets, the device of both, the source of its clips and their layout.
 
-    Surprise also needs the losses that the model was trained with, and, for its stillness, the motion of ordinary
-    segments in rising order, [N] (worldmodel.evaluation.surprise).
+    Surprise and influence also need the losses that the model was trained with. Surprise also needs, for its
+    stillness, the motion of ordinary segments in rising order, [N] (worldmodel.evaluation.surprise).
     """
 
     model: WorldModel

@@ -233,7 +233,7 @@ def check_model(model: WorldModel, measure: str = "surprise") -> None:
 
 def training_of(networks: Networks) -> TrainingModel:
     """Return the losses that the model was trained with."""
-    assert networks.training is not None, "surprise is made of the losses of training"
+    assert networks.training is not None, "surprise and influence are made of the losses of training"
     return networks.training
 
 
