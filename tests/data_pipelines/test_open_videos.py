@@ -1,6 +1,5 @@
 """open_videos: from a folder to batches in one call; a state that resumes exactly; use in a DataLoader."""
 
-import hashlib
 import json
 from itertools import islice
 from pathlib import Path
@@ -10,19 +9,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from data_pipelines.batches import Batch
 from data_pipelines.errors import UserError
 from data_pipelines.stream import open_videos
 from data_pipelines.worlds.causal import CausalStream, CausalWorld
 from tests.conftest import run_python
+from tests.data_pipelines.streams import batch_hash
 
 OPTIONS: dict[str, Any] = {"num_frames": 4, "batch_size": 12, "size_px": 32, "channels": 1, "num_workers": 0}
-
-
-def _hash(batch: Batch) -> str:
-    digest = hashlib.sha256(batch["video"].numpy().tobytes())
-    digest.update(batch["clip_id"].numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def test_a_folder_is_opened_in_one_call(mixed_folder: Path) -> None:
@@ -45,15 +38,15 @@ def test_a_split_is_a_share_of_a_folder_without_splits(mixed_folder: Path) -> No
 
 
 RESUME = """
-import hashlib, json, sys
+import json, sys
 from itertools import islice
 from data_pipelines.stream import open_videos
-from tests.data_pipelines.test_open_videos import _hash
+from tests.data_pipelines.streams import batch_hash
 
 root, options, state, count = json.loads(sys.argv[1])
 stream = open_videos(root, **options)
 stream.load_state_dict(state)
-print(json.dumps([_hash(batch) for batch in islice(stream, count)]))
+print(json.dumps([batch_hash(batch) for batch in islice(stream, count)]))
 """
 
 
@@ -61,16 +54,18 @@ def test_a_state_continues_in_a_fresh_process(mixed_folder: Path) -> None:
     """A fork of a process that holds none of our modules (`tests.forked`), with another hash seed than this one."""
     stream = open_videos(mixed_folder, **OPTIONS)
     total = stream.batches_per_epoch + 3
-    whole = [_hash(batch) for batch in islice(stream.batches(), total)]
+    whole = [batch_hash(batch) for batch in islice(stream.batches(), total)]
     assert len(set(whole)) == total
     middle = stream.batches_per_epoch - 2  # the rest crosses the end of an epoch
-    assert [_hash(batch) for batch in islice(stream, middle)] == whole[:middle]
+    assert [batch_hash(batch) for batch in islice(stream, middle)] == whole[:middle]
     state = stream.state_dict()
     job = json.dumps([str(mixed_folder), OPTIONS | {"num_workers": 2}, state, total - middle])
     done = run_python("-c", RESUME, job)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == whole[middle:]
-    assert [_hash(batch) for batch in islice(stream, total - middle)] == whole[middle:]  # so does the stream itself
+    assert [batch_hash(batch) for batch in islice(stream, total - middle)] == whole[
+        middle:
+    ]  # so does the stream itself
 
 
 def test_a_state_of_another_stream_is_refused(mixed_folder: Path) -> None:
@@ -90,9 +85,9 @@ def test_generated_streams_have_a_state_too() -> None:
 
 def test_a_loader_without_workers_gives_the_batches(mixed_folder: Path) -> None:
     stream = open_videos(mixed_folder, **OPTIONS)
-    expected = [_hash(batch) for batch in islice(stream.batches(), 3)]
+    expected = [batch_hash(batch) for batch in islice(stream.batches(), 3)]
     loader = DataLoader(stream, batch_size=None, num_workers=0)
-    assert [_hash(batch) for batch in islice(loader, 3)] == expected
+    assert [batch_hash(batch) for batch in islice(loader, 3)] == expected
 
 
 def test_a_loader_with_workers_is_refused(mixed_folder: Path) -> None:

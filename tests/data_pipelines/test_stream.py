@@ -1,17 +1,7 @@
-"""Every clip once, in the same order for any number of ranks and workers; resumable; bad files survived."""
+"""Every clip once, in the same order for any number of ranks and workers; resumable."""
 
-import hashlib
 import json
-import multiprocessing
-import os
-import random
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,29 +11,18 @@ import pytest
 import torch
 
 from data_pipelines import clip_decoder
-from data_pipelines import stream as stream_module
-from data_pipelines import workers as workers_module
 from data_pipelines.batches import Batch
 from data_pipelines.clip_decoder import clips_of
 from data_pipelines.clips import ClipSpec
 from data_pipelines.errors import UserError
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.index import VideoIndex
-from data_pipelines.stream import VideoStream, open_videos
+from data_pipelines.stream import open_videos
 from tests.conftest import run_python
 from tests.data_pipelines.conftest import DECODERS
-from tests.data_pipelines.streams import make_stream, read_clips
+from tests.data_pipelines.streams import SETTINGS, SPEC, batch_hash, mixed_stream, read_clips, take
 
-SETTINGS: dict[str, Any] = {
-    "size_px": None,
-    "channels": 1,
-    "batch_size": 16,
-    "num_lanes": 8,
-    "pool_clips": 64,
-    "seed": 3,
-}
 pytestmark = pytest.mark.usefixtures("no_other_workers")
-SPEC = ClipSpec()
 
 
 @pytest.fixture(scope="module")
@@ -51,31 +30,9 @@ def index(mixed_folder: Path) -> VideoIndex:
     return load_videos(mixed_folder, progress=False)
 
 
-def _stream(index: VideoIndex, spec: ClipSpec = SPEC, **changes: Any) -> VideoStream:
-    return make_stream(index, spec, **(SETTINGS | changes))
-
-
-def _table(index: VideoIndex, spec: ClipSpec = SPEC) -> Any:
-    return clips_of(index, spec)
-
-
-def _hash(batch: Batch) -> str:
-    digest = hashlib.sha256(batch["video"].numpy().tobytes())
-    digest.update(batch["clip_id"].numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _take(stream: VideoStream, count: int, start_batch: int = 0) -> list[Batch]:
-    batches = stream.batches(start_batch)
-    try:
-        return list(islice(batches, count))
-    finally:
-        batches.close()
-
-
 def _check_pixels(index: VideoIndex, spec: ClipSpec, batches: list[Batch], read_numbers: Any) -> None:
     """Each clip shows the frames of the video that its id stands for, in order of time."""
-    table = _table(index, spec)
+    table = clips_of(index, spec)
     for batch in batches:
         clips = batch["clip_id"].numpy()
         for row, (video, start) in enumerate(zip(table.videos_of(clips), table.starts_of(clips), strict=True)):
@@ -85,15 +42,15 @@ def _check_pixels(index: VideoIndex, spec: ClipSpec, batches: list[Batch], read_
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_every_clip_once_an_epoch_with_the_right_pixels(index: VideoIndex, read_numbers: Any, num_workers: int) -> None:
-    stream = _stream(index, num_workers=num_workers)
-    num_clips = _table(index).num_clips
+    stream = mixed_stream(index, num_workers=num_workers)
+    num_clips = clips_of(index, SPEC).num_clips
     assert stream.batches_per_epoch == num_clips // 16
-    batches = _take(stream, 2 * stream.batches_per_epoch)
+    batches = take(stream, 2 * stream.batches_per_epoch)
     epochs = [batches[: stream.batches_per_epoch], batches[stream.batches_per_epoch :]]
     for epoch in epochs:
         delivered = torch.cat([batch["clip_id"] for batch in epoch]).tolist()
         assert len(set(delivered)) == len(delivered) == num_clips - num_clips % 16
-    assert [_hash(batch) for batch in epochs[0]] != [_hash(batch) for batch in epochs[1]]
+    assert [batch_hash(batch) for batch in epochs[0]] != [batch_hash(batch) for batch in epochs[1]]
     _check_pixels(index, SPEC, epochs[0][::2], read_numbers)
     assert batches[0]["video"].shape == (16, 9, 1, 48, 64)
     assert batches[0]["video"].dtype == torch.uint8
@@ -111,8 +68,8 @@ def test_every_clip_once_an_epoch_with_the_right_pixels(index: VideoIndex, read_
 def test_overlapping_spread_and_sparse_clips(
     index: VideoIndex, read_numbers: Any, spec: ClipSpec, decoder: str
 ) -> None:
-    stream = _stream(index, spec, batch_size=8, num_lanes=4, decoder=decoder)
-    _check_pixels(index, spec, _take(stream, min(25, stream.batches_per_epoch)), read_numbers)
+    stream = mixed_stream(index, spec, batch_size=8, num_lanes=4, decoder=decoder)
+    _check_pixels(index, spec, take(stream, min(25, stream.batches_per_epoch)), read_numbers)
 
 
 TIMES_MS: dict[str, list[float]] = {
@@ -186,7 +143,7 @@ def test_clips_by_time_decode_no_frame_twice(timed_index: VideoIndex, monkeypatc
 
 
 def test_resized_colour_clips_keep_their_layout(index: VideoIndex) -> None:
-    batch = _take(_stream(index, size_px=32, channels=3), 1)[0]
+    batch = take(mixed_stream(index, size_px=32, channels=3), 1)[0]
     assert batch["video"].shape == (16, 9, 3, 32, 32)
 
 
@@ -205,10 +162,10 @@ def _assemble(per_rank: list[Batch], num_lanes: int) -> tuple[torch.Tensor, torc
 def test_global_batches_do_not_depend_on_ranks_and_workers(
     index: VideoIndex, world_size: int, num_workers: int
 ) -> None:
-    start = _stream(index).batches_per_epoch - 3
-    whole = _take(_stream(index), 6, start)  # across the end of an epoch
+    start = mixed_stream(index).batches_per_epoch - 3
+    whole = take(mixed_stream(index), 6, start)  # across the end of an epoch
     per_rank = [
-        _take(_stream(index, rank=rank, world_size=world_size, num_workers=num_workers), 6, start)
+        take(mixed_stream(index, rank=rank, world_size=world_size, num_workers=num_workers), 6, start)
         for rank in range(world_size)
     ]
     for expected, *parts in zip(whole, *per_rank, strict=True):
@@ -218,29 +175,26 @@ def test_global_batches_do_not_depend_on_ranks_and_workers(
 
 
 RESUME = """
-import hashlib, json, sys
-from itertools import islice
+import json, sys
 from data_pipelines.clips import ClipSpec
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.stream import VideoStream
-from tests.data_pipelines.streams import make_stream
+from tests.data_pipelines.streams import batch_hash, make_stream, take
 
 root, settings, runs = json.loads(sys.argv[1])
 for num_workers, start_batch, count in runs:
     index = load_videos(root, progress=False)
     stream = make_stream(index, ClipSpec(), **settings, num_workers=num_workers)
-    for batch in islice(stream.batches(start_batch), count):
-        digest = hashlib.sha256(batch["video"].numpy().tobytes())
-        digest.update(batch["clip_id"].numpy().tobytes())
-        print(digest.hexdigest()[:16])
+    for batch in take(stream, count, start_batch):
+        print(batch_hash(batch))
 """
 
 
 def test_resume_in_a_fresh_process_continues_identically(index: VideoIndex) -> None:
     """A fork of a process that holds none of our modules (`tests.forked`), with another hash seed than this one."""
-    stream = _stream(index)
+    stream = mixed_stream(index)
     total = 2 * stream.batches_per_epoch + 2
-    whole = [_hash(batch) for batch in _take(stream, total)]
+    whole = [batch_hash(batch) for batch in take(stream, total)]
     assert len(set(whole)) == total
     middle, late = stream.batches_per_epoch // 2, stream.batches_per_epoch + 1
     runs = [(2, middle, total - middle), (0, late, total - late), (1, stream.batches_per_epoch, 3)]
@@ -266,10 +220,10 @@ class _Opens:
 
 
 def test_each_group_is_decoded_once_an_epoch(index: VideoIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = _table(index)
+    table = clips_of(index, SPEC)
     opens = _Opens(monkeypatch)
-    stream = _stream(index)
-    batches = _take(stream, stream.batches_per_epoch)
+    stream = mixed_stream(index)
+    batches = take(stream, stream.batches_per_epoch)
     delivered = torch.cat([batch["clip_id"] for batch in batches]).numpy()
     groups = len(np.unique(table.groups_of(delivered)))
     assert groups <= opens.counts.total() <= groups + 8 - 1  # one more where a group crosses two lanes
@@ -278,10 +232,10 @@ def test_each_group_is_decoded_once_an_epoch(index: VideoIndex, monkeypatch: pyt
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_cache_changes_no_batch(index: VideoIndex, num_workers: int) -> None:
-    plain, cached = (_stream(index, num_workers=num_workers, cache_mb=megabytes) for megabytes in (0, 64))
+    plain, cached = (mixed_stream(index, num_workers=num_workers, cache_mb=megabytes) for megabytes in (0, 64))
     assert plain.fingerprint == cached.fingerprint
     total = 3 * plain.batches_per_epoch
-    assert [_hash(batch) for batch in _take(plain, total)] == [_hash(batch) for batch in _take(cached, total)]
+    assert [batch_hash(batch) for batch in take(plain, total)] == [batch_hash(batch) for batch in take(cached, total)]
 
 
 def test_what_is_in_the_cache_is_not_decoded_again_and_the_cache_is_bounded(
@@ -295,11 +249,11 @@ def test_what_is_in_the_cache_is_not_decoded_again_and_the_cache_is_bounded(
         return decode(self, video, group, start)
 
     monkeypatch.setattr(clip_decoder.ClipDecoder, "decode", counting)
-    num_clips = _table(index).num_clips
+    num_clips = clips_of(index, SPEC).num_clips
     for megabytes in (64, 1):
         decoded.clear()
-        stream = _stream(index, cache_mb=megabytes)
-        batches = _take(stream, 4 * stream.batches_per_epoch)
+        stream = mixed_stream(index, cache_mb=megabytes)
+        batches = take(stream, 4 * stream.batches_per_epoch)
         clip_bytes = batches[0]["video"][0].numel()
         kept = min(num_clips, megabytes * 2**20 // clip_bytes)
         again = len(decoded) - len(set(decoded))
@@ -309,9 +263,9 @@ def test_what_is_in_the_cache_is_not_decoded_again_and_the_cache_is_bounded(
 
 
 def test_resume_decodes_only_what_is_still_to_come(index: VideoIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = _stream(index, pool_clips=8)
+    stream = mixed_stream(index, pool_clips=8)
     opens = _Opens(monkeypatch)
-    [batch] = _take(stream, 1, stream.batches_per_epoch - 1)
+    [batch] = take(stream, 1, stream.batches_per_epoch - 1)
     assert len(batch["clip_id"]) == 16
     assert opens.counts.total() <= 16
 
@@ -326,7 +280,7 @@ def test_the_pool_bounds_the_clips_in_memory(index: VideoIndex, monkeypatch: pyt
         return decode(self, *arguments)
 
     monkeypatch.setattr(clip_decoder.ClipDecoder, "decode", counting)
-    stream = _stream(index, batch_size=4, num_lanes=2, pool_clips=32)
+    stream = mixed_stream(index, batch_size=4, num_lanes=2, pool_clips=32)
     batches = stream.batches()
     most = 0
     for number in range(stream.batches_per_epoch):
@@ -343,8 +297,8 @@ def _labelled(index: VideoIndex) -> VideoIndex:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_labels_follow_their_videos(index: VideoIndex, num_workers: int) -> None:
     labelled = _labelled(index)
-    batch = _take(_stream(labelled, num_workers=num_workers), 1)[0]
-    videos = torch.from_numpy(_table(index).videos_of(batch["clip_id"].numpy()))
+    batch = take(mixed_stream(labelled, num_workers=num_workers), 1)[0]
+    videos = torch.from_numpy(clips_of(index, SPEC).videos_of(batch["clip_id"].numpy()))
     assert torch.equal(batch["labels"]["video"], videos)
     assert torch.equal(batch["labels"]["pair"], labelled.labels["pair"][videos])
 
@@ -353,7 +307,7 @@ def test_labels_follow_their_videos(index: VideoIndex, num_workers: int) -> None
 def test_read_all_is_ordered_and_complete(index: VideoIndex, read_numbers: Any, num_workers: int) -> None:
     arguments: dict[str, Any] = {"size_px": None, "channels": 1, "batch_size": 20, "num_workers": num_workers}
     batches = list(read_clips(index, SPEC, **arguments))
-    num_clips = _table(index).num_clips
+    num_clips = clips_of(index, SPEC).num_clips
     assert torch.cat([batch["clip_id"] for batch in batches]).tolist() == list(range(num_clips))
     assert [len(batch["clip_id"]) for batch in batches[:-1]] == [20] * (num_clips // 20)
     _check_pixels(index, SPEC, batches, read_numbers)
@@ -379,268 +333,15 @@ def test_ranks_read_all_clips_once_in_order(index: VideoIndex, world_size: int) 
         assert torch.equal(torch.cat([batch[name] for share in shares for batch in share]), whole)
 
 
-@pytest.fixture
-def damaged(index: VideoIndex, tmp_path: Path) -> tuple[VideoIndex, set[str]]:
-    """Four files that were good when they were indexed: empty, cut, gone, and damaged inside by a failing disk, which
-    changes neither size nor time."""
-    root = tmp_path / "damaged"
-    shutil.copytree(index.root, root)
-    (root / "a01.mp4").write_bytes(b"")
-    data = (root / "a02.mp4").read_bytes()
-    (root / "a02.mp4").write_bytes(data[: len(data) // 2])
-    (root / "a03.mp4").unlink()
-    long = root / "long" / "32.mp4"
-    data = long.read_bytes()
-    long.write_bytes(data[: len(data) // 2] + bytes(200) + data[len(data) // 2 + 200 :])
-    os.utime(long, ns=(0, index.videos[32].mtime_ns))
-    return VideoIndex(root, index.videos), {"a01.mp4", "a02.mp4", "a03.mp4", "long/32.mp4"}
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_files_that_fail_while_streaming_are_left_out_and_named_once(
-    index: VideoIndex,
-    damaged: tuple[VideoIndex, set[str]],
-    read_numbers: Any,
-    caplog: pytest.LogCaptureFixture,
-    num_workers: int,
-) -> None:
-    broken, names = damaged
-    good = _stream(index)
-    total = 2 * good.batches_per_epoch
-    whole = _take(good, total)
-    batches = _take(_stream(broken, num_workers=num_workers, max_bad_fraction=0.2), total)
-    lost: set[int] = set()
-    for expected, batch in zip(whole, batches, strict=True):
-        missing = set(expected["clip_id"].tolist()) - set(batch["clip_id"].tolist())
-        kept = torch.tensor([clip not in missing for clip in expected["clip_id"].tolist()])
-        assert torch.equal(expected["clip_id"][kept], batch["clip_id"])  # dropped, not replaced nor moved
-        assert torch.equal(expected["video"][kept], batch["video"])  # no frame that only looks right
-        lost |= missing
-    lost_videos = {broken.videos[video].path for video in _table(index).videos_of(np.array(sorted(lost)))}
-    assert lost_videos == names
-    for name in names:
-        what = "has changed" if name in ("a01.mp4", "a02.mp4") else "does not decode"
-        assert sum(f"'{name}' {what}" in record.message for record in caplog.records) == 1
-    # of the long file only what lies in the damaged keyframe intervals
-    of_long = _table(index).first_clip[32:34]
-    assert 1 <= sum(of_long[0] <= clip < of_long[1] for clip in lost) < (of_long[1] - of_long[0]) / 2
-
-
-def test_what_fails_does_not_depend_on_where_the_run_was_resumed(
-    damaged: tuple[VideoIndex, set[str]],
-) -> None:
-    stream = _stream(damaged[0], max_bad_fraction=0.2)
-    whole = [_hash(batch) for batch in _take(stream, stream.batches_per_epoch)]
-    for start in range(1, stream.batches_per_epoch, 2):
-        assert _hash(_take(stream, 1, start)[0]) == whole[start]
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_too_many_failing_files_stop_the_run_with_one_line(
-    damaged: tuple[VideoIndex, set[str]], num_workers: int
-) -> None:
-    stream = _stream(damaged[0], num_workers=num_workers, max_bad_fraction=0.05)
-    with pytest.raises(UserError, match=r"2 of 34 videos do not decode.*max_bad_fraction=0.05") as caught:
-        _take(stream, stream.batches_per_epoch)
-    assert "\n" not in str(caught.value)
-    assert not multiprocessing.active_children()
-    with pytest.raises(UserError, match="do not decode"):
-        list(
-            read_clips(
-                damaged[0],
-                SPEC,
-                size_px=None,
-                channels=1,
-                batch_size=8,
-                num_workers=num_workers,
-                max_bad_fraction=0,
-            )
-        )
-
-
-def _started(index: VideoIndex, num_workers: int) -> tuple[Iterator[Batch], list[Any]]:
-    batches = _stream(index, num_workers=num_workers).batches()
-    next(batches)
-    workers = multiprocessing.active_children()
-    assert len(workers) == num_workers
-    return batches, workers
-
-
-def test_closing_the_iterator_ends_the_workers(index: VideoIndex) -> None:
-    batches, workers = _started(index, 2)
-    batches.close()  # type: ignore[attr-defined]
-    assert not any(worker.is_alive() for worker in workers)
-
-
-def test_workers_are_no_more_than_the_lanes_of_the_rank(index: VideoIndex) -> None:
-    batches = _stream(index, num_workers=8, world_size=4, rank=1).batches()
-    next(batches)
-    assert len(multiprocessing.active_children()) == 2
-    batches.close()
-
-
-def test_workers_leave_ctrl_c_to_the_main_process(index: VideoIndex) -> None:
-    batches, workers = _started(index, 1)
-    os.kill(workers[0].pid, signal.SIGINT)
-    assert len(list(islice(batches, 10))) == 10
-    batches.close()  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("num_workers", [1, 3])
-def test_killed_workers_are_replaced_and_no_batch_changes(index: VideoIndex, num_workers: int) -> None:
-    total = _stream(index).batches_per_epoch + 4
-    whole = [_hash(batch) for batch in _take(_stream(index), total)]
-    rng = random.Random(0)
-    batches = _stream(index, num_workers=num_workers).batches()
-    hashes = []
-    for number in range(total):
-        if number % 7 == 3:
-            victim = rng.choice(multiprocessing.active_children())
-            time.sleep(rng.uniform(0, 0.05))
-            victim.kill()
-        hashes.append(_hash(next(batches)))
-    batches.close()
-    assert hashes == whole
-    assert not multiprocessing.active_children()
-
-
-class _FaultyReader:
-    """Does something terrible before it reads one frame of one video."""
-
-    def __init__(self, reader: Any, frame: int, act: Callable[[], Any]) -> None:
-        self._reader, self._frame, self._act = reader, frame, act
-        self.close = reader.close
-
-    def read(self, frame: int) -> Any:
-        if frame == self._frame:
-            self._act()
-        return self._reader.read(frame)
-
-
-def _make_faulty(monkeypatch: pytest.MonkeyPatch, name: str, frame: int | None, act: Callable[[], Any]) -> None:
-    """frame None: the file cannot even be opened."""
-    open_video = clip_decoder.open_video
-
-    def faulty(path: str, *arguments: Any, **more: Any) -> Any:
-        if not path.endswith(name):
-            return open_video(path, *arguments, **more)
-        if frame is None:
-            act()
-        return _FaultyReader(open_video(path, *arguments, **more), -1 if frame is None else frame, act)
-
-    monkeypatch.setattr(clip_decoder, "open_video", faulty)
-
-
-@pytest.mark.parametrize("frame", [None, 130])
-@pytest.mark.parametrize(
-    ("act", "reason"),
-    [
-        (lambda: time.sleep(1000), "took more than decode_timeout_s=1"),
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), "ended two processes"),
-    ],
-    ids=["hangs", "crashes"],
-)
-def test_a_frame_at_which_workers_hang_or_crash_is_left_out(
-    index: VideoIndex,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    frame: int | None,
-    act: Callable[[], Any],
-    reason: str,
-) -> None:
-    name = "long/32.mp4"
-    [video] = [row for row, facts in enumerate(index.videos) if facts.path == name]
-    table = _table(index)
-    total = 2 * _stream(index).batches_per_epoch
-    whole = _take(_stream(index), total)
-    monkeypatch.setattr(workers_module, "POLL_S", 0.05)
-    _make_faulty(monkeypatch, name, frame, act)
-    batches = _take(_stream(index, num_workers=2, decode_timeout_s=1.0), total)
-    lost = set()
-    for expected, batch in zip(whole, batches, strict=True):
-        ids = batch["clip_id"].tolist()
-        missing = [clip for clip in expected["clip_id"].tolist() if clip not in ids]
-        kept = torch.tensor([clip not in missing for clip in expected["clip_id"].tolist()])
-        assert torch.equal(expected["clip_id"][kept], batch["clip_id"])
-        assert torch.equal(expected["video"][kept], batch["video"])
-        lost.update(missing)
-    clips = np.arange(table.first_clip[video], table.first_clip[video + 1])
-    starts = table.starts_of(clips)
-    keyframes = np.asarray(index.videos[video].keyframes)
-    if frame is not None:
-        behind = keyframes[np.searchsorted(keyframes, starts, side="right") - 1]
-        clips = clips[(behind <= frame) & (frame < starts + SPEC.span)]
-        assert 0 < len(clips) < len(starts)
-    delivered = np.concatenate([batch["clip_id"].numpy() for batch in whole])
-    assert lost == set(clips.tolist()) & set(delivered.tolist()) != set()
-    place = "opening it" if frame is None else f"decoding frame {frame}"
-    assert sum(f"'{name}' does not decode ({place} {reason})" in record.message for record in caplog.records) == 1
-
-
-def test_workers_that_die_again_and_again_are_one_clear_line(
-    index: VideoIndex, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def die(*_: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(stream_module, "stack_clips", die)
-    with pytest.raises(UserError, match=r"a decoding process died 4 times in a row \(exit code -9\)") as caught:
-        _take(_stream(index, num_workers=2), 1)
-    assert "\n" not in str(caught.value)
-    assert not multiprocessing.active_children()
-
-
-def test_an_error_in_a_worker_arrives_with_its_traceback(index: VideoIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> Any:
-        raise ZeroDivisionError("a mistake of ours")
-
-    monkeypatch.setattr(stream_module, "stack_clips", fail)
-    with pytest.raises(RuntimeError, match=r"in fail(.|\n)*a mistake of ours"):
-        _take(_stream(index, num_workers=1), 1)
-
-
-ORPHAN = """
-import json, multiprocessing, sys, time
-from data_pipelines.clips import ClipSpec
-from data_pipelines.formats.registry import load_videos
-from data_pipelines.stream import VideoStream
-from tests.data_pipelines.streams import make_stream
-
-root, settings = json.loads(sys.argv[1])
-batches = make_stream(load_videos(root, progress=False), ClipSpec(), **settings, num_workers=1).batches()
-next(batches)
-print(multiprocessing.active_children()[0].pid, flush=True)
-time.sleep(1000)
-"""
-
-
-def test_workers_end_with_a_main_process_that_was_killed(index: VideoIndex) -> None:
-    command = [sys.executable, "-c", ORPHAN, json.dumps([str(index.root), SETTINGS])]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as main:
-        assert main.stdout is not None
-        worker = int(main.stdout.readline())
-        main.kill()
-    for _ in range(200):
-        try:
-            os.kill(worker, 0)
-            if Path(f"/proc/{worker}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] == "Z":
-                return  # it ended; nobody has asked for its exit code yet
-        except OSError:
-            return
-        time.sleep(0.05)
-    os.kill(worker, signal.SIGKILL)
-    pytest.fail("the worker lives on")
-
-
 def test_fingerprint_covers_what_fixes_the_order_and_nothing_else(index: VideoIndex) -> None:
-    base = _stream(index).fingerprint
+    base = mixed_stream(index).fingerprint
     same: list[dict[str, Any]] = [
         {"num_workers": 2},
         {"rank": 1, "world_size": 2},
         {"decoder": "pyav"},
         {"size_px": 32},
     ]
-    assert {_stream(index, **changes).fingerprint for changes in same} == {base}
+    assert {mixed_stream(index, **changes).fingerprint for changes in same} == {base}
     other: list[dict[str, Any]] = [
         {"seed": 4},
         {"batch_size": 32},
@@ -651,25 +352,25 @@ def test_fingerprint_covers_what_fixes_the_order_and_nothing_else(index: VideoIn
         {"spec": ClipSpec(fps=10.0)},
         {"index": VideoIndex(index.root, index.videos[1:])},
     ]
-    fingerprints = {_stream(**{"index": index, **changes}).fingerprint for changes in other}
+    fingerprints = {mixed_stream(**{"index": index, **changes}).fingerprint for changes in other}
     assert len(fingerprints | {base}) == len(other) + 1
 
 
 def test_mistakes_are_named(index: VideoIndex, tmp_path: Path, write_video: Any) -> None:
     with pytest.raises(UserError, match="batch_size=15 is not a multiple of num_lanes=8"):
-        _stream(index, batch_size=15)
+        mixed_stream(index, batch_size=15)
     with pytest.raises(UserError, match="num_lanes=8 is not a multiple of the 3 processes"):
-        _stream(index, world_size=3)
+        mixed_stream(index, world_size=3)
     with pytest.raises(UserError, match="fewer than one batch: lower batch_size=1600"):
-        _stream(index, batch_size=1600)
+        mixed_stream(index, batch_size=1600)
     with pytest.raises(UserError, match=r"clips span 303 frames.*longest video has 300"):
-        _stream(index, ClipSpec(num_frames=101))
+        mixed_stream(index, ClipSpec(num_frames=101))
     with pytest.raises(UserError, match="decoder='vhs'"):
-        _stream(index, decoder="vhs")
+        mixed_stream(index, decoder="vhs")
     write_video(tmp_path / "a.mp4")
     write_video(tmp_path / "b.mp4", size=(32, 32))
     with pytest.raises(UserError, match=r"'a.mp4' is 64x48, 'b.mp4' 32x32\): set size_px"):
-        _stream(load_videos(tmp_path, progress=False), batch_size=1, num_lanes=1)
+        mixed_stream(load_videos(tmp_path, progress=False), batch_size=1, num_lanes=1)
 
 
 @pytest.mark.parametrize(

@@ -50,11 +50,6 @@ def server(folder: Path) -> Iterator[ShardServer]:
 
 
 @pytest.fixture
-def slept() -> list[float]:
-    return []
-
-
-@pytest.fixture
 def store(server: ShardServer, slept: list[float]) -> Store:
     return Store(server.url, sleep=slept.append, stall_s=0.3)
 
