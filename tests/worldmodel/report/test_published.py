@@ -9,8 +9,8 @@ import gymnasium
 import pytest
 
 from tests.conftest import REPO
+from tests.worldmodel.report.pages import report
 from tests.worldmodel.report.samples import make_planning
-from tests.worldmodel.report.test_run_page import report
 from worldmodel.report.published import PUBLISHED, own_setting, published_for
 from worldmodel.runs.metrics import RunMetrics
 
