@@ -69,8 +69,10 @@ class BatchStream(IterableDataset[Batch]):
         """Continue after the last batch that the stream with this state delivered; takes effect with the next iterator.
 
         Raises:
-            UserError: the state is of a stream of other videos, or with another order of clips.
+            UserError: this is not the state of a stream, or that of a stream of other videos or another order of clips.
         """
+        if set(state) != {"next_batch", "fingerprint"}:
+            raise UserError(f"{state!r:.80} is not the state of a stream: give what its state_dict() returned")
         if state["fingerprint"] != self.fingerprint:
             raise UserError(
                 f"the state is of another stream (fingerprint {state['fingerprint']}, here {self.fingerprint}): open "

@@ -73,6 +73,8 @@ def test_a_state_of_another_stream_is_refused(mixed_folder: Path) -> None:
     other = open_videos(mixed_folder, **OPTIONS | {"seed": 1})
     with pytest.raises(UserError, match="the state is of another stream"):
         other.load_state_dict(state)
+    with pytest.raises(UserError, match=r"\{'epoch': 3\} is not the state of a stream: give what"):
+        other.load_state_dict({"epoch": 3})
 
 
 def test_generated_streams_have_a_state_too() -> None:

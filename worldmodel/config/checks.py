@@ -138,6 +138,8 @@ def _of_encoder_cache(config: Config) -> Iterator[str]:
         yield f"{key} needs data.source=videos: data.source={data.source} has no files whose segments come again"
     if active := ", ".join(f"data.augment.{name}={value}" for name, value in data.augment.active.items()):
         yield f"{key} stores segments as they are: leave out {active}, or this key"
+    if config.train.start_from is not None:
+        yield f"{key} holds the output of the encoder at model.encoder.path, not in train.start_from: set only one"
 
 
 def _of_latent_and_editor(config: Config) -> Iterator[str]:

@@ -38,6 +38,10 @@ class TrainConfig:
     """Updates."""
     lr: PositiveFloat = 1e-4
     """Largest learning rate of AdamW."""
+    start_from: Text | None = None
+    """Folder of another run whose weights this one starts from, those of its latest checkpoint. The encoder must be the
+    same. Another network, such as an editor with other actions, starts with new weights if it does not fit, and is
+    named. null: all weights are new."""
     warmup_steps: CountFrom0 = 0
     """Updates over which the learning rate rises linearly from zero."""
     weight_decay: NonNegativeFloat = 1e-4

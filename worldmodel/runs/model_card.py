@@ -105,16 +105,19 @@ def _embedding_table(metrics: Metrics) -> str:
 
 def _data(config: Config) -> list[list[str]]:
     flat = flatten(to_dict(config)["data"])
-    return [[f"data.{key}", _plain(value)] for key, value in flat.items() if key not in READING and value is not None]
+    rows = [[f"data.{key}", _plain(value)] for key, value in flat.items() if key not in READING and value is not None]
+    return rows + ([["train.start_from", _plain(config.train.start_from)]] if config.train.start_from else [])
 
 
 def _limitations(config: Config, has_decoder: bool) -> list[str]:
+    start = config.train.start_from
     found = [
         "It predicts embeddings. A small decoder, trained on embeddings of real frames, draws frames from them."
         if has_decoder
         else "It predicts embeddings, not frames.",
-        "It was trained on the data above alone. The scores hold for the test split of this data, and for no other "
-        "videos.",
+        "It was trained on the data above alone"
+        + (f", after its weights were trained in {_plain(start)} on the data of that run" if start else "")
+        + ". The scores hold for the test split of this data, and for no other videos.",
         f"Forecasts beyond horizon {config.evaluation.horizon}, in segments, were not scored.",
     ]
     if isinstance(config.model.latent, NoLatentConfig):

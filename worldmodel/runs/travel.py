@@ -174,7 +174,10 @@ def portable_config(config: Config, name: str) -> tuple[Config, list[str]]:
     encoder = config.model.encoder
     if isinstance(encoder, PretrainedConfig) and encoder.path is not None and public_path(encoder.path) != encoder.path:
         log.warning("model.encoder.path=%s stays in config.yaml, because loading needs it", encoder.path)
-    train = dataclasses.replace(config.train, encoder_cache=None)
+    start_from = config.train.start_from and public_path(config.train.start_from)
+    if start_from != config.train.start_from:
+        left_out.append(f"the private part of train.start_from, which is now {start_from}")
+    train = dataclasses.replace(config.train, encoder_cache=None, start_from=start_from)
     return dataclasses.replace(config, run_dir=name, data=data, train=train, tracking=TrackingConfig()), left_out
 
 

@@ -33,6 +33,7 @@ from worldmodel.training.launch import check_ranks_agree, is_lost_connection, la
 from worldmodel.training.profiling import profiled
 from worldmodel.training.refine import refinement_stream, steps_of
 from worldmodel.training.session import Session, Stop
+from worldmodel.training.start_from import check_start, start_from
 from worldmodel.training.trainer import Trainer
 from worldmodel.training.turns import turns_here
 
@@ -78,6 +79,8 @@ def train(
         session = Session(trainer, run, source, stream.fingerprint, stop)
         if resume:
             session.load()
+        if train_config.start_from and session.saved_step < 0:
+            start_from(trainer, Path(train_config.start_from))
         accelerator.print(session.summary())
         for caution in cautions(config) if accelerator.is_main_process else ():
             logger.warning(caution)
@@ -158,6 +161,8 @@ def open_run_and_stream(
             refinement_stream(source, config, accelerator.device)  # reports missing videos before hours of training
         if accelerator.is_main_process:
             run = Path(config.run_dir)
+            if config.train.start_from and not resume:
+                check_start(Path(config.train.start_from), run)
             held.enter_context(run_lock(run))
             open_run(run, to_dict(config), resume=resume, overwrite=overwrite)
             remove_leftovers(run)

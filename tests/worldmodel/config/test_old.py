@@ -70,6 +70,7 @@ NEW |= {
     "data.relation.name",
     "data.relation.label",
     "data.history_segments",
+    "train.start_from",
 }
 NEW_CHOICES = {
     ("data.source", "images"),

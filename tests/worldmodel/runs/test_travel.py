@@ -1,5 +1,6 @@
 """Exported runs: they load as the original does, and hold nothing private."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -78,6 +79,18 @@ def test_no_private_path_is_exported(evaluated_run: Path, world: Path, tmp_path:
 )
 def test_private_parts_of_paths(path: str, expected: str) -> None:
     assert public_path(path) == expected
+
+
+def test_the_run_that_the_weights_started_from_is_named(evaluated_run: Path, tmp_path: Path) -> None:
+    run = worldmodel.load(evaluated_run)
+    train = dataclasses.replace(run.config.train, start_from="/home/name/runs/first")
+    started = dataclasses.replace(run, config=dataclasses.replace(run.config, train=train))
+    folder = worldmodel.export(started, tmp_path / "exported")
+    assert load_config(folder / "config.yaml").train.start_from == "first"
+    card = (folder / "README.md").read_text()
+    assert "after its weights were trained in first on the data of that run. The scores" in card
+    assert "- the private part of train.start\\_from, which is now first\n" in card and "/home" not in card
+    assert "start\\_from" not in worldmodel.export(run, tmp_path / "other").joinpath("README.md").read_text()
 
 
 def test_scores_of_another_checkpoint_are_left_out(evaluated_run: Path, tmp_path: Path) -> None:
