@@ -1,7 +1,6 @@
 """Workers that are stopped, stuck or out of shared memory: replaced or named, no clip lost, nothing left behind."""
 
 import errno
-import hashlib
 import json
 import logging
 import math
@@ -36,18 +35,9 @@ from data_pipelines.processes import Parent, Patience, environment_int
 from data_pipelines.stream import VideoStream
 from data_pipelines.workers import Part
 from tests.conftest import REPO, script_environment
-from tests.data_pipelines.streams import make_stream
+from tests.data_pipelines.streams import SETTINGS, SPEC, batch_hash, make_stream, mixed_stream, take
 
 pytestmark = pytest.mark.usefixtures("no_other_workers")
-SPEC = ClipSpec()
-SETTINGS: dict[str, Any] = {
-    "size_px": None,
-    "channels": 1,
-    "batch_size": 16,
-    "num_lanes": 8,
-    "pool_clips": 64,
-    "seed": 3,
-}
 PART = Part(np.zeros((1, 3, 1, 2, 2), np.uint8), np.zeros(1, np.int64), np.zeros(1, np.int64), {})
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc and prctl are Linux's")
 
@@ -63,11 +53,7 @@ def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _hashes(stream: VideoStream, count: int) -> list[str]:
-    batches = stream.batches()
-    try:
-        return [hashlib.sha256(batch["video"].numpy().tobytes()).hexdigest() for batch in islice(batches, count)]
-    finally:
-        batches.close()
+    return [batch_hash(batch) for batch in take(stream, count)]
 
 
 def _stopped_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: Any, name: str) -> None:
@@ -100,20 +86,20 @@ def test_a_stopped_worker_is_replaced_and_no_clip_is_lost(
     module: Any,
     name: str,
 ) -> None:
-    whole = _hashes(make_stream(index, SPEC, **SETTINGS), 12)
+    whole = _hashes(mixed_stream(index), 12)
     _stopped_once(monkeypatch, tmp_path, module, name)
-    assert _hashes(make_stream(index, SPEC, **SETTINGS, num_workers=1, decode_timeout_s=0.3), 12) == whole
+    assert _hashes(mixed_stream(index, num_workers=1, decode_timeout_s=0.3), 12) == whole
     assert (tmp_path / "stopped").exists()
     assert [record.message[:34] for record in caplog.records] == ["a decoding process was stopped for"]
 
 
 @linux
 def test_a_worker_that_is_stopped_while_it_waits_for_its_turn_is_replaced(index: VideoIndex, quick_polls: None) -> None:
-    whole = _hashes(make_stream(index, SPEC, **SETTINGS), 12)
-    batches = make_stream(index, SPEC, **SETTINGS, num_workers=2, decode_timeout_s=0.3).batches()
+    whole = _hashes(mixed_stream(index), 12)
+    batches = mixed_stream(index, num_workers=2, decode_timeout_s=0.3).batches()
     hashes = []
     for number, batch in enumerate(islice(batches, 12)):
-        hashes.append(hashlib.sha256(batch["video"].numpy().tobytes()).hexdigest())
+        hashes.append(batch_hash(batch))
         if number == 4:
             time.sleep(0.2)  # both are ahead and wait
             for worker in multiprocessing.active_children():
@@ -130,7 +116,7 @@ def test_a_worker_that_is_stuck_while_not_decoding_is_replaced(
     caplog: pytest.LogCaptureFixture,
     quick_polls: None,
 ) -> None:
-    whole = _hashes(make_stream(index, SPEC, **SETTINGS), 4)
+    whole = _hashes(mixed_stream(index), 4)
     monkeypatch.setattr(workers_module.Progress.work, "__defaults__", (0.2,))
     stack_clips = stream_module.stack_clips
 
@@ -141,7 +127,7 @@ def test_a_worker_that_is_stuck_while_not_decoding_is_replaced(
         return stack_clips(*arguments)
 
     monkeypatch.setattr(stream_module, "stack_clips", stuck_once)
-    assert _hashes(make_stream(index, SPEC, **SETTINGS, num_workers=1, decode_timeout_s=0.3), 4) == whole
+    assert _hashes(mixed_stream(index, num_workers=1, decode_timeout_s=0.3), 4) == whole
     assert [record.message[:37] for record in caplog.records] == ["a decoding process made no progress fo"[:37]]
 
 
@@ -234,14 +220,14 @@ def test_workers_that_are_stuck_again_and_again_are_one_line(
     monkeypatch.setattr(workers_module.Progress.work, "__defaults__", (0.1,))
     monkeypatch.setattr(stream_module, "stack_clips", lambda *_: time.sleep(1000))
     with pytest.raises(UserError, match=r"a decoding process made no progress 4 times in a row for \d+ s: "):
-        _hashes(make_stream(index, SPEC, **SETTINGS, num_workers=1, decode_timeout_s=0.1), 1)
+        _hashes(mixed_stream(index, num_workers=1, decode_timeout_s=0.1), 1)
     assert not multiprocessing.active_children()
 
 
 def test_fetching_a_shard_may_take_any_time(
     index: VideoIndex, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, quick_polls: None
 ) -> None:
-    whole = _hashes(make_stream(index, SPEC, **SETTINGS), 1)
+    whole = _hashes(mixed_stream(index), 1)
     hold, calls = stream_module.HeldShards.hold, 0
 
     def slow_once(*arguments: Any) -> None:
@@ -253,7 +239,7 @@ def test_fetching_a_shard_may_take_any_time(
 
     monkeypatch.setattr(workers_module.Progress.work, "__defaults__", (0.1,))
     monkeypatch.setattr(stream_module.HeldShards, "hold", slow_once)
-    assert _hashes(make_stream(index, SPEC, **SETTINGS, num_workers=1, decode_timeout_s=0.2), 1) == whole
+    assert _hashes(mixed_stream(index, num_workers=1, decode_timeout_s=0.2), 1) == whole
     assert not caplog.records
 
 
@@ -269,14 +255,14 @@ def test_time_in_which_the_main_process_was_stopped_does_not_count(monkeypatch: 
 
 
 STREAM = """
-import hashlib, json, multiprocessing, sys, time
+import json, multiprocessing, sys, time
 from collections.abc import Iterator
 from itertools import islice
 from data_pipelines import workers
 from data_pipelines.clips import ClipSpec
 from data_pipelines.formats.registry import load_videos
 from data_pipelines.stream import VideoStream
-from tests.data_pipelines.streams import make_stream
+from tests.data_pipelines.streams import batch_hash, make_stream
 
 root, settings, pause_s = json.loads(sys.argv[1])
 workers.POLL_S = 0.05
@@ -285,7 +271,7 @@ for number, batch in enumerate(islice(batches, 12)):
     if number == 3:
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     time.sleep(pause_s)
-    print(hashlib.sha256(batch["video"].numpy().tobytes()).hexdigest(), flush=True)
+    print(batch_hash(batch), flush=True)
 batches.close()
 """
 
@@ -309,7 +295,7 @@ def _is_running(pid: int) -> bool:
 @linux
 def test_stopping_all_processes_for_a_while_loses_nothing(index: VideoIndex) -> None:
     """Ctrl-Z and fg: no process is taken for one that hangs."""
-    whole = _hashes(make_stream(index, SPEC, **SETTINGS), 12)
+    whole = _hashes(mixed_stream(index), 12)
     with _start(index, pause_s=0.05, num_workers=2, decode_timeout_s=0.5) as main:
         assert main.stdout is not None and main.stderr is not None
         for _ in range(4):
@@ -398,7 +384,7 @@ def test_a_small_dev_shm_is_enough(index: VideoIndex, options: str) -> None:
         capture_output=True, text=True, timeout=60, cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO)},
     )  # fmt: skip
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    whole = _hashes(make_stream(index, SPEC, **SETTINGS), 12)
+    whole = _hashes(mixed_stream(index), 12)
     assert [line for line in done.stdout.splitlines() if " " not in line] == whole
 
 
@@ -412,7 +398,7 @@ def test_memory_that_cannot_be_had_is_one_line(index: VideoIndex, monkeypatch: p
 
     monkeypatch.setattr(messages.os, "pwrite", into_a_full_memory)
     with pytest.raises(UserError, match=r"gets no memory for its part of a batch \(No space left on device\): lower"):
-        _hashes(make_stream(index, SPEC, **SETTINGS, num_workers=1), 1)
+        _hashes(mixed_stream(index, num_workers=1), 1)
     assert not multiprocessing.active_children()
 
 
