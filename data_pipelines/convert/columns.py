@@ -51,7 +51,7 @@ MARK_NAMES = frozenset({"terminals", "timeouts", "terminated", "truncated", "don
 MIN_SIDE_PX = 8  # of pictures that are found without being named
 READ_BYTES = 2**24
 MAX_ROWS = 2**28
-CHANNELS = (1, 3)
+CHANNELS = (1, 3, 4)
 OTHER = np.dtype("V1")  # the type of columns that hold neither numbers nor pictures
 
 Bounds = list[tuple[int, int]]  # rows [start, stop) of each episode
@@ -174,12 +174,11 @@ def read_rows(table: Columns, name: str, start: int, stop: int) -> Iterator[Fram
 
 
 def _as_frame(row: Frame) -> Frame:
-    """Return [H, W] or [H, W, 3] from one of these, [H, W, 1], [1, H, W] or [3, H, W]."""
+    """Return [H, W] or [H, W, 3], without alpha, from one of these, [H, W, 1 or 4] or [1, 3 or 4, H, W]."""
     if row.ndim == 3:
         if row.shape[0] in CHANNELS and row.shape[2] not in CHANNELS:
             row = row.transpose(1, 2, 0)
-        if row.shape[2] == 1:
-            row = row[:, :, 0]
+        row = row[:, :, 0] if row.shape[2] == 1 else row[:, :, :3]
     return row
 
 
@@ -189,18 +188,30 @@ def choose_frames(columns: Mapping[str, Column], key: str | None) -> str:
         if key not in columns:
             raise UserError(f"it has no array {shown(key)}: {_listed(columns)}")
         if not _are_pictures(columns[key], least_px=1):
-            raise UserError(
-                f"{shown(key)} is {_described(columns[key])}: frames are uint8 [N, H, W], [N, H, W, 1 or 3] or "
-                "[N, 1 or 3, H, W], or encoded pictures"
-            )
+            raise UserError(_not_pictures(key, columns[key]))
         return key
     found = [name for name, column in columns.items() if _are_pictures(column, least_px=MIN_SIDE_PX)]
     if named := [name for name in FRAME_NAMES if name in found]:
         return named[0]
     if len(found) != 1:
+        of_other_kind = [
+            name
+            for name in FRAME_NAMES
+            if name in columns and len(columns[name].shape) >= 3 and not _are_pictures(columns[name], least_px=1)
+        ]
+        if of_other_kind and not found:
+            raise UserError(_not_pictures(of_other_kind[0], columns[of_other_kind[0]]))
         what = f"several arrays of pictures ({', '.join(map(shown, found[:20]))})" if found else "no array of pictures"
         raise UserError(f"it has {what}: name the array of the frames. {_listed(columns)}")
     return found[0]
+
+
+def _not_pictures(name: str, column: Column) -> str:
+    """Return a message that a column with the name of frames does not hold pictures."""
+    return (
+        f"{shown(name)} is {_described(column)}: frames are uint8 [N, H, W], [N, H, W, 1, 3 or 4] or "
+        "[N, 1, 3 or 4, H, W], or encoded pictures"
+    )
 
 
 def _are_pictures(column: Column, least_px: int) -> bool:

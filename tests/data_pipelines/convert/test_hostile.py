@@ -319,8 +319,9 @@ def test_frames_that_are_no_pictures(tmp_path: Path) -> None:
     )
     np.savez(path, a=painted(0), b=painted(0))
     assert "it has several arrays of pictures ('a', 'b'): name the array of the frames" in refusal(path, out)
-    np.savez(path, frames=painted(0).astype(np.float32))
-    assert "'frames' is float32 [9, 48, 64, 3]: frames are uint8" in refusal(path, out, frames="frames")
+    for key in (None, "frames"):
+        np.savez(path, frames=painted(0).astype(np.float32))
+        assert "'frames' is float32 [9, 48, 64, 3]: frames are uint8" in refusal(path, out, frames=key)
     np.savez(path, frames=painted(0))
     assert "it has no array 'rgb'" in refusal(path, out, frames="rgb")
     assert "'speed' is not there: a label has numbers for each of the 9 rows" in refusal(path, out, actions="speed")

@@ -127,6 +127,16 @@ def test_gray_frames_are_stored_as_luma(tmp_path: Path, read_numbers: ReadNumber
             assert np.array_equal(decoded, np.repeat(frames[:, None], channels, axis=1)), (decoder, channels)
 
 
+@pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 3, 1, 2)], ids=["last axis", "first axis"])
+def test_alpha_of_arrays_is_dropped(tmp_path: Path, axes: tuple[int, ...]) -> None:
+    """As simulators render it."""
+    alpha = np.full((9, 48, 64, 1), 7, np.uint8)
+    np.savez(tmp_path / "a.npz", frames=np.concatenate([painted(0), alpha], axis=3).transpose(axes))
+    convert(tmp_path / "a.npz", tmp_path / "out", Conversion())
+    [video] = index_of(tmp_path / "out").videos
+    assert np.array_equal(frames_of(tmp_path / "out" / video.path), painted(0))
+
+
 def test_odd_sizes_and_a_single_frame(tmp_path: Path) -> None:
     frames = np.random.default_rng(1).integers(0, 256, (5, 33, 47, 3), dtype=np.uint8)
     np.savez(tmp_path / "a.npz", frames=frames, episode_ends=[1, 5])
