@@ -13,7 +13,7 @@ from tests.worldmodel.report.samples import (
 from worldmodel.report.drawing import Picture
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page]:
     return report(
         tmp_path_factory.mktemp("report") / "new" / "report.html",
