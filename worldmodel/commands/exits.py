@@ -1,5 +1,6 @@
 """The end of a command: one-line errors, exit codes, safe output."""
 
+import errno
 import json
 import logging
 import os
@@ -10,23 +11,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, one_line
 from worldmodel.commands.terminal import safe_terminal
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
+REFUSALS = frozenset(
+    getattr(errno, name)
+    for name in ("EACCES", "EPERM", "EROFS", "ENAMETOOLONG", "ELOOP", "ENOSPC", "EDQUOT", "EIO", "ESTALE")
+)
+"""Errors by which the system refuses a file for a reason that the user can mend."""
+
 
 @contextmanager
 def report_errors() -> Iterator[None]:
     """Print a UserError as one line and exit with code 2. Exit with 130 after Ctrl-C, with 141 if the reader has left.
 
+    A file that the system refuses counts as a UserError: a folder without permission, a name that is too long, ...
+
     Inside the block, printed and logged text is made safe for a terminal (worldmodel/commands/terminal.py).
     """
     with safe_terminal():
         try:
-            yield
+            with named_refusals():
+                yield
         except UserError as error:
             message = f"error: {error}"
             print(message, file=sys.stderr)
@@ -41,6 +51,17 @@ def report_errors() -> Iterator[None]:
         except BrokenPipeError:  # the reader, such as `head`, has left
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
             leave(EXIT_BROKEN_PIPE)
+
+
+@contextmanager
+def named_refusals() -> Iterator[None]:
+    """Raise an OSError of REFUSALS that names a file as a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in REFUSALS and isinstance(error.filename, str | bytes):
+            raise UserError(f"'{os.fsdecode(error.filename)}': {one_line(error)}") from error
+        raise
 
 
 def leave(code: int) -> NoReturn:

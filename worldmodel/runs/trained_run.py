@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipelines.errors import UserError, one_line
+from data_pipelines.text_files import shown
 from data_pipelines.transforms import split_segments, to_float
 from worldmodel.build import build_training_model, clip_layout
 from worldmodel.config import (
@@ -25,6 +26,8 @@ from worldmodel.config import (
     VideosConfig,
     check_trust,
     outside_names,
+    to_dict,
+    validate,
 )
 from worldmodel.evaluation.decoded import decode_paths, load_decoder
 from worldmodel.evaluation.embed import Networks
@@ -362,7 +365,7 @@ def load(
 
     Raises:
         UserError: there is no such run, it has no checkpoint, the checkpoint is damaged, the download fails, the config
-            names code from outside without `trust_code`, or the run has no data.root.
+            names code from outside without `trust_code`, the run has no data.root, or `data_root` is not a name.
 
     Examples:
         >>> run = worldmodel.load("runs/demo")
@@ -393,7 +396,9 @@ def _with_data_root(config: Config, root: str) -> Config:
     data = config.data
     if not isinstance(data, VideosConfig | ImagesConfig):
         raise UserError(f"the clips of data.source={data.source} are not in a folder: leave out the data root {root!r}")
-    return dataclasses.replace(config, data=dataclasses.replace(data, root=root))
+    tree = to_dict(config)
+    tree["data"]["root"] = root
+    return validate(tree, source=f"the data root {shown(root)}")
 
 
 def _folder_of(run: str | Path, which: Literal["latest", "best"], revision: str | None) -> Path:

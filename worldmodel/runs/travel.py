@@ -91,13 +91,13 @@ def push(run: TrainedRun, name: str, *, private: bool = True, programs: bool = F
 
 def _export(run: TrainedRun, folder: Path, name: str, programs: bool) -> Path:
     """Export a run whose model card loads it by `name`."""
-    config, left_out = portable_config(run.config, name.rpartition("/")[2])
-    metrics, missing = _metrics_of(run)
-    left_out += missing
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UserError(f"{folder} is not empty: export to a new folder")
+        config, left_out = portable_config(run.config, name.rpartition("/")[2])
+        metrics, missing = _metrics_of(run)
+        left_out += missing
         try:
             _write_files(run, folder, config, metrics, name, left_out)
             if programs:

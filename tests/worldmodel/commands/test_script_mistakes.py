@@ -1,6 +1,7 @@
 """Arguments that the commands reject: one line, before the work begins."""
 
 import argparse
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import worldmodel
 from data_pipelines.errors import UserError
 from tests.conftest import REPO, TINY, run_here, videos_of
 from worldmodel.commands import compare, grid, jobs, main
+from worldmodel.commands.exits import named_refusals
 from worldmodel.config import Config, load_config, to_yaml
 from worldmodel.config.shipped import command_for_data, shipped_configs
 
@@ -226,3 +228,47 @@ def test_arguments_of_a_grid(refused: Call, tmp_path: Path, monkeypatch: pytest.
     assert args.out == Path("out=#3") and args.launch == "X=1"
     assert (run.config.run_dir, videos_of(run.config).root) == ("out=#3/byol-none/seed_0", "#3 a: b ")
     assert videos_of(run.config).camera == "007"
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("evaluate", "--run", LONG),
+        ("rollout", "--run", LONG, "--video", "v.mp4", "--out", "f.npz"),
+        ("plan", "--run", LONG, "--env", "e"),
+        ("export", LONG, "out"),
+        ("push", LONG, "owner/name"),
+        ("compare", "--runs", LONG, "--out", "out"),
+        ("videos", "digits", "--out", LONG),
+        ("videos", "digits", "--out", "out", "--mnist-dir", LONG),
+        ("reproduce", "--out", LONG),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_name_that_the_system_refuses(
+    refused: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = refused(*arguments)
+    assert LONG in line and line.endswith(": File name too long"), line
+
+
+def test_folders_of_a_loaded_run_that_the_system_refuses(refused: Call, trained_run: Path, tmp_path: Path) -> None:
+    run = ["--run", trained_run]
+    assert refused("embed", LONG, tmp_path / "out", *run).endswith(": File name too long")
+    assert refused("evaluate", *run, "--compare", LONG).endswith(": File name too long")
+    assert refused("export", trained_run, LONG).endswith(": File name too long")
+    assert "a part of a name has at most 255 bytes" in refused("decode", *run, "--data-root", LONG)
+    assert "data.root is empty" in refused("decode", *run, "--data-root", "")
+
+
+def test_only_what_the_system_refuses_is_a_mistake_of_the_user() -> None:
+    for error in (PermissionError(errno.EACCES, "Permission denied", "/f"), OSError(errno.ENOSPC, "No space", b"/f")):
+        with pytest.raises(UserError, match=r"^'/f': (Permission denied|No space)$"), named_refusals():
+            raise error
+    for error in (FileNotFoundError(errno.ENOENT, "No such file", "/f"), PermissionError(errno.EPERM, "no", 3)):
+        with pytest.raises(type(error)), named_refusals():
+            raise error
