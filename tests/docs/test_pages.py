@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_pipelines.errors import UserError
 from tests.conftest import REPO
+from worldmodel.commands.compare import split_lists
 from worldmodel.commands.main import COMMANDS
 from worldmodel.config import load_config
 
@@ -69,7 +71,9 @@ def test_commands_have_arguments_that_exist(page: Path) -> None:
         parser = parser_of(name, page)
         try:
             args = parser.parse_intermixed_args(arguments)
-        except (argparse.ArgumentError, SystemExit) as error:
+            if name == "compare":
+                split_lists(args)
+        except (argparse.ArgumentError, SystemExit, UserError) as error:
             pytest.fail(f"{page_name(page)}: {line}: {error}")
         if name in ("train", "compare") and args.config:
             check_config(args.config, args.overrides)
