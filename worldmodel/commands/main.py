@@ -76,8 +76,15 @@ def main(argv: Sequence[str]) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(parser)
-        code: int | None = module.run(parser.parse_intermixed_args(arguments))
+        code: int | None = module.run(parsed(parser, arguments))
         return code or 0
+
+
+def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments of a command: overrides may stand between options, and "--" precedes names such as -x.mp4."""
+    if "--" in arguments:  # of which parse_intermixed_args forgets that it was there
+        return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def overview() -> str:

@@ -1,8 +1,10 @@
 """The `worldmodel` command: its overview, the help of every command, names of configs, and the launchers."""
 
+import argparse
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -181,3 +183,21 @@ def test_a_reader_that_leaves_ends_the_command_silently() -> None:
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "found"),
+    [
+        ("inspect", ["--", "-x"], {"path": Path("-x")}),
+        ("inspect", ["--sheet", "s.png", "--", "-x"], {"path": Path("-x"), "sheet": Path("s.png")}),
+        ("convert", ["--", "-x", "--out"], {"source": Path("-x"), "out": Path("--out")}),
+        ("shards", ["--", "-x", "-y"], {"source": Path("-x"), "out": Path("-y")}),
+        ("embed", ["--run", "r", "--", "-x", "-y", "data.fps=1"], {"root": "-x", "overrides": ["data.fps=1"]}),
+        ("embed", ["x", "--run", "r", "y", "data.fps=1"], {"root": "x", "overrides": ["data.fps=1"]}),
+    ],
+)
+def test_names_that_begin_with_a_dash(name: str, arguments: list[str], found: dict[str, object]) -> None:
+    parser = argparse.ArgumentParser()
+    import_module(f"worldmodel.commands.{name}").add_arguments(parser)
+    args = vars(main.parsed(parser, arguments))
+    assert {key: args[key] for key in found} == found
