@@ -133,7 +133,7 @@ def table_episodes(
     try:
         columns = table.columns()
         frames = choose_frames(columns, keys.frames)
-        labels = choose_labels(columns, keys, frames)
+        labels = choose_labels(columns, keys, frames, path)
         bounds = find_bounds(table, columns, columns[frames].shape[0], keys.bounds)
     except UserError as error:
         raise UserError(f"'{path}': {error}") from None
@@ -230,8 +230,11 @@ def _are_pictures(column: Column, least_px: int) -> bool:
     return min(sides) >= least_px
 
 
-def choose_labels(columns: Mapping[str, Column], keys: Keys, frames: str) -> dict[str, str]:
+def choose_labels(columns: Mapping[str, Column], keys: Keys, frames: str, path: Path) -> dict[str, str]:
     """Return the column of each label: action, state and reward, and those that keys.labels names.
+
+    Pictures are a label only if they are named. A warning names the columns with usual names that are left out; `path`
+    is the file in it.
 
     Raises UserError: a named column is missing, or does not hold one number or array of numbers per frame.
     """
@@ -240,7 +243,10 @@ def choose_labels(columns: Mapping[str, Column], keys: Keys, frames: str) -> dic
     labels: dict[str, str] = {}
     for label, key in [*given.items(), *((name.rpartition("/")[2], name) for name in keys.labels)]:
         names = (key,) if key is not None else LABEL_NAMES[label]
-        usable = [name for name in names if name != frames and _is_label(columns.get(name), num_rows)]
+        present = [name for name in names if name in columns and name != frames]
+        usable = [name for name in present if _is_label(columns[name], num_rows)]
+        if key is None:
+            usable = [name for name in usable if not _are_pictures(columns[name], least_px=MIN_SIDE_PX)]
         if usable and labels.get(label, usable[0]) != usable[0]:
             both = f"{shown(labels[label])} and {shown(usable[0])}"
             raise UserError(f"{both} would both be the label {shown(label)}: keep one of them")
@@ -249,11 +255,17 @@ def choose_labels(columns: Mapping[str, Column], keys: Keys, frames: str) -> dic
         elif key is not None:
             fault = _described(columns[key]) if key in columns else "not there"
             raise UserError(f"{shown(key)} is {fault}: a label has numbers for each of the {num_rows} rows of frames")
+        elif present:
+            log.warning(
+                "'%s': the label %s is left out, as %s is %s: labels are numbers for each of the %d rows of frames, "
+                "and pictures only if they are named",
+                path, shown(label), shown(present[0]), _described(columns[present[0]]), num_rows,
+            )  # fmt: skip
     return labels
 
 
-def _is_label(column: Column | None, num_rows: int) -> bool:
-    return column is not None and column.dtype.kind in "biuf" and column.shape[0] in (num_rows, num_rows - 1)
+def _is_label(column: Column, num_rows: int) -> bool:
+    return column.dtype.kind in "biuf" and column.shape[0] in (num_rows, num_rows - 1)
 
 
 def find_bounds(table: Columns, columns: Mapping[str, Column], num_rows: int, keys: Sequence[str]) -> Bounds | None:

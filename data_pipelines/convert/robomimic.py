@@ -88,7 +88,7 @@ def _episodes_of(file: Group, name: str, prefix: str, path: Path, keys: Keys) ->
         log.info("'%s' has the cameras %s: taking %s", path, ", ".join(cameras), key)
     in_obs = {key: column for key, column in columns.items() if not key.startswith("next_obs/")}
     frames = choose_frames(in_obs if key is None else columns, key)
-    labels = choose_labels(columns, keys, frames)
+    labels = choose_labels(columns, keys, frames, path)
     split_of = _splits(file)
     left_out = [demo for demo in demos if split_of and demo not in split_of]
     if left_out:

@@ -244,3 +244,31 @@ def test_another_camera_and_further_labels(source_of: Source, tmp_path: Path) ->
     assert np.array_equal(frames_of(tmp_path / "out" / "demo_0.mp4"), 255 - painted(0))
     assert index.frame_labels["robot0_eef_pos"].shape == (sum(LENGTHS), 3)
     assert index.frame_labels["dones"].sum() == 4 and index.frame_labels["dones"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [
+        ("action", np.zeros((LENGTHS[0] + LENGTHS[1] - 2, 2))),  # each episode has one row less
+        ("reward", np.zeros(2)),  # one for each episode
+        ("observation", painted(0, LENGTHS[0] + LENGTHS[1], size=(8, 8))),
+    ],
+)
+def test_usual_labels_that_are_left_out_are_named(
+    name: str, left_out: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, lengths, label = tmp_path / "a.npz", LENGTHS[:2], {"observation": "state"}.get(name, name)
+    columns = columns_of([0, 1]) | {"ep_len": np.array(lengths)}
+    columns.pop(label)
+    np.savez(source, **(columns | {name: left_out}))  # type: ignore[arg-type]
+    convert(source, tmp_path / "out", Conversion())
+    (record,) = caplog.records
+    assert f"'{source}': the label '{label}' is left out, as '{name}' is {left_out.dtype} [" in record.getMessage()
+    assert index_of(tmp_path / "out").frame_labels.keys() == {"action", "state", "reward"} - {label}
+
+
+def test_pictures_are_a_label_if_they_are_named(tmp_path: Path) -> None:
+    board = painted(0, LENGTHS[0], size=(8, 8))[..., 0]
+    np.savez(tmp_path / "a.npz", pixels=painted(0), board=board)
+    convert(tmp_path / "a.npz", tmp_path / "out", Conversion(keys=Keys(states="board")))
+    assert index_of(tmp_path / "out").frame_labels["state"].shape == (LENGTHS[0], 64)
