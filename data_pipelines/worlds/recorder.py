@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from data_pipelines.decoders import scaled_size
+from data_pipelines.decoders import DecodeError, scaled_size
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.splits import SPLITS, Split
 from data_pipelines.text_files import parse_yaml
@@ -248,7 +248,10 @@ def _render(env: gymnasium.Env, recording: Recording) -> np.ndarray:
     if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] != (3,):
         what = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
         raise UserError(f"environment {recording.env!r} renders {what} with render_mode='rgb_array', not RGB pictures")
-    size = scaled_size(picture.shape[:2], recording.size_px)
+    try:
+        size = scaled_size(picture.shape[:2], recording.size_px)
+    except DecodeError as error:
+        raise UserError(f"size_px={recording.size_px}: {error}") from None
     if size == picture.shape[:2]:
         return picture
     planes = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None]

@@ -238,6 +238,7 @@ def test_a_complete_recording_is_left_alone_and_another_is_refused(rooms: Path, 
         (lambda: Recording(COUNTER, policy="random=1.5 drift=-0.5"), "with shares above 0 that add up to 1"),
         (lambda: Recording(COUNTER, num_steps=0), "num_steps=0 must be at least 1"),
         (lambda: Recording(COUNTER, size_px=2), "size_px=2 must be at least 16"),
+        (lambda: Recording(COUNTER, size_px=100_000), "size_px=100000: frames of .* would be resized to"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(
