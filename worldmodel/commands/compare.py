@@ -141,7 +141,8 @@ def compare(args: argparse.Namespace) -> int:
     """Train and evaluate the grid, compare its finished runs, and return an exit code.
 
     Raises:
-        UserError: an argument is wrong, or --out cannot be written or holds other runs.
+        UserError: an argument is wrong, --out cannot be written or holds other runs, or it holds no finished ones and
+            none may be trained.
         Interrupted: SIGINT or SIGTERM arrived.
     """
     import yaml
@@ -165,6 +166,8 @@ def compare(args: argparse.Namespace) -> int:
     with only_writer(args.out) as lock:
         grid = [keep_threads(run, share) for run in grid]
         check_same_configs(grid)
+        if args.table_only and not any(map(is_done, grid)):
+            raise UserError(f"{args.out} holds no finished run of this grid: leave out --table-only to train them")
         todo = [] if args.table_only else [run for run in grid if not is_done(run)]
         failures = run_all(todo, len(grid), args.jobs, args.launch, lock)
         rows = []

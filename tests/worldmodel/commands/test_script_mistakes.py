@@ -206,6 +206,11 @@ def test_outputs_of_comparisons(
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_table_needs_finished_runs(refused: Call, tmp_path: Path) -> None:
+    only = refused("compare", *grid_arguments(tmp_path / "out", "--table-only"))
+    assert only == f"{tmp_path / 'out'} holds no finished run of this grid: leave out --table-only to train them"
+
+
 def test_logs_are_not_written_through_links(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "byol-none").mkdir()
