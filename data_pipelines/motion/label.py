@@ -18,7 +18,7 @@ from data_pipelines.formats.registry import detect_format, load_videos
 from data_pipelines.formats.video_folder import VideoFolder
 from data_pipelines.index import VideoIndex
 from data_pipelines.motion.follow import Motion, NothingMoves, follow
-from data_pipelines.motion.metadata import Metadata
+from data_pipelines.motion.metadata import CLASS, Metadata
 from data_pipelines.motion.tracks import Positions
 from data_pipelines.split_folders import split_folders
 from data_pipelines.text_files import shown
@@ -103,10 +103,10 @@ def _folders_of(root: Path) -> Iterator[tuple[VideoIndex, bool]]:
 
 def _classes(index: VideoIndex) -> list[dict[str, Any]]:
     """Return the fields of new lines: the classes that folders stand for as long as there is no metadata."""
-    labels = index.labels.get("label")
+    labels = index.labels.get(CLASS)
     if labels is None:
         return [{} for _ in index.videos]
-    return [{"label": number} for number in labels.tolist()]
+    return [{CLASS: number} for number in labels.tolist()]
 
 
 def _source(video: Video | None = None, num_objects: int = 0) -> str:

@@ -11,6 +11,8 @@ from data_pipelines.facts import Video
 from data_pipelines.files import write_text
 from data_pipelines.labels import METADATA_NAME, metadata_in, read_metadata
 
+CLASS = "label"
+
 
 class Metadata:
     """The metadata of the videos in one or several folders, of which the splits of a data set have one each.
@@ -30,7 +32,8 @@ class Metadata:
         """Read the metadata of a folder's videos.
 
         is_split: as for data_pipelines.labels.read_labels.
-        defaults: per video, the fields of a new line.
+        defaults: per video, the fields of a new line. Without any, it has the class that all lines of its subfolder
+            state: lines that were written for the classes of folders are taken for them when videos are added.
 
         Raises:
             UserError: a metadata file is broken, or is not a metadata.jsonl.
@@ -41,16 +44,24 @@ class Metadata:
         paths = [path for folder in candidates if (path := _jsonl_in(folder)) is not None]
         for path in paths:
             self._files.setdefault(path, _MetadataFile.read(path))
+        new: list[tuple[Video, Mapping[str, Any]]] = []
         for video, fields in zip(videos, defaults, strict=True):
             place = root / video.path
             names = {path: place.relative_to(path.parent).as_posix() for path in paths if path.parent in place.parents}
             known = [(path, name) for path, name in names.items() if self._files[path].holds(name)]
-            if known:
-                self._place[place] = known[-1]
+            if not known:
+                new.append((video, fields))
                 continue
-            path = root / METADATA_NAME
+            self._place[place] = known[-1]
+        stated: dict[Path, list[Any]] = {}  # the classes in the lines of the videos of each subfolder
+        for place in [root / video.path for video in videos] if new else []:
+            if place in self._place and place.parent != root:
+                stated.setdefault(place.parent, []).append(self.fields(place).get(CLASS))
+        classes = classes_of_folders(stated)
+        for video, fields in new:
+            place, path = root / video.path, root / METADATA_NAME
             file = self._files.setdefault(path, _MetadataFile([]))
-            file.update(video.path, fields)
+            file.update(video.path, fields or classes.get(place.parent, {}))
             self._place[place] = path, video.path
 
     def fields(self, video: Path) -> Mapping[str, Any]:
@@ -76,6 +87,17 @@ class Metadata:
             except OSError as error:
                 raise UserError(f"cannot write '{path}': {one_line(error)}") from error
         self._changed.clear()
+
+
+def classes_of_folders(stated: Mapping[Path, Sequence[Any]]) -> dict[Path, dict[str, int]]:
+    """Return the field with the class of each folder, given the classes in the lines of its videos.
+
+    There are none unless each folder has a class of its own, and these are several.
+    """
+    found = {folder: values[0] for folder, values in stated.items() if all(value == values[0] for value in values)}
+    numbers = [number for number in found.values() if isinstance(number, int)]
+    are_classes = len(stated) == len(found) == len(set(numbers)) > 1
+    return {folder: {CLASS: number} for folder, number in found.items()} if are_classes else {}
 
 
 class _MetadataFile:

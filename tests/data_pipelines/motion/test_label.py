@@ -117,6 +117,28 @@ def test_classes_of_folders_stay(folder_of: Callable[..., Path], quick: list[str
     assert load_split(str(root), "test").labels["label"].tolist() == [1]
 
 
+def test_added_videos_get_the_class_of_their_folder(folder_of: Callable[..., Path], quick: list[str]) -> None:
+    root = folder_of("run/a.mp4", "walk/b.mp4")
+    label_motion(root, progress=False)
+    label_motion(folder_of("run/c.mp4", "walk/a.mp4"), progress=False)
+    index = load_videos(root)
+    assert [video.path for video in index.videos] == ["run/a.mp4", "run/c.mp4", "walk/a.mp4", "walk/b.mp4"]
+    assert index.labels["label"].tolist() == [0, 0, 1, 1] and not index.label_faults.keys() & {"label"}
+
+
+@pytest.mark.parametrize("labels", [(0, 1, 1), (0, 0, 0), ("a", "a", "b"), (None, None, None)])
+def test_labels_that_are_not_those_of_folders_are_not_guessed(
+    labels: tuple[Any, ...], folder_of: Callable[..., Path], quick: list[str]
+) -> None:
+    names = ("run/a.mp4", "run/b.mp4", "walk/a.mp4")
+    root = folder_of(*names, "run/new.mp4")
+    known = zip(names, labels, strict=True)
+    rows = [{"file_name": name} | ({} if label is None else {"label": label}) for name, label in known]
+    (root / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    label_motion(root, progress=False)
+    assert [row.get("label") for row in rows_of(root / "metadata.jsonl")] == [*labels, None]
+
+
 def test_folders_of_images(tmp_path: Path) -> None:
     path = line(NUM_FRAMES, (20, 20), (100, 70))[:, None]
     (tmp_path / "clip").mkdir()
