@@ -18,7 +18,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, printable
 from data_pipelines.facts import BadFile, Video
 from worldmodel.commands.shared import check_counts
 
@@ -69,7 +69,7 @@ def verify(folders: Sequence[Path], num_workers: int | None) -> None:
         in_shards = isinstance(detect_format(str(folder)), ShardFolder)
         changes = verify_shards(folder) if in_shards else verify_folder(folder, num_workers=num_workers)
         print(f"{folder}: {len(changes):,} changes since it was indexed")
-        print("".join(f"  {change}\n" for change in changes), end="")
+        print("".join(f"  {printable(change)}\n" for change in changes), end="")
         num_changes += len(changes)
     if num_changes:
         raise UserError(f"{num_changes:,} files have changed since they were indexed: restore them, or index again")
@@ -99,7 +99,7 @@ def summary(folder: Path, entries: Sequence[Video | BadFile]) -> str:
     lines = [f"{folder}: {len(videos):,} videos, {num_frames:,} frames, {hours:.2f} hours, hash {content_hash}"]
     if bad:
         lines.append(f"  {len(bad):,} bad files:")
-        lines += [f"    {entry.path}: {entry.reason}" for entry in bad]
+        lines += [f"    {printable(entry.path)}: {entry.reason}" for entry in bad]
     return "\n".join(lines)
 
 

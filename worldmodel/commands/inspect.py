@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from data_pipelines.errors import UserError, one_line
+from data_pipelines.errors import UserError, one_line, printable
 from worldmodel.commands.shared import check_out_file
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def describe_videos(name: str, index: VideoIndex) -> str:
     lines += [f"  label     {label} is left out: {why}" for label, why in index.label_faults.items()]
     if index.bad:
         lines.append(f"  bad       {len(index.bad):,}")
-        lines += [f"            {entry.path}: {entry.reason}" for entry in index.bad[:MAX_BAD_SHOWN]]
+        lines += [f"            {printable(entry.path)}: {entry.reason}" for entry in index.bad[:MAX_BAD_SHOWN]]
         if len(index.bad) > MAX_BAD_SHOWN:
             lines.append(f"            and {len(index.bad) - MAX_BAD_SHOWN:,} more")
     return "\n".join(lines)

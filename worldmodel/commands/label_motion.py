@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipelines.errors import UserError, one_line, one_line_logger
+from data_pipelines.errors import UserError, one_line, one_line_logger, printable
 from data_pipelines.text_files import shown
 from worldmodel.commands.shared import add_overwrite, check_counts, make_out_folder
 
@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:  # a folder without permission, a name that is too long
         raise UserError(f"{args.root}: {one_line(error)}") from error
     labelled = [result for result in results if result.positions is not None]
-    print(summary(results, args.label))
+    if text := summary(results, args.label):
+        print(text)
     for warning in warnings_of(results):
         log.warning("%s", warning)
     if labelled:
@@ -94,7 +95,7 @@ def summary(results: "Sequence[Labelled]", label: str) -> str:
     """Describe the videos that were tracked now, and the label."""
     new = [result for result in results if result.motion is not None]
     lines = [
-        f"{result.root / result.video.path}: {result.video.num_frames:,} frames, "
+        f"{printable(result.root / result.video.path)}: {result.video.num_frames:,} frames, "
         f"{result.motion.interpolated:.1%} of the positions interpolated"
         for result in new[:MAX_SHOWN]
         if result.motion is not None

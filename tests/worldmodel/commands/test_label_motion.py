@@ -91,3 +91,27 @@ def error(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert ended.value.code == 2 and len(lines) == 1, lines
     return lines[0]
+
+
+def test_a_line_break_in_a_name_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By all commands that list files."""
+    moving = write_video(tmp_path / "a\nb.mp4", images=painted(scenery(), PATH, [10]))
+    (tmp_path / "c\nd.mp4").write_text("bad")
+    printed = {}
+    for command in ("index", "inspect", "label-motion"):
+        assert main([command, str(tmp_path)]) == 0
+        printed[command] = capsys.readouterr().out
+    moving.write_text("changed")
+    with pytest.raises(SystemExit):
+        main(["index", str(tmp_path), "--verify"])
+    printed["verify"] = capsys.readouterr().out
+    for command, text in printed.items():
+        name = {"index": "c\\nd", "inspect": "c\\nd"}.get(command, "a\\nb")
+        assert f"{name}.mp4" in text and "\nb.mp4" not in text and "\nd.mp4" not in text, text
+
+
+def test_nothing_is_printed_about_no_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_video(tmp_path / "a.mp4", images=painted(scenery(), STILL, [10]))
+    with pytest.raises(SystemExit):
+        main(["label-motion", str(tmp_path)])
+    assert capsys.readouterr().out == ""
