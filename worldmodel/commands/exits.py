@@ -55,12 +55,14 @@ def report_errors() -> Iterator[None]:
 
 @contextmanager
 def named_refusals() -> Iterator[None]:
-    """Raise an OSError of REFUSALS that names a file as a UserError."""
+    """Raise an OSError of REFUSALS that names a file as a UserError, and so that of a full disk, which names none."""
     try:
         yield
     except OSError as error:
         if error.errno in REFUSALS and isinstance(error.filename, str | bytes):
             raise UserError(f"'{os.fsdecode(error.filename)}': {one_line(error)}") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"a file cannot be written: {one_line(error)}") from error
         raise
 
 

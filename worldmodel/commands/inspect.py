@@ -73,6 +73,8 @@ def run(args: argparse.Namespace) -> None:
                 print(describe_division(next(iter(splits.values()))))
             if args.sheet:
                 print(write_sheet(args.sheet, [index for index in splits.values() if index.videos]))
+    except BrokenPipeError:  # the reader of the output, such as `head`, has left
+        raise
     except (OSError, ValueError) as error:  # such as a folder without permission, or a name that is too long
         raise UserError(f"{args.path}: {one_line(error)}") from error
 

@@ -1,5 +1,7 @@
 """`worldmodel inspect`: what it says of data sets and runs, and of damaged ones."""
 
+import argparse
+import errno
 import json
 import os
 import shutil
@@ -14,6 +16,7 @@ import worldmodel
 from data_pipelines.indexing.index_file import INDEX_NAME
 from data_pipelines.shards.index_file import SHARDS_NAME
 from data_pipelines.shards.packing import pack_videos
+from worldmodel.commands import inspect
 from worldmodel.commands.inspect import common
 from worldmodel.commands.main import main
 
@@ -216,3 +219,15 @@ def test_inputs_that_are_no_data_are_one_line(tmp_path: Path, capsys: pytest.Cap
 def test_common_values() -> None:
     assert common(iter(["a"] * 3)) == "a"
     assert common(iter("aabcdef")) == "a (2), b (1), c (1), d (1), 2 more"
+
+
+def test_a_reader_that_has_left_is_no_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not the folder that is broken: commands end with 141 then, without a message."""
+
+    def left(path: Path) -> str:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    (tmp_path / "metrics.jsonl").touch()
+    monkeypatch.setattr("worldmodel.commands.inspect_run.describe_run", left)
+    with pytest.raises(BrokenPipeError):
+        inspect.run(argparse.Namespace(path=tmp_path, sheet=None, camera=[]))

@@ -274,6 +274,8 @@ def test_only_what_the_system_refuses_is_a_mistake_of_the_user() -> None:
     for error in (PermissionError(errno.EACCES, "Permission denied", "/f"), OSError(errno.ENOSPC, "No space", b"/f")):
         with pytest.raises(UserError, match=r"^'/f': (Permission denied|No space)$"), named_refusals():
             raise error
+    with pytest.raises(UserError, match=r"^a file cannot be written: No space$"), named_refusals():
+        raise OSError(errno.ENOSPC, "No space")
     for error in (FileNotFoundError(errno.ENOENT, "No such file", "/f"), PermissionError(errno.EPERM, "no", 3)):
         with pytest.raises(type(error)), named_refusals():
             raise error
