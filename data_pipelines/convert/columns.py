@@ -11,8 +11,8 @@ The usual names, of which the first that is there counts; a user may name others
 
 A bounds column that a user names is read by its content: true and false (or 0 and 1) for each row mark last rows, other
 whole numbers for each row number the episodes, a shorter column whose sum is N holds lengths, and a shorter one that
-ascends to N holds ends. Two columns are lengths and offsets, or two kinds of marks. Numbers 0 and 1 that never
-decrease, with several 1, number two episodes.
+ascends to N holds ends. Two columns are lengths and offsets, in either order if the sum of the lengths is N, or two
+kinds of marks. Numbers 0 and 1 that never decrease, with several 1, number two episodes.
 """
 
 import math
@@ -137,10 +137,12 @@ def table_episodes(
         bounds = find_bounds(table, columns, columns[frames].shape[0], keys.bounds)
     except UserError as error:
         raise UserError(f"'{path}': {error}") from None
-    stem = name.rpartition(".")[0] or name
+    num_rows, stem = columns[frames].shape[0], name.rpartition(".")[0] or name
+    if bounds is not None and (outside := num_rows - sum(stop - start for start, stop in bounds)) > 0:
+        log.warning("'%s': %d of %d rows are in no episode, and left out", path, outside, num_rows)
     if bounds is None:
         log.info("'%s' has no bounds of episodes: it is one episode", path)
-        named = [(stem, (0, columns[frames].shape[0]))]
+        named = [(stem, (0, num_rows))]
     else:
         digits = max(6, len(str(len(bounds))))
         prefix = "" if is_only else f"{stem}/"
@@ -321,8 +323,10 @@ def _bounds_of(
         stops = np.flatnonzero(np.diff(first)) + 1
     elif is_per_row:
         stops = np.flatnonzero(np.any(arrays, axis=0)) + 1
-    elif len(arrays) == 2 and len(first) == len(others[0]):  # lengths and offsets
-        return [(start, start + length) for length, start in zip(first.tolist(), others[0].tolist(), strict=True)]
+    elif len(arrays) == 2 and len(first) == len(others[0]):
+        offsets_first = first.sum() != num_rows and others[0].sum() == num_rows
+        offsets, lengths = arrays if offsets_first else reversed(arrays)
+        return [(start, start + length) for start, length in zip(offsets.tolist(), lengths.tolist(), strict=True)]
     elif others:
         return None
     elif first.sum() == num_rows and (first >= 0).all():

@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="KEY",
-        help="bounds of the episodes: lengths, ends, the number of the episode of each row, or marks of last rows",
+        help="bounds of the episodes: lengths, ends, lengths and offsets, the number of the episode of each row, or "
+        "marks of last rows",
     )
     keys.add_argument("--labels", nargs="+", default=[], metavar="KEY", help="further labels of frames to keep")
     parser.add_argument(

@@ -171,6 +171,21 @@ def test_bounds_are_told_by_their_content(kind: str, tmp_path: Path) -> None:
     assert index.frame_labels["action"].tolist() == columns["action"].tolist()
 
 
+@pytest.mark.parametrize("names", [("length", "offset"), ("offset", "length")])
+def test_lengths_and_offsets_in_either_order(names: tuple[str, str], tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", frames=painted(1), length=np.array([5, 7]), offset=np.array([0, 5]))
+    convert(tmp_path / "a.npz", tmp_path / "out", Conversion(keys=Keys(bounds=names)))
+    assert [video.num_frames for video in index_of(tmp_path / "out").videos] == [5, 7]
+
+
+def test_rows_in_no_episode_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    np.savez(tmp_path / "a.npz", frames=painted(1), ep_len=np.array([5, 3]), ep_offset=np.array([0, 6]))
+    convert(tmp_path / "a.npz", tmp_path / "out", Conversion())
+    (record,) = caplog.records
+    assert record.getMessage() == f"'{tmp_path / 'a.npz'}': 4 of 12 rows are in no episode, and left out"
+    assert [video.num_frames for video in index_of(tmp_path / "out").videos] == [5, 3]
+
+
 def test_two_episodes_may_be_numbered_0_and_1(tmp_path: Path) -> None:
     frames = painted(1)
     np.savez(tmp_path / "a.npz", frames=frames, b=np.repeat([0, 1], [5, 7]))
