@@ -55,12 +55,14 @@ class LanceColumns:
     def read(self, name: str, start: int, stop: int) -> Any:
         try:
             values = self._data.to_table(columns=[name], offset=start, limit=stop - start)[name]
-            if self.columns()[name].dtype == object:
+            column = self.columns()[name]
+            if column.dtype == object:
                 rows = values.to_pylist()
                 if not all(isinstance(row, bytes) for row in rows):
                     raise ValueError("a row without a picture")
                 return rows
-            return to_array(values, np.float32, finite=False)
+            array = to_array(values, np.float32, finite=False)
+            return array.astype(np.uint8) if column.dtype == np.uint8 else array  # of pixels, others are int64
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{shown(name)} cannot be read: {one_line(error)}") from None
 

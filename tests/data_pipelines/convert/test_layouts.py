@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from data_pipelines.clips import ClipSpec
+from data_pipelines.convert.columns import Column
 from data_pipelines.convert.episodes import Keys
+from data_pipelines.convert.lance import LanceColumns
 from data_pipelines.convert.run import Conversion, convert
 from data_pipelines.decoders import read_frames
 from data_pipelines.errors import UserError
@@ -287,3 +289,28 @@ def test_pictures_are_a_label_if_they_are_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", pixels=painted(0), board=board)
     convert(tmp_path / "a.npz", tmp_path / "out", Conversion(keys=Keys(states="board")))
     assert index_of(tmp_path / "out").frame_labels["state"].shape == (LENGTHS[0], 64)
+
+
+def test_pixels_of_a_lance_table_are_bytes() -> None:
+    """Nested lists of a fixed size; the table stands for one that Lance has opened."""
+    pyarrow = pytest.importorskip("pyarrow")
+    frames = painted(0, 4, size=(8, 10))
+    values = pyarrow.array(frames.ravel())
+    for size in (3, 10, 8):
+        values = pyarrow.FixedSizeListArray.from_arrays(values, size)
+    table = pyarrow.table({"pixels": values, "number": pyarrow.array([1, 2, 3, 4])})
+
+    class Opened:
+        schema = table.schema
+
+        def count_rows(self) -> int:
+            return len(table)
+
+        def to_table(self, columns: list[str], offset: int, limit: int) -> Any:
+            return table.select(columns).slice(offset, limit)
+
+    columns = LanceColumns(Opened())
+    assert columns.columns()["pixels"] == Column((4, 8, 10, 3), np.dtype(np.uint8))
+    rows = columns.read("pixels", 1, 3)
+    assert rows.dtype == np.uint8 and np.array_equal(rows, frames[1:3])
+    assert columns.read("number", 0, 4).dtype == np.int64
