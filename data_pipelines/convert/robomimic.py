@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipelines.convert.columns import choose_frames, choose_labels, clip_of_rows
+from data_pipelines.convert.columns import Column, choose_frames, choose_labels, clip_of_rows
 from data_pipelines.convert.episodes import ALL_KEYS, Clip, Keys, checked_name, source_files
 from data_pipelines.convert.hdf5 import SUFFIXES, Group, open_hdf5
 from data_pipelines.errors import UserError, one_line_logger
@@ -80,7 +80,7 @@ def _episodes_of(file: Group, name: str, prefix: str, path: Path, keys: Keys) ->
     demos = sorted(file.at("data").names(), key=lambda demo: [int(x) if x.isdigit() else 0 for x in _words(demo)])
     if not demos:
         raise UserError("data/ has no episodes")
-    columns = file.at(f"data/{demos[0]}").columns()
+    columns = next(filter(None, (_columns_of(file, demo) for demo in demos)), {})
     cameras = [key for key, column in columns.items() if key.startswith("obs/") and len(column.shape) == 4]
     key = keys.frames
     if key is None and len(cameras) > 1:
@@ -103,6 +103,11 @@ def _episodes_of(file: Group, name: str, prefix: str, path: Path, keys: Keys) ->
         for demo in demos
         if not split_of or demo in split_of
     ]  # fmt: skip
+
+
+def _columns_of(file: Group, demo: str) -> Mapping[str, Column]:
+    """Return the data sets of an episode; none if it is damaged, which is found when it is opened."""
+    return file.at(f"data/{demo}").columns() if file.is_group(f"data/{demo}") else {}
 
 
 def _words(name: str) -> list[str]:

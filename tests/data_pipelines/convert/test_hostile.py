@@ -112,6 +112,19 @@ def test_soft_links_within_a_file_are_followed(tmp_path: Path) -> None:
     assert convert(tmp_path / "a.h5", tmp_path / "out", Conversion(keys=Keys(frames="pixels"))).num_videos == 1
 
 
+@pytest.mark.parametrize("what", ["a group without arrays", "an array"])
+def test_a_damaged_first_episode_of_robomimic_is_one_bad_episode(what: str, tmp_path: Path) -> None:
+    path = write_robomimic(tmp_path / "a.hdf5")
+    with h5py.File(path, "a") as file:
+        del file["data/demo_0"]
+        if what == "an array":
+            file["data/demo_0"] = 5
+        else:
+            file.create_group("data/demo_0")
+    result = convert(path, tmp_path / "out", Conversion(skip_bad=True))
+    assert result.num_videos == 3 and list(result.bad) == ["a.hdf5:data/demo_0"]
+
+
 @pytest.mark.parametrize("frames", ["data", "pixels"])
 def test_an_array_called_data_is_no_group_of_robomimic(tmp_path: Path, frames: str) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
