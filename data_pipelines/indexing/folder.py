@@ -152,9 +152,9 @@ def merge_parts(root: Path) -> list[Video | BadFile]:
     if len(divisions) > 1:
         raise UserError(f"'{root}' has parts of {divisions[0]} and parts of {divisions[1]}: remove the older ones")
     [num_parts] = divisions
-    missing = [k for k in range(1, num_parts + 1) if (k, num_parts) not in parts]
-    if missing:
-        raise UserError(f"'{root}' lacks part {missing[0]} of {num_parts} of its index: build it first")
+    missing = next((k for k in range(1, num_parts + 1) if (k, num_parts) not in parts), None)
+    if missing is not None:
+        raise UserError(f"'{root}' lacks part {missing} of {num_parts} of its index: build it first")
     contents = [read_part(path) for path in parts.values()]
     if len({header.get("folder") for header, _ in contents}) > 1:
         raise UserError(f"the {num_parts} parts of '{root}' list different files: build all of them again")

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -354,6 +355,17 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path, write_vid
     with pytest.raises(UserError, match=r"has parts of 2 and parts of 3: remove the older ones"):
         merge_parts(tmp_path)
     assert not (tmp_path / INDEX_NAME).exists()
+
+
+def test_a_part_of_very_many_takes_no_memory(tmp_path: Path) -> None:
+    """The name of a part states how many there are."""
+    (tmp_path / ".worldmodel_index.part-1-of-300000.jsonl").touch()
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"lacks part 2 of 300000 of its index: build it first"):
+        merge_parts(tmp_path)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 2**20
 
 
 def test_more_parts_than_files_are_merged(tmp_path: Path, write_video: Any) -> None:
