@@ -62,7 +62,12 @@ def export(run: TrainedRun, folder: str | Path, *, programs: bool = False) -> Pa
         >>> worldmodel.export(run, "exported/demo")
         >>> worldmodel.load("exported/demo")
     """
-    return _export(run, Path(folder), Path(folder).resolve().name, programs)
+    place = Path(folder).resolve()
+    try:
+        str(place).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{folder}: the name is not UTF-8, from which no run can be loaded: rename it") from None
+    return _export(run, Path(folder), place.name, programs)
 
 
 def push(run: TrainedRun, name: str, *, private: bool = True, programs: bool = False) -> str:

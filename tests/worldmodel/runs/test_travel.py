@@ -175,6 +175,9 @@ def test_only_a_new_folder_is_written(trained_run: Path, tmp_path: Path) -> None
         worldmodel.export(worldmodel.load(trained_run), tmp_path)
     with pytest.raises(UserError, match="cannot write to"):
         worldmodel.export(worldmodel.load(trained_run), tmp_path / "notes.txt")
+    for folder in (tmp_path / "\udcff", tmp_path / "\udcff" / "new"):
+        with pytest.raises(UserError, match=r"\\udcff.*: the name is not UTF-8"):
+            worldmodel.export(worldmodel.load(trained_run), folder)
     assert files_in(tmp_path) == {"notes.txt"}
 
 
