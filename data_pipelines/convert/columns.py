@@ -196,13 +196,9 @@ def choose_frames(columns: Mapping[str, Column], key: str | None) -> str:
     if named := [name for name in FRAME_NAMES if name in found]:
         return named[0]
     if len(found) != 1:
-        of_other_kind = [
-            name
-            for name in FRAME_NAMES
-            if name in columns and len(columns[name].shape) >= 3 and not _are_pictures(columns[name], least_px=1)
-        ]
-        if of_other_kind and not found:
-            raise UserError(_not_pictures(of_other_kind[0], columns[of_other_kind[0]]))
+        for name in () if found else FRAME_NAMES:
+            if name in columns and len(columns[name].shape) >= 3 and not _are_pictures(columns[name], least_px=1):
+                raise UserError(_not_pictures(name, columns[name]))
         what = f"several arrays of pictures ({', '.join(map(shown, found[:20]))})" if found else "no array of pictures"
         raise UserError(f"it has {what}: name the array of the frames. {_listed(columns)}")
     return found[0]

@@ -92,7 +92,7 @@ class Metadata:
 def classes_of_folders(stated: Mapping[Path, Sequence[Any]]) -> dict[Path, dict[str, int]]:
     """Return the field with the class of each folder, given the classes in the lines of its videos.
 
-    There are none unless each folder has a class of its own, and these are several.
+    Empty unless there are several folders, each of which has one class, different from those of the others.
     """
     found = {folder: values[0] for folder, values in stated.items() if all(value == values[0] for value in values)}
     numbers = [number for number in found.values() if isinstance(number, int)]

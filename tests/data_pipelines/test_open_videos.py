@@ -63,9 +63,8 @@ def test_a_state_continues_in_a_fresh_process(mixed_folder: Path) -> None:
     done = run_python("-c", RESUME, job)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == whole[middle:]
-    assert [batch_hash(batch) for batch in islice(stream, total - middle)] == whole[
-        middle:
-    ]  # so does the stream itself
+    continued = [batch_hash(batch) for batch in islice(stream, total - middle)]
+    assert continued == whole[middle:]  # so does the stream itself
 
 
 def test_a_state_of_another_stream_is_refused(mixed_folder: Path) -> None:

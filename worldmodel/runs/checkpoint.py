@@ -397,6 +397,17 @@ def load_checkpoint(
     return Checkpoint(**tensors, state=state)
 
 
+def first_difference(
+    here: Mapping[str, Tensor], there: Mapping[str, Tensor]
+) -> tuple[str, list[int] | None, list[int] | None] | None:
+    """Return the first name at which tensors differ in shape, and both shapes, or None. The shape of none is None."""
+    for name in sorted(here.keys() | there.keys()):
+        own, other = (list(tensors[name].shape) if name in tensors else None for tensors in (here, there))
+        if own != other:
+            return name, own, other
+    return None
+
+
 def latest_state(run: Path) -> dict[str, Any] | None:
     """Return the state of the latest checkpoint of a run, or None without a checkpoint.
 

@@ -39,7 +39,7 @@ from worldmodel.evaluation.recalibration import load_recalibrations
 from worldmodel.evaluation.surprise import SurpriseOptions, Timeline, check_model, clip_surprise, video_surprise
 from worldmodel.nets.teacher import Teacher
 from worldmodel.nets.world_model import WorldModel
-from worldmodel.runs.checkpoint import Checkpoint, load_checkpoint, load_run_config, updates_of
+from worldmodel.runs.checkpoint import Checkpoint, first_difference, load_checkpoint, load_run_config, updates_of
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.hub import download, is_repository_name
 from worldmodel.sources import make_source
@@ -448,13 +448,13 @@ def _check_shapes(network: nn.Module, checkpoint: Checkpoint, run: str | Path, w
     Raises:
         UserError: shapes differ.
     """
-    described = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    stored = {name: tensor.shape for name, tensor in checkpoint.model.items()}
-    for name in sorted(described.keys() | stored.keys()):
-        if without is not None and name.startswith(without):
-            continue
-        if described.get(name) != stored.get(name):
-            sizes = [list(shapes[name]) if name in shapes else "nothing" for shapes in (stored, described)]
-            raise UserError(
-                f"the checkpoint of {run} does not fit its config.yaml: it holds {sizes[0]} for {name}, not {sizes[1]}"
-            )
+    described, stored = (
+        {name: tensor for name, tensor in tensors.items() if without is None or not name.startswith(without)}
+        for tensors in (network.state_dict(), checkpoint.model)
+    )
+    if difference := first_difference(described, stored):
+        name, *shapes = difference
+        here, there = ("nothing" if shape is None else shape for shape in shapes)
+        raise UserError(
+            f"the checkpoint of {run} does not fit its config.yaml: it holds {there} for {name}, not {here}"
+        )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from data_pipelines.errors import UserError
-from worldmodel.runs.checkpoint import Checkpoint, latest_state, load_checkpoint, name_of
+from worldmodel.runs.checkpoint import first_difference, latest_state, load_checkpoint, name_of
 from worldmodel.training import full_state
 from worldmodel.training.launch import raised_together
 from worldmodel.training.trainer import Trainer
@@ -19,7 +19,7 @@ NO_CHECKPOINT = "train.start_from={}: this is not a run with a checkpoint"
 
 
 class Start(NamedTuple):
-    """The weights of a student after its start, and the names of its networks by where they are from."""
+    """The weights of a student after its start, and its networks that were taken and those with new weights."""
 
     weights: Weights
     taken: list[str]
@@ -27,22 +27,26 @@ class Start(NamedTuple):
 
 
 def start_from(trainer: Trainer, run: Path) -> None:
-    """Load the weights of the latest checkpoint of a run, as `merged` does, with the teacher if both have one.
+    """Load the weights of the latest checkpoint of a run, as `merged` does, with its teacher if that fits.
 
-    A teacher without weights in that run is a copy of the student, as in every new training. The optimiser starts
-    anew. All processes call it together; the first one reads the run.
+    A teacher that has no weights there is a copy of the student, as in every new training. The optimiser has no state
+    yet. All processes call this together, and the first one reads the run.
 
     Raises:
-        UserError: there is no such run or checkpoint, it is damaged, or its encoder does not fit. All raise it.
+        UserError: the run has no checkpoint, the checkpoint is damaged, or its encoder does not fit. All processes
+            raise it.
     """
     student: Weights = full_state.network_state(trainer.student)
     teacher: Weights = full_state.network_state(trainer.teacher) if trainer.teacher else {}
     with raised_together():
         if trainer.accelerator.is_main_process:
-            checkpoint = read_start(run)
+            checkpoint = load_checkpoint(run, with_optimizer=False)
+            if checkpoint is None:
+                raise UserError(NO_CHECKPOINT.format(run))
             start = merged(student, checkpoint.model, run)
-            its_own = {name: tensor for name, tensor in start.weights.items() if name in teacher}
-            student, teacher = start.weights, checkpoint.teacher if teacher and checkpoint.teacher else its_own
+            fits = first_difference(teacher, checkpoint.teacher) is None
+            copied = {name: tensor for name, tensor in start.weights.items() if name in teacher}
+            student, teacher = start.weights, checkpoint.teacher if fits else copied
             new = f"; new: {', '.join(start.new)}" if start.new else ""
             trainer.accelerator.print(
                 f"starting from {run}, {name_of(checkpoint.state)}: {', '.join(start.taken)}{new}"
@@ -53,7 +57,7 @@ def start_from(trainer: Trainer, run: Path) -> None:
 
 
 def check_start(run: Path, new_run: Path) -> None:
-    """Check, before the videos are read and a run is replaced, that weights can be taken from a run.
+    """Check, before another run in run_dir is replaced, that weights can be taken from a run.
 
     Raises:
         UserError: it is the new run itself, or has no checkpoint.
@@ -64,45 +68,31 @@ def check_start(run: Path, new_run: Path) -> None:
         raise UserError(NO_CHECKPOINT.format(run))
 
 
-def read_start(run: Path) -> Checkpoint:
-    """Return the latest checkpoint of a run.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    checkpoint = load_checkpoint(run, with_optimizer=False)
-    if checkpoint is None:
-        raise UserError(NO_CHECKPOINT.format(run))
-    return checkpoint
-
-
 def merged(own: Mapping[str, Tensor], stored: Mapping[str, Tensor], run: Path) -> Start:
-    """Return the weights of another run where they fit, network by network, and one's own otherwise.
+    """Return the weights of another run where they fit, network by network, and otherwise one's own.
 
-    A network fits if all of its weights have the same names and shapes in both. The encoder has to.
+    A network fits if all of its weights have the same names and shapes in both. The encoder has to fit.
 
     Raises:
         UserError: the encoder does not fit.
     """
-    networks = list(dict.fromkeys(name.split(".")[0] for name in own))
-    differences = {network: _first_difference(network, own, stored) for network in networks}
-    if difference := differences.get(ENCODER):
+    here, there = _by_network(own), _by_network(stored)
+    if difference := first_difference(here.get(ENCODER, {}), there.get(ENCODER, {})):
+        name, *shapes = difference
+        ours, theirs = ("missing" if shape is None else shape for shape in shapes)
         raise UserError(
-            f"the encoder of train.start_from={run} is another one: {difference}: give this run the data.channels and "
-            "model.encoder, model.embedding_dim, model.embedding_norm and the like of its config.yaml"
+            f"the encoder of train.start_from={run} is another one: {name} is {theirs} there, {ours} here: give this "
+            "run the data.channels and model.encoder, model.embedding_dim, model.embedding_norm and the like of its "
+            "config.yaml"
         )
-    taken = [network for network in networks if differences[network] is None]
-    weights = {name: stored[name] if name.split(".")[0] in taken else tensor for name, tensor in own.items()}
-    return Start(weights, taken, [network for network in networks if network not in taken])
+    taken = [network for network in here if first_difference(here[network], there.get(network, {})) is None]
+    weights = dict(own) | {name: tensor for network in taken for name, tensor in there[network].items()}
+    return Start(weights, taken, [network for network in here if network not in taken])
 
 
-def _first_difference(network: str, own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> str | None:
-    """Return in words the first weight of a network that another run has with another shape or not at all, or None."""
-    here, there = (
-        {name: list(tensor.shape) for name, tensor in weights.items() if name.split(".")[0] == network}
-        for weights in (own, stored)
-    )
-    for name in sorted(here.keys() | there.keys()):
-        if here.get(name) != there.get(name):
-            return f"{name} is {there.get(name, 'missing')} there, {here.get(name, 'missing')} here"
-    return None
+def _by_network(weights: Mapping[str, Tensor]) -> dict[str, Weights]:
+    """Return the weights of each network, whose name is the first part of theirs."""
+    networks: dict[str, Weights] = {}
+    for name, tensor in weights.items():
+        networks.setdefault(name.split(".")[0], {})[name] = tensor
+    return networks
