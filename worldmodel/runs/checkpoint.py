@@ -408,6 +408,49 @@ def first_difference(
     return None
 
 
+def check_shapes(
+    described: Mapping[str, Tensor], stored: Mapping[str, Tensor], run: str | Path, without: str | None = None
+) -> None:
+    """Compare the shapes of stored tensors with those that the config describes. Names with `without` are left out.
+
+    without: the beginning of these names.
+
+    Raises:
+        UserError: shapes or names differ.
+    """
+    compared = (
+        {name: tensor for name, tensor in tensors.items() if without is None or not name.startswith(without)}
+        for tensors in (described, stored)
+    )
+    if difference := first_difference(*compared):
+        name, *shapes = difference
+        ours, theirs = ("nothing" if shape is None else shape for shape in shapes)
+        raise UserError(
+            f"the checkpoint of {run} does not fit its config.yaml: it holds {theirs} for {name}, not {ours}"
+        )
+
+
+def check_fits(
+    checkpoint: Checkpoint, model: Mapping[str, Tensor], teacher: Mapping[str, Tensor], run: str | Path
+) -> None:
+    """Compare a checkpoint with the networks that it is to be loaded into, whose state dicts are `model` and `teacher`.
+
+    A fused optimiser steps through a weight and its moments together, and would read beyond moments that are smaller.
+
+    Raises:
+        UserError: shapes or names differ, as those of a run whose config.yaml was edited.
+    """
+    check_shapes(model, checkpoint.model, run)
+    if teacher:
+        check_shapes(teacher, checkpoint.teacher, run)
+    scalar = torch.empty(())
+    owners = {name: name.rpartition("/")[0] for name in checkpoint.optimizer}
+    described = {
+        name: scalar if name == f"{owner}/step" else model[owner] for name, owner in owners.items() if owner in model
+    }
+    check_shapes(described, checkpoint.optimizer, run)
+
+
 def latest_state(run: Path) -> dict[str, Any] | None:
     """Return the state of the latest checkpoint of a run, or None without a checkpoint.
 

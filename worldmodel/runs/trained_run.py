@@ -39,7 +39,7 @@ from worldmodel.evaluation.recalibration import load_recalibrations
 from worldmodel.evaluation.surprise import SurpriseOptions, Timeline, check_model, clip_surprise, video_surprise
 from worldmodel.nets.teacher import Teacher
 from worldmodel.nets.world_model import WorldModel
-from worldmodel.runs.checkpoint import Checkpoint, first_difference, load_checkpoint, load_run_config, updates_of
+from worldmodel.runs.checkpoint import Checkpoint, check_shapes, load_checkpoint, load_run_config, updates_of
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.hub import download, is_repository_name
 from worldmodel.sources import make_source
@@ -382,11 +382,12 @@ def load(
         raise UserError(f"the run {run} has no checkpoint yet: train it first")
     _check_before_building(config, checkpoint, folder)
     training = build_training_model(config)
-    _check_shapes(training, checkpoint, folder)
+    check_shapes(training.state_dict(), checkpoint.model, folder)
     training.load_state_dict(checkpoint.model)
     teacher = None
     if training.objective.needs_teacher:
         teacher = Teacher(training.embedder)
+        check_shapes(teacher.state_dict(), checkpoint.teacher, folder)
         teacher.load_state_dict(checkpoint.teacher)
         teacher = teacher.to(device).eval()
     return TrainedRun(folder, config, training.to(device).eval(), teacher, checkpoint.state)
@@ -434,27 +435,9 @@ def _check_before_building(config: Config, checkpoint: Checkpoint, run: str | Pa
             network = build_training_model(dataclasses.replace(config, model=model))
     except (RuntimeError, OverflowError, MemoryError, ValueError) as error:
         raise UserError(f"{run}/config.yaml describes networks that cannot be built: {one_line(error)}") from None
-    _check_shapes(network, checkpoint, run, without="latent.prior." if is_flow else None)
+    check_shapes(network.state_dict(), checkpoint.model, run, without="latent.prior." if is_flow else None)
 
 
 def _seed_apart(seed: int, use: int) -> int:
     """Return a seed for other random numbers than those that `seed` itself is for. use: 0 or 1."""
     return int(torch.randint(2**62, (2,), generator=torch.Generator().manual_seed(seed))[use])
-
-
-def _check_shapes(network: nn.Module, checkpoint: Checkpoint, run: str | Path, without: str | None = None) -> None:
-    """Compare the shapes of the weights with those of the networks. Names that begin with `without` are left out.
-
-    Raises:
-        UserError: shapes differ.
-    """
-    described, stored = (
-        {name: tensor for name, tensor in tensors.items() if without is None or not name.startswith(without)}
-        for tensors in (network.state_dict(), checkpoint.model)
-    )
-    if difference := first_difference(described, stored):
-        name, *shapes = difference
-        here, there = ("nothing" if shape is None else shape for shape in shapes)
-        raise UserError(
-            f"the checkpoint of {run} does not fit its config.yaml: it holds {there} for {name}, not {here}"
-        )

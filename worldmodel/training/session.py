@@ -22,6 +22,7 @@ from worldmodel.runs.checkpoint import (
     Checkpoint,
     VideosChangedError,
     check_finite,
+    check_fits,
     load_checkpoint,
     save_checkpoint,
 )
@@ -159,7 +160,7 @@ class Session:
 
         Raises:
             VideosChangedError: the videos differ from those of the checkpoint.
-            UserError: the checkpoint is damaged.
+            UserError: the checkpoint is damaged, or is that of other networks.
         """
         accelerator, trainer = self.accelerator, self.trainer
         checkpoint = load_checkpoint(self.run) if accelerator.is_main_process else None
@@ -172,6 +173,8 @@ class Session:
                 f"{self.stream_fingerprint})"
             )
         if checkpoint:
+            teacher = trainer.teacher.state_dict() if trainer.teacher else {}
+            check_fits(checkpoint, trainer.student.state_dict(), teacher, self.run)
             trainer.load_full_state(checkpoint.model, checkpoint.teacher, checkpoint.optimizer)
         else:
             trainer.load_full_state({}, {}, {})

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import is_initialized
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from data_pipelines.errors import UserError
 from data_pipelines.splits import SPLITS
@@ -30,7 +31,7 @@ from worldmodel import load
 from worldmodel.config import Config
 from worldmodel.data import TrainingInputs
 from worldmodel.nets.teacher import Teacher
-from worldmodel.runs.checkpoint import load_checkpoint
+from worldmodel.runs.checkpoint import load_checkpoint, load_run_config
 from worldmodel.sources import make_source
 from worldmodel.training import step_log, timing
 from worldmodel.training.launch import compile_mode, make_accelerator
@@ -335,6 +336,36 @@ def test_resuming_on_other_videos_is_refused(tiny_config: Callable[..., Config],
             train(tiny_config(), resume=True)
     finally:
         extra.unlink()
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("model", {"editor.net.0.weight": torch.zeros(32, 3)}),
+        ("model", {"editor.net.0.weight": None}),
+        ("model", {"editor.of_an_earlier_version": torch.zeros(2)}),
+        ("teacher", {"embedder.encoder.layers.0.weight": torch.zeros(1)}),
+        ("optimizer", {"editor.net.0.weight/exp_avg": torch.zeros(1)}),
+        ("optimizer", {"editor.net.0.weight/exp_avg_sq": torch.zeros(())}),
+        ("optimizer", {"editor.net.0.weight/step": torch.zeros(2)}),
+        ("optimizer", {"editor.of_an_earlier_version/exp_avg": torch.zeros(2)}),
+    ],
+)
+def test_a_checkpoint_of_other_networks_is_one_line(
+    part: str, changes: dict[str, torch.Tensor | None], trained_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    path = next((run / "checkpoints").glob(f"step_00000006/{part}.safetensors"))
+    changed = load_file(path) | changes
+    save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, path)
+    [name] = changes
+    message = rf"does not fit its config\.yaml: it holds .* for {name}, not "
+    with pytest.raises(UserError, match=message):
+        train(replace(load_run_config(run), run_dir=str(run)), resume=True)
+    if part != "optimizer":
+        with pytest.raises(UserError, match=message):
+            load(run)
 
 
 def test_training_twice_in_one_process_changes_nothing_of_it(tiny_config: Callable[..., Config]) -> None:
