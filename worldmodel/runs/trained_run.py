@@ -39,7 +39,14 @@ from worldmodel.evaluation.recalibration import load_recalibrations
 from worldmodel.evaluation.surprise import SurpriseOptions, Timeline, check_model, clip_surprise, video_surprise
 from worldmodel.nets.teacher import Teacher
 from worldmodel.nets.world_model import WorldModel
-from worldmodel.runs.checkpoint import Checkpoint, check_shapes, load_checkpoint, load_run_config, updates_of
+from worldmodel.runs.checkpoint import (
+    Checkpoint,
+    check_shapes,
+    checkpoint_name,
+    load_checkpoint,
+    load_run_config,
+    updates_of,
+)
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.hub import download, is_repository_name
 from worldmodel.sources import make_source
@@ -379,7 +386,12 @@ def load(
         config = _with_data_root(config, str(data_root))
     checkpoint = load_checkpoint(folder, which, with_optimizer=False)
     if checkpoint is None:
-        raise UserError(f"the run {run} has no checkpoint yet: train it first")
+        if checkpoint_name(folder) is None:
+            raise UserError(f"the run {run} has no checkpoint yet: train it first")
+        raise UserError(
+            f"the run {run} has no best checkpoint yet, as its training has not been evaluated: continue it, or load "
+            "the latest one"
+        )
     _check_before_building(config, checkpoint, folder)
     training = build_training_model(config)
     check_shapes(training.state_dict(), checkpoint.model, folder)

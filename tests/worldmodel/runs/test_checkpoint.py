@@ -314,8 +314,12 @@ def test_loading_what_is_no_run(tmp_path: Path, tiny_config: Callable[..., Confi
     with pytest.raises(UserError, match="no run in"):
         load(tmp_path)
     run = opened(tiny_config())
-    with pytest.raises(UserError, match="has no checkpoint yet"):
-        load(run)
+    for which in ("latest", "best"):
+        with pytest.raises(UserError, match="has no checkpoint yet"):
+            load(run, which=which)
+    save_checkpoint(run, make(1), keep=1, is_best=False)  # as of a training that ended before its first evaluation
+    with pytest.raises(UserError, match="has no best checkpoint yet, as its training has not been evaluated"):
+        load(run, which="best")
 
 
 def test_state_holds_numbers_that_json_can_say(tmp_path: Path) -> None:
