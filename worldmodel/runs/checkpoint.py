@@ -499,6 +499,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
 def _read_index(run: Path) -> dict[str, Any]:
     path = RunFolder(run).checkpoint_index
     if not os.path.lexists(path):
+        _check_never_indexed(path)
         return {"latest": None, "best": None, "kept": []}
     try:
         index = json.loads(read_text(path, MAX_STATE_BYTES))
@@ -511,6 +512,20 @@ def _read_index(run: Path) -> dict[str, Any]:
         if not (isinstance(name, str) and STEP_NAME.fullmatch(name)):
             raise UserError(f"{path} names {str(name)[:80]!r}, which is not a checkpoint of a run")
     return {"latest": index["latest"], "best": index["best"], "kept": kept}
+
+
+def _check_never_indexed(path: Path) -> None:
+    """Check that an index at `path`, which is missing, was never there. A kill before the first leaves one checkpoint.
+
+    Raises:
+        UserError: there are several checkpoints.
+    """
+    found = sorted(filter(_is_checkpoint, path.parent.glob("step_*")))
+    if len(found) > 1:
+        raise UserError(
+            f"{path}, which names the latest and the best checkpoint, is missing, but {len(found)} checkpoints are "
+            f"there, up to {found[-1].name}: restore it, such as by copying the run again"
+        )
 
 
 def _write_index(run: Path, index: Mapping[str, Any]) -> None:

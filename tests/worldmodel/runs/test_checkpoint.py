@@ -25,6 +25,7 @@ from worldmodel.runs.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
+from worldmodel.training.loop import train
 
 
 def make(step: int) -> Checkpoint:
@@ -185,6 +186,23 @@ def test_a_damaged_index_is_one_line(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError, match=r"index\.json is damaged") as caught:
         load_checkpoint(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_checkpoints_whose_index_is_missing_are_not_taken_for_none(
+    tiny_config: Callable[..., Config], trained_run: Path
+) -> None:
+    config = tiny_config()
+    run = Path(config.run_dir)
+    shutil.copytree(trained_run, run)
+    index, history = run / "checkpoints" / "index.json", (run / "metrics.jsonl").read_text()
+    index.unlink()
+    message = r"index\.json, which names .* is missing, but 2 checkpoints are there, up to step_00000006: restore it"
+    for use in (lambda: train(config, resume=True), lambda: load(run), lambda: load(run, which="best")):
+        with pytest.raises(UserError, match=message):
+            use()
+    assert saved_steps(run) == ["step_00000004", "step_00000006"] and (run / "metrics.jsonl").read_text() == history
+    shutil.rmtree(run / "checkpoints" / "step_00000006")  # a kill may leave one checkpoint without an index
+    assert load_checkpoint(run) is None
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"step": "x"}', "[" * 100_000, "\xff", '{"step": true}', '{"step": -1}'])
