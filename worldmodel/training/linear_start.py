@@ -67,6 +67,7 @@ def start_linear(
     gram, moment, eye = x.T @ x, x.T @ (y - bias), torch.eye(x.shape[1]).to(x)
     rank = min(dim, prior.latent_dim)
     directions = eye[:dim, :dim] if rank == dim else torch.linalg.svd(y - x[:, :dim], full_matrices=False).Vh[:rank].T
+    rank = directions.shape[1]  # fewer than `rank` pairs have fewer components
 
     @cache
     def fitted(strength: float) -> tuple[Tensor, Tensor]:

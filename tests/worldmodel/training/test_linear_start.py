@@ -90,6 +90,21 @@ def test_an_r_of_fewer_dimensions_holds_the_largest_changes() -> None:
     assert torch.linalg.matrix_rank(forecast - forecast.mean(dim=0), atol=0.01 * len(forecast) ** 0.5) == 2
 
 
+@pytest.mark.parametrize("latent_dim", [2, 4, 6, 8])
+@torch.no_grad()
+def test_few_pairs_have_as_many_components(latent_dim: int) -> None:
+    """Embeddings of six dimensions, three pairs."""
+    latent = {"name": "gaussian", "dim": latent_dim, "prior": "linear"}
+    model = build_training_model(linear_config(embedding_dim=6, latent=latent)).model.eval()
+    contexts, targets = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
+    start_linear(model, contexts, targets, torch.empty(3, 0), lambda: 0.0)
+    futures = model.rollout_embedding(contexts, 1, 100, torch.Generator().manual_seed(1))[:, :, 0]
+    assert futures.isfinite().all()
+    changes = (futures - futures.mean(dim=1, keepdim=True)).flatten(0, 1)
+    num_components = min(latent_dim, 3) if latent_dim < 6 else 6
+    assert torch.linalg.matrix_rank(changes, rtol=1e-3) == num_components
+
+
 def test_other_models_do_not_start_linear() -> None:
     for changes in ({"editor": {"name": "residual"}}, {"latent": {"name": "gaussian", "dim": DIM}}):
         assert not starts_linear(build_training_model(linear_config(**changes)).model)
