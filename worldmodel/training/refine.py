@@ -253,6 +253,8 @@ def refine(
     Raises:
         UserError: the loss or its gradient is not finite.
     """
+    if signal_number := stop():  # it may have come after so few clips that a start cannot be fitted to them
+        return signal_number
     train, model = config.train, training.model
     model.embedder.requires_grad_(False)
     if train.refine_rollout_steps:

@@ -2,6 +2,7 @@ import signal
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from itertools import count
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from worldmodel.sources import make_source
 from worldmodel.training.loop import train
 from worldmodel.training.refine import (
     RefinementClips,
+    copied_state,
     draw_batch,
     draw_pairs,
     embed_refinement_clips,
@@ -272,6 +274,18 @@ def test_a_signal_ends_refinement(tiny_config: Callable[..., Config]) -> None:
     assert (
         refine(config, training, clips, CPU, full_precision, lambda *_: None, third_time, no_score, nullcontext()) == 15
     )
+
+
+def test_a_signal_before_refinement_leaves_the_networks_as_they_are(tiny_config: Callable[..., Config]) -> None:
+    """Nothing is fitted to the clips, of which there may be few; a linear start would be scored."""
+    config = tiny_config(*REFINED, "model.editor=linear", "model.latent.prior=linear", "model.scene_dim=2")
+    training = build_training_model(config)
+    clips = embedded(config, training.model, Teacher(training.model.embedder)).map(itemgetter(slice(1)))
+    before = copied_state(training)
+    assert (
+        refine(config, training, clips, CPU, full_precision, lambda *_: None, lambda: 15, no_score, nullcontext()) == 15
+    )
+    assert all(torch.equal(value, before[name]) for name, value in training.state_dict().items())
 
 
 def test_a_run_is_refined_once_and_an_interrupted_refinement_begins_anew(
