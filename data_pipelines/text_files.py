@@ -95,7 +95,8 @@ def _explained(error: yaml.YAMLError) -> str:
 class _Loader(yaml.SafeLoader):
     """A loader of plain trees: no anchors, aliases or tags; scalars are numbers, flags, null and text only.
 
-    1e-3 is a number, as in YAML 1.2; PyYAML by itself requires 1.0e-3. A date is text.
+    Numbers are those of YAML 1.2: 1e-3 is one, 010 is ten, and 1:30 is text, as is a date. For PyYAML by itself these
+    are text, eight and ninety.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012
@@ -127,11 +128,18 @@ class _Loader(yaml.SafeLoader):
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """A dumper that puts quotes around text which the loader would take for a number."""
+
+
+for _kind, _pattern in (("float", r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), ("int", r"^[-+]?0[0-9_]+$")):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_pattern), list("-+0123456789"))
+
+
+def dump_yaml(tree: Mapping[str, Any]) -> str:
+    """Return nested dicts as YAML in their order. `parse_yaml` reads them back, up to its limits."""
+    return yaml.dump(dict(tree), Dumper=_Dumper, sort_keys=False)
 
 
 def _value(loader: _Loader, node: yaml.Node, kind: Any) -> Any:
@@ -155,12 +163,20 @@ def _scalar(loader: _Loader, node: yaml.ScalarNode, kind: Any) -> Any:
     name = node.tag.rpartition(":")[2]
     if name == "null":
         return None
-    if name == "str" or is_text(kind) or (name == "int" and len(node.value) > MAX_INT_CHARS):
+    is_time = name in ("int", "float") and ":" in node.value
+    if name == "str" or is_text(kind) or is_time or (name == "int" and len(node.value) > MAX_INT_CHARS):
         return node.value
     try:
-        return loader.construct_object(node)
+        return _integer(node.value) if name == "int" else loader.construct_object(node)
     except ValueError:  # such as 0x_
         return node.value
+
+
+def _integer(text: str) -> int:
+    """Return a number whose zeros in front mean nothing. Raises ValueError: it has no digits."""
+    digits = text.replace("_", "")
+    has_base = digits.lstrip("-+").lower().startswith(("0x", "0b"))
+    return int(digits, 0 if has_base else 10)
 
 
 # ---------------------------------------------------------------------------------------------- types of fields

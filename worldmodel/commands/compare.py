@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_bytes, write_text
-from data_pipelines.text_files import shown
+from data_pipelines.text_files import dump_yaml, shown
 from worldmodel.commands.exits import EXIT_USER_ERROR
 from worldmodel.commands.shared import add_config, add_out, add_overrides, make_out_folder
 
@@ -145,8 +145,6 @@ def compare(args: argparse.Namespace) -> int:
             none may be trained.
         Interrupted: SIGINT or SIGTERM arrived.
     """
-    import yaml
-
     from worldmodel.commands.grid import check_same_configs, is_done, keep_threads, make_grid
     from worldmodel.commands.jobs import check_launcher, only_writer, run_all
     from worldmodel.config.reading import read_with_bases
@@ -158,7 +156,7 @@ def compare(args: argparse.Namespace) -> int:
         raise UserError(f"--jobs {args.jobs} must be at least 1")
     check_launcher(args.launch)
     grid, refused = make_grid(args)
-    config_text = yaml.safe_dump(read_with_bases(find_config(args.config)), sort_keys=False)  # it may change later
+    config_text = dump_yaml(read_with_bases(find_config(args.config)))  # it may change later
     if refused:
         print(f"skipped, as the config rejects {refused}", file=sys.stderr)
     share = max(1, fair_share_of_cores() // args.jobs) if args.jobs > 1 else None

@@ -10,11 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from data_pipelines.errors import UserError
-from data_pipelines.text_files import kind_of_key, read_yaml, shown
+from data_pipelines.text_files import dump_yaml, kind_of_key, read_yaml, shown
 from worldmodel.config.checks import contradictions
 from worldmodel.config.data import VideosConfig
 from worldmodel.config.kinds import OUTSIDE, Text, members_of
@@ -137,12 +136,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """Return the resolved configuration as YAML."""
-    return dump(to_dict(config))
-
-
-def dump(tree: Mapping[str, Any]) -> str:
-    """Return nested dicts as YAML, in their order."""
-    return yaml.safe_dump(dict(tree), sort_keys=False)
+    return dump_yaml(to_dict(config))
 
 
 def _with_lists(value: Any) -> Any:

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.files import check_regular, read_text, remove, write_bytes, write_text
-from data_pipelines.text_files import shown
-from worldmodel.config import Config, changed_keys, dump, read_tree, to_dict, validate
+from data_pipelines.text_files import dump_yaml, shown
+from worldmodel.config import Config, changed_keys, read_tree, to_dict, validate
 from worldmodel.runs.folder import RunFolder
 from worldmodel.training.finite import ADVICE, not_finite
 
@@ -128,7 +128,7 @@ def open_run(run: Path, config: Mapping[str, Any], *, resume: bool = False, over
             else:
                 raise RunExistsError(f"run_dir={run} already holds a run")
         run.mkdir(parents=True, exist_ok=True)
-        write_text(files.config, dump(config))
+        write_text(files.config, dump_yaml(config))
     except OSError as error:
         raise UserError(f"cannot write to run_dir={run}: {error.strerror or error}") from error
 
