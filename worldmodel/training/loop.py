@@ -95,6 +95,8 @@ def train(
             closing(stream.batches(trainer.step)) as batches,
             explained_errors(session, stream, batches),
         ):
+            if session.awaits_evaluation:
+                session.save(session.evaluate())
             while trainer.step < train_config.steps:
                 with trainer.restore_stats_on_disconnect():
                     trainer.update(batches)
@@ -102,6 +104,7 @@ def train(
                 if profile_step:
                     profile_step()
                 due = Due.after(trainer.step, train_config)
+                session.awaits_evaluation = due.evaluation
                 if any(due):
                     trainer.check_steps()
                 if due.row:

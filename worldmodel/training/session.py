@@ -70,6 +70,8 @@ class Session:
         self.saved_step = -1
         self.best_score = math.inf
         self.refined = False
+        self.awaits_evaluation = False
+        """The evaluation of the last finished step is due, and not done: an error may end the session before."""
         self.started_s = time.monotonic()
         self.earlier_s = 0.0
         self.tracker: Tracker | None = None
@@ -140,6 +142,7 @@ class Session:
         is_best = self.accelerator.is_main_process and score < self.best_score
         if is_best:
             self.best_score = score
+        self.awaits_evaluation = False
         return bool(from_main_process(self.accelerator, is_best))
 
     def _selection_scores(self, student: TrainingModel, target_encoder: nn.Module) -> tuple[dict[str, float], float]:
@@ -182,6 +185,7 @@ class Session:
             accelerator.scaler.load_state_dict(state["scaler"])
         trainer.step = self.saved_step = state["step"]
         self.best_score, self.refined = state["best_score"], state.get("refined", False)
+        self.awaits_evaluation = state.get("awaits_evaluation", False)
         self.earlier_s = state["train_seconds"]
         if state.get("step_flops"):
             trainer.log.step_flops = state["step_flops"] / accelerator.num_processes
@@ -206,6 +210,7 @@ class Session:
                 "stream": self.stream_fingerprint,
                 "best_score": self.best_score,
                 "refined": self.refined,
+                "awaits_evaluation": self.awaits_evaluation,
                 "scaler": scaler.state_dict() if scaler else None,
                 "step_flops": (trainer.log.step_flops or 0) * self.accelerator.num_processes,
                 "num_threads": torch.get_num_threads(),

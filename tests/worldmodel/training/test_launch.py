@@ -20,13 +20,16 @@ from accelerate.utils import DistributedType
 
 from data_pipelines.errors import UserError
 from tests.conftest import REPO, TINY, script_environment
-from tests.worldmodel.training.test_loop import assert_same_weights
+from tests.worldmodel.training.test_loop import assert_same_weights, rows
 from worldmodel.commands import process as process_module
 from worldmodel.commands.process import stop_signals
 from worldmodel.config import Config
+from worldmodel.runs.checkpoint import checkpoint_name
+from worldmodel.runs.tracking import RowLostError, Tracker
 from worldmodel.training.launch import ConnectionLostError, backend_message
 from worldmodel.training.loop import train
 from worldmodel.training.machine import child_processes
+from worldmodel.training.session import Session
 from worldmodel.training.trainer import Trainer
 
 LAUNCH_CONFIGS = REPO / "configs" / "accelerate"
@@ -172,6 +175,37 @@ def test_a_step_whose_gradients_never_came_leaves_no_trace(
     assert latest_step(Path(config.run_dir)) == 3
     train(config, resume=True)
     assert_same_weights(whole, Path(config.run_dir))
+
+
+@pytest.mark.parametrize("cause", ["another process", "a row of losses", "a row of scores"])
+def test_an_evaluation_that_an_error_prevented_is_made_up_for(
+    cause: str, tiny_config: Callable[..., Config], trained_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the best checkpoint of a resumed run would be another, and the last weights would have no score."""
+    config, step = tiny_config(), 6
+    evaluate, log = Session.evaluate, Tracker.log
+
+    def evaluated(self: Session) -> bool:
+        if cause == "another process":
+            raise RuntimeError("[/src/gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+        return evaluate(self)
+
+    def logged(self: Tracker, split: str, at: int, values: dict[str, float]) -> None:
+        if at == step and {"train": "a row of losses", "selection": "a row of scores"}[split] == cause:
+            raise RowLostError("no space left")
+        log(self, split, at, values)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(Session, "evaluate", evaluated)
+        patches.setattr(Tracker, "log", logged)
+        patches.setattr(Trainer, "saves_alone", True)
+        with pytest.raises((ConnectionLostError, RowLostError)):
+            train(config)
+    assert latest_step(Path(config.run_dir)) == step
+    cut = train(config, resume=True)
+    assert rows(cut, "selection") == rows(trained_run, "selection") and len(rows(cut, "selection")) == 1
+    assert checkpoint_name(cut, "best") == checkpoint_name(trained_run, "best") == "step_00000006"
+    assert_same_weights(trained_run, cut)
 
 
 def test_other_errors_of_a_step_stay_what_they_are(
