@@ -15,7 +15,7 @@ from torch.distributed import DistError
 
 from data_pipelines.errors import UserError
 from data_pipelines.processes import environment_int
-from worldmodel.training.machine import computes_bf16, uses_gpu
+from worldmodel.training.machine import TRUE_VALUES, computes_bf16, uses_gpu
 
 OTHER_ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 MPI_PREFIXES = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
@@ -26,7 +26,7 @@ FLAGS = (
     "ACCELERATE_CPU_AFFINITY",
     "FORK_LAUNCHED",
 )
-FLAG_VALUES = frozenset(["y", "yes", "t", "true", "on", "1", "n", "no", "f", "false", "off", "0"])
+FLAG_VALUES = TRUE_VALUES | {"n", "no", "f", "false", "off", "0"}
 
 
 class ConnectionLostError(UserError):

@@ -15,6 +15,9 @@ from data_pipelines.processes import environment_int
 from worldmodel.nets.cpu import cpu_flags, cpuinfo, has_amx
 from worldmodel.training.timing import synchronise
 
+TRUE_VALUES = frozenset(["y", "yes", "t", "true", "on", "1"])
+"""Values of environment variables that are true for Accelerate, in lower case."""
+
 
 def computes_bf16(device: torch.device | None = None) -> bool:
     """Return True if a device has native bf16 arithmetic; None: the device that Accelerate will train on."""
@@ -25,7 +28,7 @@ def computes_bf16(device: torch.device | None = None) -> bool:
 
 def uses_gpu() -> bool:
     """Return True if Accelerate will train on a GPU."""
-    cpu_only = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    cpu_only = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in TRUE_VALUES
     return torch.cuda.is_available() and not cpu_only
 
 

@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import parse_flag_from_env
 
 from tests.conftest import run_python
 from worldmodel.training import machine
+from worldmodel.training.launch import FLAG_VALUES
 from worldmodel.training.machine import computes_bf16, fair_share_of_cores, peak_flops_per_s
 
 KEPT = """
@@ -78,3 +80,10 @@ def test_the_precision_is_that_of_the_device_that_computes(of_cpu: bool, monkeyp
     monkeypatch.setattr("worldmodel.training.machine.cpu_computes_bf16", lambda: of_cpu)
     assert computes_bf16(torch.device("cpu")) == of_cpu
     assert computes_bf16(torch.device("cuda")) == computes_bf16() == (not of_cpu)
+
+
+@pytest.mark.parametrize("value", sorted({*FLAG_VALUES, "True", "ON", "No"}))
+def test_the_cpu_is_asked_for_as_accelerate_understands_it(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert machine.uses_gpu() != parse_flag_from_env("ACCELERATE_USE_CPU")
