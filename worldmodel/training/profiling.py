@@ -1,7 +1,7 @@
 """The cost of a training step: its floating-point operations, and a profile of a few steps."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from data_pipelines.errors import one_line_logger
-from data_pipelines.files import write_text
+from data_pipelines.errors import one_line, one_line_logger
+from data_pipelines.files import remove, write_text
 from worldmodel.runs.folder import RunFolder
 
 logger = one_line_logger(__name__)
@@ -78,11 +78,19 @@ def profiled(run: Path, device: torch.device, num_steps: int) -> Iterator[Callab
 
 
 def _write(profiler: profile, folder: Path, device: str) -> None:
-    for path in (folder, folder / "trace.json.gz"):
-        if path.is_symlink():
-            path.unlink()
-    folder.mkdir(exist_ok=True)
-    profiler.export_chrome_trace(str(folder / "trace.json.gz"))
-    table = profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=TABLE_ROWS)
-    write_text(folder / "table.txt", table)
+    """Write a profile. Training, which calls this between two steps, continues if that fails."""
+    trace = folder / "trace.json.gz"
+    try:
+        for path in (folder, trace):
+            if path.is_symlink():
+                path.unlink()
+        folder.mkdir(exist_ok=True)
+        profiler.export_chrome_trace(str(trace))
+        table = profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=TABLE_ROWS)
+        write_text(folder / "table.txt", table)
+    except OSError as error:
+        logger.warning("the profile cannot be written into %s: %s", folder, one_line(error))
+        with suppress(OSError):
+            remove(trace)
+        return
     logger.info("wrote %s: trace.json.gz, table.txt", folder)

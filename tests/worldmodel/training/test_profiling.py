@@ -1,4 +1,8 @@
 import copy
+import errno
+import gzip
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +16,11 @@ from worldmodel.config import load_config
 from worldmodel.data import training_inputs
 from worldmodel.nets.teacher import Teacher
 from worldmodel.sources import make_source
+from worldmodel.training import profiling
 from worldmodel.training.gradients import MicroBatch, compute_gradients, micro_batches
 from worldmodel.training.losses import TrainingModel
 from worldmodel.training.optimisation import step_generator
-from worldmodel.training.profiling import FlopCounter
+from worldmodel.training.profiling import FlopCounter, profiled
 
 CPU = torch.device("cpu")
 
@@ -80,3 +85,25 @@ def test_attention_on_a_cpu_is_counted() -> None:
     with FlopCounter() as counter:
         F.scaled_dot_product_attention(query, key, value).sum().backward()
     assert counter.total == 7 * 2 * heads * length * length * dim
+
+
+@pytest.mark.parametrize("cause", ["a file in place of the folder", "a full disk", "a full disk for the table"])
+def test_training_continues_without_a_profile_that_cannot_be_written(
+    cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, steps = tmp_path / "profile", 3
+
+    def fill(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if cause == "a file in place of the folder":
+        folder.write_text("")
+    elif cause == "a full disk":
+        monkeypatch.setattr(gzip.GzipFile, "write", fill)
+    else:
+        monkeypatch.setattr(profiling, "write_text", fill)
+    with profiled(tmp_path, CPU, steps) as step:
+        for _ in range(steps):
+            step()
+    assert "the profile cannot be written into" in caplog.text
+    assert folder.is_file() or not list(folder.iterdir())
