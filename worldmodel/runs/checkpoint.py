@@ -57,6 +57,17 @@ _PART_NAMES = frozenset({*(f"{part}.safetensors" for part in _WEIGHT_FILES), "st
 EXPORTED_FILES = ("model.safetensors", "teacher.safetensors", "state.json")
 """The files of a checkpoint that inference needs."""
 
+_OPTIONAL_STATE = {
+    "refined": bool,
+    "awaits_evaluation": bool,
+    "exported": bool,
+    "scaler": dict,
+    "step_flops": int | float,
+    "num_threads": int,
+    "num_cores": int,
+}
+"""Values of state.json that runs of earlier versions lack, by type."""
+
 STEP_NAME = re.compile(r"step_\d{8,12}")
 MAX_STATE_BYTES = 2**20
 
@@ -484,7 +495,7 @@ def hash_of_tensors(tensors: Mapping[str, Tensor], kind: str = "") -> str:
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
-    """Return the state of a checkpoint. Raises ValueError: it is not an object, or lacks a number."""
+    """Return the state of a checkpoint. Raises ValueError: it is not an object, or a value is missing or not valid."""
     state = json.loads(read_text(folder / "state.json", MAX_STATE_BYTES))
     if not isinstance(state, dict):
         raise ValueError("state.json is not a JSON object")
@@ -493,6 +504,9 @@ def _read_state(folder: Path) -> dict[str, Any]:
     is_number = all(isinstance(state.get(key), int | float) for key in ("train_seconds", "best_score"))
     if not (is_step and is_number and isinstance(state.get("stream"), str)):
         raise ValueError("state.json lacks a valid step, train_seconds, best_score or stream")
+    for key, kind in _OPTIONAL_STATE.items():
+        if not isinstance(state.get(key), kind | None):
+            raise ValueError(f"state.json has {key}={shown(state[key])}")
     return state
 
 

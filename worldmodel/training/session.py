@@ -181,7 +181,7 @@ class Session:
             trainer.load_full_state(checkpoint.model, checkpoint.teacher, checkpoint.optimizer)
         else:
             trainer.load_full_state({}, {}, {})
-        if accelerator.scaler and state["scaler"]:
+        if accelerator.scaler and state.get("scaler"):
             accelerator.scaler.load_state_dict(state["scaler"])
         trainer.step = self.saved_step = state["step"]
         self.best_score, self.refined = state["best_score"], state.get("refined", False)

@@ -214,6 +214,33 @@ def test_a_damaged_state_is_one_line(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("refined", "yes"),
+        ("refined", 10**9),
+        ("awaits_evaluation", []),
+        ("exported", 1),
+        ("step_flops", "x"),
+        ("step_flops", {}),
+        ("scaler", 7),
+        ("num_threads", "2"),
+        ("num_cores", 2.5),
+    ],
+)
+def test_a_value_of_another_type_in_the_state_is_one_line(
+    key: str, value: Any, tiny_config: Callable[..., Config], trained_run: Path
+) -> None:
+    config = tiny_config()
+    run = Path(config.run_dir)
+    shutil.copytree(trained_run, run)
+    path = run / "checkpoints" / "step_00000006" / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    for use in (lambda: train(config, resume=True), lambda: load(run)):
+        with pytest.raises(UserError, match=rf"is damaged: state\.json has {key}="):
+            use()
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "../index.json"])
 def test_what_is_not_a_regular_file_is_not_opened(tmp_path: Path, name: str) -> None:
     final = save_checkpoint(tmp_path, make(1), keep=1, is_best=False)
