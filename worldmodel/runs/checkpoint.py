@@ -30,7 +30,7 @@ from torch import Tensor
 from data_pipelines.errors import UserError, one_line
 from data_pipelines.files import check_regular, read_text, remove, write_bytes, write_text
 from data_pipelines.text_files import dump_yaml, shown
-from worldmodel.config import Config, changed_keys, read_tree, to_dict, validate
+from worldmodel.config import Config, changed_keys, read_tree, to_dict, to_yaml, validate
 from worldmodel.runs.folder import RunFolder
 from worldmodel.training.finite import ADVICE, not_finite
 
@@ -114,7 +114,8 @@ def name_of(state: Mapping[str, Any]) -> str:
 def open_run(run: Path, config: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> None:
     """Create or open the folder of a run, and write its config.yaml.
 
-    A run that ended before it learned anything, as by a mistake in its config, is replaced without `overwrite`.
+    A run that ended before it learned anything, as by a mistake in its config, is replaced without `overwrite`. A
+    config.yaml that a person wrote is not such a run, and `resume` leaves it as it is.
 
     Args:
         config: the resolved config, as nested dicts.
@@ -132,12 +133,15 @@ def open_run(run: Path, config: Mapping[str, Any], *, resume: bool = False, over
         raise UserError(f"run_dir={run} is not empty and does not hold a run: choose another folder")
     try:
         if files.config.is_file():
-            if overwrite or _has_learned_nothing(files):
+            if overwrite or (_has_learned_nothing(files) and _has_resolved_config(files)):
                 _remove_run(run)
-            elif resume:
-                _check_same_config(to_dict(load_run_config(run)), config, run)
-            else:
+            elif not resume:
                 raise RunExistsError(f"run_dir={run} already holds a run")
+            else:
+                saved = to_dict(load_run_config(run))
+                _check_same_config(saved, config, run)
+                if saved == config:
+                    return
         run.mkdir(parents=True, exist_ok=True)
         write_text(files.config, dump_yaml(config))
     except OSError as error:
@@ -148,6 +152,13 @@ def _has_learned_nothing(files: RunFolder) -> bool:
     """Return whether a run folder holds no more than a training leaves that fails before its first row of metrics."""
     at_start = {files.config, files.lock, files.history, files.contents, files.wandb}
     return set(files.path.iterdir()) <= at_start and not (files.history.exists() and files.history.stat().st_size)
+
+
+def _has_resolved_config(files: RunFolder) -> bool:
+    """Return whether config.yaml is as a training writes it: with all keys, and without comments."""
+    with suppress(UserError):
+        return files.config.read_bytes() == to_yaml(load_run_config(files.path)).encode()
+    return False
 
 
 def _remove_run(run: Path) -> None:

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 
 from data_pipelines.errors import UserError
 from worldmodel import load
-from worldmodel.config import Config, to_dict
+from worldmodel.config import Config, TrainConfig, to_dict, to_yaml
 from worldmodel.runs import checkpoint as checkpoint_module
 from worldmodel.runs.checkpoint import (
     Checkpoint,
@@ -287,6 +288,26 @@ def test_a_run_that_may_hold_something_is_kept(tiny_config: Callable[..., Config
     with pytest.raises(RunExistsError):
         opened(tiny_config())
     assert (run / name).read_text() == "{}\n"
+
+
+@pytest.mark.parametrize("is_lacking", [False, True], ids=["with a comment", "without a key"])
+def test_a_config_that_a_person_wrote_is_kept(tiny_config: Callable[..., Config], is_lacking: bool) -> None:
+    default = f"train.log_every={TrainConfig().log_every}"
+    config = tiny_config(default)
+    run = Path(config.run_dir)
+    run.mkdir()
+    text = re.sub(r" *log_every: .*\n", "", to_yaml(config)) if is_lacking else "# notes\n" + to_yaml(config)
+    (run / "config.yaml").write_text(text)
+    assert text != to_yaml(config)
+    with pytest.raises(RunExistsError):
+        opened(config)
+    opened(config, resume=True)
+    assert (run / "config.yaml").read_text() == text
+    changed = tiny_config(default, "data.num_workers=3")
+    opened(changed, resume=True)
+    assert load_run_config(run) == changed
+    opened(config, overwrite=True)
+    assert (run / "config.yaml").read_text() == to_yaml(config)
 
 
 @pytest.mark.parametrize("foreign", ["notes.txt", "src/main.py", ".git/HEAD", "checkpoints/mine.txt", ".notes.partial"])
