@@ -40,6 +40,10 @@ from worldmodel.training.trainer import Trainer
 logger = one_line_logger(__name__)
 
 
+PENALTIES = {"kl": "kl_nats", "l0": "expected_l0"}
+"""Penalties of latents in the progress bar, by their names in metrics.jsonl."""
+
+
 def collapse_rank(embedding_dim: int) -> float:
     """Return the effective rank below which embeddings of so many dimensions count as collapsed."""
     return min(2.0, (1 + embedding_dim) / 2)
@@ -118,7 +122,8 @@ class Session:
         if self.tracker:
             self.tracker.log("train", trainer.step, values)
         if self.bar is not None:
-            self.bar.set_postfix(loss=f"{values['loss']:.4f}", kl=f"{values.get('kl_nats', 0):.2f}", refresh=False)
+            penalties = {short: f"{values[name]:.2f}" for short, name in PENALTIES.items() if name in values}
+            self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False, **penalties)
 
     def write_refinement_row(self, updates: int, values: dict[str, float]) -> None:
         """Write a row about the refinement, after so many updates of it."""

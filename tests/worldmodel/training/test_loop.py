@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -160,6 +161,14 @@ def test_each_segment_goes_where_it_belongs(
     train(config)
     assert torch.equal(seen["segments"], expected)
     assert torch.equal(seen["target"], expected[:, 1])
+
+
+@pytest.mark.parametrize(("latent", "shown"), [("gaussian", "kl"), ("sparse", "l0"), ("none", None)])
+def test_the_progress_bar_shows_the_penalty_that_there_is(
+    latent: str, shown: str | None, tiny_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny_config(f"model.latent={latent}", "train.steps=1"))
+    assert re.findall(r"(\w+)=-?\d+\.\d+", capsys.readouterr().err)[-2:] == ([shown, "loss"] if shown else ["loss"])
 
 
 def test_training_lowers_the_loss(tiny_config: Callable[..., Config]) -> None:
