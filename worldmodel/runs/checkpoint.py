@@ -250,6 +250,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, *, keep: int, is_best: bo
     aside, replaced = folder / f".{name}.partial", folder / f".{name}.replaced"
     if folder.is_symlink():
         raise UserError(f"{folder} is a link, and checkpoints are not written through links: replace it by a folder")
+    index = _read_index(run)
     try:
         remove(aside)
         aside.mkdir(parents=True)
@@ -259,7 +260,6 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, *, keep: int, is_best: bo
             remove(replaced)
             final.rename(replaced)
         aside.rename(final)
-        index = _read_index(run)
         kept = [*(other for other in index["kept"] if other != name), name]
         best = name if is_best else index["best"]
         doomed = [other for other in kept[:-keep] if other != best]
@@ -524,8 +524,8 @@ def _read_state(folder: Path) -> dict[str, Any]:
 def _read_index(run: Path) -> dict[str, Any]:
     path = RunFolder(run).checkpoint_index
     if not os.path.lexists(path):
-        _check_never_indexed(path)
-        return {"latest": None, "best": None, "kept": []}
+        name = _only_checkpoint(path.parent)
+        return {"latest": name, "best": name, "kept": [name] if name else []}
     try:
         index = json.loads(read_text(path, MAX_STATE_BYTES))
         kept = list(index["kept"])
@@ -539,18 +539,19 @@ def _read_index(run: Path) -> dict[str, Any]:
     return {"latest": index["latest"], "best": index["best"], "kept": kept}
 
 
-def _check_never_indexed(path: Path) -> None:
-    """Check that an index at `path`, which is missing, was never there. A kill before the first leaves one checkpoint.
+def _only_checkpoint(folder: Path) -> str | None:
+    """Return the name of the checkpoint in a folder without an index, or None. A kill before its index leaves one.
 
     Raises:
         UserError: there are several checkpoints.
     """
-    found = sorted(filter(_is_checkpoint, path.parent.glob("step_*")))
+    found = [path.name for path in sorted(filter(_is_checkpoint, folder.glob("step_*")))]
     if len(found) > 1:
         raise UserError(
-            f"{path}, which names the latest and the best checkpoint, is missing, but {len(found)} checkpoints are "
-            f"there, up to {found[-1].name}: restore it, such as by copying the run again"
+            f"{folder / 'index.json'}, which names the latest and the best checkpoint, is missing, but {len(found)} "
+            f"checkpoints are there, up to {found[-1]}: restore it, such as by copying the run again"
         )
+    return found[0] if found else None
 
 
 def _write_index(run: Path, index: Mapping[str, Any]) -> None:

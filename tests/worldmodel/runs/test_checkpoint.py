@@ -202,8 +202,11 @@ def test_checkpoints_whose_index_is_missing_are_not_taken_for_none(
         with pytest.raises(UserError, match=message):
             use()
     assert saved_steps(run) == ["step_00000004", "step_00000006"] and (run / "metrics.jsonl").read_text() == history
-    shutil.rmtree(run / "checkpoints" / "step_00000006")  # a kill may leave one checkpoint without an index
-    assert load_checkpoint(run) is None
+    shutil.rmtree(run / "checkpoints" / "step_00000004")  # a kill may leave one checkpoint without an index
+    assert checkpoint_name(run) == checkpoint_name(run, "best") == "step_00000006"
+    assert load(run).state["step"] == 6
+    train(config, resume=True)
+    assert (run / "metrics.jsonl").read_text() == history
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"step": "x"}', "[" * 100_000, "\xff", '{"step": true}', '{"step": -1}'])
