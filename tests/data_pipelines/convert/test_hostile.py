@@ -206,9 +206,9 @@ def test_python_objects_are_not_unpickled(tmp_path: Path) -> None:
     assert not (tmp_path / "trapped").exists()
 
 
-def _npy(shape: tuple[int, ...], kind: str = "|u1", content: bytes = b"") -> bytes:
+def _npy(shape: tuple[int, ...], kind: str = "|u1", content: bytes = b"", *, fortran: bool = False) -> bytes:
     file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": fortran, "shape": shape})
     return file.getvalue() + content
 
 
@@ -221,6 +221,14 @@ def test_archives_that_promise_too_much(tmp_path: Path) -> None:
         ),
         "an end that is missing": ({"frames": _npy((9, 48, 64, 3), content=bytes(48 * 64 * 3 * 5))}, "it ends early"),
         "too many rows": ({"frames": _npy((2**40, 48, 64)), "ep_len": _npy((2**40,), "<i8")}, "1,099,511,627,776 rows"),
+        "an end that is missing, in Fortran order": (
+            {"frames": _npy((9, 48, 64, 3), content=bytes(48 * 64 * 3 * 5), fortran=True)},
+            "it ends early",
+        ),
+        "an array in Fortran order that is large": (
+            {"frames": _npy((2**20, 48, 64), fortran=True)},
+            "3,221,225,472 bytes in Fortran order: save np.ascontiguousarray",
+        ),
         "a negative shape": ({"frames": _npy((-4, 48, 64))}, ""),
         "another file": ({"frames": b"nonsense"}, "is not a readable .npz archive"),
     }

@@ -208,6 +208,20 @@ def test_an_archive_per_episode(tmp_path: Path) -> None:
     assert actions[LENGTHS[0] - 2].tolist() == [LENGTHS[0] - 2, 0]
 
 
+def test_an_archive_of_arrays_in_fortran_order(tmp_path: Path) -> None:
+    """NumPy saves transposes in that order."""
+    columns, bounds = columns_of(), np.array(LENGTHS)
+    arrays = {name: np.asfortranarray(columns[name]) for name in ("pixels", "action", "state", "reward")}
+    np.savez_compressed(tmp_path / "a.npz", ep_len=bounds, **arrays)
+    convert(tmp_path / "a.npz", tmp_path / "out", Conversion())
+    index = index_of(tmp_path / "out")
+    for episode, video in enumerate(index.videos):
+        assert np.array_equal(frames_of(tmp_path / "out" / video.path, decoder=DECODERS[0]), painted(episode))
+    for name in ("action", "state", "reward"):
+        rows = index.frame_labels[name]
+        assert np.array_equal(rows, columns[name].reshape(len(rows), -1).astype(np.float32).reshape(rows.shape)), name
+
+
 def test_an_action_that_is_nan_at_the_end_becomes_zero(tmp_path: Path) -> None:
     columns = columns_of([0])
     columns["action"][-1] = np.nan
