@@ -15,6 +15,7 @@ from worldmodel.config.kinds import (
     Fraction,
     Options,
     OutsideName,
+    PathText,
     Repeat,
     RepeatFrom0,
     Samples,
@@ -84,13 +85,13 @@ class AugmentConfig:
 class RootConfig:
     """One of several roots."""
 
-    path: Text
+    path: PathText
     """A folder, as `data.root`. No URL."""
     weight: Annotated[float, Field(strict=True, gt=0, le=1e6)] = 1.0
     """Share of the training clips, relative to the weights of the other roots."""
 
 
-Roots = Annotated[Text | tuple[RootConfig, ...], TextOrList()]
+Roots = Annotated[PathText | tuple[RootConfig, ...], TextOrList()]
 Cameras = Annotated[Text | Annotated[tuple[Text, ...], Field(max_length=MAX_CAMERAS)] | None, TextOrList()]
 
 
@@ -119,7 +120,7 @@ class VideosConfig:
     """Camera of a LeRobot data set whose videos are read. null: the first by name. A list of up to 16, such as
     `[front, wrist]`: the frames of several cameras at the same time, as the channels of one frame, camera after camera
     in this order."""
-    remote_cache_dir: Text | None = None
+    remote_cache_dir: PathText | None = None
     """Folder in which shards from a URL are stored. null: in the user's cache."""
     remote_cache_mb: Count = 16_384
     """Size limit of this folder, MiB. The least recently used shards are evicted."""
@@ -207,7 +208,7 @@ class MovingMnistConfig:
 
     source: Literal["moving_mnist"] = "moving_mnist"
     """Name of the source."""
-    mnist_dir: Text | None = None
+    mnist_dir: PathText | None = None
     """Folder with the IDX files of MNIST. null: the digits bundled with scikit-learn."""
     setting: Literal["A", "B"] = "A"
     """Axis whose velocity changes. A: either, with equal probability. B: more often y for larger digits."""
@@ -263,7 +264,7 @@ class PairsFileConfig:
 
     name: Literal["file"] = "file"
     """Name of the relation."""
-    path: Text = "pairs.csv"
+    path: PathText = "pairs.csv"
     """CSV file with the columns first,second: the context and the target, as paths below `data.root`. Both are in one
     split, and each split needs pairs. A relative path starts in the current folder."""
 
@@ -289,7 +290,7 @@ class ImagesConfig:
 
     source: Literal["images"] = "images"
     """Name of the source."""
-    root: Text = "data/images"
+    root: PathText = "data/images"
     """A folder of JPEG and PNG files, directly or in a subfolder for each class. Labels are in metadata.csv or
     metadata.jsonl, with a file_name. Subfolders train/, selection/ and test/ are the splits where they exist;
     otherwise images are divided by a hash of their paths."""

@@ -1,12 +1,13 @@
 """Types of keys: texts, bounded numbers, and choices, which are unions of dataclasses told apart by a name."""
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from functools import cache
 from types import MappingProxyType, NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from data_pipelines.text_files import type_hints
@@ -29,7 +30,13 @@ def _usable(text: Any) -> Any:
     return text
 
 
+def _from_home(path: str) -> str:
+    """Replace ~/, which a shell leaves as it is within an argument such as run_dir=~/runs/a."""
+    return os.path.expanduser(path) if path.startswith("~/") else path
+
+
 Text = Annotated[str, Field(max_length=2048), BeforeValidator(_usable)]
+PathText = Annotated[Text, AfterValidator(_from_home)]
 # Upper bounds are far above useful values, and below those that an allocator or a clock refuses. A Count is as large as
 # the data, Samples are drawn or batched together, a Size is one side of a matrix, a Repeat happens within one step.
 Count = Annotated[int, Field(strict=True, gt=0, le=10**9)]

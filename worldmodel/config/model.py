@@ -13,6 +13,7 @@ from worldmodel.config.kinds import (
     Flag,
     Options,
     OutsideName,
+    PathText,
     Pixels,
     Repeat,
     Size,
@@ -148,7 +149,7 @@ class PretrainedConfig:
 
     name: Literal["pretrained"] = "pretrained"
     """Name of the encoder."""
-    path: Text | None = None
+    path: PathText | None = None
     """Folder with config.json and model.safetensors, or name of a model on the Hugging Face hub; required. The weights
     are read from it whenever the run is loaded."""
     freeze: Flag = False

@@ -17,6 +17,7 @@ from worldmodel.config.kinds import (
     Flag,
     Fraction,
     NonNegativeFloat,
+    PathText,
     PositiveFloat,
     Repeat,
     Samples,
@@ -38,7 +39,7 @@ class TrainConfig:
     """Updates."""
     lr: PositiveFloat = 1e-4
     """Largest learning rate of AdamW."""
-    start_from: Text | None = None
+    start_from: PathText | None = None
     """Folder of another run whose weights this one starts from, those of its latest checkpoint. The encoder must be the
     same. Another network, such as an editor with other actions, starts with new weights if it does not fit, and is
     named. null: all weights are new."""
@@ -90,7 +91,7 @@ class TrainConfig:
     compile: Literal["auto", "none", "default", "max-autotune"] = "auto"
     """Mode of torch.compile for the encoder, which takes nearly all of the time. max-autotune is slow to start and
     replays CUDA graphs. auto: default on a single GPU, otherwise none."""
-    encoder_cache: Text | None = None
+    encoder_cache: PathText | None = None
     """Folder that stores the output of a frozen pretrained encoder for each segment, for this and other runs: the mean
     of its tokens in fp32, for pooling by attention all tokens in fp16. It is computed once, before training;
     training, its evaluations and refinement then decode no video and run no backbone. Needs `model.encoder.freeze`.
@@ -306,7 +307,7 @@ class TrackingConfig:
 class Config:
     """The configuration of a run."""
 
-    run_dir: Text
+    run_dir: PathText
     """Folder of the run."""
     seed: Seed = 0
     """Seed of the weights, the order of clips and all draws of training."""

@@ -210,14 +210,14 @@ def test_an_archive_per_episode(tmp_path: Path) -> None:
 
 def test_an_archive_of_arrays_in_fortran_order(tmp_path: Path) -> None:
     """NumPy saves transposes in that order."""
-    columns, bounds = columns_of(), np.array(LENGTHS)
-    arrays = {name: np.asfortranarray(columns[name]) for name in ("pixels", "action", "state", "reward")}
-    np.savez_compressed(tmp_path / "a.npz", ep_len=bounds, **arrays)
+    columns, labels = columns_of(), ("action", "state", "reward")
+    arrays: dict[str, Any] = {name: np.asfortranarray(columns[name]) for name in ("pixels", *labels)}
+    np.savez_compressed(tmp_path / "a.npz", ep_len=np.array(LENGTHS), **arrays)
     convert(tmp_path / "a.npz", tmp_path / "out", Conversion())
     index = index_of(tmp_path / "out")
     for episode, video in enumerate(index.videos):
         assert np.array_equal(frames_of(tmp_path / "out" / video.path, decoder=DECODERS[0]), painted(episode))
-    for name in ("action", "state", "reward"):
+    for name in labels:
         rows = index.frame_labels[name]
         assert np.array_equal(rows, columns[name].reshape(len(rows), -1).astype(np.float32).reshape(rows.shape)), name
 

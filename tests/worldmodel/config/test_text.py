@@ -67,6 +67,18 @@ def test_an_override_of_text_is_taken_as_it_is(text: str) -> None:
     assert (config.run_dir, videos_of(config).action_label, config.tracking.project) == (text, text, text)
 
 
+def test_the_home_folder_at_the_beginning_of_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves ~/ within an argument as it is, and then a folder with that name was made."""
+    monkeypatch.setenv("HOME", "/home/me")
+    roots = "data.root=[{path: ~/videos}, {path: ~other/videos}]"
+    config = load_config(DEMO, ["run_dir=~/runs/a", "train.start_from=~/runs/b", roots, "data.camera=~/c"])
+    assert (config.run_dir, config.train.start_from) == ("/home/me/runs/a", "/home/me/runs/b")
+    videos = videos_of(config)
+    paths = [root.path for root in videos.root if not isinstance(root, str)]
+    assert paths == ["/home/me/videos", "~other/videos"] and videos.camera == "~/c"
+    assert videos_of(load_config(DEMO, ["data.root=~/a/~/b"])).root == "/home/me/a/~/b"
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_survives_the_file_of_a_run(text: str, tmp_path: Path) -> None:
     config = load_config(DEMO, [f"run_dir={text}", f"data.camera={text}"])
