@@ -6,7 +6,7 @@ fits one section. A section's name selects all its tables.
 
 Commands run in --out, where tables share data and runs. The same command continues an interrupted reproduction. Figures
 are printed, and written to OUT/tables/NAME/figures.md and figures.json. The exit code is 0 whether or not figures
-differ, and 1 if a command failed.
+differ, 1 if a command failed, and 2 if no table can be reproduced with the data and packages at hand.
 
 examples:
   worldmodel reproduce
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from data_pipelines.errors import UserError
 from data_pipelines.files import write_text
+from worldmodel.commands.exits import EXIT_USER_ERROR
 from worldmodel.commands.shared import add_out, make_out_folder, write_result
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"{table.address} is left out: {reason}", file=sys.stderr)
         else:
             at_hand.append(table)
+    if not at_hand:
+        return EXIT_USER_ERROR
     if args.dry_run:
         print(commands(all_tables, at_hand, args.out))
         return 0
