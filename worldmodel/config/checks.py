@@ -43,7 +43,12 @@ def contradictions(config: Config) -> Iterator[str]:
 
 def cautions(config: Config) -> Iterator[str]:
     """Yield what the descriptions of the keys advise against in a valid config, as sentences."""
-    encoder, data = config.model.encoder, config.data
+    encoder, data, train = config.model.encoder, config.data, config.train
+    if train.steps < train.warmup_steps:
+        yield (
+            f"train.warmup_steps={train.warmup_steps} is more than train.steps={train.steps}: the learning rate ends at "
+            f"{train.steps / train.warmup_steps:.2g} of train.lr"
+        )
     if isinstance(encoder, ResNetConfig) and data.size_px < encoder.least_px:
         yield (
             f"model.encoder={encoder.name} is meant for frames of {encoder.least_px} px and more, but "

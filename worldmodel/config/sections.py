@@ -44,7 +44,7 @@ class TrainConfig:
     same. Another network, such as an editor with other actions, starts with new weights if it does not fit, and is
     named. null: all weights are new."""
     warmup_steps: CountFrom0 = 0
-    """Updates over which the learning rate rises linearly from zero."""
+    """Updates over which the learning rate rises linearly from zero; fewer than `train.steps`."""
     weight_decay: NonNegativeFloat = 1e-4
     """Weight decay of matrices and kernels; one-dimensional parameters have none."""
     refine_steps: CountFrom0 = 0

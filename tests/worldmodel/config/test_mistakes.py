@@ -281,6 +281,12 @@ def test_relations_to_a_batch_are_advised_against_for_more_dimensions_than_they_
     assert not list(cautions(load_config(REPO / "configs" / "objectives.yaml", overrides)))
 
 
+def test_a_warm_up_that_does_not_end_is_advised_against() -> None:
+    overrides = ["train.steps=50", "train.warmup_steps=200"]
+    [caution] = cautions(load_config(REPO / "configs" / "objectives.yaml", overrides))
+    assert caution.startswith("train.warmup_steps=200 is more than train.steps=50: ") and "0.25 of train.lr" in caution
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_nothing_speaks_against_a_shipped_config(path: Path) -> None:
     assert not list(cautions(load_config(path)))
