@@ -46,8 +46,8 @@ def cautions(config: Config) -> Iterator[str]:
     encoder, data, train = config.model.encoder, config.data, config.train
     if train.steps < train.warmup_steps:
         yield (
-            f"train.warmup_steps={train.warmup_steps} is more than train.steps={train.steps}: the learning rate ends at "
-            f"{train.steps / train.warmup_steps:.2g} of train.lr"
+            f"train.warmup_steps={train.warmup_steps} is more than train.steps={train.steps}: the learning rate "
+            f"ends at {train.steps / train.warmup_steps:.2g} of train.lr"
         )
     if isinstance(encoder, ResNetConfig) and data.size_px < encoder.least_px:
         yield (
