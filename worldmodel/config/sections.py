@@ -40,9 +40,9 @@ class TrainConfig:
     lr: PositiveFloat = 1e-4
     """Largest learning rate of AdamW."""
     start_from: PathText | None = None
-    """Folder of another run whose weights this one starts from, those of its latest checkpoint. The encoder must be the
-    same. Another network, such as an editor with other actions, starts with new weights if it does not fit, and is
-    named. null: all weights are new."""
+    """Folder of another run whose weights this one starts from, those of its latest checkpoint, or the name of a run on
+    the Hub. The encoder must be the same. Another network, such as an editor with other actions, starts with new
+    weights if it does not fit, and is named. null: all weights are new."""
     warmup_steps: CountFrom0 = 0
     """Updates over which the learning rate rises linearly from zero; fewer than `train.steps`."""
     weight_decay: NonNegativeFloat = 1e-4

@@ -4,6 +4,7 @@ A run is downloaded into a plain folder per commit: the links of the Hub's own c
 Only files that `load` reads are downloaded: YAML, JSON and safetensors. Nothing is unpickled, and no code is run.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,23 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 def is_repository_name(text: str) -> bool:
     """Return True if the text has the form owner/name."""
     return NAME.fullmatch(text) is not None
+
+
+def folder_of(run: str | Path, which: Literal["latest", "best"] = "latest", revision: str | None = None) -> Path:
+    """Return the folder of a run. One with the name owner/name that is not here is downloaded.
+
+    Raises:
+        UserError: it is neither here nor on the Hub, or a revision of a folder is asked for.
+    """
+    is_on_hub = isinstance(run, str) and not os.path.lexists(run) and is_repository_name(run)
+    if not is_on_hub:
+        if revision is not None:
+            raise UserError(f"revision={revision!r} belongs to a repository on the Hub, but {run} is a folder")
+        return Path(run)
+    try:
+        return download(str(run), revision, which)
+    except UserError as error:
+        raise UserError(f"there is no folder {run!r} here, and {error}") from error
 
 
 def download(name: str, revision: str | None, which: Literal["latest", "best"]) -> Path:

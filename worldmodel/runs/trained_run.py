@@ -5,7 +5,6 @@ samples, A numbers of an action, K dimensions of a quantity.
 """
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,7 +47,7 @@ from worldmodel.runs.checkpoint import (
     updates_of,
 )
 from worldmodel.runs.folder import RunFolder
-from worldmodel.runs.hub import download, is_repository_name
+from worldmodel.runs.hub import folder_of
 from worldmodel.sources import make_source
 from worldmodel.sources.source import ClipPlaces, Source
 from worldmodel.sources.videos import number_of_file
@@ -379,7 +378,7 @@ def load(
         >>> run = worldmodel.load("owner/name", revision="v1.0")
         >>> futures = run.rollout(clip, horizon=4, num_samples=64)  # [B, S, horizon, D]
     """
-    folder = _folder_of(run, which, revision)
+    folder = folder_of(run, which, revision)
     config = load_run_config(folder)
     check_trust(config, trust_code, source=f"{folder}/config.yaml")
     if data_root is not None:
@@ -412,19 +411,6 @@ def _with_data_root(config: Config, root: str) -> Config:
     tree = to_dict(config)
     tree["data"]["root"] = root
     return validate(tree, source=f"the data root {shown(root)}")
-
-
-def _folder_of(run: str | Path, which: Literal["latest", "best"], revision: str | None) -> Path:
-    """Return the folder of a run, which is downloaded if it is on the Hub."""
-    is_on_hub = isinstance(run, str) and not os.path.lexists(run) and is_repository_name(run)
-    if not is_on_hub:
-        if revision is not None:
-            raise UserError(f"revision={revision!r} belongs to a repository on the Hub, but {run} is a folder")
-        return Path(run)
-    try:
-        return download(str(run), revision, which)
-    except UserError as error:
-        raise UserError(f"there is no folder {run!r} here, and {error}") from error
 
 
 def _check_before_building(config: Config, checkpoint: Checkpoint, run: str | Path) -> None:

@@ -80,7 +80,7 @@ def train(
         if resume:
             session.load()
         if train_config.start_from and session.saved_step < 0:
-            start_from(trainer, Path(train_config.start_from))
+            start_from(trainer, train_config.start_from)
         accelerator.print(session.summary())
         for caution in cautions(config) if accelerator.is_main_process else ():
             logger.warning(caution)
@@ -165,7 +165,7 @@ def open_run_and_stream(
         if accelerator.is_main_process:
             run = Path(config.run_dir)
             if config.train.start_from and not resume:
-                check_start(Path(config.train.start_from), run)
+                check_start(config.train.start_from, run)
             held.enter_context(run_lock(run))
             open_run(run, to_dict(config), resume=resume, overwrite=overwrite)
             remove_leftovers(run)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from data_pipelines.errors import UserError
 from worldmodel.runs.checkpoint import first_difference, latest_state, load_checkpoint, name_of
+from worldmodel.runs.hub import folder_of
 from worldmodel.training import full_state
 from worldmodel.training.launch import raised_together
 from worldmodel.training.trainer import Trainer
@@ -26,8 +27,10 @@ class Start(NamedTuple):
     new: list[str]
 
 
-def start_from(trainer: Trainer, run: Path) -> None:
+def start_from(trainer: Trainer, run: str) -> None:
     """Load the weights of the latest checkpoint of a run, as `merged` does, with its teacher if that fits.
+
+    run: a folder, or the name of a run on the Hub.
 
     A teacher that has no weights there is a copy of the student, as in every new training. The optimiser has no state
     yet. All processes call this together, and the first one reads the run.
@@ -40,7 +43,7 @@ def start_from(trainer: Trainer, run: Path) -> None:
     teacher: Weights = full_state.network_state(trainer.teacher) if trainer.teacher else {}
     with raised_together():
         if trainer.accelerator.is_main_process:
-            checkpoint = load_checkpoint(run, with_optimizer=False)
+            checkpoint = load_checkpoint(folder_of(run), with_optimizer=False)
             if checkpoint is None:
                 raise UserError(NO_CHECKPOINT.format(run))
             start = merged(student, checkpoint.model, run)
@@ -56,19 +59,20 @@ def start_from(trainer: Trainer, run: Path) -> None:
         full_state.load_network_state(trainer.teacher, teacher)
 
 
-def check_start(run: Path, new_run: Path) -> None:
+def check_start(run: str, new_run: Path) -> None:
     """Check, before another run in run_dir is replaced, that weights can be taken from a run.
 
     Raises:
-        UserError: it is the new run itself, or has no checkpoint.
+        UserError: it is the new run itself, has no checkpoint, or cannot be downloaded.
     """
-    if run.resolve() == new_run.resolve():
+    folder = folder_of(run)
+    if folder.resolve() == new_run.resolve():
         raise UserError(f"train.start_from={run} is run_dir itself: name another run_dir")
-    if latest_state(run) is None:
+    if latest_state(folder) is None:
         raise UserError(NO_CHECKPOINT.format(run))
 
 
-def merged(own: Mapping[str, Tensor], stored: Mapping[str, Tensor], run: Path) -> Start:
+def merged(own: Mapping[str, Tensor], stored: Mapping[str, Tensor], run: str) -> Start:
     """Return the weights of another run where they fit, network by network, and otherwise one's own.
 
     A network fits if all of its weights have the same names and shapes in both. The encoder has to fit.

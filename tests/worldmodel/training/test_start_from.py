@@ -12,6 +12,7 @@ import torch
 from data_pipelines.errors import UserError
 from tests.conftest import REPO, run_processes
 from worldmodel.config import Config
+from worldmodel.runs import hub
 from worldmodel.runs.checkpoint import Checkpoint, load_checkpoint
 from worldmodel.training.launch import make_accelerator
 from worldmodel.training.loop import train
@@ -40,7 +41,7 @@ def test_student_and_teacher_are_those_of_the_other_run(trained_run: Path, tiny_
     stored = checkpoint_of(trained_run)
     trainer = Trainer(tiny_config("seed=5", "model.latent.prior=mixture"), make_accelerator("fp32", 60))
     assert trainer.teacher is not None
-    start_from(trainer, trained_run)
+    start_from(trainer, str(trained_run))
     assert_equal(trainer.student.state_dict(), stored.model)
     assert_equal(trainer.teacher.state_dict(), stored.teacher)
     assert not trainer.optimizer.optimizer.state
@@ -54,7 +55,7 @@ def test_a_new_teacher_is_a_copy_of_the_student(
     trainer = Trainer(tiny_config("seed=5", "model.editor=blocks"), make_accelerator("fp32", 60))
     new = {name: value.clone() for name, value in trainer.student.state_dict().items() if name.startswith("editor.")}
     assert trainer.teacher is not None and new
-    start_from(trainer, other)
+    start_from(trainer, str(other))
     stored = {name: value for name, value in checkpoint_of(other).model.items() if not name.startswith("editor.")}
     assert_equal(trainer.student.state_dict(), stored | new)
     assert_equal(trainer.teacher.state_dict(), {k: v for k, v in stored.items() if k.startswith("embedder.")})
@@ -101,7 +102,7 @@ def test_networks_are_taken_as_a_whole_or_not_at_all() -> None:
         "editor.b": torch.ones(4),
         "objective.a": torch.ones(1),
     }
-    start = merged(own, stored, Path("other"))
+    start = merged(own, stored, "other")
     assert_equal(start.weights, own | {"embedder.a": torch.ones(2)})
     assert (start.taken, start.new) == (["embedder"], ["editor", "latent"])
 
@@ -124,6 +125,24 @@ def test_a_folder_without_a_checkpoint_is_one_line(tiny_config: MakeConfig, tmp_
     message = f"^train.start_from={tmp_path / 'nowhere'}: this is not a run with a checkpoint$"
     with pytest.raises(UserError, match=message):
         train(tiny_config(f"train.start_from={tmp_path / 'nowhere'}"), resume=resume)
+
+
+def test_a_run_starts_from_one_on_the_hub(
+    trained_run: Path, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def download(*arguments: Any) -> Path:
+        asked.append(arguments)
+        return trained_run
+
+    monkeypatch.setattr(hub, "download", download)
+    run = train(tiny_config("train.start_from=owner/name", "model.latent.prior=mixture", *STILL))
+    assert set(asked) == {("owner/name", None, "latest")}
+    assert "starting from owner/name, step_00000006: embedder, " in capsys.readouterr().out
+    own, stored = checkpoint_of(run).model, checkpoint_of(trained_run).model
+    weights = [name for name in stored if name.startswith("embedder.") and name.endswith(".weight")]
+    assert_equal({name: own[name] for name in weights}, {name: stored[name] for name in weights})
 
 
 def test_a_run_does_not_replace_the_one_that_it_starts_from(trained_run: Path, tiny_config: MakeConfig) -> None:
