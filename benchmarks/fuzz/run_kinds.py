@@ -23,7 +23,8 @@ from worldmodel.commands import compare
 from worldmodel.config import load_config, to_dict, to_yaml
 from worldmodel.evaluation.evaluate import evaluate
 from worldmodel.report.run_page import report_of_run
-from worldmodel.runs.checkpoint import load_checkpoint, load_run_config, save_checkpoint
+from worldmodel.runs.checkpoint import load_checkpoint, save_checkpoint
+from worldmodel.runs.opening import load_run_config
 from worldmodel.training.loop import train
 
 REPO = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from tests.conftest import run_here, run_script, videos_of
 from tests.data_pipelines.shard_server import ShardServer
 from worldmodel.commands.shared import check_remote
 from worldmodel.config import MovingMnistConfig
-from worldmodel.runs.checkpoint import load_run_config
+from worldmodel.runs.opening import load_run_config
 from worldmodel.sources import make_source
 
 

@@ -119,8 +119,8 @@ def compare_folders(args: argparse.Namespace) -> int:
     Raises:
         UserError: a folder holds no evaluated run or is given twice, or --out cannot be written.
     """
-    from worldmodel.runs.checkpoint import load_run_config
     from worldmodel.runs.metrics import read_metrics
+    from worldmodel.runs.opening import load_run_config
 
     rows: list[Row] = []
     above = os.path.commonpath([folder.resolve().parent for folder in args.runs])

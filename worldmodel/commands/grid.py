@@ -8,9 +8,9 @@ from pathlib import Path
 
 from data_pipelines.errors import UserError
 from worldmodel.config import Config, choices, load_config, to_dict
-from worldmodel.runs.checkpoint import lasting_changes, load_run_config
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import read_metrics, value_at
+from worldmodel.runs.opening import lasting_changes, load_run_config
 
 OPTIONS = {"objective.name": "--objectives", "model.latent": "--latents", "seed": "--seeds", "run_dir": "--out"}
 """The keys that the grid sets, and the option that sets each."""

@@ -8,9 +8,10 @@ from typing import Any
 from data_pipelines.errors import UserError, printable
 from worldmodel.config import Config, flatten, to_dict
 from worldmodel.report.numbers import digits_for, number
-from worldmodel.runs.checkpoint import latest_state, load_checkpoint, load_run_config
+from worldmodel.runs.checkpoint import latest_state, load_checkpoint
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import read_metrics, value_at
+from worldmodel.runs.opening import load_run_config
 from worldmodel.runs.tracking import read_history
 
 MAX_DEPTH = 3  # of runs below a folder: those of `worldmodel compare` are in OUT/OBJECTIVE-LATENT/seed_N

@@ -64,8 +64,9 @@ def check_folder(root: object, config: str) -> None:
 
 def error_hints(run: Path) -> dict[type[UserError], str]:
     """Return what to do about errors of training in a run folder, in terms of this command."""
-    from worldmodel.runs.checkpoint import OtherConfigError, RunExistsError, VideosChangedError
+    from worldmodel.runs.checkpoint import VideosChangedError
     from worldmodel.runs.folder import RunFolder
+    from worldmodel.runs.opening import OtherConfigError, RunExistsError
     from worldmodel.runs.tracking import RowLostError
     from worldmodel.training.launch import ConnectionLostError
 

@@ -14,9 +14,9 @@ from worldmodel.evaluation.readout import save_readout
 from worldmodel.evaluation.recalibration import save_recalibration
 from worldmodel.evaluation.records import save_records
 from worldmodel.evaluation.surprise import Timeline, why_unsupported
-from worldmodel.runs.checkpoint import load_run_config
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import Metrics, Training, read_metrics, write_metrics
+from worldmodel.runs.opening import load_run_config
 from worldmodel.runs.trained_run import TrainedRun
 
 log = one_line_logger(__name__)

@@ -20,9 +20,9 @@ from worldmodel.report import headline, numbers, published, run_charts, run_pict
 from worldmodel.report.charts import latent_charts
 from worldmodel.report.decoded_pictures import decoded_pictures
 from worldmodel.report.page import plain, write_page
-from worldmodel.runs.checkpoint import load_run_config
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.metrics import RunMetrics, read_decoder_facts, read_metrics, read_planning
+from worldmodel.runs.opening import load_run_config
 from worldmodel.runs.tracking import read_history, versions
 
 logger = one_line_logger(__name__)

@@ -38,16 +38,10 @@ from worldmodel.evaluation.recalibration import load_recalibrations
 from worldmodel.evaluation.surprise import SurpriseOptions, Timeline, check_model, clip_surprise, video_surprise
 from worldmodel.nets.teacher import Teacher
 from worldmodel.nets.world_model import WorldModel
-from worldmodel.runs.checkpoint import (
-    Checkpoint,
-    check_shapes,
-    checkpoint_name,
-    load_checkpoint,
-    load_run_config,
-    updates_of,
-)
+from worldmodel.runs.checkpoint import Checkpoint, check_shapes, checkpoint_name, load_checkpoint, updates_of
 from worldmodel.runs.folder import RunFolder
 from worldmodel.runs.hub import folder_of
+from worldmodel.runs.opening import load_run_config
 from worldmodel.sources import make_source
 from worldmodel.sources.source import ClipPlaces, Source
 from worldmodel.sources.videos import number_of_file

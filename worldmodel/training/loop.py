@@ -19,8 +19,9 @@ from worldmodel.build import clip_layout
 from worldmodel.config import Config, EvaluationConfig, TrainConfig, cautions, flatten, to_dict
 from worldmodel.data import check_contents, check_splits, evaluation_uses, training_uses
 from worldmodel.evaluation.quantity import check_label
-from worldmodel.runs.checkpoint import open_run, remove_leftovers
+from worldmodel.runs.checkpoint import remove_leftovers
 from worldmodel.runs.lock import run_lock
+from worldmodel.runs.opening import open_run
 from worldmodel.runs.tracking import RowLostError
 from worldmodel.runs.wandb_tracking import wandb_mode
 from worldmodel.sources import make_source

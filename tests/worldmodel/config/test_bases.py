@@ -6,7 +6,7 @@ import pytest
 
 from data_pipelines.errors import UserError
 from worldmodel.config import load_config
-from worldmodel.runs.checkpoint import load_run_config
+from worldmodel.runs.opening import load_run_config
 
 
 def write(folder: Path, **files: str) -> Path:

@@ -12,7 +12,7 @@ from tests.conftest import REPO
 from worldmodel.config import AugmentConfig, choices, flatten, load_config, to_dict, validate
 from worldmodel.config.kinds import keys_of
 from worldmodel.config.old import MOVED
-from worldmodel.runs.checkpoint import load_run_config
+from worldmodel.runs.opening import load_run_config
 
 # What an earlier version wrote into run folders: every key, whatever the choices.
 RESOLVED = yaml.safe_load("""

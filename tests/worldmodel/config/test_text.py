@@ -17,7 +17,7 @@ from data_pipelines.worlds.recorder import parse_kwargs
 from tests.conftest import REPO, videos_of
 from worldmodel.config import Config, flatten, load_config, to_dict, to_yaml, validate
 from worldmodel.config.kinds import choice_of, members_of
-from worldmodel.runs.checkpoint import load_run_config
+from worldmodel.runs.opening import load_run_config
 
 DEMO = REPO / "configs" / "objectives.yaml"
 # What YAML reads as something else, or as less.

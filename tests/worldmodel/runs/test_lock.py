@@ -18,7 +18,7 @@ import pytest
 
 from data_pipelines.errors import UserError
 from tests.conftest import REPO, script_environment
-from tests.worldmodel.runs.test_checkpoint import make, saved_steps
+from tests.worldmodel.runs.checkpoints import make, saved_steps
 from tests.worldmodel.training.test_loop import DEMO, wait_for_step
 from worldmodel.config import Config
 from worldmodel.runs.checkpoint import remove_leftovers, save_checkpoint

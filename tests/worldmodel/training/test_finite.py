@@ -20,7 +20,7 @@ from torch import nn
 from data_pipelines.batches import Batch
 from data_pipelines.errors import UserError
 from tests.conftest import REPO, TINY, normal, run_here, script_environment
-from tests.worldmodel.runs.test_checkpoint import make
+from tests.worldmodel.runs.checkpoints import make
 from tests.worldmodel.training.test_loop import DEMO, assert_same_weights, rows
 from worldmodel import load
 from worldmodel.config import Config

@@ -32,7 +32,8 @@ from worldmodel import load
 from worldmodel.config import Config
 from worldmodel.data import TrainingInputs
 from worldmodel.nets.teacher import Teacher
-from worldmodel.runs.checkpoint import load_checkpoint, load_run_config
+from worldmodel.runs.checkpoint import load_checkpoint
+from worldmodel.runs.opening import load_run_config
 from worldmodel.sources import make_source
 from worldmodel.training import step_log, timing
 from worldmodel.training.launch import compile_mode, make_accelerator
