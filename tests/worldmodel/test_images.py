@@ -33,6 +33,7 @@ TINY = [
     "model.embedding_dim=8",
     "model.latent.dim=2",
     "train.steps=6",
+    "train.warmup_steps=0",
     "train.eval_every=6",
     "train.checkpoint_every=2",
     "evaluation.queries=24",

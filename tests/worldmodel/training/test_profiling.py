@@ -20,7 +20,7 @@ from worldmodel.training import profiling
 from worldmodel.training.gradients import MicroBatch, compute_gradients, micro_batches
 from worldmodel.training.losses import TrainingModel
 from worldmodel.training.optimisation import step_generator
-from worldmodel.training.profiling import FlopCounter, profiled
+from worldmodel.training.profiling import PROFILED_STEPS, WARMUP_STEPS, FlopCounter, profiled
 
 CPU = torch.device("cpu")
 
@@ -91,7 +91,7 @@ def test_attention_on_a_cpu_is_counted() -> None:
 def test_training_continues_without_a_profile_that_cannot_be_written(
     cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder, steps = tmp_path / "profile", 3
+    folder, steps = tmp_path / "profile", PROFILED_STEPS + WARMUP_STEPS
 
     def fill(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
