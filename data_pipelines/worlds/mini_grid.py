@@ -177,9 +177,9 @@ class PrivilegedCost:
             before = after
         return torch.from_numpy(cost.mean(axis=-1)).float()
 
-    def keep(self, going_on: Tensor) -> None:
+    def keep(self, is_running: Tensor) -> None:
         """Keep the episodes that continue, bool [E]."""
-        self.envs = [env for env, stays in zip(self.envs, going_on.tolist(), strict=True) if stays]
+        self.envs = [env for env, stays in zip(self.envs, is_running.tolist(), strict=True) if stays]
 
 
 def _filled(balls: NDArray[Any]) -> NDArray[np.bool_]:

@@ -325,10 +325,10 @@ class PrivilegedCost:
         drawn = 2 * torch.rand(action.shape[2], 2, generator=self.generator) - 1
         return torch.where(slips, drawn, action)
 
-    def keep(self, going_on: Tensor) -> None:
+    def keep(self, is_running: Tensor) -> None:
         """Keep the episodes that continue, bool [E]."""
-        self.envs = [env for env, stays in zip(self.envs, going_on.tolist(), strict=True) if stays]
-        self.left = self.left[going_on]
+        self.envs = [env for env, stays in zip(self.envs, is_running.tolist(), strict=True) if stays]
+        self.left = self.left[is_running]
 
 
 def _distances(env: TwoRoomsEnv) -> Tensor:

@@ -286,12 +286,12 @@ class LatentPolicy:
         assert self.learned
         return propose(self.run.model, self.learned, state, self.goal, horizon)
 
-    def keep(self, going_on: Tensor) -> None:
-        """Drop the episodes that have ended. going_on: bool [E]."""
-        self.goal, self.episodes, self.seen = self.goal[going_on], self.episodes[going_on], self.seen[going_on]
+    def keep(self, is_running: Tensor) -> None:
+        """Drop the episodes that have ended. is_running: bool [E]."""
+        self.goal, self.episodes, self.seen = self.goal[is_running], self.episodes[is_running], self.seen[is_running]
         if self.before:
-            self.before = self.before[0][going_on], self.before[1][going_on]
-        self.plan = Plan(*(part[going_on] for part in self.plan))
+            self.before = self.before[0][is_running], self.before[1][is_running]
+        self.plan = Plan(*(part[is_running] for part in self.plan))
 
     @torch.no_grad()
     def imagined(self, episode: int) -> Tensor:

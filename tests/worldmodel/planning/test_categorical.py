@@ -71,8 +71,8 @@ class GridCost:
             cost += (places - goals).abs().sum(dim=-1)
         return cost
 
-    def keep(self, going_on: Tensor) -> None:
-        self.envs = [env for env, stays in zip(self.envs, going_on.tolist(), strict=True) if stays]
+    def keep(self, is_running: Tensor) -> None:
+        self.envs = [env for env, stays in zip(self.envs, is_running.tolist(), strict=True) if stays]
 
 
 gymnasium.register("worldmodel-tests/Grid-v0", entry_point=cast(Any, GridEnv))
